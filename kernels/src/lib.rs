@@ -1,0 +1,23 @@
+//! One function per operation on tensors; the CPU version is the specification.
+//!
+//! Owns: matrix products, attention, norms, rotary embeddings, activations, convolutions. Does not know: models,
+//! requests, checkpoints. Activations are f32 on the CPU; weight matrices may be f32, bf16 or f16. Every function
+//! checks its shapes and names the operation in its error.
+//!
+//! Rows are independent and computed in one order: row i of a result has the same bits whatever else is in the batch.
+
+mod activation;
+mod attention;
+mod conv;
+mod linear;
+mod norm;
+mod paged;
+mod rope;
+
+pub use activation::{gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
+pub use attention::{AttentionOptions, attention};
+pub use conv::{conv2d, conv3d, upsample_nearest2d};
+pub use linear::{embedding, linear};
+pub use norm::{group_norm, layer_norm, rms_norm, rms_norm_channels};
+pub use paged::{PagedBatch, paged_attention, write_kv};
+pub use rope::{rope_half, rope_interleaved};

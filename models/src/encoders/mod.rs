@@ -1,0 +1,4 @@
+//! Text encoders shared by picture and video families.
+
+pub mod clip;
+pub mod t5;

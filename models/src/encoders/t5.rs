@@ -1,0 +1,1 @@
+//! T5 and UMT5 encoders.

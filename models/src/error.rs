@@ -1,0 +1,100 @@
+//! The one error type of this crate: closed, with data in its fields, each error made where the facts are known.
+
+use std::path::PathBuf;
+
+/// What can go wrong while reading a checkpoint, accepting a request or computing a step.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file of the checkpoint is absent, unreadable, or not what its name promises.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it, in words.
+        problem: String,
+    },
+    /// A tensor that the architecture needs is in none of the checkpoint's files.
+    #[error("{}: tensor `{tensor}` is missing", path.display())]
+    MissingTensor {
+        /// The folder or file that was searched.
+        path: PathBuf,
+        /// Full name of the tensor.
+        tensor: String,
+    },
+    /// A tensor has another shape than `config.json` implies.
+    #[error("{}: tensor `{tensor}` has shape {found:?}, expected {expected:?}", path.display())]
+    TensorShape {
+        /// The file that holds the tensor.
+        path: PathBuf,
+        /// Full name of the tensor.
+        tensor: String,
+        /// Shape in the file.
+        found: Vec<usize>,
+        /// Shape that the configuration implies.
+        expected: Vec<usize>,
+    },
+    /// No family recognises the checkpoint.
+    #[error("{}: unknown architecture {found}; supported: {supported}", path.display())]
+    UnknownArchitecture {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What its configuration says it is.
+        found: String,
+        /// Names of the families that this build knows.
+        supported: String,
+    },
+    /// A request asks for something that the model cannot do; the client's fault.
+    #[error("{field}: {problem}")]
+    InvalidRequest {
+        /// The field, as the client spells it.
+        field: String,
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+    /// The prompt (and the tokens asked for) do not fit the model's context.
+    #[error("the prompt has {prompt_tokens} tokens, {limit} fit this model's context with one token of answer")]
+    ContextLength {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Most prompt tokens that the model takes.
+        limit: usize,
+    },
+    /// The device has too little memory, found out before anything is computed.
+    #[error("not enough memory: {needed_bytes} bytes needed, {free_bytes} free")]
+    OutOfMemory {
+        /// Bytes that the work needs.
+        needed_bytes: usize,
+        /// Bytes that are free.
+        free_bytes: usize,
+    },
+    /// The requested device or dtype cannot be had in this build or on this machine.
+    #[error("device: {0}")]
+    Device(String),
+    /// The model produced NaN or infinity.
+    #[error("the model produced a value that is not finite in phase {phase}")]
+    NotFinite {
+        /// Where.
+        phase: &'static str,
+    },
+    /// A tensor operation failed.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A step panicked; its sessions are gone, the runner lives.
+    #[error("a step panicked: {0}")]
+    Panicked(String),
+}
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A [`Error::Checkpoint`] from anything printable.
+    pub fn checkpoint(path: impl Into<PathBuf>, problem: impl ToString) -> Self {
+        Self::Checkpoint { path: path.into(), problem: problem.to_string() }
+    }
+
+    /// An [`Error::InvalidRequest`] that names the field.
+    pub fn invalid(field: impl Into<String>, problem: impl ToString) -> Self {
+        Self::InvalidRequest { field: field.into(), problem: problem.to_string() }
+    }
+}

@@ -1,0 +1,155 @@
+//! The table of model families, and the way from a checkpoint folder to a loaded model.
+
+use std::path::Path;
+
+use crate::card::ModelCard;
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::manifest::Manifest;
+use crate::runner::Runner;
+use crate::weights::{Weights, WeightsReport};
+
+/// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`].
+pub trait Family: Sync {
+    /// Name in messages, metrics and docs.
+    fn name(&self) -> &'static str;
+
+    /// What it makes, for the table in the docs: `text`, `image`, `video`.
+    fn makes(&self) -> &'static str;
+
+    /// Whether the checkpoint is of this family.
+    fn detects(&self, manifest: &Manifest) -> bool;
+
+    /// Builds the model from the weights that `open` gives for each component (`""` for a whole-folder model).
+    /// `inspect` calls it with dry weights, `load` with real ones.
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel>;
+}
+
+/// All families of this build.
+pub const FAMILIES: &[&dyn Family] = &[
+    &crate::families::llama::Llama,
+    &crate::families::qwen2::Qwen2,
+    &crate::families::flux::Flux,
+    &crate::families::wan::Wan,
+];
+
+/// Opens a component's weights by folder name and reports progress; remembers them for [`inspect`].
+pub struct OpenWeights<'a> {
+    placement: &'a Placement,
+    dry: bool,
+    on_component: &'a mut dyn FnMut(&str),
+    opened: Vec<(String, Weights)>,
+}
+
+impl OpenWeights<'_> {
+    /// The weights of the component in folder `name`; the empty name is the checkpoint folder itself.
+    pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
+        let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
+        (self.on_component)(name);
+        let weights = if self.dry {
+            Weights::open_dry(&component.dir, self.placement)?
+        } else {
+            Weights::open(&component.dir, self.placement)?
+        };
+        self.opened.push((name.to_owned(), weights.clone()));
+        Ok(weights)
+    }
+
+    /// Where tensors will live.
+    pub fn placement(&self) -> &Placement {
+        self.placement
+    }
+
+    /// Whether this is an inspection: tensors take no memory, so nothing large may be computed from them.
+    pub fn is_dry(&self) -> bool {
+        self.dry
+    }
+}
+
+/// Sizes of what a runner allocates beside the weights.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// Bytes of the paged KV cache of a language model.
+    pub kv_cache_bytes: usize,
+    /// Most tokens (decode and prefill together) of one text step.
+    pub max_batch_tokens: usize,
+    /// Most sequences of one text step.
+    pub max_batch_sequences: usize,
+    /// Most rows (sessions times guidance branches) of one denoising step.
+    pub max_denoise_rows: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { kv_cache_bytes: 1 << 30, max_batch_tokens: 512, max_batch_sequences: 64, max_denoise_rows: 4 }
+    }
+}
+
+/// A model ready to serve: its card for everybody, its runner for the device thread.
+pub struct LoadedModel {
+    /// Limits, defaults, tokenizer.
+    pub card: ModelCard,
+    /// Drives its sessions.
+    pub runner: Box<dyn Runner>,
+    /// Bytes that the weights and fixed caches take on the device.
+    pub resident_bytes: usize,
+}
+
+/// What a checkpoint is, without loading it.
+#[derive(Debug)]
+pub struct Inspection {
+    /// Family name.
+    pub family: &'static str,
+    /// `text`, `image` or `video`.
+    pub makes: &'static str,
+    /// Component folder (`""` for a whole-folder model) and its report.
+    pub components: Vec<(String, WeightsReport)>,
+    /// Why the model could not be built although its tensors are there, if so.
+    pub problem: Option<Error>,
+}
+
+/// Loads the checkpoint at `path`. `on_component` hears the name of each component before it is read.
+pub fn load(
+    path: &Path,
+    placement: &Placement,
+    options: &LoadOptions,
+    on_component: &mut dyn FnMut(&str),
+) -> Result<LoadedModel> {
+    let manifest = Manifest::read(path)?;
+    let family = detect(&manifest)?;
+    let mut open = OpenWeights { placement, dry: false, on_component, opened: Vec::new() };
+    let mut model = family.load(&manifest, &mut open, options)?;
+    for (component, weights) in &open.opened {
+        let report = weights.report();
+        model.resident_bytes += report.resident_bytes;
+        if !report.unused.is_empty() {
+            tracing::warn!(
+                component,
+                unused = report.unused.len(),
+                first = report.unused[0],
+                "tensors of the checkpoint are not used"
+            );
+        }
+    }
+    Ok(model)
+}
+
+/// Says what the checkpoint at `path` is and what is missing or unused, without loading it.
+pub fn inspect(path: &Path, placement: &Placement) -> Result<Inspection> {
+    let manifest = Manifest::read(path)?;
+    let family = detect(&manifest)?;
+    let mut open = OpenWeights { placement, dry: true, on_component: &mut |_| (), opened: Vec::new() };
+    // One block is enough: nothing will run.
+    let options = LoadOptions { kv_cache_bytes: 0, ..LoadOptions::default() };
+    let problem = family.load(&manifest, &mut open, &options).err();
+    let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
+    Ok(Inspection { family: family.name(), makes: family.makes(), components, problem })
+}
+
+fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
+    FAMILIES.iter().copied().find(|family| family.detects(manifest)).ok_or_else(|| Error::UnknownArchitecture {
+        path: manifest.root.clone(),
+        found: manifest.architecture().to_owned(),
+        supported: FAMILIES.iter().map(|family| family.name()).collect::<Vec<_>>().join(", "),
+    })
+}

@@ -1,0 +1,32 @@
+//! Open-weight models as runners of bounded steps.
+//!
+//! Owns: reading checkpoints, one file per model family, samplers and solvers, paged KV blocks, and the runners that
+//! turn sessions into steps. Deliberately does not know: HTTP, JSON wire types, async runtimes, databases. No tensor
+//! leaves this crate: what crosses the [`runner::Runner`] boundary is tokens, text and RGB bytes.
+
+pub mod card;
+pub mod chat_template;
+pub mod config;
+pub mod device;
+pub mod encoders;
+pub mod error;
+pub mod families;
+pub mod family;
+pub mod kv;
+pub mod layers;
+pub mod manifest;
+pub mod request;
+pub mod rng;
+pub mod runner;
+pub mod sampler;
+pub mod solver;
+pub mod testing;
+pub mod tokenizer;
+pub mod vae;
+pub mod weights;
+
+pub use card::{DiffusionCard, ModelCard, TextCard};
+pub use error::{Error, Result};
+pub use family::{LoadedModel, load};
+pub use request::{Event, Events, Request, SessionId};
+pub use runner::Runner;

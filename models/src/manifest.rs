@@ -1,0 +1,121 @@
+//! What lies in a checkpoint folder: the layout in which it was published and its components.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::config::read_json;
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::weights::Weights;
+
+/// A checkpoint folder, recognised but not loaded.
+#[derive(Debug, Clone)]
+pub struct Manifest {
+    /// The folder.
+    pub root: PathBuf,
+    /// How it is laid out.
+    pub layout: Layout,
+}
+
+/// The layouts in which open weights are published.
+#[derive(Debug, Clone)]
+pub enum Layout {
+    /// One model: `config.json` beside its weights (transformers).
+    Transformers {
+        /// The parsed `config.json`.
+        config: Value,
+    },
+    /// A pipeline: `model_index.json` and a folder per component (diffusers).
+    Diffusers {
+        /// `_class_name` of the pipeline.
+        class_name: String,
+        /// Component name to its class name; components that are null in the index are left out.
+        components: BTreeMap<String, String>,
+    },
+}
+
+impl Manifest {
+    /// Recognises the layout of the folder at `path`.
+    pub fn read(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::checkpoint(
+                path,
+                "is not a folder; a checkpoint is a folder with config.json or model_index.json",
+            ));
+        }
+        let root = path.to_path_buf();
+        let index = path.join("model_index.json");
+        if index.exists() {
+            return Ok(Self { root, layout: read_model_index(&index)? });
+        }
+        let config = path.join("config.json");
+        if config.exists() {
+            return Ok(Self { root, layout: Layout::Transformers { config: read_json(&config)? } });
+        }
+        Err(Error::checkpoint(path, "has neither config.json nor model_index.json"))
+    }
+
+    /// What the checkpoint says it is: the pipeline class, or the first of `architectures`, or `model_type`.
+    pub fn architecture(&self) -> &str {
+        match &self.layout {
+            Layout::Diffusers { class_name, .. } => class_name,
+            Layout::Transformers { config } => config["architectures"][0]
+                .as_str()
+                .or_else(|| config["model_type"].as_str())
+                .unwrap_or("(config.json names no architecture)"),
+        }
+    }
+
+    /// The component in the folder `name` of a pipeline.
+    pub fn component(&self, name: &str) -> Result<Component> {
+        let dir = self.root.join(name);
+        if !dir.is_dir() {
+            return Err(Error::checkpoint(dir, "the pipeline's component folder is missing"));
+        }
+        Ok(Component { dir })
+    }
+
+    /// The model itself, for a folder that holds just one.
+    pub fn whole(&self) -> Component {
+        Component { dir: self.root.clone() }
+    }
+}
+
+fn read_model_index(path: &Path) -> Result<Layout> {
+    let index: BTreeMap<String, Value> = read_json(path)?;
+    let class_name = index
+        .get("_class_name")
+        .and_then(Value::as_str)
+        .ok_or_else(|| Error::checkpoint(path, "has no `_class_name`"))?
+        .to_owned();
+    let components =
+        index.iter().filter_map(|(name, entry)| Some((name.clone(), entry.get(1)?.as_str()?.to_owned()))).collect();
+    Ok(Layout::Diffusers { class_name, components })
+}
+
+/// One folder with a configuration and, for models, weights.
+#[derive(Debug, Clone)]
+pub struct Component {
+    /// The folder.
+    pub dir: PathBuf,
+}
+
+impl Component {
+    /// Parses `config.json` of the component.
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        read_json(&self.dir.join("config.json"))
+    }
+
+    /// Parses another JSON file of the component, such as `scheduler_config.json`.
+    pub fn json<T: DeserializeOwned>(&self, file_name: &str) -> Result<T> {
+        read_json(&self.dir.join(file_name))
+    }
+
+    /// Maps the component's safetensors files.
+    pub fn weights(&self, placement: &Placement) -> Result<Weights> {
+        Weights::open(&self.dir, placement)
+    }
+}

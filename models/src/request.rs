@@ -1,0 +1,194 @@
+//! What goes into a runner and what comes out of it: ids, validated requests, events. Plain data, no tensors.
+
+use crate::error::Error;
+
+/// Names one running generation inside one process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u64);
+
+/// A request that has been validated against the model's card.
+#[derive(Debug, Clone)]
+pub enum Request {
+    /// Continue a sequence of tokens.
+    Text(TextRequest),
+    /// Make a picture or a clip.
+    Diffusion(DiffusionRequest),
+}
+
+/// Continue `prompt` by at most `max_tokens` tokens. Made by [`crate::TextCard::resolve`].
+#[derive(Debug, Clone)]
+pub struct TextRequest {
+    /// Token ids, at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate, at least one.
+    pub max_tokens: usize,
+    /// How the next token is chosen.
+    pub sampling: SamplingParams,
+    /// Generation ends before the first of these that appears in the text; never part of the answer.
+    pub stop: Vec<String>,
+    /// Go on past end-of-sequence tokens until `max_tokens`.
+    pub ignore_eos: bool,
+}
+
+/// How the next token is chosen from the logits. Field names as in the OpenAI API and vLLM.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Drop tokens less likely than this times the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// Subtracted once from each token that was generated.
+    pub presence_penalty: f32,
+    /// Subtracted once per occurrence in the generated text.
+    pub frequency_penalty: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt and answer; 1 is off.
+    pub repetition_penalty: f32,
+    /// The same seed gives the same tokens, whatever else is running.
+    pub seed: u64,
+}
+
+/// Effective parameters of a picture or clip, as they are echoed. Made by [`crate::DiffusionCard::resolve`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiffusionRequest {
+    /// What to show.
+    pub prompt: String,
+    /// What to steer away from; `None` where the model or the guidance scale uses none.
+    pub negative_prompt: Option<String>,
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Frames of a clip; 1 for a picture.
+    pub num_frames: usize,
+    /// Frames per second of a clip; 0 for a picture.
+    pub fps: usize,
+    /// Denoising steps.
+    pub num_inference_steps: usize,
+    /// As in diffusers: embedded guidance (FLUX.1-dev) or classifier-free guidance (Wan).
+    pub guidance_scale: f64,
+    /// Seed of `torch.Generator("cpu")`.
+    pub seed: u64,
+    /// Tokens that the T5-class encoder's prompt is padded or cut to.
+    pub max_sequence_length: usize,
+}
+
+/// Kind of a bounded piece of device work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Language: prompt chunks, alone or beside decode tokens.
+    Prefill,
+    /// Language: one token per sequence.
+    Decode,
+    /// Diffusion: text encoders.
+    Encode,
+    /// Diffusion: one denoising step of a batch.
+    Denoise,
+    /// Diffusion: latents to pixels, one chunk.
+    VaeDecode,
+}
+
+impl Phase {
+    /// Lower-case name for events, logs and metric labels.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
+            Phase::Encode => "encode",
+            Phase::Denoise => "denoise",
+            Phase::VaeDecode => "vae_decode",
+        }
+    }
+}
+
+/// Why a session ended well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// An end-of-sequence token or a stop string.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+    /// The picture or clip is whole.
+    Complete,
+}
+
+/// Tokens that a text session used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated, the end-of-sequence token included.
+    pub completion_tokens: usize,
+}
+
+/// One picture, or one frame of a clip: 8-bit RGB, rows top to bottom, no padding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// `height * width * 3` bytes.
+    pub rgb: Vec<u8>,
+}
+
+/// What a session tells the world, in order. After `Finished` or `Failed` nothing follows.
+#[derive(Debug)]
+pub enum Event {
+    /// The first step of the session begins.
+    Started,
+    /// Tokens were sampled; `text` is what became certain with them (possibly nothing yet, or the tail held back for
+    /// stop strings with no new token).
+    Text {
+        /// New token ids.
+        tokens: Vec<u32>,
+        /// New text, valid UTF-8.
+        text: String,
+    },
+    /// A diffusion phase moved on: `done` of `total` steps of that phase.
+    Progress {
+        /// Which phase.
+        phase: Phase,
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
+    },
+    /// Decoded frames, in order of time; a picture is one frame.
+    Frames(Vec<Frame>),
+    /// The session ended well and is gone from the runner.
+    Finished {
+        /// Why.
+        reason: FinishReason,
+        /// Tokens used; zeros for pictures and clips.
+        usage: Usage,
+    },
+    /// The session failed and is gone from the runner.
+    Failed(Error),
+}
+
+impl Event {
+    /// Whether nothing follows this event.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Event::Finished { .. } | Event::Failed(_))
+    }
+}
+
+/// Events of one step, collected by the runner, published by whoever called `step`.
+#[derive(Debug, Default)]
+pub struct Events(Vec<(SessionId, Event)>);
+
+impl Events {
+    /// Adds one event.
+    pub fn emit(&mut self, session: SessionId, event: Event) {
+        self.0.push((session, event));
+    }
+
+    /// Takes all events, in order.
+    pub fn drain(&mut self) -> impl Iterator<Item = (SessionId, Event)> + '_ {
+        self.0.drain(..)
+    }
+}

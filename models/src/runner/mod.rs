@@ -1,0 +1,55 @@
+//! The boundary between models and everything above: a runner drives the sessions of one loaded model step by step.
+
+use crate::error::Result;
+use crate::request::{Events, Phase, Request, SessionId};
+
+pub mod diffusion;
+pub mod text;
+
+/// What the next step of a runner would be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepPlan {
+    /// Kind of work.
+    pub phase: Phase,
+    /// Sessions that the step advances.
+    pub sessions: usize,
+}
+
+/// What a runner holds now, for metrics and for tests that nothing leaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RunnerStatus {
+    /// Sessions that have been part of a step and are not done.
+    pub running: usize,
+    /// Sessions that wait for their first step (or, preempted, for their next).
+    pub waiting: usize,
+    /// KV blocks in use; 0 for diffusion.
+    pub kv_blocks_used: usize,
+    /// KV blocks in all; 0 for diffusion.
+    pub kv_blocks_total: usize,
+}
+
+/// Drives all sessions of one loaded model. Used from one thread: the device's.
+pub trait Runner: Send {
+    /// Bytes of device memory that a session of this request needs beside the weights, at its peak. The caller
+    /// reserves them before `submit` and frees them when the session ends.
+    fn footprint_bytes(&self, request: &Request) -> usize;
+
+    /// Accepts a session: checks it, plans it, computes nothing heavy.
+    fn submit(&mut self, session: SessionId, request: Request) -> Result<()>;
+
+    /// Forgets a session and frees what it holds. Unknown ids are ignored: the session may just have ended.
+    fn cancel(&mut self, session: SessionId);
+
+    /// What the next call of `step` would do; `None` when there is nothing to do.
+    fn next(&self) -> Option<StepPlan>;
+
+    /// Does one bounded piece of work and says what came of it. After an error (or a panic) the caller must call
+    /// [`Runner::evict_step`].
+    fn step(&mut self, events: &mut Events) -> Result<StepPlan>;
+
+    /// Forgets the sessions of the step that failed, frees what they held, and names them. The others go on.
+    fn evict_step(&mut self) -> Vec<SessionId>;
+
+    /// What the runner holds now.
+    fn status(&self) -> RunnerStatus;
+}

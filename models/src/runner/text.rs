@@ -1,0 +1,1 @@
+//! The text runner: continuous batching over paged KV.

@@ -1,0 +1,1 @@
+//! A scripted runner for tests and benches.

@@ -1,0 +1,4 @@
+//! Latents to pixels.
+
+pub mod kl;
+pub mod wan;

@@ -1,0 +1,1 @@
+//! AutoencoderKLWan (decoder).

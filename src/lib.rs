@@ -1,0 +1,11 @@
+//! Tale: one native process that serves text, pictures and clips from open weights on a private network.
+//!
+//! Owns: HTTP, jobs, scheduling across models, media encoding, the command line. Does not know: tensors.
+
+pub mod cli;
+pub mod config;
+pub mod engine;
+pub mod http;
+pub mod job;
+pub mod media;
+pub mod telemetry;

@@ -1,0 +1,3 @@
+//! The `tale` command.
+
+fn main() {}
