@@ -21,6 +21,7 @@ pub mod runner;
 pub mod sampler;
 pub mod solver;
 pub mod testing;
+pub mod text_stream;
 pub mod tokenizer;
 pub mod vae;
 pub mod weights;

@@ -1,0 +1,52 @@
+//! Reading goldens and comparing with them.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+
+/// Folder of one golden case.
+pub fn case_dir(case: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(case)
+}
+
+/// `golden.json` of a case.
+pub fn golden_json(case: &str) -> serde_json::Value {
+    let path = case_dir(case).join("golden.json");
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}; scripts/goldens makes it", path.display()));
+    serde_json::from_slice(&bytes).expect("golden.json is JSON")
+}
+
+/// Tensors of `golden.safetensors` of a case.
+pub fn golden_tensors(case: &str) -> HashMap<String, Tensor> {
+    let path = case_dir(case).join("golden.safetensors");
+    candle_core::safetensors::load(&path, &Device::Cpu).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Largest absolute difference over largest absolute expected value.
+pub fn relative_error(found: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(found.dims(), expected.dims(), "shapes differ");
+    let flat = |x: &Tensor| -> Vec<f32> {
+        let x = x.to_dtype(DType::F32).expect("cast");
+        x.flatten_all().expect("flatten").to_vec1().expect("read")
+    };
+    let (found, expected) = (flat(found), flat(expected));
+    let difference = found.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
+    let scale = expected.iter().map(|b| f64::from(b.abs())).fold(1e-30, f64::max);
+    assert!(found.iter().all(|a| a.is_finite()), "a value is not finite");
+    difference / scale
+}
+
+/// Asserts [`relative_error`] below `tolerance`, naming what was compared.
+pub fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    let error = relative_error(found, expected);
+    assert!(error <= tolerance, "{what}: relative error {error:.2e} is over {tolerance:.0e}");
+}
+
+/// Peak signal-to-noise ratio in dB of two 8-bit pictures.
+pub fn psnr(found: &[u8], expected: &[u8]) -> f64 {
+    assert_eq!(found.len(), expected.len(), "sizes differ");
+    let squares: f64 = found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    let mse = squares / found.len() as f64;
+    if mse == 0.0 { f64::INFINITY } else { 10.0 * (255.0f64 * 255.0 / mse).log10() }
+}
