@@ -1,11 +1,10 @@
 //! Tensors of a checkpoint component by name: memory-mapped safetensors files, checked before use, copied once.
 //!
-//! Owns: finding single and sharded files, header checks, dtype conversion, and the record of which tensors were used.
+//! Owns: the view by name, dtype conversion, and the record of which tensors were used ([`files`] finds and checks).
 //! Does not know: any architecture. A *dry* view answers every request with a tensor that takes no memory and records
 //! what is missing, so that `tale inspect` runs the very code that loads.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -13,17 +12,12 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
+use safetensors::Dtype;
 
-use crate::config::read_json;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 
-/// Base names of weight files, in the order in which they are looked for.
-const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
-/// Precision variants of a file name; the plain one first.
-const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
+mod files;
 
 /// A view of a component's tensors under a name prefix. Cheap to clone.
 #[derive(Clone)]
@@ -70,11 +64,6 @@ pub struct WeightsReport {
     pub unused: Vec<String>,
 }
 
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
-}
-
 impl std::fmt::Debug for Weights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Weights").field("root", &self.source.root).field("prefix", &self.prefix).finish()
@@ -97,12 +86,12 @@ impl Weights {
     }
 
     fn open_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {
-        let (paths, index) = find_files(dir)?;
+        let (paths, index) = files::find(dir)?;
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors = BTreeMap::new();
         for (position, path) in paths.into_iter().enumerate() {
-            let mmap = map_file(&path)?;
-            for (name, located) in read_header(&path, &mmap, position)? {
+            let mmap = files::map(&path)?;
+            for (name, located) in files::read_header(&path, &mmap, position)? {
                 if tensors.insert(name.clone(), located).is_some() {
                     return Err(Error::checkpoint(path, format!("tensor `{name}` is in two files")));
                 }
@@ -261,68 +250,6 @@ impl Source {
     }
 }
 
-/// The weight files of a folder and, for a sharded set, which tensor lies in which of them.
-fn find_files(dir: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>)> {
-    for stem in STEMS {
-        for variant in VARIANTS {
-            let single = dir.join(format!("{stem}{variant}.safetensors"));
-            if single.exists() {
-                return Ok((vec![single], BTreeMap::new()));
-            }
-            let index_path = dir.join(format!("{stem}.safetensors.index{variant}.json"));
-            if index_path.exists() {
-                return find_shards(dir, &index_path);
-            }
-        }
-    }
-    let pickles = ["pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt"];
-    match pickles.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
-        Some(pickle) => {
-            Err(Error::checkpoint(pickle, "is a pickle, which can run code when read; only safetensors files are read"))
-        }
-        None => Err(Error::checkpoint(
-            dir,
-            "holds no safetensors file (model.safetensors, diffusion_pytorch_model.safetensors or an index of shards)",
-        )),
-    }
-}
-
-fn find_shards(dir: &Path, index_path: &Path) -> Result<(Vec<PathBuf>, BTreeMap<String, String>)> {
-    let index: ShardIndex = read_json(index_path)?;
-    let names: BTreeSet<&String> = index.weight_map.values().collect();
-    let mut paths = Vec::with_capacity(names.len());
-    for name in names {
-        let path = dir.join(name);
-        if Path::new(name).components().count() != 1 || name.contains("..") {
-            return Err(Error::checkpoint(index_path, format!("names a shard outside its folder: `{name}`")));
-        }
-        if !path.exists() {
-            return Err(Error::checkpoint(path, format!("this shard is missing; {} names it", index_path.display())));
-        }
-        paths.push(path);
-    }
-    Ok((paths, index.weight_map))
-}
-
-fn map_file(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|e| Error::checkpoint(path, e))?;
-    // SAFETY: checkpoints are immutable while they are served; the map is dropped once the weights are copied.
-    unsafe { Mmap::map(&file) }.map_err(|e| Error::checkpoint(path, e))
-}
-
-fn read_header(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(String, Located)>> {
-    // `deserialize` checks the header's length, every offset and size against the file, and that nothing overlaps.
-    let header = SafeTensors::deserialize(mmap).map_err(|e| {
-        Error::checkpoint(path, format!("is not a sound safetensors file: {e} (file of {} bytes)", mmap.len()))
-    })?;
-    let base = mmap.as_ptr() as usize;
-    let located = |view: &safetensors::tensor::TensorView| {
-        let start = view.data().as_ptr() as usize - base;
-        Located { file, dtype: view.dtype(), shape: view.shape().to_vec(), bytes: start..start + view.data().len() }
-    };
-    Ok(header.iter().map(|(name, view)| (name.to_owned(), located(&view))).collect())
-}
-
 fn candle_dtype(dtype: Dtype) -> DType {
     match dtype {
         Dtype::F16 => DType::F16,
@@ -367,4 +294,146 @@ fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
 
 fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::serialize_to_file;
+    use safetensors::tensor::TensorView;
+
+    use std::fs::File;
+
+    use super::*;
+    use crate::device::{DeviceSpec, WeightDtype};
+
+    fn placement(dtype: WeightDtype) -> Placement {
+        Placement::open(DeviceSpec::Cpu, dtype).expect("the CPU is always there")
+    }
+
+    /// A folder with `model.safetensors` that holds `a.weight` [2, 3] in bf16 and `a.bias` [2] in f32.
+    fn sound_folder() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let weight: Vec<u8> = (0..6).flat_map(|i| bf16::from_f32(i as f32 - 2.5).to_le_bytes()).collect();
+        let bias: Vec<u8> = [0.1f32, -7.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let tensors = [
+            ("a.weight", TensorView::new(Dtype::BF16, vec![2, 3], &weight).expect("view")),
+            ("a.bias", TensorView::new(Dtype::F32, vec![2], &bias).expect("view")),
+        ];
+        serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).expect("write");
+        dir
+    }
+
+    fn error_of<T>(result: Result<T>) -> String {
+        match result {
+            Ok(_) => panic!("was accepted"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn matrices_keep_the_published_dtype_and_vectors_widen() {
+        let dir = sound_folder();
+        let weights = Weights::open(dir.path(), &placement(WeightDtype::Auto)).expect("open").pp("a");
+        let matrix = weights.matrix(2, 3, "weight").expect("matrix");
+        assert_eq!(matrix.dtype(), DType::BF16);
+        assert_eq!(weights.get(&[2], "bias").expect("bias").to_vec1::<f32>().expect("f32"), [0.1, -7.0]);
+        let widened = matrix.to_dtype(DType::F32).expect("cast").to_vec2::<f32>().expect("f32");
+        assert_eq!(widened, [[-2.5, -1.5, -0.5], [0.5, 1.5, 2.5]]);
+        for (dtype, expected) in [(WeightDtype::F32, DType::F32), (WeightDtype::F16, DType::F16)] {
+            let weights = Weights::open(dir.path(), &placement(dtype)).expect("open").pp("a");
+            assert_eq!(weights.matrix(2, 3, "weight").expect("matrix").dtype(), expected);
+        }
+    }
+
+    #[test]
+    fn the_report_names_what_was_not_used() {
+        let dir = sound_folder();
+        let weights = Weights::open(dir.path(), &placement(WeightDtype::Auto)).expect("open");
+        weights.pp("a").matrix(2, 3, "weight").expect("matrix");
+        let report = weights.report();
+        assert_eq!(report.unused, ["a.bias"]);
+        assert_eq!((report.num_parameters, report.resident_bytes), (8, 12));
+        weights.ignore("a.bias");
+        assert!(weights.report().unused.is_empty());
+    }
+
+    #[test]
+    fn a_dry_view_records_every_problem_and_takes_no_memory() {
+        let dir = sound_folder();
+        let weights = Weights::open_dry(dir.path(), &placement(WeightDtype::Auto)).expect("open");
+        let huge = weights.matrix(1 << 20, 1 << 20, "a.weight").expect("placeholder");
+        assert_eq!(huge.dims(), [1 << 20, 1 << 20]);
+        weights.get(&[1 << 40], "b").expect("placeholder");
+        let problems: Vec<String> = weights.report().problems.iter().map(Error::to_string).collect();
+        assert!(problems[0].contains("`a.weight` has shape [2, 3], expected [1048576, 1048576]"), "{problems:?}");
+        assert!(problems[1].contains("`b` is missing"), "{problems:?}");
+    }
+
+    #[test]
+    fn wrong_shapes_and_missing_tensors_name_file_and_tensor() {
+        let dir = sound_folder();
+        let weights = Weights::open(dir.path(), &placement(WeightDtype::Auto)).expect("open");
+        let error = error_of(weights.matrix(3, 2, "a.weight"));
+        assert!(error.contains("model.safetensors: tensor `a.weight` has shape [2, 3], expected [3, 2]"), "{error}");
+        assert!(error_of(weights.get(&[1], "a.gain")).contains("tensor `a.gain` is missing"));
+    }
+
+    #[test]
+    fn damaged_files_are_refused_with_the_reason() {
+        let check = |damage: &dyn Fn(&Path), expected: &str| {
+            let dir = sound_folder();
+            damage(&dir.path().join("model.safetensors"));
+            let error = error_of(Weights::open(dir.path(), &placement(WeightDtype::Auto)));
+            assert!(error.contains(expected), "expected `{expected}` in: {error}");
+        };
+        let rewrite = |path: &Path, from: &str, to: &str| {
+            let bytes = std::fs::read(path).expect("read");
+            let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect("pattern is there");
+            let mut changed = bytes.clone();
+            changed[at..at + from.len()].copy_from_slice(to.as_bytes());
+            std::fs::write(path, changed).expect("write");
+        };
+        let truncate = |path: &Path, len: u64| {
+            File::options().write(true).open(path).expect("open").set_len(len).expect("truncate");
+        };
+        check(&|path| truncate(path, 4), "header too small");
+        check(&|path| truncate(path, 40), "header length points past the end");
+        let shortened = |path: &Path| truncate(path, std::fs::metadata(path).expect("stat").len() - 2);
+        check(&shortened, "its tensors end at byte 20, the file has 18 bytes");
+        check(
+            &|path| rewrite(path, "[2,3]", "[2,4]"),
+            "tensor `a.weight` of shape [2, 4] and dtype BF16 needs 16 bytes, its offsets give 12",
+        );
+        check(&|path| rewrite(path, "[2,3]", "[2,x]"), "invalid JSON in header");
+        check(&|path| std::fs::write(path, (1u64 << 60).to_le_bytes()).expect("write"), "header too large");
+    }
+
+    #[test]
+    fn pickles_and_empty_folders_are_refused() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let open = || error_of(Weights::open(dir.path(), &placement(WeightDtype::Auto)));
+        assert!(open().contains("holds no safetensors file"));
+        std::fs::write(dir.path().join("pytorch_model.bin"), b"\x80\x02").expect("write");
+        assert!(open().contains("is a pickle"), "{}", open());
+    }
+
+    #[test]
+    fn shards_must_all_be_there_and_hold_what_the_index_says() {
+        let dir = sound_folder();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::rename(path("model.safetensors"), path("model-00001-of-00002.safetensors")).expect("rename");
+        let write_index = |map: &str| {
+            std::fs::write(path("model.safetensors.index.json"), format!("{{\"weight_map\":{map}}}")).expect("write");
+        };
+        let open = || Weights::open(dir.path(), &placement(WeightDtype::Auto));
+        let shard = "model-00001-of-00002.safetensors";
+        write_index(&format!(r#"{{"a.weight":"{shard}","a.bias":"{shard}"}}"#));
+        open().expect("all shards are there").get(&[2], "a.bias").expect("bias");
+        write_index(&format!(r#"{{"a.weight":"{shard}","a.bias":"model-00002-of-00002.safetensors"}}"#));
+        assert!(error_of(open()).contains("model-00002-of-00002.safetensors: this shard is missing"));
+        write_index(&format!(r#"{{"a.gain":"{shard}"}}"#));
+        assert!(error_of(open()).contains("tensor `a.gain` is missing"));
+        write_index(r#"{"a.weight":"../model.safetensors"}"#);
+        assert!(error_of(open()).contains("outside its folder"));
+    }
 }

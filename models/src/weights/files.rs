@@ -1,0 +1,149 @@
+//! Finding, mapping and checking the safetensors files of a folder. Nothing of a header is used before it is checked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::Deserialize;
+
+use super::Located;
+use crate::config::read_json;
+use crate::error::{Error, Result};
+
+/// Base names of weight files, in the order in which they are looked for.
+const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
+/// Precision variants of a file name; the plain one first.
+const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
+/// Files that hold the same weights as pickles.
+const PICKLES: [&str; 6] = [
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "model.pt",
+    "consolidated.00.pth",
+];
+
+/// Tensor name to the name of the shard that holds it, as `*.safetensors.index.json` says.
+type WeightMap = BTreeMap<String, String>;
+
+#[derive(Deserialize)]
+struct ShardIndex {
+    weight_map: WeightMap,
+}
+
+/// The weight files of a folder and, for a sharded set, its index (else empty).
+pub(super) fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
+    for stem in STEMS {
+        for variant in VARIANTS {
+            let single = dir.join(format!("{stem}{variant}.safetensors"));
+            if single.exists() {
+                return Ok((vec![single], WeightMap::new()));
+            }
+            let index_path = dir.join(format!("{stem}.safetensors.index{variant}.json"));
+            if index_path.exists() {
+                return find_shards(dir, &index_path);
+            }
+        }
+    }
+    match PICKLES.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
+        Some(pickle) => {
+            Err(Error::checkpoint(pickle, "is a pickle, which can run code when read; only safetensors files are read"))
+        }
+        None => Err(Error::checkpoint(
+            dir,
+            "holds no safetensors file (model.safetensors, diffusion_pytorch_model.safetensors or an index of shards)",
+        )),
+    }
+}
+
+fn find_shards(dir: &Path, index_path: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
+    let index: ShardIndex = read_json(index_path)?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    let mut paths = Vec::with_capacity(names.len());
+    for name in names {
+        let path = dir.join(name);
+        if Path::new(name).components().count() != 1 || name.contains("..") {
+            return Err(Error::checkpoint(index_path, format!("names a shard outside its folder: `{name}`")));
+        }
+        if !path.exists() {
+            return Err(Error::checkpoint(path, format!("this shard is missing; {} names it", index_path.display())));
+        }
+        paths.push(path);
+    }
+    Ok((paths, index.weight_map))
+}
+
+/// Maps a file for reading.
+pub(super) fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(|e| Error::checkpoint(path, e))?;
+    // SAFETY: checkpoints are immutable while they are served; the map is dropped once the weights are copied.
+    unsafe { Mmap::map(&file) }.map_err(|e| Error::checkpoint(path, e))
+}
+
+/// Tensors of a mapped file; `file` is its position among the component's files.
+pub(super) fn read_header(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(String, Located)>> {
+    // `deserialize` checks the header's length, every offset and size against the file, and that nothing overlaps.
+    let header = SafeTensors::deserialize(mmap).map_err(|error| {
+        let reason = explain(mmap).unwrap_or_else(|| plain_words(&error));
+        Error::checkpoint(path, format!("is not a sound safetensors file: {reason}"))
+    })?;
+    let base = mmap.as_ptr() as usize;
+    let located = |view: &TensorView| {
+        let start = view.data().as_ptr() as usize - base;
+        Located { file, dtype: view.dtype(), shape: view.shape().to_vec(), bytes: start..start + view.data().len() }
+    };
+    Ok(header.iter().map(|(name, view)| (name.to_owned(), located(&view))).collect())
+}
+
+fn plain_words(error: &SafeTensorError) -> String {
+    match error {
+        SafeTensorError::InvalidHeaderLength => "its header length points past the end of the file".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// What a header claims of one tensor, before anything is believed.
+#[derive(Deserialize)]
+struct Claim {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data_offsets: (usize, usize),
+}
+
+/// Names the tensor that makes a readable header wrong, with what was found and what was expected. `None` when the
+/// header cannot be read at all.
+fn explain(file: &[u8]) -> Option<String> {
+    let header_len = u64::from_le_bytes(*file.first_chunk()?);
+    let header = file.get(8..8usize.checked_add(usize::try_from(header_len).ok()?)?)?;
+    let claims: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    let mut spans = Vec::with_capacity(claims.len());
+    for (name, claim) in claims.into_iter().filter(|(name, _)| name != "__metadata__") {
+        let claim: Claim = serde_json::from_value(claim).ok()?;
+        let (start, end) = claim.data_offsets;
+        let elements = claim.shape.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim))?;
+        let needed = elements.checked_mul(claim.dtype.bitsize())? / 8;
+        if end.checked_sub(start) != Some(needed) {
+            return Some(format!(
+                "tensor `{name}` of shape {:?} and dtype {:?} needs {needed} bytes, its offsets give {}",
+                claim.shape,
+                claim.dtype,
+                end as i128 - start as i128
+            ));
+        }
+        spans.push((start, end, name));
+    }
+    spans.sort_unstable();
+    let mut covered = 0;
+    for (start, end, name) in spans {
+        if start != covered {
+            return Some(format!("tensor `{name}` starts at byte {start}, the one before it ends at {covered}"));
+        }
+        covered = end;
+    }
+    let data_len = file.len() - 8 - header.len();
+    (covered != data_len).then(|| format!("its tensors end at byte {covered}, the file has {data_len} bytes for them"))
+}
