@@ -1,1 +1,328 @@
-//! T5 and UMT5 encoders.
+//! T5 and UMT5 encoders: token ids to hidden states.
+//!
+//! Owns: the encoder stack and its relative position bias (one table for all layers in T5, one per layer in UMT5). Does
+//! not know: tokenizers, padding (a masked key changes nothing for the other tokens, so callers pass the tokens that
+//! count and no more), decoders.
+//! Source: transformers `models/t5/modeling_t5.py`, `models/umt5/modeling_umt5.py`.
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
+
+use crate::error::Result;
+use crate::layers::{Embedding, Linear, RmsNorm};
+use crate::weights::Weights;
+
+/// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder. Defaults are those of transformers.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct T5Config {
+    pub model_type: T5Kind,
+    pub vocab_size: usize,
+    pub d_model: usize,
+    pub d_kv: usize,
+    pub d_ff: usize,
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub feed_forward_proj: FeedForwardKind,
+    #[serde(default = "default_num_buckets")]
+    pub relative_attention_num_buckets: usize,
+    #[serde(default = "default_max_distance")]
+    pub relative_attention_max_distance: usize,
+    #[serde(default = "default_layer_norm_epsilon")]
+    pub layer_norm_epsilon: f64,
+}
+
+fn default_num_buckets() -> usize {
+    32
+}
+
+fn default_max_distance() -> usize {
+    128
+}
+
+fn default_layer_norm_epsilon() -> f64 {
+    1e-6
+}
+
+/// Which of the two architectures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum T5Kind {
+    /// The position bias lies in layer 0 and serves all layers.
+    T5,
+    /// Every layer has its own position bias.
+    Umt5,
+}
+
+/// `feed_forward_proj`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FeedForwardKind {
+    /// `wo(relu(wi x))`.
+    Relu,
+    /// `wo(gelu_new(wi_0 x) * wi_1 x)`; `gelu_new` is the tanh approximation.
+    GatedGelu,
+    /// `wo(silu(wi_0 x) * wi_1 x)`.
+    GatedSilu,
+}
+
+/// The encoder half of T5 or UMT5.
+#[derive(Debug, Clone)]
+pub struct T5Encoder {
+    shared: Embedding,
+    block: Vec<Block>,
+    final_layer_norm: RmsNorm,
+    buckets: Buckets,
+}
+
+impl T5Encoder {
+    /// Tensors `shared.weight` or `encoder.embed_tokens.weight` (two names of one table; either may be absent) and
+    /// `encoder.*`.
+    pub fn load(weights: &Weights, config: &T5Config) -> Result<Self> {
+        let encoder = weights.pp("encoder");
+        let shared = if encoder.contains("embed_tokens.weight") && !weights.contains("shared.weight") {
+            encoder.pp("embed_tokens")
+        } else {
+            encoder.ignore("embed_tokens.weight");
+            weights.pp("shared")
+        };
+        let mut block = Vec::with_capacity(config.num_layers);
+        for layer in 0..config.num_layers {
+            let has_bias = layer == 0 || config.model_type == T5Kind::Umt5;
+            block.push(Block::load(&encoder.pp("block").pp(layer).pp("layer"), config, has_bias)?);
+        }
+        Ok(Self {
+            shared: Embedding::load(&shared, config.vocab_size, config.d_model)?,
+            block,
+            final_layer_norm: RmsNorm::load(
+                &encoder.pp("final_layer_norm"),
+                config.d_model,
+                config.layer_norm_epsilon,
+            )?,
+            buckets: Buckets {
+                num_buckets: config.relative_attention_num_buckets,
+                max_distance: config.relative_attention_max_distance,
+            },
+        })
+    }
+
+    /// Hidden states `[1, l, d_model]` (f32) of the tokens `ids`; every token sees every other one.
+    ///
+    /// A reference that pads and masks gives the same states for the tokens before the padding.
+    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
+        let ids = Tensor::from_slice(ids, ids.len(), self.device())?;
+        let mut x = self.shared.forward(&ids)?.unsqueeze(0)?; // [1, l, d_model]
+        let mut bias = None;
+        for block in &self.block {
+            if let Some(table) = &block.relative_attention_bias {
+                bias = Some(self.buckets.bias(table, ids.dim(0)?)?);
+            }
+            x = block.forward(&x, bias.as_ref())?;
+        }
+        self.final_layer_norm.forward(&x)
+    }
+
+    fn device(&self) -> &Device {
+        self.final_layer_norm.device()
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Block {
+    attention_norm: RmsNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    /// `[num_buckets, heads]`, in the layers that have one.
+    relative_attention_bias: Option<Tensor>,
+    num_heads: usize,
+    feed_forward_norm: RmsNorm,
+    feed_forward: FeedForward,
+}
+
+impl Block {
+    fn load(layer: &Weights, config: &T5Config, has_bias: bool) -> Result<Self> {
+        let (d_model, inner, eps) = (config.d_model, config.num_heads * config.d_kv, config.layer_norm_epsilon);
+        let attention = layer.pp(0).pp("SelfAttention");
+        let table = |weights: &Weights| {
+            let shape = [config.relative_attention_num_buckets, config.num_heads];
+            weights.get(&shape, "relative_attention_bias.weight")
+        };
+        Ok(Self {
+            attention_norm: RmsNorm::load(&layer.pp(0).pp("layer_norm"), d_model, eps)?,
+            q: Linear::load_no_bias(&attention.pp("q"), d_model, inner)?,
+            k: Linear::load_no_bias(&attention.pp("k"), d_model, inner)?,
+            v: Linear::load_no_bias(&attention.pp("v"), d_model, inner)?,
+            o: Linear::load_no_bias(&attention.pp("o"), inner, d_model)?,
+            relative_attention_bias: has_bias.then(|| table(&attention)).transpose()?,
+            num_heads: config.num_heads,
+            feed_forward_norm: RmsNorm::load(&layer.pp(1).pp("layer_norm"), d_model, eps)?,
+            feed_forward: FeedForward::load(&layer.pp(1).pp("DenseReluDense"), config)?,
+        })
+    }
+
+    /// `x [1, l, d_model]`, `bias [heads, l, l]`.
+    fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let x = (x + self.attend(&self.attention_norm.forward(x)?, bias)?)?;
+        let y = self.feed_forward.forward(&self.feed_forward_norm.forward(&x)?)?;
+        Ok((x + y)?)
+    }
+
+    fn attend(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (b, l, _) = x.dims3()?;
+        let heads = |y: Tensor| y.reshape((b, l, self.num_heads, ())); // [1, l, heads, d_kv]
+        let (q, k, v) = (heads(self.q.forward(x)?)?, heads(self.k.forward(x)?)?, heads(self.v.forward(x)?)?);
+        // T5 was trained without the usual 1/sqrt(d): its initialisation absorbs it.
+        let options = AttentionOptions { scale: Some(1.0), bias, ..Default::default() };
+        self.o.forward(&attention(&q, &k, &v, &options)?.reshape((b, l, ()))?)
+    }
+}
+
+#[derive(Debug, Clone)]
+enum FeedForward {
+    Relu { wi: Linear, wo: Linear },
+    Gated { wi_0: Linear, wi_1: Linear, wo: Linear, kind: FeedForwardKind },
+}
+
+impl FeedForward {
+    fn load(weights: &Weights, config: &T5Config) -> Result<Self> {
+        let (d_model, d_ff) = (config.d_model, config.d_ff);
+        let wide = |name: &str| Linear::load_no_bias(&weights.pp(name), d_model, d_ff);
+        let wo = Linear::load_no_bias(&weights.pp("wo"), d_ff, d_model)?;
+        match config.feed_forward_proj {
+            FeedForwardKind::Relu => Ok(Self::Relu { wi: wide("wi")?, wo }),
+            kind => Ok(Self::Gated { wi_0: wide("wi_0")?, wi_1: wide("wi_1")?, wo, kind }),
+        }
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Relu { wi, wo } => wo.forward(&wi.forward(x)?.relu()?),
+            Self::Gated { wi_0, wi_1, wo, kind: FeedForwardKind::GatedSilu } => {
+                wo.forward(&silu_mul(&wi_0.forward(x)?, &wi_1.forward(x)?)?)
+            }
+            Self::Gated { wi_0, wi_1, wo, .. } => wo.forward(&(gelu_tanh(&wi_0.forward(x)?)? * wi_1.forward(x)?)?),
+        }
+    }
+}
+
+/// Distances between tokens, binned: near ones exactly, far ones logarithmically, each direction apart.
+#[derive(Debug, Clone, Copy)]
+struct Buckets {
+    num_buckets: usize,
+    max_distance: usize,
+}
+
+impl Buckets {
+    /// The bucket of a key `distance` tokens after the query (negative: before). In f32, as the reference computes it:
+    /// the rounding decides on which side of an edge a distance falls.
+    fn bucket(self, distance: i64) -> usize {
+        let per_direction = self.num_buckets / 2;
+        let offset = if distance > 0 { per_direction } else { 0 };
+        let distance = distance.unsigned_abs() as usize;
+        let max_exact = per_direction / 2;
+        if distance < max_exact {
+            return offset + distance;
+        }
+        let log_max = (self.max_distance as f64 / max_exact as f64).ln() as f32;
+        let position = (distance as f32 / max_exact as f32).ln() / log_max * (per_direction - max_exact) as f32;
+        offset + (max_exact + position as usize).min(per_direction - 1)
+    }
+
+    /// `[heads, l, l]` from `table [num_buckets, heads]`.
+    fn bias(self, table: &Tensor, l: usize) -> Result<Tensor> {
+        // The bias depends on the distance alone: per head one value for each of -(l-1)..=l-1, then one window per query.
+        let reach = l as i64 - 1;
+        let buckets: Vec<u32> = (-reach..=reach).map(|distance| self.bucket(distance) as u32).collect();
+        let buckets = Tensor::from_vec(buckets, 2 * l - 1, table.device())?;
+        let by_distance = table.t()?.contiguous()?.index_select(&buckets, 1)?; // [heads, 2l-1]
+        let rows = (0..l).map(|query| by_distance.narrow(1, l - 1 - query, l)).collect::<Result<Vec<_>, _>>()?;
+        Ok(Tensor::stack(&rows, 1)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `T5Attention._relative_position_bucket` of transformers 4 and 5 at every edge between two buckets up to a distance of 600.
+    #[test]
+    fn buckets_are_those_of_the_reference() {
+        let buckets = Buckets { num_buckets: 32, max_distance: 128 };
+        for (distance, expected) in REFERENCE_32_128 {
+            assert_eq!(buckets.bucket(*distance), *expected, "distance {distance}");
+        }
+        let buckets = Buckets { num_buckets: 8, max_distance: 20 };
+        for (distance, expected) in REFERENCE_8_20 {
+            assert_eq!(buckets.bucket(*distance), *expected, "distance {distance}");
+        }
+    }
+
+    #[test]
+    fn bias_of_a_pair_depends_on_its_distance() {
+        let buckets = Buckets { num_buckets: 8, max_distance: 20 };
+        let table = Tensor::arange(0f32, 16.0, &Device::Cpu).unwrap().reshape((8, 2)).unwrap();
+        let bias = buckets.bias(&table, 5).unwrap().to_vec3::<f32>().unwrap();
+        for (head, rows) in bias.iter().enumerate() {
+            for (query, row) in rows.iter().enumerate() {
+                for (key, value) in row.iter().enumerate() {
+                    let bucket = buckets.bucket(key as i64 - query as i64);
+                    assert_eq!(*value, (bucket * 2 + head) as f32);
+                }
+            }
+        }
+    }
+    const REFERENCE_32_128: &[(i64, usize)] = &[
+        (-600, 15),
+        (-91, 15),
+        (-90, 14),
+        (-64, 14),
+        (-63, 13),
+        (-46, 13),
+        (-45, 12),
+        (-32, 12),
+        (-31, 11),
+        (-23, 11),
+        (-22, 10),
+        (-16, 10),
+        (-15, 9),
+        (-12, 9),
+        (-11, 8),
+        (-8, 8),
+        (-7, 7),
+        (-6, 6),
+        (-5, 5),
+        (-4, 4),
+        (-3, 3),
+        (-2, 2),
+        (-1, 1),
+        (0, 0),
+        (1, 17),
+        (2, 18),
+        (3, 19),
+        (4, 20),
+        (5, 21),
+        (6, 22),
+        (7, 23),
+        (8, 24),
+        (11, 24),
+        (12, 25),
+        (15, 25),
+        (16, 26),
+        (22, 26),
+        (23, 27),
+        (31, 27),
+        (32, 28),
+        (45, 28),
+        (46, 29),
+        (63, 29),
+        (64, 30),
+        (90, 30),
+        (91, 31),
+        (600, 31),
+    ];
+    const REFERENCE_8_20: &[(i64, usize)] =
+        &[(-600, 3), (-7, 3), (-6, 2), (-2, 2), (-1, 1), (0, 0), (1, 5), (2, 6), (6, 6), (7, 7), (600, 7)];
+}

@@ -77,6 +77,11 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(tale_kernels::rms_norm(x, &self.weight, self.eps)?)
     }
+
+    /// Where the layer lives.
+    pub fn device(&self) -> &candle_core::Device {
+        self.weight.device()
+    }
 }
 
 /// Layer norm over the last dimension.
