@@ -322,3 +322,95 @@ fn check_range<T: PartialOrd + std::fmt::Display + Copy>(field: &str, value: T, 
     }
     Err(Error::invalid(field, format!("is {value}; allowed: {min} to {max}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn clip_card() -> DiffusionCard {
+        DiffusionCard {
+            family: "wan",
+            medium: Medium::Clip,
+            defaults: DiffusionDefaults {
+                width: 832,
+                height: 480,
+                num_frames: 81,
+                fps: 16,
+                num_inference_steps: 50,
+                guidance_scale: 5.0,
+                max_sequence_length: 512,
+            },
+            size_multiple: 16,
+            max_side: 2048,
+            max_pixels: 1280 * 720,
+            max_frames: 161,
+            frames_multiple: 4,
+            max_sequence_length: 512,
+            guidance: Guidance::ClassifierFree,
+        }
+    }
+
+    fn picture_card(guidance: Guidance) -> DiffusionCard {
+        let defaults = DiffusionDefaults { num_frames: 1, fps: 0, guidance_scale: 0.0, ..clip_card().defaults };
+        DiffusionCard { medium: Medium::Picture, frames_multiple: 1, max_frames: 1, guidance, defaults, ..clip_card() }
+    }
+
+    #[test]
+    fn absent_fields_take_the_models_defaults() {
+        let request = clip_card().resolve(DiffusionOptions::default(), 7).expect("defaults are valid");
+        assert_eq!((request.width, request.height, request.num_frames, request.fps), (832, 480, 81, 16));
+        assert_eq!((request.seed, request.negative_prompt.as_deref()), (7, Some("")));
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_named_with_what_is_allowed() {
+        let check = |card: DiffusionCard, options: DiffusionOptions, field: &str, allowed: &str| match card
+            .resolve(options, 0)
+        {
+            Err(Error::InvalidRequest { field: found, problem }) => {
+                assert_eq!(found, field);
+                assert!(problem.contains(allowed), "expected `{allowed}` in: {problem}");
+            }
+            other => panic!("{field}: {other:?}"),
+        };
+        let options = DiffusionOptions::default;
+        check(
+            clip_card(),
+            DiffusionOptions { width: Some(100), ..options() },
+            "width",
+            "multiples of 16 from 16 to 2048",
+        );
+        check(clip_card(), DiffusionOptions { height: Some(0), ..options() }, "height", "multiples of 16");
+        let large = DiffusionOptions { width: Some(2048), height: Some(2048), ..options() };
+        check(clip_card(), large, "size", "at most 921600");
+        check(clip_card(), DiffusionOptions { num_frames: Some(80), ..options() }, "num_frames", "4k+1 from 1 to 161");
+        check(clip_card(), DiffusionOptions { num_frames: Some(165), ..options() }, "num_frames", "4k+1 from 1 to 161");
+        check(clip_card(), DiffusionOptions { fps: Some(0), ..options() }, "fps", "1 to 120");
+        check(
+            clip_card(),
+            DiffusionOptions { num_inference_steps: Some(0), ..options() },
+            "num_inference_steps",
+            "1 to",
+        );
+        let nan = DiffusionOptions { guidance_scale: Some(f64::NAN), ..options() };
+        check(clip_card(), nan, "guidance_scale", "0 to 100");
+        let long = DiffusionOptions { max_sequence_length: Some(513), ..options() };
+        check(clip_card(), long, "max_sequence_length", "1 to 512");
+        let clip_fields = DiffusionOptions { num_frames: Some(5), ..options() };
+        check(picture_card(Guidance::Embedded), clip_fields, "num_frames", "leave it out");
+        check(picture_card(Guidance::Embedded), DiffusionOptions { fps: Some(8), ..options() }, "fps", "leave it out");
+        let scale = DiffusionOptions { guidance_scale: Some(3.5), ..options() };
+        check(picture_card(Guidance::None), scale, "guidance_scale", "only 0");
+    }
+
+    #[test]
+    fn a_negative_prompt_without_effect_is_refused() {
+        let options = || DiffusionOptions { negative_prompt: Some("blur".into()), ..DiffusionOptions::default() };
+        assert!(picture_card(Guidance::Embedded).resolve(options(), 0).is_err());
+        let unguided = DiffusionOptions { guidance_scale: Some(1.0), ..options() };
+        assert!(clip_card().resolve(unguided, 0).is_err());
+        assert!(clip_card().resolve(options(), 0).is_ok());
+        let unguided = DiffusionOptions { guidance_scale: Some(1.0), ..DiffusionOptions::default() };
+        assert_eq!(clip_card().resolve(unguided, 0).expect("valid").negative_prompt, None);
+    }
+}

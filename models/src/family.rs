@@ -153,3 +153,65 @@ fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
         supported: FAMILIES.iter().map(|family| family.name()).collect::<Vec<_>>().join(", "),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Golden cases by the family that recognises their checkpoint.
+    fn goldens_by_family() -> BTreeMap<&'static str, Vec<String>> {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens");
+        let mut cases: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
+        for entry in std::fs::read_dir(&goldens).expect("tests/goldens is there") {
+            let case = entry.expect("readable").path();
+            if let Ok(manifest) = Manifest::read(&case.join("checkpoint")) {
+                let family = detect(&manifest).expect("a golden's checkpoint is of a known family");
+                cases.entry(family.name()).or_default().push(case.display().to_string());
+            }
+        }
+        cases
+    }
+
+    #[test]
+    fn every_family_has_goldens() {
+        let goldens = goldens_by_family();
+        for family in FAMILIES {
+            let cases = goldens.get(family.name()).map_or(0, Vec::len);
+            assert!(cases >= 2, "family {} has {cases} golden cases; scripts/goldens makes them", family.name());
+        }
+    }
+
+    #[test]
+    fn inspection_finds_nothing_missing_and_nothing_unused_in_the_goldens() {
+        let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
+        for case in goldens_by_family().into_values().flatten() {
+            let inspection = inspect(&Path::new(&case).join("checkpoint"), &placement).expect("inspect");
+            assert!(inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
+            for (component, report) in inspection.components {
+                assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
+                assert!(report.unused.is_empty(), "{case} {component}: unused {:?}", report.unused);
+            }
+        }
+    }
+
+    #[test]
+    fn an_unknown_architecture_is_refused_with_the_known_ones() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        std::fs::write(dir.path().join("config.json"), r#"{"architectures":["MambaForCausalLM"]}"#).expect("write");
+        let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
+        let error = inspect(dir.path(), &placement).expect_err("unknown").to_string();
+        assert!(error.contains("MambaForCausalLM") && error.contains("llama"), "{error}");
+    }
+
+    #[test]
+    fn the_documented_table_is_this_table() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/models.md");
+        let docs = std::fs::read_to_string(docs).expect("docs/models.md is there");
+        for family in FAMILIES {
+            let row = format!("| `{}` | {} |", family.name(), family.makes());
+            assert!(docs.contains(&row), "docs/models.md lacks the row `{row}`");
+        }
+    }
+}
