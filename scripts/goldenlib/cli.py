@@ -32,7 +32,7 @@ def make(groups) -> None:
     torch.set_grad_enabled(False)
     for group in [g for g in GROUPS if g in groups]:
         start = time.monotonic()
-        importlib.import_module(f"goldenlib.{group}").make()
+        importlib.import_module(f"goldenlib.{group}_cases").make()
         print(f"== {group}: {time.monotonic() - start:.1f} s\n")
     report_size()
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,11 @@ def fresh_case(name: str) -> Path:
 
 
 def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    """Indented, with lists of numbers on one line."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = re.sub(r"\[\n\s+(-?\d[^\[\]\"{}]*?)\n\s+\]", lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", text)
+    assert json.loads(text) == json.loads(json.dumps(value)), f"{path}: not the same JSON"
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path):
