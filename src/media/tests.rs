@@ -1,0 +1,396 @@
+//! Every format is written, decoded again with FFmpeg, and compared with what went in.
+
+use std::path::Path;
+
+use ffmpeg_next::{codec, color, format, media};
+use tempfile::tempdir;
+
+use super::*;
+
+/// A moving gradient: smooth in space and time like a clip, every channel different.
+fn gradient(width: usize, height: usize, time: usize) -> Frame {
+    let mut rgb = Vec::with_capacity(width * height * 3);
+    for y in 0..height {
+        for x in 0..width {
+            rgb.push(((x * 255 / width) + time * 4).min(255) as u8);
+            rgb.push((y * 255 / height) as u8);
+            rgb.push((128 + ((x + y + time) % 64)) as u8);
+        }
+    }
+    Frame { width, height, rgb }
+}
+
+fn flat(width: usize, height: usize, colour: [u8; 3]) -> Frame {
+    Frame { width, height, rgb: colour.repeat(width * height) }
+}
+
+fn gradients(width: usize, height: usize, count: usize) -> Vec<Frame> {
+    (0..count).map(|time| gradient(width, height, time)).collect()
+}
+
+fn encode(path: &Path, format: ClipFormat, fps: usize, frames: &[Frame]) {
+    let mut clip = ClipEncoder::create(path, format, frames[0].width, frames[0].height, fps).unwrap();
+    for frame in frames {
+        clip.push(frame).unwrap();
+    }
+    clip.finish().unwrap();
+}
+
+/// A decoded file: what a player sees.
+struct Played {
+    codec: codec::Id,
+    profile: codec::Profile,
+    size: (u32, u32),
+    tags: (color::Space, color::Range, color::Primaries, color::TransferCharacteristic),
+    /// Seconds, as the container states it.
+    duration: f64,
+    /// Seconds of each frame.
+    times: Vec<f64>,
+    frames: Vec<ffmpeg_next::frame::Video>,
+}
+
+fn play(path: &Path) -> Played {
+    ffmpeg::init().unwrap();
+    let mut input = format::input(path).unwrap();
+    let stream = input.streams().best(media::Type::Video).unwrap();
+    let time_base = f64::from(stream.time_base());
+    let context = codec::Context::from_parameters(stream.parameters()).unwrap();
+    let mut decoder = context.decoder().video().unwrap();
+    let mut played = Played {
+        codec: decoder.id(),
+        profile: decoder.profile(),
+        size: (decoder.width(), decoder.height()),
+        tags: (
+            decoder.color_space(),
+            decoder.color_range(),
+            decoder.color_primaries(),
+            decoder.color_transfer_characteristic(),
+        ),
+        duration: input.duration() as f64 / 1e6,
+        times: Vec::new(),
+        frames: Vec::new(),
+    };
+    let mut collect = |decoder: &mut ffmpeg_next::decoder::Video| {
+        let mut frame = ffmpeg_next::frame::Video::empty();
+        while decoder.receive_frame(&mut frame).is_ok() {
+            played.times.push(frame.timestamp().unwrap() as f64 * time_base);
+            played.frames.push(frame.clone());
+        }
+    };
+    for (_, packet) in input.packets() {
+        decoder.send_packet(&packet).unwrap();
+        collect(&mut decoder);
+    }
+    decoder.send_eof().unwrap();
+    collect(&mut decoder);
+    played
+}
+
+/// BT.709 limited range (ITU-R BT.709-6, items 3.2 to 3.5), written out independently of swscale.
+fn bt709(rgb: [f64; 3]) -> [f64; 3] {
+    let [r, g, b] = rgb.map(|value| value / 255.0);
+    let luma = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    [16.0 + 219.0 * luma, 128.0 + 224.0 * (b - luma) / 1.8556, 128.0 + 224.0 * (r - luma) / 1.5748]
+}
+
+fn inverse_bt709([y, cb, cr]: [f64; 3]) -> [f64; 3] {
+    let (y, cb, cr) = ((y - 16.0) / 219.0, (cb - 128.0) / 224.0, (cr - 128.0) / 224.0);
+    let (r, b) = (y + 1.5748 * cr, y + 1.8556 * cb);
+    [r, (y - 0.2126 * r - 0.0722 * b) / 0.7152, b].map(|value| (value * 255.0).clamp(0.0, 255.0))
+}
+
+/// The pixel of a decoded frame: Y, Cb, Cr of 4:2:0, or R, G, B of a GIF.
+fn sample(frame: &ffmpeg_next::frame::Video, x: usize, y: usize) -> [f64; 3] {
+    let at = |plane: usize, x: usize, y: usize| f64::from(frame.data(plane)[y * frame.stride(plane) + x]);
+    match frame.format() {
+        format::Pixel::YUV420P => [at(0, x, y), at(1, x / 2, y / 2), at(2, x / 2, y / 2)],
+        format::Pixel::BGRA => [at(0, 4 * x + 2, y), at(0, 4 * x + 1, y), at(0, 4 * x, y)],
+        other => panic!("decoded to {other:?}"),
+    }
+}
+
+fn psnr(sent: &Frame, shown: &ffmpeg_next::frame::Video) -> f64 {
+    let mut squares = 0.0;
+    for (index, expected) in sent.rgb.chunks_exact(3).enumerate() {
+        let pixel = sample(shown, index % sent.width, index / sent.width);
+        let rgb = if shown.format() == format::Pixel::BGRA { pixel } else { inverse_bt709(pixel) };
+        squares += rgb.iter().zip(expected).map(|(a, b)| (a - f64::from(*b)).powi(2)).sum::<f64>();
+    }
+    10.0 * (255.0f64.powi(2) * sent.rgb.len() as f64 / squares).log10()
+}
+
+/// Frames, times, duration and pixels of a clip are those that went in.
+fn check_clip(format: ClipFormat, (width, height): (usize, usize), fps: usize, count: usize, min_psnr: f64) -> Played {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("clip").with_extension(format.as_str());
+    let sent = gradients(width, height, count);
+    encode(&path, format, fps, &sent);
+    let played = play(&path);
+    assert_eq!(played.frames.len(), count, "frames of {format:?}");
+    for (index, time) in played.times.iter().enumerate() {
+        // WebM counts milliseconds, GIF hundredths of a second.
+        assert!((time - index as f64 / fps as f64).abs() <= 0.0051, "frame {index} of {format:?} at {time} s");
+    }
+    assert!((played.duration - count as f64 / fps as f64).abs() <= 0.0101, "{format:?} lasts {} s", played.duration);
+    for (index, (sent, shown)) in sent.iter().zip(&played.frames).enumerate() {
+        let psnr = psnr(sent, shown);
+        assert!(psnr >= min_psnr, "frame {index} of {format:?}: {psnr:.1} dB");
+    }
+    assert_eq!(fs_names(dir.path()), [path.file_name().unwrap().to_str().unwrap()], "only the clip is left");
+    played
+}
+
+fn fs_names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+const BT709_TAGS: (color::Space, color::Range, color::Primaries, color::TransferCharacteristic) =
+    (color::Space::BT709, color::Range::MPEG, color::Primaries::BT709, color::TransferCharacteristic::BT709);
+
+#[test]
+fn mp4_is_h264_high_with_bt709_tags_and_the_frames_that_went_in() {
+    let played = check_clip(ClipFormat::Mp4, (96, 64), 16, 21, 33.0);
+    assert_eq!(played.codec, codec::Id::H264);
+    assert_eq!(played.profile, codec::Profile::H264(codec::profile::H264::High));
+    assert_eq!(played.tags, BT709_TAGS);
+}
+
+#[test]
+fn webm_is_vp9_with_bt709_tags_and_the_frames_that_went_in() {
+    let played = check_clip(ClipFormat::Webm, (96, 64), 16, 21, 33.0);
+    assert_eq!(played.codec, codec::Id::VP9);
+    assert_eq!(played.tags, BT709_TAGS);
+}
+
+#[test]
+fn gif_has_the_frames_that_went_in() {
+    let played = check_clip(ClipFormat::Gif, (96, 64), 16, 21, 26.0);
+    assert_eq!(played.codec, codec::Id::GIF);
+}
+
+#[test]
+fn a_clip_of_one_frame_lasts_one_frame() {
+    for format in [ClipFormat::Mp4, ClipFormat::Webm] {
+        check_clip(format, (64, 64), 8, 1, 33.0);
+    }
+}
+
+#[test]
+fn a_gif_of_one_frame_is_a_still_picture() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.gif");
+    encode(&path, ClipFormat::Gif, 8, &[flat(48, 32, [9, 90, 200])]);
+    let still = decode_picture(&std::fs::read(&path).unwrap());
+    assert!(largest_error(&still, &flat(48, 32, [9, 90, 200])) <= 1);
+}
+
+#[test]
+fn odd_sizes_are_padded_by_repeating_the_edge() {
+    for format in [ClipFormat::Mp4, ClipFormat::Webm] {
+        let played = check_clip(format, (35, 49), 24, 3, 30.0);
+        assert_eq!(played.size, (36, 50));
+        let (inside, padded) = (sample(&played.frames[0], 34, 20)[0], sample(&played.frames[0], 35, 20)[0]);
+        assert!((inside - padded).abs() <= 4.0, "last column {inside}, its copy {padded}");
+        let (inside, padded) = (sample(&played.frames[0], 10, 48)[0], sample(&played.frames[0], 10, 49)[0]);
+        assert!((inside - padded).abs() <= 4.0, "last row {inside}, its copy {padded}");
+    }
+    assert_eq!(check_clip(ClipFormat::Gif, (35, 49), 10, 3, 26.0).size, (35, 49));
+}
+
+#[test]
+fn colours_are_converted_with_the_matrix_that_the_tags_name() {
+    let dir = tempdir().unwrap();
+    let colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [128, 128, 128], [200, 60, 30]];
+    for format in [ClipFormat::Mp4, ClipFormat::Webm] {
+        for colour in colours {
+            let path = dir.path().join("flat");
+            encode(&path, format, 16, &[flat(64, 64, colour)]);
+            let found = sample(&play(&path).frames[0], 31, 31);
+            let expected = bt709(colour.map(f64::from));
+            // BT.601 would be off by 20 and more for the primaries.
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() <= 1.6, "{format:?} {colour:?}: {found} against {expected:.1}");
+            }
+        }
+    }
+}
+
+/// Position of an MP4 box of the top level.
+fn box_offset(mp4: &[u8], kind: &[u8; 4]) -> usize {
+    let mut offset = 0;
+    while offset < mp4.len() {
+        let length = u32::from_be_bytes(mp4[offset..offset + 4].try_into().unwrap()) as usize;
+        if &mp4[offset + 4..offset + 8] == kind {
+            return offset;
+        }
+        offset += length;
+    }
+    panic!("no {kind:?} box");
+}
+
+#[test]
+fn mp4_can_start_playing_before_it_is_whole() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.mp4");
+    encode(&path, ClipFormat::Mp4, 16, &gradients(64, 64, 5));
+    let mp4 = std::fs::read(&path).unwrap();
+    assert!(box_offset(&mp4, b"moov") < box_offset(&mp4, b"mdat"));
+}
+
+#[test]
+fn gif_loops_for_ever() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.gif");
+    encode(&path, ClipFormat::Gif, 16, &gradients(32, 32, 3));
+    let gif = std::fs::read(&path).unwrap();
+    let extension = gif.windows(11).position(|bytes| bytes == b"NETSCAPE2.0").expect("a loop extension");
+    assert_eq!(gif[extension + 11..extension + 16], [3, 1, 0, 0, 0]);
+}
+
+#[test]
+fn gif_rates_above_its_limit_play_slower() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.gif");
+    encode(&path, ClipFormat::Gif, 100, &gradients(32, 32, 4));
+    let times = play(&path).times;
+    assert!((times[3] - 3.0 / MAX_GIF_FPS as f64).abs() < 1e-9, "{times:?}");
+}
+
+#[test]
+fn the_same_frames_give_the_same_bytes() {
+    let dir = tempdir().unwrap();
+    // Wide enough for VP9 to use tiles and so threads.
+    let frames = gradients(576, 64, 12);
+    for format in [ClipFormat::Mp4, ClipFormat::Webm, ClipFormat::Gif] {
+        let files = ["a", "b"].map(|name| {
+            let path = dir.path().join(name);
+            encode(&path, format, 16, &frames);
+            std::fs::read(path).unwrap()
+        });
+        assert!(files[0] == files[1], "{format:?} differs from run to run");
+    }
+}
+
+#[test]
+fn a_dropped_clip_leaves_nothing_and_spares_what_was_there() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.mp4");
+    std::fs::write(&path, "an earlier clip").unwrap();
+    let mut clip = ClipEncoder::create(&path, ClipFormat::Mp4, 64, 64, 16).unwrap();
+    clip.push(&gradient(64, 64, 0)).unwrap();
+    drop(clip);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "an earlier clip");
+    assert_eq!(fs_names(dir.path()), ["a.mp4"]);
+}
+
+#[test]
+fn bad_clips_are_refused() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.mp4");
+    let create = |path: &Path, width, fps| ClipEncoder::create(path, ClipFormat::Mp4, width, 64, fps).err();
+    assert!(matches!(create(&path, 64, 0), Some(MediaError::NoFrameRate)));
+    assert!(matches!(create(&path, 0, 16), Some(MediaError::BadFrame { .. })));
+    assert!(matches!(create(&path, 1 << 20, 16), Some(MediaError::BadFrame { .. })));
+    let missing = dir.path().join("no/such/folder/a.mp4");
+    assert!(matches!(create(&missing, 64, 16), Some(MediaError::Io { .. })));
+
+    let mut clip = ClipEncoder::create(&path, ClipFormat::Mp4, 64, 64, 16).unwrap();
+    assert!(matches!(clip.push(&gradient(32, 64, 0)), Err(MediaError::FrameSize { .. })));
+    let torn = Frame { width: 64, height: 64, rgb: vec![0; 17] };
+    assert!(matches!(clip.push(&torn), Err(MediaError::BadFrame { bytes: 17, .. })));
+    assert!(matches!(clip.finish(), Err(MediaError::Empty)));
+    assert!(fs_names(dir.path()).is_empty());
+}
+
+/// `image` decodes what was written (lossy WebP too, with a decoder that is not libwebp).
+fn decode_picture(bytes: &[u8]) -> Frame {
+    let picture = image::load_from_memory(bytes).unwrap().to_rgb8();
+    Frame { width: picture.width() as usize, height: picture.height() as usize, rgb: picture.into_raw() }
+}
+
+fn largest_error(a: &Frame, b: &Frame) -> u8 {
+    assert_eq!((a.width, a.height), (b.width, b.height));
+    a.rgb.iter().zip(&b.rgb).map(|(a, b)| a.abs_diff(*b)).max().unwrap()
+}
+
+#[test]
+fn png_and_plain_webp_are_lossless() {
+    let picture = gradient(37, 21, 3);
+    for (format, compression) in
+        [(PictureFormat::Png, None), (PictureFormat::Png, Some(100)), (PictureFormat::Webp, None)]
+    {
+        let bytes = encode_picture(&picture, format, compression).unwrap();
+        assert_eq!(image::guess_format(&bytes).unwrap().to_mime_type(), format.media_type());
+        assert_eq!(decode_picture(&bytes), picture, "{format}");
+    }
+}
+
+#[test]
+fn lossy_pictures_show_the_colours_that_went_in() {
+    for format in [PictureFormat::Jpeg, PictureFormat::Webp] {
+        for colour in [[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 60, 30]] {
+            let picture = flat(33, 17, colour);
+            let bytes = encode_picture(&picture, format, Some(90)).unwrap();
+            assert_eq!(image::guess_format(&bytes).unwrap().to_mime_type(), format.media_type());
+            let error = largest_error(&decode_picture(&bytes), &picture);
+            assert!(error <= 5, "{format} {colour:?}: off by {error}");
+        }
+    }
+}
+
+#[test]
+fn less_compression_quality_means_fewer_bytes() {
+    for format in [PictureFormat::Jpeg, PictureFormat::Webp] {
+        let sizes =
+            [0, 50, 100].map(|quality| encode_picture(&gradient(128, 128, 0), format, Some(quality)).unwrap().len());
+        assert!(sizes.is_sorted() && sizes[0] < sizes[2] / 2, "{format}: {sizes:?}");
+    }
+}
+
+#[test]
+fn impossible_pictures_are_refused() {
+    let picture = gradient(16, 16, 0);
+    for (format, compression) in [(PictureFormat::Png, 99), (PictureFormat::Jpeg, 101), (PictureFormat::Webp, 101)] {
+        let refused = encode_picture(&picture, format, Some(compression));
+        assert!(matches!(refused, Err(MediaError::Compression { .. })), "{format} {compression}");
+    }
+    for (width, height, bytes) in [(0, 0, 0), (4, 4, 47), (usize::MAX, 2, 6)] {
+        let torn = Frame { width, height, rgb: vec![0; bytes] };
+        assert!(matches!(encode_picture(&torn, PictureFormat::Png, None), Err(MediaError::BadFrame { .. })));
+    }
+    // WebP ends at 16384 pixels a side, with losses at 16383.
+    let long = flat(16_385, 1, [1, 2, 3]);
+    assert!(matches!(encode_picture(&long, PictureFormat::Webp, None), Err(MediaError::Picture { .. })));
+    assert!(matches!(encode_picture(&long, PictureFormat::Webp, Some(50)), Err(MediaError::Ffmpeg { .. })));
+}
+
+#[test]
+fn a_folder_holds_the_frames_of_the_last_clip_only() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("deep/frames");
+    write_frames(&folder, &gradients(16, 16, 5)).unwrap();
+    let frames = gradients(24, 16, 3);
+    write_frames(&folder, &frames).unwrap();
+    assert_eq!(fs_names(&folder), ["frame_0000.png", "frame_0001.png", "frame_0002.png"]);
+    for (name, frame) in fs_names(&folder).iter().zip(&frames) {
+        assert_eq!(&decode_picture(&std::fs::read(folder.join(name)).unwrap()), frame);
+    }
+}
+
+#[test]
+fn a_dropped_folder_leaves_nothing_of_its_own() {
+    let dir = tempdir().unwrap();
+    let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+    std::fs::create_dir(&old).unwrap();
+    std::fs::write(old.join("notes.txt"), "mine").unwrap();
+    for path in [&new, &old] {
+        let mut folder = FrameFolder::create(path).unwrap();
+        folder.push(&gradient(16, 16, 0)).unwrap();
+    }
+    assert!(!new.exists());
+    assert_eq!(fs_names(&old), ["notes.txt"]);
+    assert!(matches!(write_frames(&new, []), Err(MediaError::Empty)));
+}
