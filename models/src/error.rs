@@ -97,4 +97,31 @@ impl Error {
     pub fn invalid(field: impl Into<String>, problem: impl ToString) -> Self {
         Self::InvalidRequest { field: field.into(), problem: problem.to_string() }
     }
+
+    /// The same truth once more, for each further session that the same failed step ends.
+    pub fn restate(&self) -> Self {
+        match self {
+            Self::Checkpoint { path, problem } => Self::Checkpoint { path: path.clone(), problem: problem.clone() },
+            Self::MissingTensor { path, tensor } => Self::MissingTensor { path: path.clone(), tensor: tensor.clone() },
+            Self::TensorShape { path, tensor, found, expected } => Self::TensorShape {
+                path: path.clone(),
+                tensor: tensor.clone(),
+                found: found.clone(),
+                expected: expected.clone(),
+            },
+            Self::UnknownArchitecture { path, found, supported } => {
+                Self::UnknownArchitecture { path: path.clone(), found: found.clone(), supported: supported.clone() }
+            }
+            Self::InvalidRequest { field, problem } => {
+                Self::InvalidRequest { field: field.clone(), problem: problem.clone() }
+            }
+            &Self::ContextLength { prompt_tokens, limit } => Self::ContextLength { prompt_tokens, limit },
+            &Self::OutOfMemory { needed_bytes, free_bytes } => Self::OutOfMemory { needed_bytes, free_bytes },
+            Self::Device(problem) => Self::Device(problem.clone()),
+            &Self::NotFinite { phase } => Self::NotFinite { phase },
+            // candle's error cannot be cloned; its text is all that anybody reads.
+            Self::Tensor(error) => Self::Tensor(candle_core::Error::Msg(error.to_string())),
+            Self::Panicked(text) => Self::Panicked(text.clone()),
+        }
+    }
 }

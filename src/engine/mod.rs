@@ -1,1 +1,460 @@
-//! The step-wise engine.
+//! The step-wise engine: one thread per device owns its runners and its memory ledger; everybody else holds handles.
+//!
+//! [`Engine`] is the cloneable handle: cards, submission, status, shutdown. [`Session`] is one running generation:
+//! reading it follows the work, dropping it cancels the work within one step. Deliberately does not know: HTTP, jobs,
+//! media, tensors.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant, SystemTime};
+
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::family::LoadOptions;
+use tale_models::runner::RunnerStatus;
+use tale_models::{Event, LoadedModel, ModelCard, Request, SessionId};
+
+use self::ledger::{Ledger, Owner};
+use self::mailbox::Mailbox;
+use self::worker::{Command, DeviceWorker, WallClock};
+
+pub mod arbiter;
+pub mod ledger;
+mod mailbox;
+mod memory;
+mod worker;
+
+/// A checkpoint to serve and the name that clients use for it.
+#[derive(Debug, Clone)]
+pub struct ModelSpec {
+    /// `model` of the API.
+    pub name: String,
+    /// The checkpoint folder.
+    pub path: PathBuf,
+}
+
+/// Where and how models run.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// The device of all models.
+    pub device: DeviceSpec,
+    /// Dtype in which weight matrices are kept.
+    pub weight_dtype: WeightDtype,
+    /// Sizes of what runners allocate.
+    pub load: LoadOptions,
+    /// Bytes of device memory that models and sessions may take together.
+    pub memory_bytes: usize,
+    /// Most sessions of one model that have been submitted and not begun.
+    pub max_queued_sessions: usize,
+}
+
+/// Sessions that may wait for one model when nothing else is configured.
+pub const DEFAULT_MAX_QUEUED_SESSIONS: usize = 256;
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            device: DeviceSpec::default(),
+            weight_dtype: WeightDtype::default(),
+            load: LoadOptions::default(),
+            memory_bytes: memory::default_capacity_bytes(),
+            max_queued_sessions: DEFAULT_MAX_QUEUED_SESSIONS,
+        }
+    }
+}
+
+/// Why the engine could not be started, or refused a request.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// Two models were given one name.
+    #[error("two models are called `{name}`")]
+    DuplicateModel {
+        /// The name.
+        name: String,
+    },
+    /// A model could not be loaded.
+    #[error("model `{model}`: {source}")]
+    Load {
+        /// Its name.
+        model: String,
+        /// Why.
+        source: tale_models::Error,
+    },
+    /// The device could not be opened or its thread could not be started.
+    #[error("device thread: {0}")]
+    Device(String),
+    /// No model has this name.
+    #[error("there is no model `{name}`; this server has: {}", known.join(", "))]
+    UnknownModel {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// The model's queue is full.
+    #[error("{limit} requests already wait for model `{model}`")]
+    Busy {
+        /// The model.
+        model: String,
+        /// Its bound.
+        limit: usize,
+    },
+    /// The engine shuts down, or its device thread has died.
+    #[error("the server takes no new work: it is shutting down")]
+    Draining,
+}
+
+/// One model as the rest of the server sees it.
+#[derive(Debug, Clone)]
+pub struct ServedModel {
+    /// `model` of the API.
+    pub name: String,
+    /// Limits, defaults, tokenizer.
+    pub card: Arc<ModelCard>,
+    /// When it was loaded.
+    pub created: SystemTime,
+}
+
+/// The cloneable handle of a running engine. The device thread ends when the last handle and session are dropped.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    models: Vec<ServedModel>,
+    gauges: Arc<Gauges>,
+    max_queued_sessions: usize,
+    next_session: AtomicU64,
+    /// Its length is bounded: a submission counts against `max_queued_sessions`, a cancellation needs a submission.
+    commands: Sender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Numbers that the device thread publishes and everybody may read.
+#[derive(Debug, Default)]
+struct Gauges {
+    models: Vec<ModelGauges>,
+    draining: AtomicBool,
+    dead: AtomicBool,
+    ledger_used_bytes: AtomicUsize,
+    ledger_capacity_bytes: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct ModelGauges {
+    /// Submitted and not begun.
+    queued: AtomicUsize,
+    /// Submitted and not ended.
+    live: AtomicUsize,
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    kv_blocks_used: AtomicUsize,
+    kv_blocks_total: AtomicUsize,
+}
+
+/// A snapshot of the engine for readiness and metrics.
+#[derive(Debug, Clone)]
+pub struct EngineStatus {
+    /// One per model, in the order of [`Engine::models`].
+    pub models: Vec<ModelStatus>,
+    /// New work is refused.
+    pub draining: bool,
+    /// The device thread lives.
+    pub alive: bool,
+    /// Bytes reserved by models and sessions.
+    pub ledger_used_bytes: usize,
+    /// Bytes in all.
+    pub ledger_capacity_bytes: usize,
+}
+
+/// A snapshot of one model.
+#[derive(Debug, Clone)]
+pub struct ModelStatus {
+    /// `model` of the API.
+    pub name: String,
+    /// Sessions submitted and not begun.
+    pub queued: usize,
+    /// Sessions submitted and not ended.
+    pub live: usize,
+    /// What the runner holds.
+    pub runner: RunnerStatus,
+}
+
+impl Engine {
+    /// Starts the device thread, opens the device there and loads the models; returns when all are loaded or the first
+    /// has failed. `on_component` hears (model, component) before each component is read.
+    pub fn load(
+        models: Vec<ModelSpec>,
+        options: EngineOptions,
+        on_component: impl FnMut(&str, &str) + Send + 'static,
+    ) -> Result<Engine, EngineError> {
+        check_names(models.iter().map(|model| model.name.as_str()))?;
+        let loading = options.clone();
+        Self::spawn(options, move || load_models(models, &loading, on_component))
+    }
+
+    /// Starts the device thread over models that are loaded already.
+    pub fn start(models: Vec<(String, LoadedModel)>, options: EngineOptions) -> Result<Engine, EngineError> {
+        check_names(models.iter().map(|(name, _)| name.as_str()))?;
+        Self::spawn(options, move || Ok(models))
+    }
+
+    fn spawn(
+        options: EngineOptions,
+        load: impl FnOnce() -> Result<Vec<(String, LoadedModel)>, EngineError> + Send + 'static,
+    ) -> Result<Engine, EngineError> {
+        let (commands, receiver) = channel();
+        let (loaded, is_loaded) = sync_channel(1);
+        let memory_bytes = options.memory_bytes;
+        let thread = std::thread::Builder::new()
+            .name(format!("device-{}", options.device))
+            .spawn(move || match load().and_then(|models| prepare(models, memory_bytes)) {
+                Ok((models, worker)) => {
+                    // The receiver is gone only when the caller is.
+                    let _ = loaded.send(Ok((models, worker.gauges())));
+                    worker.run(&receiver);
+                }
+                Err(error) => drop(loaded.send(Err(error))),
+            })
+            .map_err(|error| EngineError::Device(error.to_string()))?;
+        let (models, gauges) =
+            is_loaded.recv().map_err(|_| EngineError::Device("it panicked while it loaded a model".into()))??;
+        let shared = Shared {
+            models,
+            gauges,
+            max_queued_sessions: options.max_queued_sessions,
+            next_session: AtomicU64::new(1),
+            commands,
+            thread: Mutex::new(Some(thread)),
+        };
+        Ok(Engine { shared: Arc::new(shared) })
+    }
+
+    /// The models, in the order in which they were given.
+    pub fn models(&self) -> &[ServedModel] {
+        &self.shared.models
+    }
+
+    /// The card of the model with this name.
+    pub fn card(&self, name: &str) -> Option<Arc<ModelCard>> {
+        self.models().iter().find(|model| model.name == name).map(|model| model.card.clone())
+    }
+
+    /// The model with this name, or the error that names those there are.
+    pub fn model(&self, name: &str) -> Result<&ServedModel, EngineError> {
+        self.models().iter().find(|model| model.name == name).ok_or_else(|| self.unknown(name))
+    }
+
+    /// Hands a validated request to the device thread. Never waits.
+    pub fn submit(&self, model: &str, request: Request) -> Result<Session, EngineError> {
+        let shared = &self.shared;
+        let index = self.models().iter().position(|m| m.name == model).ok_or_else(|| self.unknown(model))?;
+        if !self.takes_work() {
+            return Err(EngineError::Draining);
+        }
+        let (gauges, limit) = (&shared.gauges.models[index], shared.max_queued_sessions);
+        let queue = |queued| (queued < limit).then_some(queued + 1);
+        if gauges.queued.fetch_update(Relaxed, Relaxed, queue).is_err() {
+            return Err(EngineError::Busy { model: model.to_owned(), limit });
+        }
+        gauges.live.fetch_add(1, Relaxed);
+        let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
+        let mailbox = Arc::new(Mailbox::default());
+        let submit = Command::Submit { id, model: index, request, mailbox: mailbox.clone() };
+        shared.commands.send(submit).map_err(|_| EngineError::Draining)?;
+        Ok(Session { id, mailbox, commands: shared.commands.clone(), ended: false })
+    }
+
+    /// Whether new work is taken.
+    pub fn takes_work(&self) -> bool {
+        !self.shared.gauges.draining.load(Relaxed) && self.is_alive()
+    }
+
+    /// Whether the device thread lives.
+    pub fn is_alive(&self) -> bool {
+        !self.shared.gauges.dead.load(Relaxed)
+    }
+
+    /// What the engine holds now.
+    pub fn status(&self) -> EngineStatus {
+        let gauges = &self.shared.gauges;
+        let models = self.models().iter().zip(&gauges.models);
+        EngineStatus {
+            models: models.map(|(model, gauges)| gauges.snapshot(&model.name)).collect(),
+            draining: gauges.draining.load(Relaxed),
+            alive: self.is_alive(),
+            ledger_used_bytes: gauges.ledger_used_bytes.load(Relaxed),
+            ledger_capacity_bytes: gauges.ledger_capacity_bytes.load(Relaxed),
+        }
+    }
+
+    /// Refuses new work from now on; what runs goes on.
+    pub fn drain(&self) {
+        self.shared.gauges.draining.store(true, Relaxed);
+    }
+
+    /// Refuses new work, gives what runs the time `drain` to finish, cancels the rest and ends the device thread.
+    /// Blocks until then, one step longer than `drain` at most.
+    pub fn shutdown(&self, drain: Duration) {
+        self.drain();
+        let deadline = Instant::now() + drain;
+        while self.has_live_sessions() && self.is_alive() && Instant::now() < deadline {
+            std::thread::sleep(SHUTDOWN_POLL);
+        }
+        // An error means that the thread has ended already.
+        let _ = self.shared.commands.send(Command::Stop);
+        let thread = self.shared.thread.lock().expect("nothing panics while it holds the handle: this is a bug").take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the device thread had panicked");
+        }
+    }
+
+    fn has_live_sessions(&self) -> bool {
+        self.shared.gauges.models.iter().any(|model| model.live.load(Relaxed) > 0)
+    }
+
+    fn unknown(&self, name: &str) -> EngineError {
+        let known = self.models().iter().map(|model| model.name.clone()).collect();
+        EngineError::UnknownModel { name: name.to_owned(), known }
+    }
+}
+
+/// How often a shutdown looks whether the last session has ended.
+const SHUTDOWN_POLL: Duration = Duration::from_millis(5);
+
+impl ModelGauges {
+    fn publish(&self, status: RunnerStatus) {
+        self.running.store(status.running, Relaxed);
+        self.waiting.store(status.waiting, Relaxed);
+        self.kv_blocks_used.store(status.kv_blocks_used, Relaxed);
+        self.kv_blocks_total.store(status.kv_blocks_total, Relaxed);
+    }
+
+    fn snapshot(&self, name: &str) -> ModelStatus {
+        ModelStatus {
+            name: name.to_owned(),
+            queued: self.queued.load(Relaxed),
+            live: self.live.load(Relaxed),
+            runner: RunnerStatus {
+                running: self.running.load(Relaxed),
+                waiting: self.waiting.load(Relaxed),
+                kv_blocks_used: self.kv_blocks_used.load(Relaxed),
+                kv_blocks_total: self.kv_blocks_total.load(Relaxed),
+            },
+        }
+    }
+}
+
+fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), EngineError> {
+    let mut seen = BTreeSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(EngineError::DuplicateModel { name: name.to_owned() });
+        }
+    }
+    Ok(())
+}
+
+fn load_models(
+    models: Vec<ModelSpec>,
+    options: &EngineOptions,
+    mut on_component: impl FnMut(&str, &str),
+) -> Result<Vec<(String, LoadedModel)>, EngineError> {
+    let placement = Placement::open(options.device, options.weight_dtype)
+        .map_err(|error| EngineError::Device(error.to_string()))?;
+    let mut loaded = Vec::with_capacity(models.len());
+    for ModelSpec { name, path } in models {
+        let mut on_component = |component: &str| on_component(&name, component);
+        match tale_models::load(&path, &placement, &options.load, &mut on_component) {
+            Ok(model) => loaded.push((name, model)),
+            Err(source) => return Err(EngineError::Load { model: name, source }),
+        }
+    }
+    Ok(loaded)
+}
+
+/// Books the models' memory and puts cards and runners into the hands that need them.
+fn prepare(
+    models: Vec<(String, LoadedModel)>,
+    memory_bytes: usize,
+) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
+    let mut ledger = Ledger::new(memory_bytes);
+    let (mut served, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
+    for (index, (name, model)) in models.into_iter().enumerate() {
+        ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {
+            model: name.clone(),
+            source: tale_models::Error::OutOfMemory {
+                needed_bytes: shortage.needed_bytes,
+                free_bytes: shortage.free_bytes,
+            },
+        })?;
+        runners.push((name.clone(), model.runner));
+        served.push(ServedModel { name, card: Arc::new(model.card), created: SystemTime::now() });
+    }
+    Ok((served, DeviceWorker::new(runners, ledger, WallClock::default())))
+}
+
+/// One running generation. Dropping it before its end cancels the device work within one step.
+#[derive(Debug)]
+pub struct Session {
+    id: SessionId,
+    mailbox: Arc<Mailbox>,
+    commands: Sender<Command>,
+    ended: bool,
+}
+
+impl Session {
+    /// Its id, unique in this process.
+    pub fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// The next event. Events that were not taken in time come joined: text appended, progress replaced by the latest,
+    /// frames appended. `None` after the terminal event, or without one when the engine was shut down.
+    pub async fn recv(&mut self) -> Option<Event> {
+        std::future::poll_fn(|context| self.poll_recv(context)).await
+    }
+
+    /// As [`Session::recv`], for streams written by hand.
+    pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
+        let polled = self.mailbox.poll(context.waker());
+        if let Poll::Ready(event) = &polled {
+            self.ended |= event.as_ref().is_none_or(Event::is_terminal);
+        }
+        polled
+    }
+
+    /// As [`Session::recv`], on a thread that may block.
+    pub fn blocking_recv(&mut self) -> Option<Event> {
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        loop {
+            match self.poll_recv(&mut Context::from_waker(&waker)) {
+                Poll::Ready(event) => return event,
+                Poll::Pending => std::thread::park(),
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended {
+            // An error means that the device thread, and the work with it, has ended.
+            let _ = self.commands.send(Command::Cancel(self.id));
+        }
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}

@@ -1,0 +1,326 @@
+//! The thread of a device: drain commands, admit sessions, let the arbiter pick a runner, step it, publish events.
+//!
+//! Owns: the runners, the ledger, the sessions that wait and run. A step that fails or panics ends its own sessions and
+//! no others. Does not know: which thread it runs on, or what time is (a [`Clock`] is given), so that tests drive it
+//! through virtual time.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use tale_models::runner::StepPlan;
+use tale_models::{Error, Event, Events, Request, Runner, SessionId};
+
+use super::arbiter::{Arbiter, Candidate};
+use super::ledger::{Ledger, Owner};
+use super::mailbox::Mailbox;
+use super::{Gauges, ModelGauges};
+use crate::telemetry::ModelMetrics;
+
+/// How often a session whose memory is not free may be overtaken by later ones that need memory too.
+const MAX_OVERTAKEN: usize = 64;
+
+/// What handles ask of the device thread.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Begin a session.
+    Submit {
+        /// Its id.
+        id: SessionId,
+        /// Position of its model.
+        model: usize,
+        /// Validated.
+        request: Request,
+        /// Where its events go.
+        mailbox: Arc<Mailbox>,
+    },
+    /// Forget a session; it may have ended already.
+    Cancel(SessionId),
+    /// Cancel everything and end the thread.
+    Stop,
+}
+
+/// Where time comes from.
+pub(super) trait Clock {
+    /// Time since some fixed moment.
+    fn now(&self) -> Duration;
+}
+
+/// Real time.
+pub(super) struct WallClock(Instant);
+
+impl Default for WallClock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for WallClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// Everything that one device thread owns.
+pub(super) struct DeviceWorker<C> {
+    clock: C,
+    runners: Vec<Box<dyn Runner>>,
+    metrics: Vec<ModelMetrics>,
+    gauges: Arc<Gauges>,
+    arbiter: Arbiter,
+    ledger: Ledger,
+    events: Events,
+    /// In order of arrival; their memory is not reserved yet.
+    waiting: VecDeque<Waiting>,
+    /// Whether something has changed since the last time that none of them could be admitted.
+    admission_due: bool,
+    /// Those that wait and those that run.
+    sessions: HashMap<SessionId, Live>,
+}
+
+struct Waiting {
+    id: SessionId,
+    model: usize,
+    request: Request,
+    footprint_bytes: usize,
+    overtaken: usize,
+}
+
+struct Live {
+    model: usize,
+    mailbox: Arc<Mailbox>,
+    submitted: Duration,
+    begun: bool,
+    last_tokens: Option<Duration>,
+}
+
+impl<C: Clock> DeviceWorker<C> {
+    /// A worker over runners whose own memory is booked in `ledger` already. All have equal shares of device time.
+    pub(super) fn new(runners: Vec<(String, Box<dyn Runner>)>, ledger: Ledger, clock: C) -> Self {
+        let gauges = Gauges { models: runners.iter().map(|_| ModelGauges::default()).collect(), ..Gauges::default() };
+        gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
+        let worker = Self {
+            clock,
+            metrics: runners.iter().map(|(name, _)| ModelMetrics::new(name)).collect(),
+            arbiter: Arbiter::new(&vec![1.0; runners.len()]),
+            runners: runners.into_iter().map(|(_, runner)| runner).collect(),
+            gauges: Arc::new(gauges),
+            ledger,
+            events: Events::default(),
+            waiting: VecDeque::new(),
+            admission_due: false,
+            sessions: HashMap::new(),
+        };
+        worker.publish_gauges();
+        worker
+    }
+
+    /// Numbers that this worker publishes.
+    pub(super) fn gauges(&self) -> Arc<Gauges> {
+        self.gauges.clone()
+    }
+
+    /// Works until told to stop or until no handle is left. Sleeps while there is nothing to do.
+    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        loop {
+            match commands.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
+                Ok(command) => self.handle(command),
+                Err(TryRecvError::Empty) if self.turn() => (),
+                Err(TryRecvError::Empty) => match commands.recv() {
+                    Ok(Command::Stop) | Err(_) => return,
+                    Ok(command) => self.handle(command),
+                },
+            }
+        }
+    }
+
+    /// One command; computes nothing.
+    pub(super) fn handle(&mut self, command: Command) {
+        match command {
+            Command::Submit { id, model, request, mailbox } => {
+                let submitted = self.clock.now();
+                let live = Live { model, mailbox, submitted, begun: false, last_tokens: None };
+                self.sessions.insert(id, live);
+                if let Err(error) = self.enqueue(id, model, request) {
+                    self.fail(id, error);
+                }
+            }
+            Command::Cancel(id) => self.cancel(id),
+            Command::Stop => (),
+        }
+    }
+
+    /// Admits what fits and does one step; `false` when there is nothing to do.
+    pub(super) fn turn(&mut self) -> bool {
+        self.admit();
+        let plans = self.runners.iter().enumerate();
+        let candidates: Vec<_> =
+            plans.filter_map(|(runner, r)| r.next().map(|plan| Candidate { runner, plan })).collect();
+        let picked = self.arbiter.pick(&candidates);
+        if let Some(candidate) = picked {
+            self.step(candidate);
+            self.publish_events();
+        }
+        self.publish_gauges();
+        picked.is_some()
+    }
+
+    fn enqueue(&mut self, id: SessionId, model: usize, request: Request) -> Result<(), Error> {
+        let footprint_bytes = guarded(|| Ok(self.runners[model].footprint_bytes(&request)))?;
+        let capacity = self.ledger.session_capacity_bytes();
+        if footprint_bytes > capacity {
+            return Err(Error::OutOfMemory { needed_bytes: footprint_bytes, free_bytes: capacity });
+        }
+        self.waiting.push_back(Waiting { id, model, request, footprint_bytes, overtaken: 0 });
+        self.admission_due = true;
+        Ok(())
+    }
+
+    /// Hands waiting sessions whose memory can be reserved to their runners: first come first served per model. Other
+    /// models may overtake a session that needs more memory than is free, but not for ever.
+    fn admit(&mut self) {
+        if !std::mem::take(&mut self.admission_due) {
+            return;
+        }
+        let mut blocked = vec![false; self.runners.len()];
+        let mut memory_is_kept = false;
+        let mut position = 0;
+        while let Some(waiting) = self.waiting.get(position) {
+            let (model, needs_memory) = (waiting.model, waiting.footprint_bytes > 0);
+            let may_pass = !blocked[model] && !(memory_is_kept && needs_memory);
+            if may_pass && self.ledger.reserve(Owner::Session(waiting.id), waiting.footprint_bytes).is_ok() {
+                self.begin(position);
+                let overtaken = self.waiting.iter_mut().take(if needs_memory { position } else { 0 });
+                overtaken.for_each(|older| older.overtaken += 1);
+            } else {
+                memory_is_kept |= waiting.overtaken >= MAX_OVERTAKEN;
+                blocked[model] = true;
+                position += 1;
+            }
+        }
+    }
+
+    fn begin(&mut self, position: usize) {
+        let Some(Waiting { id, model, request, .. }) = self.waiting.remove(position) else { return };
+        let runner = &mut self.runners[model];
+        if let Err(error) = guarded(|| runner.submit(id, request)) {
+            // A submission that panicked half-way may have left something.
+            runner.cancel(id);
+            self.fail(id, error);
+        }
+    }
+
+    fn step(&mut self, candidate: Candidate) {
+        let runner = &mut self.runners[candidate.runner];
+        let before = self.clock.now();
+        let outcome = guarded(|| runner.step(&mut self.events));
+        let evicted = if outcome.is_err() { runner.evict_step() } else { Vec::new() };
+        let cost = self.clock.now().saturating_sub(before);
+        self.arbiter.report(candidate, cost);
+        self.metrics[candidate.runner].step(candidate.plan.phase, cost);
+        if let Err(error) = outcome {
+            let StepPlan { phase, sessions } = candidate.plan;
+            let phase = phase.as_str();
+            tracing::error!(phase, sessions, evicted = evicted.len(), %error, "a step failed; its sessions are ended");
+            evicted.into_iter().for_each(|id| self.events.emit(id, Event::Failed(error.restate())));
+        }
+    }
+
+    fn publish_events(&mut self) {
+        let now = self.clock.now();
+        let mut events = std::mem::take(&mut self.events);
+        for (id, event) in events.drain() {
+            self.publish(id, event, now);
+        }
+        self.events = events;
+    }
+
+    fn publish(&mut self, id: SessionId, event: Event, now: Duration) {
+        let Some(live) = self.sessions.get_mut(&id) else { return };
+        let metrics = &self.metrics[live.model];
+        match &event {
+            Event::Started if !live.begun => {
+                live.begun = true;
+                self.gauges.models[live.model].queued.fetch_sub(1, Relaxed);
+                metrics.queue_time(now.saturating_sub(live.submitted));
+            }
+            Event::Text { tokens, .. } if !tokens.is_empty() => match live.last_tokens.replace(now) {
+                Some(last) => metrics.inter_token(tokens.len(), now.saturating_sub(last)),
+                None => metrics.first_token(tokens.len(), now.saturating_sub(live.submitted)),
+            },
+            Event::Finished { reason, usage } => metrics.finished(*reason, *usage),
+            Event::Failed(_) => metrics.failed(),
+            _ => (),
+        }
+        let is_terminal = event.is_terminal();
+        if is_terminal {
+            // First the books, then the news: who hears of the end finds the memory free.
+            if let Some(mailbox) = self.forget(id) {
+                mailbox.post(event);
+                mailbox.close();
+            }
+        } else {
+            live.mailbox.post(event);
+        }
+    }
+
+    fn fail(&mut self, id: SessionId, error: Error) {
+        let now = self.clock.now();
+        self.publish(id, Event::Failed(error), now);
+    }
+
+    fn cancel(&mut self, id: SessionId) {
+        let Some(live) = self.sessions.get(&id) else { return };
+        let model = live.model;
+        self.metrics[model].cancelled();
+        self.runners[model].cancel(id);
+        self.waiting.retain(|waiting| waiting.id != id);
+        if let Some(mailbox) = self.forget(id) {
+            mailbox.close();
+        }
+    }
+
+    /// Takes a session that its runner no longer holds out of all books.
+    fn forget(&mut self, id: SessionId) -> Option<Arc<Mailbox>> {
+        let live = self.sessions.remove(&id)?;
+        self.ledger.release(Owner::Session(id));
+        self.admission_due = true;
+        let gauges = &self.gauges.models[live.model];
+        if !live.begun {
+            gauges.queued.fetch_sub(1, Relaxed);
+        }
+        gauges.live.fetch_sub(1, Relaxed);
+        Some(live.mailbox)
+    }
+
+    fn publish_gauges(&self) {
+        for (gauges, runner) in self.gauges.models.iter().zip(&self.runners) {
+            gauges.publish(runner.status());
+        }
+        self.gauges.ledger_used_bytes.store(self.ledger.used_bytes(), Relaxed);
+    }
+}
+
+/// However the thread ends, nobody waits for it for ever.
+impl<C> Drop for DeviceWorker<C> {
+    fn drop(&mut self) {
+        self.gauges.dead.store(true, Relaxed);
+        for (_, live) in self.sessions.drain() {
+            live.mailbox.close();
+        }
+    }
+}
+
+/// Runs model code; a panic becomes an error.
+fn guarded<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    // Unwind safety: after a failure the runner is told to forget the sessions whose state may be half-written.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+        Err(Error::Panicked(text.unwrap_or_else(|| "no message".into())))
+    })
+}
