@@ -1,1 +1,85 @@
-//! Paged KV blocks.
+//! Paged KV blocks: the caches of all layers, the pool that says who owns which block, and one sequence's block table.
+//!
+//! Deliberately does not know: sessions, models, when a block should be given or taken (the batcher decides).
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+mod pool;
+
+pub use pool::{BlockPool, BlockTable};
+
+/// Tokens in one block. A multiple of 32, as the paged attention kernels for GPUs want it.
+pub const BLOCK_SIZE: usize = 32;
+
+/// Blocks that `num_tokens` tokens take.
+pub fn blocks_for(num_tokens: usize) -> usize {
+    num_tokens.div_ceil(BLOCK_SIZE)
+}
+
+/// What one token leaves in the cache. Names as in `config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct KvShape {
+    pub num_layers: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// Bytes of one block over all layers, keys and values in f32.
+    pub fn block_bytes(&self) -> usize {
+        2 * self.num_layers * BLOCK_SIZE * self.num_key_value_heads * self.head_dim * DType::F32.size_in_bytes()
+    }
+}
+
+/// Keys and values of one layer, each `[num_blocks, BLOCK_SIZE, num_key_value_heads, head_dim]`, written in place.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct LayerCache {
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+/// The caches of all layers.
+#[derive(Debug)]
+pub struct KvCaches {
+    layers: Vec<LayerCache>,
+    num_blocks: usize,
+    bytes: usize,
+}
+
+impl KvCaches {
+    /// Caches of `num_blocks` blocks. On the CPU the zeroed pages are the kernel's until they are first written, so a
+    /// large pool costs memory only as far as it is used.
+    pub fn new(shape: KvShape, num_blocks: usize, device: &Device) -> Result<Self> {
+        // Block tables and slot mappings count in 32 bits.
+        if num_blocks.saturating_mul(BLOCK_SIZE) > u32::MAX as usize {
+            return Err(Error::Device(format!("a KV cache of {num_blocks} blocks has more slots than 2^32")));
+        }
+        let dims = (num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim);
+        let mut layers = Vec::with_capacity(shape.num_layers);
+        for _ in 0..shape.num_layers {
+            let k = Tensor::zeros(dims, DType::F32, device)?;
+            let v = Tensor::zeros(dims, DType::F32, device)?;
+            layers.push(LayerCache { k, v });
+        }
+        Ok(Self { layers, num_blocks, bytes: num_blocks * shape.block_bytes() })
+    }
+
+    /// One per layer, in order.
+    pub fn layers(&self) -> &[LayerCache] {
+        &self.layers
+    }
+
+    /// Blocks of each layer.
+    pub fn num_blocks(&self) -> usize {
+        self.num_blocks
+    }
+
+    /// Bytes of all layers.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
