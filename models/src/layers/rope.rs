@@ -1,0 +1,394 @@
+//! Rotary position embeddings of language models: the frequencies that a configuration asks for, and the angles of
+//! given positions.
+//!
+//! Owns: both spellings of the configuration (transformers 4: `rope_theta` + `rope_scaling`; 5: `rope_parameters`) and
+//! the types `default`, `linear`, `llama3`, `yarn`. Does not know: how the angles enter the attention (that is the
+//! kernel's `rope_half`). Source: transformers `modeling_rope_utils.py`.
+
+use std::collections::BTreeMap;
+use std::f32::consts::PI;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// What transformers assumes when no `rope_theta` is given.
+const DEFAULT_THETA: f64 = 10_000.0;
+
+/// The fields of `config.json` that say how positions are rotated, in both spellings. Flattened into a family's config.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RopeFields {
+    /// transformers 4.
+    rope_theta: Option<f64>,
+    /// transformers 4.
+    rope_scaling: Option<RopeParameters>,
+    /// transformers 5.
+    rope_parameters: Option<RopeParameters>,
+    /// Outside of the dictionary, where some checkpoints have it.
+    original_max_position_embeddings: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+}
+
+/// `rope_scaling` or `rope_parameters`.
+#[derive(Debug, Clone, Default, Deserialize)]
+struct RopeParameters {
+    rope_type: Option<String>,
+    /// The oldest spelling of `rope_type`.
+    #[serde(rename = "type")]
+    legacy_type: Option<String>,
+    rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    attention_factor: Option<f64>,
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+    beta_fast: Option<f64>,
+    beta_slow: Option<f64>,
+    truncate: Option<bool>,
+    /// Only looked at to find a dictionary per layer type.
+    #[serde(flatten)]
+    other: BTreeMap<String, Value>,
+}
+
+/// Rotation of one model: frequencies and the factor on cosines and sines.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Radians per position for each of the `head_dim / 2` pairs. In f32, and computed in f32 like the reference does:
+    /// at position 100,000 a frequency of more digits would turn by another angle.
+    inv_freq: Vec<f32>,
+    /// yarn's attention factor; 1 for the others.
+    attention_factor: f32,
+}
+
+impl Rope {
+    /// From the fields of the `config.json` at `path` (for messages), `head_dim` and `max_position_embeddings`.
+    ///
+    /// Errors name the field: unknown types (among them `dynamic` and `longrope`, whose frequencies change with the
+    /// length of the sequence), missing parameters, partial rotation.
+    pub fn from_config(
+        path: &Path,
+        fields: &RopeFields,
+        head_dim: usize,
+        max_position_embeddings: usize,
+    ) -> Result<Self> {
+        let source = Source::new(path, fields);
+        source.check_whole_rotation()?;
+        let theta = source.theta()?;
+        let original_max = fields
+            .original_max_position_embeddings
+            .or(source.parameters.original_max_position_embeddings)
+            .unwrap_or(max_position_embeddings as f64);
+        let scaled_by = max_position_embeddings as f64 / original_max;
+        match source.rope_type() {
+            "default" => Ok(Self::unscaled(default_frequencies(theta, head_dim))),
+            "linear" => Ok(Self::unscaled(linear(&source, theta, head_dim)?)),
+            "llama3" => Ok(Self::unscaled(llama3(&source, theta, head_dim, original_max)?)),
+            "yarn" => Ok(yarn(&source, theta, head_dim, original_max, scaled_by)),
+            other => {
+                let problem = format!("`{other}` is not supported; known: default, linear, llama3, yarn");
+                Err(source.error("rope_type", problem))
+            }
+        }
+    }
+
+    fn unscaled(inv_freq: Vec<f32>) -> Self {
+        Self { inv_freq, attention_factor: 1.0 }
+    }
+
+    /// Cosines and sines `[l, head_dim / 2]` of `positions [l]`.
+    ///
+    /// Computed per step instead of kept in a table: it is a few microseconds per token, once for all layers, and a
+    /// table of 131,072 positions would be 64 MiB.
+    pub fn cos_sin(&self, positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
+        let mut cos = Vec::with_capacity(positions.len() * self.inv_freq.len());
+        let mut sin = Vec::with_capacity(cos.capacity());
+        for &position in positions {
+            for &inv_freq in &self.inv_freq {
+                let angle = position as f32 * inv_freq;
+                cos.push(angle.cos() * self.attention_factor);
+                sin.push(angle.sin() * self.attention_factor);
+            }
+        }
+        let shape = (positions.len(), self.inv_freq.len());
+        Ok((Tensor::from_vec(cos, shape, device)?, Tensor::from_vec(sin, shape, device)?))
+    }
+}
+
+/// The fields with where they stand, so that errors can name them.
+struct Source<'a> {
+    path: &'a Path,
+    fields: &'a RopeFields,
+    parameters: RopeParameters,
+    /// `rope_scaling` or `rope_parameters`.
+    spelling: &'static str,
+}
+
+impl<'a> Source<'a> {
+    fn new(path: &'a Path, fields: &'a RopeFields) -> Self {
+        // As in transformers: `rope_scaling` goes before `rope_parameters`.
+        let (spelling, parameters) = match (&fields.rope_scaling, &fields.rope_parameters) {
+            (Some(parameters), _) => ("rope_scaling", parameters.clone()),
+            (None, Some(parameters)) => ("rope_parameters", parameters.clone()),
+            (None, None) => ("rope_parameters", RopeParameters::default()),
+        };
+        Self { path, fields, parameters, spelling }
+    }
+
+    fn rope_type(&self) -> &str {
+        let parameters = &self.parameters;
+        parameters.rope_type.as_deref().or(parameters.legacy_type.as_deref()).unwrap_or("default")
+    }
+
+    fn theta(&self) -> Result<f64> {
+        let theta = self.parameters.rope_theta.or(self.fields.rope_theta).unwrap_or(DEFAULT_THETA);
+        if theta > 1.0 && theta.is_finite() {
+            return Ok(theta);
+        }
+        Err(self.error("rope_theta", format!("is {theta}; it must be above 1")))
+    }
+
+    fn check_whole_rotation(&self) -> Result<()> {
+        if let Some((name, _)) = self.parameters.other.iter().find(|(_, value)| value.is_object()) {
+            return Err(self.error(name, "a rotation of its own per layer type is not supported"));
+        }
+        match self.parameters.partial_rotary_factor.or(self.fields.partial_rotary_factor) {
+            None | Some(1.0) => Ok(()),
+            Some(factor) => {
+                Err(self.error("partial_rotary_factor", format!("is {factor}; only whole heads (1) are rotated")))
+            }
+        }
+    }
+
+    fn required(&self, field: &str, value: Option<f64>) -> Result<f64> {
+        value.ok_or_else(|| self.error(field, format!("is missing; rope type `{}` needs it", self.rope_type())))
+    }
+
+    fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
+        Error::checkpoint(self.path, format!("{}.{field}: {problem}", self.spelling))
+    }
+}
+
+/// `theta^(-2i/d)` for each pair i.
+fn default_frequencies(theta: f64, head_dim: usize) -> Vec<f32> {
+    powers(theta, head_dim).map(|power| 1.0 / power).collect()
+}
+
+/// `theta^(2i/d)` for each pair i.
+fn powers(theta: f64, head_dim: usize) -> impl Iterator<Item = f32> {
+    (0..head_dim / 2).map(move |pair| (theta as f32).powf((2 * pair) as f32 / head_dim as f32))
+}
+
+/// Position interpolation: all frequencies divided by `factor`.
+fn linear(source: &Source<'_>, theta: f64, head_dim: usize) -> Result<Vec<f32>> {
+    let factor = source.required("factor", source.parameters.factor)? as f32;
+    Ok(default_frequencies(theta, head_dim).into_iter().map(|frequency| frequency / factor).collect())
+}
+
+/// Llama 3.1: long waves are divided by `factor`, short ones kept, those between interpolated.
+fn llama3(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64) -> Result<Vec<f32>> {
+    let parameters = &source.parameters;
+    let factor = source.required("factor", parameters.factor)? as f32;
+    let low_freq_factor = source.required("low_freq_factor", parameters.low_freq_factor)? as f32;
+    let high_freq_factor = source.required("high_freq_factor", parameters.high_freq_factor)? as f32;
+    let original_max = original_max as f32;
+    let (longest, shortest) = (original_max / low_freq_factor, original_max / high_freq_factor);
+    let scale = |frequency: f32| {
+        let wavelength = 2.0 * PI / frequency;
+        if wavelength > longest {
+            return frequency / factor;
+        }
+        if wavelength < shortest {
+            return frequency;
+        }
+        let smooth = (original_max / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+        (1.0 - smooth) * frequency / factor + smooth * frequency
+    };
+    Ok(default_frequencies(theta, head_dim).into_iter().map(scale).collect())
+}
+
+/// YaRN (arXiv 2309.00071): interpolated frequencies for pairs that turn seldom, plain ones for pairs that turn often,
+/// a ramp between, and a factor that sharpens the attention.
+fn yarn(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64, scaled_by: f64) -> Rope {
+    let parameters = &source.parameters;
+    let factor = parameters.factor.unwrap_or(scaled_by);
+    let (low, high) = yarn_ramp(parameters, theta, head_dim, original_max);
+    let inv_freq = powers(theta, head_dim)
+        .enumerate()
+        .map(|(pair, power)| {
+            let ramp = ((pair as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+            let plain = 1.0 - ramp;
+            (1.0 / (factor as f32 * power)) * (1.0 - plain) + (1.0 / power) * plain
+        })
+        .collect();
+    Rope { inv_freq, attention_factor: yarn_attention_factor(parameters, factor) as f32 }
+}
+
+/// First and last pair of the ramp: those that turn `beta_fast` and `beta_slow` times within the original context.
+fn yarn_ramp(parameters: &RopeParameters, theta: f64, head_dim: usize, original_max: f64) -> (f64, f64) {
+    let dim = head_dim as f64;
+    let pair_that_turns = |times: f64| {
+        let turns = times * 2.0 * std::f64::consts::PI;
+        dim * (original_max / turns).ln() / (2.0 * theta.ln())
+    };
+    let mut low = pair_that_turns(non_zero(parameters.beta_fast).unwrap_or(32.0));
+    let mut high = pair_that_turns(non_zero(parameters.beta_slow).unwrap_or(1.0));
+    if parameters.truncate.unwrap_or(true) {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, high) = (low.max(0.0), high.min(dim - 1.0));
+    // The reference's guard against a ramp without length.
+    if low == high { (low, high + 0.001) } else { (low, high) }
+}
+
+fn yarn_attention_factor(parameters: &RopeParameters, factor: f64) -> f64 {
+    let magnitude = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    match (parameters.attention_factor, non_zero(parameters.mscale), non_zero(parameters.mscale_all_dim)) {
+        (Some(given), _, _) => given,
+        (None, Some(mscale), Some(mscale_all_dim)) => magnitude(mscale) / magnitude(mscale_all_dim),
+        _ => magnitude(1.0),
+    }
+}
+
+/// The reference takes 0 for "not given" in the optional yarn parameters.
+fn non_zero(value: Option<f64>) -> Option<f64> {
+    value.filter(|value| *value != 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const HEAD_DIM: usize = 16;
+    const MAX_POSITION_EMBEDDINGS: usize = 4096;
+
+    fn parse(config: Value) -> Result<Rope> {
+        let fields: RopeFields = serde_json::from_value(config).expect("the fields parse");
+        Rope::from_config(Path::new("config.json"), &fields, HEAD_DIM, MAX_POSITION_EMBEDDINGS)
+    }
+
+    /// Expected values: `LlamaRotaryEmbedding(...).inv_freq` and `.attention_scaling` of transformers.
+    fn check(config: Value, inv_freq: [f32; HEAD_DIM / 2], attention_factor: f32) {
+        let rope = parse(config.clone()).expect("a supported rope");
+        for (found, expected) in rope.inv_freq.iter().zip(inv_freq) {
+            assert!((found - expected).abs() <= expected * 3e-7, "{config}: {:?} is not {inv_freq:?}", rope.inv_freq);
+        }
+        assert!((rope.attention_factor - attention_factor).abs() < 1e-6, "{config}: {}", rope.attention_factor);
+    }
+
+    #[test]
+    fn default_type_in_all_spellings() {
+        let expected = [
+            1.0,
+            0.193922758,
+            0.0376060307,
+            0.00729266508,
+            0.00141421345,
+            0.000274248188,
+            5.31829573e-05,
+            1.03133852e-05,
+        ];
+        check(json!({"rope_theta": 500000.0}), expected, 1.0);
+        check(json!({"rope_theta": 500000, "rope_scaling": null}), expected, 1.0);
+        check(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}), expected, 1.0);
+        check(json!({"rope_theta": 3.0, "rope_parameters": {"rope_theta": 500000.0}}), expected, 1.0);
+    }
+
+    #[test]
+    fn theta_is_10000_when_absent() {
+        let expected = [1.0, 0.316227764, 0.1, 0.0316227786, 0.01, 0.00316227786, 0.001, 0.000316227786];
+        check(json!({}), expected, 1.0);
+    }
+
+    #[test]
+    fn linear_divides_by_factor() {
+        let expected = [0.4, 0.1264911, 0.04, 0.0126491114, 0.004, 0.00126491114, 0.0004, 0.000126491112];
+        check(json!({"rope_scaling": {"type": "linear", "factor": 2.5}}), expected, 1.0);
+        check(json!({"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}), expected, 1.0);
+    }
+
+    #[test]
+    fn llama3_keeps_short_waves_and_stretches_long_ones() {
+        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256});
+        let expected = [
+            1.0,
+            0.344848841,
+            0.118920714,
+            0.0131507572,
+            0.00176776701,
+            0.000609612325,
+            0.000210224098,
+            7.24955316e-05,
+        ];
+        check(json!({"rope_theta": 5000.0, "rope_scaling": scaling}), expected, 1.0);
+    }
+
+    #[test]
+    fn yarn_with_defaults() {
+        let expected =
+            [1.0, 0.316227764, 0.0812500045, 0.0197642371, 0.00437500002, 0.000790569466, 0.00025, 7.90569466e-05];
+        let scaling = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024});
+        check(json!({"rope_theta": 10000.0, "rope_scaling": scaling}), expected, 1.138_629_4);
+        // Without a factor: the ratio of the two context lengths.
+        let scaling = json!({"rope_type": "yarn", "factor": null, "original_max_position_embeddings": 1024,
+            "attention_factor": 1.25});
+        check(json!({"rope_parameters": scaling}), expected, 1.25);
+    }
+
+    #[test]
+    fn yarn_with_every_option() {
+        let expected = [1.0, 0.316227764, 0.1, 0.0187018048, 0.0025, 0.000790569466, 0.00025, 7.90569466e-05];
+        let parameters = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
+            "rope_theta": 10000.0, "beta_fast": 16, "beta_slow": 2, "truncate": false, "mscale": 0.8,
+            "mscale_all_dim": 0.4});
+        check(json!({"rope_parameters": parameters}), expected, 1.052_538_4);
+    }
+
+    #[test]
+    fn yarn_takes_max_position_embeddings_for_the_original_context() {
+        let expected = [1.0, 0.316227764, 0.1, 0.0276699308, 0.0075, 0.00197642366, 0.0005, 0.000158113893];
+        check(json!({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}), expected, 1.069_314_7);
+    }
+
+    #[test]
+    fn yarn_whose_ramp_lies_before_the_first_pair() {
+        let expected = [1.0, 0.316227764, 0.1, 0.0316227786, 0.01, 0.00316227786, 0.001, 0.000316227786];
+        let parameters = json!({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024,
+            "beta_fast": 4000, "beta_slow": 3000});
+        check(json!({"rope_parameters": parameters}), expected, 1.069_314_7);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_field() {
+        let refused = |config: Value, field: &str| {
+            let error = parse(config).expect_err("must be refused").to_string();
+            assert!(error.contains("config.json") && error.contains(field), "{error}");
+        };
+        refused(json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}), "rope_scaling.rope_type");
+        refused(json!({"rope_parameters": {"rope_type": "longrope"}}), "rope_parameters.rope_type");
+        refused(json!({"rope_scaling": {"type": "mrope"}}), "`mrope`");
+        refused(json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor");
+        refused(json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "rope_scaling.low_freq_factor");
+        refused(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor");
+        refused(json!({"rope_theta": 0}), "rope_theta");
+        refused(json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}), "full_attention");
+    }
+
+    #[test]
+    fn angles_are_positions_times_frequencies() {
+        let rope = parse(json!({})).expect("default");
+        let (cos, sin) = rope.cos_sin(&[0, 3], &Device::Cpu).expect("computed");
+        assert_eq!(cos.dims(), [2, HEAD_DIM / 2]);
+        let (cos, sin) = (cos.to_vec2::<f32>().expect("read"), sin.to_vec2::<f32>().expect("read"));
+        assert_eq!((cos[0][0], sin[0][0]), (1.0, 0.0));
+        assert_eq!((cos[1][0], sin[1][0]), (3f32.cos(), 3f32.sin()));
+    }
+}
