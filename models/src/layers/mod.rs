@@ -5,6 +5,8 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::weights::Weights;
 
+pub mod decoder;
+pub mod rope;
 pub mod timesteps;
 
 /// `y = x Wᵀ + b`.

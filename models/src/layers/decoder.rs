@@ -1,0 +1,309 @@
+//! The decoder-only transformer that Llama and Qwen2 share: RMS norms before each half, grouped-query attention with
+//! rotary positions over a paged KV cache, a gated SiLU feed-forward.
+//!
+//! The published blocks of these families are the same but for which projections have biases, so there is one block
+//! here and a [`DecoderConfig`] that each family fills from its own `config.json`. Deliberately does not know: which
+//! family it computes, sessions, sampling. Activations are `[l, hidden_size]`: the rows of all sequences of a step, one
+//! after the other, without a batch dimension.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+use tale_kernels::PagedBatch;
+
+use crate::error::{Error, Result};
+use crate::kv::{BLOCK_SIZE, BlockTable, KvCaches, KvShape, LayerCache};
+use crate::layers::rope::Rope;
+use crate::layers::{Embedding, Linear, RmsNorm};
+use crate::weights::Weights;
+
+/// Sizes and switches, named as in `config.json`.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct DecoderConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the attention's output projection.
+    pub o_bias: bool,
+    /// Biases in the feed-forward.
+    pub mlp_bias: bool,
+    pub rope: Rope,
+}
+
+/// Bounds on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_SIZE: usize = 1 << 22;
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_POSITIONS: usize = 1 << 28;
+
+/// Refuses what changes the block itself: another activation, quantised matrices. `path` is the `config.json`'s.
+pub fn check_plain(path: &Path, hidden_act: &str, quantization_config: Option<&Value>) -> Result<()> {
+    if hidden_act != "silu" {
+        return Err(Error::checkpoint(path, format!("hidden_act: `{hidden_act}` is not supported; known: silu")));
+    }
+    match quantization_config {
+        None | Some(Value::Null) => Ok(()),
+        Some(_) => Err(Error::checkpoint(path, "quantization_config: quantised checkpoints are not read")),
+    }
+}
+
+impl DecoderConfig {
+    /// Refuses sizes that cannot be computed with, naming the field; `path` is the `config.json`'s.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, MAX_SIZE),
+            ("hidden_size", self.hidden_size, MAX_SIZE),
+            ("intermediate_size", self.intermediate_size, MAX_SIZE),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
+            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
+            ("head_dim", self.head_dim, MAX_SIZE),
+            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
+        ];
+        for (field, size, max) in sizes {
+            if size == 0 || size > max {
+                return Err(Error::checkpoint(path, format!("{field}: is {size}; allowed: 1 to {max}")));
+            }
+        }
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        if heads % kv_heads != 0 {
+            let problem = format!("num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}");
+            return Err(Error::checkpoint(path, problem));
+        }
+        if self.head_dim % 2 != 0 {
+            let problem = format!("head_dim: {} is odd and cannot be rotated in pairs", self.head_dim);
+            return Err(Error::checkpoint(path, problem));
+        }
+        Ok(())
+    }
+
+    /// What the KV cache of one token consists of.
+    pub fn kv_shape(&self) -> KvShape {
+        KvShape {
+            num_layers: self.num_hidden_layers,
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+/// The rows of one step: pieces of sequences, one after the other.
+#[derive(Debug, Clone)]
+pub struct DecoderInput {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    slot_mapping: Vec<u32>,
+    paged: PagedBatch,
+    logit_rows: Vec<u32>,
+}
+
+impl Default for DecoderInput {
+    fn default() -> Self {
+        let paged = PagedBatch { cu_seqlens_q: vec![0], context_lens: Vec::new(), block_tables: Vec::new() };
+        Self { tokens: Vec::new(), positions: Vec::new(), slot_mapping: Vec::new(), paged, logit_rows: Vec::new() }
+    }
+}
+
+impl DecoderInput {
+    /// Adds `tokens` of a sequence from position `start` on; keys and values of all earlier positions are in the
+    /// cache, and `table` has room for the new ones.
+    pub fn push(&mut self, tokens: &[u32], start: usize, table: &BlockTable) {
+        let context_len = start + tokens.len();
+        self.tokens.extend_from_slice(tokens);
+        self.positions.extend(start as u32..context_len as u32);
+        self.slot_mapping.extend((start..context_len).map(|position| table.slot(position)));
+        self.paged.cu_seqlens_q.push(self.tokens.len());
+        self.paged.context_lens.push(context_len);
+        self.paged.block_tables.push(table.blocks()[..context_len.div_ceil(BLOCK_SIZE)].to_vec());
+    }
+
+    /// Asks for the logits of the row pushed last.
+    pub fn want_logits_of_last_row(&mut self) {
+        self.logit_rows.push(self.tokens.len() as u32 - 1);
+    }
+
+    /// Asks for the logits of all rows, as a comparison with a reference does.
+    pub fn want_all_logits(&mut self) {
+        self.logit_rows = (0..self.tokens.len() as u32).collect();
+    }
+}
+
+/// The model: tokens in, logits out.
+#[derive(Debug)]
+pub struct Decoder {
+    config: DecoderConfig,
+    embed_tokens: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    device: Device,
+}
+
+impl Decoder {
+    /// Tensors `model.*` and `lm_head.weight`, the latter only when the embeddings are not tied.
+    pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let model = weights.pp("model");
+        let embed_tokens = Embedding::load(&model.pp("embed_tokens"), vocab_size, hidden_size)?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for index in 0..config.num_hidden_layers {
+            layers.push(DecoderLayer::load(&model.pp("layers").pp(index), &config)?);
+        }
+        let norm = RmsNorm::load(&model.pp("norm"), hidden_size, config.rms_norm_eps)?;
+        let lm_head = if config.tie_word_embeddings {
+            // Some tied checkpoints store the shared table twice.
+            weights.ignore("lm_head.weight");
+            embed_tokens.as_linear()
+        } else {
+            Linear::load_no_bias(&weights.pp("lm_head"), hidden_size, vocab_size)?
+        };
+        let device = weights.placement().device.clone();
+        Ok(Self { config, embed_tokens, layers, norm, lm_head, device })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
+    /// that were asked for, in the order of asking; `None` when none were.
+    pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
+        let tokens = Tensor::new(input.tokens.as_slice(), &self.device)?;
+        let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
+        let mut hidden = self.embed_tokens.forward(&tokens)?;
+        for (layer, cache) in self.layers.iter().zip(caches.layers()) {
+            let step = AttentionStep { cos: &cos, sin: &sin, input, cache };
+            hidden = layer.forward(&hidden, &step)?;
+        }
+        if input.logit_rows.is_empty() {
+            return Ok(None);
+        }
+        let rows = Tensor::new(input.logit_rows.as_slice(), &self.device)?;
+        let hidden = self.norm.forward(&hidden.index_select(&rows, 0)?)?;
+        Ok(Some(self.lm_head.forward(&hidden)?))
+    }
+}
+
+/// What the attention of one layer needs beside the hidden states.
+struct AttentionStep<'a> {
+    cos: &'a Tensor,
+    sin: &'a Tensor,
+    input: &'a DecoderInput,
+    cache: &'a LayerCache,
+}
+
+#[derive(Debug)]
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl DecoderLayer {
+    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
+        let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.hidden_size, config.rms_norm_eps);
+        Ok(Self {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention::load(&weights.pp("self_attn"), config)?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp::load(&weights.pp("mlp"), config)?,
+        })
+    }
+
+    /// `[l, hidden_size]` to the same shape.
+    fn forward(&self, hidden: &Tensor, step: &AttentionStep<'_>) -> Result<Tensor> {
+        let hidden = (hidden + self.self_attn.forward(&self.input_layernorm.forward(hidden)?, step)?)?;
+        let out = self.mlp.forward(&self.post_attention_layernorm.forward(&hidden)?)?;
+        Ok((hidden + out)?)
+    }
+}
+
+#[derive(Debug)]
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
+        let hidden_size = config.hidden_size;
+        let q_size = config.num_attention_heads * config.head_dim;
+        let kv_size = config.num_key_value_heads * config.head_dim;
+        // Left over in early Llama checkpoints; the configuration says the same.
+        weights.ignore("rotary_emb.inv_freq");
+        Ok(Self {
+            q_proj: load_linear(&weights.pp("q_proj"), hidden_size, q_size, config.qkv_bias)?,
+            k_proj: load_linear(&weights.pp("k_proj"), hidden_size, kv_size, config.qkv_bias)?,
+            v_proj: load_linear(&weights.pp("v_proj"), hidden_size, kv_size, config.qkv_bias)?,
+            o_proj: load_linear(&weights.pp("o_proj"), q_size, hidden_size, config.o_bias)?,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        })
+    }
+
+    /// `[l, hidden_size]` to the same shape.
+    fn forward(&self, x: &Tensor, step: &AttentionStep<'_>) -> Result<Tensor> {
+        let l = x.dim(0)?;
+        let q = self.q_proj.forward(x)?.reshape((l, self.num_attention_heads, self.head_dim))?;
+        let k = self.k_proj.forward(x)?.reshape((l, self.num_key_value_heads, self.head_dim))?;
+        let v = self.v_proj.forward(x)?.reshape((l, self.num_key_value_heads, self.head_dim))?;
+        let q = tale_kernels::rope_half(&q, step.cos, step.sin)?;
+        let k = tale_kernels::rope_half(&k, step.cos, step.sin)?;
+        let LayerCache { k: k_cache, v: v_cache } = step.cache;
+        tale_kernels::write_kv(&k, &v, k_cache, v_cache, &step.input.slot_mapping)?;
+        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        let out = tale_kernels::paged_attention(&q, k_cache, v_cache, &step.input.paged, scale)?;
+        // [l, heads, head_dim] to [l, heads * head_dim]
+        self.o_proj.forward(&out.reshape((l, self.num_attention_heads * self.head_dim))?)
+    }
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
+        let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate_proj: load_linear(&weights.pp("gate_proj"), hidden_size, intermediate_size, config.mlp_bias)?,
+            up_proj: load_linear(&weights.pp("up_proj"), hidden_size, intermediate_size, config.mlp_bias)?,
+            down_proj: load_linear(&weights.pp("down_proj"), intermediate_size, hidden_size, config.mlp_bias)?,
+        })
+    }
+
+    /// `[l, hidden_size]` to the same shape.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gated = tale_kernels::silu_mul(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?;
+        self.down_proj.forward(&gated)
+    }
+}
+
+fn load_linear(weights: &Weights, in_features: usize, out_features: usize, bias: bool) -> Result<Linear> {
+    if bias {
+        Linear::load(weights, in_features, out_features)
+    } else {
+        Linear::load_no_bias(weights, in_features, out_features)
+    }
+}
