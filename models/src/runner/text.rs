@@ -1,1 +1,272 @@
 //! The text runner: continuous batching over paged KV.
+//!
+//! Owns the sessions of one language model: their tokens, samplers and text streams, and the KV caches. One step is one
+//! forward pass over what the [`batcher`] planned: decode tokens of all running sessions and chunks of prompts.
+//! Deliberately does not know: how the plan is made, how logits become a token, how tokens become text.
+
+use std::collections::HashMap;
+
+use crate::error::{Error, Result};
+use crate::kv::{BLOCK_SIZE, BlockPool, KvCaches};
+use crate::layers::decoder::{Decoder, DecoderInput};
+use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
+use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
+use crate::runner::{Runner, RunnerStatus, StepPlan};
+use crate::sampler::Sampler;
+use crate::text_stream::TextStream;
+use crate::tokenizer::Tokenizer;
+
+pub mod batcher;
+
+/// A language model with the tokens at which its answers end.
+#[derive(Debug)]
+pub struct LanguageModel {
+    /// Tokens to logits.
+    pub decoder: Decoder,
+    /// Tokens to text.
+    pub tokenizer: Tokenizer,
+    /// An answer ends with any of these.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// Drives the sessions of one language model.
+#[derive(Debug)]
+pub struct TextRunner {
+    model: LanguageModel,
+    caches: KvCaches,
+    max_context: usize,
+    batcher: Batcher,
+    sessions: HashMap<SessionId, Session>,
+    /// Sessions of the step that is being computed; what is left of them after a failure is evicted.
+    in_step: Vec<SessionId>,
+}
+
+#[derive(Debug)]
+struct Session {
+    /// The prompt and what was sampled.
+    tokens: Vec<u32>,
+    num_prompt_tokens: usize,
+    max_tokens: usize,
+    ignore_eos: bool,
+    sampler: Sampler,
+    stream: TextStream,
+    started: bool,
+}
+
+/// What a new token does to a session.
+struct Accepted {
+    text: String,
+    end: Option<End>,
+}
+
+/// How an answer ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// With an end-of-sequence token.
+    EndOfSequence,
+    /// Before a stop string; the text that the stream still holds is not part of the answer.
+    StopString,
+    /// With the last token that was asked for.
+    Length,
+}
+
+impl TextRunner {
+    /// An idle runner whose sessions share `caches`.
+    pub fn new(model: LanguageModel, caches: KvCaches, limits: Limits) -> Self {
+        let num_blocks = caches.num_blocks();
+        let max_context = model.decoder.config().max_position_embeddings.min(num_blocks * BLOCK_SIZE);
+        let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
+        Self { model, caches, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
+    }
+
+    /// Most tokens of prompt and answer together: what the model's positions and the whole pool can hold.
+    pub fn max_context(&self) -> usize {
+        self.max_context
+    }
+
+    fn check(&self, request: &TextRequest) -> Result<()> {
+        let prompt_tokens = request.prompt.len();
+        if prompt_tokens == 0 {
+            return Err(Error::invalid("prompt", "has no tokens"));
+        }
+        if request.max_tokens == 0 {
+            return Err(Error::invalid("max_tokens", "is 0; at least one token is generated"));
+        }
+        if prompt_tokens.saturating_add(request.max_tokens) > self.max_context {
+            return Err(Error::ContextLength { prompt_tokens, limit: self.max_context.saturating_sub(1) });
+        }
+        let vocab_size = self.model.decoder.config().vocab_size;
+        match request.prompt.iter().find(|token| **token as usize >= vocab_size) {
+            Some(token) => Err(Error::invalid("prompt", format!("token {token} is outside of the vocabulary"))),
+            None => Ok(()),
+        }
+    }
+
+    fn announce(&mut self, events: &mut Events) {
+        for id in &self.in_step {
+            let session = self.sessions.get_mut(id).expect("only live sessions are planned: this is a bug");
+            if !session.started {
+                session.started = true;
+                events.emit(*id, Event::Started);
+            }
+        }
+    }
+
+    /// Logits of the rows that sample, one after the other; empty when none does.
+    fn forward(&self, plan: &Plan) -> Result<Vec<f32>> {
+        let mut input = DecoderInput::default();
+        for Chunk { session, start, num_tokens, samples } in plan.chunks.iter().copied() {
+            let tokens = &self.sessions[&session].tokens[start..start + num_tokens];
+            input.push(tokens, start, self.batcher.table(session));
+            if samples {
+                input.want_logits_of_last_row();
+            }
+        }
+        match self.model.decoder.forward(&input, &self.caches)? {
+            Some(logits) => Ok(logits.flatten_all()?.to_vec1()?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Samples the next token of a session and ends the session if that was its last.
+    fn advance(&mut self, id: SessionId, logits: &[f32], phase: &'static str, events: &mut Events) {
+        let session = self.sessions.get_mut(&id).expect("only live sessions are planned: this is a bug");
+        let accepted = match session.accept(logits, phase, &self.model.eos_token_ids) {
+            Ok(accepted) => accepted,
+            Err(error) => return self.fail(id, error, events),
+        };
+        let token = *session.tokens.last().expect("a token was just added: this is a bug");
+        events.emit(id, Event::Text { tokens: vec![token], text: accepted.text });
+        if let Some(end) = accepted.end {
+            self.finish(id, end, events);
+        }
+    }
+
+    fn finish(&mut self, id: SessionId, end: End, events: &mut Events) {
+        let Some(session) = self.forget(id) else { return };
+        let usage = session.usage();
+        if end != End::StopString {
+            match session.stream.finish() {
+                Ok(tail) if tail.is_empty() => (),
+                Ok(tail) => events.emit(id, Event::Text { tokens: Vec::new(), text: tail }),
+                Err(error) => return events.emit(id, Event::Failed(error)),
+            }
+        }
+        let reason = if end == End::Length { FinishReason::Length } else { FinishReason::Stop };
+        events.emit(id, Event::Finished { reason, usage });
+    }
+
+    fn fail(&mut self, id: SessionId, error: Error, events: &mut Events) {
+        self.forget(id);
+        events.emit(id, Event::Failed(error));
+    }
+
+    fn forget(&mut self, id: SessionId) -> Option<Session> {
+        self.batcher.remove(id);
+        self.sessions.remove(&id)
+    }
+}
+
+impl Session {
+    fn new(request: TextRequest, tokenizer: &Tokenizer) -> Self {
+        Self {
+            sampler: Sampler::new(&request.sampling, &request.prompt),
+            stream: TextStream::new(tokenizer.clone(), &request.prompt, request.stop),
+            num_prompt_tokens: request.prompt.len(),
+            max_tokens: request.max_tokens,
+            ignore_eos: request.ignore_eos,
+            tokens: request.prompt,
+            started: false,
+        }
+    }
+
+    fn accept(&mut self, logits: &[f32], phase: &'static str, eos_token_ids: &[u32]) -> Result<Accepted> {
+        if !logits.iter().all(|logit| logit.is_finite()) {
+            return Err(Error::NotFinite { phase });
+        }
+        let token = self.sampler.sample(logits);
+        self.tokens.push(token);
+        if !self.ignore_eos && eos_token_ids.contains(&token) {
+            return Ok(Accepted { text: String::new(), end: Some(End::EndOfSequence) });
+        }
+        let piece = self.stream.push(token)?;
+        let is_last = self.usage().completion_tokens == self.max_tokens;
+        let end = match (piece.stopped, is_last) {
+            (true, _) => Some(End::StopString),
+            (false, true) => Some(End::Length),
+            (false, false) => None,
+        };
+        Ok(Accepted { text: piece.text, end })
+    }
+
+    fn usage(&self) -> Usage {
+        let prompt_tokens = self.num_prompt_tokens;
+        Usage { prompt_tokens, completion_tokens: self.tokens.len() - prompt_tokens }
+    }
+}
+
+impl Runner for TextRunner {
+    /// Nothing: the KV pool that sessions share is taken when the model is loaded.
+    fn footprint_bytes(&self, _request: &Request) -> usize {
+        0
+    }
+
+    fn submit(&mut self, id: SessionId, request: Request) -> Result<()> {
+        let Request::Text(request) = request else {
+            return Err(Error::invalid("model", "is a language model; it makes no pictures"));
+        };
+        if self.sessions.contains_key(&id) {
+            return Err(Error::invalid("session", format!("{} is in use", id.0)));
+        }
+        self.check(&request)?;
+        self.batcher.submit(id, request.prompt.len());
+        self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
+        Ok(())
+    }
+
+    fn cancel(&mut self, id: SessionId) {
+        self.forget(id);
+    }
+
+    fn next(&self) -> Option<StepPlan> {
+        self.batcher.plan().map(|plan| summary(&plan))
+    }
+
+    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
+        let Some(plan) = self.batcher.plan() else {
+            return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
+        };
+        self.in_step = plan.chunks.iter().map(|chunk| chunk.session).collect();
+        self.batcher.begin(&plan);
+        self.announce(events);
+        let logits = self.forward(&plan)?;
+        self.batcher.complete(&plan);
+        let vocab_size = self.model.decoder.config().vocab_size;
+        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples);
+        for (chunk, logits) in sampling.zip(logits.chunks_exact(vocab_size)) {
+            self.advance(chunk.session, logits, plan.phase().as_str(), events);
+        }
+        self.in_step.clear();
+        Ok(summary(&plan))
+    }
+
+    fn evict_step(&mut self) -> Vec<SessionId> {
+        let mut evicted = std::mem::take(&mut self.in_step);
+        evicted.retain(|id| self.forget(*id).is_some());
+        evicted
+    }
+
+    fn status(&self) -> RunnerStatus {
+        let pool = self.batcher.pool();
+        RunnerStatus {
+            running: self.batcher.num_running(),
+            waiting: self.batcher.num_waiting(),
+            kv_blocks_used: pool.num_blocks() - pool.num_free(),
+            kv_blocks_total: pool.num_blocks(),
+        }
+    }
+}
+
+fn summary(plan: &Plan) -> StepPlan {
+    StepPlan { phase: plan.phase(), sessions: plan.chunks.len() }
+}

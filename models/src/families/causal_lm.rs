@@ -1,0 +1,108 @@
+//! What every language family does to become a loaded model, once its `config.json` is understood: weights, KV pool,
+//! tokenizer, chat template, end-of-sequence tokens, sampling defaults.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::card::{ModelCard, SamplingDefaults, TextCard};
+use crate::chat_template::ChatTemplate;
+use crate::config::read_json_if_present;
+use crate::error::{Error, Result};
+use crate::family::{LoadOptions, LoadedModel, OpenWeights};
+use crate::kv::{KvCaches, blocks_for};
+use crate::layers::decoder::{Decoder, DecoderConfig};
+use crate::manifest::Manifest;
+use crate::runner::text::batcher::Limits;
+use crate::runner::text::{LanguageModel, TextRunner};
+use crate::tokenizer::Tokenizer;
+
+/// Loads the decoder that `config` describes, and everything around it.
+pub fn load(
+    family: &'static str,
+    config: DecoderConfig,
+    manifest: &Manifest,
+    open: &mut OpenWeights<'_>,
+    options: &LoadOptions,
+) -> Result<LoadedModel> {
+    let dir = &manifest.root;
+    // An inspection runs nothing, so it gets a pool without blocks.
+    let num_blocks = if open.is_dry() { 0 } else { num_kv_blocks(&config, options)? };
+    let decoder = Decoder::load(&open.component(manifest, "")?, config)?;
+    let caches = KvCaches::new(decoder.config().kv_shape(), num_blocks, &open.placement().device)?;
+    let tokenizer = Tokenizer::from_dir(dir)?;
+    let eos_token_ids = eos_token_ids(dir, &tokenizer)?;
+    if eos_token_ids.is_empty() {
+        tracing::warn!(path = %dir.display(), "no end-of-sequence token is named; answers end at max_tokens");
+    }
+
+    let vocab_size = decoder.config().vocab_size;
+    let resident_bytes = caches.bytes();
+    let model = LanguageModel { decoder, tokenizer: tokenizer.clone(), eos_token_ids };
+    let limits =
+        Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
+    let runner = TextRunner::new(model, caches, limits);
+    let card = TextCard {
+        family,
+        max_context: runner.max_context(),
+        vocab_size,
+        tokenizer,
+        chat_template: ChatTemplate::from_dir(dir)?,
+        defaults: read_json_if_present::<SamplingDefaults>(&dir.join("generation_config.json"))?.unwrap_or_default(),
+    };
+    Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
+}
+
+/// Blocks that the configured bytes pay for, but no more than all sequences of a step can fill.
+fn num_kv_blocks(config: &DecoderConfig, options: &LoadOptions) -> Result<usize> {
+    let block_bytes = config.kv_shape().block_bytes();
+    let affordable = options.kv_cache_bytes / block_bytes;
+    if affordable == 0 {
+        return Err(Error::OutOfMemory { needed_bytes: block_bytes, free_bytes: options.kv_cache_bytes });
+    }
+    let useful = options.max_batch_sequences.saturating_mul(blocks_for(config.max_position_embeddings));
+    Ok(affordable.min(useful))
+}
+
+/// `eos_token_id` of `config.json` and `generation_config.json`.
+#[derive(Deserialize)]
+struct EosField {
+    eos_token_id: Option<OneOrMany>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl OneOrMany {
+    fn into_vec(self) -> Vec<u32> {
+        match self {
+            Self::One(id) => vec![id],
+            Self::Many(ids) => ids,
+        }
+    }
+}
+
+/// The tokens that end an answer: those of `generation_config.json`, or else of `config.json` (as in transformers'
+/// `generate`), and the tokenizer's own, with which chat templates close a message.
+fn eos_token_ids(dir: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut ids = BTreeSet::new();
+    for file_name in ["generation_config.json", "config.json"] {
+        let field: Option<EosField> = read_json_if_present(&dir.join(file_name))?;
+        if let Some(given) = field.and_then(|field| field.eos_token_id) {
+            ids.extend(given.into_vec());
+            break;
+        }
+    }
+    let tokenizer_config: Option<Value> = read_json_if_present(&dir.join("tokenizer_config.json"))?;
+    let eos_token = tokenizer_config.as_ref().map_or(&Value::Null, |config| &config["eos_token"]);
+    // Either the token, or an object that describes it.
+    let spelling = eos_token.as_str().or_else(|| eos_token["content"].as_str());
+    ids.extend(spelling.and_then(|spelling| tokenizer.token_id(spelling)));
+    Ok(ids.into_iter().collect())
+}
