@@ -8,11 +8,19 @@
 
 mod activation;
 mod attention;
+#[doc(hidden)]
+pub mod bench;
 mod conv;
+mod dot;
 mod linear;
 mod norm;
 mod paged;
+mod parallel;
 mod rope;
+mod simd;
+#[cfg(test)]
+mod testing;
+mod view;
 
 pub use activation::{gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
 pub use attention::{AttentionOptions, attention};
@@ -21,3 +29,4 @@ pub use linear::{embedding, linear};
 pub use norm::{group_norm, layer_norm, rms_norm, rms_norm_channels};
 pub use paged::{PagedBatch, paged_attention, write_kv};
 pub use rope::{rope_half, rope_interleaved};
+pub use simd::{Isa, isa};

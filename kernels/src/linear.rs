@@ -1,25 +1,363 @@
 //! Matrix products with weights as published (`[out, in]`), and table look-ups.
+//!
+//! One row is bound by memory: every core reads its share of the weights once ([`MatVec`]). More rows share what was
+//! read: a panel of weights is widened into scratch memory that the cache holds, and tiles of six rows by four outputs
+//! pass over it. Both compute the sum that [`crate::dot`] defines, so a row has the same bits in either.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor, bail};
+
+use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums};
+use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
+use crate::simd::{Element, Op, Simd, dispatch};
+use crate::view::{View, tensor, vector, with_values};
 
 /// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
-    let last = shape.pop().unwrap_or(0);
-    if last != inner {
-        candle_core::bail!("linear: x {:?} does not fit weight {:?}", x.shape(), weight.shape());
+    if shape.pop() != Some(inner) {
+        bail!("linear: x {:?} does not fit weight {:?}", x.shape(), weight.shape());
     }
     shape.push(out);
-    let y = x.contiguous()?.reshape(((), inner))?.matmul(&weight.to_dtype(x.dtype())?.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
-        None => y,
-    };
-    y.reshape(shape)
+    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+    let (x, weight) = (View::contiguous("linear", &x)?, View::contiguous("linear", &weight)?);
+    let mut y = vec![0f32; shape.iter().product()];
+    if inner > 0 && !y.is_empty() {
+        let x = x.f32()?;
+        with_values!(weight.values()?, |weight| matmul_transposed(x, weight, inner, &mut y));
+    }
+    if let Some(bias) = bias {
+        let bias = vector("linear", "bias", bias, out)?;
+        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
+    }
+    tensor(y, shape)
 }
 
 /// Rows of `weight [num, dim]` at `ids [l]` (u32): `[l, dim]` in f32.
 pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    weight.index_select(ids, 0)?.to_dtype(DType::F32)
+    let (num, dim) = weight.dims2()?;
+    let len = ids.dims1()?;
+    let (ids, weight) = (ids.contiguous()?, weight.contiguous()?);
+    let (ids, weight) = (View::contiguous("embedding", &ids)?, View::contiguous("embedding", &weight)?);
+    let ids = ids.u32()?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= num) {
+        bail!("embedding: id {id} lies outside the table [{num}, {dim}]");
+    }
+    let mut y = Vec::with_capacity(len * dim);
+    with_values!(weight.values()?, |table| {
+        for id in ids {
+            y.extend(table[*id as usize * dim..][..dim].iter().map(|value| value.widen()));
+        }
+    });
+    tensor(y, (len, dim))
+}
+
+/// `y [m, n] = x [m, k] · w [n, k]ᵀ`.
+fn matmul_transposed<T: Element>(x: &[f32], w: &[T], k: usize, y: &mut [f32]) {
+    let (m, n) = (x.len() / k, w.len() / k);
+    if m == 1 { one_row(x, w, y) } else { many_rows(x, w, (m, n, k), y) }
+}
+
+fn one_row<T: Element>(x: &[f32], w: &[T], y: &mut [f32]) {
+    let (n, k) = (y.len(), x.len());
+    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS);
+    let y = Shared::new(y);
+    for_each(n.div_ceil(outs), n * k, |task| {
+        let first = task * outs;
+        let len = outs.min(n - first);
+        // SAFETY: every task has its own outputs.
+        let out = unsafe { y.slice(first, len) };
+        dispatch(MatVec { x, w: &w[first * k..(first + len) * k], out });
+    });
+}
+
+/// How a product of many rows is cut into tasks and panels.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Rows of `x` and `w`, and their length.
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Outputs of a panel.
+    panel_outs: usize,
+    /// Columns of a panel, a multiple of [`K_BLOCK`].
+    panel_columns: usize,
+    /// Rows of `x` that one task takes, a multiple of [`TILE_ROWS`].
+    task_rows: usize,
+}
+
+impl Cut {
+    /// Few rows: panels are whole rows of weights, so that memory is read in one go. Many rows: square panels, which
+    /// are used often enough to hide how they are read.
+    fn new((m, n, k): (usize, usize, usize)) -> Self {
+        const PANEL_VALUES: usize = 1 << 16;
+        let task_rows = m.next_multiple_of(TILE_ROWS).min(192);
+        let (panel_outs, panel_columns) = if m <= 64 {
+            ((PANEL_VALUES / k) / TILE_OUTS * TILE_OUTS, k.next_multiple_of(K_BLOCK))
+        } else {
+            (64, K_BLOCK)
+        };
+        Self { m, n, k, panel_outs: panel_outs.clamp(TILE_OUTS, 64), panel_columns, task_rows }
+    }
+
+    fn k_blocks(&self) -> usize {
+        self.k.div_ceil(K_BLOCK)
+    }
+
+    fn padded_rows(&self) -> usize {
+        self.m.next_multiple_of(TILE_ROWS)
+    }
+
+    fn panel_values(&self) -> usize {
+        self.panel_columns / K_BLOCK * self.panel_outs * PACKED_STRIDE
+    }
+}
+
+fn many_rows<T: Element>(x: &[f32], w: &[T], dims: (usize, usize, usize), y: &mut [f32]) {
+    let cut = Cut::new(dims);
+    let (m, n, k) = dims;
+    let packed = pack_rows(x, &cut);
+    let (panels, row_tasks) = (n.div_ceil(cut.panel_outs), m.div_ceil(cut.task_rows));
+    let y = Shared::new(y);
+    for_each(panels * row_tasks, m * n * k, |task| {
+        let (panel, row_task) = (task / row_tasks, task % row_tasks);
+        with_scratch(cut.panel_values(), |scratch| {
+            let first_row = row_task * cut.task_rows;
+            dispatch(PanelTask {
+                cut,
+                x: &packed,
+                w,
+                rows: (first_row, cut.task_rows.min(m - first_row)),
+                outs: (panel * cut.panel_outs, cut.panel_outs.min(n - panel * cut.panel_outs)),
+                panel: scratch,
+                y: y.as_ptr(),
+            });
+        });
+    });
+}
+
+/// `x [m, k]` as `[k_blocks, padded_rows, PACKED_STRIDE]`; rows past `m` are zero.
+fn pack_rows(x: &[f32], cut: &Cut) -> Vec<f32> {
+    let block = cut.padded_rows() * PACKED_STRIDE;
+    let mut packed = vec![0f32; cut.k_blocks() * block];
+    let to = Shared::new(&mut packed);
+    for_each(cut.k_blocks(), cut.m * cut.k, |index| {
+        let column = index * K_BLOCK;
+        // SAFETY: every task has its own block.
+        let to = unsafe { to.slice(index * block, block) };
+        dispatch(PackRows { x, k: cut.k, column, to });
+    });
+    packed
+}
+
+struct PackRows<'a> {
+    x: &'a [f32],
+    k: usize,
+    column: usize,
+    to: &'a mut [f32],
+}
+
+impl Op for PackRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let from = Rows { start: self.x[self.column..].as_ptr(), stride: self.k };
+        let len = K_BLOCK.min(self.k - self.column);
+        // SAFETY: `x` holds `x.len() / k` rows of k values, of which the block takes `len` from `column` on.
+        unsafe { Pack { from, rows: self.x.len() / self.k, len, to: self.to }.run(s) };
+    }
+}
+
+/// Outputs `outs` of rows `rows`, each given as (first, number).
+struct PanelTask<'a, T> {
+    cut: Cut,
+    /// What [`pack_rows`] made.
+    x: &'a [f32],
+    w: &'a [T],
+    rows: (usize, usize),
+    outs: (usize, usize),
+    panel: &'a mut [f32],
+    y: *mut f32,
+}
+
+impl<T: Element> Op for PanelTask<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let mut column = 0;
+        while column < self.cut.k {
+            self.pack_panel(s, column);
+            let blocks = (self.cut.k - column).min(self.cut.panel_columns).div_ceil(K_BLOCK);
+            for block in 0..blocks {
+                if S::LANES == 16 {
+                    self.block::<S, TILE_ROWS>(s, column + block * K_BLOCK, block);
+                } else {
+                    self.block::<S, { TILE_ROWS / 2 }>(s, column + block * K_BLOCK, block);
+                }
+            }
+            column += self.cut.panel_columns;
+        }
+    }
+}
+
+impl<T: Element> PanelTask<'_, T> {
+    /// Widens the panel that starts at `column` into scratch: `[blocks, panel_outs, PACKED_STRIDE]`.
+    #[inline(always)]
+    fn pack_panel<S: Simd>(&mut self, s: S, column: usize) {
+        let Cut { k, panel_columns, panel_outs, .. } = self.cut;
+        for out in 0..self.outs.1 {
+            let mut first = column;
+            while first < k.min(column + panel_columns) {
+                let len = K_BLOCK.min(k - first);
+                let from = Rows { start: self.w[(self.outs.0 + out) * k + first..].as_ptr(), stride: k };
+                let to = &mut self.panel[((first - column) / K_BLOCK * panel_outs + out) * PACKED_STRIDE..];
+                // SAFETY: one row, from column `first` to at most k.
+                unsafe { Pack { from, rows: 1, len, to }.run(s) };
+                first += K_BLOCK;
+            }
+        }
+    }
+
+    /// Adds one block of K to every output of the task. Rows and outputs past the end are computed from what the
+    /// scratch memory holds and thrown away.
+    #[inline(always)]
+    fn block<S: Simd, const MR: usize>(&self, s: S, column: usize, block: usize) {
+        let x = &self.x[column / K_BLOCK * self.cut.padded_rows() * PACKED_STRIDE..];
+        let w = &self.panel[block * self.cut.panel_outs * PACKED_STRIDE..];
+        let len = K_BLOCK.min(self.cut.k - column).next_multiple_of(S::LANES);
+        let mut row = 0;
+        while row < self.rows.1 {
+            let x = Rows { start: x[(self.rows.0 + row) * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
+            let mut out = 0;
+            while out < self.outs.1 {
+                let w = Rows { start: w[out * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
+                // SAFETY: `x` is padded to whole tiles of rows and the panel to whole tiles of outputs.
+                let sums = unsafe { block_sums::<S, f32, MR>(s, x, w, len) };
+                self.store(&sums, row, out, column == 0);
+                out += TILE_OUTS;
+            }
+            row += MR;
+        }
+    }
+
+    /// Writes the sums of the first block, adds those of the others.
+    #[inline(always)]
+    fn store<const MR: usize>(&self, sums: &[[f32; TILE_OUTS]; MR], row: usize, out: usize, first: bool) {
+        let (rows, outs) = (MR.min(self.rows.1 - row), TILE_OUTS.min(self.outs.1 - out));
+        for m in 0..rows {
+            // SAFETY: row and output lie inside `y [m, n]`, and no other task has this pair of rows and outputs.
+            unsafe {
+                let y = self.y.add((self.rows.0 + row + m) * self.cut.n + self.outs.0 + out);
+                for n in 0..outs {
+                    *y.add(n) = if first { sums[m][n] } else { *y.add(n) + sums[m][n] };
+                }
+            }
+        }
+    }
+}
+
+/// Adds `bias [n]` to every row of `y [m, n]`.
+fn add_to_rows(y: &mut [f32], bias: &[f32]) {
+    let rows = y.len() / bias.len().max(1);
+    let len = bias.len();
+    let shared = Shared::new(y);
+    for_each(rows, rows * len, |row| {
+        // SAFETY: every task has its own row.
+        let row = unsafe { shared.slice(row * len, len) };
+        for (value, bias) in row.iter_mut().zip(bias) {
+            *value += bias;
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{assert_close, bits, random, threads};
+
+    fn oracle(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let (out, inner) = weight.dims2().unwrap();
+        let mut shape = x.dims().to_vec();
+        shape.pop();
+        shape.push(out);
+        let weight = weight.to_dtype(DType::F64).unwrap().t().unwrap().contiguous().unwrap();
+        let x = x.contiguous().unwrap().reshape(((), inner)).unwrap().to_dtype(DType::F64).unwrap();
+        let y = x.matmul(&weight).unwrap().to_dtype(DType::F32).unwrap();
+        let y = match bias {
+            Some(bias) => y.broadcast_add(bias).unwrap(),
+            None => y,
+        };
+        y.reshape(shape).unwrap()
+    }
+
+    fn dtypes() -> impl Strategy<Value = DType> {
+        prop_oneof![Just(DType::F32), Just(DType::BF16), Just(DType::F16)]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn equals_the_product(m in 1usize..40, n in 1usize..150, k in 1usize..1200, dtype in dtypes(), biased: bool) {
+            let (x, weight) = (random(&[m, k], 1), random(&[n, k], 2).to_dtype(dtype).unwrap());
+            let bias = random(&[n], 3);
+            let bias = biased.then_some(&bias);
+            assert_close(&linear(&x, &weight, bias).unwrap(), &oracle(&x, &weight, bias), 2e-5);
+        }
+    }
+
+    #[test]
+    fn large_products_use_square_panels() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let (x, weight) = (random(&[2, 131, 1031], 1), random(&[203, 1031], 2).to_dtype(dtype).unwrap());
+            assert_close(&linear(&x, &weight, None).unwrap(), &oracle(&x, &weight, None), 3e-5);
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_whatever_comes_with_it() {
+        for (n, k) in [(203, 1031), (64, 512), (5, 7), (1024, 2048)] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                let (x, weight) = (random(&[300, k], 1), random(&[n, k], 2).to_dtype(dtype).unwrap());
+                let bias = random(&[n], 3);
+                let whole = linear(&x, &weight, Some(&bias)).unwrap();
+                let alone = threads(1, || linear(&x.narrow(0, 131, 1).unwrap(), &weight, Some(&bias)).unwrap());
+                let some = threads(2, || linear(&x.narrow(0, 120, 17).unwrap(), &weight, Some(&bias)).unwrap());
+                assert_eq!(bits(&whole.narrow(0, 131, 1).unwrap()), bits(&alone), "{n}x{k} {dtype:?}");
+                assert_eq!(bits(&whole.narrow(0, 120, 17).unwrap()), bits(&some), "{n}x{k} {dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn strided_operands_are_read_by_their_strides() {
+        let (x, weight) = (random(&[70, 9], 1).t().unwrap(), random(&[70, 33], 2).t().unwrap());
+        assert_close(&linear(&x, &weight, None).unwrap(), &oracle(&x, &weight, None), 1e-5);
+        let part = random(&[4, 200], 1).narrow(1, 50, 70).unwrap();
+        assert_close(&linear(&part, &weight, None).unwrap(), &oracle(&part, &weight, None), 1e-5);
+    }
+
+    #[test]
+    fn misfits_name_the_operation_and_both_shapes() {
+        let error = linear(&random(&[2, 3], 1), &random(&[4, 5], 2), None).unwrap_err().to_string();
+        assert!(error.contains("linear") && error.contains("[2, 3]") && error.contains("[4, 5]"), "{error}");
+        let error = linear(&random(&[2, 5], 1), &random(&[4, 5], 2), Some(&random(&[3], 1))).unwrap_err().to_string();
+        assert!(error.contains("linear: bias") && error.contains("[4]"), "{error}");
+    }
+
+    #[test]
+    fn embedding_widens_rows() {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let table = random(&[11, 7], 1).to_dtype(dtype).unwrap();
+            let ids = Tensor::new(&[3u32, 0, 10, 3], table.device()).unwrap();
+            let expected = table.index_select(&ids, 0).unwrap().to_dtype(DType::F32).unwrap();
+            assert_eq!(bits(&embedding(&ids, &table).unwrap()), bits(&expected));
+            let ids = Tensor::new(&[11u32], table.device()).unwrap();
+            assert!(embedding(&ids, &table).unwrap_err().to_string().contains("id 11"));
+        }
+    }
 }

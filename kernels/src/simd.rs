@@ -1,0 +1,557 @@
+//! Vectors of f32 in three widths: AVX-512, AVX2 and portable Rust.
+//!
+//! Owns: the vector operations that the kernels are written in, the choice of instruction set. Does not know: tensors,
+//! threads. A kernel is written once as an [`Op`], generic over [`Simd`], and [`dispatch`] compiles it for every
+//! instruction set and runs the widest that the processor has.
+//!
+//! Everything generic over [`Simd`] must be `#[inline(always)]` and free of closures: only code inlined into the
+//! functions with `#[target_feature]` at the end of this file may use their instructions.
+//!
+//! `TALE_KERNELS_ISA=portable|avx2|avx512` in the environment takes a narrower set than the processor has (results of
+//! different sets differ in the last bits).
+
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+/// Widest vector of all instruction sets, in f32 lanes. Scratch rows are padded to it.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// f32 vectors of one instruction set. A value of an implementing type is the proof that the processor has it.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// f32 values in a vector.
+    const LANES: usize;
+    /// The vector.
+    type V: Copy;
+
+    /// `x` in every lane.
+    fn splat(self, x: f32) -> Self::V;
+    /// # Safety
+    /// `LANES` values at `from` must be readable.
+    unsafe fn load(self, from: *const f32) -> Self::V;
+    /// # Safety
+    /// `LANES` values at `from` must be readable.
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// # Safety
+    /// `LANES` values at `from` must be readable.
+    unsafe fn load_f16(self, from: *const f16) -> Self::V;
+    /// # Safety
+    /// `LANES` values at `to` must be writable.
+    unsafe fn store(self, to: *mut f32, v: Self::V);
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the processor can.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Nearest integers.
+    fn round(self, v: Self::V) -> Self::V;
+    /// `2^n` for integral n in -126..=127.
+    fn exp2_integral(self, n: Self::V) -> Self::V;
+    /// `below` where `x < limit`, else `above`.
+    fn select_less(self, x: Self::V, limit: Self::V, below: Self::V, above: Self::V) -> Self::V;
+    /// The sum of each vector's lanes; every one is added in the same order, whatever the others hold.
+    fn reduce4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// Asks for the cache line at `from`; any address is allowed.
+    fn prefetch(self, from: *const u8);
+
+    /// `n < LANES` values, zero in the other lanes.
+    /// # Safety
+    /// `n` values at `from` must be readable.
+    #[inline(always)]
+    unsafe fn load_partial(self, from: *const f32, n: usize) -> Self::V {
+        let mut lanes = [0f32; MAX_LANES];
+        // SAFETY: the caller vouches for `n` values; `lanes` holds a whole vector.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+            self.load(lanes.as_ptr())
+        }
+    }
+
+    /// Stores the first `n <= LANES` lanes.
+    /// # Safety
+    /// `n` values at `to` must be writable.
+    #[inline(always)]
+    unsafe fn store_partial(self, to: *mut f32, v: Self::V, n: usize) {
+        let mut lanes = [0f32; MAX_LANES];
+        // SAFETY: the caller vouches for `n` values; `lanes` holds a whole vector.
+        unsafe {
+            self.store(lanes.as_mut_ptr(), v);
+            std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+        }
+    }
+
+    /// The sum of the lanes, added in the order of [`Simd::reduce4`].
+    #[inline(always)]
+    fn reduce(self, v: Self::V) -> f32 {
+        let zero = self.splat(0.0);
+        self.reduce4([v, zero, zero, zero])[0]
+    }
+
+    /// The largest lane.
+    #[inline(always)]
+    fn reduce_max(self, v: Self::V) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; MAX_LANES];
+        // SAFETY: `lanes` holds a whole vector.
+        unsafe { self.store(lanes.as_mut_ptr(), v) };
+        let mut max = lanes[0];
+        let mut lane = 1;
+        while lane < Self::LANES {
+            max = if lanes[lane] > max { lanes[lane] } else { max };
+            lane += 1;
+        }
+        max
+    }
+}
+
+/// A value that matrices are stored in, widened to f32 as it is read.
+pub(crate) trait Element: Copy + Send + Sync + 'static {
+    /// # Safety
+    /// `S::LANES` values at `from` must be readable.
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V;
+
+    /// One value.
+    fn widen(self) -> f32;
+
+    /// `n < LANES` values, zero in the other lanes.
+    /// # Safety
+    /// `n` values at `from` must be readable.
+    #[inline(always)]
+    unsafe fn load_partial<S: Simd>(s: S, from: *const Self, n: usize) -> S::V {
+        let mut lanes = [0f32; MAX_LANES];
+        let mut lane = 0;
+        while lane < n {
+            // SAFETY: `lane < n`, and the caller vouches for `n` values.
+            lanes[lane] = unsafe { *from.add(lane) }.widen();
+            lane += 1;
+        }
+        // SAFETY: `lanes` holds a whole vector.
+        unsafe { s.load(lanes.as_ptr()) }
+    }
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_bf16(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_f16(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// A kernel for one thread, generic over the instruction set. `run` must be `#[inline(always)]`.
+pub(crate) trait Op {
+    /// What it returns.
+    type Output;
+    /// The kernel.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Instruction sets, narrow to wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, 8 lanes that the compiler maps to what the target has.
+    Portable,
+    /// AVX2 with FMA and F16C, 8 lanes.
+    Avx2,
+    /// AVX-512 F, 16 lanes.
+    Avx512,
+}
+
+/// The instruction set that the kernels use: the widest of the processor, or a narrower one by `TALE_KERNELS_ISA`.
+pub fn isa() -> Isa {
+    static CHOSEN: OnceLock<Isa> = OnceLock::new();
+    *CHOSEN.get_or_init(|| {
+        let widest = detect();
+        match std::env::var("TALE_KERNELS_ISA").as_deref() {
+            Ok("portable") => Isa::Portable,
+            Ok("avx2") => widest.min(Isa::Avx2),
+            _ => widest,
+        }
+    })
+}
+
+fn detect() -> Isa {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        return if is_x86_feature_detected!("avx512f") { Isa::Avx512 } else { Isa::Avx2 };
+    }
+    Isa::Portable
+}
+
+/// Runs `op` with the instruction set of [`isa`].
+pub(crate) fn dispatch<O: Op>(op: O) -> O::Output {
+    match isa() {
+        // SAFETY: `isa` is never wider than what the processor was found to have.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { x86::run_avx512(op) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { x86::run_avx2(op) },
+        _ => op.run(Portable),
+    }
+}
+
+/// Eight lanes in plain Rust.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+/// Applies an expression lane by lane.
+macro_rules! lanes {
+    (|$lane:ident| $value:expr) => {{
+        let mut v = [0f32; 8];
+        let mut $lane = 0;
+        while $lane < 8 {
+            v[$lane] = $value;
+            $lane += 1;
+        }
+        v
+    }};
+}
+
+impl Simd for Portable {
+    const LANES: usize = 8;
+    type V = [f32; 8];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; 8]
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::V {
+        // SAFETY: the caller vouches for 8 values; the read does not ask for alignment.
+        unsafe { from.cast::<[f32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
+        // SAFETY: the caller vouches for 8 values.
+        lanes!(|i| unsafe { *from.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> Self::V {
+        // SAFETY: the caller vouches for 8 values.
+        lanes!(|i| unsafe { *from.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: Self::V) {
+        // SAFETY: the caller vouches for 8 values; the write does not ask for alignment.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        lanes!(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // Without an FMA instruction `mul_add` is a slow library call.
+        if cfg!(target_arch = "aarch64") {
+            lanes!(|i| a[i].mul_add(b[i], c[i]))
+        } else {
+            lanes!(|i| a[i] * b[i] + c[i])
+        }
+    }
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        // Adding and subtracting 1.5 * 2^23 rounds to nearest; larger values are integral already.
+        const MAGIC: f32 = 12_582_912.0;
+        lanes!(|i| if v[i].abs() < 4_194_304.0 { (v[i] + MAGIC) - MAGIC } else { v[i] })
+    }
+    #[inline(always)]
+    fn exp2_integral(self, n: Self::V) -> Self::V {
+        lanes!(|i| f32::from_bits(((n[i] as i32 + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn select_less(self, x: Self::V, limit: Self::V, below: Self::V, above: Self::V) -> Self::V {
+        lanes!(|i| if x[i] < limit[i] { below[i] } else { above[i] })
+    }
+    #[inline(always)]
+    fn reduce4(self, v: [Self::V; 4]) -> [f32; 4] {
+        let mut sums = [0f32; 4];
+        let mut i = 0;
+        while i < 4 {
+            let v = v[i];
+            sums[i] = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+            i += 1;
+        }
+        sums
+    }
+    #[inline(always)]
+    fn prefetch(self, _from: *const u8) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    //! The two vector types of x86-64. `Avx2` and `Avx512` are made only in `run_avx2` and `run_avx512`, whose callers
+    //! have asked the processor: that is why the calls of intrinsics in their methods are sound.
+
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::{Op, Simd};
+
+    /// # Safety
+    /// The processor must have AVX2, FMA and F16C.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx2<O: Op>(op: O) -> O::Output {
+        op.run(Avx2(()))
+    }
+
+    /// # Safety
+    /// The processor must have AVX-512 F, AVX2, FMA and F16C.
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    pub(super) unsafe fn run_avx512<O: Op>(op: O) -> O::Output {
+        op.run(Avx512(()))
+    }
+
+    /// Eight lanes.
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx2(());
+
+    /// Sixteen lanes.
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(());
+
+    /// Methods that are one intrinsic each.
+    macro_rules! intrinsics {
+        ($($name:ident($($arg:ident),*) = $intrinsic:ident;)*) => {$(
+            #[inline(always)]
+            fn $name(self, $($arg: Self::V),*) -> Self::V {
+                // SAFETY: `self` exists only where the processor has the instruction.
+                unsafe { $intrinsic($($arg),*) }
+            }
+        )*};
+    }
+
+    impl Simd for Avx2 {
+        const LANES: usize = 8;
+        type V = __m256;
+
+        intrinsics! {
+            add(a, b) = _mm256_add_ps;
+            sub(a, b) = _mm256_sub_ps;
+            mul(a, b) = _mm256_mul_ps;
+            div(a, b) = _mm256_div_ps;
+            max(a, b) = _mm256_max_ps;
+            min(a, b) = _mm256_min_ps;
+            fma(a, b, c) = _mm256_fmadd_ps;
+        }
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m256 {
+            // SAFETY: `self` exists only where the processor has AVX2.
+            unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(self, from: *const f32) -> __m256 {
+            // SAFETY: the caller vouches for 8 values.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const bf16) -> __m256 {
+            // SAFETY: the caller vouches for 8 values. A bf16 is the upper half of an f32.
+            unsafe {
+                let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const f16) -> __m256 {
+            // SAFETY: the caller vouches for 8 values.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32, v: __m256) {
+            // SAFETY: the caller vouches for 8 values.
+            unsafe { _mm256_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        fn round(self, v: __m256) -> __m256 {
+            // SAFETY: `self` exists only where the processor has AVX2.
+            unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v) }
+        }
+        #[inline(always)]
+        fn exp2_integral(self, n: __m256) -> __m256 {
+            // SAFETY: `self` exists only where the processor has AVX2.
+            unsafe {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            }
+        }
+        #[inline(always)]
+        fn select_less(self, x: __m256, limit: __m256, below: __m256, above: __m256) -> __m256 {
+            // SAFETY: `self` exists only where the processor has AVX2.
+            unsafe { _mm256_blendv_ps(above, below, _mm256_cmp_ps::<_CMP_LT_OQ>(x, limit)) }
+        }
+        #[inline(always)]
+        fn reduce4(self, v: [__m256; 4]) -> [f32; 4] {
+            // SAFETY: `self` exists only where the processor has AVX2.
+            unsafe { sum_columns(fold256(v[0]), fold256(v[1]), fold256(v[2]), fold256(v[3])) }
+        }
+        #[inline(always)]
+        fn prefetch(self, from: *const u8) {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        }
+    }
+
+    impl Simd for Avx512 {
+        const LANES: usize = 16;
+        type V = __m512;
+
+        intrinsics! {
+            add(a, b) = _mm512_add_ps;
+            sub(a, b) = _mm512_sub_ps;
+            mul(a, b) = _mm512_mul_ps;
+            div(a, b) = _mm512_div_ps;
+            max(a, b) = _mm512_max_ps;
+            min(a, b) = _mm512_min_ps;
+            fma(a, b, c) = _mm512_fmadd_ps;
+        }
+
+        #[inline(always)]
+        fn splat(self, x: f32) -> __m512 {
+            // SAFETY: `self` exists only where the processor has AVX-512.
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(self, from: *const f32) -> __m512 {
+            // SAFETY: the caller vouches for 16 values.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+            // SAFETY: the caller vouches for 16 values. A bf16 is the upper half of an f32.
+            unsafe {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(self, from: *const f16) -> __m512 {
+            // SAFETY: the caller vouches for 16 values.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32, v: __m512) {
+            // SAFETY: the caller vouches for 16 values.
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        fn round(self, v: __m512) -> __m512 {
+            // SAFETY: `self` exists only where the processor has AVX-512.
+            unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v) }
+        }
+        #[inline(always)]
+        fn exp2_integral(self, n: __m512) -> __m512 {
+            // SAFETY: `self` exists only where the processor has AVX-512.
+            unsafe {
+                let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+            }
+        }
+        #[inline(always)]
+        fn select_less(self, x: __m512, limit: __m512, below: __m512, above: __m512) -> __m512 {
+            // SAFETY: `self` exists only where the processor has AVX-512.
+            unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(x, limit), above, below) }
+        }
+        #[inline(always)]
+        fn reduce4(self, v: [__m512; 4]) -> [f32; 4] {
+            // SAFETY: `self` exists only where the processor has AVX-512.
+            unsafe { sum_columns(fold512(v[0]), fold512(v[1]), fold512(v[2]), fold512(v[3])) }
+        }
+        #[inline(always)]
+        fn prefetch(self, from: *const u8) {
+            // SAFETY: a prefetch of any address is harmless.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        }
+    }
+
+    /// # Safety
+    /// The processor must have AVX-512 F.
+    #[inline(always)]
+    unsafe fn fold512(v: __m512) -> __m128 {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            fold256(_mm256_add_ps(_mm512_castps512_ps256(v), upper))
+        }
+    }
+
+    /// # Safety
+    /// The processor must have AVX.
+    #[inline(always)]
+    unsafe fn fold256(v: __m256) -> __m128 {
+        // SAFETY: passed on to the caller.
+        unsafe { _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)) }
+    }
+
+    /// The sums of four vectors, each as `(v0 + v2) + (v1 + v3)`.
+    ///
+    /// # Safety
+    /// The processor must have AVX.
+    #[inline(always)]
+    unsafe fn sum_columns(a: __m128, b: __m128, c: __m128, d: __m128) -> [f32; 4] {
+        // SAFETY: passed on to the caller; `sums` holds the four values stored.
+        unsafe {
+            let ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+            let cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+            let total = _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            let mut sums = [0f32; 4];
+            _mm_storeu_ps(sums.as_mut_ptr(), total);
+            sums
+        }
+    }
+}
