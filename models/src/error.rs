@@ -67,6 +67,12 @@ pub enum Error {
         /// Bytes that are free.
         free_bytes: usize,
     },
+    /// The runner holds as many sessions as it may; one has to end first.
+    #[error("the model is busy with {limit} requests; try again later")]
+    TooManySessions {
+        /// Most sessions of the runner.
+        limit: usize,
+    },
     /// The requested device or dtype cannot be had in this build or on this machine.
     #[error("device: {0}")]
     Device(String),

@@ -1,0 +1,257 @@
+//! Which sessions take the next diffusion step together. Pure: ids and keys, no tensors, no clock.
+//!
+//! One queue for all phases. The session at its front leads the next step and is joined by later ones with an equal
+//! [`StepKey`], as far as the rows go; all of them go to the back when the step is done. So among n sessions nobody
+//! waits for more than n - 1 steps between two of its own, whatever the others are doing.
+
+use std::collections::VecDeque;
+
+use crate::request::{Phase, SessionId};
+
+/// Sessions with equal keys may share a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StepKey {
+    /// One text to encode: sessions that wait for the same text share the result.
+    Encode {
+        /// The text.
+        prompt: String,
+        /// Tokens that it is padded or cut to.
+        max_sequence_length: usize,
+    },
+    /// One prediction per row, at timesteps that may differ.
+    Denoise(ShapeKey),
+    /// One chunk of pixels; a session decodes alone.
+    VaeDecode(SessionId),
+}
+
+/// What the rows of one denoising batch have in common, so that their tensors stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShapeKey {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Frames of a clip; 1 for a picture.
+    pub num_frames: usize,
+    /// Tokens of the prompt.
+    pub max_sequence_length: usize,
+    /// Whether each session has a second row, for the negative prompt.
+    pub guided: bool,
+}
+
+impl StepKey {
+    /// Kind of the step.
+    pub fn phase(&self) -> Phase {
+        match self {
+            StepKey::Encode { .. } => Phase::Encode,
+            StepKey::Denoise(_) => Phase::Denoise,
+            StepKey::VaeDecode(_) => Phase::VaeDecode,
+        }
+    }
+
+    /// Rows that one session adds to a denoising batch. Other steps do the same work for one session as for many.
+    fn rows(&self) -> usize {
+        match self {
+            StepKey::Denoise(shape) => 1 + usize::from(shape.guided),
+            _ => 0,
+        }
+    }
+}
+
+/// Sessions that take one step together, in the order in which they waited.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Of every member.
+    pub key: StepKey,
+    /// At least one.
+    pub sessions: Vec<SessionId>,
+}
+
+/// The queue of sessions that wait for their next step.
+#[derive(Debug)]
+pub struct Batcher {
+    queue: VecDeque<(SessionId, StepKey)>,
+    max_rows: usize,
+}
+
+impl Batcher {
+    /// `max_rows`: most rows of one denoising step. A session that alone has more rows than that still gets its step
+    /// (alone); the runner then computes its rows one after the other.
+    pub fn new(max_rows: usize) -> Self {
+        Self { queue: VecDeque::new(), max_rows }
+    }
+
+    /// Puts a session that is not in the queue at its back.
+    pub fn enqueue(&mut self, session: SessionId, key: StepKey) {
+        self.queue.push_back((session, key));
+    }
+
+    /// Takes a session out, wherever it stands.
+    pub fn remove(&mut self, session: SessionId) {
+        self.queue.retain(|(waiting, _)| *waiting != session);
+    }
+
+    /// What [`Batcher::take`] would give.
+    pub fn peek(&self) -> Option<Batch> {
+        let (_, key) = self.queue.front()?;
+        let rows = key.rows();
+        let room = self.max_rows.checked_div(rows).map_or(usize::MAX, |sessions| sessions.max(1));
+        let joined = self.queue.iter().filter(|(_, other)| other == key).take(room);
+        Some(Batch { key: key.clone(), sessions: joined.map(|(session, _)| *session).collect() })
+    }
+
+    /// Takes the next step's sessions out of the queue; the caller enqueues those that go on.
+    pub fn take(&mut self) -> Option<Batch> {
+        let batch = self.peek()?;
+        self.queue.retain(|(waiting, _)| !batch.sessions.contains(waiting));
+        Some(batch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn shape(width: usize, guided: bool) -> StepKey {
+        StepKey::Denoise(ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, guided })
+    }
+
+    fn encode(prompt: &str) -> StepKey {
+        StepKey::Encode { prompt: prompt.into(), max_sequence_length: 8 }
+    }
+
+    fn check(max_rows: usize, waiting: &[StepKey], expected: &[u64]) {
+        let mut batcher = Batcher::new(max_rows);
+        for (id, key) in waiting.iter().enumerate() {
+            batcher.enqueue(SessionId(id as u64), key.clone());
+        }
+        let found: Vec<u64> = batcher.peek().into_iter().flat_map(|b| b.sessions).map(|s| s.0).collect();
+        assert_eq!(found, expected, "{max_rows} rows, {waiting:?}");
+    }
+
+    #[test]
+    fn the_front_leads_and_equal_keys_join() {
+        check(4, &[], &[]);
+        check(4, &[shape(64, false), shape(128, false), shape(64, false)], &[0, 2]);
+        check(2, &[shape(64, false), shape(64, false), shape(64, false)], &[0, 1]);
+        check(4, &[shape(64, true), shape(64, true), shape(64, true)], &[0, 1]);
+        check(4, &[shape(64, true), shape(64, false)], &[0]);
+        check(3, &[shape(64, true), shape(64, true)], &[0]);
+    }
+
+    #[test]
+    fn guided_session_is_never_split() {
+        check(1, &[shape(64, true), shape(64, true)], &[0]);
+    }
+
+    #[test]
+    fn equal_texts_are_encoded_once() {
+        check(1, &[encode("a"), encode("b"), encode("a"), encode("a")], &[0, 2, 3]);
+    }
+
+    #[test]
+    fn decoding_is_done_alone() {
+        check(4, &[StepKey::VaeDecode(SessionId(0)), StepKey::VaeDecode(SessionId(1))], &[0]);
+    }
+
+    /// A session of the simulation: what it still has to do, and how many steps of others it may have to wait for.
+    struct Simulated {
+        guided: bool,
+        width: usize,
+        remaining: [usize; 3],
+        patience: usize,
+    }
+
+    impl Simulated {
+        fn key(&self, id: u64) -> Option<StepKey> {
+            match self.remaining.iter().position(|left| *left > 0)? {
+                0 => Some(encode(["a", "b"][self.remaining[0] % 2])),
+                1 => Some(shape(self.width, self.guided)),
+                _ => Some(StepKey::VaeDecode(SessionId(id))),
+            }
+        }
+
+        fn advance(&mut self) {
+            let left = self.remaining.iter_mut().find(|left| **left > 0).expect("a stepped session has work left");
+            *left -= 1;
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Op {
+        Submit { guided: bool, width: usize, work: [usize; 3] },
+        Cancel(usize),
+        Step,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let work = (1..3usize, 1..6usize, 1..4usize).prop_map(|(e, d, v)| [e, d, v]);
+        prop_oneof![
+            1 => (any::<bool>(), 1..3usize, work).prop_map(|(guided, width, work)| Op::Submit { guided, width, work }),
+            1 => (0..32usize).prop_map(Op::Cancel),
+            6 => Just(Op::Step),
+        ]
+    }
+
+    /// Steps once and checks the rules that hold for every step.
+    fn step(batcher: &mut Batcher, max_rows: usize, sessions: &mut BTreeMap<u64, Simulated>) {
+        let promised = batcher.peek();
+        let batch = batcher.take();
+        assert_eq!(promised, batch);
+        assert_eq!(batch.is_none(), sessions.is_empty(), "there is a step as long as there is a session");
+        let Some(batch) = batch else { return };
+        let rows = batch.sessions.len() * batch.key.rows();
+        assert!(rows <= max_rows || batch.sessions.len() == 1, "{rows} rows of {max_rows}");
+        for (id, session) in sessions.iter_mut().filter(|(id, _)| !batch.sessions.contains(&SessionId(**id))) {
+            assert!(session.patience > 0, "session {id} starves");
+            session.patience -= 1;
+        }
+        let others = sessions.len() - 1;
+        for id in batch.sessions {
+            let session = sessions.get_mut(&id.0).expect("only sessions that were not cancelled are stepped");
+            assert_eq!(session.key(id.0).as_ref(), Some(&batch.key));
+            session.advance();
+            session.patience = others;
+            match session.key(id.0) {
+                Some(key) => batcher.enqueue(id, key),
+                None => drop(sessions.remove(&id.0)),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_session_starves_and_all_end(max_rows in 1..6usize, ops in prop::collection::vec(op(), 1..400)) {
+            let mut batcher = Batcher::new(max_rows);
+            let mut sessions = BTreeMap::new();
+            for (id, op) in ops.into_iter().enumerate() {
+                let id = id as u64;
+                match op {
+                    Op::Submit { guided, width, work } => {
+                        let session = Simulated { guided, width, remaining: work, patience: sessions.len() };
+                        batcher.enqueue(SessionId(id), session.key(id).expect("new sessions have work"));
+                        sessions.insert(id, session);
+                    }
+                    Op::Cancel(nth) => {
+                        let victim = sessions.keys().nth(nth).copied();
+                        if let Some(victim) = victim {
+                            sessions.remove(&victim);
+                            batcher.remove(SessionId(victim));
+                        }
+                    }
+                    Op::Step => step(&mut batcher, max_rows, &mut sessions),
+                }
+            }
+            let work_left: usize = sessions.values().flat_map(|session| session.remaining).sum();
+            for _ in 0..work_left {
+                step(&mut batcher, max_rows, &mut sessions);
+            }
+            prop_assert!(sessions.is_empty());
+            prop_assert_eq!(batcher.peek(), None);
+        }
+    }
+}

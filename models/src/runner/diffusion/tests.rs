@@ -1,0 +1,388 @@
+//! The runner's rules, on a model of four latent values that can be told to fail.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use candle_core::{Device, Tensor};
+
+use super::*;
+use crate::card::{DiffusionDefaults, Guidance, Medium};
+use crate::request::{SamplingParams, TextRequest};
+
+/// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
+/// contains one of `encode`, `denoise`, `decode` goes wrong in that phase, in the way that it also contains: `error`,
+/// `panic` or `nan`.
+struct Toy {
+    card: DiffusionCard,
+    /// Conditioning and decoding values alive.
+    alive: Arc<AtomicUsize>,
+    /// Rows of each forward pass.
+    passes: Arc<Mutex<Vec<usize>>>,
+    encoded: Arc<Mutex<Vec<String>>>,
+}
+
+struct Counted {
+    value: f32,
+    prompt: String,
+    alive: Arc<AtomicUsize>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.alive.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Toy {
+    fn new() -> Self {
+        let defaults = DiffusionDefaults {
+            width: 2,
+            height: 2,
+            num_frames: 1,
+            fps: 1,
+            num_inference_steps: 3,
+            guidance_scale: 1.0,
+            max_sequence_length: 8,
+        };
+        let card = DiffusionCard {
+            family: "toy",
+            medium: Medium::Clip,
+            defaults,
+            size_multiple: 1,
+            max_side: 8,
+            max_pixels: 64,
+            max_frames: 8,
+            frames_multiple: 1,
+            max_sequence_length: 8,
+            guidance: Guidance::ClassifierFree,
+        };
+        Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default() }
+    }
+
+    fn counted(&self, value: f32, prompt: &str) -> Counted {
+        self.alive.fetch_add(1, Ordering::Relaxed);
+        Counted { value, prompt: prompt.to_owned(), alive: self.alive.clone() }
+    }
+}
+
+/// 1, or what the prompt wants to go wrong in this phase.
+fn factor(prompt: &str, phase: &'static str) -> Result<f64> {
+    if !prompt.contains(phase) {
+        return Ok(1.0);
+    }
+    match prompt {
+        p if p.contains("error") => Err(Error::Device(format!("{phase} was told to fail"))),
+        p if p.contains("panic") => panic!("{phase} was told to panic"),
+        p if p.contains("nan") => Ok(f64::NAN),
+        _ => Ok(1.0),
+    }
+}
+
+struct Halving(Vec<f64>);
+
+impl Solver for Halving {
+    fn timesteps(&self) -> &[f64] {
+        &self.0
+    }
+
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        assert!(index < self.0.len());
+        Ok((sample + (model_output * 0.5)?)?)
+    }
+}
+
+impl DiffusionModel for Toy {
+    type Conditioning = Counted;
+    type Decoding = (Counted, usize);
+
+    fn card(&self) -> &DiffusionCard {
+        &self.card
+    }
+
+    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
+        request.width * request.height * 4
+    }
+
+    fn encode(&self, prompt: &str, _request: &DiffusionRequest) -> Result<Counted> {
+        self.encoded.lock().expect("lock").push(prompt.to_owned());
+        let value = factor(prompt, "encode")? * prompt.len() as f64;
+        Ok(self.counted(value as f32, prompt))
+    }
+
+    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
+        let (h, w) = (request.height, request.width);
+        Ok(Tensor::from_vec(generator.randn(h * w), (1, 1, h, w), &Device::Cpu)?)
+    }
+
+    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
+        let steps = request.num_inference_steps;
+        Ok(Box::new(Halving((0..steps).map(|i| 1000.0 - i as f64 * 1000.0 / steps as f64).collect())))
+    }
+
+    fn predict(&self, rows: &[DenoiseRow<'_, Counted>]) -> Result<Vec<Tensor>> {
+        self.passes.lock().expect("lock").push(rows.len());
+        let predict = |row: &DenoiseRow<'_, Counted>| -> Result<Tensor> {
+            let wanted = factor(&row.conditioning.prompt, "denoise")? * f64::from(row.conditioning.value);
+            Ok(((row.latents * (-row.timestep / 1000.0))? + wanted)?)
+        };
+        rows.iter().map(predict).collect()
+    }
+
+    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<(Counted, usize)> {
+        let mean = latents.mean_all()?.to_scalar::<f32>()?;
+        Ok((self.counted(mean, &request.prompt), request.num_frames))
+    }
+
+    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
+        request.num_frames
+    }
+
+    fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Tensor> {
+        *left = left.checked_sub(1).expect("no more chunks than promised");
+        let value = f64::from(mean.value) * 0.01 * factor(&mean.prompt, "decode")?;
+        Ok((Tensor::ones((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu)? * value)?)
+    }
+}
+
+fn request(prompt: &str, seed: u64) -> DiffusionRequest {
+    DiffusionRequest {
+        prompt: prompt.into(),
+        negative_prompt: None,
+        width: 2,
+        height: 2,
+        num_frames: 2,
+        fps: 1,
+        num_inference_steps: 3,
+        guidance_scale: 1.0,
+        seed,
+        max_sequence_length: 8,
+    }
+}
+
+fn guided(prompt: &str, negative: &str) -> DiffusionRequest {
+    DiffusionRequest { negative_prompt: Some(negative.into()), guidance_scale: 3.0, ..request(prompt, 1) }
+}
+
+fn submit(runner: &mut DiffusionRunner<Toy>, id: u64, request: DiffusionRequest) {
+    runner.submit(SessionId(id), Request::Diffusion(request)).expect("there is room");
+}
+
+/// Steps as a device worker does: a failing step's sessions get `Failed`, the others go on.
+fn step(runner: &mut DiffusionRunner<Toy>) -> Vec<(u64, String)> {
+    let mut events = Events::default();
+    let plan = runner.next();
+    let outcome = catch_unwind(AssertUnwindSafe(|| runner.step(&mut events)));
+    match outcome {
+        Ok(Ok(done)) => assert_eq!(Some(done), plan),
+        Ok(Err(_)) | Err(_) => {
+            for id in runner.evict_step() {
+                events.emit(id, Event::Failed(Error::Panicked("evicted".into())));
+            }
+        }
+    }
+    events.drain().map(|(id, event)| (id.0, describe(&event))).collect()
+}
+
+fn describe(event: &Event) -> String {
+    match event {
+        Event::Started => "started".into(),
+        Event::Progress { phase, done, total } => format!("{} {done}/{total}", phase.as_str()),
+        Event::Frames(frames) => format!("frames {:?}", frames.iter().map(|f| f.rgb[0]).collect::<Vec<_>>()),
+        Event::Finished { .. } => "finished".into(),
+        Event::Failed(error) => format!("failed: {error}"),
+        Event::Text { .. } => "text".into(),
+    }
+}
+
+/// Events of each session until nothing is left to do.
+fn run(runner: &mut DiffusionRunner<Toy>) -> HashMap<u64, Vec<String>> {
+    let mut all = HashMap::<u64, Vec<String>>::new();
+    while runner.next().is_some() {
+        for (id, event) in step(runner) {
+            all.entry(id).or_default().push(event);
+        }
+    }
+    assert_empty(runner);
+    all
+}
+
+fn assert_empty(runner: &DiffusionRunner<Toy>) {
+    assert_eq!(runner.status(), RunnerStatus::default());
+    assert_eq!(runner.next(), None);
+    assert_eq!(runner.model().alive.load(Ordering::Relaxed), 0, "conditioning or decode state is left");
+}
+
+fn alone(request: DiffusionRequest) -> Vec<String> {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, request);
+    run(&mut runner).remove(&1).expect("the session had events")
+}
+
+#[test]
+fn session_tells_its_whole_story_in_order() {
+    let events = alone(guided("a fox", "rain"));
+    let story: Vec<&str> = events.iter().map(|event| event.split(" [").next().unwrap_or_default()).collect();
+    let expected = [
+        "started",
+        "encode 1/2",
+        "encode 2/2",
+        "denoise 1/3",
+        "denoise 2/3",
+        "denoise 3/3",
+        "frames",
+        "vae_decode 1/2",
+        "frames",
+        "vae_decode 2/2",
+        "finished",
+    ];
+    assert_eq!(story, expected);
+}
+
+#[test]
+fn guidance_extrapolates_from_the_negative_prediction() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, DiffusionRequest { num_inference_steps: 1, ..guided("123456", "12") });
+    (0..3).for_each(|_| drop(step(&mut runner)));
+    let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
+    // At timestep 1000 the branches predict 6 - x and 2 - x; 2 - x + 3 * 4 = 14 - x; x + (14 - x) / 2.
+    let noise = TorchGenerator::new(1).randn(4);
+    let found = found.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("read");
+    for (found, noise) in found.iter().zip(noise) {
+        assert!((found - (noise + 14.0) / 2.0).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
+    let requests = [
+        request("one", 1),
+        DiffusionRequest { num_inference_steps: 5, ..request("two two", 2) },
+        guided("three", "no"),
+        guided("four four", "never"),
+        DiffusionRequest { num_frames: 1, ..request("five", 3) },
+        DiffusionRequest { num_inference_steps: 7, ..request("two two", 4) },
+    ];
+    for max_rows in 1..6 {
+        let mut runner = DiffusionRunner::new(Toy::new(), max_rows);
+        let mut found = HashMap::<u64, Vec<String>>::new();
+        for (id, request) in requests.iter().enumerate() {
+            submit(&mut runner, id as u64, request.clone());
+            for (id, event) in step(&mut runner) {
+                found.entry(id).or_default().push(event);
+            }
+        }
+        for (id, events) in run(&mut runner) {
+            found.entry(id).or_default().extend(events);
+        }
+        let passes = runner.model().passes.lock().expect("lock").clone();
+        assert!(passes.iter().all(|rows| *rows <= max_rows), "{passes:?}");
+        assert!(max_rows == 1 || passes.iter().any(|rows| *rows > 1), "{passes:?}");
+        for (id, request) in requests.iter().enumerate() {
+            assert_eq!(found[&(id as u64)], alone(request.clone()), "{max_rows} rows, session {id}");
+        }
+    }
+}
+
+#[test]
+fn one_prompt_of_many_sessions_is_encoded_once() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    (0..4).for_each(|seed| submit(&mut runner, seed, request("same", seed)));
+    run(&mut runner);
+    assert_eq!(*runner.model().encoded.lock().expect("lock"), ["same"]);
+}
+
+#[test]
+fn cancel_at_any_step_leaves_nothing() {
+    for steps in 0..8 {
+        let mut runner = DiffusionRunner::new(Toy::new(), 4);
+        submit(&mut runner, 1, guided("a fox", "rain"));
+        (0..steps).for_each(|_| drop(step(&mut runner)));
+        assert_eq!(runner.status().running + runner.status().waiting, usize::from(steps < 7));
+        runner.cancel(SessionId(1));
+        assert_empty(&runner);
+    }
+}
+
+#[test]
+fn cancelled_session_takes_no_further_part() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    (1..=3).for_each(|id| submit(&mut runner, id, request("same", id)));
+    (0..2).for_each(|_| drop(step(&mut runner)));
+    runner.cancel(SessionId(2));
+    runner.cancel(SessionId(99));
+    let rest = run(&mut runner);
+    assert!(!rest.contains_key(&2));
+    assert_eq!(rest[&1].last().map(String::as_str), Some("finished"));
+    assert_eq!(rest[&3].last().map(String::as_str), Some("finished"));
+}
+
+/// A step that fails takes its own sessions with it and no others.
+#[test]
+fn failing_step_fails_its_own_sessions() {
+    for how in ["error", "panic"] {
+        for (phase, others_in_the_step) in [("encode", false), ("denoise", true), ("decode", false)] {
+            let mut runner = DiffusionRunner::new(Toy::new(), 2);
+            submit(&mut runner, 1, request(&format!("{how} in {phase}"), 1));
+            submit(&mut runner, 2, request("beside it", 2));
+            submit(&mut runner, 3, DiffusionRequest { width: 2, num_inference_steps: 6, ..guided("else", "where") });
+            let all = run(&mut runner);
+            let ends = |id: u64| all[&id].last().map(String::as_str).unwrap_or_default().to_owned();
+            assert!(ends(1).starts_with("failed"), "{how} {phase}: {all:?}");
+            assert_eq!(ends(2).starts_with("failed"), others_in_the_step, "{how} {phase}: {all:?}");
+            assert_eq!(all[&3], alone(DiffusionRequest { num_inference_steps: 6, ..guided("else", "where") }));
+            let terminal = |event: &&String| event.starts_with("failed") || *event == "finished";
+            assert!(all.values().all(|events| events.iter().filter(terminal).count() == 1));
+        }
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_fail_that_session_alone() {
+    for (prompt, phase) in
+        [("nan in encode", "denoise"), ("nan in denoise", "denoise"), ("nan in decode", "vae_decode")]
+    {
+        let mut runner = DiffusionRunner::new(Toy::new(), 4);
+        submit(&mut runner, 1, request(prompt, 1));
+        submit(&mut runner, 2, request("beside it", 2));
+        let all = run(&mut runner);
+        let last = all[&1].last().expect("events");
+        assert!(last.contains("not finite") && last.contains(phase), "{last}");
+        assert!(!all[&1].iter().any(|event| event.starts_with("frames")));
+        assert_eq!(all[&2], alone(request("beside it", 2)));
+    }
+}
+
+#[test]
+fn text_requests_and_too_many_sessions_are_refused() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    let text = TextRequest {
+        prompt: vec![1],
+        max_tokens: 1,
+        sampling: SamplingParams {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        },
+        stop: Vec::new(),
+        ignore_eos: false,
+    };
+    let refused = runner.submit(SessionId(0), Request::Text(text));
+    assert!(matches!(refused, Err(Error::InvalidRequest { .. })));
+    (0..MAX_SESSIONS as u64).for_each(|id| submit(&mut runner, id, request("one", id)));
+    let refused = runner.submit(SessionId(9999), Request::Diffusion(request("one", 0)));
+    assert!(matches!(refused, Err(Error::TooManySessions { limit: MAX_SESSIONS })));
+}
+
+#[test]
+fn bytes_round_as_numpy_does() {
+    // 0.5 / 255 is halfway between 0 and 1, and 1.5 / 255 between 1 and 2: both go to the even one.
+    for (value, byte) in [(-7.0, 0), (-1.0, 0), (1.0, 255), (3.0, 255), (0.0, 128), (-1.0 + 1.2 / 127.5, 1)] {
+        assert_eq!(to_byte(value), byte, "{value}");
+    }
+}
