@@ -123,6 +123,7 @@ impl Error {
             }
             &Self::ContextLength { prompt_tokens, limit } => Self::ContextLength { prompt_tokens, limit },
             &Self::OutOfMemory { needed_bytes, free_bytes } => Self::OutOfMemory { needed_bytes, free_bytes },
+            &Self::TooManySessions { limit } => Self::TooManySessions { limit },
             Self::Device(problem) => Self::Device(problem.clone()),
             &Self::NotFinite { phase } => Self::NotFinite { phase },
             // candle's error cannot be cloned; its text is all that anybody reads.
