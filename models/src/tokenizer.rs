@@ -4,6 +4,15 @@ use std::path::Path;
 
 use crate::error::Result;
 
+/// A prompt at the length that an encoder wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Padded {
+    /// Exactly `max_length` ids.
+    pub ids: Vec<u32>,
+    /// How many of them, from the front, are not padding.
+    pub num_tokens: usize,
+}
+
 /// Text to tokens and back.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {}
@@ -16,6 +25,11 @@ impl Tokenizer {
 
     /// Token ids of `text`; special tokens (BOS, EOS) are added as the tokenizer's post-processor says when asked.
     pub fn encode(&self, _text: &str, _add_special_tokens: bool) -> Result<Vec<u32>> {
+        todo!()
+    }
+
+    /// `text` with its special tokens, cut or padded to `max_length`; a cut keeps the closing special token (EOS) last.
+    pub fn encode_padded(&self, _text: &str, _max_length: usize) -> Result<Padded> {
         todo!()
     }
 
