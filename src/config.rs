@@ -1,1 +1,424 @@
-//! Configuration.
+//! Configuration of `tale serve`: what a person may write, and what it means.
+//!
+//! Owns: [`Settings`], the keys of the TOML file and the flags of the command line in one definition, and [`Config`],
+//! the validated result. Does not know: how any of it is used.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display};
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de};
+use tale_models::device::{DeviceSpec, WeightDtype};
+use tale_models::family::LoadOptions;
+
+use crate::engine::{EngineOptions, ModelSpec};
+
+/// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
+pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
+/// How long running work may go on after SIGTERM when nothing else is said.
+pub const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
+/// Longest name of a model.
+pub const MAX_MODEL_NAME_LEN: usize = 128;
+
+/// What a person may set; every field may be left out. Keys of the TOML file are the fields, flags are the same words
+/// in kebab-case; flags win.
+#[derive(Debug, Clone, Default, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// A checkpoint folder and the name that clients use for it; may be given several times
+    #[arg(long = "model", value_name = "NAME=PATH", value_parser = parse_model)]
+    #[serde(deserialize_with = "models_of_table")]
+    pub models: Vec<ModelSpec>,
+
+    /// Address and port to listen on [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+
+    /// Device that computes [default: cpu]
+    #[arg(long, value_name = "NAME")]
+    #[serde(deserialize_with = "parsed")]
+    pub device: Option<DeviceSpec>,
+
+    /// Dtype of weight matrices: auto (as published), f32, bf16, f16 [default: auto]
+    #[arg(long, value_name = "DTYPE")]
+    #[serde(deserialize_with = "parsed")]
+    pub dtype: Option<WeightDtype>,
+
+    /// Memory for weights, caches and running work together, such as 24GiB [default: most of the machine's]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub memory: Option<ByteSize>,
+
+    /// Key/value cache of each language model, such as 4GiB [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub kv_cache: Option<ByteSize>,
+
+    /// Most tokens, prompt and answer together, of one step of a language model [default: 512]
+    #[arg(long, value_name = "N")]
+    pub max_batch_tokens: Option<NonZeroUsize>,
+
+    /// Most sequences of one step of a language model [default: 64]
+    #[arg(long, value_name = "N")]
+    pub max_batch_sequences: Option<NonZeroUsize>,
+
+    /// Most rows (pictures or clips times guidance branches) of one denoising step [default: 4]
+    #[arg(long, value_name = "N")]
+    pub max_denoise_rows: Option<NonZeroUsize>,
+
+    /// Most requests that may wait for one model; more are refused with 429 [default: 256]
+    #[arg(long, value_name = "N")]
+    pub max_queued: Option<NonZeroUsize>,
+
+    /// Seconds that running work may go on after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_seconds: Option<u32>,
+
+    /// Folder for finished clips [default: a fresh one under the system's temporary folder]
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+
+    /// Form of the log lines on stderr [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Form of the log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// What the server does, validated.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Address to listen on.
+    pub listen: SocketAddr,
+    /// What to serve; at least one, names unique.
+    pub models: Vec<ModelSpec>,
+    /// Device, dtypes, sizes.
+    pub engine: EngineOptions,
+    /// How long running work may go on after SIGTERM.
+    pub drain: Duration,
+    /// Where finished clips lie; `None` is a fresh temporary folder.
+    pub output_dir: Option<PathBuf>,
+    /// Form of the log lines.
+    pub log_format: LogFormat,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or a key is unknown or has a wrong value.
+    #[error("{}:{line}: {problem}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// The key and what is wrong with it.
+        problem: String,
+    },
+    /// Nothing to serve.
+    #[error("no model to serve; give --model NAME=PATH, or a [models] table in the file of --config")]
+    NoModels,
+    /// Two `--model` flags have one name.
+    #[error("--model: `{name}` is given twice")]
+    DuplicateModel {
+        /// The name.
+        name: String,
+    },
+}
+
+impl Config {
+    /// Reads the file, if there is one, puts the flags over it, and fills in the defaults.
+    pub fn resolve(file: Option<&Path>, flags: Settings) -> Result<Self, ConfigError> {
+        let mut names = std::collections::BTreeSet::new();
+        if let Some(twice) = flags.models.iter().find(|model| !names.insert(model.name.as_str())) {
+            return Err(ConfigError::DuplicateModel { name: twice.name.clone() });
+        }
+        let settings = match file {
+            Some(path) => flags.over(read_file(path)?),
+            None => flags,
+        };
+        if settings.models.is_empty() {
+            return Err(ConfigError::NoModels);
+        }
+        Ok(Self {
+            listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
+            engine: settings.engine_options(),
+            drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
+            output_dir: settings.output_dir,
+            log_format: settings.log_format.unwrap_or_default(),
+            models: settings.models,
+        })
+    }
+}
+
+impl Settings {
+    /// These settings, with `file` for what they leave out. A model of the same name replaces the file's.
+    fn over(self, file: Self) -> Self {
+        let mut models = file.models;
+        for model in self.models {
+            match models.iter_mut().find(|other| other.name == model.name) {
+                Some(other) => *other = model,
+                None => models.push(model),
+            }
+        }
+        Self {
+            models,
+            listen: self.listen.or(file.listen),
+            device: self.device.or(file.device),
+            dtype: self.dtype.or(file.dtype),
+            memory: self.memory.or(file.memory),
+            kv_cache: self.kv_cache.or(file.kv_cache),
+            max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
+            max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
+            max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
+            max_queued: self.max_queued.or(file.max_queued),
+            drain_seconds: self.drain_seconds.or(file.drain_seconds),
+            output_dir: self.output_dir.or(file.output_dir),
+            log_format: self.log_format.or(file.log_format),
+        }
+    }
+
+    fn engine_options(&self) -> EngineOptions {
+        let (engine, load) = (EngineOptions::default(), LoadOptions::default());
+        let or = |set: Option<NonZeroUsize>, default: usize| set.map_or(default, NonZeroUsize::get);
+        EngineOptions {
+            device: self.device.unwrap_or_default(),
+            weight_dtype: self.dtype.unwrap_or_default(),
+            load: LoadOptions {
+                kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
+                max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
+                max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
+                max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
+            },
+            memory_bytes: self.memory.map_or(engine.memory_bytes, |size| size.0),
+            max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<Settings, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let mut settings = parse_toml(&text).map_err(|(span, problem)| {
+        let before = text.get(..span.start).unwrap_or(&text);
+        ConfigError::File { path: path.to_owned(), line: 1 + before.matches('\n').count(), problem }
+    })?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    for model in &mut settings.models {
+        model.path = folder.join(&model.path);
+    }
+    settings.output_dir = settings.output_dir.map(|dir| folder.join(dir));
+    Ok(settings)
+}
+
+/// The error is the place in the text and what is wrong there, with the key in front.
+fn parse_toml(text: &str) -> Result<Settings, (std::ops::Range<usize>, String)> {
+    let problem = |error: &toml::de::Error, key: &str| {
+        // The parser's own messages may go over lines; ours are one line.
+        let message = error.message().split_whitespace().collect::<Vec<_>>().join(" ");
+        let key = if key == "." { String::new() } else { format!("`{key}`: ") };
+        (error.span().unwrap_or(0..0), format!("{key}{message}"))
+    };
+    let document = toml::Deserializer::parse(text).map_err(|error| problem(&error, "."))?;
+    serde_path_to_error::deserialize(document).map_err(|error| problem(error.inner(), &error.path().to_string()))
+}
+
+/// `NAME=PATH`.
+fn parse_model(argument: &str) -> Result<ModelSpec, String> {
+    let (name, path) = argument.split_once('=').ok_or("expected NAME=PATH")?;
+    if path.is_empty() {
+        return Err("the path is empty; expected NAME=PATH".into());
+    }
+    checked_model(name, path.into())
+}
+
+/// Names go into URLs, JSON, log lines and metric labels.
+fn checked_model(name: &str, path: PathBuf) -> Result<ModelSpec, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
+    if name.is_empty() || name.len() > MAX_MODEL_NAME_LEN || !name.chars().all(fits) {
+        return Err(format!(
+            "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
+        ));
+    }
+    Ok(ModelSpec { name: name.to_owned(), path })
+}
+
+fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelSpec>, D::Error> {
+    let table = BTreeMap::<String, PathBuf>::deserialize(deserializer)?;
+    table.into_iter().map(|(name, path)| checked_model(&name, path).map_err(de::Error::custom)).collect()
+}
+
+/// A TOML string in the spelling of the flag.
+fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(deserializer: D) -> Result<Option<T>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map(Some).map_err(de::Error::custom)
+}
+
+/// A number of bytes, written `4GiB`, `512MiB`, `1.5GB`, or plain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub usize);
+
+/// Units, longest first, so that `iB` is not read as `B`.
+const BYTE_UNITS: [(&str, f64); 10] = [
+    ("KiB", 1024.0),
+    ("MiB", 1_048_576.0),
+    ("GiB", 1_073_741_824.0),
+    ("TiB", 1_099_511_627_776.0),
+    ("KB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("TB", 1e12),
+    ("B", 1.0),
+    ("", 1.0),
+];
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let problem = || format!("`{text}` is not a size; expected a number and a unit, such as 4GiB or 512MiB");
+        let (number, factor) = BYTE_UNITS
+            .iter()
+            .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?.trim_end(), factor)))
+            .ok_or_else(problem)?;
+        let number: f64 = number.parse().map_err(|_| problem())?;
+        let bytes = number * factor;
+        // Exact up to 2^53, more than any machine has.
+        if (1.0..9e15).contains(&bytes) { Ok(Self(bytes as usize)) } else { Err(problem()) }
+    }
+}
+
+impl Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes @ 0..1024 => write!(f, "{bytes} B"),
+            bytes @ 1024..1_048_576 => write!(f, "{:.1} KiB", bytes as f64 / 1024.0),
+            bytes @ 1_048_576..1_073_741_824 => write!(f, "{:.1} MiB", bytes as f64 / 1_048_576.0),
+            bytes => write!(f, "{:.2} GiB", bytes as f64 / 1_073_741_824.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(toml: &str, flags: Settings) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tale.toml");
+        std::fs::write(&path, toml).unwrap();
+        let shown = |error: ConfigError| error.to_string().replace(&*dir.path().to_string_lossy(), "");
+        Config::resolve(Some(&path), flags).map_err(shown)
+    }
+
+    fn check_error(toml: &str, expected: &[&str]) {
+        let error = resolve(toml, Settings::default()).unwrap_err();
+        assert!(!error.contains('\n'), "one line: {error}");
+        for part in expected {
+            assert!(error.contains(part), "`{part}` is not in `{error}`");
+        }
+    }
+
+    #[test]
+    fn every_key_of_the_documentation_is_read_and_means_what_it_says() {
+        let document = include_str!("../docs/configuration.md");
+        let example = document.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+        let config = resolve(example, Settings::default()).unwrap();
+        assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
+        assert_eq!(config.engine.memory_bytes, 24 << 30);
+        assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
+        assert_eq!(config.engine.load.max_batch_tokens, 1024);
+        assert_eq!(config.engine.load.max_batch_sequences, 32);
+        assert_eq!(config.engine.load.max_denoise_rows, 2);
+        assert_eq!(config.engine.max_queued_sessions, 100);
+        assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
+        assert_eq!(config.drain, Duration::from_secs(60));
+        assert_eq!(config.output_dir, Some("/var/lib/tale".into()));
+        assert_eq!(config.log_format, LogFormat::Json);
+        assert_eq!(config.models.len(), 2);
+        assert_eq!(config.models[0].name, "chat");
+    }
+
+    #[test]
+    fn flags_win_and_models_are_joined_by_name() {
+        let flags = Settings {
+            models: vec![parse_model("chat=/b").unwrap(), parse_model("wan=/c").unwrap()],
+            max_queued: NonZeroUsize::new(7),
+            ..Settings::default()
+        };
+        let config =
+            resolve("max_queued = 5\nmax_denoise_rows = 3\n[models]\nchat = \"/a\"\nflux = \"/d\"", flags).unwrap();
+        let models: Vec<_> = config.models.iter().map(|m| (m.name.as_str(), m.path.to_str().unwrap())).collect();
+        assert_eq!(models, [("chat", "/b"), ("flux", "/d"), ("wan", "/c")]);
+        assert_eq!((config.engine.max_queued_sessions, config.engine.load.max_denoise_rows), (7, 3));
+    }
+
+    #[test]
+    fn paths_in_the_file_are_relative_to_the_file() {
+        let config = resolve("output_dir = \"clips\"\n[models]\na = \"m/a\"", Settings::default()).unwrap();
+        let folder = config.models[0].path.parent().unwrap().parent().unwrap();
+        assert!(folder.is_absolute());
+        assert_eq!(config.output_dir.unwrap(), folder.join("clips"));
+    }
+
+    #[test]
+    fn errors_name_file_line_and_key() {
+        check_error(
+            "listen = \"127.0.0.1:1\"\nmax_batch_tokens = 0\n",
+            &["/tale.toml:2: `max_batch_tokens`: ", "zero"],
+        );
+        check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
+        check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
+        check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
+        check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
+        check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
+        check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
+        check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);
+        check_error("max_queued = \n", &[":1: "]);
+        check_error("", &["no model to serve"]);
+        let missing = Config::resolve(Some(Path::new("/no/such.toml")), Settings::default()).unwrap_err();
+        assert!(missing.to_string().starts_with("/no/such.toml: No such file"), "{missing}");
+    }
+
+    #[test]
+    fn model_arguments_are_checked() {
+        assert!(parse_model("a=/x=y").is_ok_and(|model| model.path == Path::new("/x=y")));
+        for wrong in ["/models/a", "=x", "a=", "a b=/x", "\u{e9}=/x"] {
+            assert!(parse_model(wrong).is_err(), "{wrong}");
+        }
+        let twice = vec![parse_model("a=/x").unwrap(), parse_model("a=/y").unwrap()];
+        let error = Config::resolve(None, Settings { models: twice, ..Settings::default() }).unwrap_err();
+        assert_eq!(error.to_string(), "--model: `a` is given twice");
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [("4GiB", 4 << 30), ("1.5 MiB", 3 << 19), ("2GB", 2_000_000_000), ("512", 512), ("7B", 7)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for wrong in ["", "GiB", "-1GiB", "0", "4Gi", "1e300GiB", "NaN", "inf"] {
+            assert!(wrong.parse::<ByteSize>().is_err(), "{wrong}");
+        }
+    }
+}
