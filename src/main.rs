@@ -1,3 +1,5 @@
 //! The `tale` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    tale::cli::run()
+}

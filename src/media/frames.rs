@@ -11,7 +11,8 @@ use super::{MediaError, Result};
 /// Most frames of one folder: four digits.
 pub const MAX_FOLDER_FRAMES: usize = 10_000;
 
-/// Writes frames into a folder as they come. Dropped before [`FrameFolder::finish`], it removes what it wrote.
+/// Writes frames into a folder as they come. They get their names in [`FrameFolder::finish`]; dropped before, nothing of
+/// them stays, and what was in the folder is as it was.
 #[derive(Debug)]
 pub struct FrameFolder {
     dir: PathBuf,
@@ -22,12 +23,10 @@ pub struct FrameFolder {
 }
 
 impl FrameFolder {
-    /// Creates the folder (and its parents) if it is not there. Frames of an earlier clip in it are removed first, so
-    /// that a shorter clip does not end in the longer one's tail.
+    /// Creates the folder (and its parents) if it is not there.
     pub fn create(dir: &Path) -> Result<Self> {
         let created = !dir.exists();
         fs::create_dir_all(dir).map_err(MediaError::io(dir))?;
-        remove_frames_from(dir, 0)?;
         Ok(Self { dir: dir.to_path_buf(), created, num_frames: 0, finished: false })
     }
 
@@ -36,20 +35,45 @@ impl FrameFolder {
         if self.num_frames == MAX_FOLDER_FRAMES {
             return Err(MediaError::TooManyFrames);
         }
-        let path = frame_path(&self.dir, self.num_frames);
+        let path = self.partial_path(self.num_frames);
         let png = encode_picture(frame, PictureFormat::Png, None)?;
         // Counted first: a half-written file is removed like the others.
         self.num_frames += 1;
         fs::write(&path, png).map_err(MediaError::io(&path))
     }
 
-    /// Keeps the frames; fails when there is none.
+    /// Gives the frames their names; fails when there is none. Frames that a longer clip left here are removed, so that
+    /// the new clip does not end in the old one's tail.
     pub fn finish(mut self) -> Result<()> {
         if self.num_frames == 0 {
             return Err(MediaError::Empty);
         }
+        for index in 0..self.num_frames {
+            let path = self.path(index);
+            fs::rename(self.partial_path(index), &path).map_err(MediaError::io(&path))?;
+        }
         self.finished = true;
+        self.remove_old_tail()
+    }
+
+    fn remove_old_tail(&self) -> Result<()> {
+        for index in self.num_frames..MAX_FOLDER_FRAMES {
+            let path = self.path(index);
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
+                Err(source) => return Err(MediaError::Io { path, source }),
+            }
+        }
         Ok(())
+    }
+
+    fn path(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("frame_{index:04}.png"))
+    }
+
+    fn partial_path(&self, index: usize) -> PathBuf {
+        self.dir.join(format!("frame_{index:04}.png.partial"))
     }
 }
 
@@ -60,7 +84,7 @@ impl Drop for FrameFolder {
         }
         for index in 0..self.num_frames {
             // Nobody is left to tell; a frame that cannot be removed stays.
-            let _ = fs::remove_file(frame_path(&self.dir, index));
+            let _ = fs::remove_file(self.partial_path(index));
         }
         if self.created {
             // Fails, rightly, when somebody else has put something into it.
@@ -76,20 +100,4 @@ pub fn write_frames<'a>(dir: &Path, frames: impl IntoIterator<Item = &'a Frame>)
         folder.push(frame)?;
     }
     folder.finish()
-}
-
-fn frame_path(dir: &Path, index: usize) -> PathBuf {
-    dir.join(format!("frame_{index:04}.png"))
-}
-
-fn remove_frames_from(dir: &Path, first: usize) -> Result<()> {
-    for index in first..MAX_FOLDER_FRAMES {
-        let path = frame_path(dir, index);
-        match fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-            Err(source) => return Err(MediaError::Io { path, source }),
-        }
-    }
-    Ok(())
 }

@@ -385,12 +385,13 @@ fn a_dropped_folder_leaves_nothing_of_its_own() {
     let dir = tempdir().unwrap();
     let (new, old) = (dir.path().join("new"), dir.path().join("old"));
     std::fs::create_dir(&old).unwrap();
-    std::fs::write(old.join("notes.txt"), "mine").unwrap();
+    std::fs::write(old.join("frame_0000.png"), "of an earlier clip").unwrap();
     for path in [&new, &old] {
         let mut folder = FrameFolder::create(path).unwrap();
         folder.push(&gradient(16, 16, 0)).unwrap();
     }
     assert!(!new.exists());
-    assert_eq!(fs_names(&old), ["notes.txt"]);
+    assert_eq!(fs_names(&old), ["frame_0000.png"]);
+    assert_eq!(std::fs::read_to_string(old.join("frame_0000.png")).unwrap(), "of an earlier clip");
     assert!(matches!(write_frames(&new, []), Err(MediaError::Empty)));
 }

@@ -1,0 +1,84 @@
+//! `tale generate image`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use tale_models::card::Medium;
+use tale_models::request::Frame;
+
+use super::diffusion::{DiffusionArgs, card_for, follow};
+use super::{CliError, Generator, ModelArgs, random_seed};
+use crate::engine::EngineOptions;
+use crate::media::{PictureFormat, encode_picture};
+
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    diffusion: DiffusionArgs,
+
+    /// Quality of jpeg and webp, 0 to 100 [default: 95 for jpeg, lossless webp]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=100))]
+    output_compression: Option<u8>,
+
+    /// File to write: .png, .jpg or .webp
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub fn run(args: ImageArgs) -> Result<(), CliError> {
+    let format = format_of(&args.output)?;
+    if format == PictureFormat::Png && args.output_compression.is_some_and(|quality| quality < 100) {
+        return Err(CliError::Argument("--output-compression: png is lossless; leave it out".into()));
+    }
+    check_folder(&args.output)?;
+    let mut generator = Generator::load(&args.model, EngineOptions::default())?;
+    let card = generator.card.clone();
+    let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options(), random_seed())?;
+    generator.note(|| {
+        let (width, height, steps) = (request.width, request.height, request.num_inference_steps);
+        format!("{width}x{height}, {steps} steps, guidance {}, seed {}", request.guidance_scale, request.seed)
+    });
+
+    let mut picture: Option<Frame> = None;
+    follow(&mut generator, request, |frames| {
+        picture = frames.into_iter().next_back();
+        Ok(())
+    })?;
+    let picture = picture.ok_or(CliError::EngineGone)?;
+    write(&args.output, &encode_picture(&picture, format, args.output_compression)?)
+}
+
+fn format_of(path: &Path) -> Result<PictureFormat, CliError> {
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+    PictureFormat::from_extension(extension).ok_or_else(|| {
+        CliError::Argument(format!("--output: {} should end in .png, .jpg, .jpeg or .webp", path.display()))
+    })
+}
+
+/// Found out before the work, not after it.
+fn check_folder(path: &Path) -> Result<(), CliError> {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    if folder.is_dir() {
+        return Ok(());
+    }
+    Err(CliError::Argument(format!("--output: there is no folder {}", folder.display())))
+}
+
+/// Whole or not at all.
+fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let written = std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, path));
+    written.map_err(|source| {
+        // It may not even exist; the reason for that is being told.
+        let _ = std::fs::remove_file(&partial);
+        CliError::File { path: path.into(), source }
+    })
+}

@@ -1,0 +1,156 @@
+//! `tale generate`: one request through the engine that serves, without HTTP.
+
+mod diffusion;
+mod image;
+mod text;
+mod video;
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, Subcommand};
+use tale_models::device::{DeviceSpec, WeightDtype};
+use tale_models::{Event, ModelCard, Request};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+use super::{CliError, logs, progress};
+use crate::config::LogFormat;
+use crate::engine::{Engine, EngineError, EngineOptions, ModelSpec, Session};
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(subcommand)]
+    medium: Medium,
+}
+
+#[derive(Debug, Subcommand)]
+enum Medium {
+    /// Continue a prompt or answer a conversation; the text goes to stdout as it comes
+    Text(text::TextArgs),
+    /// Make a picture
+    Image(image::ImageArgs),
+    /// Make a clip
+    Video(video::VideoArgs),
+}
+
+/// What all three take.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// The checkpoint folder
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+
+    /// Device that computes
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: DeviceSpec,
+
+    /// Dtype of weight matrices: auto (as published), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    dtype: WeightDtype,
+
+    /// Say on stderr what is used (seed, sizes, tokens per second), also when nobody watches
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+pub fn run(args: GenerateArgs) -> Result<(), CliError> {
+    logs::init(LogFormat::Text, LevelFilter::WARN);
+    match args.medium {
+        Medium::Text(args) => text::run(args),
+        Medium::Image(args) => image::run(args),
+        Medium::Video(args) => video::run(args),
+    }
+}
+
+/// The one model's name inside the engine; nobody sees it.
+const MODEL: &str = "model";
+
+/// A loaded model and the signals that end its work.
+struct Generator {
+    engine: Engine,
+    card: Arc<ModelCard>,
+    signals: Signals,
+    /// Whether notes go to stderr.
+    talks: bool,
+}
+
+impl Generator {
+    fn load(args: &ModelArgs, options: EngineOptions) -> Result<Self, CliError> {
+        let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
+        let bar = progress::loading();
+        let told = bar.clone();
+        let model = ModelSpec { name: MODEL.into(), path: args.model.clone() };
+        let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
+        bar.finish_and_clear();
+        let engine = engine.map_err(|error| match error {
+            EngineError::Load { source, .. } => CliError::from(source),
+            other => CliError::Engine(other),
+        })?;
+        let card = engine.card(MODEL).expect("it was just loaded under this name: this is a bug");
+        Ok(Self { engine, card, signals: Signals::new()?, talks: args.verbose || progress::is_watched() })
+    }
+
+    /// A line on stderr for whoever watches or asked for it.
+    fn note(&self, line: impl FnOnce() -> String) {
+        if self.talks {
+            eprintln!("{}", line());
+        }
+    }
+
+    /// Begins the work. Dropping what comes back ends it within one step.
+    fn start(&mut self, request: Request) -> Result<Running<'_>, CliError> {
+        let session = self.engine.submit(MODEL, request)?;
+        Ok(Running { session, signals: &mut self.signals })
+    }
+}
+
+/// One session and the signals that end it.
+struct Running<'a> {
+    session: Session,
+    signals: &'a mut Signals,
+}
+
+impl Running<'_> {
+    /// The next event that is not a failure; waits for it.
+    fn next(&mut self) -> Result<Event, CliError> {
+        let Signals { runtime, interrupt, terminate } = self.signals;
+        let event = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                _ = interrupt.recv() => Err(CliError::Signal(SignalKind::interrupt().as_raw_value())),
+                _ = terminate.recv() => Err(CliError::Signal(SignalKind::terminate().as_raw_value())),
+                event = self.session.recv() => event.ok_or(CliError::EngineGone),
+            }
+        })?;
+        match event {
+            Event::Failed(error) => Err(error.into()),
+            event => Ok(event),
+        }
+    }
+}
+
+/// Ctrl-C and SIGTERM, caught so that partial output is removed.
+struct Signals {
+    runtime: tokio::runtime::Runtime,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, CliError> {
+        let failed = |source| CliError::Io { what: "cannot listen for signals".into(), source };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
+        let _entered = runtime.enter();
+        let interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        drop(_entered);
+        Ok(Self { runtime, interrupt, terminate })
+    }
+}
+
+/// A seed that nobody chose; 32 bits, which people can retype and which are all that torch's CPU generator uses.
+fn random_seed() -> u64 {
+    RandomState::new().build_hasher().finish() >> 32
+}

@@ -1,0 +1,163 @@
+//! `tale inspect`: what a checkpoint is, without loading it.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display};
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::Serialize;
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::family::{self, Inspection};
+use tracing_subscriber::filter::LevelFilter;
+
+use super::{CliError, logs};
+use crate::config::{ByteSize, LogFormat};
+
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The checkpoint folder
+    path: PathBuf,
+
+    /// Print one JSON object, with every unused tensor
+    #[arg(long)]
+    json: bool,
+
+    /// Device that the memory is computed for
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: DeviceSpec,
+
+    /// Dtype of weight matrices that the memory is computed for: auto (as published), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    dtype: WeightDtype,
+}
+
+/// Fails, after the report, when the checkpoint cannot be loaded.
+pub fn run(args: &InspectArgs) -> Result<(), CliError> {
+    logs::init(LogFormat::Text, LevelFilter::ERROR);
+    let placement = Placement::open(args.device, args.dtype)?;
+    let report = Report::new(args, family::inspect(&args.path, &placement)?);
+    let text = if args.json {
+        serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
+    } else {
+        report.to_string()
+    };
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::stdout)?;
+    if report.loads { Ok(()) } else { Err(CliError::Reported) }
+}
+
+/// What is printed; the fields are those of `--json`.
+#[derive(Debug, Serialize)]
+struct Report {
+    path: PathBuf,
+    family: &'static str,
+    makes: &'static str,
+    /// Whether the checkpoint can be loaded.
+    loads: bool,
+    parameters: usize,
+    /// Of the weights, once loaded.
+    memory_bytes: usize,
+    components: Vec<ComponentReport>,
+    problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ComponentReport {
+    /// Folder; empty for a model that is one folder.
+    name: String,
+    parameters: usize,
+    /// Parameters by published dtype.
+    dtypes: BTreeMap<String, usize>,
+    memory_bytes: usize,
+    unused_tensors: Vec<String>,
+}
+
+impl Report {
+    fn new(args: &InspectArgs, inspection: Inspection) -> Self {
+        let of_weights = inspection.components.iter().flat_map(|(_, weights)| &weights.problems);
+        let problems: Vec<_> = of_weights.chain(&inspection.problem).map(ToString::to_string).collect();
+        let components: Vec<_> = inspection
+            .components
+            .into_iter()
+            .map(|(name, weights)| ComponentReport {
+                name,
+                parameters: weights.num_parameters,
+                dtypes: weights.dtypes,
+                memory_bytes: weights.resident_bytes,
+                unused_tensors: weights.unused,
+            })
+            .collect();
+        Self {
+            path: args.path.clone(),
+            family: inspection.family,
+            makes: inspection.makes,
+            loads: problems.is_empty(),
+            parameters: components.iter().map(|component| component.parameters).sum(),
+            memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
+            components,
+            problems,
+        }
+    }
+}
+
+/// Unused tensors that are named before the rest is only counted.
+const SHOWN_UNUSED: usize = 5;
+
+impl Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: {}, makes {}", self.path.display(), self.family, self.makes)?;
+        writeln!(f)?;
+        writeln!(f, "{:<20} {:>12} {:>12}  dtypes", "component", "parameters", "memory")?;
+        for component in &self.components {
+            let name = if component.name.is_empty() { "(whole folder)" } else { &component.name };
+            let dtypes: Vec<_> =
+                component.dtypes.iter().map(|(dtype, count)| format!("{dtype} {}", Count(*count))).collect();
+            write_row(f, name, component.parameters, component.memory_bytes, &dtypes.join(", "))?;
+        }
+        if self.components.len() > 1 {
+            write_row(f, "total", self.parameters, self.memory_bytes, "")?;
+        }
+        writeln!(f, "\nMemory is that of the weights; caches and running work come on top.")?;
+        for component in self.components.iter().filter(|component| !component.unused_tensors.is_empty()) {
+            write_unused(f, component)?;
+        }
+        if self.loads {
+            return writeln!(f, "\nThe checkpoint can be loaded.");
+        }
+        writeln!(f, "\nThe checkpoint cannot be loaded:")?;
+        self.problems.iter().try_for_each(|problem| writeln!(f, "  {problem}"))
+    }
+}
+
+fn write_row(f: &mut fmt::Formatter<'_>, name: &str, parameters: usize, bytes: usize, dtypes: &str) -> fmt::Result {
+    let row = format!("{name:<20} {:>12} {:>12}  {dtypes}", Count(parameters).to_string(), ByteSize(bytes).to_string());
+    writeln!(f, "{}", row.trim_end())
+}
+
+fn write_unused(f: &mut fmt::Formatter<'_>, component: &ComponentReport) -> fmt::Result {
+    let (name, unused) = (&component.name, &component.unused_tensors);
+    let place = if name.is_empty() { String::new() } else { format!(" in {name}") };
+    writeln!(f, "\nNot used{place}: {} tensors", unused.len())?;
+    for tensor in unused.iter().take(SHOWN_UNUSED) {
+        writeln!(f, "  {tensor}")?;
+    }
+    match unused.len().saturating_sub(SHOWN_UNUSED) {
+        0 => Ok(()),
+        more => writeln!(f, "  and {more} more (--json names all)"),
+    }
+}
+
+/// A number of parameters as people say it.
+struct Count(usize);
+
+impl Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            count @ 0..1_000 => write!(f, "{count}"),
+            count @ 1_000..1_000_000 => write!(f, "{:.1} K", count as f64 / 1e3),
+            count @ 1_000_000..1_000_000_000 => write!(f, "{:.1} M", count as f64 / 1e6),
+            count => write!(f, "{:.2} B", count as f64 / 1e9),
+        }
+    }
+}
