@@ -128,7 +128,6 @@ impl Error {
             &Self::NotFinite { phase } => Self::NotFinite { phase },
             // candle's error cannot be cloned; its text is all that anybody reads.
             Self::Tensor(error) => Self::Tensor(candle_core::Error::Msg(error.to_string())),
-            &Self::TooManySessions { limit } => Self::TooManySessions { limit },
             Self::Panicked(text) => Self::Panicked(text.clone()),
         }
     }
