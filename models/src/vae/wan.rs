@@ -1,1 +1,387 @@
-//! AutoencoderKLWan (decoder).
+//! Decoder of the Wan2.1 video VAE: latents to frames, one latent frame at a time.
+//!
+//! Owns: the causal 3-D decoder and the past frames that its convolutions remember between two calls. Does not know:
+//! the transformer, RGB bytes. The encoder's tensors are known and not loaded.
+//! Source: diffusers `models/autoencoders/autoencoder_kl_wan.py` (`WanDecoder3d`), without its padding bookkeeping: a
+//! causal convolution sees zeros before the first frame, so an absent past and a past of zeros are the same.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::Deserialize;
+use tale_kernels::{AttentionOptions, attention, rms_norm_channels, silu, upsample_nearest2d};
+
+use crate::error::{Error, Result};
+use crate::layers::{Conv2d, Conv3d};
+use crate::weights::Weights;
+
+/// Frames of the past that a causal convolution over time needs: its kernel spans three.
+const HISTORY: usize = 2;
+
+/// `config.json` of `AutoencoderKLWan`; what decides about the decoder.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct WanVaeConfig {
+    pub base_dim: usize,
+    pub decoder_base_dim: Option<usize>,
+    pub z_dim: usize,
+    pub dim_mult: Vec<usize>,
+    pub num_res_blocks: usize,
+    /// Spelled as in the reference.
+    pub temperal_downsample: Vec<bool>,
+    pub latents_mean: Vec<f32>,
+    pub latents_std: Vec<f32>,
+    #[serde(default)]
+    pub is_residual: bool,
+    pub patch_size: Option<usize>,
+    #[serde(default = "default_out_channels")]
+    pub out_channels: usize,
+    #[serde(default = "default_scale_factor_temporal")]
+    pub scale_factor_temporal: usize,
+    #[serde(default = "default_scale_factor_spatial")]
+    pub scale_factor_spatial: usize,
+}
+
+fn default_out_channels() -> usize {
+    3
+}
+
+fn default_scale_factor_temporal() -> usize {
+    4
+}
+
+fn default_scale_factor_spatial() -> usize {
+    8
+}
+
+impl WanVaeConfig {
+    /// Refuses what this decoder cannot do; `path` is the file, for the message.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let levels = self.dim_mult.len();
+        let spatial = 1 << levels.saturating_sub(1);
+        let temporal = 1 << self.temperal_downsample.iter().filter(|down| **down).count();
+        let problem = if self.is_residual {
+            "`is_residual`: only false is supported (Wan2.1)".to_owned()
+        } else if self.patch_size.is_some() {
+            "`patch_size`: only null is supported (Wan2.1)".to_owned()
+        } else if self.out_channels != 3 {
+            format!("`out_channels` is {}; only 3 is supported", self.out_channels)
+        } else if levels == 0 || self.temperal_downsample.len() + 1 != levels {
+            format!("`temperal_downsample` has {} entries for {levels} of `dim_mult`", self.temperal_downsample.len())
+        } else if self.latents_mean.len() != self.z_dim || self.latents_std.len() != self.z_dim {
+            format!("`latents_mean` and `latents_std` need {} entries each", self.z_dim)
+        } else if self.scale_factor_spatial != spatial {
+            format!("`scale_factor_spatial` is {}, the layers give {spatial}", self.scale_factor_spatial)
+        } else if self.scale_factor_temporal != temporal {
+            format!("`scale_factor_temporal` is {}, the layers give {temporal}", self.scale_factor_temporal)
+        } else {
+            return Ok(());
+        };
+        Err(Error::checkpoint(path, problem))
+    }
+}
+
+/// The decoder half of `AutoencoderKLWan`.
+pub struct WanVaeDecoder {
+    /// `[1, z, 1, 1, 1]`.
+    latents_mean: Tensor,
+    latents_std: Tensor,
+    post_quant_conv: Conv3d,
+    conv_in: CausalConv3d,
+    mid_block: MidBlock,
+    up_blocks: Vec<UpBlock>,
+    norm_out: Norm,
+    conv_out: CausalConv3d,
+    num_slots: usize,
+}
+
+/// A decode between two frames. Dropping it frees all that it remembers.
+pub struct WanDecoding {
+    /// Latents with the model's mean and scale, `[1, z, f, h, w]`.
+    latents: Tensor,
+    /// Latent frame that comes next.
+    next: usize,
+    past: Past,
+}
+
+impl WanVaeDecoder {
+    /// Tensors `post_quant_conv.*` and `decoder.*`; `encoder.*` and `quant_conv.*` stay on disk.
+    pub fn load(weights: &Weights, config: &WanVaeConfig) -> Result<Self> {
+        weights.ignore_below("encoder");
+        weights.ignore_below("quant_conv");
+        let z_dim = config.z_dim;
+        let device = &weights.placement().device;
+        let per_channel = |values: &[f32]| Tensor::from_slice(values, (1, z_dim, 1, 1, 1), device);
+        let mut loader = Loader { num_slots: 0 };
+        let decoder = weights.pp("decoder");
+        let base = config.decoder_base_dim.unwrap_or(config.base_dim);
+        let dims: Vec<usize> = config.dim_mult.iter().rev().map(|multiple| base * multiple).collect();
+        let conv_in = loader.causal(&decoder.pp("conv_in"), z_dim, dims[0], [3, 3, 3])?;
+        let mid_block = MidBlock::load(&mut loader, &decoder.pp("mid_block"), dims[0])?;
+        let mut up_blocks = Vec::with_capacity(dims.len());
+        let mut in_dim = dims[0];
+        for (i, out_dim) in dims.iter().copied().enumerate() {
+            // The last block keeps the size; the others double it, in time too where the encoder halved it.
+            let upsample = config.temperal_downsample.iter().rev().nth(i).copied();
+            let block = UpBlockShape { in_dim, out_dim, num_resnets: config.num_res_blocks + 1, upsample };
+            up_blocks.push(UpBlock::load(&mut loader, &decoder.pp("up_blocks").pp(i), &block)?);
+            in_dim = out_dim / 2;
+        }
+        let last = dims[dims.len() - 1];
+        Ok(Self {
+            latents_mean: per_channel(&config.latents_mean)?,
+            latents_std: per_channel(&config.latents_std)?,
+            post_quant_conv: Conv3d::load(&weights.pp("post_quant_conv"), z_dim, z_dim, [1, 1, 1], 0)?,
+            conv_in,
+            mid_block,
+            up_blocks,
+            norm_out: Norm::load(&decoder.pp("norm_out"), &[last, 1, 1, 1])?,
+            conv_out: loader.causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
+            num_slots: loader.num_slots,
+        })
+    }
+
+    /// Begins to decode the final latents of one clip, `[1, z, f, h, w]`.
+    pub fn begin(&self, latents: &Tensor) -> Result<WanDecoding> {
+        let latents = latents.broadcast_mul(&self.latents_std)?.broadcast_add(&self.latents_mean)?;
+        Ok(WanDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
+    }
+
+    /// Decodes the next latent frame: f32 pixels `[frames, 3, height, width]` in -1..=1. The first latent frame gives
+    /// one frame, each later one as many as the temporal scale factor says. Fails when all are decoded.
+    pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
+        let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?; // [1, z, 1, h, w]
+        let past = &mut decoding.past;
+        let x = self.conv_in.forward(self.post_quant_conv.forward(&z)?, past)?;
+        let mut x = self.mid_block.forward(x, past)?;
+        for block in &self.up_blocks {
+            x = block.forward(x, past)?;
+        }
+        let x = self.conv_out.forward(silu(&self.norm_out.forward(&x)?)?, past)?; // [1, 3, frames, H, W]
+        decoding.next += 1;
+        decoding.past.is_first = false;
+        Ok(x.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+    }
+}
+
+/// What the causal convolutions of one decode remember.
+struct Past {
+    /// Per convolution its last [`HISTORY`] input frames; `None` before its first call.
+    frames: Vec<Option<Tensor>>,
+    /// Whether the first latent frame is being decoded.
+    is_first: bool,
+}
+
+/// Gives every causal convolution its place in [`Past`].
+struct Loader {
+    num_slots: usize,
+}
+
+impl Loader {
+    fn causal(
+        &mut self,
+        weights: &Weights,
+        in_channels: usize,
+        out_channels: usize,
+        kernel: [usize; 3],
+    ) -> Result<CausalConv3d> {
+        let slot = self.num_slots;
+        self.num_slots += 1;
+        Ok(CausalConv3d { conv: Conv3d::load(weights, in_channels, out_channels, kernel, kernel[1] / 2)?, slot })
+    }
+}
+
+/// Convolution over three frames, the current one last.
+struct CausalConv3d {
+    conv: Conv3d,
+    slot: usize,
+}
+
+impl CausalConv3d {
+    /// `[1, in, t, h, w]` to `[1, out, t, h, w]`.
+    fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
+        let (b, c, t, h, w) = x.dims5()?;
+        let before = match past.frames[self.slot].take() {
+            Some(frames) => frames,
+            None => Tensor::zeros((b, c, HISTORY, h, w), x.dtype(), x.device())?,
+        };
+        let joined = Tensor::cat(&[before, x], 2)?;
+        // A copy: a view would keep the whole chunk alive until the next one.
+        past.frames[self.slot] = Some(joined.narrow(2, t, HISTORY)?.force_contiguous()?);
+        self.conv.forward(&joined)
+    }
+}
+
+/// RMS norm over channels.
+struct Norm {
+    gamma: Tensor,
+}
+
+impl Norm {
+    fn load(weights: &Weights, shape: &[usize]) -> Result<Self> {
+        Ok(Self { gamma: weights.get(shape, "gamma")?.flatten_all()? })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rms_norm_channels(x, &self.gamma)?)
+    }
+}
+
+struct ResidualBlock {
+    norm1: Norm,
+    conv1: CausalConv3d,
+    norm2: Norm,
+    conv2: CausalConv3d,
+    conv_shortcut: Option<Conv3d>,
+}
+
+impl ResidualBlock {
+    fn load(loader: &mut Loader, weights: &Weights, in_dim: usize, out_dim: usize) -> Result<Self> {
+        let shortcut = || Conv3d::load(&weights.pp("conv_shortcut"), in_dim, out_dim, [1, 1, 1], 0);
+        Ok(Self {
+            norm1: Norm::load(&weights.pp("norm1"), &[in_dim, 1, 1, 1])?,
+            conv1: loader.causal(&weights.pp("conv1"), in_dim, out_dim, [3, 3, 3])?,
+            norm2: Norm::load(&weights.pp("norm2"), &[out_dim, 1, 1, 1])?,
+            conv2: loader.causal(&weights.pp("conv2"), out_dim, out_dim, [3, 3, 3])?,
+            conv_shortcut: (in_dim != out_dim).then(shortcut).transpose()?,
+        })
+    }
+
+    fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
+        let y = self.conv1.forward(silu(&self.norm1.forward(&x)?)?, past)?;
+        let y = self.conv2.forward(silu(&self.norm2.forward(&y)?)?, past)?;
+        let shortcut = match &self.conv_shortcut {
+            Some(conv) => conv.forward(&x)?,
+            None => x,
+        };
+        Ok((shortcut + y)?)
+    }
+}
+
+/// Attention of one head over the pixels of one frame.
+struct AttentionBlock {
+    norm: Norm,
+    to_qkv: Conv2d,
+    proj: Conv2d,
+}
+
+impl AttentionBlock {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
+        Ok(Self {
+            norm: Norm::load(&weights.pp("norm"), &[dim, 1, 1])?,
+            to_qkv: Conv2d::load(&weights.pp("to_qkv"), dim, dim * 3, 1, 0)?,
+            proj: Conv2d::load(&weights.pp("proj"), dim, dim, 1, 0)?,
+        })
+    }
+
+    /// `[1, c, 1, h, w]` to the same shape.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let frame = x.squeeze(2)?; // [1, c, h, w]
+        let (b, c, h, w) = frame.dims4()?;
+        let qkv = self.to_qkv.forward(&self.norm.forward(&frame)?)?.reshape((b, 3, c, h * w))?;
+        let part = |i: usize| qkv.narrow(1, i, 1)?.transpose(2, 3)?.transpose(1, 2)?.contiguous(); // [b, hw, 1, c]
+        let y = attention(&part(0)?, &part(1)?, &part(2)?, &AttentionOptions::default())?; // [b, hw, 1, c]
+        let y = y.reshape((b, h * w, c))?.transpose(1, 2)?.contiguous()?.reshape((b, c, h, w))?;
+        Ok((x + self.proj.forward(&y)?.unsqueeze(2)?)?)
+    }
+}
+
+struct MidBlock {
+    first: ResidualBlock,
+    attention: AttentionBlock,
+    second: ResidualBlock,
+}
+
+impl MidBlock {
+    fn load(loader: &mut Loader, weights: &Weights, dim: usize) -> Result<Self> {
+        let resnets = weights.pp("resnets");
+        Ok(Self {
+            first: ResidualBlock::load(loader, &resnets.pp(0), dim, dim)?,
+            attention: AttentionBlock::load(&weights.pp("attentions").pp(0), dim)?,
+            second: ResidualBlock::load(loader, &resnets.pp(1), dim, dim)?,
+        })
+    }
+
+    fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
+        let x = self.attention.forward(&self.first.forward(x, past)?)?;
+        self.second.forward(x, past)
+    }
+}
+
+struct UpBlockShape {
+    in_dim: usize,
+    out_dim: usize,
+    num_resnets: usize,
+    /// Whether the size is doubled and, if so, the number of frames too.
+    upsample: Option<bool>,
+}
+
+struct UpBlock {
+    resnets: Vec<ResidualBlock>,
+    upsampler: Option<Upsampler>,
+}
+
+impl UpBlock {
+    fn load(loader: &mut Loader, weights: &Weights, shape: &UpBlockShape) -> Result<Self> {
+        let mut resnets = Vec::with_capacity(shape.num_resnets);
+        let mut in_dim = shape.in_dim;
+        for i in 0..shape.num_resnets {
+            resnets.push(ResidualBlock::load(loader, &weights.pp("resnets").pp(i), in_dim, shape.out_dim)?);
+            in_dim = shape.out_dim;
+        }
+        let upsampler = weights.pp("upsamplers").pp(0);
+        let load = |in_time: bool| Upsampler::load(loader, &upsampler, shape.out_dim, in_time);
+        Ok(Self { resnets, upsampler: shape.upsample.map(load).transpose()? })
+    }
+
+    fn forward(&self, mut x: Tensor, past: &mut Past) -> Result<Tensor> {
+        for resnet in &self.resnets {
+            x = resnet.forward(x, past)?;
+        }
+        match &self.upsampler {
+            Some(upsampler) => upsampler.forward(x, past),
+            None => Ok(x),
+        }
+    }
+}
+
+/// Doubles height and width, halves channels; with a `time_conv` doubles frames too.
+struct Upsampler {
+    time_conv: Option<CausalConv3d>,
+    /// `resample.1`; `resample.0` is the nearest-neighbour upsampling.
+    conv: Conv2d,
+}
+
+impl Upsampler {
+    fn load(loader: &mut Loader, weights: &Weights, dim: usize, in_time: bool) -> Result<Self> {
+        let mut time_conv = || loader.causal(&weights.pp("time_conv"), dim, dim * 2, [3, 1, 1]);
+        Ok(Self {
+            time_conv: in_time.then(&mut time_conv).transpose()?,
+            conv: Conv2d::load(&weights.pp("resample").pp(1), dim, dim / 2, 3, 1)?,
+        })
+    }
+
+    fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
+        let x = match &self.time_conv {
+            // The first latent frame stands for one frame: it is neither doubled nor remembered here.
+            Some(time_conv) if !past.is_first => interleave(&time_conv.forward(x, past)?)?,
+            _ => x,
+        };
+        // Frame by frame, so that the upsampled input of the convolution is never held for all frames at once.
+        let frames = (0..x.dim(2)?).map(|t| self.forward_frame(&x, t)).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&frames, 2)?)
+    }
+
+    /// Frame `t` of `[1, c, frames, h, w]`: `[1, c / 2, 2h, 2w]`.
+    fn forward_frame(&self, x: &Tensor, t: usize) -> Result<Tensor> {
+        let frame = x.narrow(2, t, 1)?.squeeze(2)?.contiguous()?;
+        self.conv.forward(&upsample_nearest2d(&frame)?)
+    }
+}
+
+/// `[b, 2c, t, h, w]`, the two halves being even and odd frames, to `[b, c, 2t, h, w]`.
+fn interleave(x: &Tensor) -> Result<Tensor> {
+    let (b, c, t, h, w) = x.dims5()?;
+    let x = x.reshape(vec![b, 2, c / 2, t, h, w])?.permute(vec![0, 2, 3, 1, 4, 5])?; // [b, c, t, 2, h, w]
+    Ok(x.contiguous()?.reshape((b, c / 2, t * 2, h, w))?)
+}

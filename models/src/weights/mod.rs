@@ -151,6 +151,13 @@ impl Weights {
         self.record().used.insert(self.full_name(name));
     }
 
+    /// As [`Weights::ignore`], for all tensors below `segment.`.
+    pub fn ignore_below(&self, segment: &str) {
+        let below = format!("{}{segment}.", self.prefix);
+        let names = self.source.tensors.range(below.clone()..).map(|(name, _)| name);
+        self.record().used.extend(names.take_while(|name| name.starts_with(&below)).cloned());
+    }
+
     /// What was used so far, and what is left over.
     pub fn report(&self) -> WeightsReport {
         let source = &self.source;
