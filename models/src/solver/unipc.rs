@@ -306,9 +306,10 @@ fn solve(mut rows: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
         rows.swap(column, pivot);
         right.swap(column, pivot);
         for row in column + 1..n {
-            let factor = rows[row][column] / rows[column][column];
-            for k in column..n {
-                rows[row][k] -= factor * rows[column][k];
+            let pivot = rows[column].clone();
+            let factor = rows[row][column] / pivot[column];
+            for (entry, above) in rows[row].iter_mut().zip(&pivot) {
+                *entry -= factor * above;
             }
             right[row] -= factor * right[column];
         }

@@ -42,5 +42,5 @@ fn unipc_takes_the_steps_of_the_reference() {
 
 fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
-    Tensor::new(values, &candle_core::Device::Cpu).unwrap()
+    Tensor::new(values, &candle_core::Device::Cpu).expect("values make a row")
 }
