@@ -13,6 +13,8 @@ from .common import normal, psnr, require, write_json
 
 # Least share of sample values strictly inside 0..255, and their least standard deviation.
 INSIDE, SPREAD = 0.9, 15.0
+# Relative size of a disturbance of the noise that stands for another order of sums, and the dB that it may cost.
+ROUNDING, STABLE = 1e-5, 60.0
 # dB: a change of the seed must cost more than the first, a change of the prompt alone more than the second.
 ANOTHER_SEED, ANOTHER_PROMPT = 35.0, 45.0
 
@@ -86,10 +88,8 @@ class Recorder:
             self.pipeline.transformer.register_forward_hook(after, with_kwargs=True),
         ]
         seed = arguments.pop("seed")
-        answer = self.pipeline(
-            **arguments, output_type="np", callback_on_step_end=step_end,
-            generator=torch.Generator("cpu").manual_seed(seed),
-        )
+        generator = torch.Generator("cpu").manual_seed(seed)
+        answer = self.pipeline(**arguments, output_type="np", callback_on_step_end=step_end, generator=generator)
         for hook in hooks:
             hook.remove()
         kept["timesteps"] = self.pipeline.scheduler.timesteps.float()
@@ -111,3 +111,13 @@ def require_visible(name: str, image: torch.Tensor) -> None:
 def require_moved(name: str, what: str, a: torch.Tensor, b: torch.Tensor, limit: float) -> None:
     distance = psnr(a, b)
     require(distance < limit, f"{name}: {what} is {distance:.1f} dB away (limit {limit:g})")
+
+
+def disturbed(noise: torch.Tensor) -> torch.Tensor:
+    """The noise as a port with other rounding errors might see it, and worse."""
+    return noise + ROUNDING * torch.randn(noise.shape, generator=torch.Generator().manual_seed(0))
+
+
+def require_stable(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """That a right port can be as close as the tests want: rounding errors must not grow into other pictures."""
+    require(psnr(a, b) > STABLE, f"{name}: noise disturbed by {ROUNDING:g} costs {psnr(a, b):.1f} dB (at least {STABLE:g})")

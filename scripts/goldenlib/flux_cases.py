@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, randomise, read_json, require, write_golden
 from .diffusion import (
-    ANOTHER_PROMPT, ANOTHER_SEED, T5_WEIGHTS, Recorder, dtypes, edit_json, quiet, rename_tensors, require_moved, require_visible,
-    scale_output, to_u8,
+    ANOTHER_PROMPT, ANOTHER_SEED, T5_WEIGHTS, Recorder, disturbed, dtypes, edit_json, quiet, rename_tensors,
+    require_moved, require_stable, require_visible, scale_output, to_u8,
 )
 from .solvers_cases import FLUX_DEV, FLUX_SCHNELL
 
@@ -65,6 +65,7 @@ def make_case(name: str, parts: dict, publish, runs) -> None:
     for i, run in enumerate(runs):
         recorded, image = record(pipeline, run)
         require_visible(f"{name} run {i}", image)
+        require_stable(f"{name} run {i}", image, record(pipeline, run | {"latents": disturbed(recorded["noise"])})[1])
         tensors |= {f"run{i}.{key}": value for key, value in recorded.items()} | {f"run{i}.image": image}
         check_sensitivity(f"{name} run {i}", pipeline, run, image)
         facts.append(run)

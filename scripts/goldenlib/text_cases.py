@@ -1,5 +1,6 @@
 """Llama and Qwen2: four tiny checkpoints, logits of whole prompts, greedy tokens, rendered chats."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -347,6 +348,8 @@ def check(name: str, checkpoint: Path, model, prompts, tensors) -> None:
     long = torch.tensor([prompts[-1]])
     require(long.shape[1] > 64, f"{name}: the long prompt has {long.shape[1]} tokens")
     expected = tensors[f"logits.{len(prompts) - 1}"]
+    exact = copy.deepcopy(model).double()(long).logits[0].float()
+    require(relative_difference(expected, exact) < 2e-5, f"{name}: f64 differs by {relative_difference(expected, exact):.1e}")
     for what, change in mutations(model):
         difference = relative_difference(expected, changed_logits(model, change, long))
         require(difference > 1e-2, f"{name}: {what} moves the logits by {difference:.2g}")
