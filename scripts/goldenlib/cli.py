@@ -14,7 +14,9 @@ def main(arguments) -> int:
         description="Make the golden cases under tests/goldens. Needs the packages of scripts/goldenlib/requirements.txt.",
         epilog="Cases are made from fixed seeds: with the same library versions the same files come out.",
     )
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of: {' '.join(GROUPS)}; all when none is named")
+    parser.add_argument(
+        "groups", nargs="*", metavar="GROUP", help=f"any of: {' '.join(GROUPS)}; all when none is named"
+    )
     chosen = parser.parse_args(arguments).groups
     unknown = [group for group in chosen if group not in GROUPS]
     if unknown:

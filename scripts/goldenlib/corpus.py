@@ -71,7 +71,13 @@ KOREAN = """
 강을 따라 걷다가 불빛이 보이면 멈추자.
 """.strip().splitlines()
 
-EMOJI = ["Sunny day 😀 and warm 🌞!", "Well done 👍🎉", "A cat 🐱 on a boat ⛵.", "I ❤️ rain ☔ and 🌊 waves.", "좋아요 👍 감사합니다 🙏"]
+EMOJI = [
+    "Sunny day 😀 and warm 🌞!",
+    "Well done 👍🎉",
+    "A cat 🐱 on a boat ⛵.",
+    "I ❤️ rain ☔ and 🌊 waves.",
+    "좋아요 👍 감사합니다 🙏",
+]
 
 TRAINING = SENTENCES + KOREAN + EMOJI
 

@@ -50,7 +50,9 @@ def rename_tensors(file: Path, rename) -> None:
 def edit_json(file: Path, **fields) -> None:
     """Sets fields; a field set to None is removed."""
     value = json.loads(file.read_text(encoding="utf-8")) | fields
-    write_json(file, {key: item for key, item in value.items() if fields.get(key, item) is not None or key not in fields})
+    write_json(
+        file, {key: item for key, item in value.items() if fields.get(key, item) is not None or key not in fields}
+    )
 
 
 def dtypes(checkpoint: Path) -> dict:
@@ -120,4 +122,6 @@ def disturbed(noise: torch.Tensor) -> torch.Tensor:
 
 def require_stable(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     """That a right port can be as close as the tests want: rounding errors must not grow into other pictures."""
-    require(psnr(a, b) > STABLE, f"{name}: noise disturbed by {ROUNDING:g} costs {psnr(a, b):.1f} dB (at least {STABLE:g})")
+    require(
+        psnr(a, b) > STABLE, f"{name}: noise disturbed by {ROUNDING:g} costs {psnr(a, b):.1f} dB (at least {STABLE:g})"
+    )

@@ -10,10 +10,22 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from . import tokenizers_cases as tokenizers
-from .common import fresh_case, normal, randomise, read_json, require, write_golden
+from .common import fresh_case, normal, randomise, require, write_golden
 from .diffusion import (
-    ANOTHER_PROMPT, ANOTHER_SEED, T5_WEIGHTS, Recorder, disturbed, dtypes, edit_json, quiet, rename_tensors,
-    require_moved, require_stable, require_visible, scale_output, to_u8,
+    ANOTHER_PROMPT,
+    ANOTHER_SEED,
+    T5_WEIGHTS,
+    Recorder,
+    disturbed,
+    dtypes,
+    edit_json,
+    quiet,
+    rename_tensors,
+    require_moved,
+    require_stable,
+    require_visible,
+    scale_output,
+    to_u8,
 )
 from .solvers_cases import FLUX_DEV, FLUX_SCHNELL
 
@@ -27,23 +39,43 @@ LONG_PROMPT = (
 
 DEV_RUNS = [
     {
-        "prompt": "A small Boat crosses the QUIET lake, 고양이 한 마리 😀", "width": 128, "height": 80,
-        "num_inference_steps": 4, "guidance_scale": 3.5, "seed": 42, "max_sequence_length": 48,
+        "prompt": "A small Boat crosses the QUIET lake, 고양이 한 마리 😀",
+        "width": 128,
+        "height": 80,
+        "num_inference_steps": 4,
+        "guidance_scale": 3.5,
+        "seed": 42,
+        "max_sequence_length": 48,
     },
     # Longer than CLIP's 77 tokens, and further than T5's longest exact distance.
     {
-        "prompt": LONG_PROMPT, "width": 64, "height": 144, "num_inference_steps": 3, "guidance_scale": 1.5,
-        "seed": 2**33 + 3, "max_sequence_length": 176,
+        "prompt": LONG_PROMPT,
+        "width": 64,
+        "height": 144,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.5,
+        "seed": 2**33 + 3,
+        "max_sequence_length": 176,
     },
 ]
 SCHNELL_RUNS = [
     {
-        "prompt": "A glass city   under a violet sky,\nseen from a High Bridge.", "width": 72, "height": 40,
-        "num_inference_steps": 4, "guidance_scale": 0.0, "seed": 7, "max_sequence_length": 256,
+        "prompt": "A glass city   under a violet sky,\nseen from a High Bridge.",
+        "width": 72,
+        "height": 40,
+        "num_inference_steps": 4,
+        "guidance_scale": 0.0,
+        "seed": 7,
+        "max_sequence_length": 256,
     },
     # Longer than T5 may be here: cut, with the end token kept.
     {
-        "prompt": LONG_PROMPT, "width": 40, "height": 56, "num_inference_steps": 1, "guidance_scale": 0.0, "seed": 1234567,
+        "prompt": LONG_PROMPT,
+        "width": 40,
+        "height": 56,
+        "num_inference_steps": 1,
+        "guidance_scale": 0.0,
+        "seed": 1234567,
         "max_sequence_length": 24,
     },
 ]
@@ -106,8 +138,15 @@ def dev_parts() -> dict:
         "text_encoder": clip(seed=1, hidden=32, heads=4, eos_token_id=2),
         "text_encoder_2": t5(seed=2, width=40, heads=3, layers=2),
         "transformer": transformer(
-            seed=3, num_layers=2, num_single_layers=3, attention_head_dim=12, num_attention_heads=3,
-            axes_dims_rope=(2, 6, 4), joint_attention_dim=40, pooled_projection_dim=32, guidance_embeds=True,
+            seed=3,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=12,
+            num_attention_heads=3,
+            axes_dims_rope=(2, 6, 4),
+            joint_attention_dim=40,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
         ),
         "vae": vae(seed=4, channels=(8, 12, 16, 16), layers=1),
     }
@@ -120,8 +159,15 @@ def schnell_parts() -> dict:
         "text_encoder": clip(seed=11, hidden=24, heads=2, eos_token_id=clip_id("<|endoftext|>")),
         "text_encoder_2": t5(seed=12, width=32, heads=5, layers=3),
         "transformer": transformer(
-            seed=13, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            axes_dims_rope=(4, 6, 6), joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=False,
+            seed=13,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=False,
         ),
         "vae": vae(seed=14, channels=(8, 12, 20), layers=2),
     }
@@ -133,9 +179,17 @@ def clip_id(token: str) -> int:
 
 def clip(seed: int, hidden: int, heads: int, eos_token_id: int):
     config = CLIPTextConfig(
-        vocab_size=len(tokenizers.clip_tables()[0]), hidden_size=hidden, intermediate_size=3 * hidden + 4,
-        num_hidden_layers=3, num_attention_heads=heads, max_position_embeddings=tokenizers.CLIP_MAX_LENGTH,
-        hidden_act="quick_gelu", projection_dim=hidden, bos_token_id=0, eos_token_id=eos_token_id, pad_token_id=1,
+        vocab_size=len(tokenizers.clip_tables()[0]),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden + 4,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizers.CLIP_MAX_LENGTH,
+        hidden_act="quick_gelu",
+        projection_dim=hidden,
+        bos_token_id=0,
+        eos_token_id=eos_token_id,
+        pad_token_id=1,
     )
     model = CLIPTextModel(config).eval()
     randomise(model, seed, gain=1.5, overrides=[("embedding.weight", lambda p, g: normal(p, g, 0.7))])
@@ -144,9 +198,20 @@ def clip(seed: int, hidden: int, heads: int, eos_token_id: int):
 
 def t5(seed: int, width: int, heads: int, layers: int):
     config = T5Config(
-        vocab_size=640, d_model=width, d_kv=8, d_ff=52, num_layers=layers, num_heads=heads, feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=32, relative_attention_max_distance=128, tie_word_embeddings=False,
-        is_encoder_decoder=True, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        vocab_size=640,
+        d_model=width,
+        d_kv=8,
+        d_ff=52,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        tie_word_embeddings=False,
+        is_encoder_decoder=True,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     model = T5EncoderModel(config).eval()
     randomise(model, seed, overrides=T5_WEIGHTS)
@@ -155,12 +220,16 @@ def t5(seed: int, width: int, heads: int, layers: int):
 
 def transformer(seed: int, **config):
     model = FluxTransformer2DModel(patch_size=1, in_channels=4 * LATENT_CHANNELS, **config).eval()
-    randomise(model, seed, overrides=[
-        ("context_embedder.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
-        ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
-        ("norm1.linear.weight", lambda p, g: normal(p, g, 0.8 / p.shape[1] ** 0.5)),
-        ("norm1_context.linear.weight", lambda p, g: normal(p, g, 0.8 / p.shape[1] ** 0.5)),
-    ])
+    randomise(
+        model,
+        seed,
+        overrides=[
+            ("context_embedder.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
+            ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
+            ("norm1.linear.weight", lambda p, g: normal(p, g, 0.8 / p.shape[1] ** 0.5)),
+            ("norm1_context.linear.weight", lambda p, g: normal(p, g, 0.8 / p.shape[1] ** 0.5)),
+        ],
+    )
     generator = torch.Generator().manual_seed(seed)
     text, latents = 32, torch.randn(1, 24, 4 * LATENT_CHANNELS, generator=generator)
     ids = torch.zeros(24, 3)
@@ -169,7 +238,10 @@ def transformer(seed: int, **config):
         hidden_states=latents,
         encoder_hidden_states=torch.randn(1, text, model.config.joint_attention_dim, generator=generator),
         pooled_projections=torch.randn(1, model.config.pooled_projection_dim, generator=generator),
-        timestep=torch.tensor([0.7]), guidance=torch.tensor([3.5]) if config["guidance_embeds"] else None, img_ids=ids, txt_ids=torch.zeros(text, 3),
+        timestep=torch.tensor([0.7]),
+        guidance=torch.tensor([3.5]) if config["guidance_embeds"] else None,
+        img_ids=ids,
+        txt_ids=torch.zeros(text, 3),
         return_dict=False,
     )[0]
     scale_output(model.proj_out.weight, outputs, std=1.0)
@@ -179,10 +251,22 @@ def transformer(seed: int, **config):
 def vae(seed: int, channels, layers: int):
     levels = len(channels)
     model = AutoencoderKL(
-        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels, block_out_channels=channels, layers_per_block=layers, act_fn="silu",
-        latent_channels=LATENT_CHANNELS, norm_num_groups=4, sample_size=64, scaling_factor=0.3611, shift_factor=0.1159,
-        force_upcast=True, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        act_fn="silu",
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        force_upcast=True,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=True,
     ).eval()
     randomise(model, seed)
     latents = 4 * torch.randn(1, LATENT_CHANNELS, 8, 12, generator=torch.Generator().manual_seed(seed))

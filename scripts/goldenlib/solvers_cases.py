@@ -13,17 +13,40 @@ SIZE = 32
 
 # As published with FLUX.1-dev, FLUX.1-schnell and Wan2.1.
 FLUX_DEV = {
-    "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
-    "base_image_seq_len": 256, "max_image_seq_len": 4096,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
 }
 FLUX_SCHNELL = FLUX_DEV | {"shift": 1.0, "use_dynamic_shifting": False}
 WAN = {
-    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None,
-    "solver_order": 2, "prediction_type": "flow_prediction", "thresholding": False, "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "disable_corrector": [],
-    "solver_p": None, "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-    "use_flow_sigmas": True, "flow_shift": 3.0, "timestep_spacing": "linspace", "steps_offset": 0,
-    "final_sigmas_type": "zero", "rescale_betas_zero_snr": False,
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "solver_order": 2,
+    "prediction_type": "flow_prediction",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "predict_x0": True,
+    "solver_type": "bh2",
+    "lower_order_final": True,
+    "disable_corrector": [],
+    "solver_p": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "final_sigmas_type": "zero",
+    "rescale_betas_zero_snr": False,
 }
 
 
@@ -35,10 +58,16 @@ def make() -> None:
         schedule(scheduler, steps, mu, sigmas)
         run = walk(scheduler, seed)
         tensors |= {f"{name}.{key}": value for key, value in run.items()}
-        cases.append({
-            "name": name, "class": scheduler_class.__name__, "config": config, "num_inference_steps": steps, "mu": mu,
-            "sigmas_arg": None if sigmas is None else sigmas.tolist(),
-        })
+        cases.append(
+            {
+                "name": name,
+                "class": scheduler_class.__name__,
+                "config": config,
+                "num_inference_steps": steps,
+                "mu": mu,
+                "sigmas_arg": None if sigmas is None else sigmas.tolist(),
+            }
+        )
     check(tensors)
     notes = [
         "timesteps are given as f32 although UniPC keeps integers",
@@ -91,7 +120,10 @@ def walk(scheduler, seed: int) -> dict:
         sample = scheduler.step(output.view(1, -1), timestep, sample, return_dict=False)[0]
         samples.append(sample[0])
     return {
-        "timesteps": scheduler.timesteps.float(), "sigmas": scheduler.sigmas.float(), "outputs": outputs, "sample": start,
+        "timesteps": scheduler.timesteps.float(),
+        "sigmas": scheduler.sigmas.float(),
+        "outputs": outputs,
+        "sample": start,
         "samples": torch.stack(samples),
     }
 
@@ -100,7 +132,9 @@ def check(tensors) -> None:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     require(not broken, f"all numbers are finite {broken}")
     for a, b in [("flux-dev-256-20", "flux-dev-4096-20"), ("shift-3-20", "shift-7-20"), ("unipc-3-20", "unipc-5-20")]:
-        require(relative_difference(tensors[f"{a}.sigmas"], tensors[f"{b}.sigmas"]) > 1e-2, f"sigmas of {a} and {b} differ")
+        require(
+            relative_difference(tensors[f"{a}.sigmas"], tensors[f"{b}.sigmas"]) > 1e-2, f"sigmas of {a} and {b} differ"
+        )
     # The same outputs through another order or update rule must end elsewhere.
     for name, change in [("order 2 for 3", {"solver_order": 2}), ("bh1 for bh2", {"solver_type": "bh1"})]:
         scheduler = UniPCMultistepScheduler.from_config(WAN | {"solver_order": 3} | change)

@@ -3,13 +3,20 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, randomise, read_json, relative_difference, require, write_golden, write_json
@@ -123,14 +130,18 @@ def make_case(name: str, case: Case) -> None:
     publish(case, model, checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tensors = answers(model, prompts)
-    require(all(torch.equal(t, unpublished[k]) for k, t in tensors.items()), f"{name}: the published files are the model")
+    require(
+        all(torch.equal(t, unpublished[k]) for k, t in tensors.items()), f"{name}: the published files are the model"
+    )
     facts = {
         "dtype": str(case.dtype).removeprefix("torch."),
         "seed": seed,
         "reference": f"transformers.{type(model).__name__}",
         "prompts": PROMPTS,
         "chats": [chat(tokenizer, messages) for messages in CHATS],
-        "greedy_text": [tokenizer.decode(tensors[f"greedy.{i}"], skip_special_tokens=True) for i in range(len(prompts))],
+        "greedy_text": [
+            tokenizer.decode(tensors[f"greedy.{i}"], skip_special_tokens=True) for i in range(len(prompts))
+        ],
         "notes": case.notes,
     }
     check(name, checkpoint, model, prompts, tensors)
@@ -234,14 +245,23 @@ def publish_llama_tied(checkpoint: Path) -> None:
     eos = special("llama", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     config = read_json(checkpoint / "config.json") | {"eos_token_id": eos}
     write_json(checkpoint / "config.json", config)
-    set_generation(checkpoint, bos_token_id=config["bos_token_id"], eos_token_id=eos, do_sample=True, temperature=0.6,
-                   top_p=0.9, transformers_version="4.45.0.dev0")
+    set_generation(
+        checkpoint,
+        bos_token_id=config["bos_token_id"],
+        eos_token_id=eos,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+        transformers_version="4.45.0.dev0",
+    )
 
 
 def publish_llama_untied(checkpoint: Path) -> None:
     config = read_json(checkpoint / "config.json")
     assert "rope_parameters" in config and "dtype" in config and "rope_theta" not in config
-    set_generation(checkpoint, bos_token_id=config["bos_token_id"], eos_token_id=config["eos_token_id"], _from_model_config=True)
+    set_generation(
+        checkpoint, bos_token_id=config["bos_token_id"], eos_token_id=config["eos_token_id"], _from_model_config=True
+    )
 
 
 def publish_qwen2(checkpoint: Path) -> None:
@@ -249,10 +269,23 @@ def publish_qwen2(checkpoint: Path) -> None:
     config = read_json(checkpoint / "config.json")
     del config["rope_scaling"]  # Qwen2.5 publishes none
     config.pop("layer_types", None)
-    write_json(checkpoint / "config.json", config | {"sliding_window": 512, "max_window_layers": 3, "use_sliding_window": False})
+    write_json(
+        checkpoint / "config.json",
+        config | {"sliding_window": 512, "max_window_layers": 3, "use_sliding_window": False},
+    )
     end, im_end = special("qwen2", "<|endoftext|>", "<|im_end|>")
-    set_generation(checkpoint, bos_token_id=end, pad_token_id=end, eos_token_id=[im_end, end], do_sample=True,
-                   repetition_penalty=1.05, temperature=0.7, top_p=0.8, top_k=20, transformers_version="4.37.0")
+    set_generation(
+        checkpoint,
+        bos_token_id=end,
+        pad_token_id=end,
+        eos_token_id=[im_end, end],
+        do_sample=True,
+        repetition_penalty=1.05,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        transformers_version="4.37.0",
+    )
 
 
 def publish_qwen2_yarn(checkpoint: Path) -> None:
@@ -274,7 +307,10 @@ def special(family: str, *names) -> list[int]:
 # --- the four cases --------------------------------------------------------------------------------------------------
 
 LLAMA3_ROPE = {
-    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32,
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
     "rope_type": "llama3",
 }
 YARN_ROPE = {"factor": 4.0, "original_max_position_embeddings": 32, "type": "yarn"}
@@ -291,44 +327,97 @@ def cases() -> dict:
         "llama-tied": Case(
             LlamaForCausalLM,
             LlamaConfig(
-                hidden_size=48, intermediate_size=104, num_hidden_layers=3, num_attention_heads=6,
-                num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-                rope_parameters={"rope_theta": 10000.0, **LLAMA3_ROPE}, **llama,
+                hidden_size=48,
+                intermediate_size=104,
+                num_hidden_layers=3,
+                num_attention_heads=6,
+                num_key_value_heads=2,
+                head_dim=16,
+                max_position_embeddings=256,
+                tie_word_embeddings=True,
+                rope_parameters={"rope_theta": 10000.0, **LLAMA3_ROPE},
+                **llama,
             ),
-            tokenizers.install_llama, LLAMA_TEMPLATE, False, "100KB", torch.float32, publish_llama_tied,
+            tokenizers.install_llama,
+            LLAMA_TEMPLATE,
+            False,
+            "100KB",
+            torch.float32,
+            publish_llama_tied,
             ["config.json in the spelling of transformers 4; three shards or more; three EOS ids"],
         ),
         # One key-value head for five query heads.
         "llama-untied": Case(
             LlamaForCausalLM,
             LlamaConfig(
-                hidden_size=80, intermediate_size=136, num_hidden_layers=3, num_attention_heads=5,
-                num_key_value_heads=1, max_position_embeddings=160, tie_word_embeddings=False, attention_bias=True,
-                rope_parameters={"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.5}, **llama,
+                hidden_size=80,
+                intermediate_size=136,
+                num_hidden_layers=3,
+                num_attention_heads=5,
+                num_key_value_heads=1,
+                max_position_embeddings=160,
+                tie_word_embeddings=False,
+                attention_bias=True,
+                rope_parameters={"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.5},
+                **llama,
             ),
-            tokenizers.install_llama, LLAMA_TEMPLATE, False, "10MB", torch.float32, publish_llama_untied,
+            tokenizers.install_llama,
+            LLAMA_TEMPLATE,
+            False,
+            "10MB",
+            torch.float32,
+            publish_llama_untied,
             ["config.json as transformers 5 writes it; one EOS id"],
         ),
         "qwen2": Case(
             Qwen2ForCausalLM,
             Qwen2Config(
-                hidden_size=72, intermediate_size=152, num_hidden_layers=4, num_attention_heads=6,
-                num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=False,
-                rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"}, **qwen,
+                hidden_size=72,
+                intermediate_size=152,
+                num_hidden_layers=4,
+                num_attention_heads=6,
+                num_key_value_heads=3,
+                max_position_embeddings=256,
+                tie_word_embeddings=False,
+                rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+                **qwen,
             ),
-            tokenizers.install_qwen, QWEN_TEMPLATE, True, "10MB", torch.bfloat16, publish_qwen2,
-            ["published in bf16, answered in f32 from those bf16 weights", "the vocabulary is padded: 536 rows, fewer tokens"],
+            tokenizers.install_qwen,
+            QWEN_TEMPLATE,
+            True,
+            "10MB",
+            torch.bfloat16,
+            publish_qwen2,
+            [
+                "published in bf16, answered in f32 from those bf16 weights",
+                "the vocabulary is padded: 536 rows, fewer tokens",
+            ],
         ),
         "qwen2-yarn": Case(
             Qwen2ForCausalLM,
             Qwen2Config(
-                hidden_size=64, intermediate_size=120, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-                rope_parameters={"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4.0,
-                                 "original_max_position_embeddings": 32}, **qwen,
+                hidden_size=64,
+                intermediate_size=120,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+                rope_parameters={
+                    "rope_theta": 10000.0,
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+                **qwen,
             ),
-            tokenizers.install_qwen, QWEN_TEMPLATE, False, "10MB", torch.float32, publish_qwen2_yarn,
-            ["rope_scaling spelled with \"type\"", "the vocabulary is padded: 536 rows, fewer tokens"],
+            tokenizers.install_qwen,
+            QWEN_TEMPLATE,
+            False,
+            "10MB",
+            torch.float32,
+            publish_qwen2_yarn,
+            ['rope_scaling spelled with "type"', "the vocabulary is padded: 536 rows, fewer tokens"],
         ),
     }
 
@@ -340,7 +429,9 @@ def check(name: str, checkpoint: Path, model, prompts, tensors) -> None:
     """That nothing about the case is trivially right."""
     files = sorted(f.name for f in checkpoint.glob("*.safetensors"))
     if name == "llama-tied":
-        require(len(files) >= 3 and (checkpoint / "model.safetensors.index.json").exists(), f"{name}: {len(files)} shards")
+        require(
+            len(files) >= 3 and (checkpoint / "model.safetensors.index.json").exists(), f"{name}: {len(files)} shards"
+        )
         index = read_json(checkpoint / "model.safetensors.index.json")
         require("lm_head.weight" not in index["weight_map"], f"{name}: no lm_head is published")
     last = [tensors[f"logits.{i}"][-1] for i in range(len(prompts))]
@@ -349,7 +440,10 @@ def check(name: str, checkpoint: Path, model, prompts, tensors) -> None:
     require(long.shape[1] > 64, f"{name}: the long prompt has {long.shape[1]} tokens")
     expected = tensors[f"logits.{len(prompts) - 1}"]
     exact = copy.deepcopy(model).double()(long).logits[0].float()
-    require(relative_difference(expected, exact) < 2e-5, f"{name}: f64 differs by {relative_difference(expected, exact):.1e}")
+    require(
+        relative_difference(expected, exact) < 2e-5,
+        f"{name}: f64 differs by {relative_difference(expected, exact):.1e}",
+    )
     for what, change in mutations(model):
         difference = relative_difference(expected, changed_logits(model, change, long))
         require(difference > 1e-2, f"{name}: {what} moves the logits by {difference:.2g}")

@@ -14,16 +14,17 @@ from . import corpus
 from .common import fresh_case, require, write_golden, write_json
 
 # The pre-tokenization patterns are part of the published formats.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-CLIP_PATTERN = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 LLAMA_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
 ]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Ordinary text when decoded, but one token each: Qwen2.5's tool marks.
@@ -69,14 +70,16 @@ def llama_backend() -> str:
     tokenizer = byte_level(LLAMA3_PATTERN, merges=230)
     add_special(tokenizer, LLAMA_SPECIAL)
     begin = tokenizer.token_to_id("<|begin_of_text|>")
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(
-            single="<|begin_of_text|> $A",
-            pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
-            special_tokens=[("<|begin_of_text|>", begin)],
-        ),
-    ])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single="<|begin_of_text|> $A",
+                pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
+                special_tokens=[("<|begin_of_text|>", begin)],
+            ),
+        ]
+    )
     tokenizer.model.ignore_merges = True  # as published: a word that is a token is taken whole
     return tokenizer.to_str(pretty=False)
 
@@ -269,7 +272,13 @@ def install_umt5(folder: Path, tokenizer_json: bool = False) -> None:
 
 def install_unigram(folder, model, special, extra, tokenizer_json):
     (folder / "spiece.model").write_bytes(model)
-    special = {"additional_special_tokens": extra, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", **special}
+    special = {
+        "additional_special_tokens": extra,
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        **special,
+    }
     write_json(folder / "special_tokens_map.json", special)
     config = {
         **special,
@@ -307,15 +316,40 @@ NOTES = {
 }
 
 FORMATS = {
-    "llama": (install_llama, AutoTokenizer.from_pretrained, [
-        "<|begin_of_text|>", "text<|eot_id|>more", "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>", "<|eot_id>",
-    ]),
-    "qwen2": (install_qwen, AutoTokenizer.from_pretrained, [
-        "<|im_start|>user\nHi<|im_end|>\n", "a<|endoftext|>b", "<tool_call>\n{}\n</tool_call>", "<|im_start>",
-    ]),
-    "clip": (install_clip, CLIPTokenizer.from_pretrained, [
-        "<|startoftext|>", "a <|endoftext|> b", "<|EndOfText|>", "A Photograph of an Astronaut, riding a HORSE!",
-    ]),
-    "t5": (install_t5, load_unigram, ["a <extra_id_0> b", "</s>", "text</s> more", "<pad><unk>", "<extra_id_99><extra_id_5>x"]),
+    "llama": (
+        install_llama,
+        AutoTokenizer.from_pretrained,
+        [
+            "<|begin_of_text|>",
+            "text<|eot_id|>more",
+            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+            "<|eot_id>",
+        ],
+    ),
+    "qwen2": (
+        install_qwen,
+        AutoTokenizer.from_pretrained,
+        [
+            "<|im_start|>user\nHi<|im_end|>\n",
+            "a<|endoftext|>b",
+            "<tool_call>\n{}\n</tool_call>",
+            "<|im_start>",
+        ],
+    ),
+    "clip": (
+        install_clip,
+        CLIPTokenizer.from_pretrained,
+        [
+            "<|startoftext|>",
+            "a <|endoftext|> b",
+            "<|EndOfText|>",
+            "A Photograph of an Astronaut, riding a HORSE!",
+        ],
+    ),
+    "t5": (
+        install_t5,
+        load_unigram,
+        ["a <extra_id_0> b", "</s>", "text</s> more", "<pad><unk>", "<extra_id_99><extra_id_5>x"],
+    ),
     "umt5": (install_umt5, load_unigram, ["a <extra_id_0> b", "</s>", "<s>text</s> more", "<pad><unk>", "<0x41>"]),
 }

@@ -12,8 +12,20 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, psnr, randomise, read_json, require, write_golden, write_json
 from .diffusion import (
-    ANOTHER_PROMPT, ANOTHER_SEED, T5_WEIGHTS, Recorder, disturbed, dtypes, edit_json, quiet, rename_tensors,
-    require_moved, require_stable, require_visible, scale_output, to_u8,
+    ANOTHER_PROMPT,
+    ANOTHER_SEED,
+    T5_WEIGHTS,
+    Recorder,
+    disturbed,
+    dtypes,
+    edit_json,
+    quiet,
+    rename_tensors,
+    require_moved,
+    require_stable,
+    require_visible,
+    scale_output,
+    to_u8,
 )
 from .solvers_cases import WAN
 
@@ -24,14 +36,25 @@ A_RUNS = [
         # Unescaped twice: can't.
         "prompt": "  A Cat can&amp;#39;t&nbsp;&nbsp;sleep.\n\n고양이 한 마리가 창가에서\u3000잠을 자고 있다.  ",
         "negative_prompt": "Rain, smoke&#44;   and silence",
-        "width": 80, "height": 48, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": 5.0, "seed": 42,
+        "width": 80,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "seed": 42,
         "max_sequence_length": 512,
     },
     # No guidance, so one prediction a step; longer than it may be.
     {
         "prompt": "The lighthouse keeper counts the ships that pass in the night, and the old clock in the tower rings "
-        "seven times. We walked along the river until the lights of the town were behind us.", "negative_prompt": None,
-        "width": 48, "height": 64, "num_frames": 17, "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 2**31 + 11,
+        "seven times. We walked along the river until the lights of the town were behind us.",
+        "negative_prompt": None,
+        "width": 48,
+        "height": 64,
+        "num_frames": 17,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "seed": 2**31 + 11,
         "max_sequence_length": 24,
     },
 ]
@@ -40,12 +63,24 @@ B_RUNS = [
     {
         "prompt": "Slow camera movement over a green valley, i\u2019m the \ufb01rst to \uff23\uff4f\uff55\uff4e\uff54 stars",
         "negative_prompt": None,
-        "width": 64, "height": 80, "num_frames": 13, "num_inference_steps": 6, "guidance_scale": 3.5, "seed": 7,
+        "width": 64,
+        "height": 80,
+        "num_frames": 13,
+        "num_inference_steps": 6,
+        "guidance_scale": 3.5,
+        "seed": 7,
         "max_sequence_length": 64,
     },
     {
-        "prompt": "바다 위로 붉은 해가 천천히 떠오른다", "negative_prompt": "A Fresh Portrait", "width": 96, "height": 32, "num_frames": 9,
-        "num_inference_steps": 2, "guidance_scale": 7.0, "seed": 99, "max_sequence_length": 40,
+        "prompt": "바다 위로 붉은 해가 천천히 떠오른다",
+        "negative_prompt": "A Fresh Portrait",
+        "width": 96,
+        "height": 32,
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "guidance_scale": 7.0,
+        "seed": 99,
+        "max_sequence_length": 40,
     },
 ]
 
@@ -77,7 +112,9 @@ def record(pipeline, run: dict):
     """Tensors of the stages, and the clip as u8 [F, H, W, 3]."""
     kept, answer = Recorder(pipeline).run(**run)
     embeds, negative = pipeline.encode_prompt(
-        prompt=run["prompt"], negative_prompt=run["negative_prompt"], max_sequence_length=run["max_sequence_length"],
+        prompt=run["prompt"],
+        negative_prompt=run["negative_prompt"],
+        max_sequence_length=run["max_sequence_length"],
         do_classifier_free_guidance=run["guidance_scale"] > 1.0,
     )
     kept["prompt_embeds"] = embeds
@@ -117,12 +154,16 @@ def check_caches(name: str, pipeline, recorded, frames) -> None:
     latents = recorded[last] / (1.0 / std) + mean  # rounded as in the pipeline
 
     def decode(latents):
-        video = pipeline.video_processor.postprocess_video(pipeline.vae.decode(latents, return_dict=False)[0], output_type="np")
+        video = pipeline.video_processor.postprocess_video(
+            pipeline.vae.decode(latents, return_dict=False)[0], output_type="np"
+        )
         return to_u8(video[0])
 
     require(torch.equal(decode(latents), frames), f"{name}: the clip is the decoded last latents")
     tail = decode(latents[:, :, -2:])[-4:]
-    require(psnr(frames[-4:], tail) < ANOTHER_PROMPT, f"{name}: without the chunks before, {psnr(frames[-4:], tail):.1f} dB")
+    require(
+        psnr(frames[-4:], tail) < ANOTHER_PROMPT, f"{name}: without the chunks before, {psnr(frames[-4:], tail):.1f} dB"
+    )
     still = psnr(frames[1:], frames[:-1])
     require(still < ANOTHER_SEED, f"{name}: one frame to the next is {still:.1f} dB")
 
@@ -138,7 +179,9 @@ def parts_a() -> dict:
         "transformer": transformer(
             seed=22, num_attention_heads=3, attention_head_dim=12, text_dim=32, ffn_dim=60, num_layers=3
         ),
-        "vae": vae(seed=23, base_dim=3, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]),
+        "vae": vae(
+            seed=23, base_dim=3, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
+        ),
     }
 
 
@@ -150,14 +193,25 @@ def parts_b() -> dict:
         "transformer": transformer(
             seed=32, num_attention_heads=2, attention_head_dim=20, text_dim=40, ffn_dim=56, num_layers=2
         ),
-        "vae": vae(seed=33, base_dim=4, dim_mult=[1, 2, 2, 3], num_res_blocks=1, temperal_downsample=[True, False, True]),
+        "vae": vae(
+            seed=33, base_dim=4, dim_mult=[1, 2, 2, 3], num_res_blocks=1, temperal_downsample=[True, False, True]
+        ),
     }
 
 
 def umt5(seed: int, width: int, heads: int, layers: int):
     config = UMT5Config(
-        vocab_size=816, d_model=width, d_kv=8, d_ff=44, num_layers=layers, num_heads=heads, feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=32, relative_attention_max_distance=128, pad_token_id=0, eos_token_id=1,
+        vocab_size=816,
+        d_model=width,
+        d_kv=8,
+        d_ff=44,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     model = UMT5EncoderModel(config).eval()
     randomise(model, seed, overrides=T5_WEIGHTS)
@@ -166,20 +220,33 @@ def umt5(seed: int, width: int, heads: int, layers: int):
 
 def transformer(seed: int, **config):
     model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, freq_dim=256, cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads", eps=1e-6, rope_max_seq_len=1024, **config,
+        patch_size=(1, 2, 2),
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        freq_dim=256,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=1e-6,
+        rope_max_seq_len=1024,
+        **config,
     ).eval()
-    randomise(model, seed, overrides=[
-        ("scale_shift_table", lambda p, g: normal(p, g, 0.4)),
-        # The prompt enters by cross-attention alone, and among many padding rows.
-        ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.5 / p.shape[1] ** 0.5)),
-        ("attn2.to_out.0.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
-        ("time_proj.weight", lambda p, g: normal(p, g, 0.7 / p.shape[1] ** 0.5)),
-    ])
+    randomise(
+        model,
+        seed,
+        overrides=[
+            ("scale_shift_table", lambda p, g: normal(p, g, 0.4)),
+            # The prompt enters by cross-attention alone, and among many padding rows.
+            ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.5 / p.shape[1] ** 0.5)),
+            ("attn2.to_out.0.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
+            ("time_proj.weight", lambda p, g: normal(p, g, 0.7 / p.shape[1] ** 0.5)),
+        ],
+    )
     generator = torch.Generator().manual_seed(seed)
     outputs = model(
-        hidden_states=torch.randn(1, LATENT_CHANNELS, 3, 6, 8, generator=generator), timestep=torch.tensor([700]),
-        encoder_hidden_states=torch.randn(1, 20, model.config.text_dim, generator=generator), return_dict=False,
+        hidden_states=torch.randn(1, LATENT_CHANNELS, 3, 6, 8, generator=generator),
+        timestep=torch.tensor([700]),
+        encoder_hidden_states=torch.randn(1, 20, model.config.text_dim, generator=generator),
+        return_dict=False,
     )[0]
     scale_output(model.proj_out.weight, outputs, std=1.0)
     return model
@@ -213,7 +280,10 @@ def publish_a(parts: dict, checkpoint: Path) -> None:
     edit_json(checkpoint / "text_encoder/config.json", dtype=None, torch_dtype="float32", tie_word_embeddings=False)
     shutil.rmtree(checkpoint / "transformer")
     parts["transformer"].save_pretrained(checkpoint / "transformer", max_shard_size="120KB")
-    keep_fields(checkpoint / "model_index.json", "_class_name _diffusers_version scheduler text_encoder tokenizer transformer vae")
+    keep_fields(
+        checkpoint / "model_index.json",
+        "_class_name _diffusers_version scheduler text_encoder tokenizer transformer vae",
+    )
     keep_fields(
         checkpoint / "vae/config.json",
         "_class_name _diffusers_version attn_scales base_dim dim_mult dropout latents_mean latents_std num_res_blocks "
