@@ -1,6 +1,6 @@
-//! Sinusoidal embeddings of timesteps and the small network that follows them in every diffusion transformer.
+//! Timesteps (and other scalars, such as an embedded guidance scale) as vectors.
 //!
-//! Source: diffusers `models/embeddings.py`: `get_timestep_embedding` with `flip_sin_to_cos=True` and
+//! Source: diffusers `models/embeddings.py`, `get_timestep_embedding` with `flip_sin_to_cos=True` and
 //! `downscale_freq_shift=0`, and `TimestepEmbedding`.
 
 use candle_core::{Device, Tensor};
@@ -10,37 +10,40 @@ use crate::error::Result;
 use crate::layers::Linear;
 use crate::weights::Weights;
 
-/// Longest period of the sinusoids.
 const MAX_PERIOD: f32 = 10_000.0;
 
-/// `[timesteps, dim]` f32: cosines, then sines, of each timestep at `dim / 2` frequencies (`dim` even). In f32 all
-/// along, as in the reference: at timestep 1000 the rounding of the angle shows.
-pub fn sinusoidal(timesteps: &[f64], dim: usize, device: &Device) -> Result<Tensor> {
+/// `[n, dim]` (f32): for each timestep `dim / 2` cosines, then as many sines, of geometrically falling frequencies.
+/// Angles are rounded to f32 as the reference rounds them: at timesteps near 1000 that is visible.
+pub fn sinusoidal(timesteps: &[f32], dim: usize, device: &Device) -> Result<Tensor> {
     let half = dim / 2;
+    let exponent = |i: usize| -MAX_PERIOD.ln() * i as f32 / half as f32;
+    let frequencies: Vec<f32> = (0..half).map(|i| f64::from(exponent(i)).exp() as f32).collect();
     let mut values = Vec::with_capacity(timesteps.len() * dim);
     for timestep in timesteps {
-        let angle = |i: usize| *timestep as f32 * (-MAX_PERIOD.ln() * i as f32 / half as f32).exp();
-        values.extend((0..half).map(|i| angle(i).cos()));
-        values.extend((0..half).map(|i| angle(i).sin()));
+        let angles = frequencies.iter().map(|frequency| f64::from(timestep * frequency));
+        values.extend(angles.clone().map(|angle| angle.cos() as f32));
+        values.extend(angles.map(|angle| angle.sin() as f32));
     }
-    Ok(Tensor::from_vec(values, (timesteps.len(), half * 2), device)?)
+    Ok(Tensor::from_vec(values, (timesteps.len(), 2 * half), device)?)
 }
 
-/// `linear_2(silu(linear_1(x)))`.
+/// `linear_2(silu(linear_1 x))`: what follows the sinusoids, and how pooled text embeddings join them.
 #[derive(Debug, Clone)]
-pub struct TimestepEmbedding {
+pub struct ConditionEmbedder {
     linear_1: Linear,
     linear_2: Linear,
 }
 
-impl TimestepEmbedding {
-    /// Tensors `linear_1.*` (`in_dim` to `dim`) and `linear_2.*` (`dim` to `dim`).
-    pub fn load(weights: &Weights, in_dim: usize, dim: usize) -> Result<Self> {
-        let linear_1 = Linear::load(&weights.pp("linear_1"), in_dim, dim)?;
-        Ok(Self { linear_1, linear_2: Linear::load(&weights.pp("linear_2"), dim, dim)? })
+impl ConditionEmbedder {
+    /// Tensors `linear_1.*` (`[dim, in]`) and `linear_2.*` (`[dim, dim]`).
+    pub fn load(weights: &Weights, in_features: usize, dim: usize) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::load(&weights.pp("linear_1"), in_features, dim)?,
+            linear_2: Linear::load(&weights.pp("linear_2"), dim, dim)?,
+        })
     }
 
-    /// `[..., in_dim]` to `[..., dim]`.
+    /// `[n, in]` to `[n, dim]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear_2.forward(&silu(&self.linear_1.forward(x)?)?)
     }
@@ -50,16 +53,47 @@ impl TimestepEmbedding {
 mod tests {
     use super::*;
 
-    /// Recorded from diffusers.
-    #[test]
-    fn sinusoids_are_those_of_the_reference() {
-        let found = sinusoidal(&[999.0, 0.5], 6, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        let expected = [
-            [0.9996498, -0.7286733, -0.5492647, -0.0264608, 0.6848614, 0.8356485],
-            [0.8775826, 0.9997307, 0.9999994, 0.4794255, 0.0232059, 0.0010772],
-        ];
-        for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
-            assert!((found - expected).abs() < 2e-5, "{found} is not {expected}");
+    fn check(timestep: f32, expected: [f32; 8]) {
+        let found =
+            sinusoidal(&[0.0, timestep], 8, &Device::Cpu).and_then(|x| Ok(x.to_vec2::<f32>()?)).expect("sinusoids");
+        assert_eq!(found[0], [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]);
+        for (found, expected) in found[1].iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-6, "{timestep}: {found} != {expected}");
         }
+    }
+
+    /// Recorded from `get_timestep_embedding(t, 8, flip_sin_to_cos=True, downscale_freq_shift=0)`.
+    #[test]
+    fn sinusoids_are_the_reference_ones() {
+        check(
+            1.0,
+            [
+                0.540302336,
+                0.995004177,
+                0.999949992,
+                0.999999523,
+                0.841470957,
+                0.099833414,
+                0.00999983307,
+                0.000999999815,
+            ],
+        );
+        check(
+            896.4213,
+            [
+                -0.482386321,
+                -0.106534801,
+                -0.895801723,
+                0.624409318,
+                -0.875958562,
+                0.994308949,
+                0.444453955,
+                0.781097293,
+            ],
+        );
+        check(
+            999.5,
+            [0.889961243, 0.835931778, -0.841781199, 0.540723026, 0.45603618, -0.54883337, -0.539818883, 0.84120065],
+        );
     }
 }
