@@ -1,8 +1,57 @@
-//! Wan2.1 text-to-video.
+//! Wan2.1 text-to-video: UMT5 text, a diffusion transformer over space-time patches, a causal video VAE.
+//!
+//! Owns: the transformer, what a `WanPipeline` checkpoint must look like, limits and defaults. Does not know: the
+//! denoising loop, guidance, batching, RGB bytes.
+//! Source: diffusers `models/transformers/transformer_wan.py`, `pipelines/wan/pipeline_wan.py`.
 
-use crate::error::Result;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
+use tale_kernels::{AttentionOptions, attention, gelu_tanh, layer_norm, rope_interleaved, silu};
+
+use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::config::read_json;
+use crate::encoders::prompt_clean::prompt_clean;
+use crate::encoders::t5::{T5Config, T5Encoder};
+use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
-use crate::manifest::Manifest;
+use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
+use crate::layers::{LayerNorm, Linear, RmsNorm};
+use crate::manifest::{Layout, Manifest};
+use crate::request::DiffusionRequest;
+use crate::rng::TorchGenerator;
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::solver::Solver;
+use crate::solver::unipc::{UniPc, UniPcConfig};
+use crate::tokenizer::Tokenizer;
+use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
+use crate::weights::Weights;
+
+/// The published model was trained on 480p and 720p and 81 frames; past these bounds time and memory grow and quality
+/// falls. 1280x720 and its neighbours in multiples of 16.
+const MAX_PIXELS: usize = 1280 * 768;
+const MAX_SIDE: usize = 1536;
+/// 16 seconds at the model's 16 frames per second.
+const MAX_FRAMES: usize = 257;
+/// Tokens on which the transformer was trained.
+const MAX_SEQUENCE_LENGTH: usize = 512;
+/// The pipeline refuses other sizes whatever the patches are.
+const PIPELINE_SIZE_MULTIPLE: usize = 16;
+/// Defaults of `WanPipeline.__call__`; the rate is the one at which its example saves the clip.
+const DEFAULTS: DiffusionDefaults = DiffusionDefaults {
+    width: 832,
+    height: 480,
+    num_frames: 81,
+    fps: 16,
+    num_inference_steps: 50,
+    guidance_scale: 5.0,
+    max_sequence_length: MAX_SEQUENCE_LENGTH,
+};
+
+/// Base of the rotary frequencies.
+const ROPE_THETA: f64 = 10_000.0;
 
 /// Wan2.1 text-to-video.
 pub struct Wan;
@@ -20,7 +69,508 @@ impl Family for Wan {
         manifest.architecture() == "WanPipeline"
     }
 
-    fn load(&self, _manifest: &Manifest, _open: &mut OpenWeights<'_>, _options: &LoadOptions) -> Result<LoadedModel> {
-        todo!()
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
+        let model = WanModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        Ok(LoadedModel {
+            card: ModelCard::Diffusion(model.card.clone()),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            resident_bytes: 0,
+        })
+    }
+}
+
+/// `transformer/config.json`.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct WanConfig {
+    pub patch_size: [usize; 3],
+    pub num_attention_heads: usize,
+    pub attention_head_dim: usize,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub text_dim: usize,
+    pub freq_dim: usize,
+    pub ffn_dim: usize,
+    pub num_layers: usize,
+    pub cross_attn_norm: bool,
+    pub qk_norm: Option<String>,
+    pub eps: f64,
+    pub image_dim: Option<usize>,
+    pub added_kv_proj_dim: Option<usize>,
+    pub pos_embed_seq_len: Option<usize>,
+    pub rope_max_seq_len: usize,
+}
+
+impl WanConfig {
+    /// Width of the transformer.
+    fn dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    fn check(&self, path: &Path) -> Result<()> {
+        let image = "image conditioning is not supported yet; supported is text-to-video";
+        let problem = if self.image_dim.is_some() {
+            format!("`image_dim`: {image}")
+        } else if self.added_kv_proj_dim.is_some() {
+            format!("`added_kv_proj_dim`: {image}")
+        } else if self.pos_embed_seq_len.is_some() {
+            format!("`pos_embed_seq_len`: {image}")
+        } else if self.in_channels != self.out_channels {
+            format!("`in_channels` is {}, `out_channels` {}: {image}", self.in_channels, self.out_channels)
+        } else if self.qk_norm.as_deref() != Some("rms_norm_across_heads") {
+            format!("`qk_norm` is {:?}; only \"rms_norm_across_heads\" is supported", self.qk_norm)
+        } else if self.patch_size[0] != 1 {
+            format!("`patch_size` is {:?}; patches over time are not supported", self.patch_size)
+        } else if self.patch_size.contains(&0) || !self.attention_head_dim.is_multiple_of(2) {
+            "`patch_size` must be positive and `attention_head_dim` even".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::checkpoint(path, problem))
+    }
+}
+
+/// Everything of a `WanPipeline` that the diffusion runner drives.
+pub struct WanModel {
+    card: DiffusionCard,
+    sizes: Sizes,
+    tokenizer: Tokenizer,
+    text_encoder: T5Encoder,
+    transformer: WanTransformer,
+    solver: UniPcConfig,
+    vae: WanVaeDecoder,
+}
+
+/// The configurations of a checkpoint, read and found to fit together.
+struct Sizes {
+    text_encoder: T5Config,
+    transformer: WanConfig,
+    vae: WanVaeConfig,
+}
+
+impl WanModel {
+    /// Reads and checks all configurations first, then the weights that `open` gives for each component.
+    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+        check_pipeline(manifest)?;
+        let sizes = Sizes::read(manifest)?;
+        Ok(Self {
+            card: sizes.card(),
+            tokenizer: Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?,
+            solver: UniPcConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?,
+            text_encoder: T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?,
+            transformer: WanTransformer::load(&open("transformer")?, &sizes.transformer)?,
+            vae: WanVaeDecoder::load(&open("vae")?, &sizes.vae)?,
+            sizes,
+        })
+    }
+}
+
+/// Refuses pipelines that share the class name and need more than this family has.
+fn check_pipeline(manifest: &Manifest) -> Result<()> {
+    let index_path = manifest.root.join("model_index.json");
+    let index: Value = read_json(&index_path)?;
+    let Layout::Diffusers { components, .. } = &manifest.layout else {
+        return Err(Error::checkpoint(&index_path, "is not a pipeline"));
+    };
+    if components.contains_key("transformer_2") || !index["boundary_ratio"].is_null() {
+        let problem = "`transformer_2` and `boundary_ratio` (Wan2.2) are not supported; supported is Wan2.1";
+        return Err(Error::checkpoint(index_path, problem));
+    }
+    if index["expand_timesteps"].as_bool() == Some(true) {
+        return Err(Error::checkpoint(index_path, "`expand_timesteps` (Wan2.2) is not supported"));
+    }
+    let classes = [
+        ("text_encoder", "UMT5EncoderModel"),
+        ("transformer", "WanTransformer3DModel"),
+        ("vae", "AutoencoderKLWan"),
+        ("scheduler", "UniPCMultistepScheduler"),
+    ];
+    for (component, supported) in classes {
+        let found = components.get(component).map_or("absent", String::as_str);
+        if found != supported {
+            let problem = format!("`{component}` is {found}; supported is {supported}");
+            return Err(Error::checkpoint(index_path, problem));
+        }
+    }
+    Ok(())
+}
+
+impl Sizes {
+    fn read(manifest: &Manifest) -> Result<Self> {
+        let text_encoder: T5Config = manifest.component("text_encoder")?.config()?;
+        let (transformer_dir, vae_dir) = (manifest.component("transformer")?, manifest.component("vae")?);
+        let (transformer, vae): (WanConfig, WanVaeConfig) = (transformer_dir.config()?, vae_dir.config()?);
+        let path = transformer_dir.dir.join("config.json");
+        transformer.check(&path)?;
+        vae.check(&vae_dir.dir.join("config.json"))?;
+        if transformer.in_channels != vae.z_dim {
+            let problem = format!("`in_channels` is {}, the VAE's `z_dim` {}", transformer.in_channels, vae.z_dim);
+            return Err(Error::checkpoint(path, problem));
+        }
+        if transformer.text_dim != text_encoder.d_model {
+            let (text_dim, d_model) = (transformer.text_dim, text_encoder.d_model);
+            let problem = format!("`text_dim` is {text_dim}, the text encoder's `d_model` {d_model}");
+            return Err(Error::checkpoint(path, problem));
+        }
+        Ok(Self { text_encoder, transformer, vae })
+    }
+
+    fn card(&self) -> DiffusionCard {
+        let [_, patch_height, patch_width] = self.transformer.patch_size;
+        let (spatial, temporal) = (self.vae.scale_factor_spatial, self.vae.scale_factor_temporal);
+        let positions = self.transformer.rope_max_seq_len;
+        DiffusionCard {
+            family: Wan.name(),
+            medium: Medium::Clip,
+            defaults: DEFAULTS,
+            size_multiple: lcm(PIPELINE_SIZE_MULTIPLE, lcm(spatial * patch_height, spatial * patch_width)),
+            max_side: MAX_SIDE.min(positions * spatial * patch_height.min(patch_width)),
+            max_pixels: MAX_PIXELS,
+            max_frames: MAX_FRAMES.min((positions - 1) * temporal + 1),
+            frames_multiple: temporal,
+            max_sequence_length: MAX_SEQUENCE_LENGTH,
+            guidance: Guidance::ClassifierFree,
+        }
+    }
+
+    /// Shape of a request's latents: `[1, channels, frames, height, width]`.
+    fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
+        let spatial = self.vae.scale_factor_spatial;
+        let frames = (request.num_frames - 1) / self.vae.scale_factor_temporal + 1;
+        [1, self.transformer.in_channels, frames, request.height / spatial, request.width / spatial]
+    }
+
+    /// Most floats that one session keeps alive at a time: what it holds all along and the greediest of its phases.
+    fn peak_floats(&self, request: &DiffusionRequest) -> usize {
+        let rows = if request.guidance_scale > 1.0 { 2 } else { 1 };
+        let [_, _, frames, height, width] = self.latent_shape(request);
+        let latents: usize = self.latent_shape(request).iter().product();
+        let text = request.max_sequence_length;
+        // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
+        let held = latents * (6 + 2 * rows) + rows * text * self.transformer.text_dim;
+        let denoise = rows * self.transformer.peak_floats_of_row(frames * height * width, text);
+        let decode = latents + self.vae.peak_floats(height, width);
+        held + denoise.max(decode).max(peak_floats_of_encoding(&self.text_encoder, text))
+    }
+}
+
+impl WanConfig {
+    /// Activations of one row of one forward pass, at the widest of the places below.
+    fn peak_floats_of_row(&self, latent_pixels: usize, text: usize) -> usize {
+        let tokens = latent_pixels / self.patch_size.iter().product::<usize>();
+        let dim = self.dim();
+        // x, its norm, q, k, v, the rotated q and k, the attention's answer.
+        let self_attention = 8 * tokens * dim;
+        // x, its norm, the hidden layer before and after its activation.
+        let feed_forward = tokens * (2 * dim + 2 * self.ffn_dim);
+        let rope = tokens * self.attention_head_dim;
+        self_attention.max(feed_forward) + rope + 4 * text * dim
+    }
+}
+
+fn peak_floats_of_encoding(config: &T5Config, tokens: usize) -> usize {
+    let attention = 6 * tokens * (config.num_heads * config.d_kv).max(config.d_model);
+    let bias = 2 * config.num_heads * tokens * tokens;
+    attention + bias + 3 * tokens * config.d_ff
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let gcd = |mut a: usize, mut b: usize| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    a / gcd(a, b) * b
+}
+
+impl DiffusionModel for WanModel {
+    /// `[1, max_sequence_length, text_dim]`, zeros past the prompt.
+    type Conditioning = Tensor;
+    type Decoding = WanDecoding;
+
+    fn card(&self) -> &DiffusionCard {
+        &self.card
+    }
+
+    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
+        self.sizes.peak_floats(request) * size_of::<f32>()
+    }
+
+    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Tensor> {
+        let padded = self.tokenizer.encode_padded(&prompt_clean(prompt), request.max_sequence_length)?;
+        let hidden = self.text_encoder.forward(&padded.ids[..padded.num_tokens])?; // [1, num_tokens, text_dim]
+        Ok(hidden.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)
+    }
+
+    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
+        let shape = self.sizes.latent_shape(request);
+        Ok(Tensor::from_vec(generator.randn(shape.iter().product()), shape.to_vec(), self.transformer.device())?)
+    }
+
+    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
+        Ok(Box::new(UniPc::new(&self.solver, request.num_inference_steps)))
+    }
+
+    fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
+        let latents = Tensor::cat(&rows.iter().map(|row| row.latents).collect::<Vec<_>>(), 0)?;
+        let text = Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?;
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        let prediction = self.transformer.forward(&latents, &timesteps, &text)?;
+        (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?)).collect()
+    }
+
+    fn begin_decode(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<WanDecoding> {
+        self.vae.begin(latents)
+    }
+
+    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
+        self.sizes.latent_shape(request)[2]
+    }
+
+    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
+        self.vae.decode_next(decoding)
+    }
+}
+
+/// `WanTransformer3DModel` without image conditioning.
+pub struct WanTransformer {
+    patch_embedding: PatchEmbedding,
+    time_embedder: ConditionEmbedder,
+    time_proj: Linear,
+    /// The same two layers as for time, with a GELU between them.
+    text_embedder: [Linear; 2],
+    blocks: Vec<Block>,
+    /// `[1, 2, dim]`: shift and scale of the last norm.
+    scale_shift_table: Tensor,
+    proj_out: Linear,
+    config: WanConfig,
+}
+
+impl WanTransformer {
+    /// Tensors as diffusers names them.
+    pub fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
+        let dim = config.dim();
+        let condition = weights.pp("condition_embedder");
+        let text = condition.pp("text_embedder");
+        let mut blocks = Vec::with_capacity(config.num_layers);
+        for layer in 0..config.num_layers {
+            blocks.push(Block::load(&weights.pp("blocks").pp(layer), config)?);
+        }
+        let patch_values = config.out_channels * config.patch_size.iter().product::<usize>();
+        Ok(Self {
+            patch_embedding: PatchEmbedding::load(&weights.pp("patch_embedding"), config)?,
+            time_embedder: ConditionEmbedder::load(&condition.pp("time_embedder"), config.freq_dim, dim)?,
+            time_proj: Linear::load(&condition.pp("time_proj"), dim, 6 * dim)?,
+            text_embedder: [
+                Linear::load(&text.pp("linear_1"), config.text_dim, dim)?,
+                Linear::load(&text.pp("linear_2"), dim, dim)?,
+            ],
+            blocks,
+            scale_shift_table: weights.get(&[1, 2, dim], "scale_shift_table")?,
+            proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
+            config: config.clone(),
+        })
+    }
+
+    /// `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,
+    /// text_dim]`: the predicted flow, in the shape of the latents.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f32], text: &Tensor) -> Result<Tensor> {
+        let (n, _, frames, height, width) = latents.dims5()?;
+        let [_, patch_height, patch_width] = self.config.patch_size;
+        let grid = [frames, height / patch_height, width / patch_width];
+        let rope = Rope::new(grid, self.config.attention_head_dim, self.device())?;
+        let [text_1, text_2] = &self.text_embedder;
+        let text = text_2.forward(&gelu_tanh(&text_1.forward(text)?)?)?; // [n, s, dim]
+        let time = sinusoidal(timesteps, self.config.freq_dim, self.device())?;
+        let time = self.time_embedder.forward(&time)?; // [n, dim]
+        let modulation = self.time_proj.forward(&silu(&time)?)?.reshape((n, 6, ()))?; // [n, 6, dim]
+
+        let mut x = self.patch_embedding.forward(latents)?; // [n, l, dim]
+        for block in &self.blocks {
+            x = block.forward(&x, &text, &modulation, &rope)?;
+        }
+        let last = self.scale_shift_table.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
+        let x = modulated_norm(&x, [&last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?], self.config.eps)?;
+        self.unpatchify(&self.proj_out.forward(&x)?, grid)
+    }
+
+    /// `[n, l, patch_height * patch_width * channels]` to `[n, channels, frames, height, width]`.
+    fn unpatchify(&self, x: &Tensor, [frames, rows, columns]: [usize; 3]) -> Result<Tensor> {
+        let (n, [_, ph, pw], channels) = (x.dim(0)?, self.config.patch_size, self.config.out_channels);
+        let x = x.reshape(vec![n, frames, rows, columns, ph, pw, channels])?;
+        let x = x.permute(vec![0, 6, 1, 2, 4, 3, 5])?.contiguous()?; // [n, channels, frames, rows, ph, columns, pw]
+        Ok(x.reshape((n, channels, frames, rows * ph, columns * pw))?)
+    }
+
+    fn device(&self) -> &Device {
+        self.scale_shift_table.device()
+    }
+}
+
+/// A convolution whose stride is its kernel, which is a matrix product over patches.
+struct PatchEmbedding {
+    linear: Linear,
+    patch_size: [usize; 3],
+}
+
+impl PatchEmbedding {
+    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
+        let (dim, channels, [pt, ph, pw]) = (config.dim(), config.in_channels, config.patch_size);
+        let kernel = weights.get(&[dim, channels, pt, ph, pw], "weight")?;
+        let linear = Linear::new(kernel.reshape((dim, channels * pt * ph * pw))?, Some(weights.get(&[dim], "bias")?));
+        Ok(Self { linear, patch_size: config.patch_size })
+    }
+
+    /// `[n, channels, frames, height, width]` to `[n, l, dim]`, tokens in the order frame, row, column.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let ((n, channels, frames, height, width), [_, ph, pw]) = (x.dims5()?, self.patch_size);
+        let (rows, columns) = (height / ph, width / pw);
+        let x = x.reshape(vec![n, channels, frames, rows, ph, columns, pw])?;
+        let x = x.permute(vec![0, 2, 3, 5, 1, 4, 6])?.contiguous()?; // [n, frames, rows, columns, channels, ph, pw]
+        self.linear.forward(&x.reshape((n, frames * rows * columns, channels * ph * pw))?)
+    }
+}
+
+/// Rotations of the tokens of a grid; a third of each head turns with time, height and width.
+struct Rope {
+    /// `[l, head_dim / 2]`.
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// `grid` is frames, rows, columns. Angles in f64, as in the reference.
+    fn new(grid: [usize; 3], head_dim: usize, device: &Device) -> Result<Self> {
+        let side = 2 * (head_dim / 6);
+        let dims = [head_dim - 2 * side, side, side];
+        // One per pair of values that turns together.
+        let frequencies = dims.map(|dim| {
+            let exponents = (0..dim / 2).map(|pair| 2.0 * pair as f64 / dim as f64);
+            exponents.map(|exponent| 1.0 / ROPE_THETA.powf(exponent)).collect::<Vec<_>>()
+        });
+        let [frames, rows, columns] = grid;
+        let mut angles = Vec::with_capacity(frames * rows * columns * head_dim / 2);
+        for frame in 0..frames {
+            for row in 0..rows {
+                for column in 0..columns {
+                    for (axis, position) in [frame, row, column].into_iter().enumerate() {
+                        angles.extend(frequencies[axis].iter().map(|frequency| position as f64 * frequency));
+                    }
+                }
+            }
+        }
+        let table = |function: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.iter().map(|angle| function(*angle) as f32).collect();
+            Tensor::from_vec(values, (frames * rows * columns, head_dim / 2), device)
+        };
+        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+}
+
+struct Block {
+    attn1: Attention,
+    /// Before the cross attention; the other norms have no weights.
+    norm2: Option<LayerNorm>,
+    attn2: Attention,
+    ffn: [Linear; 2],
+    /// `[1, 6, dim]`: shift, scale and gate of the self attention, then of the feed-forward layers.
+    scale_shift_table: Tensor,
+    eps: f64,
+}
+
+impl Block {
+    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
+        let (dim, net) = (config.dim(), weights.pp("ffn").pp("net"));
+        let norm2 = || LayerNorm::load(&weights.pp("norm2"), dim, config.eps);
+        Ok(Self {
+            attn1: Attention::load(&weights.pp("attn1"), config)?,
+            norm2: config.cross_attn_norm.then(norm2).transpose()?,
+            attn2: Attention::load(&weights.pp("attn2"), config)?,
+            ffn: [
+                Linear::load(&net.pp(0).pp("proj"), dim, config.ffn_dim)?,
+                Linear::load(&net.pp(2), config.ffn_dim, dim)?,
+            ],
+            scale_shift_table: weights.get(&[1, 6, dim], "scale_shift_table")?,
+            eps: config.eps,
+        })
+    }
+
+    /// `x [n, l, dim]`, `text [n, s, dim]`, `modulation [n, 6, dim]`.
+    fn forward(&self, x: &Tensor, text: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let modulation = self.scale_shift_table.broadcast_add(modulation)?;
+        let part = |i: usize| modulation.narrow(1, i, 1); // [n, 1, dim]
+        let y = modulated_norm(x, [&part(0)?, &part(1)?], self.eps)?;
+        let y = self.attn1.forward(&y, &y, Some(rope))?;
+        let x = (x + y.broadcast_mul(&part(2)?)?)?;
+
+        let y = match &self.norm2 {
+            Some(norm) => norm.forward(&x)?,
+            None => x.clone(),
+        };
+        let x = (x + self.attn2.forward(&y, text, None)?)?;
+
+        let y = modulated_norm(&x, [&part(3)?, &part(4)?], self.eps)?;
+        let y = self.ffn[1].forward(&gelu_tanh(&self.ffn[0].forward(&y)?)?)?;
+        Ok((x + y.broadcast_mul(&part(5)?)?)?)
+    }
+}
+
+/// `norm(x) * (1 + scale) + shift` of `x [n, l, dim]` with each row's own shift and scale `[n, 1, dim]`.
+fn modulated_norm(x: &Tensor, [shift, scale]: [&Tensor; 2], eps: f64) -> Result<Tensor> {
+    let scale = (scale + 1.0)?;
+    let norm = |row: usize| -> Result<Tensor> {
+        let (weight, bias) = (scale.get(row)?.flatten_all()?, shift.get(row)?.flatten_all()?);
+        Ok(layer_norm(&x.narrow(0, row, 1)?, Some(&weight), Some(&bias), eps)?)
+    };
+    let rows = (0..x.dim(0)?).map(norm).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&rows, 0)?)
+}
+
+/// Attention of `x` over itself or over the text, with q and k normalised across all heads at once.
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    num_heads: usize,
+}
+
+impl Attention {
+    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
+        let dim = config.dim();
+        let linear = |name: &str| Linear::load(&weights.pp(name), dim, dim);
+        // Some conversions carry the norm of a query that image conditioning does not have either.
+        weights.ignore("norm_added_q.weight");
+        Ok(Self {
+            to_q: linear("to_q")?,
+            to_k: linear("to_k")?,
+            to_v: linear("to_v")?,
+            to_out: Linear::load(&weights.pp("to_out").pp(0), dim, dim)?,
+            norm_q: RmsNorm::load(&weights.pp("norm_q"), dim, config.eps)?,
+            norm_k: RmsNorm::load(&weights.pp("norm_k"), dim, config.eps)?,
+            num_heads: config.num_attention_heads,
+        })
+    }
+
+    /// `x [n, l, dim]` looks at `context [n, s, dim]`; with `rope` both are turned.
+    fn forward(&self, x: &Tensor, context: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
+        let q = self.heads(&self.norm_q.forward(&self.to_q.forward(x)?)?, rope)?;
+        let k = self.heads(&self.norm_k.forward(&self.to_k.forward(context)?)?, rope)?;
+        let v = self.heads(&self.to_v.forward(context)?, None)?;
+        let y = attention(&q, &k, &v, &AttentionOptions::default())?; // [n, l, heads, head_dim]
+        self.to_out.forward(&y.flatten_from(2)?)
+    }
+
+    /// `[n, l, dim]` to `[n, l, heads, head_dim]`.
+    fn heads(&self, x: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
+        let (n, l, _) = x.dims3()?;
+        let x = x.reshape((n, l, self.num_heads, ()))?;
+        match rope {
+            Some(rope) => Ok(rope_interleaved(&x, &rope.cos, &rope.sin)?),
+            None => Ok(x),
+        }
     }
 }

@@ -79,6 +79,39 @@ impl WanVaeConfig {
         };
         Err(Error::checkpoint(path, problem))
     }
+
+    /// Channels of the decoder's levels, from the latents' size to the pixels'.
+    fn level_dims(&self) -> Vec<usize> {
+        let base = self.decoder_base_dim.unwrap_or(self.base_dim);
+        self.dim_mult.iter().rev().map(|multiple| base * multiple).collect()
+    }
+
+    /// How the decoder's level `i` ends: `None` at the last one, else whether frames are doubled with the size.
+    fn upsampling(&self, level: usize) -> Option<bool> {
+        self.temperal_downsample.iter().rev().nth(level).copied()
+    }
+
+    /// Most floats that decoding latents of this height and width holds at a time, the latents themselves apart.
+    pub fn peak_floats(&self, height: usize, width: usize) -> usize {
+        let dims = self.level_dims();
+        let (mut frames, mut pixels) = (1, height * width);
+        // What convolutions remember: of the first one and of the four in the middle.
+        let mut remembered = HISTORY * pixels * (self.z_dim + 4 * dims[0]);
+        let mut working = 0;
+        for (level, dim) in dims.iter().copied().enumerate() {
+            remembered += HISTORY * pixels * dim * 2 * (self.num_res_blocks + 1);
+            // The block's input, a norm of it, its activation behind the remembered frames, the convolution's answer.
+            working = working.max(pixels * dim * (4 * frames + HISTORY));
+            if let Some(in_time) = self.upsampling(level) {
+                remembered += HISTORY * pixels * dim * usize::from(in_time);
+                frames *= 1 + usize::from(in_time);
+                // The input, with twice the channels before they become frames; one frame blown up; the answer.
+                working = working.max(pixels * dim * (2 * frames + 4 + 2 * frames));
+                pixels *= 4;
+            }
+        }
+        remembered + HISTORY * pixels * dims[dims.len() - 1] + working
+    }
 }
 
 /// The decoder half of `AutoencoderKLWan`.
@@ -114,16 +147,14 @@ impl WanVaeDecoder {
         let per_channel = |values: &[f32]| Tensor::from_slice(values, (1, z_dim, 1, 1, 1), device);
         let mut loader = Loader { num_slots: 0 };
         let decoder = weights.pp("decoder");
-        let base = config.decoder_base_dim.unwrap_or(config.base_dim);
-        let dims: Vec<usize> = config.dim_mult.iter().rev().map(|multiple| base * multiple).collect();
+        let dims = config.level_dims();
         let conv_in = loader.causal(&decoder.pp("conv_in"), z_dim, dims[0], [3, 3, 3])?;
         let mid_block = MidBlock::load(&mut loader, &decoder.pp("mid_block"), dims[0])?;
         let mut up_blocks = Vec::with_capacity(dims.len());
         let mut in_dim = dims[0];
         for (i, out_dim) in dims.iter().copied().enumerate() {
-            // The last block keeps the size; the others double it, in time too where the encoder halved it.
-            let upsample = config.temperal_downsample.iter().rev().nth(i).copied();
-            let block = UpBlockShape { in_dim, out_dim, num_resnets: config.num_res_blocks + 1, upsample };
+            let (num_resnets, upsample) = (config.num_res_blocks + 1, config.upsampling(i));
+            let block = UpBlockShape { in_dim, out_dim, num_resnets, upsample };
             up_blocks.push(UpBlock::load(&mut loader, &decoder.pp("up_blocks").pp(i), &block)?);
             in_dim = out_dim / 2;
         }
