@@ -1,1 +1,333 @@
-//! A scripted runner for tests and benches.
+//! A runner that follows a script instead of a model, for tests and benches of everything above the runner boundary.
+//!
+//! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
+//! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard};
+use crate::chat_template::ChatTemplate;
+use crate::error::{Error, Result};
+use crate::family::LoadedModel;
+use crate::request::{
+    DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
+};
+use crate::runner::{Runner, RunnerStatus, StepPlan};
+use crate::tokenizer::Tokenizer;
+
+/// What scripted text models say, one byte per token, from the byte at `seed % len` on and then around; without
+/// `ignore_eos` they stop after one round.
+pub const ANSWER: &str = "a boat sails to the quiet island; ";
+/// Frames of one scripted VAE step.
+pub const FRAMES_PER_DECODE: usize = 4;
+/// Context of the scripted text model.
+pub const MAX_CONTEXT: usize = 4096;
+
+/// Called in each step before its events are emitted, with the plan and the sessions: may wait, fail or panic.
+pub type OnStep = Box<dyn FnMut(StepPlan, &[SessionId]) -> Result<()> + Send>;
+
+/// What a scripted model costs.
+pub struct Script {
+    /// Most sessions of one step.
+    pub max_batch: usize,
+    /// Bytes that each session reserves.
+    pub footprint_bytes: usize,
+    /// See [`OnStep`].
+    pub on_step: OnStep,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self { max_batch: 64, footprint_bytes: 0, on_step: Box::new(|_, _| Ok(())) }
+    }
+}
+
+/// A text model with a byte tokenizer, a small chat template and a context of [`MAX_CONTEXT`].
+pub fn text_model(script: Script) -> Result<LoadedModel> {
+    let files = TokenizerFiles::write()?;
+    let card = TextCard {
+        family: "scripted",
+        max_context: MAX_CONTEXT,
+        vocab_size: VOCAB_SIZE,
+        tokenizer: Tokenizer::from_dir(&files.0)?,
+        chat_template: ChatTemplate::from_dir(&files.0)?,
+        defaults: SamplingDefaults::default(),
+    };
+    Ok(loaded(ModelCard::Text(card), script))
+}
+
+/// A picture model: 64x64 by default, four steps, no guidance.
+pub fn picture_model(script: Script) -> LoadedModel {
+    loaded(ModelCard::Diffusion(diffusion_card(Medium::Picture)), script)
+}
+
+/// A clip model: 64x64, nine frames at 8 per second by default, four steps, classifier-free guidance.
+pub fn clip_model(script: Script) -> LoadedModel {
+    loaded(ModelCard::Diffusion(diffusion_card(Medium::Clip)), script)
+}
+
+fn loaded(card: ModelCard, script: Script) -> LoadedModel {
+    LoadedModel { card, runner: Box::new(ScriptedRunner::new(script)), resident_bytes: 0 }
+}
+
+fn diffusion_card(medium: Medium) -> DiffusionCard {
+    let is_clip = medium == Medium::Clip;
+    DiffusionCard {
+        family: "scripted",
+        medium,
+        defaults: DiffusionDefaults {
+            width: 64,
+            height: 64,
+            num_frames: if is_clip { 9 } else { 1 },
+            fps: if is_clip { 8 } else { 0 },
+            num_inference_steps: 4,
+            guidance_scale: if is_clip { 5.0 } else { 0.0 },
+            max_sequence_length: 64,
+        },
+        size_multiple: 16,
+        max_side: 512,
+        max_pixels: 256 * 256,
+        max_frames: if is_clip { 81 } else { 1 },
+        frames_multiple: if is_clip { 4 } else { 1 },
+        max_sequence_length: 128,
+        guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
+    }
+}
+
+/// Follows a [`Script`].
+pub struct ScriptedRunner {
+    script: Script,
+    sessions: BTreeMap<SessionId, Scripted>,
+    /// The sessions of the step that is being taken, or that failed.
+    stepping: Vec<SessionId>,
+}
+
+struct Scripted {
+    request: Request,
+    phase: Phase,
+    /// Steps done of `phase`; for decode, tokens.
+    done: usize,
+    begun: bool,
+}
+
+impl ScriptedRunner {
+    /// A runner without sessions.
+    pub fn new(script: Script) -> Self {
+        Self { script, sessions: BTreeMap::new(), stepping: Vec::new() }
+    }
+
+    /// The next batch: the phase of the session that has come least far, and those that share it.
+    fn batch(&self) -> Option<(Phase, Vec<SessionId>)> {
+        let phase = self.sessions.values().map(|session| session.phase).min()?;
+        let same = self.sessions.iter().filter(|(_, session)| session.phase == phase);
+        Some((phase, same.map(|(id, _)| *id).take(self.script.max_batch).collect()))
+    }
+}
+
+impl Runner for ScriptedRunner {
+    fn footprint_bytes(&self, _request: &Request) -> usize {
+        self.script.footprint_bytes
+    }
+
+    fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {
+        let phase = match request {
+            Request::Text(_) => Phase::Prefill,
+            Request::Diffusion(_) => Phase::Encode,
+        };
+        self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false });
+        Ok(())
+    }
+
+    fn cancel(&mut self, session: SessionId) {
+        self.sessions.remove(&session);
+    }
+
+    fn next(&self) -> Option<StepPlan> {
+        self.batch().map(|(phase, sessions)| StepPlan { phase, sessions: sessions.len() })
+    }
+
+    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
+        let (phase, batch) = self.batch().ok_or_else(|| Error::Device("a step without work".into()))?;
+        let plan = StepPlan { phase, sessions: batch.len() };
+        self.stepping = batch;
+        (self.script.on_step)(plan, &self.stepping)?;
+        for id in std::mem::take(&mut self.stepping) {
+            let Some(session) = self.sessions.get_mut(&id) else { continue };
+            if session.advance(id, events) {
+                self.sessions.remove(&id);
+            }
+        }
+        Ok(plan)
+    }
+
+    fn evict_step(&mut self) -> Vec<SessionId> {
+        let evicted = std::mem::take(&mut self.stepping);
+        evicted.iter().for_each(|id| drop(self.sessions.remove(id)));
+        evicted
+    }
+
+    fn status(&self) -> RunnerStatus {
+        let running = self.sessions.values().filter(|session| session.begun).count();
+        RunnerStatus { running, waiting: self.sessions.len() - running, ..RunnerStatus::default() }
+    }
+}
+
+impl Scripted {
+    /// One step; true when the session has ended.
+    fn advance(&mut self, id: SessionId, events: &mut Events) -> bool {
+        if !self.begun {
+            self.begun = true;
+            events.emit(id, Event::Started);
+        }
+        self.done += 1;
+        let finished = match &self.request {
+            Request::Text(request) => advance_text(&mut self.phase, &mut self.done, request, |e| events.emit(id, e)),
+            Request::Diffusion(request) => {
+                advance_diffusion(&mut self.phase, &mut self.done, request, |e| events.emit(id, e))
+            }
+        };
+        if let Some((reason, usage)) = finished {
+            events.emit(id, Event::Finished { reason, usage });
+        }
+        finished.is_some()
+    }
+}
+
+/// The prompt is one step, which gives the first token; each further step gives one.
+fn advance_text(
+    phase: &mut Phase,
+    done: &mut usize,
+    request: &TextRequest,
+    mut emit: impl FnMut(Event),
+) -> Option<(FinishReason, Usage)> {
+    *phase = Phase::Decode;
+    let start = request.sampling.seed as usize % ANSWER.len();
+    let byte = ANSWER.as_bytes()[(start + *done - 1) % ANSWER.len()];
+    emit(Event::Text { tokens: vec![u32::from(byte)], text: char::from(byte).to_string() });
+    let usage = Usage { prompt_tokens: request.prompt.len(), completion_tokens: *done };
+    if *done == ANSWER.len() && !request.ignore_eos {
+        return Some((FinishReason::Stop, usage));
+    }
+    (*done == request.max_tokens).then_some((FinishReason::Length, usage))
+}
+
+fn advance_diffusion(
+    phase: &mut Phase,
+    done: &mut usize,
+    request: &DiffusionRequest,
+    mut emit: impl FnMut(Event),
+) -> Option<(FinishReason, Usage)> {
+    let (total, next) = match *phase {
+        Phase::Encode => (1, Phase::Denoise),
+        Phase::Denoise => (request.num_inference_steps, Phase::VaeDecode),
+        _ => (request.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
+    };
+    emit(Event::Progress { phase: *phase, done: *done, total });
+    if *phase == Phase::VaeDecode {
+        let first = (*done - 1) * FRAMES_PER_DECODE;
+        let last = (first + FRAMES_PER_DECODE).min(request.num_frames);
+        emit(Event::Frames((first..last).map(|index| gradient(request, index)).collect()));
+        return (*done == total).then_some((FinishReason::Complete, Usage::default()));
+    }
+    if *done == total {
+        (*phase, *done) = (next, 0);
+    }
+    None
+}
+
+/// Red grows to the right, green downwards, blue is the seed's and moves with time.
+fn gradient(request: &DiffusionRequest, index: usize) -> Frame {
+    let (width, height) = (request.width, request.height);
+    let blue = (request.seed as usize + index * 8) % 256;
+    let pixels = (0..height).flat_map(|y| (0..width).map(move |x| [x * 255 / width, y * 255 / height, blue]));
+    Frame { width, height, rgb: pixels.flatten().map(|value| value as u8).collect() }
+}
+
+/// Bytes and two special tokens.
+const VOCAB_SIZE: usize = 258;
+
+/// A folder with the published files of a byte-level tokenizer and its chat template; gone when dropped.
+struct TokenizerFiles(PathBuf);
+
+impl TokenizerFiles {
+    fn write() -> Result<Self> {
+        static COUNTER: AtomicUsize = AtomicUsize::new(0);
+        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("tale-scripted-{}-{unique}", std::process::id()));
+        std::fs::create_dir_all(&dir).map_err(|error| Error::checkpoint(&dir, error))?;
+        let files = Self(dir);
+        files.write_file("tokenizer.json", &byte_tokenizer().to_string())?;
+        files.write_file("tokenizer_config.json", "{}")?;
+        let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
+        files.write_file("chat_template.jinja", template)?;
+        Ok(files)
+    }
+
+    fn write_file(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.0.join(name);
+        std::fs::write(&path, text).map_err(|error| Error::checkpoint(path, error))
+    }
+}
+
+impl Drop for TokenizerFiles {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            tracing::debug!(%error, "a temporary folder stays");
+        }
+    }
+}
+
+/// `tokenizer.json` of byte-level BPE without merges: every byte is the token of its own value.
+fn byte_tokenizer() -> serde_json::Value {
+    let vocab: serde_json::Map<_, _> = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into())).collect();
+    let special = |id: usize, content: &str| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let byte_level =
+        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [special(256, "<|turn|>"), special(257, "<|end|>")],
+        "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
+
+/// The printable character that stands for each byte in byte-level BPE (GPT-2's table).
+fn byte_characters() -> Vec<String> {
+    let is_printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut replacements = (256..).filter_map(char::from_u32);
+    (0..256u32)
+        .map(|byte| if is_printable(byte) { char::from_u32(byte) } else { replacements.next() })
+        .map(|character| character.expect("both ranges are characters: this is a bug").to_string())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::card::DiffusionOptions;
+
+    #[test]
+    fn a_clip_is_encoded_denoised_decoded_and_complete() {
+        let LoadedModel { card: ModelCard::Diffusion(card), mut runner, .. } = clip_model(Script::default()) else {
+            panic!("the clip model has a diffusion card");
+        };
+        let request = card.resolve(DiffusionOptions { prompt: "x".into(), ..Default::default() }, 0).expect("valid");
+        runner.submit(SessionId(1), Request::Diffusion(request)).expect("accepted");
+        let mut events = Events::default();
+        let (mut phases, mut frames) = (Vec::new(), 0);
+        while runner.next().is_some() {
+            phases.push(runner.step(&mut events).expect("the script does not fail").phase);
+            for (_, event) in events.drain() {
+                frames += if let Event::Frames(new) = event { new.len() } else { 0 };
+            }
+        }
+        let (e, d, v) = (Phase::Encode, Phase::Denoise, Phase::VaeDecode);
+        assert_eq!((phases, frames), (vec![e, d, d, d, d, v, v, v], 9));
+        assert_eq!(runner.status(), RunnerStatus::default());
+    }
+}

@@ -305,6 +305,23 @@ impl<C: Clock> DeviceWorker<C> {
     }
 }
 
+#[cfg(test)]
+impl<C> DeviceWorker<C> {
+    /// What [`super::Engine::submit`] counts before it sends the command.
+    pub(super) fn count_submission(&self, model: usize) {
+        self.gauges.models[model].queued.fetch_add(1, Relaxed);
+        self.gauges.models[model].live.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    pub(super) fn has_work(&self, runner: usize) -> bool {
+        self.runners[runner].next().is_some()
+    }
+}
+
 /// However the thread ends, nobody waits for it for ever.
 impl<C> Drop for DeviceWorker<C> {
     fn drop(&mut self) {

@@ -1,0 +1,348 @@
+//! The device worker through virtual time, and the engine's handles over a real thread.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use tale_models::request::{DiffusionRequest, SamplingParams, TextRequest};
+use tale_models::runner::RunnerStatus;
+use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
+use tale_models::{Error, Event, Request, Runner, SessionId};
+
+use super::ledger::{Ledger, Owner};
+use super::mailbox::Mailbox;
+use super::worker::{Clock, Command, DeviceWorker};
+use super::{Engine, EngineError, EngineOptions};
+
+fn text(max_tokens: usize) -> Request {
+    let sampling = SamplingParams {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        repetition_penalty: 1.0,
+        seed: 0,
+    };
+    Request::Text(TextRequest { prompt: vec![1], max_tokens, sampling, stop: Vec::new(), ignore_eos: true })
+}
+
+fn clip(num_inference_steps: usize) -> Request {
+    Request::Diffusion(DiffusionRequest {
+        prompt: "x".into(),
+        negative_prompt: None,
+        width: 16,
+        height: 16,
+        num_frames: 5,
+        fps: 8,
+        num_inference_steps,
+        guidance_scale: 1.0,
+        seed: 0,
+        max_sequence_length: 8,
+    })
+}
+
+/// Time that only moves when a scripted step says so.
+#[derive(Clone, Default)]
+struct VirtualClock(Arc<AtomicU64>);
+
+impl VirtualClock {
+    fn advance(&self, time: Duration) {
+        self.0.fetch_add(time.as_nanos() as u64, Relaxed);
+    }
+}
+
+impl Clock for VirtualClock {
+    fn now(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Relaxed))
+    }
+}
+
+/// splitmix64: enough to drive a test, and the same everywhere.
+#[derive(Clone)]
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % sides as u64) as usize
+    }
+}
+
+/// Which sessions each runner has stepped, in order, since the log was last read.
+type StepLog = Arc<Mutex<Vec<(usize, Vec<SessionId>)>>>;
+
+const CAPACITY: usize = 1000;
+const MODEL_BYTES: usize = 100;
+/// Bytes per session of each model: text needs none, two clips fit beside a picture or three clips alone.
+const FOOTPRINTS: [usize; 3] = [0, 120, 300];
+
+struct World {
+    worker: DeviceWorker<VirtualClock>,
+    log: StepLog,
+    readers: BTreeMap<SessionId, Reader>,
+    next_id: u64,
+    turns_without_step: [usize; 3],
+}
+
+#[derive(Default)]
+struct Reader {
+    mailbox: Arc<Mailbox>,
+    terminals: usize,
+    cancelled: bool,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let (clock, log) = (VirtualClock::default(), StepLog::default());
+        let mut ledger = Ledger::new(CAPACITY);
+        let runners = FOOTPRINTS.iter().enumerate().map(|(index, &footprint_bytes)| {
+            ledger.reserve(Owner::Model(index), MODEL_BYTES).expect("fits");
+            let (clock, log, mut dice) = (clock.clone(), log.clone(), Dice(seed + index as u64));
+            let on_step = move |_, sessions: &[SessionId]| {
+                clock.advance(Duration::from_millis(1 + dice.roll(20) as u64));
+                log.lock().expect("no panic inside").push((index, sessions.to_vec()));
+                match dice.roll(200) {
+                    0 => Err(Error::NotFinite { phase: "script" }),
+                    // As a panic, without the panic hook's noise.
+                    1 => std::panic::resume_unwind(Box::new("script")),
+                    _ => Ok(()),
+                }
+            };
+            let script = Script { max_batch: 3, footprint_bytes, on_step: Box::new(on_step) };
+            (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
+        });
+        let runners = runners.collect();
+        let worker = DeviceWorker::new(runners, ledger, clock);
+        Self { worker, log, readers: BTreeMap::new(), next_id: 0, turns_without_step: [0; 3] }
+    }
+
+    fn arrive(&mut self, dice: &mut Dice) {
+        let model = dice.roll(3);
+        let request = if model == 0 { text(1 + dice.roll(12)) } else { clip(1 + dice.roll(6)) };
+        self.next_id += 1;
+        let id = SessionId(self.next_id);
+        let reader = Reader::default();
+        self.worker.count_submission(model);
+        self.worker.handle(Command::Submit { id, model, request, mailbox: reader.mailbox.clone() });
+        self.readers.insert(id, reader);
+    }
+
+    fn cancel_one(&mut self, dice: &mut Dice) {
+        if self.next_id > 0 {
+            // Often one that has ended already: that must change nothing.
+            let id = SessionId(1 + dice.roll(self.next_id as usize) as u64);
+            self.worker.handle(Command::Cancel(id));
+            if let Some(reader) = self.readers.get_mut(&id) {
+                reader.cancelled = true;
+            }
+        }
+    }
+
+    /// One turn of the worker, and everything that must hold after any turn.
+    fn turn(&mut self) -> bool {
+        let worked = self.worker.turn();
+        assert!(self.worker.ledger().used_bytes() <= CAPACITY);
+        let steps = std::mem::take(&mut *self.log.lock().expect("no panic inside"));
+        for (_, sessions) in &steps {
+            for id in sessions {
+                assert!(!self.readers[id].cancelled, "{id:?} stepped after it was cancelled");
+            }
+        }
+        self.check_waits(&steps);
+        self.read();
+        worked
+    }
+
+    fn check_waits(&mut self, steps: &[(usize, Vec<SessionId>)]) {
+        for runner in 0..3 {
+            let stepped = steps.iter().any(|(r, _)| *r == runner);
+            let has_work = self.worker.has_work(runner);
+            self.turns_without_step[runner] =
+                if stepped || !has_work { 0 } else { self.turns_without_step[runner] + 1 };
+            // Costs are 1 to 20 ms: two others may each catch up on one step of 20 ms in steps of 1 ms, text in between.
+            assert!(self.turns_without_step[runner] < 200, "runner {runner} starves");
+        }
+    }
+
+    fn read(&mut self) {
+        for reader in self.readers.values_mut() {
+            while let Poll::Ready(Some(event)) = reader.mailbox.poll(Waker::noop()) {
+                assert_eq!(reader.terminals, 0, "{event:?} follows a terminal event");
+                reader.terminals += usize::from(event.is_terminal());
+            }
+        }
+        let open = |reader: &mut Reader| reader.mailbox.poll(Waker::noop()).is_pending();
+        self.readers.retain(|id, reader| {
+            let is_open = open(reader);
+            assert!(is_open || reader.cancelled || reader.terminals == 1, "{id:?} ended without an end");
+            is_open
+        });
+    }
+
+    fn check_empty(&self) {
+        assert!(self.readers.is_empty(), "sessions without an end: {:?}", self.readers.keys().collect::<BTreeSet<_>>());
+        assert_eq!(self.worker.ledger().used_bytes(), 3 * MODEL_BYTES);
+        for gauges in &self.worker.gauges().models {
+            let snapshot = gauges.snapshot("");
+            assert_eq!((snapshot.queued, snapshot.live, snapshot.runner), (0, 0, RunnerStatus::default()));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    /// 8 cases of 20 000 turns: arrivals, cancels, failures, panics and ends in any order.
+    #[test]
+    fn every_session_ends_once_and_leaves_nothing(seed in any::<u32>(), arrivals in 20usize..60) {
+        let (mut world, mut dice) = (World::new(u64::from(seed)), Dice(u64::from(seed)));
+        for _ in 0..20_000 {
+            if dice.roll(100) < arrivals && world.readers.len() < 64 {
+                world.arrive(&mut dice);
+            }
+            if dice.roll(100) < 5 {
+                world.cancel_one(&mut dice);
+            }
+            world.turn();
+        }
+        while world.turn() {}
+        world.check_empty();
+    }
+}
+
+#[test]
+fn a_session_that_can_never_fit_fails_at_once() {
+    let (clock, ledger) = (VirtualClock::default(), Ledger::new(100));
+    let runner = ScriptedRunner::new(Script { footprint_bytes: 101, ..Script::default() });
+    let mut worker = DeviceWorker::new(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, clock);
+    let mailbox = Arc::new(Mailbox::default());
+    worker.count_submission(0);
+    worker.handle(Command::Submit { id: SessionId(1), model: 0, request: clip(1), mailbox: mailbox.clone() });
+    let Poll::Ready(Some(Event::Failed(error))) = mailbox.poll(Waker::noop()) else { panic!("no failure") };
+    assert!(matches!(error, Error::OutOfMemory { needed_bytes: 101, free_bytes: 100 }), "{error}");
+    assert!(!worker.turn());
+}
+
+#[test]
+fn a_large_session_is_overtaken_but_not_for_ever() {
+    let (clock, log) = (VirtualClock::default(), StepLog::default());
+    let runner = |index: usize, footprint_bytes| {
+        let (clock, log) = (clock.clone(), log.clone());
+        let on_step = move |_, sessions: &[SessionId]| {
+            clock.advance(Duration::from_millis(1));
+            log.lock().expect("no panic inside").push((index, sessions.to_vec()));
+            Ok(())
+        };
+        let script = Script { max_batch: 4, footprint_bytes, on_step: Box::new(on_step) };
+        (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
+    };
+    let mut worker = DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), clock.clone());
+    let submit = |worker: &mut DeviceWorker<_>, id: u64, model| {
+        worker.count_submission(model);
+        let mailbox = Arc::new(Mailbox::default());
+        worker.handle(Command::Submit { id: SessionId(id), model, request: clip(1), mailbox });
+    };
+    submit(&mut worker, 1, 0);
+    submit(&mut worker, 2, 1);
+    // A stream of small sessions that would hold half of the memory for ever.
+    for id in 3..1000 {
+        submit(&mut worker, id, 0);
+    }
+    while worker.turn() {}
+    let steps = log.lock().expect("no panic inside");
+    let first_large = steps.iter().position(|(runner, _)| *runner == 1).expect("the large one ran");
+    let before: BTreeSet<_> = steps[..first_large].iter().flat_map(|(_, sessions)| sessions).collect();
+    assert!(before.len() <= 70, "{} sessions overtook it", before.len());
+}
+
+fn engine(script: Script, max_queued_sessions: usize) -> Engine {
+    let options = EngineOptions { max_queued_sessions, memory_bytes: 1 << 20, ..EngineOptions::default() };
+    Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts")
+}
+
+fn slow(step: Duration) -> Script {
+    let on_step = move |_, _: &[SessionId]| {
+        std::thread::sleep(step);
+        Ok(())
+    };
+    Script { max_batch: 1, on_step: Box::new(on_step), ..Script::default() }
+}
+
+#[test]
+fn a_session_can_be_followed_to_its_end() {
+    let engine = engine(Script::default(), 4);
+    let mut session = engine.submit("clips", clip(3)).expect("accepted");
+    let mut frames = 0;
+    let mut last = None;
+    while let Some(event) = session.blocking_recv() {
+        frames += if let Event::Frames(new) = &event { new.len() } else { 0 };
+        last = Some(event);
+    }
+    assert_eq!(frames, 5);
+    assert!(matches!(last, Some(Event::Finished { .. })), "{last:?}");
+}
+
+#[test]
+fn dropping_a_session_stops_the_work_within_one_step() {
+    let engine = engine(slow(Duration::from_millis(5)), 4);
+    let mut session = engine.submit("clips", clip(1000)).expect("accepted");
+    assert!(matches!(session.blocking_recv(), Some(Event::Started)));
+    drop(session);
+    let dropped = Instant::now();
+    while engine.status().models[0].live > 0 || engine.status().models[0].runner != RunnerStatus::default() {
+        assert!(dropped.elapsed() < Duration::from_millis(500), "{:?}", engine.status());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_full_queue_is_busy_and_names_its_bound() {
+    let engine = engine(slow(Duration::from_millis(2)), 2);
+    let mut first = engine.submit("clips", clip(1000)).expect("accepted");
+    assert!(matches!(first.blocking_recv(), Some(Event::Started)));
+    let waiting = [engine.submit("clips", clip(1)), engine.submit("clips", clip(1))];
+    assert!(waiting.iter().all(Result::is_ok));
+    let error = engine.submit("clips", clip(1)).expect_err("full");
+    assert!(matches!(error, EngineError::Busy { limit: 2, .. }), "{error}");
+    drop(waiting);
+    let freed = Instant::now();
+    while engine.submit("clips", clip(1)).is_err() {
+        assert!(freed.elapsed() < Duration::from_secs(2));
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn shutdown_lets_work_finish_and_cancels_what_is_late() {
+    let patient = engine(slow(Duration::from_millis(1)), 4);
+    let mut session = patient.submit("clips", clip(3)).expect("accepted");
+    patient.shutdown(Duration::from_secs(20));
+    let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
+    assert!(matches!(events.last(), Some(Event::Finished { .. })), "{events:?}");
+    assert!(matches!(patient.submit("clips", clip(1)), Err(EngineError::Draining)));
+
+    let hasty = engine(slow(Duration::from_millis(1)), 4);
+    let mut session = hasty.submit("clips", clip(100_000)).expect("accepted");
+    hasty.shutdown(Duration::from_millis(20));
+    let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
+    assert!(!events.iter().any(Event::is_terminal), "cut off, so without an end: {events:?}");
+}
+
+#[test]
+fn models_that_do_not_fit_or_share_a_name_are_refused() {
+    let mut large = picture_model(Script::default());
+    large.resident_bytes = 101;
+    let options = || EngineOptions { memory_bytes: 100, ..EngineOptions::default() };
+    let error = Engine::start(vec![("big".into(), large)], options()).expect_err("too large");
+    assert_eq!(error.to_string(), "model `big`: not enough memory: 101 bytes needed, 100 free");
+    let twins = vec![("a".into(), picture_model(Script::default())), ("a".into(), picture_model(Script::default()))];
+    assert!(matches!(Engine::start(twins, options()), Err(EngineError::DuplicateModel { .. })));
+}
