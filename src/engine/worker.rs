@@ -191,8 +191,8 @@ impl<C: Clock> DeviceWorker<C> {
         let mut position = 0;
         while let Some(waiting) = self.waiting.get(position) {
             let (model, needs_memory) = (waiting.model, waiting.footprint_bytes > 0);
-            let may_pass = !blocked[model] && !(memory_is_kept && needs_memory);
-            if may_pass && self.ledger.reserve(Owner::Session(waiting.id), waiting.footprint_bytes).is_ok() {
+            let must_wait = blocked[model] || (memory_is_kept && needs_memory);
+            if !must_wait && self.ledger.reserve(Owner::Session(waiting.id), waiting.footprint_bytes).is_ok() {
                 self.begin(position);
                 let overtaken = self.waiting.iter_mut().take(if needs_memory { position } else { 0 });
                 overtaken.for_each(|older| older.overtaken += 1);

@@ -1,1 +1,277 @@
-//! Jobs.
+//! A client's order that outlives its HTTP request: identity, state machine, progress.
+//!
+//! A job is queued, then in progress, then exactly one of completed, failed and cancelled; [`Job::apply`] is the only way
+//! from one state to the next. Where jobs live is a [`store::JobStore`]'s business, how one is worked off is [`drive`]'s.
+//! Does not know: HTTP, wire types.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use tale_models::request::{DiffusionRequest, Phase};
+use uuid::Uuid;
+
+use crate::media::ClipFormat;
+
+pub mod drive;
+pub mod feed;
+pub mod output;
+pub mod store;
+
+/// Name of a job: `video_` and a UUID of version 7, so that names sort by time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(Uuid);
+
+const ID_PREFIX: &str = "video_";
+
+impl JobId {
+    /// A new name, later than all before in this process.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl std::fmt::Display for JobId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{ID_PREFIX}{}", self.0.simple())
+    }
+}
+
+impl std::str::FromStr for JobId {
+    type Err = UnknownJob;
+
+    fn from_str(text: &str) -> Result<Self, UnknownJob> {
+        let uuid = text.strip_prefix(ID_PREFIX).and_then(|uuid| Uuid::try_parse(uuid).ok());
+        uuid.map(Self).ok_or(UnknownJob)
+    }
+}
+
+/// No job has this name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("there is no such job")]
+pub struct UnknownJob;
+
+/// A clip that is ordered.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// Its name.
+    pub id: JobId,
+    /// The model that makes it.
+    pub model: String,
+    /// Effective parameters.
+    pub request: DiffusionRequest,
+    /// Kind of file.
+    pub format: ClipFormat,
+    /// When it was ordered.
+    pub created: SystemTime,
+    /// When the device began.
+    pub started: Option<SystemTime>,
+    /// When the state became terminal.
+    pub ended: Option<SystemTime>,
+    /// Where it stands.
+    pub state: JobState,
+    /// How far it is.
+    pub progress: Progress,
+}
+
+/// Where a job stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobState {
+    /// Nothing is computed yet.
+    Queued,
+    /// The device works on it, or its file is being written.
+    InProgress,
+    /// The file is whole.
+    Completed(ClipFile),
+    /// It ended without a file.
+    Failed(Failure),
+    /// Its owner did not want it any more.
+    Cancelled,
+}
+
+/// The file of a completed job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClipFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Why a job failed: a short truth for its owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// For programs.
+    pub code: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+/// How far a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Progress {
+    /// What the device did last.
+    pub phase: Option<Phase>,
+    /// Steps done of that phase.
+    pub done: usize,
+    /// Steps of that phase in all.
+    pub total: usize,
+    /// Of the whole job, 0 to 100.
+    pub percent: u8,
+    /// What is left of the phase at its pace so far; `None` until two of its steps are done.
+    pub eta: Option<Duration>,
+}
+
+/// Percent that denoising ends at; the rest is turning latents into a file.
+const DENOISE_PERCENT: usize = 90;
+/// Percent that VAE decoding ends at; the last one is for the file to be whole.
+const DECODE_PERCENT: usize = 99;
+
+impl Progress {
+    /// Progress after `done` of `total` steps of `phase`, the first of which ended `since_first` ago.
+    pub fn new(phase: Phase, done: usize, total: usize, since_first: Option<(usize, Duration)>) -> Self {
+        let part = |from: usize, to: usize| from + (to - from) * done / total.max(1);
+        let percent = match phase {
+            Phase::Denoise => part(0, DENOISE_PERCENT),
+            Phase::VaeDecode => part(DENOISE_PERCENT, DECODE_PERCENT),
+            _ => 0,
+        };
+        let pace =
+            since_first.and_then(|(first, time)| Some(time / u32::try_from(done.checked_sub(first)?).ok()?.max(1)));
+        let eta = pace.filter(|pace| !pace.is_zero()).map(|pace| pace * (total - done.min(total)) as u32);
+        Self { phase: Some(phase), done, total, percent: percent as u8, eta }
+    }
+}
+
+/// What can happen to a job.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// The device began.
+    Started,
+    /// The device moved on.
+    Progressed(Progress),
+    /// The file is whole.
+    Completed(ClipFile),
+    /// It cannot be made.
+    Failed(Failure),
+    /// Its owner does not want it any more.
+    Cancelled,
+}
+
+impl JobState {
+    /// Whether nothing can follow.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, JobState::Completed(_) | JobState::Failed(_) | JobState::Cancelled)
+    }
+}
+
+impl Job {
+    /// A job that waits for the device.
+    pub fn new(model: String, request: DiffusionRequest, format: ClipFormat) -> Self {
+        Self {
+            id: JobId::generate(),
+            model,
+            request,
+            format,
+            created: SystemTime::now(),
+            started: None,
+            ended: None,
+            state: JobState::Queued,
+            progress: Progress::default(),
+        }
+    }
+
+    /// Applies what happened. `false`, and nothing changes, when it cannot happen in this state: after the end nothing
+    /// can, and nothing progresses or completes before it has started.
+    #[must_use]
+    pub fn apply(&mut self, change: &Change, now: SystemTime) -> bool {
+        let next = match (&self.state, change) {
+            (JobState::Queued, Change::Started) => JobState::InProgress,
+            (JobState::InProgress, Change::Progressed(progress)) => {
+                self.progress = *progress;
+                JobState::InProgress
+            }
+            (JobState::InProgress, Change::Completed(file)) => JobState::Completed(file.clone()),
+            (JobState::Queued | JobState::InProgress, Change::Failed(failure)) => JobState::Failed(failure.clone()),
+            (JobState::Queued | JobState::InProgress, Change::Cancelled) => JobState::Cancelled,
+            _ => return false,
+        };
+        if matches!(change, Change::Started) {
+            self.started = Some(now);
+        }
+        if next.is_terminal() {
+            self.ended = Some(now);
+            self.progress.eta = None;
+        }
+        if matches!(next, JobState::Completed(_)) {
+            self.progress.percent = 100;
+        }
+        self.state = next;
+        true
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn job() -> Job {
+        let request = DiffusionRequest {
+            prompt: "a boat".into(),
+            negative_prompt: None,
+            width: 32,
+            height: 32,
+            num_frames: 9,
+            fps: 8,
+            num_inference_steps: 4,
+            guidance_scale: 1.0,
+            seed: 0,
+            max_sequence_length: 8,
+        };
+        Job::new("clips".into(), request, ClipFormat::Mp4)
+    }
+
+    pub(crate) fn file() -> ClipFile {
+        ClipFile { path: "/nowhere/clip.mp4".into(), bytes: 10 }
+    }
+
+    #[test]
+    fn names_can_be_read_back_and_sort_by_time() {
+        let (a, b) = (JobId::generate(), JobId::generate());
+        assert!(a < b);
+        assert_eq!(a.to_string().parse(), Ok(a));
+        assert_eq!("video_nonsense".parse::<JobId>(), Err(UnknownJob));
+    }
+
+    #[test]
+    fn progress_counts_the_whole_job_and_tells_the_rest_once_there_is_a_pace() {
+        let first = Progress::new(Phase::Denoise, 1, 10, Some((1, Duration::ZERO)));
+        assert_eq!((first.percent, first.eta), (9, None));
+        let third = Progress::new(Phase::Denoise, 3, 10, Some((1, Duration::from_secs(4))));
+        assert_eq!((third.percent, third.eta), (27, Some(Duration::from_secs(14))));
+        assert_eq!(Progress::new(Phase::VaeDecode, 3, 3, None).percent, 99);
+    }
+
+    proptest! {
+        #[test]
+        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..5, 0..40)) {
+            let mut job = job();
+            let mut ends = 0;
+            for change in changes {
+                let change = match change {
+                    0 => Change::Started,
+                    1 => Change::Progressed(Progress::new(Phase::Denoise, 1, 2, None)),
+                    2 => Change::Completed(file()),
+                    3 => Change::Failed(Failure { code: "x", message: String::new() }),
+                    _ => Change::Cancelled,
+                };
+                let was_terminal = job.state.is_terminal();
+                let applied = job.apply(&change, SystemTime::now());
+                prop_assert!(!(applied && was_terminal), "{:?} after the end", change);
+                ends += usize::from(applied && job.state.is_terminal());
+                prop_assert_eq!(job.ended.is_some(), job.state.is_terminal());
+            }
+            prop_assert_eq!(ends, usize::from(job.state.is_terminal()));
+        }
+    }
+}
