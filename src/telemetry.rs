@@ -159,8 +159,13 @@ pub fn publish_engine(status: &EngineStatus) {
 }
 
 /// Books one answered HTTP request. `route` is the template, never the path.
-pub fn record_request(route: &str, method: &str, status: u16, seconds: Duration) {
+pub fn record_request(route: &str, method: &'static str, status: u16, seconds: Duration) {
     let labels = [("route", route.to_owned()), ("method", method.to_owned()), ("status", status.to_string())];
     counter!("tale_http_requests_total", &labels).increment(1);
     histogram!("tale_http_request_seconds", "route" => labels[0].1.clone()).record(seconds);
+}
+
+/// Copies the number of jobs that have not ended into its gauge.
+pub fn publish_jobs(num_active: usize) {
+    gauge!("tale_jobs_active").set(num_active as f64);
 }

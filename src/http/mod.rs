@@ -1,1 +1,251 @@
-//! HTTP.
+//! HTTP: the OpenAI shapes over the engine and the jobs.
+//!
+//! Owns: routes, wire types, errors and their statuses, admission, drain. This is the only place that knows axum, status
+//! codes and wire JSON. Does not know: how a request is worked off.
+
+use std::future::Future;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use tale_models::DiffusionCard;
+use tale_models::card::Medium;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use self::admission::Admission;
+use self::error::ApiError;
+use crate::engine::Engine;
+use crate::job::output::OutputDir;
+use crate::job::store::{JobStore, MemoryStore, Retention};
+use crate::telemetry;
+
+mod admission;
+mod body;
+mod diffusion;
+mod error;
+mod health;
+mod images;
+mod jobs;
+mod models;
+mod sse;
+mod text;
+mod videos;
+
+pub use body::MAX_BODY_BYTES;
+pub use images::MAX_IMAGES;
+pub use text::wire::MAX_CHOICES;
+
+/// Requests that may generate at once when nothing else is configured.
+pub const DEFAULT_MAX_REQUESTS: usize = 1024;
+/// How often a drain looks whether the last answer is sent.
+const DRAIN_POLL: Duration = Duration::from_millis(10);
+/// After the drain, connections get this long to hear the end of their answers.
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
+
+/// What the server is configured with.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// Most requests that generate at once.
+    pub max_requests: usize,
+    /// Where finished clips lie; a folder of this process alone, removed at its end, when absent.
+    pub output_dir: Option<PathBuf>,
+    /// How many jobs are kept.
+    pub retention: Retention,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { max_requests: DEFAULT_MAX_REQUESTS, output_dir: None, retention: Retention::default() }
+    }
+}
+
+/// What all handlers share. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct AppState(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Set once the models are loaded.
+    engine: OnceLock<Engine>,
+    jobs: Arc<dyn JobStore>,
+    outputs: OutputDir,
+    admission: Admission,
+    draining: AtomicBool,
+}
+
+impl AppState {
+    /// A server without an engine: it answers, and is not ready.
+    pub fn new(options: ServerOptions) -> io::Result<Self> {
+        // Before the first request and the first step, so that none goes uncounted.
+        telemetry::metrics_handle();
+        let outputs = match &options.output_dir {
+            Some(path) => OutputDir::at(path)?,
+            None => OutputDir::temporary()?,
+        };
+        Ok(Self(Arc::new(Shared {
+            engine: OnceLock::new(),
+            jobs: Arc::new(MemoryStore::new(options.retention)),
+            outputs,
+            admission: Admission::new(options.max_requests),
+            draining: AtomicBool::new(false),
+        })))
+    }
+
+    /// The models are loaded: work is taken from now on. Only the first call counts.
+    pub fn set_engine(&self, engine: Engine) {
+        if self.0.engine.set(engine).is_err() {
+            tracing::warn!("the engine was set already");
+        }
+    }
+
+    /// The engine, or why there is none for new work.
+    fn engine(&self) -> Result<&Engine, ApiError> {
+        if self.0.draining.load(Relaxed) {
+            return Err(ApiError::unready("shutting_down", "the server is shutting down"));
+        }
+        let engine = self.0.engine.get().ok_or_else(|| ApiError::unready("loading", "the models are being loaded"))?;
+        if !engine.is_alive() {
+            return Err(ApiError::unready("device_lost", "the device thread has ended"));
+        }
+        Ok(engine)
+    }
+
+    fn loaded_engine(&self) -> Option<&Engine> {
+        self.0.engine.get()
+    }
+
+    fn jobs(&self) -> &Arc<dyn JobStore> {
+        &self.0.jobs
+    }
+
+    fn outputs(&self) -> &OutputDir {
+        &self.0.outputs
+    }
+
+    fn admission(&self) -> &Admission {
+        &self.0.admission
+    }
+
+    fn is_idle(&self) -> bool {
+        self.0.admission.in_flight() == 0 && self.0.jobs.num_active() == 0
+    }
+}
+
+/// All routes.
+pub fn router(state: AppState) -> Router {
+    let admitted = from_fn_with_state(state.clone(), admission::admit);
+    let generating = Router::new()
+        .route("/v1/chat/completions", post(text::chat))
+        .route("/v1/completions", post(text::completion))
+        .route("/v1/images/generations", post(images::generate))
+        .route_layer(admitted.clone());
+    // GET on the same path needs no admission, so the layer sits on the method.
+    let videos = Router::new()
+        .route("/v1/videos", post(videos::create).route_layer(admitted).get(videos::list))
+        .route("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete))
+        .route("/v1/videos/{id}/content", get(videos::content))
+        .route("/v1/jobs/{id}/events", get(jobs::events));
+    let plain = Router::new()
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/livez", get(health::live))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics));
+    Router::new()
+        .merge(generating)
+        .merge(videos)
+        .merge(plain)
+        .method_not_allowed_fallback(|| async { ApiError::no_method() })
+        .fallback(|| async { ApiError::no_route() })
+        // `body` has a bound of its own, with an error in our shape.
+        .layer(DefaultBodyLimit::disable())
+        .layer(from_fn_with_state(state.clone(), admission::measure))
+        .with_state(state)
+}
+
+/// Serves until `shutdown` resolves, then refuses new work, gives what runs the time `drain` to finish, cancels the rest
+/// and returns. Liveness, readiness and metrics are answered until the end.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()> + Send,
+    drain: Duration,
+) -> io::Result<()> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let listener = listener.tap_io(|connection| {
+        // Streams send many small writes; waiting to join them would be felt.
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+    });
+    let upkeep = tokio::spawn(async {
+        loop {
+            tokio::time::sleep(telemetry::UPKEEP_INTERVAL).await;
+            telemetry::metrics_handle().run_upkeep();
+        }
+    });
+    let server = axum::serve(listener, router(state.clone())).with_graceful_shutdown(async {
+        // A sender that was dropped stops as well.
+        let _ = stopped.await;
+    });
+    let mut server = tokio::spawn(server.into_future());
+    tokio::select! {
+        ended = &mut server => return ended.map_err(io::Error::other)?,
+        () = shutdown => (),
+    }
+    drain_work(&state, drain).await;
+    let _ = stop.send(());
+    let closed = tokio::time::timeout(CLOSE_GRACE, &mut server).await;
+    server.abort();
+    upkeep.abort();
+    match closed {
+        Ok(ended) => ended.map_err(io::Error::other)?,
+        Err(_) => {
+            tracing::warn!("connections were still open at the end");
+            Ok(())
+        }
+    }
+}
+
+/// Waits for what runs, up to `drain`, then stops the engine.
+async fn drain_work(state: &AppState, drain: Duration) {
+    state.0.draining.store(true, Relaxed);
+    let deadline = tokio::time::Instant::now() + drain;
+    tracing::info!(in_flight = state.admission().in_flight(), jobs = state.jobs().num_active(), "draining");
+    while !state.is_idle() && tokio::time::Instant::now() < deadline {
+        tokio::time::sleep(DRAIN_POLL).await;
+    }
+    let Some(engine) = state.loaded_engine().cloned() else { return };
+    // Waits for the step that runs, at most; the sessions that are left end without an end.
+    if tokio::task::spawn_blocking(move || engine.shutdown(Duration::ZERO)).await.is_err() {
+        tracing::error!("the engine's shutdown panicked");
+    }
+}
+
+/// Seconds since 1970.
+fn unix_seconds(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// A seed for a request that named none: below 2^53, so that every JSON reader keeps it exactly.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0) >> 11
+}
+
+/// 400 for a model of another kind, naming where it is served.
+fn wrong_endpoint(card: &DiffusionCard) -> ApiError {
+    let endpoint = match card.medium {
+        Medium::Picture => "makes pictures; use /v1/images/generations",
+        Medium::Clip => "makes clips; use /v1/videos",
+    };
+    ApiError::field("model", endpoint)
+}

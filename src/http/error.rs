@@ -1,0 +1,218 @@
+//! Errors as the OpenAI API spells them, and the one `match` from what went wrong to a status.
+//!
+//! A message names fields, limits and models; it never repeats what a client wrote into a field.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::engine::EngineError;
+use crate::job::UnknownJob;
+use crate::job::store::StoreFull;
+use crate::media::MediaError;
+
+/// Seconds after which a client may try again when a queue was full.
+const RETRY_AFTER_BUSY: u32 = 1;
+/// Seconds after which a client may try again when the server loads or shuts down.
+const RETRY_AFTER_UNREADY: u32 = 5;
+
+/// An answer that is not the one hoped for.
+#[derive(Debug)]
+pub(super) struct ApiError {
+    status: StatusCode,
+    body: ErrorBody,
+    retry_after: Option<u32>,
+}
+
+/// `error` of the body.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct ErrorBody {
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+/// The body.
+#[derive(Serialize)]
+pub(super) struct ErrorEnvelope<'a> {
+    pub(super) error: &'a ErrorBody,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
+        let body = ErrorBody { message: message.into(), kind, param: None, code: Some(code) };
+        Self { status, body, retry_after: None }
+    }
+
+    /// 400: this field is wrong.
+    pub(super) fn field(param: impl Into<String>, problem: impl std::fmt::Display) -> Self {
+        Self::field_code(param, "invalid_value", problem)
+    }
+
+    /// 400 with a code of its own.
+    pub(super) fn field_code(param: impl Into<String>, code: &'static str, problem: impl std::fmt::Display) -> Self {
+        let param = param.into();
+        let mut error = Self::new(StatusCode::BAD_REQUEST, code, format!("{param}: {problem}"));
+        error.body.param = Some(param);
+        error
+    }
+
+    /// 400: the body cannot be read at all.
+    pub(super) fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_body", message)
+    }
+
+    /// 415.
+    pub(super) fn media_type(expected: &str) -> Self {
+        let message = format!("the content type must be {expected}");
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
+    }
+
+    /// 413.
+    pub(super) fn too_large(limit_bytes: usize) -> Self {
+        let message = format!("the body is larger than {limit_bytes} bytes");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "request_too_large", message)
+    }
+
+    /// 408.
+    pub(super) fn body_timeout() -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not arrive in time")
+    }
+
+    /// 404: no such route.
+    pub(super) fn no_route() -> Self {
+        Self::new(StatusCode::NOT_FOUND, "unknown_url", "there is nothing at this path")
+    }
+
+    /// 405.
+    pub(super) fn no_method() -> Self {
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take this method")
+    }
+
+    /// 409: a clip that is not there yet, or will never be.
+    pub(super) fn not_completed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "video_not_completed", message)
+    }
+
+    /// 429: the queue with this many places is full.
+    pub(super) fn busy(message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message);
+        error.body.kind = "rate_limit_error";
+        error.retry_after = Some(RETRY_AFTER_BUSY);
+        error
+    }
+
+    /// 503: not yet, or not any more.
+    pub(super) fn unready(code: &'static str, message: &str) -> Self {
+        let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message);
+        error.retry_after = Some(RETRY_AFTER_UNREADY);
+        error
+    }
+
+    /// 500: something of ours; `what` is logged with its cause by the caller.
+    pub(super) fn internal(what: &str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", what)
+    }
+
+    /// The same error about a field that the client spells differently.
+    pub(super) fn renamed(mut self, from: &str, to: &str) -> Self {
+        if self.body.param.as_deref() == Some(from) {
+            self.body.message = self.body.message.replacen(from, to, 1);
+            self.body.param = Some(to.to_owned());
+        }
+        self
+    }
+
+    /// The same error about a part of a field that the client knows as a whole: its message still names the part.
+    pub(super) fn within(mut self, part: &str, whole: &str) -> Self {
+        if self.body.param.as_deref() == Some(part) {
+            self.body.message = format!("{whole}: {}", self.body.message.replacen(": ", " ", 1));
+            self.body.param = Some(whole.to_owned());
+        }
+        self
+    }
+
+    /// `error` of the body, for streams whose status has been sent already.
+    pub(super) fn body(&self) -> &ErrorBody {
+        &self.body
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        let message = error.to_string();
+        match error {
+            EngineError::UnknownModel { .. } => {
+                let mut error = Self::new(StatusCode::NOT_FOUND, "model_not_found", message);
+                error.body.param = Some("model".into());
+                error
+            }
+            EngineError::Busy { .. } => Self::busy(message),
+            EngineError::Draining => Self::unready("shutting_down", &message),
+            EngineError::DuplicateModel { .. } | EngineError::Load { .. } | EngineError::Device(_) => {
+                Self::internal("the engine did not start")
+            }
+        }
+    }
+}
+
+/// Of a request that was refused, or of a session that failed.
+impl From<tale_models::Error> for ApiError {
+    fn from(error: tale_models::Error) -> Self {
+        use tale_models::Error;
+        match error {
+            Error::InvalidRequest { field, problem } => Self::field(field, problem),
+            Error::ContextLength { .. } => {
+                Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", error.to_string())
+            }
+            // Not 429: the same request can never fit, and waiting does not help.
+            Error::OutOfMemory { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "out_of_memory", error.to_string()),
+            Error::NotFinite { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_finite", error.to_string()),
+            Error::Checkpoint { .. }
+            | Error::MissingTensor { .. }
+            | Error::TensorShape { .. }
+            | Error::UnknownArchitecture { .. }
+            | Error::Device(_)
+            | Error::Tensor(_)
+            | Error::Panicked(_) => Self::internal("the device failed while it worked on this request"),
+        }
+    }
+}
+
+impl From<MediaError> for ApiError {
+    fn from(error: MediaError) -> Self {
+        match error {
+            MediaError::Compression { allowed, .. } => Self::field("output_compression", allowed),
+            error => {
+                tracing::error!(%error, "a picture could not be encoded");
+                Self::internal("the picture could not be encoded")
+            }
+        }
+    }
+}
+
+impl From<StoreFull> for ApiError {
+    fn from(error: StoreFull) -> Self {
+        Self::busy(error.to_string())
+    }
+}
+
+impl From<UnknownJob> for ApiError {
+    fn from(error: UnknownJob) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", error.to_string())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(ErrorEnvelope { error: &self.body })).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,197 @@
+//! `POST /v1/images/generations`.
+
+use std::time::SystemTime;
+
+use axum::Json;
+use axum::extract::{Request, State};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::{Deserialize, Serialize};
+use tale_models::Event;
+use tale_models::card::{DiffusionOptions, Medium};
+use tale_models::request::{DiffusionRequest, Frame};
+use tokio::task::spawn_blocking;
+
+use super::diffusion::{self, Size, saturate};
+use super::error::ApiError;
+use super::{AppState, body, unix_seconds};
+use crate::engine::Session;
+use crate::media::{PictureFormat, encode_picture};
+
+/// Most pictures of one request.
+pub const MAX_IMAGES: usize = 10;
+
+/// The body. `response_format` is `b64_json`: this server has no place from which pictures could be fetched later.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ImageBody {
+    model: String,
+    prompt: String,
+    n: Option<u64>,
+    size: Option<String>,
+    width: Option<u64>,
+    height: Option<u64>,
+    response_format: Option<ResponseFormat>,
+    output_format: Option<OutputFormat>,
+    output_compression: Option<u64>,
+    negative_prompt: Option<String>,
+    num_inference_steps: Option<u64>,
+    guidance_scale: Option<f64>,
+    seed: Option<u64>,
+    max_sequence_length: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ResponseFormat {
+    B64Json,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum OutputFormat {
+    Png,
+    Jpeg,
+    Webp,
+}
+
+impl From<OutputFormat> for PictureFormat {
+    fn from(format: OutputFormat) -> Self {
+        match format {
+            OutputFormat::Png => PictureFormat::Png,
+            OutputFormat::Jpeg => PictureFormat::Jpeg,
+            OutputFormat::Webp => PictureFormat::Webp,
+        }
+    }
+}
+
+/// The answer: OpenAI's fields, and the effective parameters beside them.
+#[derive(Debug, Serialize)]
+pub(super) struct Images {
+    created: u64,
+    model: String,
+    data: Vec<Image>,
+    output_format: &'static str,
+    size: String,
+    width: usize,
+    height: usize,
+    num_inference_steps: usize,
+    guidance_scale: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    negative_prompt: Option<String>,
+    max_sequence_length: usize,
+    /// Of the first picture; picture i has this plus i.
+    seed: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Image {
+    b64_json: String,
+    seed: u64,
+}
+
+pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Json<Images>, ApiError> {
+    let body: ImageBody = body::json(request).await?;
+    let created = unix_seconds(SystemTime::now());
+    let card = diffusion::card(&state, &body.model, Medium::Picture)?;
+    let (n, format, compression) = (body.count()?, body.format(), body.compression()?);
+    let model = body.model.clone();
+    let request = body.resolve(&card)?;
+    let engine = state.engine()?;
+    let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
+    let with_seed = |seed| tale_models::Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
+    // All are submitted before the first is awaited; an error drops them, which cancels them.
+    let sessions: Vec<_> =
+        seeds.iter().map(|&seed| engine.submit(&model, with_seed(seed))).collect::<Result<_, _>>()?;
+    let mut data = Vec::with_capacity(n);
+    for (mut session, seed) in sessions.into_iter().zip(seeds) {
+        let picture = picture(&mut session).await?;
+        data.push(Image { b64_json: encode(picture, format, compression).await?, seed });
+    }
+    Ok(Json(Images {
+        created,
+        model,
+        data,
+        output_format: format.as_str(),
+        size: format!("{}x{}", request.width, request.height),
+        width: request.width,
+        height: request.height,
+        num_inference_steps: request.num_inference_steps,
+        guidance_scale: request.guidance_scale,
+        negative_prompt: request.negative_prompt,
+        max_sequence_length: request.max_sequence_length,
+        seed: request.seed,
+    }))
+}
+
+impl ImageBody {
+    fn count(&self) -> Result<usize, ApiError> {
+        let n = saturate(self.n.unwrap_or(1));
+        if n == 0 || n > MAX_IMAGES {
+            return Err(ApiError::field("n", format!("is {n}; allowed: 1 to {MAX_IMAGES}")));
+        }
+        Ok(n)
+    }
+
+    fn format(&self) -> PictureFormat {
+        // The only one there is; a value that is not it has been refused.
+        let (None | Some(ResponseFormat::B64Json)) = self.response_format;
+        self.output_format.map_or(PictureFormat::Png, PictureFormat::from)
+    }
+
+    fn compression(&self) -> Result<Option<u8>, ApiError> {
+        let allowed = match self.format() {
+            PictureFormat::Png => 100..=100,
+            PictureFormat::Jpeg | PictureFormat::Webp => 0..=100,
+        };
+        match self.output_compression {
+            None => Ok(None),
+            Some(value) if allowed.contains(&value) => Ok(u8::try_from(value).ok()),
+            Some(value) => {
+                let (format, low) = (self.format(), allowed.start());
+                let problem = format!("is {value}; allowed for {format}: {low} to 100");
+                Err(ApiError::field("output_compression", problem))
+            }
+        }
+    }
+
+    fn resolve(self, card: &tale_models::ModelCard) -> Result<DiffusionRequest, ApiError> {
+        let size = Size::new(self.size.as_deref(), self.width, self.height)?;
+        let options = DiffusionOptions {
+            prompt: self.prompt,
+            negative_prompt: self.negative_prompt,
+            width: size.width,
+            height: size.height,
+            num_frames: None,
+            fps: None,
+            num_inference_steps: self.num_inference_steps.map(saturate),
+            guidance_scale: self.guidance_scale,
+            seed: self.seed,
+            max_sequence_length: self.max_sequence_length.map(saturate),
+        };
+        diffusion::resolve(card, options, size)
+    }
+}
+
+/// The picture of a session, once it is whole.
+async fn picture(session: &mut Session) -> Result<Frame, ApiError> {
+    let mut picture = None;
+    loop {
+        match session.recv().await {
+            Some(Event::Frames(frames)) => picture = frames.into_iter().next_back(),
+            Some(Event::Finished { .. }) => {
+                return picture.ok_or_else(|| ApiError::internal("the model finished without a picture"));
+            }
+            Some(Event::Failed(error)) => return Err(error.into()),
+            Some(Event::Started | Event::Progress { .. } | Event::Text { .. }) => (),
+            None => {
+                return Err(ApiError::unready("shutting_down", "the server shut down before the picture was whole"));
+            }
+        }
+    }
+}
+
+async fn encode(picture: Frame, format: PictureFormat, compression: Option<u8>) -> Result<String, ApiError> {
+    let encoded = spawn_blocking(move || encode_picture(&picture, format, compression).map(|b| BASE64.encode(b))).await;
+    Ok(encoded.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+}

@@ -1,0 +1,42 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Serialize;
+
+use super::error::ApiError;
+use super::{AppState, unix_seconds};
+use crate::engine::ServedModel;
+
+#[derive(Serialize)]
+pub(super) struct WireModel {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+}
+
+#[derive(Serialize)]
+pub(super) struct WireModels {
+    object: &'static str,
+    data: Vec<WireModel>,
+}
+
+impl From<&ServedModel> for WireModel {
+    fn from(model: &ServedModel) -> Self {
+        Self { id: model.name.clone(), object: "model", created: unix_seconds(model.created), owned_by: "tale" }
+    }
+}
+
+pub(super) async fn list(State(state): State<AppState>) -> Result<Json<WireModels>, ApiError> {
+    let data = state.engine()?.models().iter().map(WireModel::from).collect();
+    Ok(Json(WireModels { object: "list", data }))
+}
+
+/// Names may hold slashes, as those of Hugging Face do.
+pub(super) async fn retrieve(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<Json<WireModel>, ApiError> {
+    Ok(Json(state.engine()?.model(&name)?.into()))
+}

@@ -1,0 +1,67 @@
+//! Server-sent events: how they are written, and the comment that keeps a silent connection open.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
+use serde::Serialize;
+use tokio::time::{Instant, Sleep, sleep};
+
+/// The end of an OpenAI stream.
+pub(super) const DONE: &[u8] = b"data: [DONE]\n\n";
+/// A line that every reader of events skips.
+pub(super) const COMMENT: &[u8] = b": still working\n\n";
+/// Silence after which a comment is sent, so that nothing between here and the client closes the connection.
+pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// `data: {json}`.
+pub(super) fn write_data(buffer: &mut Vec<u8>, data: &impl Serialize) {
+    buffer.extend_from_slice(b"data: ");
+    serde_json::to_writer(&mut *buffer, data).expect("our types serialize into memory: this is a bug");
+    buffer.extend_from_slice(b"\n\n");
+}
+
+/// `id:`, `event:` and `data:`.
+pub(super) fn write_event(buffer: &mut Vec<u8>, id: usize, name: &str, data: &impl Serialize) {
+    buffer.extend_from_slice(format!("id: {id}\nevent: {name}\n").as_bytes());
+    write_data(buffer, data);
+}
+
+/// A response whose body is a stream of events; nobody on the way may keep or collect it.
+pub(super) fn response(body: Body) -> Response {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+/// Gives a comment after each [`KEEP_ALIVE`] of silence.
+#[derive(Default)]
+pub(super) struct KeepAlive(Option<Pin<Box<Sleep>>>);
+
+impl KeepAlive {
+    /// Something was sent.
+    pub(super) fn reset(&mut self) {
+        if let Some(sleep) = &mut self.0 {
+            sleep.as_mut().reset(Instant::now() + KEEP_ALIVE);
+        }
+    }
+
+    /// The comment, once it is due.
+    pub(super) fn poll(&mut self, context: &mut Context<'_>) -> Poll<Bytes> {
+        let sleep = self.0.get_or_insert_with(|| Box::pin(sleep(KEEP_ALIVE)));
+        match sleep.as_mut().poll(context) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(()) => {
+                sleep.as_mut().reset(Instant::now() + KEEP_ALIVE);
+                Poll::Ready(Bytes::from_static(COMMENT))
+            }
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! `POST /v1/chat/completions` and `POST /v1/completions`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use tale_models::card::TextOptions;
+use tale_models::chat_template::ChatMessage;
+use tale_models::request::TextRequest;
+use tale_models::{Event, ModelCard, TextCard};
+use tokio::task::spawn_blocking;
+
+use self::answer::{Head, Shape};
+use self::wire::{AnswerOptions, ChatBody, CompletionBody, MAX_CHOICES, Prompt};
+use super::error::ApiError;
+use super::{AppState, body, random_seed};
+use crate::engine::{Engine, Session};
+
+mod answer;
+pub mod wire;
+
+/// Prompts of more bytes are turned into tokens on a thread that may block; for shorter ones the way there is longer
+/// than the work.
+const MAX_INLINE_PROMPT_BYTES: usize = 4096;
+/// How long a stream waits for its first event before its status is sent: work that fails at once fails with a status.
+const FIRST_EVENT_GRACE: Duration = Duration::from_millis(50);
+
+/// `POST /v1/chat/completions`.
+pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let mut body: ChatBody = body::json(request).await?;
+    let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
+    let max_tokens_name = body.settle_max_tokens()?;
+    let (options, answer) = body.options()?;
+    let messages = std::mem::take(&mut body.messages).into_iter();
+    let messages: Vec<ChatMessage> = messages.map(|message| message.0.into()).collect();
+    let num_bytes = messages.iter().map(|message| message.content.len()).sum();
+    let prompt = tokens(num_bytes, card.clone(), move |card| card.encode_chat(&messages)).await?;
+    let order = Order { shape: Shape::Chat, model: &body.model, options, answer };
+    let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
+    order.answer(engine, text(&card)?, vec![prompt]).await.map_err(renamed)
+}
+
+/// `POST /v1/completions`.
+pub(super) async fn completion(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let mut body: CompletionBody = body::json(request).await?;
+    let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
+    let (options, answer) = body.options()?;
+    let texts = std::mem::take(&mut body.prompt.0);
+    if texts.len() * answer.n > MAX_CHOICES {
+        let problem = format!("has {} prompts; prompts times n may be {MAX_CHOICES} at most", texts.len());
+        return Err(ApiError::field("prompt", problem));
+    }
+    let mut prompts = Vec::with_capacity(texts.len());
+    for prompt in texts {
+        prompts.push(match prompt {
+            Prompt::Tokens(tokens) => tokens,
+            Prompt::Text(text) => tokens(text.len(), card.clone(), move |card| card.encode_prompt(&text)).await?,
+        });
+    }
+    let order = Order { shape: Shape::Completion, model: &body.model, options, answer };
+    order.answer(engine, text(&card)?, prompts).await
+}
+
+/// What a client ordered, apart from the prompts.
+struct Order<'a> {
+    shape: Shape,
+    model: &'a str,
+    options: TextOptions,
+    answer: AnswerOptions,
+}
+
+impl Order<'_> {
+    async fn answer(self, engine: &Engine, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Response, ApiError> {
+        let prompt_tokens = prompts.iter().map(Vec::len).sum();
+        let seed = self.options.seed.unwrap_or_else(random_seed);
+        let mut sessions = Vec::with_capacity(prompts.len() * self.answer.n);
+        for prompt in prompts {
+            let request = card.resolve(prompt, self.options.clone(), seed)?;
+            for choice in 0..self.answer.n {
+                sessions.push(engine.submit(self.model, with_seed(&request, seed, choice))?);
+            }
+        }
+        let head = Head::new(self.shape, self.model);
+        if !self.answer.stream {
+            return answer::whole(head, sessions, prompt_tokens).await;
+        }
+        first_event(&mut sessions).await?;
+        Ok(answer::stream(head, sessions, prompt_tokens, self.answer.include_usage))
+    }
+}
+
+/// Choice i of a request has the request's seed plus i, so that each can be had again alone.
+fn with_seed(request: &TextRequest, seed: u64, choice: usize) -> tale_models::Request {
+    let mut request = request.clone();
+    request.sampling.seed = seed.wrapping_add(choice as u64);
+    tale_models::Request::Text(request)
+}
+
+/// Waits a moment for the first session to begin or fail. `Started` comes first and streams do not tell it.
+async fn first_event(sessions: &mut [Session]) -> Result<(), ApiError> {
+    let Some(first) = sessions.first_mut() else { return Ok(()) };
+    match tokio::time::timeout(FIRST_EVENT_GRACE, first.recv()).await {
+        Ok(Some(Event::Failed(error))) => Err(error.into()),
+        Ok(None) => Err(ApiError::unready("shutting_down", "the server is shutting down")),
+        Ok(Some(Event::Started)) | Err(_) => Ok(()),
+        Ok(Some(_)) => Err(ApiError::internal("the answer began before its session")),
+    }
+}
+
+fn text_card(state: &AppState, model: &str) -> Result<Arc<ModelCard>, ApiError> {
+    let card = state.engine()?.model(model)?.card.clone();
+    text(&card).map(|_| card.clone())
+}
+
+fn text(card: &ModelCard) -> Result<&TextCard, ApiError> {
+    match card {
+        ModelCard::Text(card) => Ok(card),
+        ModelCard::Diffusion(card) => Err(super::wrong_endpoint(card)),
+    }
+}
+
+/// Runs the tokenizer where it does not hold up others.
+async fn tokens(
+    num_bytes: usize,
+    card: Arc<ModelCard>,
+    encode: impl FnOnce(&TextCard) -> tale_models::Result<Vec<u32>> + Send + 'static,
+) -> Result<Vec<u32>, ApiError> {
+    if num_bytes <= MAX_INLINE_PROMPT_BYTES {
+        return Ok(encode(text(&card)?)?);
+    }
+    let encoded = spawn_blocking(move || text(&card).and_then(|card| Ok(encode(card)?))).await;
+    encoded.map_err(|_| ApiError::internal("the tokenizer panicked"))?
+}

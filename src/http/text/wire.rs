@@ -1,0 +1,361 @@
+//! The bodies of `/v1/chat/completions` and `/v1/completions`.
+//!
+//! A field that is not here is refused by name: nothing that a client asks for is silently ignored.
+
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use tale_models::card::TextOptions;
+use tale_models::chat_template::ChatMessage;
+
+use crate::http::body::Object;
+use crate::http::error::ApiError;
+
+/// Most sessions of one request: prompts times `n`.
+pub const MAX_CHOICES: usize = 64;
+
+/// Declares a body with the fields that both endpoints share; `deny_unknown_fields` and `flatten` exclude each other.
+macro_rules! text_body {
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub(super) struct $name {
+            $($(#[$field_doc])* pub(super) $field: $type,)*
+            pub(super) model: String,
+            pub(super) n: Option<u64>,
+            #[serde(default)]
+            pub(super) stream: Option<bool>,
+            pub(super) stream_options: Option<Object<StreamOptions>>,
+            pub(super) max_tokens: Option<u64>,
+            temperature: Option<f64>,
+            top_p: Option<f64>,
+            top_k: Option<u64>,
+            min_p: Option<f64>,
+            presence_penalty: Option<f64>,
+            frequency_penalty: Option<f64>,
+            repetition_penalty: Option<f64>,
+            seed: Option<u64>,
+            stop: Option<StopStrings>,
+            ignore_eos: Option<bool>,
+        }
+
+        impl $name {
+            /// What the model's card is asked to resolve, and how the answer is wanted.
+            pub(super) fn options(&mut self) -> Result<(TextOptions, AnswerOptions), ApiError> {
+                let options = TextOptions {
+                    max_tokens: self.max_tokens.map(saturate),
+                    temperature: self.temperature.map(|value| value as f32),
+                    top_p: self.top_p.map(|value| value as f32),
+                    top_k: self.top_k.map(saturate),
+                    min_p: self.min_p.map(|value| value as f32),
+                    presence_penalty: self.presence_penalty.map(|value| value as f32),
+                    frequency_penalty: self.frequency_penalty.map(|value| value as f32),
+                    repetition_penalty: self.repetition_penalty.map(|value| value as f32),
+                    seed: self.seed,
+                    stop: self.stop.take().map(|stop| stop.0).unwrap_or_default(),
+                    ignore_eos: self.ignore_eos.unwrap_or(false),
+                };
+                let answer = AnswerOptions::new(self.n, self.stream, self.stream_options.as_ref().map(|options| &options.0))?;
+                Ok((options, answer))
+            }
+        }
+    };
+}
+
+text_body! {
+    /// Body of `POST /v1/chat/completions`.
+    ChatBody {
+        messages: Vec<Object<WireMessage>>,
+        /// OpenAI's newer name of `max_tokens`.
+        max_completion_tokens: Option<u64>,
+    }
+}
+
+text_body! {
+    /// Body of `POST /v1/completions`.
+    CompletionBody {
+        prompt: Prompts,
+    }
+}
+
+/// A number that no limit reaches is over every limit.
+fn saturate(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+impl ChatBody {
+    /// The name under which the client gave the most tokens, for errors.
+    pub(super) fn settle_max_tokens(&mut self) -> Result<&'static str, ApiError> {
+        match (self.max_tokens, self.max_completion_tokens) {
+            (Some(old), Some(new)) if old != new => {
+                Err(ApiError::field("max_completion_tokens", "contradicts max_tokens; give one of them"))
+            }
+            (_, Some(new)) => {
+                self.max_tokens = Some(new);
+                Ok("max_completion_tokens")
+            }
+            _ => Ok("max_tokens"),
+        }
+    }
+}
+
+/// How the answer is wanted.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AnswerOptions {
+    pub(super) n: usize,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+}
+
+impl AnswerOptions {
+    fn new(n: Option<u64>, stream: Option<bool>, options: Option<&StreamOptions>) -> Result<Self, ApiError> {
+        let n = saturate(n.unwrap_or(1));
+        if n == 0 || n > MAX_CHOICES {
+            return Err(ApiError::field("n", format!("is {n}; allowed: 1 to {MAX_CHOICES}")));
+        }
+        let stream = stream.unwrap_or(false);
+        if options.is_some() && !stream {
+            return Err(ApiError::field("stream_options", "has no effect without stream; leave it out"));
+        }
+        Ok(Self { n, stream, include_usage: options.and_then(|options| options.include_usage).unwrap_or(false) })
+    }
+}
+
+/// `stream_options`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+/// One of `messages`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WireMessage {
+    role: Role,
+    content: Content,
+}
+
+/// Who speaks.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Role {
+    System,
+    /// OpenAI's newer name of `system`; chat templates know the older one.
+    Developer,
+    User,
+    Assistant,
+}
+
+impl From<WireMessage> for ChatMessage {
+    fn from(message: WireMessage) -> Self {
+        let role = match message.role {
+            Role::System | Role::Developer => "system",
+            Role::User => "user",
+            Role::Assistant => "assistant",
+        };
+        ChatMessage { role: role.into(), content: message.content.0 }
+    }
+}
+
+/// Text, or a list of text parts, which are joined.
+#[derive(Debug)]
+struct Content(String);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Part {
+    #[serde(rename = "type")]
+    _kind: PartKind,
+    text: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum PartKind {
+    Text,
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ContentVisitor;
+
+        impl<'de> Visitor<'de> for ContentVisitor {
+            type Value = Content;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string or a list of text parts")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
+                Ok(Content(text.to_owned()))
+            }
+
+            fn visit_string<E>(self, text: String) -> Result<Content, E> {
+                Ok(Content(text))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
+                let mut text = String::new();
+                while let Some(part) = parts.next_element::<Object<Part>>()? {
+                    text.push_str(&part.0.text);
+                }
+                Ok(Content(text))
+            }
+        }
+
+        deserializer.deserialize_any(ContentVisitor)
+    }
+}
+
+/// `stop`: one string or a list.
+#[derive(Debug)]
+struct StopStrings(Vec<String>);
+
+impl<'de> Deserialize<'de> for StopStrings {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct StopVisitor;
+
+        impl<'de> Visitor<'de> for StopVisitor {
+            type Value = StopStrings;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<StopStrings, E> {
+                Ok(StopStrings(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut strings: A) -> Result<StopStrings, A::Error> {
+                let mut stop = Vec::new();
+                while let Some(text) = strings.next_element()? {
+                    stop.push(text);
+                }
+                Ok(StopStrings(stop))
+            }
+        }
+
+        deserializer.deserialize_any(StopVisitor)
+    }
+}
+
+/// `prompt`: a text, tokens, or a list of either.
+#[derive(Debug)]
+pub(super) struct Prompts(pub(super) Vec<Prompt>);
+
+/// One prompt.
+#[derive(Debug)]
+pub(super) enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+/// An element of a list of prompts, or of tokens.
+enum Element {
+    Text(String),
+    Token(u32),
+    Tokens(Vec<u32>),
+}
+
+impl<'de> Deserialize<'de> for Element {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ElementVisitor;
+
+        impl<'de> Visitor<'de> for ElementVisitor {
+            type Value = Element;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string, a token or a list of tokens")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Element, E> {
+                Ok(Element::Text(text.to_owned()))
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, token: u64) -> Result<Element, E> {
+                u32::try_from(token).map(Element::Token).map_err(|_| E::custom("is not a token of any vocabulary"))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Element, A::Error> {
+                let mut tokens = Vec::new();
+                while let Some(token) = list.next_element()? {
+                    tokens.push(token);
+                }
+                Ok(Element::Tokens(tokens))
+            }
+        }
+
+        deserializer.deserialize_any(ElementVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Prompts {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PromptsVisitor;
+
+        impl<'de> Visitor<'de> for PromptsVisitor {
+            type Value = Prompts;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string, a list of strings, a list of tokens or a list of lists of tokens")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Prompts, E> {
+                Ok(Prompts(vec![Prompt::Text(text.to_owned())]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Prompts, A::Error> {
+                let (mut prompts, mut tokens) = (Vec::new(), Vec::new());
+                while let Some(element) = list.next_element()? {
+                    match element {
+                        Element::Text(text) => prompts.push(Prompt::Text(text)),
+                        Element::Tokens(tokens) => prompts.push(Prompt::Tokens(tokens)),
+                        Element::Token(token) => tokens.push(token),
+                    }
+                    if !tokens.is_empty() && !prompts.is_empty() {
+                        return Err(A::Error::custom("mixes tokens with prompts"));
+                    }
+                }
+                if prompts.is_empty() {
+                    prompts.push(Prompt::Tokens(tokens));
+                }
+                Ok(Prompts(prompts))
+            }
+        }
+
+        deserializer.deserialize_any(PromptsVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(prompt: &str, expected: &str) {
+        let prompts = serde_json::from_str::<Prompts>(prompt);
+        let found = prompts.map(|prompts| format!("{:?}", prompts.0)).unwrap_or_else(|error| error.to_string());
+        assert!(found.starts_with(expected), "{prompt}: {found}");
+    }
+
+    #[test]
+    fn a_prompt_is_text_or_tokens_or_several() {
+        check("\"a\"", "[Text(\"a\")]");
+        check("[\"a\", \"b\"]", "[Text(\"a\"), Text(\"b\")]");
+        check("[1, 2]", "[Tokens([1, 2])]");
+        check("[[1], [2, 3]]", "[Tokens([1]), Tokens([2, 3])]");
+        check("[]", "[Tokens([])]");
+        check("[1, \"a\"]", "mixes tokens with prompts");
+        check("[5000000000]", "is not a token");
+        check("7", "invalid type");
+    }
+
+    #[test]
+    fn content_parts_are_joined_and_other_kinds_refused() {
+        let message = r#"{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#;
+        let message: ChatMessage = serde_json::from_str::<WireMessage>(message).expect("valid").into();
+        assert_eq!(message.content, "ab");
+        let picture = r#"{"role": "user", "content": [{"type": "image_url", "text": "a"}]}"#;
+        assert!(serde_json::from_str::<WireMessage>(picture).is_err());
+    }
+}
