@@ -171,6 +171,7 @@ impl From<tale_models::Error> for ApiError {
             }
             // Not 429: the same request can never fit, and waiting does not help.
             Error::OutOfMemory { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "out_of_memory", error.to_string()),
+            Error::TooManySessions { .. } => Self::busy(error.to_string()),
             Error::NotFinite { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_finite", error.to_string()),
             Error::Checkpoint { .. }
             | Error::MissingTensor { .. }

@@ -182,12 +182,16 @@ fn internal(message: &str) -> Failure {
 pub fn failure(error: &Error) -> Failure {
     let code = match error {
         Error::OutOfMemory { .. } => "out_of_memory",
+        Error::TooManySessions { .. } => "queue_full",
         Error::InvalidRequest { .. } => "invalid_request",
         Error::NotFinite { .. } => "not_finite",
         _ => "internal_error",
     };
     let message = match error {
-        Error::OutOfMemory { .. } | Error::InvalidRequest { .. } | Error::NotFinite { .. } => error.to_string(),
+        Error::OutOfMemory { .. }
+        | Error::TooManySessions { .. }
+        | Error::InvalidRequest { .. }
+        | Error::NotFinite { .. } => error.to_string(),
         _ => "the device failed while it worked on this clip".into(),
     };
     Failure { code, message }
