@@ -1,1 +1,188 @@
-//! CLIP text encoder.
+//! The CLIP text encoder: token ids to hidden states of any layer and to the pooled vector.
+//!
+//! Owns: the causal text transformer. Does not know: tokenizers, padding, projections behind the pooled vector.
+//! Source: transformers `models/clip/modeling_clip.py`, `CLIPTextModel`.
+
+use std::ops::Range;
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::Deserialize;
+use tale_kernels::{AttentionOptions, attention, gelu_erf, quick_gelu};
+
+use crate::error::{Error, Result};
+use crate::layers::{Embedding, LayerNorm, Linear};
+use crate::weights::Weights;
+
+/// `config.json` of a CLIP text encoder. Defaults are those of transformers.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct ClipTextConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub max_position_embeddings: usize,
+    #[serde(default)]
+    pub hidden_act: ClipActivation,
+    #[serde(default = "default_layer_norm_eps")]
+    pub layer_norm_eps: f64,
+    #[serde(default = "default_eos_token_id")]
+    pub eos_token_id: u32,
+}
+
+fn default_layer_norm_eps() -> f64 {
+    1e-5
+}
+
+fn default_eos_token_id() -> u32 {
+    49407
+}
+
+impl ClipTextConfig {
+    /// Refuses sizes that contradict each other. `path` is named in the error.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
+        if heads == 0 || hidden % heads != 0 {
+            return Err(Error::checkpoint(path, format!("hidden_size {hidden} is no multiple of {heads} heads")));
+        }
+        Ok(())
+    }
+}
+
+/// `hidden_act`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClipActivation {
+    /// `x * sigmoid(1.702 x)`, OpenAI's CLIP.
+    #[default]
+    QuickGelu,
+    /// The exact one, OpenCLIP.
+    Gelu,
+}
+
+/// A text transformer whose layers are run as far as the caller wants.
+#[derive(Debug, Clone)]
+pub struct ClipTextEncoder {
+    config: ClipTextConfig,
+    token_embedding: Embedding,
+    /// `[max_position_embeddings, hidden_size]`.
+    position_embedding: Tensor,
+    layers: Vec<Layer>,
+    final_layer_norm: LayerNorm,
+}
+
+impl ClipTextEncoder {
+    /// Tensors `embeddings.*`, `encoder.layers.*`, `final_layer_norm.*`, below `text_model.` or bare.
+    pub fn load(weights: &Weights, config: ClipTextConfig) -> Result<Self> {
+        let weights = if weights.contains_below("text_model") { weights.pp("text_model") } else { weights.clone() };
+        let embeddings = weights.pp("embeddings");
+        // Positions 0, 1, 2, ... as a buffer: old checkpoints carry it.
+        embeddings.ignore("position_ids");
+        let (hidden, layers) = (config.hidden_size, weights.pp("encoder").pp("layers"));
+        let position_shape = [config.max_position_embeddings, hidden];
+        Ok(Self {
+            token_embedding: Embedding::load(&embeddings.pp("token_embedding"), config.vocab_size, hidden)?,
+            position_embedding: embeddings.pp("position_embedding").get(&position_shape, "weight")?,
+            layers: (0..config.num_hidden_layers)
+                .map(|layer| Layer::load(&layers.pp(layer), &config))
+                .collect::<Result<_>>()?,
+            final_layer_norm: LayerNorm::load(&weights.pp("final_layer_norm"), hidden, config.layer_norm_eps)?,
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ClipTextConfig {
+        &self.config
+    }
+
+    /// `hidden_states[0]` `[1, l, hidden_size]` of at most `max_position_embeddings` ids.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        let positions = self.position_embedding.narrow(0, 0, ids.len())?;
+        let ids = Tensor::from_slice(ids, ids.len(), self.position_embedding.device())?;
+        Ok((self.token_embedding.forward(&ids)? + positions)?.unsqueeze(0)?)
+    }
+
+    /// Runs some of the layers: from `hidden_states[range.start]` to `hidden_states[range.end]`, without the final
+    /// norm.
+    pub fn run(&self, hidden_states: Tensor, range: Range<usize>) -> Result<Tensor> {
+        self.layers[range].iter().try_fold(hidden_states, |x, layer| layer.forward(&x))
+    }
+
+    /// `pooler_output` `[1, hidden_size]` from the last layer's hidden states: the end-of-sequence token, normed.
+    pub fn pool(&self, last_hidden_states: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        let position = self.end_position(ids);
+        self.final_layer_norm.forward(&last_hidden_states.narrow(1, position, 1)?.squeeze(1)?.contiguous()?)
+    }
+
+    /// `pooler_output` `[1, hidden_size]` of `ids`.
+    pub fn pooled(&self, ids: &[u32]) -> Result<Tensor> {
+        let last = self.run(self.embed(ids)?, 0..self.layers.len())?;
+        self.pool(&last, ids)
+    }
+
+    /// Configurations that say 2 are older than the rule that the end token is the one they name: there it is the
+    /// highest id. A sequence without an end token is pooled at its start.
+    fn end_position(&self, ids: &[u32]) -> usize {
+        let end = match self.config.eos_token_id {
+            2 => ids.iter().max().copied(),
+            id => Some(id),
+        };
+        ids.iter().position(|id| Some(*id) == end).unwrap_or(0)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    layer_norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    num_heads: usize,
+    activation: ClipActivation,
+}
+
+impl Layer {
+    fn load(weights: &Weights, config: &ClipTextConfig) -> Result<Self> {
+        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let (attention, mlp) = (weights.pp("self_attn"), weights.pp("mlp"));
+        let projection = |name: &str| Linear::load(&attention.pp(name), hidden, hidden);
+        Ok(Self {
+            layer_norm1: LayerNorm::load(&weights.pp("layer_norm1"), hidden, eps)?,
+            q_proj: projection("q_proj")?,
+            k_proj: projection("k_proj")?,
+            v_proj: projection("v_proj")?,
+            out_proj: projection("out_proj")?,
+            layer_norm2: LayerNorm::load(&weights.pp("layer_norm2"), hidden, eps)?,
+            fc1: Linear::load(&mlp.pp("fc1"), hidden, inner)?,
+            fc2: Linear::load(&mlp.pp("fc2"), inner, hidden)?,
+            num_heads: config.num_attention_heads,
+            activation: config.hidden_act,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = (x + self.attention(&self.layer_norm1.forward(x)?)?)?;
+        let inner = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
+        let inner = match self.activation {
+            ClipActivation::QuickGelu => quick_gelu(&inner)?,
+            ClipActivation::Gelu => gelu_erf(&inner)?,
+        };
+        Ok((x + self.fc2.forward(&inner)?)?)
+    }
+
+    fn attention(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, l, hidden) = x.dims3()?;
+        let heads = |x: Tensor| x.reshape((b, l, self.num_heads, hidden / self.num_heads));
+        let (q, k, v) =
+            (heads(self.q_proj.forward(x)?)?, heads(self.k_proj.forward(x)?)?, heads(self.v_proj.forward(x)?)?);
+        let y = attention(&q, &k, &v, &AttentionOptions { causal: true, ..Default::default() })?;
+        self.out_proj.forward(&y.reshape((b, l, hidden))?)
+    }
+}

@@ -45,6 +45,14 @@ fn default_layer_norm_epsilon() -> f64 {
     1e-6
 }
 
+impl T5Config {
+    /// Numbers that a forward pass over `l` tokens keeps at its peak: the position bias, and in the feed-forward the
+    /// residual, its normed copy and three inner vectors per token.
+    pub fn forward_elements(&self, l: usize) -> usize {
+        self.num_heads * l * l + l * (2 * self.d_model + 3 * self.d_ff.max(self.num_heads * self.d_kv))
+    }
+}
+
 /// Which of the two architectures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -1,8 +1,36 @@
-//! FLUX.1.
+//! FLUX.1 (dev and schnell) in the diffusers layout: CLIP and T5 prompts, one transformer, flow-matching Euler, KL-VAE.
+//!
+//! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
+//! Source: diffusers `pipelines/flux/pipeline_flux.py`. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
-use crate::error::Result;
+use candle_core::{Device, Tensor};
+
+use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
+use crate::encoders::t5::{T5Config, T5Encoder};
+use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::manifest::Manifest;
+use crate::request::DiffusionRequest;
+use crate::rng::TorchGenerator;
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::solver::Solver;
+use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use crate::tokenizer::Tokenizer;
+use crate::vae::kl::{KlConfig, KlDecoder};
+use crate::weights::Weights;
+
+pub mod transformer;
+
+use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig};
+
+/// Side of the square of latent positions that one image token holds.
+const PACK: usize = 2;
+/// Latent positions on each side of a picture of default size (`default_sample_size` of the pipeline).
+const DEFAULT_SAMPLE_SIZE: usize = 128;
+const MAX_SIDE: usize = 4096;
+/// Four times the area that the model was made for; beyond it pictures fall apart.
+const MAX_PIXELS: usize = 2048 * 2048;
 
 /// FLUX.1.
 pub struct Flux;
@@ -20,7 +48,224 @@ impl Family for Flux {
         manifest.architecture() == "FluxPipeline"
     }
 
-    fn load(&self, _manifest: &Manifest, _open: &mut OpenWeights<'_>, _options: &LoadOptions) -> Result<LoadedModel> {
-        todo!()
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
+        let model = FluxModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        Ok(LoadedModel {
+            card: ModelCard::Diffusion(model.card().clone()),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            resident_bytes: 0,
+        })
     }
 }
+
+/// All parts of a FLUX.1 checkpoint. Immutable once loaded.
+#[derive(Debug)]
+pub struct FluxModel {
+    card: DiffusionCard,
+    tokenizer: Tokenizer,
+    text_encoder: ClipTextEncoder,
+    tokenizer_2: Tokenizer,
+    text_encoder_2: T5Encoder,
+    t5_config: T5Config,
+    transformer: FluxTransformer,
+    scheduler: FlowMatchEulerConfig,
+    vae: KlDecoder,
+    vae_config: KlConfig,
+    device: Device,
+}
+
+/// What the transformer needs of one prompt.
+#[derive(Debug)]
+pub struct FluxConditioning {
+    /// Of T5, `[1, max_sequence_length, joint_attention_dim]`.
+    pub prompt_embeds: Tensor,
+    /// Of CLIP, `[1, pooled_projection_dim]`.
+    pub pooled_prompt_embeds: Tensor,
+}
+
+impl FluxModel {
+    /// Reads every component; `open` gives the weights of the component in the folder that it is called with.
+    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+        let component = |name: &str| manifest.component(name);
+        let clip_config: ClipTextConfig = component("text_encoder")?.config()?;
+        let t5_config: T5Config = component("text_encoder_2")?.config()?;
+        let transformer_config: FluxTransformerConfig = component("transformer")?.config()?;
+        let vae_config: KlConfig = component("vae")?.config()?;
+        clip_config.check(&config_path(manifest, "text_encoder"))?;
+        transformer_config.check(&config_path(manifest, "transformer"))?;
+        vae_config.check(&config_path(manifest, "vae"))?;
+        check_parts_fit(manifest, &clip_config, &t5_config, &transformer_config, &vae_config)?;
+
+        let text_encoder = open("text_encoder")?;
+        Ok(Self {
+            card: card(&transformer_config, &vae_config),
+            tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
+            tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
+            scheduler: FlowMatchEulerConfig::read(&component("scheduler")?.dir.join("scheduler_config.json"))?,
+            device: text_encoder.placement().device.clone(),
+            text_encoder: ClipTextEncoder::load(&text_encoder, clip_config)?,
+            text_encoder_2: T5Encoder::load(&open("text_encoder_2")?, &t5_config)?,
+            transformer: FluxTransformer::load(&open("transformer")?, transformer_config)?,
+            vae: KlDecoder::load(&open("vae")?, &vae_config)?,
+            t5_config,
+            vae_config,
+        })
+    }
+
+    /// Rows and columns of image tokens.
+    fn grid(&self, request: &DiffusionRequest) -> (usize, usize) {
+        let pixels_per_token = self.vae_config.vae_scale_factor() * PACK;
+        (request.height / pixels_per_token, request.width / pixels_per_token)
+    }
+
+    /// Latents `[1, c, h, w]` as tokens `[1, (h/2)(w/2), 4c]`: a square of four positions is one token, channel by
+    /// channel.
+    fn pack(&self, latents: &Tensor, (rows, columns): (usize, usize)) -> Result<Tensor> {
+        let channels = latents.dim(1)?;
+        let squares = latents.reshape((channels, rows, PACK, columns, PACK))?.permute((1, 3, 0, 2, 4))?;
+        Ok(squares.reshape((1, rows * columns, channels * PACK * PACK))?)
+    }
+
+    /// The way back.
+    fn unpack(&self, tokens: &Tensor, (rows, columns): (usize, usize)) -> Result<Tensor> {
+        let channels = tokens.dim(2)? / (PACK * PACK);
+        let squares = tokens.reshape((rows, columns, channels, PACK, PACK))?.permute((2, 0, 3, 1, 4))?;
+        Ok(squares.reshape((1, channels, rows * PACK, columns * PACK))?)
+    }
+}
+
+fn config_path(manifest: &Manifest, component: &str) -> std::path::PathBuf {
+    manifest.root.join(component).join("config.json")
+}
+
+/// Each part may be sound and yet not belong to the others.
+fn check_parts_fit(
+    manifest: &Manifest,
+    clip: &ClipTextConfig,
+    t5: &T5Config,
+    transformer: &FluxTransformerConfig,
+    vae: &KlConfig,
+) -> Result<()> {
+    let pairs = [
+        ("text_encoder", "hidden_size", clip.hidden_size, "pooled_projection_dim", transformer.pooled_projection_dim),
+        ("text_encoder_2", "d_model", t5.d_model, "joint_attention_dim", transformer.joint_attention_dim),
+        ("vae", "latent_channels", vae.latent_channels, "in_channels / 4", transformer.latent_channels()),
+    ];
+    for (component, field, found, wanted_by, wanted) in pairs {
+        if found != wanted {
+            let problem = format!("{field} is {found}, but the transformer's {wanted_by} is {wanted}");
+            return Err(Error::checkpoint(config_path(manifest, component), problem));
+        }
+    }
+    Ok(())
+}
+
+/// Defaults of `FluxPipeline.__call__` for dev; those of the model card for schnell, which was distilled without
+/// guidance and with shorter prompts.
+fn card(transformer: &FluxTransformerConfig, vae: &KlConfig) -> DiffusionCard {
+    let (num_inference_steps, guidance_scale, max_sequence_length, guidance) = match transformer.guidance_embeds {
+        true => (28, 3.5, 512, Guidance::Embedded),
+        false => (4, 0.0, 256, Guidance::None),
+    };
+    let side = DEFAULT_SAMPLE_SIZE * vae.vae_scale_factor();
+    DiffusionCard {
+        family: Flux.name(),
+        medium: Medium::Picture,
+        defaults: DiffusionDefaults {
+            width: side,
+            height: side,
+            num_frames: 1,
+            fps: 0,
+            num_inference_steps,
+            guidance_scale,
+            max_sequence_length,
+        },
+        size_multiple: vae.vae_scale_factor() * PACK,
+        max_side: MAX_SIDE,
+        max_pixels: MAX_PIXELS,
+        max_frames: 1,
+        frames_multiple: 1,
+        max_sequence_length,
+        guidance,
+    }
+}
+
+impl DiffusionModel for FluxModel {
+    type Conditioning = FluxConditioning;
+    /// Final latents `[1, c, h, w]`.
+    type Decoding = Tensor;
+
+    fn card(&self) -> &DiffusionCard {
+        &self.card
+    }
+
+    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
+        let (rows, columns) = self.grid(request);
+        let (text_len, image_len) = (request.max_sequence_length, rows * columns);
+        let transformer = self.transformer.config();
+        let kept = text_len * transformer.joint_attention_dim + 2 * image_len * transformer.in_channels;
+        let denoise = (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS;
+        let encode = self.t5_config.forward_elements(text_len);
+        let phases =
+            (encode.max(denoise) * size_of::<f32>()).max(self.vae_config.decode_bytes(request.width * request.height));
+        kept * size_of::<f32>() + phases
+    }
+
+    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<FluxConditioning> {
+        let clip_len = self.text_encoder.config().max_position_embeddings;
+        let clip_ids = self.tokenizer.encode_padded(prompt, clip_len)?.ids;
+        // The padding is not masked: the model was trained to see it.
+        let t5_ids = self.tokenizer_2.encode_padded(prompt, request.max_sequence_length)?.ids;
+        Ok(FluxConditioning {
+            prompt_embeds: self.text_encoder_2.forward(&t5_ids)?,
+            pooled_prompt_embeds: self.text_encoder.pooled(&clip_ids)?,
+        })
+    }
+
+    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
+        let (rows, columns) = self.grid(request);
+        let shape = (1, self.vae_config.latent_channels, rows * PACK, columns * PACK);
+        let noise = generator.randn(shape.1 * shape.2 * shape.3);
+        self.pack(&Tensor::from_vec(noise, shape, &self.device)?, (rows, columns))
+    }
+
+    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
+        let (rows, columns) = self.grid(request);
+        let sigmas = linear_sigmas(request.num_inference_steps);
+        Ok(Box::new(FlowMatchEuler::new(&self.scheduler, &sigmas, self.scheduler.mu(rows * columns))))
+    }
+
+    fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {
+        let stack = |part: fn(&DenoiseRow<'_, FluxConditioning>) -> Tensor| {
+            Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
+        };
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance_scale as f32).collect();
+        let prediction = self.transformer.forward(&FluxInput {
+            latents: &stack(|row| row.latents.clone())?,
+            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
+            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
+            timesteps: &timesteps,
+            guidance_scales: &guidance_scales,
+            grid: self.grid(rows[0].request),
+        })?;
+        (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
+    }
+
+    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {
+        self.unpack(latents, self.grid(request))
+    }
+
+    fn num_decode_steps(&self, _request: &DiffusionRequest) -> usize {
+        1
+    }
+
+    fn decode_next(&self, latents: &mut Tensor) -> Result<Tensor> {
+        self.vae.decode(latents)
+    }
+}
+
+/// Vectors as wide as the stream that are alive at once for every token: in a single block the residual (1), its normed
+/// copy (1), query, key and value before and after rotation (5), the attended values (1), the feed-forward before and
+/// after its activation (8) and both side by side (5).
+const LIVE_WIDTHS: usize = 21;

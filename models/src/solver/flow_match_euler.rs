@@ -1,1 +1,195 @@
-//! FlowMatchEulerDiscrete.
+//! Euler steps along a flow-matching path (FLUX.1).
+//!
+//! Owns: the shifted sigmas and the step. Does not know: where the model gets `mu` from.
+//! Source: diffusers `schedulers/scheduling_flow_match_euler_discrete.py`, `FlowMatchEulerDiscreteScheduler`; sigmas are
+//! rounded to f32 at every operation, as numpy does there.
+
+use std::path::Path;
+
+use candle_core::{DType, Tensor};
+use serde::Deserialize;
+
+use crate::config::read_json;
+use crate::error::{Error, Result};
+use crate::solver::Solver;
+
+/// `scheduler_config.json`, defaults as in diffusers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct FlowMatchEulerConfig {
+    pub num_train_timesteps: usize,
+    pub shift: f32,
+    pub use_dynamic_shifting: bool,
+    pub base_shift: Option<f64>,
+    pub max_shift: Option<f64>,
+    pub base_image_seq_len: usize,
+    pub max_image_seq_len: usize,
+    pub shift_terminal: Option<f32>,
+    pub time_shift_type: TimeShift,
+    pub invert_sigmas: bool,
+    pub use_karras_sigmas: bool,
+    pub use_exponential_sigmas: bool,
+    pub use_beta_sigmas: bool,
+    pub stochastic_sampling: bool,
+}
+
+/// How `mu` bends the sigmas when shifting is dynamic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeShift {
+    /// By `e^mu`.
+    Exponential,
+    /// By `mu`.
+    Linear,
+}
+
+impl Default for FlowMatchEulerConfig {
+    fn default() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            shift: 1.0,
+            use_dynamic_shifting: false,
+            base_shift: Some(0.5),
+            max_shift: Some(1.15),
+            base_image_seq_len: 256,
+            max_image_seq_len: 4096,
+            shift_terminal: None,
+            time_shift_type: TimeShift::Exponential,
+            invert_sigmas: false,
+            use_karras_sigmas: false,
+            use_exponential_sigmas: false,
+            use_beta_sigmas: false,
+            stochastic_sampling: false,
+        }
+    }
+}
+
+impl FlowMatchEulerConfig {
+    /// Reads `scheduler_config.json` and refuses schedules that this solver does not compute.
+    pub fn read(path: &Path) -> Result<Self> {
+        let config: Self = read_json(path)?;
+        let unknown = [
+            ("invert_sigmas", config.invert_sigmas),
+            ("use_karras_sigmas", config.use_karras_sigmas),
+            ("use_exponential_sigmas", config.use_exponential_sigmas),
+            ("use_beta_sigmas", config.use_beta_sigmas),
+            ("stochastic_sampling", config.stochastic_sampling),
+        ];
+        match unknown.iter().find(|(_, wanted)| *wanted) {
+            Some((field, _)) => Err(Error::checkpoint(path, format!("{field}: true is not supported"))),
+            None => Ok(config),
+        }
+    }
+
+    /// `mu` for an image of `image_seq_len` tokens: a line through (`base_image_seq_len`, `base_shift`) and
+    /// (`max_image_seq_len`, `max_shift`) (`calculate_shift` of `pipeline_flux.py`).
+    pub fn mu(&self, image_seq_len: usize) -> f64 {
+        let (base_shift, max_shift) = (self.base_shift.unwrap_or(0.5), self.max_shift.unwrap_or(1.15));
+        let slope = (max_shift - base_shift) / (self.max_image_seq_len as f64 - self.base_image_seq_len as f64);
+        image_seq_len as f64 * slope + (base_shift - slope * self.base_image_seq_len as f64)
+    }
+
+    /// What becomes of the sigma `t`.
+    fn shifted(&self, t: f32, mu: f64) -> f32 {
+        if !self.use_dynamic_shifting {
+            return self.shift * t / (1.0 + (self.shift - 1.0) * t);
+        }
+        let pull = match self.time_shift_type {
+            TimeShift::Exponential => mu.exp() as f32,
+            TimeShift::Linear => mu as f32,
+        };
+        pull / (pull + (1.0 / t - 1.0))
+    }
+}
+
+/// `n` sigmas from 1 down to `1/n`, evenly spaced: what the FLUX.1 pipeline starts from.
+pub fn linear_sigmas(n: usize) -> Vec<f64> {
+    let last = 1.0 / n as f64;
+    // numpy.linspace: the step is computed once and the end is set exactly.
+    let step = (last - 1.0) / (n.max(2) - 1) as f64;
+    let mut sigmas: Vec<f64> = (0..n).map(|i| i as f64 * step + 1.0).collect();
+    if n > 1 {
+        sigmas[n - 1] = last;
+    }
+    sigmas
+}
+
+/// One session's way from noise to sample. It has no state between steps.
+#[derive(Debug, Clone)]
+pub struct FlowMatchEuler {
+    timesteps: Vec<f64>,
+    /// One per timestep, and a final 0.
+    sigmas: Vec<f32>,
+}
+
+impl FlowMatchEuler {
+    /// `sigmas` before shifting, falling, in (0, 1]. `mu` counts only with dynamic shifting.
+    pub fn new(config: &FlowMatchEulerConfig, sigmas: &[f64], mu: f64) -> Self {
+        let mut sigmas: Vec<f32> = sigmas.iter().map(|sigma| config.shifted(*sigma as f32, mu)).collect();
+        if let (Some(terminal), Some(last)) = (config.shift_terminal.filter(|t| *t != 0.0), sigmas.last()) {
+            let scale = (1.0 - last) / (1.0 - terminal);
+            sigmas.iter_mut().for_each(|sigma| *sigma = 1.0 - (1.0 - *sigma) / scale);
+        }
+        let timesteps = sigmas.iter().map(|sigma| f64::from(sigma * config.num_train_timesteps as f32)).collect();
+        sigmas.push(0.0);
+        Self { timesteps, sigmas }
+    }
+
+    /// One per timestep, and a final 0.
+    pub fn sigmas(&self) -> &[f32] {
+        &self.sigmas
+    }
+}
+
+impl Solver for FlowMatchEuler {
+    fn timesteps(&self) -> &[f64] {
+        &self.timesteps
+    }
+
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        let dt = self.sigmas[index + 1] - self.sigmas[index];
+        Ok((sample.to_dtype(DType::F32)? + (model_output.to_dtype(DType::F32)? * f64::from(dt))?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<FlowMatchEulerConfig> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("scheduler_config.json");
+        std::fs::write(&path, json).expect("write");
+        FlowMatchEulerConfig::read(&path)
+    }
+
+    #[test]
+    fn schedules_that_are_not_computed_are_refused_by_name() {
+        for field in ["invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"] {
+            let error = read(&format!("{{\"{field}\": true}}")).expect_err("not supported").to_string();
+            assert!(error.contains(field), "{error}");
+            read(&format!("{{\"{field}\": false}}")).expect("that is the default");
+        }
+        read("{\"time_shift_type\": \"cubic\"}").expect_err("no such shift");
+    }
+
+    #[test]
+    fn sigmas_start_at_one_and_end_at_zero() {
+        for steps in [1, 2, 4, 28] {
+            let config = FlowMatchEulerConfig { use_dynamic_shifting: true, ..Default::default() };
+            let solver = FlowMatchEuler::new(&config, &linear_sigmas(steps), config.mu(4096));
+            assert_eq!(solver.timesteps().len(), steps);
+            assert_eq!(solver.sigmas().first(), Some(&1.0));
+            assert_eq!(solver.sigmas().last(), Some(&0.0));
+            assert!(solver.sigmas().windows(2).all(|pair| pair[0] > pair[1]));
+        }
+    }
+
+    #[test]
+    fn terminal_sigma_is_reached() {
+        let config = FlowMatchEulerConfig { shift_terminal: Some(0.1), ..Default::default() };
+        let solver = FlowMatchEuler::new(&config, &linear_sigmas(8), 0.0);
+        assert!((solver.sigmas()[7] - 0.1).abs() < 1e-6);
+    }
+}

@@ -1,1 +1,295 @@
-//! AutoencoderKL (decoder).
+//! The decoder half of `AutoencoderKL`: latents of a picture to its pixels.
+//!
+//! Owns: the decoder, and the latents' scale. Does not know: packing, samplers, bytes. The encoder half is not loaded.
+//! Source: diffusers `models/autoencoders/{autoencoder_kl,vae}.py`, `models/unets/unet_2d_blocks.py`.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::Deserialize;
+use tale_kernels::{AttentionOptions, attention, silu, upsample_nearest2d};
+
+use crate::error::{Error, Result};
+use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::weights::Weights;
+
+/// Of every group norm of the decoder; the class does not configure it.
+const NORM_EPS: f64 = 1e-6;
+
+/// `config.json` of an `AutoencoderKL`; what decides about the decoder. Defaults are those of diffusers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct KlConfig {
+    pub out_channels: usize,
+    pub latent_channels: usize,
+    pub block_out_channels: Vec<usize>,
+    pub up_block_types: Vec<String>,
+    pub layers_per_block: usize,
+    pub norm_num_groups: usize,
+    pub act_fn: String,
+    pub scaling_factor: f64,
+    pub shift_factor: Option<f64>,
+    pub use_post_quant_conv: bool,
+    pub mid_block_add_attention: bool,
+}
+
+impl Default for KlConfig {
+    fn default() -> Self {
+        Self {
+            out_channels: 3,
+            latent_channels: 4,
+            block_out_channels: vec![64],
+            up_block_types: vec![UP_BLOCK.to_owned()],
+            layers_per_block: 1,
+            norm_num_groups: 32,
+            act_fn: "silu".to_owned(),
+            scaling_factor: 0.18215,
+            shift_factor: None,
+            use_post_quant_conv: true,
+            mid_block_add_attention: true,
+        }
+    }
+}
+
+/// Each level doubles the picture's sides.
+const MAX_LEVELS: usize = 8;
+const UP_BLOCK: &str = "UpDecoderBlock2D";
+
+impl KlConfig {
+    /// Refuses what this decoder does not compute. `path` is named in the error.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let refuse = |problem: String| Err(Error::checkpoint(path, problem));
+        if self.act_fn != "silu" {
+            return refuse(format!("act_fn `{}` is not supported; supported: silu", self.act_fn));
+        }
+        if let Some(other) = self.up_block_types.iter().find(|block| *block != UP_BLOCK) {
+            return refuse(format!("up block `{other}` is not supported; supported: {UP_BLOCK}"));
+        }
+        if self.block_out_channels.is_empty() || self.block_out_channels.len() > MAX_LEVELS {
+            return refuse(format!("block_out_channels needs 1 to {MAX_LEVELS} levels"));
+        }
+        if self.up_block_types.len() != self.block_out_channels.len() {
+            return refuse("up_block_types needs one entry per level of block_out_channels".to_owned());
+        }
+        let groups = self.norm_num_groups;
+        if groups == 0 || self.block_out_channels.iter().any(|channels| *channels == 0 || channels % groups != 0) {
+            return refuse(format!("block_out_channels must be multiples of norm_num_groups ({groups})"));
+        }
+        if self.out_channels != 3 {
+            return refuse(format!("makes pictures of {} channels; supported: 3", self.out_channels));
+        }
+        Ok(())
+    }
+
+    /// Pixels per latent on each side.
+    pub fn vae_scale_factor(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+
+    /// Bytes that decoding one picture of `pixels` needs at its peak: in the widest level, the input of a block, its
+    /// normed and convolved copies, and one convolution's working copy.
+    pub fn decode_bytes(&self, pixels: usize) -> usize {
+        let mut widest = 0;
+        let mut previous = self.block_out_channels.last().copied().unwrap_or(0);
+        for (level, channels) in self.block_out_channels.iter().rev().enumerate() {
+            let shrink = self.vae_scale_factor() >> level;
+            // A level's first block still has the channels of the level before.
+            widest = widest.max(pixels / (shrink * shrink) * previous.max(*channels));
+            previous = *channels;
+        }
+        LIVE_COPIES * widest * size_of::<f32>()
+    }
+}
+
+/// Tensors of the widest level that are alive at once: residual, normed, activated, convolved, and the convolution's
+/// own copy.
+const LIVE_COPIES: usize = 5;
+
+/// Latents to pixels.
+#[derive(Debug, Clone)]
+pub struct KlDecoder {
+    scaling_factor: f64,
+    shift_factor: f64,
+    post_quant_conv: Option<Conv2d>,
+    conv_in: Conv2d,
+    mid_resnets: [Resnet; 2],
+    mid_attention: Option<Attention>,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl KlDecoder {
+    /// Tensors `decoder.*` and `post_quant_conv.*`; `encoder.*` and `quant_conv.*` are left where they are.
+    pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
+        weights.ignore_below("encoder");
+        weights.ignore_below("quant_conv");
+        let decoder = weights.pp("decoder");
+        let groups = config.norm_num_groups;
+        let latent = config.latent_channels;
+        let (first, last) =
+            (config.block_out_channels[0], config.block_out_channels[config.block_out_channels.len() - 1]);
+        let mid = decoder.pp("mid_block");
+        let post_quant_conv = match config.use_post_quant_conv {
+            true => Some(Conv2d::load(&weights.pp("post_quant_conv"), latent, latent, 1, 0)?),
+            false => None,
+        };
+        let mid_attention = match config.mid_block_add_attention {
+            true => Some(Attention::load(&mid.pp("attentions").pp(0), last, groups)?),
+            false => None,
+        };
+        let mid_resnet = |i: usize| Resnet::load(&mid.pp("resnets").pp(i), last, last, groups);
+        Ok(Self {
+            scaling_factor: config.scaling_factor,
+            shift_factor: config.shift_factor.unwrap_or(0.0),
+            post_quant_conv,
+            conv_in: Conv2d::load(&decoder.pp("conv_in"), latent, last, 3, 1)?,
+            mid_resnets: [mid_resnet(0)?, mid_resnet(1)?],
+            mid_attention,
+            up_blocks: load_up_blocks(&decoder.pp("up_blocks"), config)?,
+            conv_norm_out: GroupNorm::load(&decoder.pp("conv_norm_out"), groups, first, NORM_EPS)?,
+            conv_out: Conv2d::load(&decoder.pp("conv_out"), first, config.out_channels, 3, 1)?,
+        })
+    }
+
+    /// Scaled `latents [b, latent_channels, h, w]` (as a transformer makes them) to pixels `[b, 3, H, W]` in about
+    /// -1..=1, where `H` is `h` times the VAE's scale factor.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let mut x = latents.affine(1.0 / self.scaling_factor, self.shift_factor)?;
+        if let Some(conv) = &self.post_quant_conv {
+            x = conv.forward(&x)?;
+        }
+        x = self.mid_resnets[0].forward(&self.conv_in.forward(&x)?)?;
+        if let Some(attention) = &self.mid_attention {
+            x = attention.forward(&x)?;
+        }
+        x = self.mid_resnets[1].forward(&x)?;
+        for block in &self.up_blocks {
+            x = block.forward(x)?;
+        }
+        self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
+    }
+}
+
+/// One level: residual blocks, then twice the size (but for the last).
+#[derive(Debug, Clone)]
+struct UpBlock {
+    resnets: Vec<Resnet>,
+    upsampler: Option<Conv2d>,
+}
+
+/// Levels from the smallest, which has the last entry of `block_out_channels`.
+fn load_up_blocks(weights: &Weights, config: &KlConfig) -> Result<Vec<UpBlock>> {
+    let levels = config.block_out_channels.len();
+    let mut previous = config.block_out_channels[levels - 1];
+    let mut blocks = Vec::with_capacity(levels);
+    for (level, channels) in config.block_out_channels.iter().copied().rev().enumerate() {
+        let weights = weights.pp(level);
+        let mut resnets = Vec::with_capacity(config.layers_per_block + 1);
+        for i in 0..=config.layers_per_block {
+            let in_channels = if i == 0 { previous } else { channels };
+            resnets.push(Resnet::load(&weights.pp("resnets").pp(i), in_channels, channels, config.norm_num_groups)?);
+        }
+        let upsampler = match level + 1 < levels {
+            true => Some(Conv2d::load(&weights.pp("upsamplers").pp(0).pp("conv"), channels, channels, 3, 1)?),
+            false => None,
+        };
+        blocks.push(UpBlock { resnets, upsampler });
+        previous = channels;
+    }
+    Ok(blocks)
+}
+
+impl UpBlock {
+    fn forward(&self, mut x: Tensor) -> Result<Tensor> {
+        for resnet in &self.resnets {
+            x = resnet.forward(&x)?;
+        }
+        match &self.upsampler {
+            Some(conv) => conv.forward(&upsample_nearest2d(&x)?),
+            None => Ok(x),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl Resnet {
+    fn load(weights: &Weights, in_channels: usize, out_channels: usize, groups: usize) -> Result<Self> {
+        let conv_shortcut = match in_channels == out_channels {
+            true => None,
+            false => Some(Conv2d::load(&weights.pp("conv_shortcut"), in_channels, out_channels, 1, 0)?),
+        };
+        Ok(Self {
+            norm1: GroupNorm::load(&weights.pp("norm1"), groups, in_channels, NORM_EPS)?,
+            conv1: Conv2d::load(&weights.pp("conv1"), in_channels, out_channels, 3, 1)?,
+            norm2: GroupNorm::load(&weights.pp("norm2"), groups, out_channels, NORM_EPS)?,
+            conv2: Conv2d::load(&weights.pp("conv2"), out_channels, out_channels, 3, 1)?,
+            conv_shortcut,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.conv1.forward(&silu(&self.norm1.forward(x)?)?)?;
+        let y = self.conv2.forward(&silu(&self.norm2.forward(&y)?)?)?;
+        match &self.conv_shortcut {
+            Some(conv) => Ok((conv.forward(x)? + y)?),
+            None => Ok((x + y)?),
+        }
+    }
+}
+
+/// Every position attends to every other one, in one head.
+#[derive(Debug, Clone)]
+struct Attention {
+    group_norm: GroupNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Linear,
+}
+
+impl Attention {
+    /// Names of today (`to_q`, `to_k`, `to_v`, `to_out.0`) or of old checkpoints (`query`, `key`, `value`,
+    /// `proj_attn`).
+    fn load(weights: &Weights, channels: usize, groups: usize) -> Result<Self> {
+        let old = weights.contains("query.weight");
+        let projection = |new_name: &str, old_name: &str| {
+            load_projection(&weights.pp(if old { old_name } else { new_name }), channels)
+        };
+        Ok(Self {
+            group_norm: GroupNorm::load(&weights.pp("group_norm"), groups, channels, NORM_EPS)?,
+            q: projection("to_q", "query")?,
+            k: projection("to_k", "key")?,
+            v: projection("to_v", "value")?,
+            out: projection("to_out.0", "proj_attn")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let tokens = self.group_norm.forward(x)?.reshape((b, c, h * w))?.transpose(1, 2)?.contiguous()?; // [b, hw, c]
+        let one_head = |x: Tensor| x.reshape((b, h * w, 1, c));
+        let (q, k, v) = (self.q.forward(&tokens)?, self.k.forward(&tokens)?, self.v.forward(&tokens)?);
+        let y = attention(&one_head(q)?, &one_head(k)?, &one_head(v)?, &AttentionOptions::default())?;
+        let y = self.out.forward(&y.reshape((b, h * w, c))?)?;
+        Ok((x + y.transpose(1, 2)?.reshape((b, c, h, w))?)?)
+    }
+}
+
+/// A `[c, c]` matrix, which some checkpoints keep as a convolution kernel `[c, c, 1, 1]`.
+fn load_projection(weights: &Weights, channels: usize) -> Result<Linear> {
+    if weights.rank("weight") != Some(4) {
+        return Linear::load(weights, channels, channels);
+    }
+    let kernel = weights.get(&[channels, channels, 1, 1], "weight")?;
+    Ok(Linear::new(kernel.reshape((channels, channels))?, Some(weights.get(&[channels], "bias")?)))
+}

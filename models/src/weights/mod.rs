@@ -136,6 +136,11 @@ impl Weights {
         self.source.tensors.range(below.clone()..).next().is_some_and(|(name, _)| name.starts_with(&below))
     }
 
+    /// Number of dimensions of a tensor, if the files hold it.
+    pub fn rank(&self, name: &str) -> Option<usize> {
+        self.source.tensors.get(&self.full_name(name)).map(|located| located.shape.len())
+    }
+
     /// A vector, norm weight, bias, convolution kernel or table, in the compute dtype.
     pub fn get(&self, shape: &[usize], name: &str) -> Result<Tensor> {
         self.load(shape, name, |placement, _| placement.compute_dtype)

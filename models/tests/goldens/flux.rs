@@ -1,1 +1,318 @@
-//! See main.rs.
+//! FLUX.1 and its solver, stage by stage.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use tale_models::card::DiffusionOptions;
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::families::flux::{FluxConditioning, FluxModel};
+use tale_models::family::LoadOptions;
+use tale_models::manifest::Manifest;
+use tale_models::request::{DiffusionRequest, Frame, Phase};
+use tale_models::rng::TorchGenerator;
+use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
+use tale_models::runner::{Runner, RunnerStatus};
+use tale_models::solver::Solver;
+use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use tale_models::{Event, Events, ModelCard, Request, SessionId};
+
+use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
+
+const CASES: [&str; 2] = ["flux-dev", "flux-schnell"];
+/// f32 on both sides, other orders of summation.
+const TOLERANCE: f64 = 1e-4;
+const TEXT_TOLERANCE: f64 = 1e-5;
+const MIN_PSNR: f64 = 50.0;
+
+#[test]
+fn flow_match_euler_takes_the_steps_of_the_reference() {
+    let golden = golden_json("solvers");
+    let tensors = golden_tensors("solvers");
+    let mut checked = 0;
+    for case in golden["cases"].as_array().unwrap() {
+        // The pipelines of this class give the sigmas; the scheduler's own are not used.
+        if case["class"] != "FlowMatchEulerDiscreteScheduler" || case["sigmas_arg"].is_null() {
+            continue;
+        }
+        let name = case["name"].as_str().unwrap();
+        let config: FlowMatchEulerConfig = serde_json::from_value(case["config"].clone()).unwrap();
+        let sigmas = linear_sigmas(case["num_inference_steps"].as_u64().unwrap() as usize);
+        let recorded: Vec<f64> = serde_json::from_value(case["sigmas_arg"].clone()).unwrap();
+        assert_eq!(sigmas, recorded, "{name}");
+        let mut solver = FlowMatchEuler::new(&config, &sigmas, case["mu"].as_f64().unwrap_or(f64::NAN));
+
+        let tensor = |what: &str| &tensors[&format!("{name}.{what}")];
+        assert_close(&format!("{name} timesteps"), &row(solver.timesteps()), tensor("timesteps"), 1e-7);
+        let found = Tensor::new(solver.sigmas(), &Device::Cpu).unwrap();
+        assert_close(&format!("{name} sigmas"), &found, tensor("sigmas"), 1e-7);
+        let mut sample = tensor("sample").clone();
+        for step in 0..solver.timesteps().len() {
+            sample = solver.step(step, &tensor("outputs").get(step).unwrap(), &sample).unwrap();
+            assert_close(&format!("{name} step {step}"), &sample, &tensor("samples").get(step).unwrap(), 1e-6);
+        }
+        checked += 1;
+    }
+    assert!(checked > 0, "the golden has cases of this solver");
+}
+
+#[test]
+fn every_stage_is_the_reference_one() {
+    for case in CASES {
+        let model = load_model(case);
+        let tensors = golden_tensors(case);
+        for (run, request) in requests(case, model.card()).into_iter().enumerate() {
+            let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
+            let conditioning = model.encode(&request.prompt, &request).unwrap();
+            golden.check("pooled_prompt_embeds", &conditioning.pooled_prompt_embeds, TEXT_TOLERANCE);
+            golden.check("prompt_embeds", &conditioning.prompt_embeds, TEXT_TOLERANCE);
+
+            let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.seed)).unwrap();
+            golden.check("noise", &noise, 1e-6);
+            let solver = model.solver(&request).unwrap();
+            golden.check("timesteps", &row(solver.timesteps()), 1e-7);
+
+            let prediction = predict_one(&model, &noise, solver.timesteps()[0], &conditioning, &request);
+            golden.check("prediction0", &prediction, TOLERANCE);
+            check_denoising(&model, &golden, &request);
+            check_pixels(&model, &golden, &request);
+        }
+    }
+}
+
+/// Each step from what the reference had before it, so that errors do not add up.
+fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
+    let conditioning = golden.conditioning();
+    let mut solver = model.solver(request).unwrap();
+    let mut latents = golden.get("noise").clone();
+    for step in 0..request.num_inference_steps {
+        let prediction = predict_one(model, &latents, solver.timesteps()[step], &conditioning, request);
+        latents = solver.step(step, &prediction, &latents).unwrap();
+        golden.check(&format!("latents{step}"), &latents, TOLERANCE);
+        latents = golden.get(&format!("latents{step}")).clone();
+    }
+}
+
+fn check_pixels(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
+    let last = golden.get(&format!("latents{}", request.num_inference_steps - 1));
+    let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap();
+    assert_eq!(pixels.dims(), [1, 3, request.height, request.width]);
+    let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
+    let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let bytes: Vec<u8> = bytes.into_iter().map(|value| value as u8).collect();
+    let found = psnr(&bytes, &golden.image());
+    assert!(found >= MIN_PSNR, "{}: the decoder alone is at {found:.1} dB", golden.name);
+}
+
+/// The whole way through the runner, from the request to the bytes.
+#[test]
+fn pictures_are_the_reference_ones() {
+    for case in CASES {
+        let (card, mut runner) = load_runner(case, 4);
+        let tensors = golden_tensors(case);
+        for (run, request) in requests(case, &card).into_iter().enumerate() {
+            let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
+            let picture = &pictures(&mut *runner, &[request])[0];
+            let found = psnr(&picture.rgb, &golden.image());
+            assert!(found >= MIN_PSNR, "{}: {found:.1} dB", golden.name);
+        }
+    }
+}
+
+/// Sessions of other seeds, step counts, prompts and guidance scales, begun at other times, in shared forward passes.
+#[test]
+fn batched_sessions_give_the_pictures_of_lone_ones() {
+    for case in CASES {
+        let (card, mut runner) = load_runner(case, 3);
+        let first = requests(case, &card).remove(0);
+        let variants: Vec<DiffusionRequest> = (0..4)
+            .map(|i| DiffusionRequest {
+                seed: 100 + i as u64,
+                num_inference_steps: 2 + i,
+                prompt: format!("{} {i}", first.prompt),
+                guidance_scale: if first.guidance_scale > 0.0 { 1.0 + i as f64 } else { 0.0 },
+                ..first.clone()
+            })
+            .collect();
+        let alone: Vec<Frame> =
+            variants.iter().map(|request| pictures(&mut *runner, std::slice::from_ref(request)).remove(0)).collect();
+        let together = pictures(&mut *runner, &variants);
+        for (i, (together, alone)) in together.iter().zip(&alone).enumerate() {
+            let found = psnr(&together.rgb, &alone.rgb);
+            assert!(found >= MIN_PSNR, "{case} session {i}: {found:.1} dB against itself alone");
+        }
+        assert!(psnr(&alone[0].rgb, &alone[1].rgb) < 35.0, "{case}: the sessions are the same picture");
+    }
+}
+
+/// Rows of one forward pass do not see each other.
+#[test]
+fn rows_of_a_batch_predict_what_they_predict_alone() {
+    for case in CASES {
+        let model = load_model(case);
+        let tensors = golden_tensors(case);
+        let golden = Golden { name: case.to_owned(), run: 0, tensors: &tensors };
+        let request = requests(case, model.card()).remove(0);
+        let conditioning = golden.conditioning();
+        let latents = [golden.get("noise"), golden.get("latents0"), golden.get("latents1")];
+        let timesteps = [1000.0, 613.25, 250.5];
+        let rows: Vec<_> = latents
+            .iter()
+            .zip(timesteps)
+            .map(|(latents, timestep)| DenoiseRow { latents, timestep, conditioning: &conditioning, request: &request })
+            .collect();
+        let batched = model.predict(&rows).unwrap();
+        for (row, batched) in rows.iter().zip(batched) {
+            let alone = predict_one(&model, row.latents, row.timestep, &conditioning, &request);
+            assert_close(&format!("{case} at {}", row.timestep), &batched, &alone, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn cancel_at_any_step_leaves_nothing() {
+    let (card, mut runner) = load_runner("flux-schnell", 4);
+    let request = requests("flux-schnell", &card).remove(0);
+    for steps in 0..=request.num_inference_steps + 1 {
+        runner.submit(SessionId(1), Request::Diffusion(request.clone())).unwrap();
+        for _ in 0..steps {
+            runner.step(&mut Events::default()).unwrap();
+        }
+        assert_eq!(runner.status().running + runner.status().waiting, 1);
+        runner.cancel(SessionId(1));
+        assert_eq!(runner.status(), RunnerStatus::default());
+        assert_eq!(runner.next(), None);
+    }
+}
+
+#[test]
+fn card_carries_the_pipelines_defaults_and_limits() {
+    let dev = load_model("flux-dev").card().clone();
+    assert_eq!((dev.defaults.width, dev.defaults.num_inference_steps, dev.defaults.guidance_scale), (1024, 28, 3.5));
+    assert_eq!((dev.size_multiple, dev.max_sequence_length), (16, 512));
+    let schnell = load_model("flux-schnell").card().clone();
+    // Its VAE has three levels.
+    assert_eq!((schnell.defaults.width, schnell.defaults.num_inference_steps), (512, 4));
+    assert_eq!((schnell.size_multiple, schnell.max_sequence_length), (8, 256));
+    let guided = DiffusionOptions { prompt: "a fox".into(), guidance_scale: Some(2.0), ..Default::default() };
+    assert!(schnell.resolve(guided, 0).is_err(), "schnell was distilled without guidance");
+}
+
+#[test]
+fn every_tensor_of_the_checkpoints_is_used() {
+    for case in CASES {
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let inspection = tale_models::family::inspect(&case_dir(case).join("checkpoint"), &placement).unwrap();
+        assert!(inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
+        for (component, report) in inspection.components {
+            assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
+            assert_eq!(report.unused, Vec::<String>::new(), "{case} {component}");
+        }
+    }
+}
+
+/// One run of a case.
+struct Golden<'a> {
+    name: String,
+    run: usize,
+    tensors: &'a HashMap<String, Tensor>,
+}
+
+impl Golden<'_> {
+    fn get(&self, what: &str) -> &Tensor {
+        &self.tensors[&format!("run{}.{what}", self.run)]
+    }
+
+    fn check(&self, what: &str, found: &Tensor, tolerance: f64) {
+        assert_close(&format!("{} {what}", self.name), found, self.get(what), tolerance);
+    }
+
+    fn conditioning(&self) -> FluxConditioning {
+        FluxConditioning {
+            prompt_embeds: self.get("prompt_embeds").clone(),
+            pooled_prompt_embeds: self.get("pooled_prompt_embeds").clone(),
+        }
+    }
+
+    fn image(&self) -> Vec<u8> {
+        self.get("image").flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+fn load_model(case: &str) -> FluxModel {
+    let manifest = Manifest::read(&case_dir(case).join("checkpoint")).unwrap();
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+    FluxModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+}
+
+fn load_runner(case: &str, max_denoise_rows: usize) -> (tale_models::DiffusionCard, Box<dyn Runner>) {
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+    let options = LoadOptions { max_denoise_rows, ..Default::default() };
+    let loaded = tale_models::load(&case_dir(case).join("checkpoint"), &placement, &options, &mut |_| ()).unwrap();
+    let ModelCard::Diffusion(card) = loaded.card else { panic!("{case} makes pictures") };
+    (card, loaded.runner)
+}
+
+/// The runs of a case as the server would resolve them.
+fn requests(case: &str, card: &tale_models::DiffusionCard) -> Vec<DiffusionRequest> {
+    let golden = golden_json(case);
+    let size = |value: &serde_json::Value| value.as_u64().map(|value| value as usize);
+    let request = |run: &serde_json::Value| {
+        let options = DiffusionOptions {
+            prompt: run["prompt"].as_str().unwrap().to_owned(),
+            width: size(&run["width"]),
+            height: size(&run["height"]),
+            num_inference_steps: size(&run["num_inference_steps"]),
+            guidance_scale: run["guidance_scale"].as_f64(),
+            seed: run["seed"].as_u64(),
+            max_sequence_length: size(&run["max_sequence_length"]),
+            ..Default::default()
+        };
+        card.resolve(options, 0).unwrap()
+    };
+    golden["runs"].as_array().unwrap().iter().map(request).collect()
+}
+
+fn predict_one(
+    model: &FluxModel,
+    latents: &Tensor,
+    timestep: f64,
+    conditioning: &FluxConditioning,
+    request: &DiffusionRequest,
+) -> Tensor {
+    model.predict(&[DenoiseRow { latents, timestep, conditioning, request }]).unwrap().remove(0)
+}
+
+/// Runs sessions to their end, each submitted one step after the one before, and checks what they tell.
+fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
+    let mut waiting = requests.iter().cloned().enumerate();
+    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
+    let mut finished = 0;
+    loop {
+        if let Some((id, request)) = waiting.next() {
+            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
+        }
+        if runner.next().is_none() {
+            break;
+        }
+        let mut events = Events::default();
+        runner.step(&mut events).unwrap();
+        for (id, event) in events.drain() {
+            match event {
+                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
+                Event::Finished { .. } => finished += 1,
+                Event::Progress { phase: Phase::Denoise, total, .. } => {
+                    assert_eq!(total, requests[id.0 as usize].num_inference_steps);
+                }
+                Event::Failed(error) => panic!("session {id:?}: {error}"),
+                _ => (),
+            }
+        }
+    }
+    assert_eq!(finished, requests.len());
+    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
+}
+
+fn row(values: &[f64]) -> Tensor {
+    let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
+    Tensor::new(values, &Device::Cpu).unwrap()
+}

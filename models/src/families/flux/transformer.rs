@@ -1,0 +1,431 @@
+//! The FLUX.1 transformer: image and text tokens side by side, first in two streams, then in one.
+//!
+//! Source: diffusers `models/transformers/transformer_flux.py` and `models/normalization.py`, whose tensor names are
+//! the ones read here. Shapes: `b` rows, `lt` text tokens, `li` image tokens, `l = lt + li` in this order.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use tale_kernels::{AttentionOptions, attention, gelu_tanh, rope_interleaved, silu};
+
+use crate::error::{Error, Result};
+use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
+use crate::layers::{LayerNorm, Linear, RmsNorm};
+use crate::weights::Weights;
+
+/// Of every norm; the class does not configure it.
+const NORM_EPS: f64 = 1e-6;
+const ROPE_THETA: f64 = 10_000.0;
+/// Width of the sinusoids of timestep and guidance.
+const TIME_CHANNELS: usize = 256;
+const MLP_RATIO: usize = 4;
+/// Side of the square of latent positions that one image token holds.
+const PACK: usize = 2;
+
+/// `config.json` of a `FluxTransformer2DModel`. Defaults are those of diffusers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct FluxTransformerConfig {
+    pub patch_size: usize,
+    pub in_channels: usize,
+    pub out_channels: Option<usize>,
+    pub num_layers: usize,
+    pub num_single_layers: usize,
+    pub attention_head_dim: usize,
+    pub num_attention_heads: usize,
+    pub joint_attention_dim: usize,
+    pub pooled_projection_dim: usize,
+    pub guidance_embeds: bool,
+    pub axes_dims_rope: [usize; 3],
+}
+
+impl Default for FluxTransformerConfig {
+    fn default() -> Self {
+        Self {
+            patch_size: 1,
+            in_channels: 64,
+            out_channels: None,
+            num_layers: 19,
+            num_single_layers: 38,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 4096,
+            pooled_projection_dim: 768,
+            guidance_embeds: false,
+            axes_dims_rope: [16, 56, 56],
+        }
+    }
+}
+
+impl FluxTransformerConfig {
+    /// Width of the streams.
+    pub fn inner_dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Channels of the latents before packing.
+    pub fn latent_channels(&self) -> usize {
+        self.in_channels / (PACK * PACK)
+    }
+
+    /// Channels of one token of the prediction.
+    fn predicted_channels(&self) -> usize {
+        self.patch_size * self.patch_size * self.out_channels.unwrap_or(self.in_channels)
+    }
+
+    /// Refuses configurations that contradict themselves or belong to another pipeline. `path` is named in the error.
+    pub fn check(&self, path: &Path) -> Result<()> {
+        let refuse = |problem: String| Err(Error::checkpoint(path, problem));
+        let axes = self.axes_dims_rope;
+        if axes.iter().sum::<usize>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
+            let head_dim = self.attention_head_dim;
+            return refuse(format!("axes_dims_rope {axes:?} must be even and add up to attention_head_dim {head_dim}"));
+        }
+        if self.inner_dim() == 0 || self.in_channels == 0 || self.in_channels % (PACK * PACK) != 0 {
+            return refuse(format!("in_channels {} must be a multiple of {}", self.in_channels, PACK * PACK));
+        }
+        if self.predicted_channels() != self.in_channels {
+            let predicted = self.predicted_channels();
+            return refuse(format!("takes {} channels and predicts {predicted}: not text-to-image", self.in_channels));
+        }
+        Ok(())
+    }
+}
+
+/// One forward pass: rows that share a shape.
+#[derive(Debug)]
+pub struct FluxInput<'a> {
+    /// Packed, `[b, li, in_channels]`.
+    pub latents: &'a Tensor,
+    /// `[b, lt, joint_attention_dim]`.
+    pub prompt_embeds: &'a Tensor,
+    /// `[b, pooled_projection_dim]`.
+    pub pooled_prompt_embeds: &'a Tensor,
+    /// One per row, 0..1000.
+    pub timesteps: &'a [f32],
+    /// One per row; read where the model embeds it.
+    pub guidance_scales: &'a [f32],
+    /// Rows and columns of image tokens; their product is `li`.
+    pub grid: (usize, usize),
+}
+
+/// The network.
+#[derive(Debug, Clone)]
+pub struct FluxTransformer {
+    config: FluxTransformerConfig,
+    x_embedder: Linear,
+    context_embedder: Linear,
+    time_text_embed: TimeTextEmbed,
+    transformer_blocks: Vec<DoubleBlock>,
+    single_transformer_blocks: Vec<SingleBlock>,
+    norm_out: Modulation<2>,
+    proj_out: Linear,
+}
+
+impl FluxTransformer {
+    /// Tensors as diffusers names them.
+    pub fn load(weights: &Weights, config: FluxTransformerConfig) -> Result<Self> {
+        let dim = config.inner_dim();
+        let double = weights.pp("transformer_blocks");
+        let single = weights.pp("single_transformer_blocks");
+        Ok(Self {
+            x_embedder: Linear::load(&weights.pp("x_embedder"), config.in_channels, dim)?,
+            context_embedder: Linear::load(&weights.pp("context_embedder"), config.joint_attention_dim, dim)?,
+            time_text_embed: TimeTextEmbed::load(&weights.pp("time_text_embed"), &config)?,
+            transformer_blocks: (0..config.num_layers)
+                .map(|i| DoubleBlock::load(&double.pp(i), &config))
+                .collect::<Result<_>>()?,
+            single_transformer_blocks: (0..config.num_single_layers)
+                .map(|i| SingleBlock::load(&single.pp(i), &config))
+                .collect::<Result<_>>()?,
+            norm_out: Modulation::load(&weights.pp("norm_out"), dim)?,
+            proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &FluxTransformerConfig {
+        &self.config
+    }
+
+    /// The velocity of each row, packed as the latents: `[b, li, in_channels]`.
+    pub fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
+        let condition = silu(&self.time_text_embed.forward(input)?)?; // [b, dim]
+        let mut image = self.x_embedder.forward(input.latents)?; // [b, li, dim]
+        let mut text = self.context_embedder.forward(input.prompt_embeds)?; // [b, lt, dim]
+        let text_len = text.dim(1)?;
+        let rope = Rope::new(&self.config.axes_dims_rope, text_len, input.grid, image.device())?;
+        for block in &self.transformer_blocks {
+            (text, image) = block.forward(&text, &image, &condition, &rope)?;
+        }
+        let mut joint = Tensor::cat(&[text, image], 1)?; // [b, l, dim]
+        for block in &self.single_transformer_blocks {
+            joint = block.forward(&joint, &condition, &rope)?;
+        }
+        let image = joint.narrow(1, text_len, joint.dim(1)? - text_len)?.contiguous()?;
+        // The last norm alone has its scale before its shift.
+        let [scale, shift] = self.norm_out.forward(&condition)?;
+        self.proj_out.forward(&modulated(&image, &shift, &scale)?)
+    }
+}
+
+/// Timestep, guidance and pooled text as one vector.
+#[derive(Debug, Clone)]
+struct TimeTextEmbed {
+    timestep_embedder: ConditionEmbedder,
+    guidance_embedder: Option<ConditionEmbedder>,
+    text_embedder: ConditionEmbedder,
+}
+
+impl TimeTextEmbed {
+    fn load(weights: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
+        let dim = config.inner_dim();
+        let time = |name: &str| ConditionEmbedder::load(&weights.pp(name), TIME_CHANNELS, dim);
+        Ok(Self {
+            timestep_embedder: time("timestep_embedder")?,
+            guidance_embedder: if config.guidance_embeds { Some(time("guidance_embedder")?) } else { None },
+            text_embedder: ConditionEmbedder::load(&weights.pp("text_embedder"), config.pooled_projection_dim, dim)?,
+        })
+    }
+
+    /// `[b, dim]`.
+    fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
+        let device = input.latents.device();
+        // The pipeline divides by 1000 and the model multiplies again; in f32 that is not quite nothing.
+        let timesteps: Vec<f32> = input.timesteps.iter().map(|timestep| timestep / 1000.0 * 1000.0).collect();
+        let mut condition = self.timestep_embedder.forward(&sinusoidal(&timesteps, TIME_CHANNELS, device)?)?;
+        if let Some(embedder) = &self.guidance_embedder {
+            let scales: Vec<f32> = input.guidance_scales.iter().map(|scale| scale * 1000.0).collect();
+            condition = (condition + embedder.forward(&sinusoidal(&scales, TIME_CHANNELS, device)?)?)?;
+        }
+        Ok((condition + self.text_embedder.forward(input.pooled_prompt_embeds)?)?)
+    }
+}
+
+/// Shifts, scales and gates of a block, from the condition: `linear(condition)` in N parts `[b, 1, dim]`.
+#[derive(Debug, Clone)]
+struct Modulation<const N: usize> {
+    linear: Linear,
+}
+
+impl<const N: usize> Modulation<N> {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
+        Ok(Self { linear: Linear::load(&weights.pp("linear"), dim, N * dim)? })
+    }
+
+    fn forward(&self, condition: &Tensor) -> Result<[Tensor; N]> {
+        let parts = self.linear.forward(condition)?.unsqueeze(1)?.chunk(N, 2)?;
+        Ok(parts.try_into().expect("N times dim splits into N parts: this is a bug"))
+    }
+}
+
+/// `norm(x) * (1 + scale) + shift`; `x [b, l, dim]`, the others `[b, 1, dim]`.
+fn modulated(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let normed = LayerNorm::no_affine(NORM_EPS).forward(x)?;
+    Ok(normed.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)?)
+}
+
+/// `x + gate * y`.
+fn gated_sum(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok((x + y.broadcast_mul(gate)?)?)
+}
+
+/// Queries, keys and values of one stream; queries and keys normed per head.
+#[derive(Debug, Clone)]
+struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    norm_q: RmsNorm,
+    norm_k: RmsNorm,
+    num_heads: usize,
+}
+
+/// Names of a stream's tensors: query, key and value projection, query and key norm.
+type ProjectionNames = [&'static str; 5];
+const OWN: ProjectionNames = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
+const ADDED: ProjectionNames = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+
+impl Projections {
+    fn load(weights: &Weights, config: &FluxTransformerConfig, names: ProjectionNames) -> Result<Self> {
+        let (dim, head_dim) = (config.inner_dim(), config.attention_head_dim);
+        let [q, k, v, norm_q, norm_k] = names.map(|name| weights.pp(name));
+        Ok(Self {
+            q: Linear::load(&q, dim, dim)?,
+            k: Linear::load(&k, dim, dim)?,
+            v: Linear::load(&v, dim, dim)?,
+            norm_q: RmsNorm::load(&norm_q, head_dim, NORM_EPS)?,
+            norm_k: RmsNorm::load(&norm_k, head_dim, NORM_EPS)?,
+            num_heads: config.num_attention_heads,
+        })
+    }
+
+    /// `x [b, l, dim]` to q, k, v `[b, l, heads, head_dim]`.
+    fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, l, dim) = x.dims3()?;
+        let heads = |x: Tensor| x.reshape((b, l, self.num_heads, dim / self.num_heads));
+        let q = self.norm_q.forward(&heads(self.q.forward(x)?)?)?;
+        let k = self.norm_k.forward(&heads(self.k.forward(x)?)?)?;
+        Ok([q, k, heads(self.v.forward(x)?)?])
+    }
+}
+
+/// Rotated attention of all tokens with all tokens: `[b, l, dim]`.
+fn joint_attention([q, k, v]: [Tensor; 3], rope: &Rope) -> Result<Tensor> {
+    let (b, l, heads, head_dim) = q.dims4()?;
+    let (q, k) = (rope.rotate(&q)?, rope.rotate(&k)?);
+    Ok(attention(&q, &k, &v, &AttentionOptions::default())?.reshape((b, l, heads * head_dim))?)
+}
+
+/// Rotation tables of all tokens, three axes side by side. Text tokens stand at (0, 0, 0), the image token in row r and
+/// column c at (0, r, c).
+#[derive(Debug)]
+struct Rope {
+    /// `[l, head_dim / 2]`.
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    fn new(axes_dims: &[usize; 3], text_len: usize, grid: (usize, usize), device: &Device) -> Result<Self> {
+        let (rows, columns) = grid;
+        let half: usize = axes_dims.iter().sum::<usize>() / 2;
+        let length = text_len + rows * columns;
+        let text = (0..text_len).map(|_| [0, 0, 0]);
+        let image = (0..rows * columns).map(|token| [0, token / columns, token % columns]);
+        let mut angles = Vec::with_capacity(length * half);
+        for position in text.chain(image) {
+            for (axis_dim, coordinate) in axes_dims.iter().zip(position) {
+                angles.extend((0..axis_dim / 2).map(|i| coordinate as f64 * frequency(i, *axis_dim)));
+            }
+        }
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = angles.iter().map(|angle| f(*angle) as f32).collect();
+            Tensor::from_vec(values, (length, half), device)
+        };
+        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
+    }
+
+    /// `x [b, l, heads, head_dim]`.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(rope_interleaved(x, &self.cos, &self.sin)?)
+    }
+}
+
+fn frequency(i: usize, axis_dim: usize) -> f64 {
+    1.0 / ROPE_THETA.powf((2 * i) as f64 / axis_dim as f64)
+}
+
+/// `net.2(gelu(net.0.proj x))`.
+#[derive(Debug, Clone)]
+struct FeedForward {
+    proj: Linear,
+    out: Linear,
+}
+
+impl FeedForward {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
+        let net = weights.pp("net");
+        Ok(Self {
+            proj: Linear::load(&net.pp("0.proj"), dim, MLP_RATIO * dim)?,
+            out: Linear::load(&net.pp(2), MLP_RATIO * dim, dim)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.out.forward(&gelu_tanh(&self.proj.forward(x)?)?)
+    }
+}
+
+/// One stream's half of a double block, around the attention that both share.
+#[derive(Debug, Clone)]
+struct Stream {
+    norm1: Modulation<6>,
+    projections: Projections,
+    to_out: Linear,
+    ff: FeedForward,
+}
+
+impl Stream {
+    /// `x + gate * attended`, then the feed-forward; `modulation` is all of the stream's in published order.
+    fn after_attention(&self, x: &Tensor, attended: &Tensor, modulation: &[Tensor; 6]) -> Result<Tensor> {
+        let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] = modulation;
+        let x = gated_sum(x, gate_msa, &self.to_out.forward(&attended.contiguous()?)?)?;
+        let y = self.ff.forward(&modulated(&x, shift_mlp, scale_mlp)?)?;
+        gated_sum(&x, gate_mlp, &y)
+    }
+}
+
+/// Image and text with their own weights, one attention.
+#[derive(Debug, Clone)]
+struct DoubleBlock {
+    image: Stream,
+    text: Stream,
+}
+
+impl DoubleBlock {
+    fn load(weights: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
+        let dim = config.inner_dim();
+        let attn = weights.pp("attn");
+        let image = Stream {
+            norm1: Modulation::load(&weights.pp("norm1"), dim)?,
+            projections: Projections::load(&attn, config, OWN)?,
+            to_out: Linear::load(&attn.pp("to_out.0"), dim, dim)?,
+            ff: FeedForward::load(&weights.pp("ff"), dim)?,
+        };
+        let text = Stream {
+            norm1: Modulation::load(&weights.pp("norm1_context"), dim)?,
+            projections: Projections::load(&attn, config, ADDED)?,
+            to_out: Linear::load(&attn.pp("to_add_out"), dim, dim)?,
+            ff: FeedForward::load(&weights.pp("ff_context"), dim)?,
+        };
+        Ok(Self { image, text })
+    }
+
+    /// `text [b, lt, dim]` and `image [b, li, dim]` to the same.
+    fn forward(&self, text: &Tensor, image: &Tensor, condition: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
+        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
+        let of_text = self.text.norm1.forward(condition)?;
+        let of_image = self.image.norm1.forward(condition)?;
+        let text_qkv = self.text.projections.forward(&modulated(text, &of_text[0], &of_text[1])?)?;
+        let image_qkv = self.image.projections.forward(&modulated(image, &of_image[0], &of_image[1])?)?;
+        let joint = |i: usize| Tensor::cat(&[&text_qkv[i], &image_qkv[i]], 1); // [b, l, heads, head_dim]
+        let attended = joint_attention([joint(0)?, joint(1)?, joint(2)?], rope)?;
+        let text = self.text.after_attention(text, &attended.narrow(1, 0, text_len)?, &of_text)?;
+        let image = self.image.after_attention(image, &attended.narrow(1, text_len, image_len)?, &of_image)?;
+        Ok((text, image))
+    }
+}
+
+/// All tokens in one stream; attention and feed-forward side by side.
+#[derive(Debug, Clone)]
+struct SingleBlock {
+    norm: Modulation<3>,
+    projections: Projections,
+    proj_mlp: Linear,
+    proj_out: Linear,
+}
+
+impl SingleBlock {
+    fn load(weights: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
+        let dim = config.inner_dim();
+        Ok(Self {
+            norm: Modulation::load(&weights.pp("norm"), dim)?,
+            projections: Projections::load(&weights.pp("attn"), config, OWN)?,
+            proj_mlp: Linear::load(&weights.pp("proj_mlp"), dim, MLP_RATIO * dim)?,
+            proj_out: Linear::load(&weights.pp("proj_out"), (1 + MLP_RATIO) * dim, dim)?,
+        })
+    }
+
+    /// `x [b, l, dim]` to the same.
+    fn forward(&self, x: &Tensor, condition: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let [shift, scale, gate] = self.norm.forward(condition)?;
+        let normed = modulated(x, &shift, &scale)?;
+        let attended = joint_attention(self.projections.forward(&normed)?, rope)?;
+        let inner = gelu_tanh(&self.proj_mlp.forward(&normed)?)?;
+        gated_sum(x, &gate, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)
+    }
+}
