@@ -38,7 +38,9 @@ fn flow_match_euler_takes_the_steps_of_the_reference() {
         let config: FlowMatchEulerConfig = serde_json::from_value(case["config"].clone()).unwrap();
         let sigmas = linear_sigmas(case["num_inference_steps"].as_u64().unwrap() as usize);
         let recorded: Vec<f64> = serde_json::from_value(case["sigmas_arg"].clone()).unwrap();
-        assert_eq!(sigmas, recorded, "{name}");
+        assert_eq!(sigmas.len(), recorded.len(), "{name}");
+        // The JSON parser may be one unit in the last place off.
+        assert!(sigmas.iter().zip(recorded).all(|(a, b)| (a - b).abs() < 1e-15), "{name}");
         let mut solver = FlowMatchEuler::new(&config, &sigmas, case["mu"].as_f64().unwrap_or(f64::NAN));
 
         let tensor = |what: &str| &tensors[&format!("{name}.{what}")];
