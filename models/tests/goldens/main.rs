@@ -2,6 +2,7 @@
 //! by `scripts/goldens`.
 
 mod flux;
+mod rng;
 mod support;
 mod text;
 mod tokenizers;

@@ -1,0 +1,211 @@
+//! Unigram tokenizers published as a SentencePiece model (`spiece.model`) alone: T5 and UMT5.
+//!
+//! Owns: the few fields of `sentencepiece_model.proto` that matter, read without a protobuf library (four kinds of
+//! fields and three messages do not pay for one), and what transformers' `T5Tokenizer` adds to them. SentencePiece
+//! models of other classes are refused: their rules about spaces and special tokens differ.
+
+use std::path::Path;
+
+use tokenizers::models::unigram::Unigram;
+use tokenizers::normalizers::Precompiled;
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::{SpecialTokens, TokenizerConfig};
+use crate::error::{Error, Result};
+
+/// Special tokens of `T5Tokenizer` where the configuration is silent.
+const T5_TOKENS: &[(&str, &str)] = &[("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", "<pad>")];
+/// Sentinels `<extra_id_N>` of `T5Tokenizer` where the configuration is silent.
+const EXTRA_IDS: u64 = 100;
+/// Stands for a space inside pieces.
+const SPACE: char = '\u{2581}';
+
+/// The tokenizer of one `.model` file.
+pub(super) fn load(path: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, SpecialTokens)> {
+    let problem = |problem: String| Error::checkpoint(path, problem);
+    if let Some(class) = config.class().filter(|class| *class != "T5Tokenizer") {
+        return Err(problem(format!("tokenizer_class {class} needs a tokenizer.json; T5Tokenizer does without")));
+    }
+    let bytes = std::fs::read(path).map_err(|e| Error::checkpoint(path, e))?;
+    let model = parse_model(&bytes).ok_or_else(|| problem("is not a whole SentencePiece model".into()))?;
+    if model.kind != UNIGRAM {
+        return Err(problem(format!("is of model_type {}; only unigram (1) is supported", model.kind)));
+    }
+    let extra_ids = config.get("extra_ids").and_then(serde_json::Value::as_u64).unwrap_or(EXTRA_IDS);
+    let special = config.special_tokens(T5_TOKENS);
+    let tokenizer = build(&model, extra_ids, &special).map_err(|e| Error::checkpoint(path, e))?;
+    Ok((tokenizer, special))
+}
+
+/// As `T5Tokenizer` of transformers: the file's own character map, words at white space, a space before each, EOS
+/// after. The sentinels follow the pieces, the highest number first.
+fn build(model: &Model, extra_ids: u64, special: &SpecialTokens) -> tokenizers::Result<Tokenizer> {
+    let sentinels: Vec<String> = (0..extra_ids).rev().map(|i| format!("<extra_id_{i}>")).collect();
+    let mut vocab: Vec<(String, f64)> = model.pieces.iter().map(|p| (p.text.clone(), f64::from(p.score))).collect();
+    vocab.extend(sentinels.iter().map(|sentinel| (sentinel.clone(), 0.0)));
+    let unknown = model.pieces.iter().position(|piece| piece.kind == UNKNOWN).ok_or("has no unknown piece")?;
+    let mut tokenizer = Tokenizer::new(Unigram::from(vocab, Some(unknown), false)?);
+    if !model.character_map.is_empty() {
+        tokenizer.with_normalizer(Some(Precompiled::from(&model.character_map)?))?;
+    }
+    let spaces = Metaspace::new(SPACE, PrependScheme::Always, true);
+    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![WhitespaceSplit.into(), spaces.clone().into()])));
+    tokenizer.with_decoder(Some(spaces));
+    tokenizer.add_tokens(model.pieces.iter().filter_map(Piece::added_token))?;
+    tokenizer.add_tokens(sentinels.iter().map(|sentinel| AddedToken::from(sentinel, true)))?;
+    let end = special.get("eos_token").map(|token| token.content.clone()).ok_or("eos_token is not named")?;
+    let end_id = tokenizer.token_to_id(&end).ok_or_else(|| format!("eos_token {end:?} is no piece"))?;
+    let template = TemplateProcessing::builder()
+        .try_single(vec!["$A".to_string(), end.clone()])?
+        .special_tokens(vec![(end, end_id)])
+        .build()?;
+    tokenizer.with_post_processor(Some(template));
+    Ok(tokenizer)
+}
+
+/// `TrainerSpec.ModelType`.
+const UNIGRAM: u64 = 1;
+/// `SentencePiece.Type`.
+const NORMAL: u64 = 1;
+const UNKNOWN: u64 = 2;
+const CONTROL: u64 = 3;
+const USER_DEFINED: u64 = 4;
+
+/// `ModelProto`.
+struct Model {
+    pieces: Vec<Piece>,
+    /// `trainer_spec.model_type`.
+    kind: u64,
+    /// `normalizer_spec.precompiled_charsmap`.
+    character_map: Vec<u8>,
+}
+
+/// `ModelProto.SentencePiece`.
+struct Piece {
+    text: String,
+    score: f32,
+    kind: u64,
+}
+
+impl Piece {
+    /// Control pieces are special tokens, pieces that the trainer was given are tokens found before the model looks.
+    fn added_token(&self) -> Option<AddedToken> {
+        let is_added = matches!(self.kind, CONTROL | USER_DEFINED);
+        is_added.then(|| AddedToken::from(&self.text, self.kind == CONTROL).normalized(false))
+    }
+}
+
+fn parse_model(bytes: &[u8]) -> Option<Model> {
+    let mut model = Model { pieces: Vec::new(), kind: UNIGRAM, character_map: Vec::new() };
+    for field in Fields(bytes) {
+        match field? {
+            (1, Field::Bytes(piece)) => model.pieces.push(parse_piece(piece)?),
+            (2, Field::Bytes(trainer)) => model.kind = varint_field(trainer, 3)?.unwrap_or(UNIGRAM),
+            (3, Field::Bytes(normalizer)) => model.character_map = bytes_field(normalizer, 2)?.unwrap_or(&[]).to_vec(),
+            _ => {}
+        }
+    }
+    Some(model)
+}
+
+fn parse_piece(bytes: &[u8]) -> Option<Piece> {
+    let mut piece = Piece { text: String::new(), score: 0.0, kind: NORMAL };
+    for field in Fields(bytes) {
+        match field? {
+            (1, Field::Bytes(text)) => piece.text = String::from_utf8(text.to_vec()).ok()?,
+            (2, Field::Fixed32(bits)) => piece.score = f32::from_bits(bits),
+            (3, Field::Varint(kind)) => piece.kind = kind,
+            _ => {}
+        }
+    }
+    Some(piece)
+}
+
+fn varint_field(message: &[u8], number: u64) -> Option<Option<u64>> {
+    let mut found = None;
+    for field in Fields(message) {
+        if let (n, Field::Varint(value)) = field?
+            && n == number
+        {
+            found = Some(value);
+        }
+    }
+    Some(found)
+}
+
+fn bytes_field(message: &[u8], number: u64) -> Option<Option<&[u8]>> {
+    let mut found = None;
+    for field in Fields(message) {
+        if let (n, Field::Bytes(value)) = field?
+            && n == number
+        {
+            found = Some(value);
+        }
+    }
+    Some(found)
+}
+
+/// The value of one field on the wire.
+enum Field<'a> {
+    Varint(u64),
+    Fixed64,
+    Bytes(&'a [u8]),
+    Fixed32(u32),
+}
+
+/// Fields of one message by number; yields `None` once, at the end, when the bytes break off or make no sense.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Option<(u64, Field<'a>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let field = self.read();
+        if field.is_none() {
+            self.0 = &[];
+        }
+        Some(field)
+    }
+}
+
+impl<'a> Fields<'a> {
+    fn read(&mut self) -> Option<(u64, Field<'a>)> {
+        let key = self.varint()?;
+        let field = match key & 7 {
+            0 => Field::Varint(self.varint()?),
+            1 => self.take(8).map(|_| Field::Fixed64)?,
+            2 => {
+                let len = usize::try_from(self.varint()?).ok()?;
+                Field::Bytes(self.take(len)?)
+            }
+            5 => Field::Fixed32(u32::from_le_bytes(self.take(4)?.try_into().ok()?)),
+            _ => return None,
+        };
+        Some((key >> 3, field))
+    }
+
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0;
+        for shift in (0..64).step_by(7) {
+            let byte = self.take(1)?[0];
+            value |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Some(value);
+            }
+        }
+        None
+    }
+}
