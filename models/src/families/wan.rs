@@ -511,7 +511,9 @@ impl Block {
         let x = (x + self.attn2.forward(&y, text, None)?)?;
 
         let y = modulated_norm(&x, [&part(3)?, &part(4)?], self.eps)?;
-        let y = self.ffn[1].forward(&gelu_tanh(&self.ffn[0].forward(&y)?)?)?;
+        // Two statements: the widest tensor of the block is freed before the second product.
+        let hidden = gelu_tanh(&self.ffn[0].forward(&y)?)?;
+        let y = self.ffn[1].forward(&hidden)?;
         Ok((x + y.broadcast_mul(&part(5)?)?)?)
     }
 }

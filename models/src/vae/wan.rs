@@ -188,7 +188,7 @@ impl WanVaeDecoder {
         for block in &self.up_blocks {
             x = block.forward(x, past)?;
         }
-        let x = self.conv_out.forward(silu(&self.norm_out.forward(&x)?)?, past)?; // [1, 3, frames, H, W]
+        let x = self.conv_out.forward(self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
         decoding.next += 1;
         decoding.past.is_first = false;
         Ok(x.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
@@ -256,6 +256,11 @@ impl Norm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(rms_norm_channels(x, &self.gamma)?)
     }
+
+    /// `silu(norm(x))`. A function of its own, so that the norm is freed before the convolution that comes next.
+    fn activated(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(silu(&self.forward(x)?)?)
+    }
 }
 
 struct ResidualBlock {
@@ -279,8 +284,8 @@ impl ResidualBlock {
     }
 
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
-        let y = self.conv1.forward(silu(&self.norm1.forward(&x)?)?, past)?;
-        let y = self.conv2.forward(silu(&self.norm2.forward(&y)?)?, past)?;
+        let y = self.conv1.forward(self.norm1.activated(&x)?, past)?;
+        let y = self.conv2.forward(self.norm2.activated(&y)?, past)?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(&x)?,
             None => x,
