@@ -1,10 +1,21 @@
 //! Wan2.1 text-to-video and its solver, stage by stage.
 
+use std::path::Path;
+
 use candle_core::Tensor;
+use tale_models::card::DiffusionOptions;
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::families::wan::WanModel;
+use tale_models::family::inspect;
+use tale_models::manifest::Manifest;
+use tale_models::request::{DiffusionRequest, Event, Events, Frame, Phase, Request, SessionId};
+use tale_models::rng::TorchGenerator;
+use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
 use tale_models::solver::unipc::{UniPc, UniPcConfig};
 
-use crate::support::{assert_close, golden_json, golden_tensors};
+use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
 
 /// Coefficients are f64 here and f32 in the reference, whose third-order terms cancel to a few digits over 50 steps.
 const THIRD_ORDER_TOLERANCE: f64 = 5e-5;
@@ -38,6 +49,236 @@ fn unipc_takes_the_steps_of_the_reference() {
         checked += 1;
     }
     assert!(checked > 0, "the golden has cases of this solver");
+}
+
+/// The two checkpoints differ in widths, depths, in which VAE levels double frames, and in how they are laid out.
+const CASES: [&str; 2] = ["wan-a", "wan-b"];
+
+#[test]
+fn every_stage_is_that_of_the_reference() {
+    for case in CASES {
+        let (model, tensors) = (open_model(case), golden_tensors(case));
+        for (run, request) in requests(case, &model) {
+            let tensor = |what: &str| &tensors[&format!("run{run}.{what}")];
+            let close = |what: &str, found: &Tensor, tolerance: f64| {
+                assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
+            };
+            let prompt_embeds = model.encode(&request.prompt, &request).unwrap();
+            close("prompt_embeds", &prompt_embeds, 1e-4);
+            let mut branches = vec![prompt_embeds];
+            if let Some(negative_prompt) = &request.negative_prompt {
+                branches.push(model.encode(negative_prompt, &request).unwrap());
+                close("negative_prompt_embeds", &branches[1], 1e-4);
+            }
+            let mut latents = model.initial_latents(&request, &mut TorchGenerator::new(request.seed)).unwrap();
+            close("noise", &latents, 0.0);
+            let mut solver = model.solver(&request).unwrap();
+            close("timesteps", &row(solver.timesteps()), 0.0);
+
+            for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
+                let predictions = predict(&model, &request, &latents, timestep, &branches);
+                if step == 0 {
+                    close("prediction0", &predictions[0], 1e-4);
+                }
+                let prediction = guided(&predictions, request.guidance_scale);
+                latents = solver.step(step, &prediction, &latents).unwrap();
+                close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
+            }
+            assert_eq!(decode(&model, &request, &latents).dims()[0], request.num_frames);
+        }
+    }
+}
+
+/// Guidance multiplies what two predictions differ by, step after step.
+const LATENTS_TOLERANCE: f64 = 1e-4;
+
+#[test]
+fn every_frame_is_that_of_the_reference() {
+    for case in CASES {
+        let (model, tensors) = (open_model(case), golden_tensors(case));
+        let requests = requests(case, &model);
+        let mut runner = DiffusionRunner::new(model, 4);
+        for (run, request) in requests {
+            let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
+            let expected = &tensors[&format!("run{run}.frames")];
+            assert_eq!(expected.dims(), [frames.len(), request.height, request.width, 3]);
+            for (index, frame) in frames.iter().enumerate() {
+                let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let psnr = psnr(&frame.rgb, &expected);
+                assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
+            }
+        }
+    }
+}
+
+#[test]
+fn clips_made_together_are_those_made_alone() {
+    for case in CASES {
+        let model = open_model(case);
+        let (_, first) = requests(case, &model).remove(0);
+        let second = DiffusionRequest { prompt: "Another prompt altogether".into(), seed: 3, ..first.clone() };
+        let mut runner = DiffusionRunner::new(model, 4);
+        let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
+        let alone = [first, second].map(|request| make_clips(&mut runner, &[request]).remove(0));
+        assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a clip depends on its company");
+        assert!(alone[0] != alone[1], "{case}: the prompt and the seed matter");
+    }
+}
+
+#[test]
+fn a_clip_cancelled_while_it_is_decoded_leaves_nothing() {
+    let model = open_model("wan-a");
+    let (_, request) = requests("wan-a", &model).remove(0);
+    let mut runner = DiffusionRunner::new(model, 4);
+    let id = SessionId(1);
+    runner.submit(id, Request::Diffusion(request)).unwrap();
+    let mut events = Events::default();
+    let mut chunks = 0;
+    while chunks < 2 {
+        runner.step(&mut events).unwrap();
+        chunks += events.drain().filter(|(_, event)| matches!(event, Event::Frames(_))).count();
+    }
+    assert_eq!(runner.next().unwrap().phase, Phase::VaeDecode, "a third chunk is to come");
+    runner.cancel(id);
+    assert_eq!(runner.status(), RunnerStatus::default());
+    assert!(runner.next().is_none());
+}
+
+#[test]
+fn every_tensor_of_a_checkpoint_is_known() {
+    for case in CASES {
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement).unwrap();
+        assert!(inspection.family == "wan" && inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
+        assert_eq!(inspection.components.len(), 3);
+        for (component, report) in inspection.components {
+            assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
+            assert!(report.unused.is_empty(), "{case} {component}: {:?}", report.unused);
+        }
+    }
+}
+
+#[test]
+fn checkpoints_of_other_pipelines_are_refused_by_name() {
+    let refused = |file: &str, field: &str, value: serde_json::Value| {
+        let copy = copy_of_configs("wan-b");
+        let path = copy.path().join(file);
+        let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json[field] = value;
+        std::fs::write(&path, json.to_string()).unwrap();
+        let error = try_open(copy.path()).err().unwrap_or_else(|| panic!("{file} with {field} is refused"));
+        let message = error.to_string();
+        assert!(message.contains(field) && message.contains(file), "{file} {field}: {message}");
+    };
+    refused("model_index.json", "boundary_ratio", 0.9.into());
+    refused("model_index.json", "transformer_2", serde_json::json!(["diffusers", "WanTransformer3DModel"]));
+    refused("model_index.json", "expand_timesteps", true.into());
+    refused("model_index.json", "scheduler", serde_json::json!(["diffusers", "DDIMScheduler"]));
+    refused("transformer/config.json", "image_dim", 1280.into());
+    refused("transformer/config.json", "added_kv_proj_dim", 5120.into());
+    refused("transformer/config.json", "in_channels", 36.into());
+    refused("transformer/config.json", "qk_norm", serde_json::Value::Null);
+    refused("vae/config.json", "is_residual", true.into());
+    refused("vae/config.json", "patch_size", 2.into());
+    refused("vae/config.json", "scale_factor_spatial", 16.into());
+    refused("scheduler/scheduler_config.json", "prediction_type", "epsilon".into());
+}
+
+fn try_open(dir: &Path) -> tale_models::Result<WanModel> {
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
+    let manifest = Manifest::read(dir)?;
+    WanModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement))
+}
+
+fn open_model(case: &str) -> WanModel {
+    try_open(&case_dir(case).join("checkpoint")).unwrap_or_else(|e| panic!("{case}: {e}"))
+}
+
+/// A checkpoint of configurations and a tokenizer, without weights.
+fn copy_of_configs(case: &str) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("a temporary folder");
+    let checkpoint = case_dir(case).join("checkpoint");
+    for folder in ["", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"] {
+        std::fs::create_dir_all(copy.path().join(folder)).expect("a folder");
+        for entry in std::fs::read_dir(checkpoint.join(folder)).expect("the component").flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "json") {
+                std::fs::copy(entry.path(), copy.path().join(folder).join(entry.file_name())).expect("a copy");
+            }
+        }
+    }
+    copy
+}
+
+/// The runs of a case, through the card as a client's would go.
+fn requests(case: &str, model: &WanModel) -> Vec<(usize, DiffusionRequest)> {
+    let golden = golden_json(case);
+    let request = |run: &serde_json::Value| {
+        let number = |field: &str| run[field].as_u64().map(|value| value as usize);
+        let options = DiffusionOptions {
+            prompt: run["prompt"].as_str().expect("a prompt").to_owned(),
+            negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
+            width: number("width"),
+            height: number("height"),
+            num_frames: number("num_frames"),
+            num_inference_steps: number("num_inference_steps"),
+            guidance_scale: run["guidance_scale"].as_f64(),
+            seed: run["seed"].as_u64(),
+            max_sequence_length: number("max_sequence_length"),
+            ..Default::default()
+        };
+        model.card().resolve(options, 0).expect("a valid request")
+    };
+    golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
+}
+
+fn predict(
+    model: &WanModel,
+    request: &DiffusionRequest,
+    latents: &Tensor,
+    timestep: f64,
+    branches: &[Tensor],
+) -> Vec<Tensor> {
+    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, request };
+    model.predict(&branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
+}
+
+/// Classifier-free guidance, when there is a negative branch.
+fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
+    match predictions {
+        [positive, negative] => {
+            let step = || -> candle_core::Result<Tensor> { negative + ((positive - negative)? * guidance_scale)? };
+            step().expect("same shapes")
+        }
+        _ => predictions[0].clone(),
+    }
+}
+
+fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Tensor {
+    let mut decoding = model.begin_decode(latents, request).expect("decoding begins");
+    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk");
+    let chunks: Vec<Tensor> = (0..model.num_decode_steps(request)).map(chunk).collect();
+    Tensor::cat(&chunks, 0).expect("chunks of one size")
+}
+
+/// Runs all requests to their end; the frames of each, in order.
+fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
+    for (index, request) in requests.iter().enumerate() {
+        runner.submit(SessionId(index as u64), Request::Diffusion(request.clone())).expect("is accepted");
+    }
+    let mut clips = vec![Vec::new(); requests.len()];
+    let mut events = Events::default();
+    while runner.next().is_some() {
+        runner.step(&mut events).expect("a step");
+        for (session, event) in events.drain() {
+            match event {
+                Event::Frames(frames) => clips[session.0 as usize].extend(frames),
+                Event::Failed(error) => panic!("session {}: {error}", session.0),
+                _ => (),
+            }
+        }
+    }
+    assert_eq!(runner.status(), RunnerStatus::default());
+    clips
 }
 
 fn row(values: &[f64]) -> Tensor {
