@@ -56,30 +56,14 @@ pub(crate) unsafe fn block_sums<S: Simd, T: Element, const MR: usize>(
 ) -> [[f32; TILE_OUTS]; MR] {
     let mut lanes = [[s.splat(0.0); TILE_OUTS]; MR];
     let mut k = 0;
-    // SAFETY: `k + LANES <= len` in the first loop, `k + rest == len` in the second part.
+    // SAFETY: `k + LANES <= len` in the loop; after it `len - k` values are left.
     unsafe {
         while k + S::LANES <= len {
-            let mut weights = [s.splat(0.0); TILE_OUTS];
-            for n in 0..TILE_OUTS {
-                weights[n] = T::load(s, w.start.add(n * w.stride + k));
-            }
-            for m in 0..MR {
-                let value = s.load(x.start.add(m * x.stride + k));
-                for n in 0..TILE_OUTS {
-                    lanes[m][n] = s.fma(value, weights[n], lanes[m][n]);
-                }
-            }
+            step(s, x.at(0, k), w.at(0, k), &mut lanes);
             k += S::LANES;
         }
         if k < len {
-            let rest = len - k;
-            for m in 0..MR {
-                let value = s.load_partial(x.start.add(m * x.stride + k), rest);
-                for n in 0..TILE_OUTS {
-                    let weight = T::load_partial(s, w.start.add(n * w.stride + k), rest);
-                    lanes[m][n] = s.fma(value, weight, lanes[m][n]);
-                }
-            }
+            last_step(s, x.at(0, k), w.at(0, k), len - k, &mut lanes);
         }
     }
     let mut sums = [[0f32; TILE_OUTS]; MR];
@@ -87,6 +71,61 @@ pub(crate) unsafe fn block_sums<S: Simd, T: Element, const MR: usize>(
         sums[m] = s.reduce4(lanes[m]);
     }
     sums
+}
+
+/// Adds the products of one vector of K. Loops over `lanes` must unroll wholly, here and above: an index known only at
+/// run time would keep the sums in memory instead of registers.
+///
+/// # Safety
+/// MR rows of `x` and four rows of `w` must be readable for `LANES` values.
+#[inline(always)]
+unsafe fn step<S: Simd, T: Element, const MR: usize>(
+    s: S,
+    x: Rows<f32>,
+    w: Rows<T>,
+    lanes: &mut [[S::V; TILE_OUTS]; MR],
+) {
+    let mut weights = [s.splat(0.0); TILE_OUTS];
+    // SAFETY: passed on to the caller.
+    unsafe {
+        for n in 0..TILE_OUTS {
+            weights[n] = T::load(s, w.at(n, 0).start);
+        }
+        for m in 0..MR {
+            let value = s.load(x.at(m, 0).start);
+            for n in 0..TILE_OUTS {
+                lanes[m][n] = s.fma(value, weights[n], lanes[m][n]);
+            }
+        }
+    }
+}
+
+/// [`step`] for the last `rest < LANES` values, the others taken as zero.
+///
+/// # Safety
+/// MR rows of `x` and four rows of `w` must be readable for `rest` values.
+#[inline(always)]
+unsafe fn last_step<S: Simd, T: Element, const MR: usize>(
+    s: S,
+    x: Rows<f32>,
+    w: Rows<T>,
+    rest: usize,
+    lanes: &mut [[S::V; TILE_OUTS]; MR],
+) {
+    let mut values = [[0f32; MAX_LANES]; MR];
+    let mut weights = [[0f32; MAX_LANES]; TILE_OUTS];
+    // SAFETY: `rest` values of every row (the caller's promise), from buffers of a whole vector per row.
+    unsafe {
+        for m in 0..MR {
+            s.store(values[m].as_mut_ptr(), s.load_partial(x.at(m, 0).start, rest));
+        }
+        for n in 0..TILE_OUTS {
+            s.store(weights[n].as_mut_ptr(), T::load_partial(s, w.at(n, 0).start, rest));
+        }
+        let x = Rows { start: values.as_ptr().cast(), stride: MAX_LANES };
+        let w = Rows { start: weights.as_ptr().cast::<f32>(), stride: MAX_LANES };
+        step(s, x, w, lanes);
+    }
 }
 
 /// One row of `x` times consecutive rows of `w`: reads every weight once, straight from where it lies.

@@ -117,6 +117,9 @@ fn many_rows<T: Element>(x: &[f32], w: &[T], dims: (usize, usize, usize), y: &mu
     let cut = Cut::new(dims);
     let (m, n, k) = dims;
     let packed = pack_rows(x, &cut);
+    if m <= DIRECT_ROWS {
+        return few_rows(&packed, w, &cut, y);
+    }
     let (panels, row_tasks) = (n.div_ceil(cut.panel_outs), m.div_ceil(cut.task_rows));
     let y = Shared::new(y);
     for_each(panels * row_tasks, m * n * k, |task| {
@@ -134,6 +137,88 @@ fn many_rows<T: Element>(x: &[f32], w: &[T], dims: (usize, usize, usize), y: &mu
             });
         });
     });
+}
+
+/// Up to this many rows, weights are read straight from where they lie; widening them anew for every six rows is then
+/// cheaper than a panel.
+const DIRECT_ROWS: usize = 24;
+
+fn few_rows<T: Element>(x: &[f32], w: &[T], cut: &Cut, y: &mut [f32]) {
+    let &Cut { m, n, k, .. } = cut;
+    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS);
+    let y = Shared::new(y);
+    for_each(n.div_ceil(outs), m * n * k, |task| {
+        let outs = (task * outs, outs.min(n - task * outs));
+        dispatch(DirectTask { cut: *cut, x, w, outs, y: y.as_ptr() });
+    });
+}
+
+/// Outputs `outs`, given as (first, number), of all rows.
+struct DirectTask<'a, T> {
+    cut: Cut,
+    /// What [`pack_rows`] made.
+    x: &'a [f32],
+    w: &'a [T],
+    outs: (usize, usize),
+    y: *mut f32,
+}
+
+impl<T: Element> Op for DirectTask<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut out = 0;
+        while out < self.outs.1 {
+            let mut column = 0;
+            while column < self.cut.k {
+                if S::LANES == 16 {
+                    self.block::<S, TILE_ROWS>(s, out, column);
+                } else {
+                    self.block::<S, { TILE_ROWS / 2 }>(s, out, column);
+                }
+                column += K_BLOCK;
+            }
+            out += TILE_OUTS;
+        }
+    }
+}
+
+impl<T: Element> DirectTask<'_, T> {
+    /// Adds one block of K to four outputs of every row.
+    #[inline(always)]
+    fn block<S: Simd, const MR: usize>(&self, s: S, out: usize, column: usize) {
+        let len = K_BLOCK.min(self.cut.k - column);
+        let (first, outs) = (self.outs.0 + out, TILE_OUTS.min(self.outs.1 - out));
+        let whole = outs == TILE_OUTS;
+        let x = &self.x[column / K_BLOCK * self.cut.padded_rows() * PACKED_STRIDE..];
+        let mut row = 0;
+        while row < self.cut.m {
+            let x = Rows { start: x[row * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
+            let mut done = 0;
+            while done < outs {
+                // The last rows repeat one row instead of reading past the end.
+                let stride = if whole { self.cut.k } else { 0 };
+                let w = Rows { start: self.w[(first + done) * self.cut.k + column..].as_ptr(), stride };
+                let valid = if whole { TILE_OUTS } else { 1 };
+                // SAFETY: `x` is padded to whole tiles of rows; four rows of `w`, or one four times, are there.
+                let sums = unsafe { block_sums::<S, T, MR>(s, x, w, len) };
+                // SAFETY: no other task has these outputs.
+                unsafe {
+                    store(
+                        self.y,
+                        self.cut.n,
+                        &sums,
+                        (row, MR.min(self.cut.m - row)),
+                        (first + done, valid),
+                        column == 0,
+                    )
+                };
+                done += valid;
+            }
+            row += MR;
+        }
+    }
 }
 
 /// `x [m, k]` as `[k_blocks, padded_rows, PACKED_STRIDE]`; rows past `m` are zero.
@@ -235,24 +320,36 @@ impl<T: Element> PanelTask<'_, T> {
                 let w = Rows { start: w[out * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
                 // SAFETY: `x` is padded to whole tiles of rows and the panel to whole tiles of outputs.
                 let sums = unsafe { block_sums::<S, f32, MR>(s, x, w, len) };
-                self.store(&sums, row, out, column == 0);
+                let rows = (self.rows.0 + row, MR.min(self.rows.1 - row));
+                let outs = (self.outs.0 + out, TILE_OUTS.min(self.outs.1 - out));
+                // SAFETY: inside `y`, and no other task has this pair of rows and outputs.
+                unsafe { store(self.y, self.cut.n, &sums, rows, outs, column == 0) };
                 out += TILE_OUTS;
             }
             row += MR;
         }
     }
+}
 
-    /// Writes the sums of the first block, adds those of the others.
-    #[inline(always)]
-    fn store<const MR: usize>(&self, sums: &[[f32; TILE_OUTS]; MR], row: usize, out: usize, first: bool) {
-        let (rows, outs) = (MR.min(self.rows.1 - row), TILE_OUTS.min(self.outs.1 - out));
-        for m in 0..rows {
-            // SAFETY: row and output lie inside `y [m, n]`, and no other task has this pair of rows and outputs.
-            unsafe {
-                let y = self.y.add((self.rows.0 + row + m) * self.cut.n + self.outs.0 + out);
-                for n in 0..outs {
-                    *y.add(n) = if first { sums[m][n] } else { *y.add(n) + sums[m][n] };
-                }
+/// Writes the sums of the first block to `y [m, n]`, adds those of the others; rows and outputs are (first, number).
+///
+/// # Safety
+/// Rows and outputs must lie inside `y`, and nobody else may touch them meanwhile.
+#[inline(always)]
+unsafe fn store<const MR: usize>(
+    y: *mut f32,
+    n: usize,
+    sums: &[[f32; TILE_OUTS]; MR],
+    rows: (usize, usize),
+    outs: (usize, usize),
+    first_block: bool,
+) {
+    for m in 0..rows.1 {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let y = y.add((rows.0 + m) * n + outs.0);
+            for out in 0..outs.1 {
+                *y.add(out) = if first_block { sums[m][out] } else { *y.add(out) + sums[m][out] };
             }
         }
     }

@@ -186,7 +186,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C, 8 lanes.
     Avx2,
-    /// AVX-512 F, 16 lanes.
+    /// AVX-512 F and VL, 16 lanes.
     Avx512,
 }
 
@@ -206,7 +206,9 @@ pub fn isa() -> Isa {
 fn detect() -> Isa {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
-        return if is_x86_feature_detected!("avx512f") { Isa::Avx512 } else { Isa::Avx2 };
+        // VL is not called for by name: without it half of the 32 registers could not hold what is later halved.
+        let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl");
+        return if wide { Isa::Avx512 } else { Isa::Avx2 };
     }
     Isa::Portable
 }
@@ -350,8 +352,8 @@ mod x86 {
     }
 
     /// # Safety
-    /// The processor must have AVX-512 F, AVX2, FMA and F16C.
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    /// The processor must have AVX-512 F and VL, AVX2, FMA and F16C.
+    #[target_feature(enable = "avx512f,avx512vl,avx2,fma,f16c")]
     pub(super) unsafe fn run_avx512<O: Op>(op: O) -> O::Output {
         op.run(Avx512(()))
     }
