@@ -12,11 +12,15 @@ mod attention;
 pub mod bench;
 mod conv;
 mod dot;
+mod flash;
 mod linear;
+mod math;
 mod norm;
+mod outer;
 mod paged;
 mod parallel;
 mod rope;
+mod row;
 mod simd;
 #[cfg(test)]
 mod testing;

@@ -57,6 +57,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Asks for the cache line at `from`; any address is allowed.
     fn prefetch(self, from: *const u8);
 
+    /// Eight rows of eight values, `from_stride` apart, become eight rows `to_stride` apart of the transposed square.
+    /// # Safety
+    /// Eight values of each row at `from` must be readable, eight at each row of `to` writable.
+    unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+
+    /// The first lane.
+    #[inline(always)]
+    fn first(self, v: Self::V) -> f32 {
+        let mut lanes = [0f32; MAX_LANES];
+        // SAFETY: `lanes` holds a whole vector.
+        unsafe { self.store(lanes.as_mut_ptr(), v) };
+        lanes[0]
+    }
+
     /// `n < LANES` values, zero in the other lanes.
     /// # Safety
     /// `n` values at `from` must be readable.
@@ -331,6 +345,15 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch(self, _from: *const u8) {}
+    #[inline(always)]
+    unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        for row in 0..8 {
+            for column in 0..8 {
+                // SAFETY: inside the two squares that the caller vouches for.
+                unsafe { *to.add(column * to_stride + row) = *from.add(row * from_stride + column) };
+            }
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -447,6 +470,11 @@ mod x86 {
             // SAFETY: a prefetch of any address is harmless.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
+        #[inline(always)]
+        unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+            // SAFETY: passed on to the caller; `self` exists only where the processor has AVX2.
+            unsafe { transpose8(from, from_stride, to, to_stride) }
+        }
     }
 
     impl Simd for Avx512 {
@@ -519,6 +547,11 @@ mod x86 {
             // SAFETY: a prefetch of any address is harmless.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
+        #[inline(always)]
+        unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+            // SAFETY: passed on to the caller; `self` exists only where the processor has AVX2.
+            unsafe { transpose8(from, from_stride, to, to_stride) }
+        }
     }
 
     /// # Safety
@@ -554,6 +587,40 @@ mod x86 {
             let mut sums = [0f32; 4];
             _mm_storeu_ps(sums.as_mut_ptr(), total);
             sums
+        }
+    }
+
+    /// [`Simd::transpose8`]: pairs of rows, then pairs of pairs, then halves change places.
+    ///
+    /// # Safety
+    /// As for [`Simd::transpose8`]; the processor must have AVX2.
+    #[inline(always)]
+    unsafe fn transpose8(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for i in 0..8 {
+                rows[i] = _mm256_loadu_ps(from.add(i * from_stride));
+            }
+            let mut pairs = [_mm256_setzero_ps(); 8];
+            for i in 0..4 {
+                pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+                pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+            }
+            let mut quads = [_mm256_setzero_ps(); 8];
+            for i in 0..2 {
+                let (a, b, c, d) = (pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+                quads[4 * i] = _mm256_shuffle_ps::<0x44>(a, c);
+                quads[4 * i + 1] = _mm256_shuffle_ps::<0xee>(a, c);
+                quads[4 * i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
+                quads[4 * i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
+            }
+            for i in 0..4 {
+                let low = _mm256_permute2f128_ps::<0x20>(quads[i], quads[i + 4]);
+                let high = _mm256_permute2f128_ps::<0x31>(quads[i], quads[i + 4]);
+                _mm256_storeu_ps(to.add(i * to_stride), low);
+                _mm256_storeu_ps(to.add((i + 4) * to_stride), high);
+            }
         }
     }
 }
