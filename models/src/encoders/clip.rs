@@ -14,6 +14,9 @@ use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
 use crate::weights::Weights;
 
+/// Bound on what a configuration may claim.
+const MAX_LAYERS: usize = 1 << 10;
+
 /// `config.json` of a CLIP text encoder. Defaults are those of transformers.
 #[derive(Debug, Clone, Deserialize)]
 #[allow(missing_docs)]
@@ -44,8 +47,12 @@ impl ClipTextConfig {
     /// Refuses sizes that contradict each other. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
-        if heads == 0 || hidden % heads != 0 {
+        if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
             return Err(Error::checkpoint(path, format!("hidden_size {hidden} is no multiple of {heads} heads")));
+        }
+        if self.max_position_embeddings == 0 || self.num_hidden_layers > MAX_LAYERS {
+            let problem = format!("needs a position at least, and at most {MAX_LAYERS} layers");
+            return Err(Error::checkpoint(path, problem));
         }
         Ok(())
     }
@@ -184,5 +191,59 @@ impl Layer {
             (heads(self.q_proj.forward(x)?)?, heads(self.k_proj.forward(x)?)?, heads(self.v_proj.forward(x)?)?);
         let y = attention(&q, &k, &v, &AttentionOptions { causal: true, ..Default::default() })?;
         self.out_proj.forward(&y.reshape((b, l, hidden))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// An encoder without layers, whose embeddings do not matter.
+    fn encoder(eos_token_id: u32) -> ClipTextEncoder {
+        let config = serde_json::json!({
+            "vocab_size": 10, "hidden_size": 2, "intermediate_size": 4, "num_hidden_layers": 0,
+            "num_attention_heads": 1, "max_position_embeddings": 8, "eos_token_id": eos_token_id,
+        });
+        let config: ClipTextConfig = serde_json::from_value(config).expect("a whole configuration");
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let tensor = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).expect("zeros");
+        let tensors = std::collections::HashMap::from([
+            ("embeddings.token_embedding.weight", tensor(&[10, 2])),
+            ("embeddings.position_embedding.weight", tensor(&[8, 2])),
+            ("final_layer_norm.weight", tensor(&[2])),
+            ("final_layer_norm.bias", tensor(&[2])),
+        ]);
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).expect("save");
+        let placement = crate::device::Placement::open(Default::default(), Default::default()).expect("the CPU");
+        let weights = Weights::open(dir.path(), &placement).expect("open");
+        ClipTextEncoder::load(&weights, config).expect("load")
+    }
+
+    fn check(eos_token_id: u32, ids: &[u32], expected: usize) {
+        assert_eq!(encoder(eos_token_id).end_position(ids), expected, "{eos_token_id} in {ids:?}");
+    }
+
+    /// `CLIPTextTransformer.forward`: `argmax` over ids, or over `ids == eos_token_id`; both take the first of equals.
+    #[test]
+    fn pooled_token_is_the_first_end() {
+        check(2, &[7, 3, 9, 9, 9], 2);
+        check(2, &[7, 2, 9, 0, 0], 2);
+        check(9, &[8, 3, 9, 9, 9], 2);
+        check(6, &[8, 3, 6, 9, 9], 2);
+        check(6, &[8, 3, 4], 0);
+    }
+
+    #[test]
+    fn absent_fields_take_transformers_defaults() {
+        let config = serde_json::json!({
+            "vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "max_position_embeddings": 1,
+        });
+        let config: ClipTextConfig = serde_json::from_value(config).expect("the rest has defaults");
+        assert_eq!(config.hidden_act, ClipActivation::QuickGelu);
+        assert_eq!(config.eos_token_id, 49407);
+        assert_eq!(config.layer_norm_eps, 1e-5);
     }
 }

@@ -73,7 +73,9 @@ impl KlConfig {
             return refuse("up_block_types needs one entry per level of block_out_channels".to_owned());
         }
         let groups = self.norm_num_groups;
-        if groups == 0 || self.block_out_channels.iter().any(|channels| *channels == 0 || channels % groups != 0) {
+        if groups == 0
+            || self.block_out_channels.iter().any(|channels| *channels == 0 || !channels.is_multiple_of(groups))
+        {
             return refuse(format!("block_out_channels must be multiples of norm_num_groups ({groups})"));
         }
         if self.out_channels != 3 {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
+use serde_json::json;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::flux::{FluxConditioning, FluxModel};
@@ -14,6 +15,8 @@ use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
 use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use tale_models::vae::kl::{KlConfig, KlDecoder};
+use tale_models::weights::Weights;
 use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
@@ -208,6 +211,80 @@ fn every_tensor_of_the_checkpoints_is_used() {
         for (component, report) in inspection.components {
             assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
             assert_eq!(report.unused, Vec::<String>::new(), "{case} {component}");
+        }
+    }
+}
+
+/// Old checkpoints name the VAE's attention otherwise, and some keep its matrices as convolution kernels.
+#[test]
+fn old_names_of_the_vae_give_the_same_pixels() {
+    let folder = case_dir("flux-dev").join("checkpoint/vae");
+    let config: KlConfig = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let file = "diffusion_pytorch_model.safetensors";
+    let tensors = candle_core::safetensors::load(folder.join(file), &Device::Cpu).unwrap();
+    let names = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")];
+    let old: HashMap<String, Tensor> = tensors
+        .into_iter()
+        .map(|(name, tensor)| {
+            let found = names.iter().find(|(new, _)| name.contains(&format!("attentions.0.{new}.")));
+            match found {
+                Some((new, old)) if name.ends_with("weight") => {
+                    let (rows, columns) = tensor.dims2().unwrap();
+                    (name.replace(new, old), tensor.reshape((rows, columns, 1, 1)).unwrap())
+                }
+                Some((new, old)) => (name.replace(new, old), tensor),
+                None => (name, tensor),
+            }
+        })
+        .collect();
+    let dir = tempfile::tempdir().unwrap();
+    candle_core::safetensors::save(&old, dir.path().join(file)).unwrap();
+
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+    let latents = Tensor::from_vec(TorchGenerator::new(3).randn(16 * 6 * 4), (1, 16, 6, 4), &Device::Cpu).unwrap();
+    let decode = |dir: &std::path::Path| {
+        KlDecoder::load(&Weights::open(dir, &placement).unwrap(), &config).unwrap().decode(&latents).unwrap()
+    };
+    assert_close("pixels", &decode(dir.path()), &decode(&folder), 0.0);
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused_by_name() {
+    for (file, field, value, expected) in [
+        ("transformer/config.json", "pooled_projection_dim", json!(99), "pooled_projection_dim is 99"),
+        ("transformer/config.json", "joint_attention_dim", json!(99), "joint_attention_dim is 99"),
+        ("transformer/config.json", "axes_dims_rope", json!([4, 4, 4]), "axes_dims_rope"),
+        ("transformer/config.json", "in_channels", json!(384), "in_channels / 4 is 96"),
+        ("transformer/config.json", "out_channels", json!(32), "not text-to-image"),
+        ("transformer/config.json", "num_layers", json!(1u64 << 60), "size over"),
+        ("vae/config.json", "act_fn", json!("mish"), "act_fn"),
+        ("vae/config.json", "norm_num_groups", json!(7), "norm_num_groups"),
+        ("text_encoder/config.json", "num_attention_heads", json!(0), "0 heads"),
+        ("text_encoder/config.json", "hidden_act", json!("relu"), "relu"),
+        ("scheduler/scheduler_config.json", "use_karras_sigmas", json!(true), "use_karras_sigmas"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        copy_folder(&case_dir("flux-schnell").join("checkpoint"), dir.path());
+        let path = dir.path().join(file);
+        let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config[field] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let refused = tale_models::load(dir.path(), &placement, &LoadOptions::default(), &mut |_| ());
+        let error = refused.err().expect("the configuration is wrong").to_string();
+        assert!(error.contains(expected) && error.contains(".json"), "{file} {field}: {error}");
+    }
+}
+
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
         }
     }
 }

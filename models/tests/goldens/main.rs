@@ -1,6 +1,9 @@
 //! The models held against the reference libraries: tiny checkpoints and recorded answers under `tests/goldens`, made
 //! by `scripts/goldens`.
 
+// Every file here is a test; clippy takes their helper functions for something else.
+#![allow(clippy::unwrap_used)]
+
 mod flux;
 mod rng;
 mod support;

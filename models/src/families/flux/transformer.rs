@@ -23,6 +23,9 @@ const MLP_RATIO: usize = 4;
 /// Side of the square of latent positions that one image token holds.
 const PACK: usize = 2;
 
+/// Bound on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_SIZE: usize = 1 << 16;
+
 /// `config.json` of a `FluxTransformer2DModel`. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
@@ -79,11 +82,17 @@ impl FluxTransformerConfig {
     pub fn check(&self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
         let axes = self.axes_dims_rope;
+        let sizes = [self.in_channels, self.attention_head_dim, self.num_attention_heads, self.joint_attention_dim];
+        let more = [self.pooled_projection_dim, self.patch_size, self.num_layers, self.num_single_layers];
+        let all = || sizes.iter().chain(&more).chain(&axes).chain(&self.out_channels);
+        if all().any(|size| *size > MAX_SIZE) {
+            return refuse(format!("names a size over {MAX_SIZE}"));
+        }
         if axes.iter().sum::<usize>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
             let head_dim = self.attention_head_dim;
             return refuse(format!("axes_dims_rope {axes:?} must be even and add up to attention_head_dim {head_dim}"));
         }
-        if self.inner_dim() == 0 || self.in_channels == 0 || self.in_channels % (PACK * PACK) != 0 {
+        if self.inner_dim() == 0 || self.in_channels == 0 || !self.in_channels.is_multiple_of(PACK * PACK) {
             return refuse(format!("in_channels {} must be a multiple of {}", self.in_channels, PACK * PACK));
         }
         if self.predicted_channels() != self.in_channels {
