@@ -45,9 +45,9 @@ enum CliError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Engine(EngineError),
+    Engine(Box<EngineError>),
     #[error(transparent)]
-    Model(tale_models::Error),
+    Model(Box<tale_models::Error>),
     #[error(transparent)]
     Media(#[from] MediaError),
     #[cfg(feature = "pull")]
@@ -94,7 +94,7 @@ impl CliError {
 
 impl From<EngineError> for CliError {
     fn from(error: EngineError) -> Self {
-        Self::Engine(error)
+        Self::Engine(Box::new(error))
     }
 }
 
@@ -105,7 +105,7 @@ impl From<tale_models::Error> for CliError {
             tale_models::Error::InvalidRequest { field, problem } => {
                 Self::Argument(format!("--{}: {problem}", field.replace('_', "-")))
             }
-            other => Self::Model(other),
+            other => Self::Model(Box::new(other)),
         }
     }
 }

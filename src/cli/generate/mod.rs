@@ -86,7 +86,7 @@ impl Generator {
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {
             EngineError::Load { source, .. } => CliError::from(source),
-            other => CliError::Engine(other),
+            other => CliError::from(other),
         })?;
         let card = engine.card(MODEL).expect("it was just loaded under this name: this is a bug");
         Ok(Self { engine, card, signals: Signals::new()?, talks: args.verbose || progress::is_watched() })
@@ -142,10 +142,11 @@ impl Signals {
     fn new() -> Result<Self, CliError> {
         let failed = |source| CliError::Io { what: "cannot listen for signals".into(), source };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
-        let _entered = runtime.enter();
+        // A handler belongs to the runtime that is entered when it is made.
+        let entered = runtime.enter();
         let interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        drop(_entered);
+        drop(entered);
         Ok(Self { runtime, interrupt, terminate })
     }
 }
