@@ -1,0 +1,421 @@
+//! The command line as a user meets it: the built `tale`, tiny published checkpoints, files and exit codes.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use tempfile::{TempDir, tempdir};
+
+fn tale(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tale"));
+    command.args(args).env_remove("RUST_LOG").env_remove("HF_TOKEN").stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    tale(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = run(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    assert_eq!(stderr, "", "nothing but the answer in a pipe");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The command fails with one line on stderr that contains every part.
+fn check_failure(args: &[&str], exit_code: i32, parts: &[&str]) {
+    let output = run(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(exit_code), "{args:?}: {stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1, "one line: {stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "`{part}` is not in: {stderr}");
+    }
+}
+
+/// A recorded case: its checkpoint and what the reference answered.
+struct Golden {
+    checkpoint: String,
+    json: Value,
+    tensors: Vec<u8>,
+}
+
+impl Golden {
+    fn read(case: &str) -> Self {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(case);
+        Self {
+            checkpoint: dir.join("checkpoint").to_str().unwrap().to_owned(),
+            json: serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap(),
+            tensors: std::fs::read(dir.join("golden.safetensors")).unwrap(),
+        }
+    }
+
+    fn ids(&self, name: &str) -> Vec<u64> {
+        let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
+        let tensor = tensors.tensor(name).unwrap();
+        let width = tensor.data().len() / tensor.shape().iter().product::<usize>();
+        let id = |bytes: &[u8]| bytes.iter().rev().fold(0, |id, byte| id << 8 | u64::from(*byte));
+        tensor.data().chunks(width).map(id).collect()
+    }
+
+    fn pixels(&self, name: &str) -> Vec<u8> {
+        SafeTensors::deserialize(&self.tensors).unwrap().tensor(name).unwrap().data().to_vec()
+    }
+
+    /// Flags of a recorded run.
+    fn flags(&self, run: usize) -> Vec<String> {
+        let fields = self.json["runs"][run].as_object().unwrap();
+        let flag = |name: &str, value: &Value| match value {
+            Value::Null => None,
+            Value::String(text) => Some(format!("--{}={text}", name.replace('_', "-"))),
+            number => Some(format!("--{}={number}", name.replace('_', "-"))),
+        };
+        let known = [
+            "prompt",
+            "negative_prompt",
+            "width",
+            "height",
+            "num_frames",
+            "num_inference_steps",
+            "guidance_scale",
+            "seed",
+            "max_sequence_length",
+        ];
+        known.iter().filter_map(|name| flag(name, fields.get(*name)?)).collect()
+    }
+}
+
+fn json_numbers(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(|number| number.as_u64().unwrap()).collect()
+}
+
+fn decode(path: &Path) -> Vec<u8> {
+    image::open(path).unwrap().to_rgb8().into_raw()
+}
+
+fn psnr(a: &[u8], b: &[u8]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let squares: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2)).sum();
+    10.0 * (255.0f64.powi(2) * a.len() as f64 / squares).log10()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn text_is_what_the_reference_generates() {
+    for case in ["llama-tied", "qwen2"] {
+        let golden = Golden::read(case);
+        let prompt = golden.json["prompts"][0].as_str().unwrap();
+        let args = [
+            &["generate", "text", "--model", &golden.checkpoint, "--prompt", prompt][..],
+            &["--max-tokens", "48", "--temperature", "0", "--ignore-eos"],
+        ]
+        .concat();
+        let answer: Value = serde_json::from_str(&succeed(&[&args[..], &["--json"]].concat())).unwrap();
+        let keys: Vec<_> = answer.as_object().unwrap().keys().collect();
+        assert_eq!(keys, ["prompt_tokens", "tokens", "text"]);
+        assert_eq!(json_numbers(&answer["prompt_tokens"]), golden.ids("prompt.0"), "{case}");
+        assert_eq!(json_numbers(&answer["tokens"]), golden.ids("greedy.0"), "{case}");
+        assert_eq!(succeed(&args), format!("{}\n", answer["text"].as_str().unwrap()), "streamed is whole");
+    }
+}
+
+#[test]
+fn the_same_seed_draws_the_same_text() {
+    let golden = Golden::read("qwen2");
+    let draw =
+        |seed: &str| {
+            succeed(&[
+            &["generate", "text", "--model", &golden.checkpoint, "--prompt", "A small boat", "--seed", seed][..],
+            &["--max-tokens", "24", "--temperature", "1.5", "--ignore-eos", "--json"],
+        ]
+        .concat())
+        };
+    assert_eq!(draw("3"), draw("3"));
+    assert_ne!(draw("3"), draw("4"));
+}
+
+#[test]
+fn conversations_go_through_the_chat_template() {
+    let golden = Golden::read("qwen2");
+    let dir = tempdir().unwrap();
+    let file = dir.path().join("messages.json");
+    std::fs::write(&file, golden.json["chats"][0]["messages"].to_string()).unwrap();
+    let generate = ["generate", "text", "--model", &golden.checkpoint, "--max-tokens", "1", "--json"];
+    let answer = succeed(&[&generate[..], &["--messages", file.to_str().unwrap()]].concat());
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(json_numbers(&answer["prompt_tokens"]), json_numbers(&golden.json["chats"][0]["ids"]));
+
+    std::fs::write(&file, r#"[{"role": "user", "contents": "hi"}]"#).unwrap();
+    let args = [&generate[..], &["--messages", file.to_str().unwrap()]].concat();
+    check_failure(&args, 2, &["--messages: ", "messages.json", "[0]", "contents"]);
+}
+
+#[test]
+fn a_picture_is_the_one_that_diffusers_makes() {
+    let golden = Golden::read("flux-schnell");
+    let dir = tempdir().unwrap();
+    for (name, min_psnr) in [("out.png", 50.0), ("out.webp", 50.0), ("out.jpg", 25.0)] {
+        let path = dir.path().join(name);
+        let mut command = tale(&["generate", "image", "--model", &golden.checkpoint]);
+        let output = command.args(golden.flags(0)).arg("--output").arg(&path).output().unwrap();
+        assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+        let psnr = psnr(&decode(&path), &golden.pixels("run0.image"));
+        assert!(psnr >= min_psnr, "{name}: {psnr:.1} dB");
+    }
+    assert_eq!(names(dir.path()), ["out.jpg", "out.png", "out.webp"]);
+}
+
+#[test]
+fn a_clip_is_the_one_that_diffusers_makes() {
+    let golden = Golden::read("wan-a");
+    let dir = tempdir().unwrap();
+    for name in ["frames/", "out.mp4", "out.webm", "out.gif"] {
+        let path = dir.path().join(name);
+        let mut command = tale(&["generate", "video", "--model", &golden.checkpoint]);
+        let output = command.args(golden.flags(0)).arg("--output").arg(&path).output().unwrap();
+        assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    }
+    assert_eq!(names(dir.path()), ["frames", "out.gif", "out.mp4", "out.webm"]);
+    let expected = golden.pixels("run0.frames");
+    let frames = names(&dir.path().join("frames"));
+    assert_eq!(frames.len() as u64, golden.json["runs"][0]["num_frames"].as_u64().unwrap());
+    for (index, expected) in expected.chunks(expected.len() / frames.len()).enumerate() {
+        let frame = dir.path().join(format!("frames/frame_{index:04}.png"));
+        let psnr = psnr(&decode(&frame), expected);
+        assert!(psnr >= 50.0, "frame {index}: {psnr:.1} dB");
+    }
+}
+
+#[test]
+fn wrong_requests_are_refused_in_one_line() {
+    let (text, flux) = (Golden::read("llama-tied").checkpoint, Golden::read("flux-schnell").checkpoint);
+    let generate = |medium, model, rest: &[&'static str]| {
+        [&["generate", medium, "--model", model, "--prompt", "x"], rest]
+            .concat()
+            .into_iter()
+            .map(String::from)
+            .collect()
+    };
+    let check = |args: Vec<String>, parts: &[&str]| {
+        check_failure(&args.iter().map(String::as_str).collect::<Vec<_>>(), 2, parts);
+    };
+    check(generate("text", &text, &["--temperature", "7"]), &["--temperature: is 7", "0 to 2"]);
+    check(generate("text", &text, &["--presence-penalty", "-3"]), &["--presence-penalty: is -3"]);
+    check(generate("text", &text, &["--max-tokens", "0"]), &["--max-tokens: is 0"]);
+    check(generate("text", &flux, &[]), &["tale generate image"]);
+    check(generate("image", &text, &["--output", "a.png"]), &["tale generate text"]);
+    check(generate("image", &flux, &["--output", "a.bmp"]), &["a.bmp", ".png, .jpg, .jpeg or .webp"]);
+    check(generate("image", &flux, &["--output", "/no/such/a.png"]), &["no folder /no/such"]);
+    check(generate("image", &flux, &["--output", "a.png", "--width", "33"]), &["--width: is 33", "multiples of"]);
+    check(generate("video", &flux, &["--output", "a.mov"]), &["a.mov", ".mp4, .webm or .gif"]);
+    check(generate("video", &flux, &["--output", "a.mp4"]), &["tale generate image"]);
+    check_failure(&["generate", "text", "--model", "/no/such", "--prompt", "x"], 1, &["/no/such"]);
+}
+
+#[test]
+fn inspect_says_what_a_checkpoint_is() {
+    for (case, family, makes) in [
+        ("llama-tied", "llama", "text"),
+        ("qwen2", "qwen2", "text"),
+        ("flux-schnell", "flux", "image"),
+        ("wan-a", "wan", "video"),
+    ] {
+        let checkpoint = Golden::read(case).checkpoint;
+        let report: Value = serde_json::from_str(&succeed(&["inspect", &checkpoint, "--json"])).unwrap();
+        assert_eq!((report["family"].as_str(), report["makes"].as_str()), (Some(family), Some(makes)));
+        assert_eq!(report["loads"], true, "{report}");
+        let sum = |field: &str| -> u64 {
+            report["components"].as_array().unwrap().iter().map(|component| component[field].as_u64().unwrap()).sum()
+        };
+        assert_eq!(report["parameters"], sum("parameters"));
+        assert!(report["memory_bytes"].as_u64().unwrap() >= 2 * sum("parameters") * 9 / 10, "{report}");
+        let text = succeed(&["inspect", &checkpoint]);
+        assert!(text.contains(&format!("{family}, makes {makes}")) && text.contains("can be loaded"), "{text}");
+    }
+}
+
+/// Copies a checkpoint so that a test may damage it.
+fn copy_of(case: &str) -> (TempDir, PathBuf) {
+    let dir = tempdir().unwrap();
+    let copy = dir.path().join("checkpoint");
+    let from = Golden::read(case).checkpoint;
+    assert!(Command::new("cp").args(["-r", &from]).arg(&copy).status().unwrap().success());
+    (dir, copy)
+}
+
+#[test]
+fn inspect_fails_on_damaged_checkpoints_and_says_why() {
+    let (_dir, shardless) = copy_of("llama-tied");
+    std::fs::remove_file(shardless.join("model-00002-of-00005.safetensors")).unwrap();
+    let (_dir2, wider) = copy_of("qwen2");
+    let config = std::fs::read_to_string(wider.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["intermediate_size"] = (config["intermediate_size"].as_u64().unwrap() + 8).into();
+    std::fs::write(wider.join("config.json"), config.to_string()).unwrap();
+    for (path, parts) in [
+        (&shardless, &["model-00002-of-00005.safetensors"][..]),
+        (&wider, &["cannot be loaded", "mlp", "has shape", "expected"]),
+    ] {
+        let output = run(&["inspect", path.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        for part in parts {
+            assert!(said.contains(part), "`{part}` is not in: {said}");
+        }
+    }
+    let empty = tempdir().unwrap();
+    check_failure(&["inspect", empty.path().to_str().unwrap()], 1, &["neither config.json nor model_index.json"]);
+    std::fs::write(empty.path().join("config.json"), r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap();
+    check_failure(&["inspect", empty.path().to_str().unwrap()], 1, &["GPT2LMHeadModel", "llama, qwen2, flux, wan"]);
+}
+
+fn signal(child: &Child, name: &str) {
+    let kill = format!("kill -{name} {}", child.id());
+    assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+}
+
+fn wait_at_most(child: &mut Child, limit: Duration) -> i32 {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code().unwrap_or(-1);
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("still running after {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn ctrl_c_stops_a_clip_and_leaves_nothing_behind() {
+    let golden = Golden::read("wan-a");
+    let dir = tempdir().unwrap();
+    for (name, signal_name, exit_code) in [("out.mp4", "INT", 130), ("frames/", "TERM", 143)] {
+        let mut command = tale(&["generate", "video", "--model", &golden.checkpoint, "--verbose"]);
+        let flags = golden.flags(0).into_iter().filter(|flag| !flag.starts_with("--num-inference-steps"));
+        command.args(flags).arg("--num-inference-steps=1000").arg("--output").arg(dir.path().join(name));
+        command.stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        // The note with the parameters is written when signals are caught and the work is about to begin.
+        let mut note = [0; 1];
+        child.stderr.as_mut().unwrap().read_exact(&mut note).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        signal(&child, signal_name);
+        assert_eq!(wait_at_most(&mut child, Duration::from_secs(20)), exit_code);
+        assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_work_quietly() {
+    let golden = Golden::read("qwen2");
+    let mut command = tale(&["generate", "text", "--model", &golden.checkpoint, "--prompt", "A small boat"]);
+    let mut child = command.arg("--ignore-eos").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert_eq!(wait_at_most(&mut child, Duration::from_secs(60)), 141);
+    let mut said = String::new();
+    child.stderr.unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "");
+}
+
+#[cfg(feature = "pull")]
+mod pull {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// Answers as the hub does, for `org/tiny` at `main`; returns its address. Ends with the test process.
+    fn spawn_hub(files: &'static [(&'static str, &'static [u8])]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                answer_as_hub(stream.unwrap(), files);
+            }
+        });
+        endpoint
+    }
+
+    fn answer_as_hub(mut stream: TcpStream, files: &[(&str, &[u8])]) {
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
+            request.push(byte[0]);
+        }
+        let request = String::from_utf8(request).unwrap().to_lowercase();
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        let (status, headers, body) = if path == "/api/models/org/tiny/revision/main" {
+            let siblings: Vec<_> = files.iter().map(|(name, _)| serde_json::json!({ "rfilename": name })).collect();
+            (
+                "200 OK",
+                String::new(),
+                serde_json::json!({"sha": "abc123", "siblings": siblings}).to_string().into_bytes(),
+            )
+        } else if let Some((name, bytes)) =
+            files.iter().find(|(name, _)| path == format!("/org/tiny/resolve/abc123/{name}"))
+        {
+            let range = request.split("range: bytes=").nth(1).unwrap().split("\r\n").next().unwrap();
+            let (first, last) = range.split_once('-').unwrap();
+            let (first, last) = (first.parse().unwrap(), last.parse().unwrap_or(bytes.len() - 1));
+            let etag = name.replace(['/', '.'], "-");
+            let range = format!("content-range: bytes {first}-{last}/{}", bytes.len());
+            (
+                "206 Partial Content",
+                format!("x-repo-commit: abc123\r\netag: \"{etag}\"\r\n{range}\r\n"),
+                bytes[first..=last].to_vec(),
+            )
+        } else {
+            ("404 Not Found", String::new(), Vec::new())
+        };
+        let length = body.len();
+        let head = format!("HTTP/1.1 {status}\r\n{headers}content-length: {length}\r\nconnection: close\r\n\r\n");
+        stream.write_all(&[head.as_bytes(), &body].concat()).unwrap();
+    }
+
+    #[test]
+    fn pull_fetches_a_checkpoint_and_nothing_else() {
+        let hub = spawn_hub(&[
+            ("config.json", b"{}"),
+            ("model.safetensors", &[7; 100_000]),
+            ("sub/spiece.model", b"pieces"),
+            ("pytorch_model.bin", b"a pickle"),
+            ("readme.md", b"words"),
+        ]);
+        let dir = tempdir().unwrap();
+        let pull = |args: &[&str], endpoint: &str| {
+            let mut command = tale(&[&["pull"], args].concat());
+            let output =
+                command.current_dir(dir.path()).env("HF_ENDPOINT", endpoint).env("HF_HOME", dir.path()).output();
+            output.unwrap()
+        };
+        let output = pull(&["org/tiny", "--output", "models/mine"], &hub);
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        assert_eq!(output.stdout, b"models/mine\n");
+        let mine = dir.path().join("models/mine");
+        assert_eq!(names(&mine), ["config.json", "model.safetensors", "sub"]);
+        assert_eq!(std::fs::read(mine.join("model.safetensors")).unwrap(), [7; 100_000]);
+        assert_eq!(std::fs::read(mine.join("sub/spiece.model")).unwrap(), b"pieces");
+
+        let unknown = pull(&["org/other"], &hub);
+        assert_eq!(unknown.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&unknown.stderr).contains("org/other: not found"));
+        // A port that was just free: nobody answers.
+        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let offline = String::from_utf8(pull(&["org/tiny"], &format!("http://{nobody}")).stderr).unwrap();
+        assert!(offline.contains("Connection refused") && offline.lines().count() == 1, "{offline}");
+    }
+}
