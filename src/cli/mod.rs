@@ -22,7 +22,7 @@ use crate::media::MediaError;
 
 /// Text, pictures and clips from open weights, in one native process.
 #[derive(Debug, Parser)]
-#[command(name = "tale", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "tale", version, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

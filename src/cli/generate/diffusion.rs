@@ -10,6 +10,7 @@ use crate::cli::progress::Phases;
 
 /// Absent ones take the model's own defaults.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Generation")]
 pub struct DiffusionArgs {
     /// What to show
     #[arg(long, value_name = "TEXT")]

@@ -16,9 +16,6 @@ pub struct ImageArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    #[command(flatten)]
-    diffusion: DiffusionArgs,
-
     /// Quality of jpeg and webp, 0 to 100 [default: 95 for jpeg, lossless webp]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=100))]
     output_compression: Option<u8>,
@@ -26,6 +23,10 @@ pub struct ImageArgs {
     /// File to write: .png, .jpg or .webp
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
+
+    // Last: its heading goes on to whatever follows.
+    #[command(flatten)]
+    diffusion: DiffusionArgs,
 }
 
 pub fn run(args: ImageArgs) -> Result<(), CliError> {

@@ -24,6 +24,23 @@ pub struct TextArgs {
     #[command(flatten)]
     input: Input,
 
+    /// Print one JSON object at the end: prompt_tokens, tokens, text
+    #[arg(long)]
+    json: bool,
+
+    /// Key/value cache, such as 4GiB
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    kv_cache: ByteSize,
+
+    // Last: its heading goes on to whatever follows.
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+/// Absent ones take the model's own defaults.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+struct SamplingArgs {
     /// Most tokens to generate [default: what is left of the model's context]
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
@@ -67,14 +84,6 @@ pub struct TextArgs {
     /// Go on past end-of-sequence tokens until --max-tokens
     #[arg(long)]
     ignore_eos: bool,
-
-    /// Print one JSON object at the end: prompt_tokens, tokens, text
-    #[arg(long)]
-    json: bool,
-
-    /// Key/value cache, such as 4GiB
-    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
-    kv_cache: ByteSize,
 }
 
 #[derive(Debug, Args)]
@@ -111,8 +120,7 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
         (Some(messages), _) => encode_chat(card, &messages)?,
         (None, prompt) => card.encode_prompt(prompt.as_deref().unwrap_or_default())?,
     };
-    let json = args.json;
-    let request = card.resolve(prompt, options_of(args), random_seed())?;
+    let request = card.resolve(prompt, args.sampling.options(), random_seed())?;
     let prompt_tokens = request.prompt.clone();
     generator.note(|| format!("{} prompt tokens, seed {}", prompt_tokens.len(), request.sampling.seed));
 
@@ -121,9 +129,9 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
     let usage = follow(&mut generator, Request::Text(request), |tokens, text| {
         answer.tokens.extend(tokens);
         answer.text.push_str(text);
-        if json { Ok(()) } else { print(text) }
+        if args.json { Ok(()) } else { print(text) }
     })?;
-    if json {
+    if args.json {
         print(&serde_json::to_string(&answer).expect("numbers and text are always JSON: this is a bug"))?;
     }
     print("\n")?;
@@ -168,18 +176,20 @@ fn encode_chat(card: &TextCard, messages: &[ChatMessage]) -> Result<Vec<u32>, Cl
     Ok(card.encode_chat(messages)?)
 }
 
-fn options_of(args: TextArgs) -> TextOptions {
-    TextOptions {
-        max_tokens: args.max_tokens,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        min_p: args.min_p,
-        presence_penalty: args.presence_penalty,
-        frequency_penalty: args.frequency_penalty,
-        repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
-        stop: args.stop,
-        ignore_eos: args.ignore_eos,
+impl SamplingArgs {
+    fn options(self) -> TextOptions {
+        TextOptions {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            stop: self.stop,
+            ignore_eos: self.ignore_eos,
+        }
     }
 }

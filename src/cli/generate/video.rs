@@ -16,6 +16,11 @@ pub struct VideoArgs {
     #[command(flatten)]
     model: ModelArgs,
 
+    /// File to write: .mp4, .webm or .gif; or a folder for lossless frame_0000.png, frame_0001.png, ...
+    #[arg(long, value_name = "FILE|DIR/")]
+    output: PathBuf,
+
+    // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     diffusion: DiffusionArgs,
 
@@ -26,10 +31,6 @@ pub struct VideoArgs {
     /// Frames per second of the file
     #[arg(long, value_name = "N")]
     fps: Option<usize>,
-
-    /// File to write: .mp4, .webm or .gif; or a folder for lossless frame_0000.png, frame_0001.png, ...
-    #[arg(long, value_name = "FILE|DIR/")]
-    output: PathBuf,
 }
 
 pub fn run(args: VideoArgs) -> Result<(), CliError> {
