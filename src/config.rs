@@ -16,6 +16,8 @@ use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::LoadOptions;
 
 use crate::engine::{EngineOptions, ModelSpec};
+use crate::http::ServerOptions;
+use crate::job::store::Retention;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
@@ -74,9 +76,26 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     pub max_queued: Option<NonZeroUsize>,
 
+    /// Most requests that generate at once, over all models; more are refused with 429 [default: 1024]
+    #[arg(long, value_name = "N")]
+    pub max_requests: Option<NonZeroUsize>,
+
     /// Seconds that running work may go on after SIGTERM [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u32>,
+
+    /// Most clips that wait or are being made; more are refused with 429 [default: 256]
+    #[arg(long, value_name = "N")]
+    pub max_active_jobs: Option<NonZeroUsize>,
+
+    /// Most finished clips that are kept; the oldest goes first [default: 1000]
+    #[arg(long, value_name = "N")]
+    pub max_ended_jobs: Option<NonZeroUsize>,
+
+    /// Most disk that finished clips take, such as 20GiB; the oldest goes first [default: 10GiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub max_clip_storage: Option<ByteSize>,
 
     /// Folder for finished clips [default: a fresh one under the system's temporary folder]
     #[arg(long, value_name = "DIR")]
@@ -109,8 +128,8 @@ pub struct Config {
     pub engine: EngineOptions,
     /// How long running work may go on after SIGTERM.
     pub drain: Duration,
-    /// Where finished clips lie; `None` is a fresh temporary folder.
-    pub output_dir: Option<PathBuf>,
+    /// Bounds of HTTP and jobs, and where finished clips lie.
+    pub server: ServerOptions,
     /// Form of the log lines.
     pub log_format: LogFormat,
 }
@@ -165,7 +184,7 @@ impl Config {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
             engine: settings.engine_options(),
             drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
-            output_dir: settings.output_dir,
+            server: settings.server_options(),
             log_format: settings.log_format.unwrap_or_default(),
             models: settings.models,
         })
@@ -193,6 +212,10 @@ impl Settings {
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
             max_queued: self.max_queued.or(file.max_queued),
+            max_requests: self.max_requests.or(file.max_requests),
+            max_active_jobs: self.max_active_jobs.or(file.max_active_jobs),
+            max_ended_jobs: self.max_ended_jobs.or(file.max_ended_jobs),
+            max_clip_storage: self.max_clip_storage.or(file.max_clip_storage),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             output_dir: self.output_dir.or(file.output_dir),
             log_format: self.log_format.or(file.log_format),
@@ -201,7 +224,6 @@ impl Settings {
 
     fn engine_options(&self) -> EngineOptions {
         let (engine, load) = (EngineOptions::default(), LoadOptions::default());
-        let or = |set: Option<NonZeroUsize>, default: usize| set.map_or(default, NonZeroUsize::get);
         EngineOptions {
             device: self.device.unwrap_or_default(),
             weight_dtype: self.dtype.unwrap_or_default(),
@@ -215,6 +237,23 @@ impl Settings {
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
         }
     }
+
+    fn server_options(&self) -> ServerOptions {
+        let server = ServerOptions::default();
+        ServerOptions {
+            max_requests: or(self.max_requests, server.max_requests),
+            output_dir: self.output_dir.clone(),
+            retention: Retention {
+                max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
+                max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
+                max_file_bytes: self.max_clip_storage.map_or(server.retention.max_file_bytes, |size| size.0 as u64),
+            },
+        }
+    }
+}
+
+fn or(set: Option<NonZeroUsize>, default: usize) -> usize {
+    set.map_or(default, NonZeroUsize::get)
 }
 
 fn read_file(path: &Path) -> Result<Settings, ConfigError> {
@@ -352,11 +391,54 @@ mod tests {
         assert_eq!(config.engine.load.max_denoise_rows, 2);
         assert_eq!(config.engine.max_queued_sessions, 100);
         assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
+        assert_eq!(config.server.max_requests, 500);
+        let Retention { max_active_jobs, max_ended_jobs, max_file_bytes } = config.server.retention;
+        assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
         assert_eq!(config.drain, Duration::from_secs(60));
-        assert_eq!(config.output_dir, Some("/var/lib/tale".into()));
+        assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.models.len(), 2);
         assert_eq!(config.models[0].name, "chat");
+    }
+
+    /// A stand-in for `tale serve` with nothing but the settings.
+    #[derive(clap::Parser)]
+    struct Flags {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    #[test]
+    fn documentation_and_help_name_the_defaults_of_the_code() {
+        let document = include_str!("../docs/configuration.md");
+        let help = <Flags as clap::CommandFactory>::command().render_long_help().to_string();
+        let config =
+            Config::resolve(None, Settings { models: vec![parse_model("a=/x").unwrap()], ..Settings::default() });
+        let Config { listen, engine, drain, server, .. } = config.unwrap();
+        let gib = |bytes: usize| format!("{}GiB", bytes >> 30);
+        for (key, default) in [
+            ("listen", listen.to_string()),
+            ("device", engine.device.to_string()),
+            ("kv_cache", gib(engine.load.kv_cache_bytes)),
+            ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
+            ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
+            ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
+            ("max_queued", engine.max_queued_sessions.to_string()),
+            ("max_requests", server.max_requests.to_string()),
+            ("max_active_jobs", server.retention.max_active_jobs.to_string()),
+            ("max_ended_jobs", server.retention.max_ended_jobs.to_string()),
+            ("max_clip_storage", gib(server.retention.max_file_bytes as usize)),
+            ("drain_seconds", drain.as_secs().to_string()),
+        ] {
+            let line = document.lines().find(|line| line.starts_with(&format!("{key} = "))).unwrap();
+            let ends = |line: &str| {
+                line.ends_with(&format!("default {default}")) || line.contains(&format!("default {default}:"))
+            };
+            assert!(ends(line), "{key} should default to {default}: {line}");
+            let flag = help.split(&format!("--{} <", key.replace('_', "-"))).nth(1).unwrap();
+            let flag = flag.split(" --").next().unwrap();
+            assert!(flag.contains(&format!("[default: {default}]")), "--{key} should default to {default}: {flag}");
+        }
     }
 
     #[test]
@@ -378,7 +460,7 @@ mod tests {
         let config = resolve("output_dir = \"clips\"\n[models]\na = \"m/a\"", Settings::default()).unwrap();
         let folder = config.models[0].path.parent().unwrap().parent().unwrap();
         assert!(folder.is_absolute());
-        assert_eq!(config.output_dir.unwrap(), folder.join("clips"));
+        assert_eq!(config.server.output_dir.unwrap(), folder.join("clips"));
     }
 
     #[test]

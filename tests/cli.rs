@@ -1,6 +1,7 @@
 //! The command line as a user meets it: the built `tale`, tiny published checkpoints, files and exit codes.
 
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -331,11 +332,51 @@ fn a_reader_that_goes_away_ends_the_work_quietly() {
     assert_eq!(said, "");
 }
 
+/// Starts a server and waits for the line that names its address.
+fn serve(args: &[&str]) -> (Child, String) {
+    let mut command = tale(&[&["serve", "--listen", "127.0.0.1:0"], args].concat());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let address = line.strip_prefix("listening on http://").expect("the address").trim().to_owned();
+    (child, address)
+}
+
+/// Sends a request by hand and returns the whole answer.
+fn ask(address: &str, request: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "{request}\r\nhost: tale\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn serve_answers_until_it_is_told_to_stop() {
+    let model = format!("tiny={}", Golden::read("qwen2").checkpoint);
+    for signal_name in ["TERM", "INT"] {
+        let (mut child, address) = serve(&["--model", &model]);
+        assert!(ask(&address, "GET /readyz HTTP/1.1").starts_with("HTTP/1.1 200"));
+        assert!(ask(&address, "GET /v1/models HTTP/1.1").contains("\"id\":\"tiny\""));
+        signal(&child, signal_name);
+        assert_eq!(wait_at_most(&mut child, Duration::from_secs(10)), 0);
+    }
+}
+
+#[test]
+fn serve_refuses_to_start_with_a_reason() {
+    let qwen2 = Golden::read("qwen2").checkpoint;
+    check_failure(&["serve"], 2, &["no model to serve"]);
+    check_failure(&["serve", "--config", "/no/such.toml"], 2, &["/no/such.toml"]);
+    let busy = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = busy.local_addr().unwrap().to_string();
+    let model = format!("a={qwen2}");
+    check_failure(&["serve", "--model", &model, "--listen", &address], 1, &[&address, "in use"]);
+    check_failure(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"], 1, &["model `a`", "/no/such"]);
+}
+
 #[cfg(feature = "pull")]
 mod pull {
-    use std::io::{Read, Write};
-    use std::net::{TcpListener, TcpStream};
-
     use super::*;
 
     /// Answers as the hub does, for `org/tiny` at `main`; returns its address. Ends with the test process.

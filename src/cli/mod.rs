@@ -9,6 +9,7 @@ mod logs;
 mod progress;
 #[cfg(feature = "pull")]
 mod pull;
+mod serve;
 
 use std::io;
 use std::path::PathBuf;
@@ -30,6 +31,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serve models over HTTP, in OpenAI's shapes
+    Serve(serve::ServeArgs),
     /// Generate text, a picture or a clip, without a server
     Generate(generate::GenerateArgs),
     /// Say what a checkpoint is, what it needs, and what is missing or unused
@@ -113,6 +116,7 @@ impl From<tale_models::Error> for CliError {
 /// Runs the command that the process's arguments name.
 pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(&args),
         #[cfg(feature = "pull")]
