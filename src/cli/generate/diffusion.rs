@@ -5,7 +5,7 @@ use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 use tale_models::{Event, ModelCard, Request};
 
-use super::{CliError, Generator};
+use super::{CliError, Generator, wrong_medium};
 use crate::cli::progress::Phases;
 
 /// Absent ones take the model's own defaults.
@@ -64,13 +64,10 @@ impl DiffusionArgs {
 
 /// The card of a model that makes `medium`.
 pub fn card_for(medium: Medium, card: &ModelCard) -> Result<&DiffusionCard, CliError> {
-    let command = match card {
-        ModelCard::Diffusion(card) if card.medium == medium => return Ok(card),
-        ModelCard::Diffusion(card) if card.medium == Medium::Picture => "image",
-        ModelCard::Diffusion(_) => "video",
-        ModelCard::Text(_) => "text",
-    };
-    Err(CliError::Argument(format!("--model: this checkpoint is for `tale generate {command}`")))
+    match card {
+        ModelCard::Diffusion(card) if card.medium == medium => Ok(card),
+        other => Err(wrong_medium(other)),
+    }
 }
 
 /// Runs the request and hands over the frames as they come.

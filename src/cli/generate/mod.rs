@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::{Event, ModelCard, Request};
+use tale_models::{Event, ModelCard, Request, card};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -149,6 +149,16 @@ impl Signals {
         drop(entered);
         Ok(Self { runtime, interrupt, terminate })
     }
+}
+
+/// The error for a model that makes something else, naming the command for it.
+fn wrong_medium(card: &ModelCard) -> CliError {
+    let command = match card {
+        ModelCard::Text(_) => "text",
+        ModelCard::Diffusion(card) if card.medium == card::Medium::Picture => "image",
+        ModelCard::Diffusion(_) => "video",
+    };
+    CliError::Argument(format!("--model: this checkpoint is for `tale generate {command}`"))
 }
 
 /// A seed that nobody chose; 32 bits, which people can retype and which are all that torch's CPU generator uses.

@@ -11,7 +11,7 @@ use tale_models::chat_template::ChatMessage;
 use tale_models::request::Usage;
 use tale_models::{Event, ModelCard, Request};
 
-use super::{CliError, Generator, ModelArgs, random_seed};
+use super::{CliError, Generator, ModelArgs, random_seed, wrong_medium};
 use crate::config::ByteSize;
 use crate::engine::EngineOptions;
 
@@ -112,9 +112,7 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
     options.load.kv_cache_bytes = args.kv_cache.0;
     let mut generator = Generator::load(&args.model, options)?;
     let card = generator.card.clone();
-    let ModelCard::Text(card) = &*card else {
-        return Err(CliError::Argument("--model: this checkpoint makes no text".into()));
-    };
+    let ModelCard::Text(card) = &*card else { return Err(wrong_medium(&card)) };
 
     let prompt = match (messages, &args.input.prompt) {
         (Some(messages), _) => encode_chat(card, &messages)?,
