@@ -24,6 +24,7 @@ use crate::request::DiffusionRequest;
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
+use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
 use crate::solver::unipc::{UniPc, UniPcConfig};
 use crate::tokenizer::Tokenizer;
 use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
@@ -137,7 +138,7 @@ pub struct WanModel {
     tokenizer: Tokenizer,
     text_encoder: T5Encoder,
     transformer: WanTransformer,
-    solver: UniPcConfig,
+    solver: SolverConfig,
     vae: WanVaeDecoder,
 }
 
@@ -155,8 +156,8 @@ impl WanModel {
         let sizes = Sizes::read(manifest)?;
         Ok(Self {
             card: sizes.card(),
+            solver: SolverConfig::read(manifest)?,
             tokenizer: Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?,
-            solver: UniPcConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?,
             text_encoder: T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?,
             transformer: WanTransformer::load(&open("transformer")?, &sizes.transformer)?,
             vae: WanVaeDecoder::load(&open("vae")?, &sizes.vae)?,
@@ -169,30 +170,71 @@ impl WanModel {
 fn check_pipeline(manifest: &Manifest) -> Result<()> {
     let index_path = manifest.root.join("model_index.json");
     let index: Value = read_json(&index_path)?;
-    let Layout::Diffusers { components, .. } = &manifest.layout else {
-        return Err(Error::checkpoint(&index_path, "is not a pipeline"));
-    };
-    if components.contains_key("transformer_2") || !index["boundary_ratio"].is_null() {
+    if component_class(manifest, "transformer_2") != ABSENT || !index["boundary_ratio"].is_null() {
         let problem = "`transformer_2` and `boundary_ratio` (Wan2.2) are not supported; supported is Wan2.1";
         return Err(Error::checkpoint(index_path, problem));
     }
     if index["expand_timesteps"].as_bool() == Some(true) {
         return Err(Error::checkpoint(index_path, "`expand_timesteps` (Wan2.2) is not supported"));
     }
-    let classes = [
-        ("text_encoder", "UMT5EncoderModel"),
-        ("transformer", "WanTransformer3DModel"),
-        ("vae", "AutoencoderKLWan"),
-        ("scheduler", "UniPCMultistepScheduler"),
-    ];
+    let classes =
+        [("text_encoder", "UMT5EncoderModel"), ("transformer", "WanTransformer3DModel"), ("vae", "AutoencoderKLWan")];
     for (component, supported) in classes {
-        let found = components.get(component).map_or("absent", String::as_str);
+        let found = component_class(manifest, component);
         if found != supported {
             let problem = format!("`{component}` is {found}; supported is {supported}");
             return Err(Error::checkpoint(index_path, problem));
         }
     }
     Ok(())
+}
+
+/// What [`component_class`] says of a component that the pipeline does not have.
+const ABSENT: &str = "absent";
+
+/// Class of a component of the pipeline, as `model_index.json` names it.
+fn component_class<'a>(manifest: &'a Manifest, component: &str) -> &'a str {
+    match &manifest.layout {
+        Layout::Diffusers { components, .. } => components.get(component).map_or(ABSENT, String::as_str),
+        Layout::Transformers { .. } => ABSENT,
+    }
+}
+
+/// `scheduler/scheduler_config.json`: the published checkpoints have the first, some made from them the second.
+enum SolverConfig {
+    UniPc(UniPcConfig),
+    FlowMatchEuler(FlowMatchEulerConfig),
+}
+
+impl SolverConfig {
+    fn read(manifest: &Manifest) -> Result<Self> {
+        let path = manifest.component("scheduler")?.dir.join("scheduler_config.json");
+        match component_class(manifest, "scheduler") {
+            "UniPCMultistepScheduler" => Ok(Self::UniPc(UniPcConfig::read(&path)?)),
+            "FlowMatchEulerDiscreteScheduler" => {
+                let config = FlowMatchEulerConfig::read(&path)?;
+                if config.use_dynamic_shifting {
+                    // The pipeline gives the scheduler no `mu`, so that the reference fails too.
+                    return Err(Error::checkpoint(path, "`use_dynamic_shifting`: only false is supported"));
+                }
+                Ok(Self::FlowMatchEuler(config))
+            }
+            found => {
+                let supported = "UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler";
+                let problem = format!("`scheduler` is {found}; supported are {supported}");
+                Err(Error::checkpoint(manifest.root.join("model_index.json"), problem))
+            }
+        }
+    }
+
+    fn solver(&self, num_inference_steps: usize) -> Box<dyn Solver> {
+        match self {
+            Self::UniPc(config) => Box::new(UniPc::new(config, num_inference_steps)),
+            Self::FlowMatchEuler(config) => {
+                Box::new(FlowMatchEuler::new(config, &config.own_sigmas(num_inference_steps), 0.0))
+            }
+        }
+    }
 }
 
 impl Sizes {
@@ -309,7 +351,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(Box::new(UniPc::new(&self.solver, request.num_inference_steps)))
+        Ok(self.solver.solver(request.num_inference_steps))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {

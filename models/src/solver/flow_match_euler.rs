@@ -90,6 +90,15 @@ impl FlowMatchEulerConfig {
         image_seq_len as f64 * slope + (base_shift - slope * self.base_image_seq_len as f64)
     }
 
+    /// `n` sigmas to start from where the pipeline gives none (Wan): evenly spaced between the first and the last of
+    /// training, which are shifted already and will be once more, as in the reference. Without dynamic shifting.
+    pub fn own_sigmas(&self, n: usize) -> Vec<f64> {
+        let shifted = |sigma: f32| f64::from(self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma));
+        let (first, last) = (shifted(1.0), shifted(1.0 / self.num_train_timesteps as f32));
+        let step = (last - first) / (n.max(2) - 1) as f64;
+        (0..n).map(|i| first + i as f64 * step).collect()
+    }
+
     /// What becomes of the sigma `t`.
     fn shifted(&self, t: f32, mu: f64) -> f32 {
         if !self.use_dynamic_shifting {

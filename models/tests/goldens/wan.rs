@@ -13,6 +13,7 @@ use tale_models::rng::TorchGenerator;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
+use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
 use tale_models::solver::unipc::{UniPc, UniPcConfig};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
@@ -49,6 +50,30 @@ fn unipc_takes_the_steps_of_the_reference() {
         checked += 1;
     }
     assert!(checked > 0, "the golden has cases of this solver");
+}
+
+/// A Wan checkpoint with this scheduler starts from the scheduler's own sigmas; FLUX.1 gives them.
+#[test]
+fn flow_match_euler_starts_from_its_own_sigmas() {
+    let (golden, tensors) = (golden_json("solvers"), golden_tensors("solvers"));
+    let dir = tempfile::tempdir().unwrap();
+    let cases = golden["cases"].as_array().unwrap().iter();
+    let cases = cases.filter(|case| case["class"] == "FlowMatchEulerDiscreteScheduler" && case["sigmas_arg"].is_null());
+    let mut checked = 0;
+    for case in cases {
+        let path = dir.path().join("scheduler_config.json");
+        std::fs::write(&path, case["config"].to_string()).unwrap();
+        let config = FlowMatchEulerConfig::read(&path).unwrap();
+        let num_steps = case["num_inference_steps"].as_u64().unwrap() as usize;
+        let solver = FlowMatchEuler::new(&config, &config.own_sigmas(num_steps), 0.0);
+        let name = case["name"].as_str().unwrap();
+        let sigmas: Vec<f64> = solver.sigmas().iter().map(|sigma| f64::from(*sigma)).collect();
+        assert_close(&format!("{name} sigmas"), &row(&sigmas), &tensors[&format!("{name}.sigmas")], 1e-6);
+        let timesteps = row(solver.timesteps());
+        assert_close(&format!("{name} timesteps"), &timesteps, &tensors[&format!("{name}.timesteps")], 1e-6);
+        checked += 1;
+    }
+    assert!(checked > 0, "the golden has cases of this scheduler without given sigmas");
 }
 
 /// The two checkpoints differ in widths, depths, in which VAE levels double frames, and in how they are laid out.
