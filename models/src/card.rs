@@ -107,6 +107,10 @@ impl TextCard {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "has no tokens"));
         }
+        if let Some(token) = prompt.iter().find(|token| **token as usize >= self.vocab_size) {
+            let problem = format!("holds token {token}; this model's vocabulary ends at {}", self.vocab_size - 1);
+            return Err(Error::invalid("prompt", problem));
+        }
         if prompt.len() >= self.max_context {
             return Err(Error::ContextLength { prompt_tokens: prompt.len(), limit: self.max_context - 1 });
         }

@@ -20,10 +20,9 @@ macro_rules! text_body {
         #[derive(Debug, Deserialize)]
         #[serde(deny_unknown_fields)]
         pub(super) struct $name {
-            $($(#[$field_doc])* pub(super) $field: $type,)*
             pub(super) model: String,
+            $($(#[$field_doc])* pub(super) $field: $type,)*
             pub(super) n: Option<u64>,
-            #[serde(default)]
             pub(super) stream: Option<bool>,
             pub(super) stream_options: Option<Object<StreamOptions>>,
             pub(super) max_tokens: Option<u64>,

@@ -1,0 +1,53 @@
+//! Pictures.
+
+use base64::Engine;
+use serde_json::json;
+
+use crate::support::server;
+
+fn decode(image: &serde_json::Value) -> Vec<u8> {
+    base64::engine::general_purpose::STANDARD.decode(image["b64_json"].as_str().expect("text")).expect("base64")
+}
+
+#[tokio::test]
+async fn pictures_come_with_their_effective_parameters() {
+    let server = server().await;
+    let body = json!({"model": "pictures", "prompt": "a boat", "n": 3, "seed": 250, "size": "96x48"});
+    let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+    let effective = json!({
+        "model": "pictures", "output_format": "png", "size": "96x48", "width": 96, "height": 48,
+        "num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 64, "seed": 250,
+    });
+    for (name, value) in effective.as_object().expect("fields") {
+        assert_eq!(&answer[name], value, "{name}");
+    }
+    let data = answer["data"].as_array().expect("a list");
+    assert_eq!(data.len(), 3);
+    for (index, image) in data.iter().enumerate() {
+        let picture = image::load_from_memory(&decode(image)).expect("a picture").to_rgb8();
+        assert_eq!(picture.dimensions(), (96, 48));
+        let seed = 250 + index as u64;
+        assert_eq!(image["seed"], seed);
+        assert_eq!(picture.get_pixel(95, 47).0, [(95 * 255 / 96) as u8, (47 * 255 / 48) as u8, (seed % 256) as u8]);
+    }
+}
+
+#[tokio::test]
+async fn every_format_is_what_it_says() {
+    let server = server().await;
+    let cases = [
+        (json!({"output_format": "png"}), image::ImageFormat::Png),
+        (json!({"output_format": "jpeg", "output_compression": 60}), image::ImageFormat::Jpeg),
+        (json!({"output_format": "webp"}), image::ImageFormat::WebP),
+    ];
+    for (extra, format) in cases {
+        let mut body = json!({"model": "pictures", "prompt": "x", "response_format": "b64_json", "size": "auto"});
+        for (name, value) in extra.as_object().expect("fields") {
+            body[name] = value.clone();
+        }
+        let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+        let bytes = decode(&answer["data"][0]);
+        assert_eq!(image::guess_format(&bytes).expect("known"), format);
+        assert_eq!(image::load_from_memory(&bytes).expect("a picture").width(), 64);
+    }
+}

@@ -1,0 +1,11 @@
+#![allow(missing_docs)] // a test binary has no readers of its docs
+//! The server over real HTTP: one binary, so that it is linked once.
+
+mod cancel;
+mod cli;
+mod images;
+mod lifecycle;
+mod refusals;
+mod support;
+mod text;
+mod videos;

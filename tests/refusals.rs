@@ -1,0 +1,266 @@
+//! Bad input gets a clear answer in the API's error shape, and what the client wrote is not repeated.
+
+use serde_json::{Value, json};
+
+use crate::support::{Answer, SECRET, Server, Setup, server, start};
+
+/// Status, `param` and `code` of a refusal, whose shape and discretion are checked on the way.
+#[track_caller]
+fn refusal(answer: &Answer) -> (u16, String, String) {
+    let body = answer.json();
+    let error = body["error"].as_object().unwrap_or_else(|| panic!("{answer:?}"));
+    assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
+    assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()));
+    assert!(!answer.text().contains(SECRET), "repeats the client: {answer:?}");
+    let text = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
+    (answer.status.as_u16(), text("param"), text("code"))
+}
+
+async fn check(server: &Server, path: &str, body: Value, expected: (u16, &str, &str)) {
+    let answer = server.post(path, &body).await;
+    let (status, param, code) = refusal(&answer);
+    assert_eq!((status, param.as_str(), code.as_str()), expected, "{body}: {answer:?}");
+}
+
+fn with(base: &Value, extra: Value) -> Value {
+    let mut body = base.clone();
+    for (name, value) in extra.as_object().expect("fields") {
+        body[name] = value.clone();
+    }
+    body
+}
+
+#[tokio::test]
+async fn wrong_fields_of_a_chat_are_named() {
+    let server = server().await;
+    let base = json!({"model": "words", "messages": [{"role": "user", "content": SECRET}]});
+    let invalid = "invalid_value";
+    let cases = [
+        (json!({"no_such_field": SECRET}), (400, "no_such_field", "unknown_parameter")),
+        (json!({"messages": []}), (400, "messages", invalid)),
+        (json!({"messages": SECRET}), (400, "messages", invalid)),
+        (json!({"messages": [{"role": "user"}]}), (400, "messages[0].content", "missing_required_parameter")),
+        (json!({"messages": [{"role": SECRET, "content": "x"}]}), (400, "messages[0].role", invalid)),
+        (json!({"messages": [{"role": "user", "content": 5}]}), (400, "messages[0].content", invalid)),
+        (json!({"messages": [[SECRET, "x"]]}), (400, "messages[0]", invalid)),
+        (json!({"max_tokens": 0}), (400, "max_tokens", invalid)),
+        (json!({"max_tokens": -1}), (400, "max_tokens", invalid)),
+        (json!({"max_tokens": 1e300}), (400, "max_tokens", invalid)),
+        (json!({"max_tokens": u64::MAX}), (400, "max_tokens", invalid)),
+        (json!({"max_completion_tokens": 1_000_000}), (400, "max_completion_tokens", invalid)),
+        (json!({"max_tokens": 1, "max_completion_tokens": 2}), (400, "max_completion_tokens", invalid)),
+        (json!({"temperature": 2.1}), (400, "temperature", invalid)),
+        (json!({"temperature": SECRET}), (400, "temperature", invalid)),
+        (json!({"temperature": 1e300}), (400, "temperature", invalid)),
+        (json!({"top_p": 0}), (400, "top_p", invalid)),
+        (json!({"min_p": 1.5}), (400, "min_p", invalid)),
+        (json!({"presence_penalty": 3}), (400, "presence_penalty", invalid)),
+        (json!({"frequency_penalty": -3}), (400, "frequency_penalty", invalid)),
+        (json!({"repetition_penalty": 0}), (400, "repetition_penalty", invalid)),
+        (json!({"seed": -1}), (400, "seed", invalid)),
+        (json!({"n": 0}), (400, "n", invalid)),
+        (json!({"n": 65}), (400, "n", invalid)),
+        (json!({"stop": [""]}), (400, "stop", invalid)),
+        (json!({"stop": vec!["x"; 17]}), (400, "stop", invalid)),
+        (json!({"stream": SECRET}), (400, "stream", invalid)),
+        (json!({"stream_options": {"include_usage": true}}), (400, "stream_options", invalid)),
+        (json!({"stream": true, "stream_options": {"x": 1}}), (400, "stream_options.x", "unknown_parameter")),
+        (json!({"model": "none"}), (404, "model", "model_not_found")),
+        (json!({"model": "pictures"}), (400, "model", invalid)),
+    ];
+    for (extra, expected) in cases {
+        check(&server, "/v1/chat/completions", with(&base, extra), expected).await;
+    }
+    check(&server, "/v1/chat/completions", json!({}), (400, "model", "missing_required_parameter")).await;
+    let unknown = server.post("/v1/chat/completions", &with(&base, json!({"model": "none"}))).await;
+    assert!(unknown.text().contains("words, pictures, clips"), "{unknown:?}");
+    server.wait_until_empty().await;
+}
+
+#[tokio::test]
+async fn prompts_that_do_not_fit_are_refused_by_their_length() {
+    let server = server().await;
+    let long = json!({"model": "words", "prompt": SECRET.repeat(1000)});
+    check(&server, "/v1/completions", long, (400, "", "context_length_exceeded")).await;
+    let huge = json!({"model": "words", "prompt": SECRET.repeat(10_000_000 / SECRET.len())});
+    check(&server, "/v1/completions", huge.clone(), (413, "", "request_too_large")).await;
+    let chat = json!({"model": "words", "messages": [{"role": "user", "content": huge["prompt"]}]});
+    check(&server, "/v1/chat/completions", chat, (413, "", "request_too_large")).await;
+    check(&server, "/v1/completions", json!({"model": "words", "prompt": []}), (400, "prompt", "invalid_value")).await;
+    let unknown_token = json!({"model": "words", "prompt": [100_000]});
+    check(&server, "/v1/completions", unknown_token, (400, "prompt", "invalid_value")).await;
+    let many = json!({"model": "words", "prompt": vec!["x"; 10], "n": 10});
+    check(&server, "/v1/completions", many, (400, "prompt", "invalid_value")).await;
+}
+
+#[tokio::test]
+async fn wrong_fields_of_a_picture_are_named() {
+    let server = server().await;
+    let base = json!({"model": "pictures", "prompt": SECRET});
+    let invalid = "invalid_value";
+    let cases = [
+        (json!({"num_frames": 5}), (400, "num_frames", "unknown_parameter")),
+        (json!({"prompt": ""}), (400, "prompt", invalid)),
+        (json!({"n": 11}), (400, "n", invalid)),
+        (json!({"size": "big"}), (400, "size", invalid)),
+        (json!({"size": "100x64"}), (400, "size", invalid)),
+        (json!({"size": "512x512"}), (400, "size", invalid)),
+        (json!({"size": "64x64", "width": 64}), (400, "size", invalid)),
+        (json!({"width": 65}), (400, "width", invalid)),
+        (json!({"height": u64::MAX}), (400, "height", invalid)),
+        (json!({"response_format": "url"}), (400, "response_format", invalid)),
+        (json!({"output_format": "bmp"}), (400, "output_format", invalid)),
+        (json!({"output_compression": 50}), (400, "output_compression", invalid)),
+        (json!({"output_format": "jpeg", "output_compression": 101}), (400, "output_compression", invalid)),
+        (json!({"num_inference_steps": 0}), (400, "num_inference_steps", invalid)),
+        (json!({"guidance_scale": 3.5}), (400, "guidance_scale", invalid)),
+        (json!({"negative_prompt": SECRET}), (400, "negative_prompt", invalid)),
+        (json!({"max_sequence_length": 129}), (400, "max_sequence_length", invalid)),
+        (json!({"model": "words"}), (400, "model", invalid)),
+        (json!({"model": "clips"}), (400, "model", invalid)),
+    ];
+    for (extra, expected) in cases {
+        check(&server, "/v1/images/generations", with(&base, extra), expected).await;
+    }
+    let size = server.post("/v1/images/generations", &with(&base, json!({"size": "100x64"}))).await;
+    assert!(size.text().contains("width is 100; allowed: multiples of 16 from 16 to 512"), "{size:?}");
+}
+
+#[tokio::test]
+async fn wrong_fields_of_a_clip_are_named() {
+    let server = server().await;
+    let base = json!({"model": "clips", "prompt": SECRET});
+    let invalid = "invalid_value";
+    let cases = [
+        (json!({"num_frames": 6}), (400, "num_frames", invalid)),
+        (json!({"num_frames": 85}), (400, "num_frames", invalid)),
+        (json!({"seconds": "soon"}), (400, "seconds", invalid)),
+        (json!({"seconds": -1}), (400, "seconds", invalid)),
+        (json!({"seconds": "1000"}), (400, "seconds", invalid)),
+        (json!({"seconds": 1, "num_frames": 5}), (400, "seconds", invalid)),
+        (json!({"fps": 0}), (400, "fps", invalid)),
+        (json!({"fps": 60, "output_format": "gif"}), (400, "fps", invalid)),
+        (json!({"output_format": "avi"}), (400, "output_format", invalid)),
+        (json!({"input_reference": SECRET}), (400, "input_reference", "unknown_parameter")),
+        (json!({"guidance_scale": 1.0, "negative_prompt": SECRET}), (400, "negative_prompt", invalid)),
+        (json!({"model": "pictures"}), (400, "model", invalid)),
+        (json!({"model": "words"}), (400, "model", invalid)),
+    ];
+    for (extra, expected) in cases {
+        check(&server, "/v1/videos", with(&base, extra), expected).await;
+    }
+    assert_eq!(server.get("/v1/videos").await.expect(200).json()["data"], json!([]));
+}
+
+#[tokio::test]
+async fn wrong_forms_are_named() {
+    let server = server().await;
+    let form = |fields: &str| {
+        let parts = fields.split(';').map(|field| {
+            let (name, value) = field.split_once('=').expect("name=value");
+            format!("--b\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n")
+        });
+        parts.collect::<String>() + "--b--\r\n"
+    };
+    let check = async |fields: &str, expected: (u16, &str, &str)| {
+        let content_type = "multipart/form-data; boundary=b";
+        let answer = server.call("POST", "/v1/videos", content_type, form(fields)).await;
+        let (status, param, code) = refusal(&answer);
+        assert_eq!((status, param.as_str(), code.as_str()), expected, "{fields}: {answer:?}");
+    };
+    check("model=clips", (400, "prompt", "missing_required_parameter")).await;
+    check("model=clips;prompt=x;fps=s3cret-prompt", (400, "fps", "invalid_value")).await;
+    check("model=clips;prompt=x;fps=8;fps=8", (400, "fps", "invalid_value")).await;
+    check("model=clips;prompt=x;colour=red", (400, "colour", "unknown_parameter")).await;
+    check("model=clips;prompt=x;num_frames=6", (400, "num_frames", "invalid_value")).await;
+    let broken = server.call("POST", "/v1/videos", "multipart/form-data; boundary=b", "--b\r\nnonsense").await;
+    assert_eq!(refusal(&broken), (400, String::new(), "invalid_body".into()));
+}
+
+#[tokio::test]
+async fn bodies_that_cannot_be_read_are_refused() {
+    let server = server().await;
+    let path = "/v1/chat/completions";
+    let json = "application/json";
+    let status = async |content_type: &str, body: &[u8]| {
+        refusal(&server.call("POST", path, content_type, body.to_vec()).await).0
+    };
+    assert_eq!(status(json, b"").await, 400);
+    assert_eq!(status(json, b"{\"model\": ").await, 400);
+    assert_eq!(status(json, b"[\"words\"]").await, 400);
+    assert_eq!(status(json, b"{\"model\": \"words\"} tail").await, 400);
+    assert_eq!(status(json, b"{\"model\": \"\xff\"}").await, 400);
+    assert_eq!(status("text/plain", b"{}").await, 415);
+    assert_eq!(status("", b"{}").await, 415);
+}
+
+#[tokio::test]
+async fn unknown_paths_and_methods_have_the_same_shape() {
+    let server = server().await;
+    assert_eq!(refusal(&server.get("/v1/nothing").await).0, 404);
+    assert_eq!(refusal(&server.get("/v1/chat/completions").await).0, 405);
+    assert_eq!(refusal(&server.delete("/v1/models").await).0, 405);
+    assert_eq!(refusal(&server.get("/v1/videos/video_none").await).0, 404);
+    assert_eq!(refusal(&server.get("/v1/jobs/video_none/events").await).0, 404);
+    assert_eq!(refusal(&server.get("/v1/videos?page=2").await), (400, "page".into(), "unknown_parameter".into()));
+    assert_eq!(refusal(&server.get("/v1/videos?limit=0").await), (400, "limit".into(), "invalid_value".into()));
+    assert_eq!(refusal(&server.get("/v1/videos?order=up").await), (400, "order".into(), "invalid_value".into()));
+}
+
+#[tokio::test]
+async fn a_full_queue_says_when_to_come_back() {
+    let server = start(Setup { max_queued_sessions: 2, max_batch: 1, ..Setup::default() }).await;
+    server.hold.store(true, std::sync::atomic::Ordering::Relaxed);
+    let body = json!({"model": "clips", "prompt": "x", "num_inference_steps": 1000});
+    // One runs; two wait.
+    for running in 1..=3 {
+        server.post("/v1/videos", &body).await.expect(200);
+        server.wait_for_live(running).await;
+        if running == 1 {
+            while server.engine.status().models[2].queued > 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        }
+    }
+    let full = server.post("/v1/videos", &body).await;
+    assert_eq!(refusal(&full), (429, String::new(), "queue_full".into()));
+    assert_eq!(full.header("retry-after"), "1");
+    // Another model's queue is its own.
+    server.hold.store(false, std::sync::atomic::Ordering::Relaxed);
+    let words = json!({"model": "words", "prompt": "x", "max_tokens": 1});
+    server.post("/v1/completions", &words).await.expect(200);
+}
+
+#[tokio::test]
+async fn the_number_of_requests_in_flight_is_bounded() {
+    let server = start(Setup { max_requests: 2, ..Setup::default() }).await;
+    server.hold.store(true, std::sync::atomic::Ordering::Relaxed);
+    let body = json!({"model": "words", "prompt": "x", "stream": true}).to_string();
+    let stream = || server.send(crate::support::request("POST", "/v1/completions", "application/json", body.clone()));
+    let (first, _second) = (stream().await, stream().await);
+    let third = crate::support::read(stream().await).await;
+    assert_eq!(refusal(&third).0, 429);
+    // The pass goes back with the body.
+    drop(first);
+    let begun = std::time::Instant::now();
+    while stream().await.status() != 200 {
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+    }
+}
+
+#[tokio::test]
+async fn what_can_never_fit_into_memory_is_refused_with_the_figures() {
+    let server = start(Setup { clip_bytes: (1 << 20) + 1, ..Setup::default() }).await;
+    let job = server.post("/v1/videos", &json!({"model": "clips", "prompt": SECRET})).await.expect(200).json();
+    let path = format!("/v1/videos/{}", job["id"].as_str().expect("a name"));
+    let begun = std::time::Instant::now();
+    loop {
+        let job = server.get(&path).await.expect(200).json();
+        if job["status"] == "failed" {
+            assert_eq!(job["error"]["code"], "out_of_memory");
+            assert_eq!(job["error"]["message"], "not enough memory: 1048577 bytes needed, 1048576 free");
+            break;
+        }
+        assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{job}");
+    }
+}
