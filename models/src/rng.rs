@@ -33,7 +33,7 @@ impl TorchGenerator {
         }
         let mut values: Vec<f32> = (0..len).map(|_| self.uniform_f32()).collect();
         values.chunks_exact_mut(BLOCK).for_each(box_muller_block);
-        if len % BLOCK != 0 {
+        if !len.is_multiple_of(BLOCK) {
             let last = &mut values[len - BLOCK..];
             last.fill_with(|| self.uniform_f32());
             box_muller_block(last);
@@ -81,12 +81,12 @@ fn box_muller_block(block: &mut [f32]) {
 /// polynomial in `m - 1`. `ln 2` is split in two so that `e ln 2` loses nothing.
 fn ln(x: f32) -> f32 {
     const POLYNOMIAL: [f32; 8] = [
-        -1.151_461_03e-1,
+        -1.151_461e-1,
         1.167_699_87e-1,
         -1.242_014_1e-1,
         1.424_932_3e-1,
         -1.666_805_8e-1,
-        2.000_071_48e-1,
+        2.000_071_4e-1,
         -2.499_999_4e-1,
         3.333_333e-1,
     ];

@@ -1,11 +1,20 @@
 //! From tokens to text as it becomes certain: incremental detokenisation and stop strings.
+//!
+//! Owns: what of an answer may be shown already. Text is held back while a character is incomplete or while a stop
+//! string may be coming. Deliberately does not know: where tokens come from, end-of-sequence ids, HTTP.
+//!
+//! All pieces joined are the text of all tokens, cut where the first stop string begins: however the text falls into
+//! tokens, and whichever stop string is complete first.
 
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
 /// Turns the tokens of one answer into text pieces.
 #[derive(Debug)]
-pub struct TextStream {}
+pub struct TextStream {
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+}
 
 /// Text that became certain.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -18,17 +27,210 @@ pub struct Piece {
 
 impl TextStream {
     /// `prompt` gives context to tokenizers whose first token depends on what is before it.
-    pub fn new(_tokenizer: Tokenizer, _prompt: &[u32], _stop: Vec<String>) -> Self {
-        todo!()
+    pub fn new(tokenizer: Tokenizer, prompt: &[u32], stop: Vec<String>) -> Self {
+        Self { detokenizer: Detokenizer::new(tokenizer, prompt), stops: StopMatcher::new(stop) }
     }
 
-    /// Adds one token.
-    pub fn push(&mut self, _token: u32) -> Result<Piece> {
-        todo!()
+    /// Adds one token. Special tokens have no text.
+    pub fn push(&mut self, token: u32) -> Result<Piece> {
+        let text = self.detokenizer.push(token)?;
+        Ok(self.stops.push(&text))
     }
 
     /// The text that was held back (incomplete characters as U+FFFD), when the answer ends without a stop string.
-    pub fn finish(self) -> Result<String> {
-        todo!()
+    pub fn finish(mut self) -> Result<String> {
+        let last = self.detokenizer.finish()?;
+        let mut text = self.stops.push(&last).text;
+        text.push_str(&self.stops.finish());
+        Ok(text)
     }
 }
+
+/// Two kinds of vocabulary: where a token is a run of bytes, and where its text depends on its neighbours.
+#[derive(Debug)]
+enum Detokenizer {
+    Bytes { tokenizer: Tokenizer, decoder: Utf8Decoder },
+    Window(WindowDecoder),
+}
+
+impl Detokenizer {
+    fn new(tokenizer: Tokenizer, prompt: &[u32]) -> Self {
+        if tokenizer.is_byte_level() {
+            Self::Bytes { tokenizer, decoder: Utf8Decoder::default() }
+        } else {
+            Self::Window(WindowDecoder::new(tokenizer, prompt))
+        }
+    }
+
+    fn push(&mut self, token: u32) -> Result<String> {
+        match self {
+            Self::Bytes { tokenizer, decoder } => Ok(decoder.push(&tokenizer.token_bytes(token))),
+            Self::Window(window) => window.push(token),
+        }
+    }
+
+    fn finish(&mut self) -> Result<String> {
+        match self {
+            Self::Bytes { decoder, .. } => Ok(decoder.finish()),
+            Self::Window(window) => window.finish(),
+        }
+    }
+}
+
+/// Bytes to text as `String::from_utf8_lossy` would do with all of them at once.
+#[derive(Debug, Default)]
+struct Utf8Decoder {
+    /// The beginning of a character, at most three bytes between calls.
+    pending: Vec<u8>,
+}
+
+impl Utf8Decoder {
+    fn push(&mut self, bytes: &[u8]) -> String {
+        self.pending.extend_from_slice(bytes);
+        let mut text = String::new();
+        let mut incomplete = 0;
+        let mut chunks = self.pending.utf8_chunks().peekable();
+        while let Some(chunk) = chunks.next() {
+            text.push_str(chunk.valid());
+            let is_last = chunks.peek().is_none();
+            if is_last && may_become_a_character(chunk.invalid()) {
+                incomplete = chunk.invalid().len();
+            } else if !chunk.invalid().is_empty() {
+                text.push(char::REPLACEMENT_CHARACTER);
+            }
+        }
+        self.pending.drain(..self.pending.len() - incomplete);
+        text
+    }
+
+    fn finish(&mut self) -> String {
+        let is_empty = std::mem::take(&mut self.pending).is_empty();
+        if is_empty { String::new() } else { char::REPLACEMENT_CHARACTER.into() }
+    }
+}
+
+/// Whether invalid bytes at the end are only the first part of a character.
+fn may_become_a_character(bytes: &[u8]) -> bool {
+    std::str::from_utf8(bytes).is_err_and(|e| e.error_len().is_none())
+}
+
+/// For vocabularies with spaces and bytes as pieces (SentencePiece): decodes a short window of tokens before and after
+/// each token, and takes the difference. As vLLM's `detokenize_incrementally`.
+#[derive(Debug)]
+struct WindowDecoder {
+    tokenizer: Tokenizer,
+    window: Vec<u32>,
+    /// Tokens at the front of `window` whose text was given out.
+    num_given: usize,
+}
+
+impl WindowDecoder {
+    /// Tokens of the prompt that stand before the first one: enough for the space before a word.
+    const CONTEXT: usize = 6;
+    /// A character is at most this many tokens; a text that still ends in U+FFFD then is not UTF-8.
+    const CHARACTER: usize = 4;
+
+    fn new(tokenizer: Tokenizer, prompt: &[u32]) -> Self {
+        let with_text = prompt.iter().rev().filter(|token| tokenizer.has_text(**token));
+        let mut window: Vec<u32> = with_text.take(Self::CONTEXT).copied().collect();
+        window.reverse();
+        Self { tokenizer, num_given: window.len(), window }
+    }
+
+    fn push(&mut self, token: u32) -> Result<String> {
+        // In a window without text the next word would lose its space as a first one does.
+        if !self.tokenizer.has_text(token) {
+            return Ok(String::new());
+        }
+        self.window.push(token);
+        let text = self.new_text()?;
+        let num_waiting = self.window.len() - self.num_given;
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && num_waiting < Self::CHARACTER {
+            return Ok(String::new());
+        }
+        self.window.drain(..self.num_given);
+        self.num_given = self.window.len();
+        Ok(text)
+    }
+
+    fn finish(&mut self) -> Result<String> {
+        let text = self.new_text()?;
+        self.num_given = self.window.len();
+        Ok(text)
+    }
+
+    /// What the tokens that wait add to the text of those before them.
+    fn new_text(&self) -> Result<String> {
+        let before = self.tokenizer.decode(&self.window[..self.num_given])?;
+        let whole = self.tokenizer.decode(&self.window)?;
+        match whole.strip_prefix(&before) {
+            Some(new) => Ok(new.to_string()),
+            // Bytes that are no text spoil those before them, which are given out already.
+            None => self.tokenizer.decode(&self.window[self.num_given..]),
+        }
+    }
+}
+
+/// Finds stop strings in text that comes piece by piece.
+#[derive(Debug)]
+struct StopMatcher {
+    stops: Vec<String>,
+    /// Text that may be the beginning of a stop string: shorter than the longest one.
+    held: String,
+    stopped: bool,
+}
+
+impl StopMatcher {
+    fn new(stops: Vec<String>) -> Self {
+        let stops = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
+        Self { stops, held: String::new(), stopped: false }
+    }
+
+    /// A stop string that is complete still waits for one that began before it and may yet be completed: the first to
+    /// begin wins, so that the cut does not depend on how the text falls into tokens.
+    fn push(&mut self, text: &str) -> Piece {
+        if self.stopped {
+            return Piece { text: String::new(), stopped: true };
+        }
+        self.held.push_str(text);
+        let open = self.first_open();
+        let complete = self.first_complete();
+        self.stopped = complete.is_some_and(|complete| open.is_none_or(|open| complete <= open));
+        let end = if self.stopped { complete } else { open };
+        let text = self.take_until(end.unwrap_or(self.held.len()));
+        Piece { text, stopped: self.stopped }
+    }
+
+    /// No more text comes: what is open will never be complete.
+    fn finish(mut self) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        let end = self.first_complete().unwrap_or(self.held.len());
+        self.take_until(end)
+    }
+
+    /// Where the first complete stop string begins.
+    fn first_complete(&self) -> Option<usize> {
+        self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min()
+    }
+
+    /// Where the first text begins that more text could turn into a stop string.
+    fn first_open(&self) -> Option<usize> {
+        let longest = self.stops.iter().map(String::len).max()?;
+        let start = self.held.len().saturating_sub(longest - 1);
+        let is_open = |at: &usize| {
+            let rest = &self.held.as_bytes()[*at..];
+            self.stops.iter().any(|stop| stop.len() > rest.len() && stop.as_bytes().starts_with(rest))
+        };
+        (start..self.held.len()).filter(|at| self.held.is_char_boundary(*at)).find(is_open)
+    }
+
+    fn take_until(&mut self, end: usize) -> String {
+        let rest = self.held.split_off(end);
+        std::mem::replace(&mut self.held, rest)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ mod config;
 mod sentencepiece;
 mod vocab_merges;
 
-pub(crate) use config::TokenizerConfig;
+use config::TokenizerConfig;
 
 /// A prompt at the length that an encoder wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,18 +118,15 @@ impl Tokenizer {
 
     /// Bytes of one token of a byte-level tokenizer: none for special tokens and ids outside the vocabulary.
     pub(crate) fn token_bytes(&self, id: u32) -> Vec<u8> {
-        let Some(token) = self.0.tokenizer.id_to_token(id) else { return Vec::new() };
-        if self.is_special(id) {
-            return Vec::new();
-        }
+        let token = self.0.tokenizer.id_to_token(id).filter(|_| self.has_text(id)).unwrap_or_default();
         // Added tokens are spelled as they are and may hold characters that stand for no byte.
         token.chars().map(byte_of_char).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
     }
 
-    /// Whether `id` is a special token, which has no text.
-    pub(crate) fn is_special(&self, id: u32) -> bool {
-        let added = self.0.tokenizer.get_added_vocabulary();
-        added.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    /// Whether `id` is in the vocabulary and not a special token.
+    pub(crate) fn has_text(&self, id: u32) -> bool {
+        let token = self.0.tokenizer.id_to_token(id);
+        token.is_some_and(|token| !self.0.tokenizer.get_added_vocabulary().is_special_token(&token))
     }
 
     /// The regular expression engine panics on text that makes it try too long, such as megabytes of white space; a
@@ -191,3 +188,6 @@ fn byte_of_char(c: char) -> Option<u8> {
     };
     Some(byte as u8)
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -17,14 +17,14 @@ const SPECIAL_NAMES: [&str; 7] =
 
 /// The fields of both files as one object.
 #[derive(Debug)]
-pub(crate) struct TokenizerConfig {
+pub(super) struct TokenizerConfig {
     path: PathBuf,
     fields: Map<String, Value>,
 }
 
 impl TokenizerConfig {
     /// Absent files are empty ones. The older file wins where the newer one does not list its added tokens by id.
-    pub(crate) fn read(dir: &Path) -> Result<Self> {
+    pub(super) fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer_config.json");
         let mut fields = read_object(&path)?;
         let newer_is_complete = fields.contains_key("added_tokens_decoder");
@@ -37,19 +37,14 @@ impl TokenizerConfig {
     }
 
     /// Any field, `null` as absent.
-    pub(crate) fn get(&self, name: &str) -> Option<&Value> {
+    pub(super) fn get(&self, name: &str) -> Option<&Value> {
         self.fields.get(name).filter(|value| !value.is_null())
     }
 
     /// `tokenizer_class` without the `Fast` that only says which implementation is meant.
-    pub(crate) fn class(&self) -> Option<&str> {
+    pub(super) fn class(&self) -> Option<&str> {
         let class = self.get("tokenizer_class")?.as_str()?;
         Some(class.strip_suffix("Fast").unwrap_or(class))
-    }
-
-    /// The spelling of special tokens such as `eos_token`, for templates.
-    pub(crate) fn special_spellings(&self) -> impl Iterator<Item = (&'static str, String)> + '_ {
-        self.special_tokens(&[]).into_iter().map(|(name, token)| (name, token.content))
     }
 
     /// Special tokens by name; `defaults` are those of the tokenizer's class.

@@ -1,0 +1,143 @@
+//! The one law of text streams, on random tokens: pieces joined are the whole text, cut where the first stop begins.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::tokenizer::tests::{byte_level, sentencepiece_style};
+
+/// Pieces of an answer up to its end or its first stop string, and whether a stop string ended it.
+fn stream(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32], stops: &[&str]) -> (Vec<String>, bool) {
+    let stops = stops.iter().map(ToString::to_string).collect();
+    let mut stream = TextStream::new(tokenizer.clone(), prompt, stops);
+    let mut pieces = Vec::new();
+    for token in tokens {
+        let piece = stream.push(*token).expect("pushes");
+        pieces.push(piece.text);
+        if piece.stopped {
+            return (pieces, true);
+        }
+    }
+    pieces.push(stream.finish().expect("finishes"));
+    (pieces, false)
+}
+
+fn cut<'a>(text: &'a str, stops: &[&str]) -> &'a str {
+    let end = stops.iter().filter_map(|stop| text.find(stop)).min();
+    &text[..end.unwrap_or(text.len())]
+}
+
+#[track_caller]
+fn check(text: &str, stops: &[&str], expected: &str, expect_stopped: bool) {
+    let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
+    let (pieces, stopped) = stream(&byte_level(), &[], &tokens, stops);
+    assert_eq!((pieces.concat().as_str(), stopped), (expected, expect_stopped), "{text:?} {stops:?}");
+    assert_eq!(expected, cut(text, stops));
+}
+
+#[test]
+fn a_character_waits_until_it_is_whole() {
+    // The euro sign (e2 82 ac) in two tokens, the second of which goes on with a space.
+    let (pieces, _) = stream(&byte_level(), &[], &[259, 260, u32::from(b'x')], &[]);
+    assert_eq!(pieces, ["", "€ ", "x", ""]);
+}
+
+#[test]
+fn bytes_that_cannot_become_a_character_are_replaced_at_once() {
+    let (pieces, _) = stream(&byte_level(), &[], &[0xff, 0xe2, 0x82, 0x41, 0xe2], &[]);
+    assert_eq!(pieces, ["\u{fffd}", "", "", "\u{fffd}A", "", "\u{fffd}"]);
+}
+
+#[test]
+fn special_tokens_have_no_text_and_added_ones_do() {
+    let (pieces, _) = stream(&byte_level(), &[], &[261, 262, 9999], &[]);
+    assert_eq!(pieces, ["", "<tool é>", "", ""]);
+}
+
+#[test]
+fn stop_strings_cut_inside_and_across_tokens() {
+    let tokenizer = byte_level();
+    // "abc" in one token, "ab" + "c" in two.
+    assert_eq!(stream(&tokenizer, &[], &[257, 65], &["b"]), (vec!["a".into()], true));
+    assert_eq!(stream(&tokenizer, &[], &[256, 99, 65], &["bc"]), (vec!["a".into(), String::new()], true));
+}
+
+#[test]
+fn text_that_may_become_a_stop_string_is_held_and_released() {
+    let (pieces, stopped) = stream(&byte_level(), &[], &[120, 256, 120], &["abc"]);
+    assert_eq!((pieces, stopped), (vec!["x".into(), String::new(), "abx".into(), String::new()], false));
+}
+
+#[test]
+fn the_stop_string_that_begins_first_wins() {
+    check("xabcy", &["b", "abc"], "x", true);
+    check("xabdy", &["b", "abc"], "xa", true);
+    check("xaby", &["bc", "ab"], "x", true);
+    check("xab", &["b", "abc"], "xa", false); // the answer ends while "abc" is open
+    check("aab", &["ab"], "a", true);
+    check("ababac", &["abac"], "ab", true);
+    check("aé", &["é"], "a", true);
+    check("è", &["é"], "è", false); // shares its first byte with the stop string
+}
+
+#[test]
+fn nothing_follows_a_stop_string() {
+    let mut stream = TextStream::new(byte_level(), &[], vec!["a".into()]);
+    assert!(stream.push(97).expect("pushes").stopped);
+    assert_eq!(stream.push(98).expect("pushes"), Piece { text: String::new(), stopped: true });
+    assert_eq!(stream.finish().expect("finishes"), "");
+}
+
+const HELLO: u32 = 260;
+const WORLD: u32 = 261;
+
+#[test]
+fn words_after_a_prompt_keep_their_space() {
+    let tokenizer = sentencepiece_style();
+    assert_eq!(stream(&tokenizer, &[1, HELLO], &[WORLD, 264], &[]).0, [" world", "!", ""]);
+    assert_eq!(stream(&tokenizer, &[1], &[HELLO, 2, WORLD], &[]).0, ["Hello", "", " world", ""]);
+}
+
+#[test]
+fn bytes_as_pieces_wait_for_their_character() {
+    let euro = [0xe2, 0x82, 0xac].map(|byte| byte + 3);
+    let tokens = [&[HELLO], &euro[..], &euro, &[264]].concat();
+    let (pieces, _) = stream(&sentencepiece_style(), &[], &tokens, &[]);
+    assert_eq!(pieces, ["Hello", "", "", "€", "", "", "€", "!", ""]);
+}
+
+#[test]
+fn bytes_as_pieces_that_are_no_text_do_not_wait_for_ever() {
+    let (pieces, _) = stream(&sentencepiece_style(), &[], &[HELLO, 3 + 0xe2, 3 + 0xff, 3 + 0xff, 3 + 0xff, 264], &[]);
+    assert_eq!(pieces, ["Hello", "", "", "", "\u{fffd}\u{fffd}\u{fffd}\u{fffd}", "!", ""]);
+}
+
+/// Tokens of the byte-level tokenizer, with many of the bytes of the euro sign and of `a`, `b`, `c`.
+fn tokens() -> impl Strategy<Value = Vec<u32>> {
+    let often = prop::sample::select(vec![97, 98, 99, 0xe2, 0x82, 0xac, 256, 257, 258, 259, 260, 261, 262, 263]);
+    prop::collection::vec(prop_oneof![4 => often, 1 => 0u32..256], 0..60)
+}
+
+fn stops() -> impl Strategy<Value = Vec<&'static str>> {
+    let some = vec!["ab", "abc", "ca", "b", "bb", "bca", "€", "€ a", "c\u{fffd}", "aaab", "<tool é>", "cabcab"];
+    prop::collection::vec(prop::sample::select(some), 0..4)
+}
+
+proptest! {
+    #[test]
+    fn pieces_joined_are_the_whole_text_up_to_the_first_stop_string(tokens in tokens(), stops in stops()) {
+        let tokenizer = byte_level();
+        let (pieces, stopped) = stream(&tokenizer, &[], &tokens, &stops);
+        let whole = tokenizer.decode(&tokens).expect("decodes");
+        prop_assert_eq!(pieces.concat(), cut(&whole, &stops));
+        prop_assert!(!stopped || stops.iter().any(|stop| whole.contains(stop)));
+    }
+
+    #[test]
+    fn text_in_bytes_as_pieces_comes_out_whole(text in "[a-zé€😀 ]{0,20}", words in prop::collection::vec(259u32..265, 0..5)) {
+        let tokenizer = sentencepiece_style();
+        let bytes = text.bytes().map(|byte| u32::from(byte) + 3);
+        let tokens: Vec<u32> = words.iter().copied().chain(bytes).chain(words.iter().copied()).collect();
+        let (pieces, _) = stream(&tokenizer, &[], &tokens, &[]);
+        prop_assert_eq!(pieces.concat(), tokenizer.decode(&tokens).expect("decodes"));
+    }
+}
