@@ -292,7 +292,7 @@ impl Sizes {
         let held = latents * (6 + 2 * rows) + rows * text * self.transformer.text_dim;
         let denoise = rows * self.transformer.peak_floats_of_row(frames * height * width, text);
         let decode = latents + self.vae.peak_floats(height, width);
-        held + denoise.max(decode).max(peak_floats_of_encoding(&self.text_encoder, text))
+        held + denoise.max(decode).max(self.text_encoder.forward_elements(text))
     }
 }
 
@@ -308,12 +308,6 @@ impl WanConfig {
         let rope = tokens * self.attention_head_dim;
         self_attention.max(feed_forward) + rope + 4 * text * dim
     }
-}
-
-fn peak_floats_of_encoding(config: &T5Config, tokens: usize) -> usize {
-    let attention = 6 * tokens * (config.num_heads * config.d_kv).max(config.d_model);
-    let bias = 2 * config.num_heads * tokens * tokens;
-    attention + bias + 3 * tokens * config.d_ff
 }
 
 fn lcm(a: usize, b: usize) -> usize {

@@ -17,6 +17,9 @@ use crate::weights::Weights;
 
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
+/// Frames' worth of scratch that the convolution kernel takes: the 3x3 neighbourhood of every value of one frame, and
+/// copies of that frame in the layouts that its matrix product wants.
+const CONV_SCRATCH: usize = 12;
 
 /// `config.json` of `AutoencoderKLWan`; what decides about the decoder.
 #[derive(Debug, Clone, Deserialize)]
@@ -101,12 +104,12 @@ impl WanVaeConfig {
         for (level, dim) in dims.iter().copied().enumerate() {
             remembered += HISTORY * pixels * dim * 2 * (self.num_res_blocks + 1);
             // The block's input, a norm of it, its activation behind the remembered frames, the convolution's answer.
-            working = working.max(pixels * dim * (4 * frames + HISTORY));
+            working = working.max(pixels * dim * (4 * frames + HISTORY + CONV_SCRATCH));
             if let Some(in_time) = self.upsampling(level) {
                 remembered += HISTORY * pixels * dim * usize::from(in_time);
                 frames *= 1 + usize::from(in_time);
-                // The input, with twice the channels before they become frames; one frame blown up; the answer.
-                working = working.max(pixels * dim * (2 * frames + 4 + 2 * frames));
+                // The input, the answer (four times the pixels, half the channels), one frame blown up.
+                working = working.max(pixels * dim * (frames + 2 * frames + 4 * (1 + CONV_SCRATCH)));
                 pixels *= 4;
             }
         }
