@@ -83,3 +83,40 @@ impl KvCaches {
         self.bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_those_of_the_tensors() {
+        let shape = KvShape { num_layers: 3, num_key_value_heads: 2, head_dim: 8 };
+        let caches = KvCaches::new(shape, 5, &Device::Cpu).expect("allocated");
+        let elements: usize = caches.layers().iter().map(|layer| layer.k.elem_count() + layer.v.elem_count()).sum();
+        assert_eq!(caches.bytes(), elements * 4);
+        assert_eq!((caches.layers().len(), caches.num_blocks()), (3, 5));
+        assert_eq!(caches.layers()[0].k.dims(), [5, BLOCK_SIZE, 2, 8]);
+    }
+
+    #[test]
+    fn a_cache_that_no_slot_number_can_address_is_refused() {
+        let shape = KvShape { num_layers: 1, num_key_value_heads: 1, head_dim: 2 };
+        assert!(matches!(KvCaches::new(shape, 1 << 28, &Device::Cpu), Err(Error::Device(_))));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn an_unused_pool_takes_no_memory() {
+        let resident_kib = || -> usize {
+            let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
+            let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("and this line");
+            line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("in KiB")
+        };
+        let shape = KvShape { num_layers: 4, num_key_value_heads: 8, head_dim: 128 };
+        let before = resident_kib();
+        let caches = KvCaches::new(shape, (1 << 30) / shape.block_bytes(), &Device::Cpu).expect("allocated");
+        assert_eq!(caches.bytes(), 1 << 30);
+        // Other tests may run in this process; the pool itself would be 1,048,576 KiB.
+        assert!(resident_kib().saturating_sub(before) < 256 * 1024, "the pool's pages are in memory already");
+    }
+}

@@ -76,11 +76,11 @@ impl DecoderConfig {
             }
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             let problem = format!("num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}");
             return Err(Error::checkpoint(path, problem));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             let problem = format!("head_dim: {} is odd and cannot be rotated in pairs", self.head_dim);
             return Err(Error::checkpoint(path, problem));
         }

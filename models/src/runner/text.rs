@@ -63,7 +63,7 @@ struct Accepted {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     /// With an end-of-sequence token.
-    EndOfSequence,
+    EosToken,
     /// Before a stop string; the text that the stream still holds is not part of the answer.
     StopString,
     /// With the last token that was asked for.
@@ -187,7 +187,7 @@ impl Session {
         let token = self.sampler.sample(logits);
         self.tokens.push(token);
         if !self.ignore_eos && eos_token_ids.contains(&token) {
-            return Ok(Accepted { text: String::new(), end: Some(End::EndOfSequence) });
+            return Ok(Accepted { text: String::new(), end: Some(End::EosToken) });
         }
         let piece = self.stream.push(token)?;
         let is_last = self.usage().completion_tokens == self.max_tokens;
@@ -269,4 +269,107 @@ impl Runner for TextRunner {
 
 fn summary(plan: &Plan) -> StepPlan {
     StepPlan { phase: plan.phase(), sessions: plan.chunks.len() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::device::{DeviceSpec, Placement, WeightDtype};
+    use crate::families::qwen2;
+    use crate::manifest::Manifest;
+    use crate::request::SamplingParams;
+
+    fn runner(max_batch_sequences: usize) -> TextRunner {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2-yarn/checkpoint");
+        let manifest = Manifest::read(&dir).expect("a checkpoint");
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
+        let weights = manifest.whole().weights(&placement).expect("weights");
+        let config = qwen2::decoder_config(&manifest).expect("a config");
+        let caches = KvCaches::new(config.kv_shape(), 16, &placement.device).expect("allocated");
+        let decoder = Decoder::load(&weights, config).expect("a decoder");
+        let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
+        let model = LanguageModel { decoder, tokenizer, eos_token_ids: Vec::new() };
+        TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences })
+    }
+
+    fn request(prompt: Vec<u32>) -> Request {
+        let sampling = SamplingParams {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        };
+        Request::Text(TextRequest { prompt, max_tokens: 4, sampling, stop: Vec::new(), ignore_eos: true })
+    }
+
+    /// Runs until idle and gives the tokens of `id`.
+    fn tokens_of(runner: &mut TextRunner, id: SessionId) -> Vec<u32> {
+        let mut events = Events::default();
+        while runner.next().is_some() {
+            runner.step(&mut events).expect("computed");
+        }
+        let mut all = Vec::new();
+        for (session, event) in events.drain() {
+            if let (true, Event::Text { tokens, .. }) = (session == id, event) {
+                all.extend(tokens);
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn a_failed_step_takes_its_own_sessions_only() {
+        let (first, second, third) = (SessionId(1), SessionId(2), SessionId(3));
+        let mut runner = runner(2);
+        runner.submit(third, request(vec![7, 8, 9])).expect("accepted");
+        let expected = tokens_of(&mut runner, third);
+        assert_eq!(expected.len(), 4);
+
+        for (id, prompt) in [(first, vec![1, 2]), (second, vec![3, 4, 5]), (third, vec![7, 8, 9])] {
+            runner.submit(id, request(prompt)).expect("accepted");
+        }
+        let mut events = Events::default();
+        runner.step(&mut events).expect("computed");
+        // A token that no row of the embedding belongs to makes the whole forward pass fail.
+        let session = runner.sessions.get_mut(&second).expect("it runs");
+        *session.tokens.last_mut().expect("it has tokens") = u32::MAX - 1;
+        assert!(runner.step(&mut events).is_err());
+        assert_eq!(runner.evict_step(), [first, second]);
+        assert_eq!((runner.status().running, runner.status().waiting, runner.status().kv_blocks_used), (0, 1, 0));
+        assert_eq!(runner.evict_step(), []);
+        assert_eq!(tokens_of(&mut runner, third), expected);
+    }
+
+    #[test]
+    fn a_session_starts_once_and_ends_once() {
+        let mut runner = runner(2);
+        runner.submit(SessionId(1), request(vec![1; 100])).expect("accepted");
+        let mut events = Events::default();
+        while runner.next().is_some() {
+            runner.step(&mut events).expect("computed");
+        }
+        let events: Vec<Event> = events.drain().map(|(_, event)| event).collect();
+        assert!(matches!(events.first(), Some(Event::Started)));
+        assert!(matches!(events.last(), Some(Event::Finished { reason: FinishReason::Length, .. })));
+        let with_tokens =
+            events.iter().filter(|event| matches!(event, Event::Text { tokens, .. } if tokens.len() == 1)).count();
+        let starts = events.iter().filter(|event| matches!(event, Event::Started)).count();
+        let ends = events.iter().filter(|event| event.is_terminal()).count();
+        assert_eq!((with_tokens, starts, ends), (4, 1, 1));
+    }
+
+    #[test]
+    fn a_session_id_names_one_session() {
+        let mut runner = runner(2);
+        runner.submit(SessionId(1), request(vec![1])).expect("accepted");
+        assert!(runner.submit(SessionId(1), request(vec![2])).is_err());
+        runner.cancel(SessionId(2));
+        assert_eq!(runner.status().waiting, 1);
+    }
 }
