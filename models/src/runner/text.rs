@@ -18,6 +18,9 @@ use crate::tokenizer::Tokenizer;
 
 pub mod batcher;
 
+/// Most sessions of one runner, running and waiting.
+pub const MAX_SESSIONS: usize = 1024;
+
 /// A language model with the tokens at which its answers end.
 #[derive(Debug)]
 pub struct LanguageModel {
@@ -218,6 +221,9 @@ impl Runner for TextRunner {
         if self.sessions.contains_key(&id) {
             return Err(Error::invalid("session", format!("{} is in use", id.0)));
         }
+        if self.sessions.len() >= MAX_SESSIONS {
+            return Err(Error::TooManySessions { limit: MAX_SESSIONS });
+        }
         self.check(&request)?;
         self.batcher.submit(id, request.prompt.len());
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
@@ -371,5 +377,17 @@ mod tests {
         assert!(runner.submit(SessionId(1), request(vec![2])).is_err());
         runner.cancel(SessionId(2));
         assert_eq!(runner.status().waiting, 1);
+    }
+
+    #[test]
+    fn the_queue_has_a_bound() {
+        let mut runner = runner(2);
+        for id in 0..MAX_SESSIONS as u64 {
+            runner.submit(SessionId(id), request(vec![1])).expect("accepted");
+        }
+        let refused = runner.submit(SessionId(MAX_SESSIONS as u64), request(vec![1]));
+        assert!(matches!(refused, Err(Error::TooManySessions { limit: MAX_SESSIONS })));
+        runner.cancel(SessionId(0));
+        runner.submit(SessionId(MAX_SESSIONS as u64), request(vec![1])).expect("one has gone");
     }
 }
