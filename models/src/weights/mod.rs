@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 
 mod files;
 
+/// Bytes of a tensor that are converted at a time; whole elements of every dtype.
+const PIECE_BYTES: usize = 4 << 20;
+
 /// A view of a component's tensors under a name prefix. Cheap to clone.
 #[derive(Clone)]
 pub struct Weights {
@@ -236,25 +239,39 @@ impl Source {
         Ok(located)
     }
 
-    /// Copies the tensor out of the map, then lets the kernel drop the pages, so that the peak stays near the weights.
+    /// Copies the tensor out of the map.
     fn read(&self, located: &Located, name: &str, dtype: DType) -> Result<Tensor> {
-        let (path, mmap) = &self.files[located.file];
-        let bytes = &mmap[located.bytes.clone()];
         let device = &self.placement.device;
         let shape = located.shape.as_slice();
-        let tensor = match dtype {
-            DType::F32 => Tensor::from_vec(to_f32(located.dtype, bytes), shape, device)?,
-            DType::BF16 => Tensor::from_vec(to_bf16(located.dtype, bytes), shape, device)?,
-            DType::F16 => Tensor::from_vec(to_f16(located.dtype, bytes), shape, device)?,
-            other => return Err(Error::checkpoint(path, format!("tensor `{name}` cannot be kept as {other:?}"))),
-        };
-        // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if touched.
-        let advised =
-            unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, located.bytes.start, located.bytes.len()) };
-        if let Err(error) = advised {
-            tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
+        match dtype {
+            DType::F32 => Ok(Tensor::from_vec(self.convert(located, to_f32), shape, device)?),
+            DType::BF16 => Ok(Tensor::from_vec(self.convert(located, to_bf16), shape, device)?),
+            DType::F16 => Ok(Tensor::from_vec(self.convert(located, to_f16), shape, device)?),
+            other => {
+                let path = &self.files[located.file].0;
+                Err(Error::checkpoint(path, format!("tensor `{name}` cannot be kept as {other:?}")))
+            }
         }
-        Ok(tensor)
+    }
+
+    /// Converts a tensor piece by piece and lets the kernel drop the pages of each piece: an embedding is a fifth of
+    /// some models, and as a whole it would be in memory twice.
+    fn convert<T>(&self, located: &Located, convert: fn(Dtype, &[u8]) -> Vec<T>) -> Vec<T> {
+        let (path, mmap) = &self.files[located.file];
+        let end = located.bytes.end;
+        let mut elements = Vec::with_capacity(located.shape.iter().product());
+        for start in located.bytes.clone().step_by(PIECE_BYTES) {
+            let piece = start..end.min(start + PIECE_BYTES);
+            let length = piece.len();
+            elements.extend(convert(located.dtype, &mmap[piece]));
+            // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if
+            // touched.
+            let advised = unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, start, length) };
+            if let Err(error) = advised {
+                tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
+            }
+        }
+        elements
     }
 
     fn placeholder(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
