@@ -274,27 +274,19 @@ mod tests {
         Rope::from_config(Path::new("config.json"), &fields, HEAD_DIM, MAX_POSITION_EMBEDDINGS)
     }
 
-    /// Expected values: `LlamaRotaryEmbedding(...).inv_freq` and `.attention_scaling` of transformers.
-    fn check(config: Value, inv_freq: [f32; HEAD_DIM / 2], attention_factor: f32) {
+    /// Expected values: `LlamaRotaryEmbedding(...).inv_freq` and `.attention_scaling` of transformers, to six digits.
+    fn check(config: Value, inv_freq: [f64; HEAD_DIM / 2], attention_factor: f32) {
         let rope = parse(config.clone()).expect("a supported rope");
         for (found, expected) in rope.inv_freq.iter().zip(inv_freq) {
-            assert!((found - expected).abs() <= expected * 3e-7, "{config}: {:?} is not {inv_freq:?}", rope.inv_freq);
+            let error = (f64::from(*found) - expected).abs();
+            assert!(error <= expected * 6e-6, "{config}: {:?} is not {inv_freq:?}", rope.inv_freq);
         }
         assert!((rope.attention_factor - attention_factor).abs() < 1e-6, "{config}: {}", rope.attention_factor);
     }
 
     #[test]
     fn default_type_in_all_spellings() {
-        let expected = [
-            1.0,
-            0.193922758,
-            0.0376060307,
-            0.00729266508,
-            0.00141421345,
-            0.000274248188,
-            5.31829573e-05,
-            1.03133852e-05,
-        ];
+        let expected = [1.0, 1.93923e-1, 3.7606e-2, 7.29267e-3, 1.41421e-3, 2.74248e-4, 5.3183e-5, 1.03134e-5];
         check(json!({"rope_theta": 500000.0}), expected, 1.0);
         check(json!({"rope_theta": 500000, "rope_scaling": null}), expected, 1.0);
         check(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}), expected, 1.0);
@@ -303,13 +295,13 @@ mod tests {
 
     #[test]
     fn theta_is_10000_when_absent() {
-        let expected = [1.0, 0.316227764, 0.1, 0.0316227786, 0.01, 0.00316227786, 0.001, 0.000316227786];
+        let expected = [1.0, 3.16228e-1, 1e-1, 3.16228e-2, 1e-2, 3.16228e-3, 1e-3, 3.16228e-4];
         check(json!({}), expected, 1.0);
     }
 
     #[test]
     fn linear_divides_by_factor() {
-        let expected = [0.4, 0.1264911, 0.04, 0.0126491114, 0.004, 0.00126491114, 0.0004, 0.000126491112];
+        let expected = [4e-1, 1.26491e-1, 4e-2, 1.26491e-2, 4e-3, 1.26491e-3, 4e-4, 1.26491e-4];
         check(json!({"rope_scaling": {"type": "linear", "factor": 2.5}}), expected, 1.0);
         check(json!({"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}), expected, 1.0);
     }
@@ -318,23 +310,13 @@ mod tests {
     fn llama3_keeps_short_waves_and_stretches_long_ones() {
         let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 256});
-        let expected = [
-            1.0,
-            0.344848841,
-            0.118920714,
-            0.0131507572,
-            0.00176776701,
-            0.000609612325,
-            0.000210224098,
-            7.24955316e-05,
-        ];
+        let expected = [1.0, 3.44849e-1, 1.18921e-1, 1.31508e-2, 1.76777e-3, 6.09612e-4, 2.10224e-4, 7.24955e-5];
         check(json!({"rope_theta": 5000.0, "rope_scaling": scaling}), expected, 1.0);
     }
 
     #[test]
     fn yarn_with_defaults() {
-        let expected =
-            [1.0, 0.316227764, 0.0812500045, 0.0197642371, 0.00437500002, 0.000790569466, 0.00025, 7.90569466e-05];
+        let expected = [1.0, 3.16228e-1, 8.125e-2, 1.97642e-2, 4.375e-3, 7.90569e-4, 2.5e-4, 7.90569e-5];
         let scaling = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024});
         check(json!({"rope_theta": 10000.0, "rope_scaling": scaling}), expected, 1.138_629_4);
         // Without a factor: the ratio of the two context lengths.
@@ -345,7 +327,7 @@ mod tests {
 
     #[test]
     fn yarn_with_every_option() {
-        let expected = [1.0, 0.316227764, 0.1, 0.0187018048, 0.0025, 0.000790569466, 0.00025, 7.90569466e-05];
+        let expected = [1.0, 3.16228e-1, 1e-1, 1.87018e-2, 2.5e-3, 7.90569e-4, 2.5e-4, 7.90569e-5];
         let parameters = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
             "rope_theta": 10000.0, "beta_fast": 16, "beta_slow": 2, "truncate": false, "mscale": 0.8,
             "mscale_all_dim": 0.4});
@@ -354,13 +336,13 @@ mod tests {
 
     #[test]
     fn yarn_takes_max_position_embeddings_for_the_original_context() {
-        let expected = [1.0, 0.316227764, 0.1, 0.0276699308, 0.0075, 0.00197642366, 0.0005, 0.000158113893];
+        let expected = [1.0, 3.16228e-1, 1e-1, 2.76699e-2, 7.5e-3, 1.97642e-3, 5e-4, 1.58114e-4];
         check(json!({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}), expected, 1.069_314_7);
     }
 
     #[test]
     fn yarn_whose_ramp_lies_before_the_first_pair() {
-        let expected = [1.0, 0.316227764, 0.1, 0.0316227786, 0.01, 0.00316227786, 0.001, 0.000316227786];
+        let expected = [1.0, 3.16228e-1, 1e-1, 3.16228e-2, 1e-2, 3.16228e-3, 1e-3, 3.16228e-4];
         let parameters = json!({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024,
             "beta_fast": 4000, "beta_slow": 3000});
         check(json!({"rope_parameters": parameters}), expected, 1.069_314_7);
