@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 
+use rayon::prelude::*;
+
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, KvCaches};
 use crate::layers::decoder::{Decoder, DecoderInput};
@@ -58,6 +60,8 @@ struct Session {
 
 /// What a new token does to a session.
 struct Accepted {
+    token: u32,
+    /// What became certain with it.
     text: String,
     end: Option<End>,
 }
@@ -131,17 +135,36 @@ impl TextRunner {
         }
     }
 
-    /// Samples the next token of a session and ends the session if that was its last.
-    fn advance(&mut self, id: SessionId, logits: &[f32], phase: &'static str, events: &mut Events) {
-        let session = self.sessions.get_mut(&id).expect("only live sessions are planned: this is a bug");
-        let accepted = match session.accept(logits, phase, &self.model.eos_token_ids) {
-            Ok(accepted) => accepted,
-            Err(error) => return self.fail(id, error, events),
-        };
-        let token = *session.tokens.last().expect("a token was just added: this is a bug");
-        events.emit(id, Event::Text { tokens: vec![token], text: accepted.text });
-        if let Some(end) = accepted.end {
-            self.finish(id, end, events);
+    /// Samples the next token of each session whose chunk asked for one; in order of ids. Sessions are independent and
+    /// each looks through a whole vocabulary, so they sample side by side.
+    fn sample(&mut self, plan: &Plan, logits: &[f32]) -> Vec<(SessionId, Result<Accepted>)> {
+        let phase = plan.phase().as_str();
+        let eos_token_ids = self.model.eos_token_ids.as_slice();
+        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.session);
+        let rows: HashMap<SessionId, &[f32]> =
+            sampling.zip(logits.chunks_exact(self.model.decoder.config().vocab_size)).collect();
+        let mut turns: Vec<(SessionId, &mut Session, &[f32])> = self
+            .sessions
+            .iter_mut()
+            .filter_map(|(id, session)| rows.get(id).map(|logits| (*id, session, *logits)))
+            .collect();
+        turns.sort_by_key(|(id, ..)| *id);
+        turns.into_par_iter().map(|(id, session, logits)| (id, session.accept(logits, phase, eos_token_ids))).collect()
+    }
+
+    /// Tells what came of a sample, and ends the session if that was its last token.
+    fn report(&mut self, id: SessionId, accepted: Result<Accepted>, events: &mut Events) {
+        match accepted {
+            Ok(Accepted { token, text, end }) => {
+                events.emit(id, Event::Text { tokens: vec![token], text });
+                if let Some(end) = end {
+                    self.finish(id, end, events);
+                }
+            }
+            Err(error) => {
+                self.forget(id);
+                events.emit(id, Event::Failed(error));
+            }
         }
     }
 
@@ -157,11 +180,6 @@ impl TextRunner {
         }
         let reason = if end == End::Length { FinishReason::Length } else { FinishReason::Stop };
         events.emit(id, Event::Finished { reason, usage });
-    }
-
-    fn fail(&mut self, id: SessionId, error: Error, events: &mut Events) {
-        self.forget(id);
-        events.emit(id, Event::Failed(error));
     }
 
     fn forget(&mut self, id: SessionId) -> Option<Session> {
@@ -190,7 +208,7 @@ impl Session {
         let token = self.sampler.sample(logits);
         self.tokens.push(token);
         if !self.ignore_eos && eos_token_ids.contains(&token) {
-            return Ok(Accepted { text: String::new(), end: Some(End::EosToken) });
+            return Ok(Accepted { token, text: String::new(), end: Some(End::EosToken) });
         }
         let piece = self.stream.push(token)?;
         let is_last = self.usage().completion_tokens == self.max_tokens;
@@ -199,7 +217,7 @@ impl Session {
             (false, true) => Some(End::Length),
             (false, false) => None,
         };
-        Ok(Accepted { text: piece.text, end })
+        Ok(Accepted { token, text: piece.text, end })
     }
 
     fn usage(&self) -> Usage {
@@ -247,10 +265,8 @@ impl Runner for TextRunner {
         self.announce(events);
         let logits = self.forward(&plan)?;
         self.batcher.complete(&plan);
-        let vocab_size = self.model.decoder.config().vocab_size;
-        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples);
-        for (chunk, logits) in sampling.zip(logits.chunks_exact(vocab_size)) {
-            self.advance(chunk.session, logits, plan.phase().as_str(), events);
+        for (id, accepted) in self.sample(&plan, &logits) {
+            self.report(id, accepted, events);
         }
         self.in_step.clear();
         Ok(summary(&plan))
