@@ -32,3 +32,80 @@ pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
     s.div(one, s.add(one, exp(s, s.sub(s.splat(0.0), x))))
 }
+
+/// `Q(x)`, the chance that a standard normal value exceeds `x >= 0`, relative error below 3e-7 where `e^(-x²/2)` is exact.
+///
+/// `Q(x) e^(x²/2)` is smooth in `t = 1 / (1 + 0.35 x)`: a polynomial of degree 10, fitted for the least relative error on
+/// 0 <= x <= 14 (6e-9 before rounding).
+#[inline(always)]
+pub(crate) fn normal_tail<S: Simd>(s: S, x: S::V) -> S::V {
+    /// Highest power first.
+    const FIT: [f32; 11] = [
+        0.011622114,
+        -0.09318135,
+        0.29750943,
+        -0.4660606,
+        0.34095898,
+        -0.12634102,
+        0.14440405,
+        0.110255875,
+        0.14133379,
+        0.139494,
+        4.7165586e-06,
+    ];
+    let one = s.splat(1.0);
+    let t = s.div(one, s.fma(x, s.splat(0.35), one));
+    let mut sum = s.splat(FIT[0]);
+    for i in 1..FIT.len() {
+        sum = s.fma(sum, t, s.splat(FIT[i]));
+    }
+    s.mul(sum, exp(s, s.mul(s.mul(x, x), s.splat(-0.5))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::row::{Function, map};
+    use crate::simd::{Op, dispatch};
+
+    #[derive(Clone, Copy)]
+    struct Exp;
+
+    impl Function for Exp {
+        #[inline(always)]
+        fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+            exp(s, x)
+        }
+    }
+
+    struct ExpOf<'a>(&'a [f32], &'a mut [f32]);
+
+    impl Op for ExpOf<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            map(s, Exp, self.0, self.1);
+        }
+    }
+
+    #[test]
+    fn exp_is_within_1e_7() {
+        let x: Vec<f32> = (0..1_000_001).map(|i| i as f32 * 175e-6 - 87.0).collect();
+        let mut y = vec![0f32; x.len()];
+        dispatch(ExpOf(&x, &mut y));
+        for (x, y) in x.iter().zip(y) {
+            let exact = f64::from(*x).exp();
+            assert!((f64::from(y) - exact).abs() <= 1e-7 * exact, "e^{x} = {y}, not {exact}");
+        }
+    }
+
+    #[test]
+    fn exp_at_its_ends() {
+        let x = [f32::NEG_INFINITY, -1000.0, -87.4, 0.0, -0.0, 100.0, f32::NAN];
+        let mut y = [1f32; 7];
+        dispatch(ExpOf(&x, &mut y));
+        assert_eq!(y[..5], [0.0, 0.0, 0.0, 1.0, 1.0]);
+        assert!(y[5] > 2e38 && y[6].is_nan());
+    }
+}

@@ -140,3 +140,131 @@ pub(crate) fn exp_and_sum<S: Simd>(s: S, row: &mut [f32], max: f32) -> f32 {
     }
     s.reduce(sum)
 }
+
+/// `to[i] = (from[i] - mean) * factor`.
+#[inline(always)]
+pub(crate) fn affine<S: Simd>(s: S, from: &[f32], to: &mut [f32], (mean, factor): (f32, f32)) {
+    map(s, Centred { mean, factor }, from, to);
+}
+
+#[derive(Clone, Copy)]
+struct Centred {
+    mean: f32,
+    factor: f32,
+}
+
+impl Function for Centred {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        s.mul(s.sub(x, s.splat(self.mean)), s.splat(self.factor))
+    }
+}
+
+/// `to[i] *= other[i]`.
+#[inline(always)]
+pub(crate) fn multiply<S: Simd>(s: S, to: &mut [f32], other: &[f32]) {
+    assert_eq!(to.len(), other.len(), "rows of one length: this is a bug");
+    let mut i = 0;
+    // SAFETY: `i + LANES <= len` in the loop, `len - i` values are left after it.
+    unsafe {
+        while i + S::LANES <= to.len() {
+            let to = to.as_mut_ptr().add(i);
+            s.store(to, s.mul(s.load(to), s.load(other.as_ptr().add(i))));
+            i += S::LANES;
+        }
+        let (rest, to) = (to.len() - i, to.as_mut_ptr().add(i));
+        if rest > 0 {
+            let product = s.mul(s.load_partial(to, rest), s.load_partial(other.as_ptr().add(i), rest));
+            s.store_partial(to, product, rest);
+        }
+    }
+}
+
+/// `to[i] += other[i]²`.
+#[inline(always)]
+pub(crate) fn add_squares<S: Simd>(s: S, to: &mut [f32], other: &[f32]) {
+    assert_eq!(to.len(), other.len(), "rows of one length: this is a bug");
+    let mut i = 0;
+    // SAFETY: `i + LANES <= len` in the loop, `len - i` values are left after it.
+    unsafe {
+        while i + S::LANES <= to.len() {
+            let (to, value) = (to.as_mut_ptr().add(i), s.load(other.as_ptr().add(i)));
+            s.store(to, s.fma(value, value, s.load(to)));
+            i += S::LANES;
+        }
+        let (rest, to) = (to.len() - i, to.as_mut_ptr().add(i));
+        if rest > 0 {
+            let value = s.load_partial(other.as_ptr().add(i), rest);
+            s.store_partial(to, s.fma(value, value, s.load_partial(to, rest)), rest);
+        }
+    }
+}
+
+/// `Σ row[i]`.
+#[inline(always)]
+pub(crate) fn sum<S: Simd>(s: S, row: &[f32]) -> f32 {
+    let mut sums = [s.splat(0.0); 4];
+    let mut i = 0;
+    // SAFETY: every load lies inside the row.
+    unsafe {
+        while i + 4 * S::LANES <= row.len() {
+            for chain in 0..4 {
+                sums[chain] = s.add(sums[chain], s.load(row.as_ptr().add(i + chain * S::LANES)));
+            }
+            i += 4 * S::LANES;
+        }
+        while i < row.len() {
+            let rest = S::LANES.min(row.len() - i);
+            sums[0] = s.add(sums[0], s.load_partial(row.as_ptr().add(i), rest));
+            i += S::LANES;
+        }
+    }
+    s.reduce(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
+}
+
+/// `Σ (row[i] - mean)²`.
+#[inline(always)]
+pub(crate) fn sum_of_squares<S: Simd>(s: S, row: &[f32], mean: f32) -> f32 {
+    let mut sums = [s.splat(0.0); 4];
+    let centre = s.splat(mean);
+    let mut i = 0;
+    // SAFETY: every load lies inside the row.
+    unsafe {
+        while i + 4 * S::LANES <= row.len() {
+            for chain in 0..4 {
+                let value = s.sub(s.load(row.as_ptr().add(i + chain * S::LANES)), centre);
+                sums[chain] = s.fma(value, value, sums[chain]);
+            }
+            i += 4 * S::LANES;
+        }
+    }
+    let mut total = s.reduce(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])));
+    while i < row.len() {
+        total += (row[i] - mean) * (row[i] - mean);
+        i += 1;
+    }
+    total
+}
+
+/// Values that are added up in f32 before the sum goes on in f64.
+const LONG_PART: usize = 4096;
+
+/// `Σ row[i]` of a long row.
+#[inline(always)]
+pub(crate) fn long_sum<S: Simd>(s: S, row: &[f32]) -> f64 {
+    let mut total = 0f64;
+    for part in row.chunks(LONG_PART) {
+        total += f64::from(sum(s, part));
+    }
+    total
+}
+
+/// `Σ (row[i] - mean)²` of a long row.
+#[inline(always)]
+pub(crate) fn long_sum_of_squares<S: Simd>(s: S, row: &[f32], mean: f32) -> f64 {
+    let mut total = 0f64;
+    for part in row.chunks(LONG_PART) {
+        total += f64::from(sum_of_squares(s, part, mean));
+    }
+    total
+}
