@@ -9,11 +9,16 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+/// A part of the bench, run if its name contains the filter.
+type Section = (&'static str, fn() -> Result<()>);
+
+const SECTIONS: &[Section] =
+    &[("linear", linear), ("attention", attention), ("paged", paged), ("convolution", convolution), ("small", small)];
+
 fn main() -> Result<()> {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     println!("instruction set {:?}, {} threads", tale_kernels::isa(), rayon::current_num_threads());
-    let sections: [(&str, fn() -> Result<()>); 1] = [("linear", linear)];
-    for (name, section) in sections {
+    for (name, section) in SECTIONS {
         if name.contains(&filter) {
             section()?;
         }
@@ -109,4 +114,106 @@ fn linear_shape(dtype: DType, n: usize, k: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Times `call` and prints its rate of multiply-adds against the roof of the moment.
+fn compute(op: &str, shape: &str, flops: f64, call: impl FnMut()) {
+    let peak = peak_gflops();
+    let us = time_us(call);
+    line(op, shape, us, flops / us / 1e3, peak, "GFLOP/s");
+}
+
+fn attention() -> Result<()> {
+    for (b, lq, lk, heads, d) in
+        [(1, 4096, 4096, 4, 128), (2, 512, 512, 12, 64), (1, 1560, 512, 12, 128), (1, 77, 77, 12, 64)]
+    {
+        let (q, k) = (random(&[b, lq, heads, d])?, random(&[b, lk, heads, d])?);
+        let flops = 4.0 * (b * heads * lq * lk * d) as f64;
+        compute("attention", &format!("{b} x {lq} q, {lk} k, {heads} x {d}"), flops, || {
+            black_box(
+                tale_kernels::attention(&q, &k, &k, &tale_kernels::AttentionOptions::default()).expect("shapes fit"),
+            );
+        });
+    }
+    Ok(())
+}
+
+/// TinyLlama's heads: 32 for queries, 4 for keys, 64 values each.
+fn paged() -> Result<()> {
+    const BLOCK: usize = 32;
+    for (sequences, rows, context) in [(1, 1, 1024), (16, 1, 1024), (1, 1, 8192), (1, 256, 256), (1, 256, 4096)] {
+        let blocks = sequences * context / BLOCK;
+        let (k, v) = (random(&[blocks, BLOCK, 4, 64])?, random(&[blocks, BLOCK, 4, 64])?);
+        let q = random(&[sequences * rows, 32, 64])?;
+        let tables = (0..blocks as u32).collect::<Vec<_>>();
+        let batch = tale_kernels::PagedBatch {
+            cu_seqlens_q: (0..=sequences).map(|sequence| sequence * rows).collect(),
+            context_lens: vec![context; sequences],
+            block_tables: tables.chunks(context / BLOCK).map(<[u32]>::to_vec).collect(),
+        };
+        let flops = 4.0 * (sequences * rows * 32 * 64) as f64 * (context - rows / 2) as f64;
+        compute("paged_attention", &format!("{sequences} x {rows} rows, context {context}"), flops, || {
+            black_box(tale_kernels::paged_attention(&q, &k, &v, &batch, 0.125).expect("shapes fit"));
+        });
+    }
+    Ok(())
+}
+
+fn convolution() -> Result<()> {
+    for (inner, out, h, w, k) in
+        [(128, 128, 256, 256, 3), (512, 512, 64, 64, 3), (512, 256, 64, 64, 1), (16, 512, 32, 32, 3)]
+    {
+        let (x, weight, bias) = (random(&[1, inner, h, w])?, random(&[out, inner, k, k])?, random(&[out])?);
+        let flops = 2.0 * (inner * out * h * w * k * k) as f64;
+        let shape = format!("{inner} -> {out}, {h} x {w}, k {k}");
+        compute("conv2d", &shape, flops, || {
+            black_box(tale_kernels::conv2d(&x, &weight, Some(&bias), k / 2).expect("shapes fit"));
+        });
+        compute("  candle conv2d", &shape, flops, || {
+            black_box(x.conv2d(&weight, k / 2, 1, 1, 1).expect("shapes fit"));
+        });
+    }
+    let (x, weight) = (random(&[1, 96, 3, 60, 104])?, random(&[96, 96, 3, 3, 3])?);
+    let flops = 2.0 * (96 * 96 * 27 * 60 * 104) as f64;
+    compute("conv3d", "96 -> 96, 3 frames of 60 x 104, k 3", flops, || {
+        black_box(tale_kernels::conv3d(&x, &weight, None, 1).expect("shapes fit"));
+    });
+    Ok(())
+}
+
+/// What a decode step calls between its matrix products, and the same operations on a picture's worth of rows.
+fn small() -> Result<()> {
+    for rows in [1, 16, 4096] {
+        let (x, weight) = (random(&[rows, 2048])?, random(&[2048])?);
+        let bytes = (2 * rows * 2048 * 4) as f64;
+        let roof = read_gb_per_s(rows * 2048);
+        let passes = |op: &str, call: &dyn Fn() -> Result<Tensor>| {
+            let us = time_us(|| {
+                black_box(call().expect("shapes fit"));
+            });
+            line(op, &format!("{rows} x 2048"), us, bytes / us / 1e3, roof, "GB/s");
+        };
+        passes("rms_norm", &|| tale_kernels::rms_norm(&x, &weight, 1e-5));
+        passes("layer_norm", &|| tale_kernels::layer_norm(&x, Some(&weight), Some(&weight), 1e-5));
+        passes("silu_mul", &|| tale_kernels::silu_mul(&x, &x));
+        passes("gelu_tanh", &|| tale_kernels::gelu_tanh(&x));
+        passes("gelu_erf", &|| tale_kernels::gelu_erf(&x));
+        let (heads, angles) = (x.reshape((rows, 32, 64))?, random(&[rows, 32])?);
+        passes("rope_half", &|| tale_kernels::rope_half(&heads, &angles, &angles));
+        let picture = x.reshape((1, 128, rows * 16))?;
+        let weight = random(&[128])?;
+        passes("group_norm", &|| tale_kernels::group_norm(&picture, 32, &weight, &weight, 1e-6));
+        passes("rms_norm_channels", &|| tale_kernels::rms_norm_channels(&picture, &weight));
+    }
+    Ok(())
+}
+
+/// GB/s of all threads that sum `len` values.
+fn read_gb_per_s(len: usize) -> f64 {
+    let values = vec![1f32; len];
+    let part = len.div_ceil(8 * rayon::current_num_threads());
+    let us = time_us(|| {
+        black_box(values.par_chunks(part).map(tale_kernels::bench::read).sum::<f32>());
+    });
+    4.0 * len as f64 / us / 1e3
 }

@@ -125,7 +125,7 @@ impl Function for GeluTanh {
     /// `(1 + tanh u) / 2` is the sigmoid of 2u.
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
-        const TWO_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+        const TWO_SQRT_2_OVER_PI: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::SQRT_2;
         let cubic = s.fma(s.mul(s.mul(x, x), s.splat(0.044715)), x, x);
         s.mul(x, sigmoid(s, s.mul(cubic, s.splat(TWO_SQRT_2_OVER_PI))))
     }

@@ -19,7 +19,7 @@ pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
     if tasks <= 1 || work < MIN_WORK || rayon::current_num_threads() == 1 {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(|index| task(index));
+        (0..tasks).into_par_iter().with_max_len(1).for_each(&task);
     }
 }
 
