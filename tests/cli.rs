@@ -1,5 +1,7 @@
 //! The command line as a user meets it: the built `tale`, tiny published checkpoints, files and exit codes.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
