@@ -4,6 +4,7 @@
 // Every file here is a test; clippy takes their helper functions for something else.
 #![allow(clippy::unwrap_used)]
 
+mod chats;
 mod flux;
 mod rng;
 mod support;
