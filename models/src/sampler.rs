@@ -45,8 +45,9 @@ impl Sampler {
         if self.params.temperature == 0.0 {
             return best;
         }
-        let mut candidates = candidates(logits, best, self.params.temperature);
-        keep_top_k(&mut candidates, self.params.top_k);
+        let mut scaled = scale(logits, best, self.params.temperature);
+        keep_top_k(&mut scaled, self.params.top_k);
+        let mut candidates = weigh(&scaled);
         keep_top_p(&mut candidates, self.params.top_p);
         keep_min_p(&mut candidates, self.params.min_p);
         // Empty only where every logit is NaN or minus infinity.
@@ -110,60 +111,86 @@ fn argmax(logits: &[f32]) -> u32 {
     best.0 as u32
 }
 
+/// A token by how likely it is.
+#[derive(Debug, Clone, Copy)]
+struct Scaled {
+    id: u32,
+    /// Logit below the largest one, over the temperature: 0 for the most likely token.
+    logit: f32,
+}
+
+impl Scaled {
+    fn more_likely_first(a: &Self, b: &Self) -> std::cmp::Ordering {
+        b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
+    }
+}
+
+/// All logits but NaN, in order of id. The largest is subtracted before the division, so that a tiny temperature gives
+/// the most likely token and no infinities.
+fn scale(logits: &[f32], best: u32, temperature: f32) -> Vec<Scaled> {
+    let Some(largest) = logits.get(best as usize).map(|x| x.min(f32::MAX)) else { return Vec::new() };
+    let scaled = |(id, logit): (usize, &f32)| {
+        let logit = if logit.is_nan() { *logit } else { (logit.min(f32::MAX) - largest) / temperature };
+        Scaled { id: id as u32, logit }
+    };
+    let mut all = Vec::with_capacity(logits.len());
+    all.extend(logits.iter().enumerate().map(scaled).filter(|scaled| !scaled.logit.is_nan()));
+    all
+}
+
+/// Keeps the `k` most likely tokens; 0 keeps all.
+fn keep_top_k(scaled: &mut Vec<Scaled>, k: usize) {
+    if k > 0 && k < scaled.len() {
+        scaled.select_nth_unstable_by(k - 1, Scaled::more_likely_first);
+        scaled.truncate(k);
+        // The draw walks the candidates: their order must not depend on the selection algorithm.
+        scaled.sort_unstable_by(Scaled::more_likely_first);
+    }
+}
+
 /// A token that may be drawn.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    id: u32,
-    /// Logit below the largest one, over the temperature: 0 for the most likely token.
-    scaled: f32,
-    /// `exp(scaled)`: probability up to a factor, 1 for the most likely token.
+    scaled: Scaled,
+    /// Probability up to a common factor: 1 for the most likely token.
     weight: f32,
 }
 
-impl Candidate {
-    fn more_likely_first(a: &Self, b: &Self) -> std::cmp::Ordering {
-        b.scaled.total_cmp(&a.scaled).then(a.id.cmp(&b.id))
-    }
+/// Tokens with their weights; those that round to nothing are no candidates.
+fn weigh(scaled: &[Scaled]) -> Vec<Candidate> {
+    let weighed = scaled.iter().map(|scaled| Candidate { scaled: *scaled, weight: scaled.logit.exp() });
+    let mut candidates = Vec::with_capacity(scaled.len());
+    candidates.extend(weighed.filter(|candidate| candidate.weight > 0.0));
+    candidates
 }
 
-/// All tokens with a probability, in order of id. The largest logit is subtracted before the division, so that a tiny
-/// temperature gives the most likely token and no infinities.
-fn candidates(logits: &[f32], best: u32, temperature: f32) -> Vec<Candidate> {
-    let Some(largest) = logits.get(best as usize).map(|x| x.min(f32::MAX)) else { return Vec::new() };
-    let candidate = |(id, logit): (usize, &f32)| {
-        let scaled = (logit.min(f32::MAX) - largest) / temperature;
-        Candidate { id: id as u32, scaled, weight: scaled.exp() }
-    };
-    let possible = |c: &Candidate| c.weight > 0.0 && !logits[c.id as usize].is_nan();
-    logits.iter().enumerate().map(candidate).filter(possible).collect()
+fn total(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|c| f64::from(c.weight)).sum()
 }
 
-/// Keeps the `k` most likely candidates; 0 keeps all.
-fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
-    if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k - 1, Candidate::more_likely_first);
-        candidates.truncate(k);
-        // The draw walks the candidates: their order must not depend on the selection algorithm.
-        candidates.sort_unstable_by(Candidate::more_likely_first);
-    }
-}
-
-/// Keeps the fewest most likely candidates whose probabilities reach `top_p` of the whole, at least one. Sorts piece by
-/// piece, because the few that are kept usually lie in the first piece of a vocabulary of 128 thousand.
+/// Keeps the fewest most likely candidates whose probabilities reach `top_p` of the whole, at least one.
+///
+/// Sorts little of a vocabulary of 128 thousand: the many unlikely candidates that together weigh less than what may be
+/// dropped go first, and of the rest one piece after the other is sorted until the sum is reached.
 fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
     const FIRST_PIECE: usize = 256;
     if top_p >= 1.0 || candidates.is_empty() {
         return;
     }
-    let wanted = f64::from(top_p) * candidates.iter().map(|c| f64::from(c.weight)).sum::<f64>();
+    let order = |a: &Candidate, b: &Candidate| Scaled::more_likely_first(&a.scaled, &b.scaled);
+    let total = total(candidates);
+    let wanted = f64::from(top_p) * total;
+    // Half of the fair share, so that rounding cannot drop one too many.
+    let negligible = 0.5 * (total - wanted) / candidates.len() as f64;
+    candidates.retain(|c| f64::from(c.weight) >= negligible);
     let (mut sorted, mut piece, mut mass) = (0, FIRST_PIECE, 0.0);
     while sorted < candidates.len() {
         let rest = &mut candidates[sorted..];
         if piece < rest.len() {
-            rest.select_nth_unstable_by(piece - 1, Candidate::more_likely_first);
+            rest.select_nth_unstable_by(piece - 1, order);
         }
         let taken = piece.min(rest.len());
-        rest[..taken].sort_unstable_by(Candidate::more_likely_first);
+        rest[..taken].sort_unstable_by(order);
         for (i, candidate) in rest[..taken].iter().enumerate() {
             mass += f64::from(candidate.weight);
             if mass >= wanted {
@@ -185,15 +212,14 @@ fn keep_min_p(candidates: &mut Vec<Candidate>, min_p: f32) {
 
 /// One of the candidates with a chance proportional to its weight, by the inverse of the cumulative distribution.
 fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
-    let total: f64 = candidates.iter().map(|c| f64::from(c.weight)).sum();
-    let mut left = uniform * total;
+    let mut left = uniform * total(candidates);
     for candidate in candidates {
         left -= f64::from(candidate.weight);
         if left < 0.0 {
-            return Some(candidate.id);
+            return Some(candidate.scaled.id);
         }
     }
-    candidates.last().map(|c| c.id) // rounding left a crumb
+    candidates.last().map(|c| c.scaled.id) // rounding left a crumb
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014): a counter through a mixing function. One draw per token needs no more.
@@ -359,17 +385,18 @@ mod tests {
 
     /// The kept set by a full sort, as the documentation says it.
     fn kept_by_full_sort(logits: &[f32], top_k: usize, top_p: f32) -> BTreeSet<u32> {
-        let mut all = candidates(logits, argmax(logits), 1.0);
-        all.sort_by(Candidate::more_likely_first);
+        let mut all = scale(logits, argmax(logits), 1.0);
+        all.sort_by(Scaled::more_likely_first);
         all.truncate(if top_k == 0 { usize::MAX } else { top_k });
-        let total: f64 = all.iter().map(|c| f64::from(c.weight)).sum();
+        let all = weigh(&all);
+        let total = total(&all);
         let mut before = 0.0;
         let reached = all.iter().position(|c| {
             before += f64::from(c.weight);
             before >= f64::from(top_p) * total
         });
         let num_kept = if top_p >= 1.0 { all.len() } else { reached.map_or(all.len(), |i| i + 1) };
-        all[..num_kept].iter().map(|c| c.id).collect()
+        all[..num_kept].iter().map(|c| c.scaled.id).collect()
     }
 
     proptest! {
@@ -379,11 +406,12 @@ mod tests {
             top_k in prop_oneof![Just(0), 1usize..4000],
             top_p in prop_oneof![Just(1.0), 0.0f32..1.0],
         ) {
-            let mut found = candidates(&logits, argmax(&logits), 1.0);
+            let mut found = scale(&logits, argmax(&logits), 1.0);
             keep_top_k(&mut found, top_k);
+            let mut found = weigh(&found);
             keep_top_p(&mut found, top_p);
             prop_assert!(!found.is_empty());
-            let found: BTreeSet<u32> = found.iter().map(|c| c.id).collect();
+            let found: BTreeSet<u32> = found.iter().map(|c| c.scaled.id).collect();
             prop_assert_eq!(found, kept_by_full_sort(&logits, top_k, top_p));
         }
     }
