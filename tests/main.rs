@@ -5,6 +5,7 @@ mod cancel;
 mod cli;
 mod images;
 mod lifecycle;
+mod published;
 mod refusals;
 mod support;
 mod text;

@@ -11,7 +11,7 @@ use hyper::header::HeaderMap;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tale::engine::{Engine, EngineOptions};
+use tale::engine::{Engine, EngineOptions, ModelStatus};
 use tale::http::{AppState, ServerOptions, serve};
 use tale_models::testing::{Script, clip_model, picture_model, text_model};
 use tokio::net::{TcpListener, TcpStream};
@@ -25,6 +25,8 @@ pub const SECRET: &str = "s3cret-prompt";
 pub struct Server {
     pub address: SocketAddr,
     pub engine: Engine,
+    /// Bytes that the models themselves hold.
+    pub fixed_bytes: usize,
     pub stop: Option<oneshot::Sender<()>>,
     pub served: JoinHandle<std::io::Result<()>>,
     /// While set, every step waits.
@@ -83,7 +85,7 @@ pub async fn start(setup: Setup) -> Server {
     let state = state.expect("a temporary folder can be made");
     state.set_engine(engine.clone());
     let (address, stop, served) = listen(state, setup.drain).await;
-    Server { address, engine, stop: Some(stop), served, hold, fail }
+    Server { address, engine, fixed_bytes: 0, stop: Some(stop), served, hold, fail }
 }
 
 pub async fn listen(
@@ -159,13 +161,14 @@ impl Server {
         self.engine.status().models.iter().map(|model| model.live).sum()
     }
 
-    /// Waits until the engine holds nothing any more: no session, no byte.
+    /// Waits until the engine holds nothing but its models: no session, no block, no byte.
     pub async fn wait_until_empty(&self) {
         let begun = Instant::now();
         loop {
             let status = self.engine.status();
-            let running: usize = status.models.iter().map(|m| m.live + m.runner.running + m.runner.waiting).sum();
-            if running == 0 && status.ledger_used_bytes == 0 {
+            let held =
+                |m: &ModelStatus| m.live + m.queued + m.runner.running + m.runner.waiting + m.runner.kv_blocks_used;
+            if status.models.iter().all(|model| held(model) == 0) && status.ledger_used_bytes == self.fixed_bytes {
                 return;
             }
             assert!(begun.elapsed() < Duration::from_secs(5), "{status:?}");

@@ -1,0 +1,130 @@
+//! Tiny models from their published layouts behind one server, all three media at once: what comes out is what the
+//! reference makes, whatever else is running, and clients that go away leave nothing.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base64::Engine as _;
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use tale::engine::{Engine, EngineOptions, ModelSpec};
+use tale::http::{AppState, ServerOptions};
+use tale_models::family::LoadOptions;
+
+use crate::support::{Answer, Server, listen, request};
+
+fn case(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name)
+}
+
+fn golden(name: &str) -> Value {
+    let text = std::fs::read(case(name).join("golden.json")).expect("committed");
+    serde_json::from_slice(&text).expect("JSON")
+}
+
+async fn server() -> Server {
+    let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")]
+        .map(|(name, golden)| ModelSpec { name: name.into(), path: case(golden).join("checkpoint") });
+    let load = LoadOptions { kv_cache_bytes: 64 << 20, ..LoadOptions::default() };
+    let options = EngineOptions { load, ..EngineOptions::default() };
+    let loading = tokio::task::spawn_blocking(move || Engine::load(models.into(), options, |_, _| ()));
+    let engine = loading.await.expect("no panic").expect("sound checkpoints");
+    let state = AppState::new(ServerOptions::default()).expect("a temporary folder can be made");
+    state.set_engine(engine.clone());
+    let (address, stop, served) = listen(state, Duration::from_secs(30)).await;
+    let fixed_bytes = engine.status().ledger_used_bytes;
+    assert!(fixed_bytes > 0, "weights and caches are in the ledger");
+    Server {
+        address,
+        engine,
+        fixed_bytes,
+        stop: Some(stop),
+        served,
+        hold: Default::default(),
+        fail: Default::default(),
+    }
+}
+
+/// The parameters of a recorded run as a request for `model`.
+fn order(model: &str, run: &Value) -> Value {
+    let mut body = run.clone();
+    body["model"] = model.into();
+    if body["negative_prompt"].is_null() {
+        body.as_object_mut().expect("fields").remove("negative_prompt");
+    }
+    body
+}
+
+fn psnr(a: &[u8], b: &[u8]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let squares: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    10.0 * (255.0f64.powi(2) / (squares / a.len() as f64).max(1e-12)).log10()
+}
+
+async fn check_words(server: &Server) {
+    let golden = golden("qwen2");
+    for (prompt, expected) in
+        golden["prompts"].as_array().expect("a list").iter().zip(golden["greedy_text"].as_array().expect("a list"))
+    {
+        let body = json!({"model": "words", "prompt": prompt, "max_tokens": 48, "temperature": 0, "ignore_eos": true,
+            "repetition_penalty": 1.0, "stream": true});
+        let answer = server.post("/v1/completions", &body).await.expect(200);
+        let events = answer.events();
+        let text: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+        assert_eq!(&json!(text), expected);
+    }
+}
+
+async fn check_pictures(server: &Server) {
+    let golden = golden("flux-schnell");
+    let tensors = std::fs::read(case("flux-schnell").join("golden.safetensors")).expect("committed");
+    let tensors = SafeTensors::deserialize(&tensors).expect("sound");
+    let answer = server.post("/v1/images/generations", &order("pictures", &golden["runs"][0])).await.expect(200).json();
+    let bytes = answer["data"][0]["b64_json"].as_str().expect("text");
+    let bytes = base64::engine::general_purpose::STANDARD.decode(bytes).expect("base64");
+    let picture = image::load_from_memory(&bytes).expect("a picture").to_rgb8();
+    let found = psnr(picture.as_raw(), tensors.tensor("run0.image").expect("recorded").data());
+    assert!(found >= 50.0, "PSNR {found} dB");
+}
+
+async fn check_clips(server: &Server) {
+    let run = golden("wan-a")["runs"][0].clone();
+    let job = server.post("/v1/videos", &order("clips", &run)).await.expect(200).json();
+    let id = job["id"].as_str().expect("a name");
+    let events: Answer = server.get(&format!("/v1/jobs/{id}/events")).await.expect(200);
+    let events = events.events();
+    assert_eq!(events.last().expect("some")["type"], "finished", "{events:?}");
+    let denoised = events.iter().rfind(|event| event["phase"] == "denoise").expect("some");
+    assert_eq!(denoised["done"], run["num_inference_steps"]);
+    let content = server.get(&format!("/v1/videos/{id}/content")).await.expect(200);
+    assert_eq!(&content.body[4..8], b"ftyp");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_media_at_once_are_what_the_reference_makes() {
+    let server = server().await;
+    tokio::join!(check_words(&server), check_pictures(&server), check_clips(&server));
+    server.wait_until_empty().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_every_medium_that_go_away_leave_nothing() {
+    let server = server().await;
+    let long = json!({"model": "words", "prompt": "a", "max_tokens": 250, "ignore_eos": true, "n": 8});
+    let picture =
+        json!({"model": "pictures", "prompt": "a boat", "num_inference_steps": 500, "width": 64, "height": 64});
+    let paths = [("/v1/completions", long, 8), ("/v1/images/generations", picture, 1)];
+    for (path, body, sessions) in paths {
+        let request = request("POST", path, "application/json", body.to_string());
+        let waiting = tokio::spawn(crate::support::send(server.address, request));
+        server.wait_for_live(sessions).await;
+        waiting.abort();
+        server.wait_until_empty().await;
+    }
+    let clip =
+        json!({"model": "clips", "prompt": "a boat", "num_inference_steps": 500, "num_frames": 5, "size": "64x64"});
+    let job = server.post("/v1/videos", &clip).await.expect(200).json();
+    server.wait_for_live(1).await;
+    server.delete(&format!("/v1/videos/{}", job["id"].as_str().expect("a name"))).await.expect(200);
+    server.wait_until_empty().await;
+}
