@@ -34,9 +34,8 @@ impl Phases {
     pub fn update(&mut self, phase: Phase, done: usize, total: usize) {
         let bar = match self.current.take() {
             Some((same, bar)) if same == phase => bar,
-            _ => phase_bar(phase),
+            _ => phase_bar(phase, total),
         };
-        bar.set_length(total as u64);
         bar.set_position(done as u64);
         if done == total {
             bar.finish();
@@ -45,10 +44,10 @@ impl Phases {
     }
 }
 
-fn phase_bar(phase: Phase) -> ProgressBar {
+fn phase_bar(phase: Phase, total: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg:>10} {wide_bar} {pos}/{len} [{elapsed}, {eta} left]")
         .expect("a constant: this is a bug");
-    let bar = ProgressBar::new(0).with_style(style).with_message(phase.as_str());
+    let bar = ProgressBar::new(total as u64).with_style(style).with_message(phase.as_str());
     bar.enable_steady_tick(Duration::from_secs(1));
     bar
 }
