@@ -4,6 +4,7 @@
 mod cancel;
 mod cli;
 mod images;
+mod layering;
 mod lifecycle;
 mod published;
 mod refusals;

@@ -1,0 +1,35 @@
+//! The direction of dependencies: the server knows no tensors, the models know no network.
+
+use std::path::Path;
+
+/// Names under `[dependencies]` of a manifest.
+fn dependencies(manifest: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(manifest);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let manifest: toml::Table = text.parse().expect("a manifest is TOML");
+    manifest["dependencies"].as_table().expect("a table").keys().cloned().collect()
+}
+
+#[track_caller]
+fn check(manifest: &str, must_not_know: &[&str]) {
+    let known = dependencies(manifest);
+    assert!(!known.is_empty(), "{manifest} has no dependencies; was it read?");
+    for name in must_not_know {
+        assert!(!known.iter().any(|known| known.starts_with(name)), "{manifest} depends on {name}");
+    }
+}
+
+#[test]
+fn the_server_knows_no_tensors() {
+    check("Cargo.toml", &["candle", "tale-kernels", "tokenizers", "safetensors"]);
+}
+
+#[test]
+fn the_models_know_no_network() {
+    check("models/Cargo.toml", &["tokio", "axum", "hyper", "hf-hub", "reqwest", "ureq"]);
+}
+
+#[test]
+fn the_kernels_know_no_models() {
+    check("kernels/Cargo.toml", &["tale", "tokio", "axum", "tokenizers", "safetensors"]);
+}
