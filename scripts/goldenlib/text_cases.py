@@ -313,7 +313,8 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
     "rope_type": "llama3",
 }
-YARN_ROPE = {"factor": 4.0, "original_max_position_embeddings": 32, "type": "yarn"}
+# As Qwen2.5 publishes it: max_position_embeddings is the context before the extension.
+YARN_ROPE = {"factor": 6.0, "original_max_position_embeddings": 32, "type": "yarn"}
 
 
 def cases() -> dict:
@@ -401,12 +402,12 @@ def cases() -> dict:
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=128,
+                max_position_embeddings=32,
                 tie_word_embeddings=True,
                 rope_parameters={
                     "rope_theta": 10000.0,
                     "rope_type": "yarn",
-                    "factor": 4.0,
+                    "factor": 6.0,
                     "original_max_position_embeddings": 32,
                 },
                 **qwen,

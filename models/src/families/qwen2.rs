@@ -80,7 +80,6 @@ impl Config {
     /// `path` is the file's, for messages.
     fn decoder(&self, path: &Path) -> Result<DecoderConfig> {
         check_plain(path, &self.hidden_act, self.quantization_config.as_ref())?;
-        self.check_window(path)?;
         let head_dim = self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1));
         let config = DecoderConfig {
             vocab_size: self.vocab_size,
@@ -99,11 +98,12 @@ impl Config {
             rope: Rope::from_config(path, &self.rope, head_dim, self.max_position_embeddings)?,
         };
         config.check(path)?;
+        self.check_window(path, config.context_len())?;
         Ok(config)
     }
 
     /// Refuses windowed attention unless the window is as wide as the context.
-    fn check_window(&self, path: &Path) -> Result<()> {
+    fn check_window(&self, path: &Path, context_len: usize) -> Result<()> {
         /// What transformers assumes.
         const DEFAULT_WINDOW: usize = 4096;
         const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
@@ -115,7 +115,7 @@ impl Config {
             Some(layer_types) => layer_types.iter().any(|layer_type| layer_type != "full_attention"),
             None => self.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS) < self.num_hidden_layers,
         };
-        if window < self.max_position_embeddings && has_windowed_layers {
+        if window < context_len && has_windowed_layers {
             return Err(Error::checkpoint(path, "use_sliding_window: windowed attention is not supported"));
         }
         Ok(())

@@ -87,6 +87,11 @@ impl DecoderConfig {
         Ok(())
     }
 
+    /// Most tokens of prompt and answer together.
+    pub fn context_len(&self) -> usize {
+        self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
+    }
+
     /// What the KV cache of one token consists of.
     pub fn kv_shape(&self) -> KvShape {
         KvShape {

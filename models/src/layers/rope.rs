@@ -64,6 +64,8 @@ pub struct Rope {
     inv_freq: Vec<f32>,
     /// yarn's attention factor; 1 for the others.
     attention_factor: f32,
+    /// Positions for which yarn stretches the rotations; 0 for the others.
+    extended_positions: usize,
 }
 
 impl Rope {
@@ -98,7 +100,13 @@ impl Rope {
     }
 
     fn unscaled(inv_freq: Vec<f32>) -> Self {
-        Self { inv_freq, attention_factor: 1.0 }
+        Self { inv_freq, attention_factor: 1.0, extended_positions: 0 }
+    }
+
+    /// Positions that the model is made for. Checkpoints with yarn may state the context before the extension as
+    /// `max_position_embeddings` (Qwen2.5's instructions do), so theirs is `factor` times the original one if larger.
+    pub fn context_len(&self, max_position_embeddings: usize) -> usize {
+        max_position_embeddings.max(self.extended_positions)
     }
 
     /// Cosines and sines `[l, head_dim / 2]` of `positions [l]`.
@@ -226,7 +234,8 @@ fn yarn(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64, sca
             (1.0 / (factor as f32 * power)) * (1.0 - plain) + (1.0 / power) * plain
         })
         .collect();
-    Rope { inv_freq, attention_factor: yarn_attention_factor(parameters, factor) as f32 }
+    let attention_factor = yarn_attention_factor(parameters, factor) as f32;
+    Rope { inv_freq, attention_factor, extended_positions: (factor * original_max) as usize }
 }
 
 /// First and last pair of the ramp: those that turn `beta_fast` and `beta_slow` times within the original context.
@@ -338,6 +347,17 @@ mod tests {
     fn yarn_takes_max_position_embeddings_for_the_original_context() {
         let expected = [1.0, 3.16228e-1, 1e-1, 2.76699e-2, 7.5e-3, 1.97642e-3, 5e-4, 1.58114e-4];
         check(json!({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}), expected, 1.069_314_7);
+    }
+
+    #[test]
+    fn yarn_extends_the_context_by_its_factor() {
+        let yarn = |original: usize| {
+            let scaling = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": original});
+            parse(json!({"rope_scaling": scaling})).expect("supported").context_len(MAX_POSITION_EMBEDDINGS)
+        };
+        assert_eq!(yarn(MAX_POSITION_EMBEDDINGS), 4 * MAX_POSITION_EMBEDDINGS);
+        assert_eq!(yarn(MAX_POSITION_EMBEDDINGS / 4), MAX_POSITION_EMBEDDINGS);
+        assert_eq!(parse(json!({})).expect("default").context_len(MAX_POSITION_EMBEDDINGS), MAX_POSITION_EMBEDDINGS);
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl TextRunner {
     /// An idle runner whose sessions share `caches`.
     pub fn new(model: LanguageModel, caches: KvCaches, limits: Limits) -> Self {
         let num_blocks = caches.num_blocks();
-        let max_context = model.decoder.config().max_position_embeddings.min(num_blocks * BLOCK_SIZE);
+        let max_context = model.decoder.config().context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
         Self { model, caches, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
     }
