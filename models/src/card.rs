@@ -134,8 +134,7 @@ impl TextCard {
 
     fn sampling(&self, options: &TextOptions, fallback_seed: u64) -> Result<SamplingParams> {
         let defaults = &self.defaults;
-        // Without `do_sample` a checkpoint's other defaults are not in force (transformers GenerationConfig): greedy
-        // would surprise API users, so a client's own temperature or the API's default of 1 still samples.
+        // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);
         let default_temperature = if greedy_by_default { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
         let sampling = SamplingParams {

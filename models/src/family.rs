@@ -104,8 +104,17 @@ pub struct Inspection {
     pub makes: &'static str,
     /// Component folder (`""` for a whole-folder model) and its report.
     pub components: Vec<(String, WeightsReport)>,
+    /// Bytes of fixed caches beside the weights (the KV pool of a language model).
+    pub cache_bytes: usize,
     /// Why the model could not be built although its tensors are there, if so.
     pub problem: Option<Error>,
+}
+
+impl Inspection {
+    /// Bytes that the model takes on the device once it is loaded.
+    pub fn resident_bytes(&self) -> usize {
+        self.cache_bytes + self.components.iter().map(|(_, report)| report.resident_bytes).sum::<usize>()
+    }
 }
 
 /// Loads the checkpoint at `path`. `on_component` hears the name of each component before it is read.
@@ -134,16 +143,17 @@ pub fn load(
     Ok(model)
 }
 
-/// Says what the checkpoint at `path` is and what is missing or unused, without loading it.
-pub fn inspect(path: &Path, placement: &Placement) -> Result<Inspection> {
+/// Says what the checkpoint at `path` is, what is missing or unused and what it would take, without loading it.
+pub fn inspect(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<Inspection> {
     let manifest = Manifest::read(path)?;
     let family = detect(&manifest)?;
     let mut open = OpenWeights { placement, dry: true, on_component: &mut |_| (), opened: Vec::new() };
-    // One block is enough: nothing will run.
-    let options = LoadOptions { kv_cache_bytes: 0, ..LoadOptions::default() };
-    let problem = family.load(&manifest, &mut open, &options).err();
+    let (cache_bytes, problem) = match family.load(&manifest, &mut open, options) {
+        Ok(model) => (model.resident_bytes, None),
+        Err(problem) => (0, Some(problem)),
+    };
     let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
-    Ok(Inspection { family: family.name(), makes: family.makes(), components, problem })
+    Ok(Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem })
 }
 
 fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
@@ -187,7 +197,8 @@ mod tests {
     fn inspection_finds_nothing_missing_and_nothing_unused_in_the_goldens() {
         let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
         for case in goldens_by_family().into_values().flatten() {
-            let inspection = inspect(&Path::new(&case).join("checkpoint"), &placement).expect("inspect");
+            let inspection =
+                inspect(&Path::new(&case).join("checkpoint"), &placement, &LoadOptions::default()).expect("inspect");
             assert!(inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
             for (component, report) in inspection.components {
                 assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
@@ -201,7 +212,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::write(dir.path().join("config.json"), r#"{"architectures":["MambaForCausalLM"]}"#).expect("write");
         let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
-        let error = inspect(dir.path(), &placement).expect_err("unknown").to_string();
+        let error = inspect(dir.path(), &placement, &LoadOptions::default()).expect_err("unknown").to_string();
         assert!(error.contains("MambaForCausalLM") && error.contains("llama"), "{error}");
     }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, Inspection};
+use tale_models::family::{self, Inspection, LoadOptions};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{CliError, logs};
@@ -36,7 +36,7 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR);
     let placement = Placement::open(args.device, args.dtype)?;
-    let report = Report::new(args, family::inspect(&args.path, &placement)?);
+    let report = Report::new(args, family::inspect(&args.path, &placement, &LoadOptions::default())?);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {

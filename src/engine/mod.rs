@@ -5,7 +5,7 @@
 //! media, tensors.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -14,7 +14,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime};
 
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::LoadOptions;
+use tale_models::family::{self, LoadOptions};
 use tale_models::runner::RunnerStatus;
 use tale_models::{Event, LoadedModel, ModelCard, Request, SessionId};
 
@@ -368,15 +368,34 @@ fn load_models(
 ) -> Result<Vec<(String, LoadedModel)>, EngineError> {
     let placement = Placement::open(options.device, options.weight_dtype)
         .map_err(|error| EngineError::Device(error.to_string()))?;
+    let mut free_bytes = options.memory_bytes;
     let mut loaded = Vec::with_capacity(models.len());
     for ModelSpec { name, path } in models {
         let mut on_component = |component: &str| on_component(&name, component);
-        match tale_models::load(&path, &placement, &options.load, &mut on_component) {
-            Ok(model) => loaded.push((name, model)),
+        match load_if_it_fits(&path, &placement, options, free_bytes, &mut on_component) {
+            Ok(model) => {
+                free_bytes = free_bytes.saturating_sub(model.resident_bytes);
+                loaded.push((name, model));
+            }
             Err(source) => return Err(EngineError::Load { model: name, source }),
         }
     }
     Ok(loaded)
+}
+
+/// What a model takes is known from its headers, so that a model too large is refused before a tensor is read.
+fn load_if_it_fits(
+    path: &Path,
+    placement: &Placement,
+    options: &EngineOptions,
+    free_bytes: usize,
+    on_component: &mut dyn FnMut(&str),
+) -> Result<LoadedModel, tale_models::Error> {
+    let needed_bytes = family::inspect(path, placement, &options.load)?.resident_bytes();
+    if needed_bytes > free_bytes {
+        return Err(tale_models::Error::OutOfMemory { needed_bytes, free_bytes });
+    }
+    family::load(path, placement, &options.load, on_component)
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.

@@ -28,10 +28,12 @@ pub fn load(
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
     let dir = &manifest.root;
-    // An inspection runs nothing, so it gets a pool without blocks.
-    let num_blocks = if open.is_dry() { 0 } else { num_kv_blocks(&config, options)? };
+    let num_blocks = num_kv_blocks(&config, options)?;
+    let resident_bytes = num_blocks * config.kv_shape().block_bytes();
     let decoder = Decoder::load(&open.component(manifest, "")?, config)?;
-    let caches = KvCaches::new(decoder.config().kv_shape(), num_blocks, &open.placement().device)?;
+    // An inspection runs nothing, so it gets a pool without blocks.
+    let allocated_blocks = if open.is_dry() { 0 } else { num_blocks };
+    let caches = KvCaches::new(decoder.config().kv_shape(), allocated_blocks, &open.placement().device)?;
     let tokenizer = Tokenizer::from_dir(dir)?;
     let eos_token_ids = eos_token_ids(dir, &tokenizer)?;
     if eos_token_ids.is_empty() {
@@ -39,7 +41,6 @@ pub fn load(
     }
 
     let vocab_size = decoder.config().vocab_size;
-    let resident_bytes = caches.bytes();
     let model = LanguageModel { decoder, tokenizer: tokenizer.clone(), eos_token_ids };
     let limits =
         Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
@@ -62,7 +63,7 @@ fn num_kv_blocks(config: &DecoderConfig, options: &LoadOptions) -> Result<usize>
     if affordable == 0 {
         return Err(Error::OutOfMemory { needed_bytes: block_bytes, free_bytes: options.kv_cache_bytes });
     }
-    let useful = options.max_batch_sequences.saturating_mul(blocks_for(config.max_position_embeddings));
+    let useful = options.max_batch_sequences.saturating_mul(blocks_for(config.context_len()));
     Ok(affordable.min(useful))
 }
 

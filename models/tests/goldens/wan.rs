@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::wan::WanModel;
-use tale_models::family::inspect;
+use tale_models::family::{LoadOptions, inspect};
 use tale_models::manifest::Manifest;
 use tale_models::request::{DiffusionRequest, Event, Events, Frame, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
@@ -173,7 +173,7 @@ fn a_clip_cancelled_while_it_is_decoded_leaves_nothing() {
 fn every_tensor_of_a_checkpoint_is_known() {
     for case in CASES {
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement).unwrap();
+        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default()).unwrap();
         assert!(inspection.family == "wan" && inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
         assert_eq!(inspection.components.len(), 3);
         for (component, report) in inspection.components {
