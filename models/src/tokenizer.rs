@@ -45,13 +45,20 @@ impl Tokenizer {
     /// first of these that is there. `tokenizer_config.json` and `special_tokens_map.json` add their tokens.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let config = TokenizerConfig::read(dir)?;
-        let (mut tokenizer, special) = load(dir, &config)?;
-        config.add_tokens_to(&mut tokenizer, &special)?;
+        let loaded = unpanicked(|| {
+            let (mut tokenizer, special) = load(dir, &config)?;
+            config.add_tokens_to(&mut tokenizer, &special)?;
+            Ok((tokenizer, special))
+        });
+        let (mut tokenizer, special) = loaded.unwrap_or_else(|| Err(Error::checkpoint(dir, "a damaged tokenizer")))?;
+        let splits_special = config.get("split_special_tokens").and_then(serde_json::Value::as_bool);
+        tokenizer.set_encode_special_tokens(splits_special.unwrap_or(false));
         // Some published files cut and pad by themselves; here lengths belong to the caller.
+        let own_pad_id = tokenizer.get_padding().map(|padding| padding.pad_id);
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| Error::checkpoint(dir, e))?;
         let id = |name| special.get(name).and_then(|token| tokenizer.token_to_id(&token.content));
-        let (pad_token_id, eos_token_id) = (id("pad_token"), id("eos_token"));
+        let (pad_token_id, eos_token_id) = (id("pad_token").or(own_pad_id), id("eos_token"));
         let word_suffix = word_suffix(&tokenizer);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) && word_suffix.is_none();
         Ok(Self(Arc::new(Inner { tokenizer, word_suffix, byte_level, pad_token_id, eos_token_id })))
@@ -75,7 +82,7 @@ impl Tokenizer {
         let mut ids = encoding.get_ids().to_vec();
         let num_tokens = ids.len();
         if num_tokens < max_length {
-            let pad = self.0.pad_token_id.or(self.0.eos_token_id);
+            let pad = self.0.pad_token_id;
             let pad = pad.ok_or_else(|| Error::invalid("prompt", "the model's tokenizer names no padding token"))?;
             ids.resize(max_length, pad);
         }
@@ -96,7 +103,7 @@ impl Tokenizer {
         self.0.tokenizer.token_to_id(token)
     }
 
-    /// Id of the padding token that the folder's configuration names.
+    /// Id of the padding token that the folder's configuration, or the padding in `tokenizer.json`, names.
     pub fn pad_token_id(&self) -> Option<u32> {
         self.0.pad_token_id
     }
@@ -129,14 +136,9 @@ impl Tokenizer {
         token.is_some_and(|token| !self.0.tokenizer.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// The regular expression engine panics on text that makes it try too long, such as megabytes of white space; a
-    /// panic there leaves nothing half done in the tokenizer.
     fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
-        let encode = || self.0.tokenizer.encode_fast(text, add_special_tokens);
-        match catch_unwind(AssertUnwindSafe(encode)) {
-            Ok(encoding) => encoding.map_err(unencodable),
-            Err(_) => Err(unencodable("too intricate")),
-        }
+        let encoding = unpanicked(|| self.0.tokenizer.encode_fast(text, add_special_tokens));
+        encoding.ok_or_else(|| unencodable("too intricate"))?.map_err(unencodable)
     }
 }
 
@@ -162,6 +164,12 @@ fn load(dir: &Path, config: &TokenizerConfig) -> Result<(tokenizers::Tokenizer, 
         Some(path) => sentencepiece::load(&path, config),
         None => Err(Error::checkpoint(dir, "no tokenizer.json, no vocab.json with merges.txt, no spiece.model")),
     }
+}
+
+/// `None` where `work` panicked. The regular expression engine does on text that makes it try too long, such as
+/// megabytes of white space, and so does a damaged character map; it leaves nothing half done in a tokenizer.
+fn unpanicked<T>(work: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
 }
 
 fn word_suffix(tokenizer: &tokenizers::Tokenizer) -> Option<String> {

@@ -71,11 +71,17 @@ impl TokenizerConfig {
             }
         }
         let named = SPECIAL_NAMES.iter().filter_map(|name| special.get(name).cloned());
-        let additional = self.get("additional_special_tokens").and_then(Value::as_array);
-        for token in named.chain(additional.into_iter().flatten().filter_map(special_token)) {
+        for token in named.chain(self.additional().filter_map(special_token)) {
             self.add(tokenizer, token)?;
         }
         Ok(())
+    }
+
+    /// Special tokens without a name, as transformers 5 or 4 spells the field.
+    pub(super) fn additional(&self) -> impl Iterator<Item = &Value> {
+        let fields = ["extra_special_tokens", "additional_special_tokens"];
+        let lists = fields.into_iter().filter_map(|name| self.get(name)?.as_array());
+        lists.flatten()
     }
 
     fn add(&self, tokenizer: &mut tokenizers::Tokenizer, token: AddedToken) -> Result<()> {

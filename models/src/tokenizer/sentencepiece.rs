@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use serde_json::Value;
 use tokenizers::models::unigram::Unigram;
 use tokenizers::normalizers::Precompiled;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
@@ -21,6 +22,8 @@ use crate::error::{Error, Result};
 const T5_TOKENS: &[(&str, &str)] = &[("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", "<pad>")];
 /// Sentinels `<extra_id_N>` of `T5Tokenizer` where the configuration is silent.
 const EXTRA_IDS: u64 = 100;
+/// More than any checkpoint has; a damaged file must not take the memory.
+const MAX_EXTRA_IDS: u64 = 100_000;
 /// Stands for a space inside pieces.
 const SPACE: char = '\u{2581}';
 
@@ -35,10 +38,44 @@ pub(super) fn load(path: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, 
     if model.kind != UNIGRAM {
         return Err(problem(format!("is of model_type {}; only unigram (1) is supported", model.kind)));
     }
-    let extra_ids = config.get("extra_ids").and_then(serde_json::Value::as_u64).unwrap_or(EXTRA_IDS);
+    let extra_ids = num_sentinels(config).map_err(problem)?;
     let special = config.special_tokens(T5_TOKENS);
     let tokenizer = build(&model, extra_ids, &special).map_err(|e| Error::checkpoint(path, e))?;
     Ok((tokenizer, special))
+}
+
+/// How many sentinels follow the pieces: `extra_ids`, else as many as the configuration lists. Both must agree, because
+/// the ids of all sentinels depend on their number.
+fn num_sentinels(config: &TokenizerConfig) -> Result<u64, String> {
+    let is_sentinel = |token: &Value| {
+        let spelling = token.as_str().or_else(|| token.get("content")?.as_str());
+        spelling.is_some_and(|spelling| spelling.contains("<extra_id_"))
+    };
+    let listed = config.additional().filter(|token| is_sentinel(token)).count() as u64;
+    match config.get("extra_ids").map(|count| count.as_u64().filter(|count| *count <= MAX_EXTRA_IDS)) {
+        None if listed > 0 => Ok(listed),
+        None => Ok(EXTRA_IDS),
+        Some(None) => Err(format!("needs `extra_ids` of at most {MAX_EXTRA_IDS} in tokenizer_config.json")),
+        Some(Some(count)) if count > 0 && listed > 0 && count != listed => {
+            Err(format!("tokenizer_config.json has `extra_ids` {count} and lists {listed} sentinels"))
+        }
+        Some(Some(count)) => Ok(count),
+    }
+}
+
+/// The normaliser of a file's `precompiled_charsmap`: the bytes of a trie after their count, then the replacements. The
+/// library trusts the count and, when it first meets a character, the trie; here both are tried first.
+fn character_map(bytes: &[u8]) -> tokenizers::Result<Precompiled> {
+    let (count, rest) = bytes.split_first_chunk::<4>().ok_or("its precompiled_charsmap is cut")?;
+    let count = u32::from_le_bytes(*count) as usize;
+    if count == 0 || count > rest.len() {
+        return Err("its precompiled_charsmap is not as long as it says".into());
+    }
+    let map = Precompiled::from(bytes)?;
+    let characters = || (1..0x3_0000).filter_map(char::from_u32).map(|c| map.transform(c.encode_utf8(&mut [0; 4])));
+    super::unpanicked(|| characters().flatten().map(str::len).sum::<usize>())
+        .ok_or("its precompiled_charsmap points outside itself")?;
+    Ok(map)
 }
 
 /// As `T5Tokenizer` of transformers: the file's own character map, words at white space, a space before each, EOS
@@ -50,7 +87,7 @@ fn build(model: &Model, extra_ids: u64, special: &SpecialTokens) -> tokenizers::
     let unknown = model.pieces.iter().position(|piece| piece.kind == UNKNOWN).ok_or("has no unknown piece")?;
     let mut tokenizer = Tokenizer::new(Unigram::from(vocab, Some(unknown), false)?);
     if !model.character_map.is_empty() {
-        tokenizer.with_normalizer(Some(Precompiled::from(&model.character_map)?))?;
+        tokenizer.with_normalizer(Some(character_map(&model.character_map)?))?;
     }
     let spaces = Metaspace::new(SPACE, PrependScheme::Always, true);
     tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![WhitespaceSplit.into(), spaces.clone().into()])));
@@ -207,5 +244,83 @@ impl<'a> Fields<'a> {
             }
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    const T5: &[u8] = include_bytes!("../../../tests/goldens/tokenizers/t5/spiece.model");
+
+    /// The folder of one `spiece.model` and one configuration.
+    fn load_bytes(model: &[u8], config: Value) -> Result<super::super::Tokenizer> {
+        let dir = tempfile::tempdir().expect("temp dir");
+        std::fs::write(dir.path().join("spiece.model"), model).expect("write");
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).expect("write");
+        super::super::Tokenizer::from_dir(dir.path())
+    }
+
+    #[track_caller]
+    fn check_refused(model: &[u8], config: Value, words: &str) {
+        let error = load_bytes(model, config).expect_err("refused");
+        let text = error.to_string();
+        assert!(matches!(error, Error::Checkpoint { .. }) && text.contains("spiece.model"), "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+
+    /// Offset of the character map in `T5`, and its length.
+    fn character_map_range() -> std::ops::Range<usize> {
+        let map = parse_model(T5).expect("parses").character_map;
+        let start = T5.windows(map.len()).position(|window| window == map).expect("stands in the file");
+        start..start + map.len()
+    }
+
+    #[test]
+    fn a_character_map_that_lies_about_its_length_is_refused() {
+        let mut model = T5.to_vec();
+        let range = character_map_range();
+        model[range.start..range.start + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        check_refused(&model, json!({}), "not as long as it says");
+    }
+
+    #[test]
+    fn a_character_map_that_points_outside_itself_is_refused() {
+        let mut model = T5.to_vec();
+        let range = character_map_range();
+        model[range.start + 4..range.start + 404].fill(0xfe);
+        check_refused(&model, json!({}), "points outside itself");
+    }
+
+    #[test]
+    fn the_number_of_sentinels_is_said_once_or_twice_alike() {
+        let sentinels = |count: usize| (0..count).map(|i| format!("<extra_id_{i}>")).collect::<Vec<_>>();
+        let pieces = parse_model(T5).expect("parses").pieces.len();
+        let size = |config| load_bytes(T5, config).expect("loads").vocab_size() - pieces;
+        assert_eq!(size(json!({})), 100);
+        assert_eq!(size(json!({"additional_special_tokens": sentinels(300)})), 300);
+        assert_eq!(size(json!({"extra_special_tokens": sentinels(3), "extra_ids": 3})), 3);
+        check_refused(T5, json!({"additional_special_tokens": sentinels(300), "extra_ids": 100}), "lists 300");
+        check_refused(T5, json!({"extra_ids": 1_000_000_000_000u64}), "at most");
+        check_refused(T5, json!({"extra_ids": -1}), "at most");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Cut anywhere and with any byte changed, a model loads and encodes, or is refused; nothing panics.
+        #[test]
+        fn damaged_models_do_no_harm(cut in 0..T5.len(), place in 0..T5.len(), byte: u8) {
+            let mut changed = T5.to_vec();
+            changed[place] = byte;
+            for model in [&T5[..cut], &changed] {
+                let encoded = load_bytes(model, json!({})).and_then(|tokenizer| tokenizer.encode("Å ﬁ e\u{301}", true));
+                let harmless = matches!(encoded, Ok(_) | Err(Error::Checkpoint { .. } | Error::InvalidRequest { .. }));
+                prop_assert!(harmless, "{encoded:?}");
+            }
+        }
     }
 }

@@ -3,9 +3,10 @@
 //! Source: transformers `CLIPTokenizer`, `GPT2Tokenizer`, `Qwen2Tokenizer`. Another class is refused by name, because
 //! its way of splitting text cannot be guessed.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use tokenizers::models::bpe::{BPE, BpeBuilder};
+use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
 use tokenizers::normalizers::replace::ReplacePattern;
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -15,6 +16,7 @@ use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
 use super::{SpecialTokens, TokenizerConfig};
+use crate::config::read_json;
 use crate::error::{Error, Result};
 
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -37,33 +39,50 @@ const QWEN2_WORDS: &str =
 
 /// The tokenizer of a folder with the two files.
 pub(super) fn load(dir: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, SpecialTokens)> {
-    let [vocab, merges] = [path_text(dir, "vocab.json")?, path_text(dir, "merges.txt")?];
+    let merges = read_merges(&dir.join("merges.txt"))?;
     let (build, defaults): (Build, Defaults) = match config.class() {
         Some("CLIPTokenizer") => (clip, CLIP_TOKENS),
         Some("GPT2Tokenizer") => (gpt2, GPT2_TOKENS),
         Some("Qwen2Tokenizer") => (qwen2, QWEN2_TOKENS),
-        None if marks_word_ends(&merges)? => (clip, CLIP_TOKENS),
+        None if merges.iter().any(|(_, end)| end.ends_with(WORD_SUFFIX)) => (clip, CLIP_TOKENS),
         None => (gpt2, GPT2_TOKENS),
         Some(class) => {
             let problem = format!("tokenizer_class {class} needs a tokenizer.json; CLIP, GPT2 and Qwen2 do without");
             return Err(Error::checkpoint(dir, problem));
         }
     };
+    // These classes would honour them, in a way of their own each.
+    for field in ["add_prefix_space", "add_bos_token", "add_eos_token"] {
+        if config.get(field).and_then(serde_json::Value::as_bool) == Some(true) && defaults != CLIP_TOKENS {
+            return Err(Error::checkpoint(dir, format!("`{field}` needs a tokenizer.json")));
+        }
+    }
+    let vocab: HashMap<String, u32> = read_json(&dir.join("vocab.json"))?;
     let special = config.special_tokens(defaults);
-    let tokenizer = build(BPE::from_file(&vocab, &merges), &special).map_err(|e| Error::checkpoint(dir, e))?;
+    let pairs = BPE::builder().vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges);
+    let tokenizer = build(pairs, &special).map_err(|e| Error::checkpoint(dir.join(culprit(&*e)), e))?;
     Ok((tokenizer, special))
 }
 
 type Build = fn(BpeBuilder, &SpecialTokens) -> tokenizers::Result<Tokenizer>;
 
-fn path_text(dir: &Path, name: &str) -> Result<String> {
-    let path = dir.join(name);
-    path.to_str().map(str::to_string).ok_or_else(|| Error::checkpoint(&path, "the path is not valid UTF-8"))
+/// Which file a failure to build comes from: the model refuses merges of tokens that the vocabulary lacks, the rest is
+/// about special tokens that it lacks.
+fn culprit(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    if error.is::<tokenizers::models::bpe::Error>() { "merges.txt" } else { "vocab.json" }
 }
 
-fn marks_word_ends(merges: &str) -> Result<bool> {
-    let text = std::fs::read_to_string(merges).map_err(|e| Error::checkpoint(merges, e))?;
-    Ok(text.lines().any(|line| line.ends_with(WORD_SUFFIX)))
+/// Pairs by priority: two tokens on every line after the version.
+fn read_merges(path: &Path) -> Result<Merges> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::checkpoint(path, e))?;
+    let mut pairs = Merges::new();
+    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version")) {
+        match line.split_once(' ') {
+            Some((start, end)) if !end.contains(' ') => pairs.push((start.into(), end.into())),
+            _ => return Err(Error::checkpoint(path, format!("line {} is not two tokens", i + 1))),
+        }
+    }
+    Ok(pairs)
 }
 
 /// Lower case, white space as one space, letters, single digits and the rest apart, `</w>` where a word ends.
@@ -82,7 +101,7 @@ fn clip(pairs: BpeBuilder, special: &SpecialTokens) -> tokenizers::Result<Tokeni
     tokenizer.with_decoder(Some(ByteLevel::default()));
     let ends = [spelling("eos_token"), spelling("bos_token")].map(|token| {
         let token = token.ok_or("bos_token or eos_token is not named")?;
-        let id = tokenizer.token_to_id(&token).ok_or_else(|| format!("{token:?} is not in vocab.json"))?;
+        let id = tokenizer.token_to_id(&token).ok_or_else(|| format!("{token:?} is not in it"))?;
         Ok::<_, tokenizers::Error>((token, id))
     });
     let [end, start] = ends;
@@ -108,4 +127,39 @@ fn qwen2(pairs: BpeBuilder, _special: &SpecialTokens) -> tokenizers::Result<Toke
     tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![words.into(), bytes.into()])));
     tokenizer.with_decoder(Some(ByteLevel::default()));
     Ok(tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Tokenizer;
+    use super::*;
+
+    const VOCAB: &str =
+        r#"{"a": 0, "b": 1, "a</w>": 2, "b</w>": 3, "ab</w>": 4, "<|startoftext|>": 5, "<|endoftext|>": 6}"#;
+    const MERGES: &str = "#version: 0.2\na b</w>\n";
+
+    #[track_caller]
+    fn check_refused(files: &[(&str, &str)], file: &str, words: &str) {
+        let dir = tempfile::tempdir().expect("temp dir");
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).expect("write");
+        }
+        let error = Tokenizer::from_dir(dir.path()).expect_err("refused");
+        let Error::Checkpoint { path, problem } = error else { panic!("{error}") };
+        assert_eq!(path, dir.path().join(file));
+        assert!(problem.contains(words), "{problem}");
+    }
+
+    #[test]
+    fn damaged_files_are_refused_by_name() {
+        check_refused(&[("vocab.json", VOCAB)], "", "merges.txt");
+        check_refused(&[("vocab.json", "{"), ("merges.txt", MERGES)], "vocab.json", "EOF");
+        check_refused(&[("vocab.json", r#"{"a": -1}"#), ("merges.txt", MERGES)], "vocab.json", "-1");
+        check_refused(&[("vocab.json", VOCAB), ("merges.txt", "a b</w> c")], "merges.txt", "line 1");
+        check_refused(&[("vocab.json", VOCAB), ("merges.txt", "a b</w>\n\n")], "merges.txt", "line 2");
+        check_refused(&[("vocab.json", VOCAB), ("merges.txt", "b a</w>")], "merges.txt", "ba</w>");
+        let class = r#"{"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": true}"#;
+        let files = [("vocab.json", VOCAB), ("merges.txt", MERGES), ("tokenizer_config.json", class)];
+        check_refused(&files, "", "add_prefix_space");
+    }
 }

@@ -1,7 +1,10 @@
 //! Tokenizers held against what transformers answers on the same folders.
 
+use std::path::Path;
+
 use serde_json::Value;
-use tale_models::tokenizer::Tokenizer;
+use tale_models::Error;
+use tale_models::tokenizer::{Padded, Tokenizer};
 
 use crate::support::{case_dir, golden_json};
 
@@ -11,9 +14,14 @@ fn ids(value: &Value) -> Vec<u32> {
 
 /// Every case of a tokenizer folder: ids with and without special tokens, and the way back.
 fn check(name: &str) {
-    let case = format!("tokenizers/{name}");
-    let golden = golden_json(&case);
-    let tokenizer = Tokenizer::from_dir(&case_dir(&case)).expect("the folder is a tokenizer");
+    check_folder(name, &case_dir(&format!("tokenizers/{name}")));
+}
+
+/// As [`check`], on another folder with the same tokenizer.
+fn check_folder(name: &str, dir: &Path) {
+    let golden = golden_json(&format!("tokenizers/{name}"));
+    let tokenizer = Tokenizer::from_dir(dir).expect("the folder is a tokenizer");
+    assert_eq!(tokenizer.vocab_size() as u64, golden["vocab_size"]);
     let cases = golden["cases"].as_array().expect("cases");
     assert!(cases.len() > 20, "{name}: only {} cases", cases.len());
     for case in cases {
@@ -23,6 +31,25 @@ fn check(name: &str) {
         assert_eq!(encode(false), ids(&case["ids_no_special"]), "{name}: {text:?}");
         let decoded = tokenizer.decode(&ids(&case["ids"])).expect("decodes");
         assert_eq!(decoded, case["decoded"].as_str().expect("decoded"), "{name}: {text:?}");
+    }
+}
+
+/// At every length, a text encoder's prompt is the golden's ids with padding after them, or cut before the closing token.
+fn check_lengths(name: &str, num_special: usize, pad: &str) {
+    let golden = golden_json(&format!("tokenizers/{name}"));
+    let tokenizer = Tokenizer::from_dir(&case_dir(&format!("tokenizers/{name}"))).expect("the folder is a tokenizer");
+    let pad = tokenizer.token_id(pad).expect("the padding token");
+    for case in golden["cases"].as_array().expect("cases") {
+        let whole = ids(&case["ids"]);
+        for max_length in num_special..whole.len() + 3 {
+            let text = case["text"].as_str().expect("text");
+            let padded = tokenizer.encode_padded(text, max_length).expect("encodes");
+            let num_tokens = whole.len().min(max_length);
+            let mut expected = whole[..num_tokens].to_vec();
+            expected[num_tokens - 1] = whole[whole.len() - 1];
+            expected.resize(max_length, pad);
+            assert_eq!(padded, Padded { ids: expected, num_tokens }, "{name} at {max_length}: {text:?}");
+        }
     }
 }
 
@@ -49,4 +76,40 @@ fn llama_from_tokenizer_json() {
 #[test]
 fn qwen2_from_tokenizer_json() {
     check("qwen2");
+}
+
+#[test]
+fn checkpoints_hold_the_same_tokenizers_in_other_layouts() {
+    check_folder("clip", &case_dir("flux-dev/checkpoint/tokenizer"));
+    check_folder("t5", &case_dir("flux-dev/checkpoint/tokenizer_2")); // spiece.model
+    check_folder("t5", &case_dir("flux-schnell/checkpoint/tokenizer_2")); // tokenizer.json
+    check_folder("umt5", &case_dir("wan-a/checkpoint/tokenizer")); // spiece.model
+    check_folder("umt5", &case_dir("wan-b/checkpoint/tokenizer")); // tokenizer.json
+    check_folder("llama", &case_dir("llama-untied/checkpoint"));
+    check_folder("qwen2", &case_dir("qwen2-yarn/checkpoint"));
+}
+
+#[test]
+fn prompts_have_the_length_that_an_encoder_wants() {
+    check_lengths("clip", 2, "<|endoftext|>");
+    check_lengths("t5", 1, "<pad>");
+    check_lengths("umt5", 1, "<pad>");
+}
+
+/// A few kinds of long text through every layout; refusing is allowed, falling over is not.
+#[test]
+fn long_and_strange_texts_do_no_harm() {
+    let long = |unit: &str| unit.repeat((1 << 16) / unit.len());
+    let texts = ["a", " ", "e\u{301}", "\u{301}", "\0", "\u{fdfa}", "👩\u{200d}", "<|endoftext|>", "</s>\n"].map(long);
+    for name in ["clip", "t5", "umt5", "llama", "qwen2"] {
+        let tokenizer =
+            Tokenizer::from_dir(&case_dir(&format!("tokenizers/{name}"))).expect("the folder is a tokenizer");
+        for text in &texts {
+            let start: String = text.chars().take(3).collect();
+            match tokenizer.encode(text, true) {
+                Ok(ids) => assert!(!ids.is_empty(), "{name}: {start:?}"),
+                Err(error) => assert!(matches!(error, Error::InvalidRequest { .. }), "{name}: {start:?}: {error}"),
+            }
+        }
+    }
 }
