@@ -43,7 +43,8 @@ impl<T> Rows<T> {
     }
 }
 
-/// Sums of one block of K, `len <= K_BLOCK`, for MR rows of `x` and four of `w`.
+/// Sums of one block of K, `len <= K_BLOCK`, for MR rows of `x` and four of `w`. `ahead` is the block of `w` that
+/// comes next, if it must come from memory: it is asked for while this one is computed.
 ///
 /// # Safety
 /// MR rows of `x` and four rows of `w` must be readable for `len` values.
@@ -53,12 +54,18 @@ pub(crate) unsafe fn block_sums<S: Simd, T: Element, const MR: usize>(
     x: Rows<f32>,
     w: Rows<T>,
     len: usize,
+    ahead: Option<*const T>,
 ) -> [[f32; TILE_OUTS]; MR] {
     let mut lanes = [[s.splat(0.0); TILE_OUTS]; MR];
     let mut k = 0;
     // SAFETY: `k + LANES <= len` in the loop; after it `len - k` values are left.
     unsafe {
         while k + S::LANES <= len {
+            if let Some(ahead) = ahead {
+                for n in 0..TILE_OUTS {
+                    s.prefetch(ahead.wrapping_add(n * w.stride + k));
+                }
+            }
             step(s, x.at(0, k), w.at(0, k), &mut lanes);
             k += S::LANES;
         }
@@ -176,7 +183,7 @@ unsafe fn row_sums<S: Simd, T: Element>(s: S, x: Rows<f32>, w: Rows<T>, k: usize
     while column < k {
         let len = K_BLOCK.min(k - column);
         // SAFETY: `column + len <= k`.
-        let sums = unsafe { block_sums::<S, T, 1>(s, x.at(0, column), w.at(0, column), len)[0] };
+        let sums = unsafe { block_sums::<S, T, 1>(s, x.at(0, column), w.at(0, column), len, None)[0] };
         for n in 0..TILE_OUTS {
             totals[n] = if column == 0 { sums[n] } else { totals[n] + sums[n] };
         }

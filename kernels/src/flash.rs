@@ -130,7 +130,7 @@ impl<T: Element> Op for Flash<'_, T> {
         let mut first = 0;
         while first < visible {
             let len = KEYS.min(visible - first);
-            self.load_keys(s, &mut parts, first, len);
+            self.load_keys(s, &mut parts, (first, len), visible);
             self.scores(s, &mut parts, len);
             for row in 0..self.rows.len() {
                 self.softmax(s, &mut parts, row, (first, len));
@@ -162,14 +162,33 @@ impl<T: Element> Flash<'_, T> {
         parts.sum.fill(0.0);
     }
 
-    /// Keys `first..first + len` as columns of `parts.k`, values as rows of `parts.v`.
+    /// Asks for the memory of eight keys and values, one tile before they are needed: the heads of a key lie side by
+    /// side, so that what one head reads is too scattered for the processor to foresee.
     #[inline(always)]
-    fn load_keys<S: Simd>(&self, s: S, parts: &mut Parts<'_>, first: usize, len: usize) {
+    fn ask_for_keys<S: Simd>(&self, s: S, first: usize, last: usize) {
+        let line = 64 / size_of::<T>();
+        let (k_stride, v_stride) = self.keys.strides;
+        for key in first..last.min(first + 8) {
+            let row = self.keys.row(key);
+            let mut i = 0;
+            while i < self.d {
+                s.prefetch(self.keys.k.as_ptr().wrapping_add(row * k_stride + i));
+                s.prefetch(self.keys.v.as_ptr().wrapping_add(row * v_stride + i));
+                i += line;
+            }
+        }
+    }
+
+    /// Keys `first..first + len` as columns of `parts.k`, values as rows of `parts.v`; the last key that any row sees
+    /// comes before `last`.
+    #[inline(always)]
+    fn load_keys<S: Simd>(&self, s: S, parts: &mut Parts<'_>, (first, len): (usize, usize), last: usize) {
         let d = self.padded();
         let (k_stride, v_stride) = self.keys.strides;
         let mut key = 0;
         while key < len {
             let count = (len - key).min(8);
+            self.ask_for_keys(s, first + key + KEYS, last);
             if count < 8 {
                 parts.few.fill(0.0);
             }

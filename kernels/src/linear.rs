@@ -185,6 +185,16 @@ impl<T: Element> Op for DirectTask<'_, T> {
 }
 
 impl<T: Element> DirectTask<'_, T> {
+    /// Where the block of weights after the one at `w` lies: further along its rows, or at the start of the next four.
+    #[inline(always)]
+    fn next_block(&self, w: Rows<T>, column: usize) -> *const T {
+        if column + K_BLOCK < self.cut.k {
+            w.start.wrapping_add(K_BLOCK)
+        } else {
+            w.start.wrapping_sub(column).wrapping_add(TILE_OUTS * self.cut.k)
+        }
+    }
+
     /// Adds one block of K to four outputs of every row.
     #[inline(always)]
     fn block<S: Simd, const MR: usize>(&self, s: S, out: usize, column: usize) {
@@ -201,8 +211,9 @@ impl<T: Element> DirectTask<'_, T> {
                 let stride = if whole { self.cut.k } else { 0 };
                 let w = Rows { start: self.w[(first + done) * self.cut.k + column..].as_ptr(), stride };
                 let valid = if whole { TILE_OUTS } else { 1 };
+                let ahead = (row == 0).then(|| self.next_block(w, column));
                 // SAFETY: `x` is padded to whole tiles of rows; four rows of `w`, or one four times, are there.
-                let sums = unsafe { block_sums::<S, T, MR>(s, x, w, len) };
+                let sums = unsafe { block_sums::<S, T, MR>(s, x, w, len, ahead) };
                 // SAFETY: no other task has these outputs.
                 unsafe {
                     store(
@@ -319,7 +330,7 @@ impl<T: Element> PanelTask<'_, T> {
             while out < self.outs.1 {
                 let w = Rows { start: w[out * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
                 // SAFETY: `x` is padded to whole tiles of rows and the panel to whole tiles of outputs.
-                let sums = unsafe { block_sums::<S, f32, MR>(s, x, w, len) };
+                let sums = unsafe { block_sums::<S, f32, MR>(s, x, w, len, None) };
                 let rows = (self.rows.0 + row, MR.min(self.rows.1 - row));
                 let outs = (self.outs.0 + out, TILE_OUTS.min(self.outs.1 - out));
                 // SAFETY: inside `y`, and no other task has this pair of rows and outputs.

@@ -54,6 +54,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn select_less(self, x: Self::V, limit: Self::V, below: Self::V, above: Self::V) -> Self::V;
     /// The sum of each vector's lanes; every one is added in the same order, whatever the others hold.
     fn reduce4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// Asks for the cache line at `from`, which may be any address; nothing happens where there is no such instruction.
+    fn prefetch<T>(self, from: *const T);
     /// Eight rows of eight values, `from_stride` apart, become eight rows `to_stride` apart of the transposed square.
     /// # Safety
     /// Eight values of each row at `from` must be readable, eight at each row of `to` writable.
@@ -341,6 +343,8 @@ impl Simd for Portable {
         sums
     }
     #[inline(always)]
+    fn prefetch<T>(self, _from: *const T) {}
+    #[inline(always)]
     unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         for row in 0..8 {
             for column in 0..8 {
@@ -461,6 +465,11 @@ mod x86 {
             unsafe { sum_columns(fold256(v[0]), fold256(v[1]), fold256(v[2]), fold256(v[3])) }
         }
         #[inline(always)]
+        fn prefetch<T>(self, from: *const T) {
+            // SAFETY: a prefetch reads nothing, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        }
+        #[inline(always)]
         unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
             // SAFETY: passed on to the caller; `self` exists only where the processor has AVX2.
             unsafe { transpose8(from, from_stride, to, to_stride) }
@@ -531,6 +540,11 @@ mod x86 {
         fn reduce4(self, v: [__m512; 4]) -> [f32; 4] {
             // SAFETY: `self` exists only where the processor has AVX-512.
             unsafe { sum_columns(fold512(v[0]), fold512(v[1]), fold512(v[2]), fold512(v[3])) }
+        }
+        #[inline(always)]
+        fn prefetch<T>(self, from: *const T) {
+            // SAFETY: a prefetch reads nothing, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
