@@ -15,7 +15,7 @@ mod attention;
 pub mod bench;
 mod conv;
 mod dot;
-mod flash;
+pub mod flash;
 mod linear;
 mod math;
 mod norm;

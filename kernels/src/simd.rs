@@ -623,3 +623,21 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// The processor of the test has one widest set; the others are run by this binary itself, started anew.
+    #[test]
+    fn every_instruction_set_passes_the_suite() {
+        const NAME: &str = "every_instruction_set_passes_the_suite";
+        if std::env::var_os("TALE_KERNELS_ISA").is_some() {
+            return println!("not run: TALE_KERNELS_ISA has chosen one instruction set");
+        }
+        for isa in ["portable", "avx2"] {
+            let suite = std::env::current_exe().expect("the path of the test binary");
+            let run = std::process::Command::new(suite).env("TALE_KERNELS_ISA", isa).args(["--skip", NAME]).output();
+            let run = run.expect("the test binary starts");
+            assert!(run.status.success(), "{isa}: {}", String::from_utf8_lossy(&run.stdout));
+        }
+    }
+}
