@@ -130,22 +130,12 @@ impl<T: Element> Op for Flash<'_, T> {
         let mut first = 0;
         while first < visible {
             let len = KEYS.min(visible - first);
-            let t0 = unsafe { std::arch::x86_64::_rdtsc() };
             self.load_keys(s, &mut parts, (first, len), visible);
-            let t1 = unsafe { std::arch::x86_64::_rdtsc() };
             self.scores(s, &mut parts, len);
-            let t2 = unsafe { std::arch::x86_64::_rdtsc() };
             for row in 0..self.rows.len() {
                 self.softmax(s, &mut parts, row, (first, len));
             }
-            let t3 = unsafe { std::arch::x86_64::_rdtsc() };
             self.add_values(s, &mut parts, len);
-            let t4 = unsafe { std::arch::x86_64::_rdtsc() };
-            if len == KEYS {
-                for (i, v) in [t1 - t0, t2 - t1, t3 - t2, t4 - t3, 1].into_iter().enumerate() {
-                    COUNTS[i].fetch_add(v, std::sync::atomic::Ordering::Relaxed);
-                }
-            }
             first += KEYS;
         }
         self.finish(s, &parts);
@@ -302,5 +292,3 @@ impl<T: Element> Flash<'_, T> {
         }
     }
 }
-
-pub static COUNTS: [std::sync::atomic::AtomicU64; 5] = [const { std::sync::atomic::AtomicU64::new(0) }; 5];

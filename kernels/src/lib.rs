@@ -15,7 +15,7 @@ mod attention;
 pub mod bench;
 mod conv;
 mod dot;
-pub mod flash;
+mod flash;
 mod linear;
 mod math;
 mod norm;
