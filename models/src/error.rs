@@ -14,12 +14,14 @@ pub enum Error {
         problem: String,
     },
     /// A tensor that the architecture needs is in none of the checkpoint's files.
-    #[error("{}: tensor `{tensor}` is missing", path.display())]
+    #[error("{}: tensor `{tensor}` is missing, expected with shape {expected:?}", path.display())]
     MissingTensor {
         /// The folder or file that was searched.
         path: PathBuf,
         /// Full name of the tensor.
         tensor: String,
+        /// Shape that the configuration implies.
+        expected: Vec<usize>,
     },
     /// A tensor has another shape than `config.json` implies.
     #[error("{}: tensor `{tensor}` has shape {found:?}, expected {expected:?}", path.display())]
@@ -108,7 +110,9 @@ impl Error {
     pub fn restate(&self) -> Self {
         match self {
             Self::Checkpoint { path, problem } => Self::Checkpoint { path: path.clone(), problem: problem.clone() },
-            Self::MissingTensor { path, tensor } => Self::MissingTensor { path: path.clone(), tensor: tensor.clone() },
+            Self::MissingTensor { path, tensor, expected } => {
+                Self::MissingTensor { path: path.clone(), tensor: tensor.clone(), expected: expected.clone() }
+            }
             Self::TensorShape { path, tensor, found, expected } => Self::TensorShape {
                 path: path.clone(),
                 tensor: tensor.clone(),

@@ -33,10 +33,21 @@ pub const FAMILIES: &[&dyn Family] = &[
     &crate::families::wan::Wan,
 ];
 
+/// Why a model is built.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// To run.
+    Load,
+    /// To see what its files lack.
+    Inspect,
+    /// To see what files it would need.
+    List,
+}
+
 /// Opens a component's weights by folder name and reports progress; remembers them for [`inspect`].
 pub struct OpenWeights<'a> {
     placement: &'a Placement,
-    dry: bool,
+    mode: Mode,
     on_component: &'a mut dyn FnMut(&str),
     opened: Vec<(String, Weights)>,
 }
@@ -46,10 +57,11 @@ impl OpenWeights<'_> {
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
         (self.on_component)(name);
-        let weights = if self.dry {
-            Weights::open_dry(&component.dir, self.placement)?
-        } else {
-            Weights::open(&component.dir, self.placement)?
+        let (dir, placement) = (&component.dir, self.placement);
+        let weights = match self.mode {
+            Mode::Load => Weights::open(dir, placement)?,
+            Mode::Inspect => Weights::open_dry(dir, placement)?,
+            Mode::List => Weights::open_blank(dir, placement),
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
@@ -62,7 +74,7 @@ impl OpenWeights<'_> {
 
     /// Whether this is an inspection: tensors take no memory, so nothing large may be computed from them.
     pub fn is_dry(&self) -> bool {
-        self.dry
+        self.mode != Mode::Load
     }
 }
 
@@ -126,7 +138,7 @@ pub fn load(
 ) -> Result<LoadedModel> {
     let manifest = Manifest::read(path)?;
     let family = detect(&manifest)?;
-    let mut open = OpenWeights { placement, dry: false, on_component, opened: Vec::new() };
+    let mut open = OpenWeights { placement, mode: Mode::Load, on_component, opened: Vec::new() };
     let mut model = family.load(&manifest, &mut open, options)?;
     for (component, weights) in &open.opened {
         let report = weights.report();
@@ -147,13 +159,38 @@ pub fn load(
 pub fn inspect(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<Inspection> {
     let manifest = Manifest::read(path)?;
     let family = detect(&manifest)?;
-    let mut open = OpenWeights { placement, dry: true, on_component: &mut |_| (), opened: Vec::new() };
+    let mut open = OpenWeights { placement, mode: Mode::Inspect, on_component: &mut |_| (), opened: Vec::new() };
     let (cache_bytes, problem) = match family.load(&manifest, &mut open, options) {
         Ok(model) => (model.resident_bytes, None),
         Err(problem) => (0, Some(problem)),
     };
     let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
     Ok(Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem })
+}
+
+/// Names and shapes of the tensors that the configurations of the checkpoint at `path` ask for, by component folder.
+/// Weight files are not looked at.
+pub(crate) fn wanted_tensors(path: &Path, placement: &Placement) -> Result<Vec<WantedTensors>> {
+    let manifest = Manifest::read(path)?;
+    let mut open = OpenWeights { placement, mode: Mode::List, on_component: &mut |_| (), opened: Vec::new() };
+    detect(&manifest)?.load(&manifest, &mut open, &LoadOptions::default())?;
+    let wanted = open.opened.into_iter().map(|(component, weights)| {
+        let problems = weights.report().problems.into_iter();
+        let tensors = problems.filter_map(|problem| match problem {
+            Error::MissingTensor { tensor, expected, .. } => Some((tensor, expected)),
+            _ => None,
+        });
+        WantedTensors { component, tensors: tensors.collect() }
+    });
+    Ok(wanted.collect())
+}
+
+/// What one component asks for.
+pub(crate) struct WantedTensors {
+    /// Its folder; empty for a whole-folder model.
+    pub component: String,
+    /// Name and shape, in the order of asking.
+    pub tensors: Vec<(String, Vec<usize>)>,
 }
 
 fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {

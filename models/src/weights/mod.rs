@@ -104,18 +104,20 @@ impl Weights {
         for (tensor, shard) in index {
             let found = tensors.get(&tensor).is_some_and(|t| files[t.file].0.ends_with(&shard));
             if !found {
-                return Err(Error::MissingTensor { path: dir.join(shard), tensor });
+                let problem = format!("tensor `{tensor}` is missing, although the index places it here");
+                return Err(Error::checkpoint(dir.join(shard), problem));
             }
         }
-        let source = Source {
-            root: dir.to_path_buf(),
-            files,
-            tensors,
-            placement: placement.clone(),
-            dry,
-            record: Mutex::new(Record::default()),
-        };
-        Ok(Self { source: Arc::new(source), prefix: String::new() })
+        Ok(Self::over(Source { files, tensors, dry, ..Source::blank(dir, placement) }))
+    }
+
+    /// A dry view of a folder without weight files: what is asked for is recorded as missing, with its shape.
+    pub(crate) fn open_blank(dir: &Path, placement: &Placement) -> Self {
+        Self::over(Source::blank(dir, placement))
+    }
+
+    fn over(source: Source) -> Self {
+        Self { source: Arc::new(source), prefix: String::new() }
     }
 
     /// The view one level down: names get `prefix.segment.` in front.
@@ -218,11 +220,23 @@ impl Weights {
 }
 
 impl Source {
+    fn blank(dir: &Path, placement: &Placement) -> Self {
+        Self {
+            root: dir.to_path_buf(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            placement: placement.clone(),
+            dry: true,
+            record: Mutex::new(Record::default()),
+        }
+    }
+
     fn checked(&self, name: &str, shape: &[usize]) -> Result<&Located> {
-        let located = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| Error::MissingTensor { path: self.root.clone(), tensor: name.to_owned() })?;
+        let located = self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+            path: self.root.clone(),
+            tensor: name.to_owned(),
+            expected: shape.to_vec(),
+        })?;
         let path = &self.files[located.file].0;
         if located.shape != shape {
             return Err(Error::TensorShape {
