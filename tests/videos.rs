@@ -94,7 +94,7 @@ async fn events_tell_the_past_and_then_follow() {
     assert_eq!(heard.last().expect("some"), "finished");
     assert!(heard[2..heard.len() - 1].iter().all(|kind| kind == "progress"), "{heard:?}");
     let events = live.events();
-    let denoised = events.iter().filter(|event| event["phase"] == "denoise").next_back().expect("some");
+    let denoised = events.iter().rfind(|event| event["phase"] == "denoise").expect("some");
     assert_eq!((&denoised["done"], &denoised["total"], &denoised["percent"]), (&json!(3), &json!(3), &json!(90)));
     assert!(events.last().expect("some")["bytes"].as_u64().is_some_and(|bytes| bytes > 0));
     assert_eq!(live.body, server.get(&path).await.expect(200).body, "late followers hear the same");

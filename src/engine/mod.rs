@@ -82,7 +82,7 @@ pub enum EngineError {
         /// Its name.
         model: String,
         /// Why.
-        source: tale_models::Error,
+        source: Box<tale_models::Error>,
     },
     /// The device could not be opened or its thread could not be started.
     #[error("device thread: {0}")]
@@ -377,7 +377,7 @@ fn load_models(
                 free_bytes = free_bytes.saturating_sub(model.resident_bytes);
                 loaded.push((name, model));
             }
-            Err(source) => return Err(EngineError::Load { model: name, source }),
+            Err(error) => return Err(EngineError::Load { model: name, source: Box::new(error) }),
         }
     }
     Ok(loaded)
@@ -408,10 +408,10 @@ fn prepare(
     for (index, (name, model)) in models.into_iter().enumerate() {
         ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {
             model: name.clone(),
-            source: tale_models::Error::OutOfMemory {
+            source: Box::new(tale_models::Error::OutOfMemory {
                 needed_bytes: shortage.needed_bytes,
                 free_bytes: shortage.free_bytes,
-            },
+            }),
         })?;
         runners.push((name.clone(), model.runner));
         served.push(ServedModel { name, card: Arc::new(model.card), created: SystemTime::now() });
