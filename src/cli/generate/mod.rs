@@ -85,7 +85,7 @@ impl Generator {
         let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {
-            EngineError::Load { source, .. } => CliError::from(source),
+            EngineError::Load { source, .. } => CliError::from(*source),
             other => CliError::from(other),
         })?;
         let card = engine.card(MODEL).expect("it was just loaded under this name: this is a bug");
