@@ -58,6 +58,8 @@ struct Report {
     parameters: usize,
     /// Of the weights, once loaded.
     memory_bytes: usize,
+    /// Of the KV cache of a language model with the default options.
+    cache_bytes: usize,
     components: Vec<ComponentReport>,
     problems: Vec<String>,
 }
@@ -95,6 +97,7 @@ impl Report {
             loads: problems.is_empty(),
             parameters: components.iter().map(|component| component.parameters).sum(),
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
+            cache_bytes: inspection.cache_bytes,
             components,
             problems,
         }
@@ -118,7 +121,14 @@ impl Display for Report {
         if self.components.len() > 1 {
             write_row(f, "total", self.parameters, self.memory_bytes, "")?;
         }
-        writeln!(f, "\nMemory is that of the weights; caches and running work come on top.")?;
+        if self.cache_bytes > 0 {
+            writeln!(
+                f,
+                "\nBeside the weights: a KV cache of {} unless configured otherwise.",
+                ByteSize(self.cache_bytes)
+            )?;
+        }
+        writeln!(f, "\nWhat a request needs while it runs comes on top.")?;
         for component in self.components.iter().filter(|component| !component.unused_tensors.is_empty()) {
             write_unused(f, component)?;
         }
