@@ -12,6 +12,8 @@ use crate::tokenizer::Tokenizer;
 
 /// Card of a loaded model.
 #[derive(Debug)]
+// One per model, shared behind a pointer: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub enum ModelCard {
     /// A language model.
     Text(TextCard),
