@@ -51,6 +51,22 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+impl SamplingParams {
+    /// The most likely token each time, nothing penalised.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
 /// Effective parameters of a picture or clip, as they are echoed. Made by [`crate::DiffusionCard::resolve`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiffusionRequest {

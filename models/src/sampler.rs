@@ -251,21 +251,8 @@ mod tests {
 
     use super::*;
 
-    fn greedy() -> SamplingParams {
-        SamplingParams {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            seed: 0,
-        }
-    }
-
     fn drawing(seed: u64) -> SamplingParams {
-        SamplingParams { temperature: 1.0, seed, ..greedy() }
+        SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy() }
     }
 
     /// How often each of `N` tokens comes in `draws` draws from the same logits.
@@ -283,20 +270,22 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_equal_logits() {
-        assert_eq!(Sampler::new(&greedy(), &[]).sample(&[1.0, 3.0, 3.0, 2.0]), 1);
+        assert_eq!(Sampler::new(&SamplingParams::greedy(), &[]).sample(&[1.0, 3.0, 3.0, 2.0]), 1);
     }
 
     #[test]
     fn not_a_number_is_never_chosen() {
         let logits = [f32::NAN, 1.0, f32::NAN, 2.0];
-        assert_eq!(Sampler::new(&greedy(), &[]).sample(&logits), 3);
+        assert_eq!(Sampler::new(&SamplingParams::greedy(), &[]).sample(&logits), 3);
         assert_eq!(kept(&drawing(1), &logits), BTreeSet::from([1, 3]));
         assert_eq!(kept(&SamplingParams { top_k: 3, top_p: 0.9, ..drawing(1) }, &logits), BTreeSet::from([1, 3]));
     }
 
     #[test]
     fn hopeless_and_infinite_logits_do_not_panic() {
-        for params in [greedy(), drawing(3), SamplingParams { top_k: 2, top_p: 0.5, min_p: 0.5, ..drawing(3) }] {
+        for params in
+            [SamplingParams::greedy(), drawing(3), SamplingParams { top_k: 2, top_p: 0.5, min_p: 0.5, ..drawing(3) }]
+        {
             let mut sampler = Sampler::new(&params, &[]);
             assert_eq!(sampler.sample(&[f32::NAN; 3]), 0);
             assert_eq!(sampler.sample(&[f32::NEG_INFINITY; 3]), 0);
@@ -345,13 +334,16 @@ mod tests {
     fn repetition_penalty_counts_the_prompt_and_presence_does_not() {
         let logits = [2.0, 1.9, -1.0];
         let sample = |params: &SamplingParams| Sampler::new(params, &[0, 0, 900]).sample(&logits);
-        assert_eq!(sample(&SamplingParams { repetition_penalty: 1.5, ..greedy() }), 1);
-        assert_eq!(sample(&SamplingParams { presence_penalty: 1.5, frequency_penalty: 1.5, ..greedy() }), 0);
+        assert_eq!(sample(&SamplingParams { repetition_penalty: 1.5, ..SamplingParams::greedy() }), 1);
+        assert_eq!(
+            sample(&SamplingParams { presence_penalty: 1.5, frequency_penalty: 1.5, ..SamplingParams::greedy() }),
+            0
+        );
     }
 
     #[test]
     fn repetition_penalty_pushes_negative_logits_down() {
-        let mut sampler = Sampler::new(&SamplingParams { repetition_penalty: 2.0, ..greedy() }, &[0]);
+        let mut sampler = Sampler::new(&SamplingParams { repetition_penalty: 2.0, ..SamplingParams::greedy() }, &[0]);
         assert_eq!(sampler.sample(&[-1.0, -1.5]), 1);
     }
 
@@ -361,9 +353,9 @@ mod tests {
             let mut sampler = Sampler::new(&params, &[]);
             (0..6).map(|_| sampler.sample(&[1.0, 0.0])).collect()
         };
-        assert_eq!(take(SamplingParams { frequency_penalty: 0.6, ..greedy() }), [0, 0, 1, 0, 1, 0]);
-        assert_eq!(take(SamplingParams { presence_penalty: 0.6, ..greedy() }), [0, 0, 0, 0, 0, 0]);
-        assert_eq!(take(SamplingParams { presence_penalty: 1.5, ..greedy() }), [0, 1, 0, 0, 0, 0]);
+        assert_eq!(take(SamplingParams { frequency_penalty: 0.6, ..SamplingParams::greedy() }), [0, 0, 1, 0, 1, 0]);
+        assert_eq!(take(SamplingParams { presence_penalty: 0.6, ..SamplingParams::greedy() }), [0, 0, 0, 0, 0, 0]);
+        assert_eq!(take(SamplingParams { presence_penalty: 1.5, ..SamplingParams::greedy() }), [0, 1, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -18,16 +18,7 @@ use super::worker::{Clock, Command, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions};
 
 fn text(max_tokens: usize) -> Request {
-    let sampling = SamplingParams {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        seed: 0,
-    };
+    let sampling = SamplingParams::greedy();
     Request::Text(TextRequest { prompt: vec![1], max_tokens, sampling, stop: Vec::new(), ignore_eos: true })
 }
 

@@ -317,16 +317,7 @@ mod tests {
     }
 
     fn request(prompt: Vec<u32>) -> Request {
-        let sampling = SamplingParams {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            seed: 0,
-        };
+        let sampling = SamplingParams::greedy();
         Request::Text(TextRequest { prompt, max_tokens: 4, sampling, stop: Vec::new(), ignore_eos: true })
     }
 

@@ -498,16 +498,7 @@ fn prompts(case: &str) -> Vec<Vec<u32>> {
 
 /// As many tokens as the goldens have, or as fit the smallest context of all cases (the reference does not stop there).
 fn greedy(prompt: Vec<u32>) -> TextRequest {
-    let sampling = SamplingParams {
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        repetition_penalty: 1.0,
-        seed: 0,
-    };
+    let sampling = SamplingParams::greedy();
     TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop: Vec::new(), ignore_eos: true }
 }
 

@@ -359,16 +359,7 @@ fn text_requests_and_too_many_sessions_are_refused() {
     let text = TextRequest {
         prompt: vec![1],
         max_tokens: 1,
-        sampling: SamplingParams {
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            repetition_penalty: 1.0,
-            seed: 0,
-        },
+        sampling: SamplingParams::greedy(),
         stop: Vec::new(),
         ignore_eos: false,
     };
