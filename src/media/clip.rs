@@ -282,8 +282,20 @@ fn open_encoder(
         settings.set_format(format::Pixel::PAL8);
     }
     settings
-        .open_with(recipe.encoder_options.iter().collect::<Dictionary<'_>>())
+        .open_with(recipe.encoder_options.iter().chain(steady_x264(recipe)).collect::<Dictionary<'_>>())
         .map_err(MediaError::ffmpeg("open the encoder"))
+}
+
+/// x264 164's AVX-512 code for macroblock trees reads memory that nobody wrote, so that a clip's bytes depend on what the
+/// process did before. Its AVX2 code does not; every processor with AVX-512 has AVX2.
+fn steady_x264(recipe: &Recipe) -> Option<&'static (&'static str, &'static str)> {
+    #[cfg(target_arch = "x86_64")]
+    if recipe.encoder == "libx264" && std::arch::is_x86_feature_detected!("avx512f") {
+        return Some(&("x264-params", "asm=AVX2"));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = recipe;
+    None
 }
 
 /// Adds the one stream, writes the header, and returns the time base that the muxer chose.
