@@ -1,6 +1,6 @@
 //! Tensors of a checkpoint component by name: memory-mapped safetensors files, checked before use, copied once.
 //!
-//! Owns: the view by name, dtype conversion, and the record of which tensors were used ([`files`] finds and checks).
+//! Owns: the view by name, dtype conversion, and the record of which tensors were used (`files` finds and checks).
 //! Does not know: any architecture. A *dry* view answers every request with a tensor that takes no memory and records
 //! what is missing, so that `tale inspect` runs the very code that loads.
 
