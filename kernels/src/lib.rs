@@ -16,6 +16,8 @@ pub mod bench;
 mod conv;
 mod dot;
 mod flash;
+#[cfg(gpu)]
+mod gpu;
 mod linear;
 mod math;
 mod norm;
@@ -32,8 +34,10 @@ mod view;
 pub use activation::{gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
 pub use attention::{AttentionOptions, attention};
 pub use conv::{conv2d, conv3d, upsample_nearest2d};
+#[cfg(feature = "emulator")]
+pub use gpu::emulated;
 pub use linear::{embedding, linear};
-pub use norm::{group_norm, layer_norm, rms_norm, rms_norm_channels};
+pub use norm::{add_rms_norm, gated_sum, group_norm, layer_norm, modulated_layer_norm, rms_norm, rms_norm_channels};
 pub use paged::{PagedBatch, paged_attention, write_kv};
 pub use rope::{rope_half, rope_interleaved};
 pub use simd::{Isa, isa};

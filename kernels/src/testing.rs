@@ -1,6 +1,6 @@
 //! What the tests of this crate share: random tensors, comparisons, pools of a given size.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 /// Values between -1 and 1, the same for the same seed.
 pub(crate) fn random(dims: &[usize], seed: u64) -> Tensor {
@@ -40,3 +40,123 @@ pub(crate) fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f32) {
 pub(crate) fn threads<R: Send>(count: usize, body: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(count).build().expect("a pool of threads").install(body)
 }
+
+/// Where the same body of a test runs: the CPU in f32; with the feature `emulator` the kernels on the emulator, and with
+/// the feature `cuda` on the first GPU, both in every dtype of activations.
+#[derive(Debug, Clone)]
+pub(crate) struct On {
+    device: Device,
+    pub(crate) dtype: DType,
+    #[cfg(feature = "emulator")]
+    emulated: bool,
+}
+
+impl On {
+    /// A tensor of the test's oracle in the dtype and on the device under test.
+    pub(crate) fn tensor(&self, tensor: &Tensor) -> Tensor {
+        let moved = tensor.to_dtype(self.dtype).and_then(|tensor| tensor.to_device(&self.device));
+        moved.expect("tensors can be converted")
+    }
+
+    /// A tensor that keeps its dtype: rotation tables, ids.
+    pub(crate) fn as_is(&self, tensor: &Tensor) -> Tensor {
+        tensor.to_device(&self.device).expect("tensors can be moved")
+    }
+
+    /// A tensor rounded to the dtype under test, in f32 on the CPU: what the oracle computes with.
+    pub(crate) fn rounded(&self, tensor: &Tensor) -> Tensor {
+        tensor.to_dtype(self.dtype).and_then(|tensor| tensor.to_dtype(DType::F32)).expect("tensors can be converted")
+    }
+
+    /// Runs the operation under test.
+    #[track_caller]
+    pub(crate) fn run<T>(&self, operation: impl FnOnce() -> Result<T>) -> T {
+        #[cfg(feature = "emulator")]
+        if self.emulated {
+            return crate::emulated(operation).expect("the operation works");
+        }
+        operation().expect("the operation works")
+    }
+
+    /// Holds a result against the oracle's, which is in f32 on the CPU. `terms` is how many products or additions a value
+    /// sums up: rounding grows with its root.
+    #[track_caller]
+    pub(crate) fn assert_close(&self, found: &Tensor, expected: &Tensor, terms: usize) {
+        assert_eq!(found.dtype(), self.dtype, "results have the dtype of activations");
+        let found = found.to_device(&Device::Cpu).expect("tensors can be moved");
+        assert_close(&found, expected, tolerance(self.dtype, terms));
+    }
+}
+
+/// What rounding explains, relative to the largest value: some units in the last place of the dtype for the result, and
+/// the error of f32 sums.
+pub(crate) fn tolerance(dtype: DType, terms: usize) -> f32 {
+    let unit = match dtype {
+        DType::BF16 => 2f32.powi(-8),
+        DType::F16 => 2f32.powi(-11),
+        _ => 2f32.powi(-24),
+    };
+    2.0 * unit + 2f32.powi(-22) * (terms as f32).sqrt().max(1.0)
+}
+
+/// Calls `body` for every dtype on one kind of device. Says so when there is no such device.
+pub(crate) fn on_cpu(body: impl Fn(&On)) {
+    body(&On {
+        device: Device::Cpu,
+        dtype: DType::F32,
+        #[cfg(feature = "emulator")]
+        emulated: false,
+    });
+}
+
+#[cfg(feature = "emulator")]
+pub(crate) fn on_emulator(body: impl Fn(&On)) {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        body(&On { device: Device::Cpu, dtype, emulated: true });
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn on_cuda(body: impl Fn(&On)) {
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let device = device.clone();
+                body(&On {
+                    device,
+                    dtype,
+                    #[cfg(feature = "emulator")]
+                    emulated: false,
+                });
+            }
+        }
+        Err(error) => eprintln!("NOT RUN: this test found no CUDA device ({error})"),
+    }
+}
+
+/// One test per kind of device over the same body: `for_each_device!(name, |on: &On| { ... });`.
+macro_rules! for_each_device {
+    ($name:ident, $body:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn cpu() {
+                $crate::testing::on_cpu($body);
+            }
+
+            #[cfg(feature = "emulator")]
+            #[test]
+            fn emulator() {
+                $crate::testing::on_emulator($body);
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            fn cuda() {
+                $crate::testing::on_cuda($body);
+            }
+        }
+    };
+}
+pub(crate) use for_each_device;
