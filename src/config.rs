@@ -40,17 +40,18 @@ pub struct Settings {
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
 
-    /// Device that computes [default: cpu]
+    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU [default: cpu]
     #[arg(long, value_name = "NAME")]
     #[serde(deserialize_with = "parsed")]
     pub device: Option<DeviceSpec>,
 
-    /// Dtype of weight matrices: auto (as published), f32, bf16, f16 [default: auto]
+    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
+    /// [default: auto]
     #[arg(long, value_name = "DTYPE")]
     #[serde(deserialize_with = "parsed")]
     pub dtype: Option<WeightDtype>,
 
-    /// Memory for weights, caches and running work together, such as 24GiB [default: most of the machine's]
+    /// Memory for weights, caches and running work together, such as 24GiB [default: most of what the device has]
     #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "parsed")]
     pub memory: Option<ByteSize>,
@@ -233,7 +234,7 @@ impl Settings {
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
             },
-            memory_bytes: self.memory.map_or(engine.memory_bytes, |size| size.0),
+            memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
         }
     }
@@ -384,7 +385,7 @@ mod tests {
         let example = document.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
         let config = resolve(example, Settings::default()).unwrap();
         assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
-        assert_eq!(config.engine.memory_bytes, 24 << 30);
+        assert_eq!(config.engine.memory_bytes, Some(24 << 30));
         assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
         assert_eq!(config.engine.load.max_batch_tokens, 1024);
         assert_eq!(config.engine.load.max_batch_sequences, 32);

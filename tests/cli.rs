@@ -378,6 +378,32 @@ fn serve_refuses_to_start_with_a_reason() {
     check_failure(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"], 1, &["model `a`", "/no/such"]);
 }
 
+/// No machine has this GPU, and a build without CUDA has none at all: either way one line names it, and the checkpoint,
+/// which is not there, is not looked at.
+#[test]
+fn a_gpu_that_cannot_be_used_is_refused_before_anything_is_loaded() {
+    let refused = |args: &[&str]| check_failure(&[args, &["--device", "cuda:4096"]].concat(), 1, &["cuda:4096: "]);
+    refused(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"]);
+    refused(&["generate", "text", "--model", "/no/such", "--prompt", "x"]);
+    refused(&["generate", "image", "--model", "/no/such", "--prompt", "x", "--output", "a.png"]);
+}
+
+/// `inspect` opens no device: it says on any machine what a GPU would need.
+#[test]
+fn inspect_computes_for_a_gpu_that_is_not_there() {
+    let checkpoint = Golden::read("llama-tied").checkpoint;
+    let bytes = |args: &[&str]| {
+        let report = succeed(&[&["inspect", &checkpoint, "--json"], args].concat());
+        let report: Value = serde_json::from_str(&report).unwrap();
+        report["memory_bytes"].as_u64().unwrap()
+    };
+    let whole = bytes(&["--device", "cuda:4096", "--dtype", "f32"]);
+    assert_eq!(bytes(&["--device", "cuda:4096"]) * 2, whole);
+    assert_eq!(bytes(&["--device", "cuda:4096", "--dtype", "f16"]) * 2, whole);
+    // Norms stay in f32 on the CPU.
+    assert!(bytes(&["--dtype", "bf16"]) > whole / 2);
+}
+
 #[cfg(feature = "pull")]
 mod pull {
     use super::*;

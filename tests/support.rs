@@ -77,7 +77,7 @@ pub async fn start(setup: Setup) -> Server {
     ];
     let options = EngineOptions {
         max_queued_sessions: setup.max_queued_sessions,
-        memory_bytes: 1 << 20,
+        memory_bytes: Some(1 << 20),
         ..EngineOptions::default()
     };
     let engine = Engine::start(models, options).expect("starts");

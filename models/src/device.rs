@@ -1,25 +1,37 @@
 //! Where tensors live and in which dtype. The only file of this crate that asks which backend was compiled in.
+//!
+//! Owns: devices by name, the dtypes that each computes in, what a GPU must be for this build, and how it is opened. Does
+//! not know: what is computed. A device is opened on the one thread that uses it: its stream orders all work, and
+//! memory that another thread freed could still be read by a kernel.
 
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
 
-/// A device by name: `cpu`, `cuda:0`.
+/// A device by name: `cpu`, `cuda:0`. Every build knows all names; which of them it can open is another matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceSpec {
     /// The host processor.
     #[default]
     Cpu,
+    /// The NVIDIA GPU with this number, as the driver counts them.
+    Cuda(usize),
 }
 
 impl std::str::FromStr for DeviceSpec {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "cpu" => Ok(Self::Cpu),
-            _ => Err(Error::Device(format!("`{name}` is not a device of this build; it knows: cpu"))),
-        }
+        let ordinal = match name {
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => Some(0),
+            // A sign would parse too.
+            _ => name
+                .strip_prefix("cuda:")
+                .filter(|n| n.bytes().all(|b| b.is_ascii_digit()))
+                .and_then(|n| n.parse().ok()),
+        };
+        ordinal.map(Self::Cuda).ok_or_else(|| Error::Device(format!("`{name}` is not a device; known: cpu, cuda:N")))
     }
 }
 
@@ -27,14 +39,15 @@ impl std::fmt::Display for DeviceSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
         }
     }
 }
 
-/// In which dtype weight matrices are kept.
+/// `--dtype`: on the CPU the dtype of weight matrices, on a GPU that of everything but latents, pixels and tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightDtype {
-    /// As the checkpoint publishes them.
+    /// On the CPU as the checkpoint publishes them, on a GPU bfloat16.
     #[default]
     Auto,
     /// 32-bit floats.
@@ -59,34 +72,415 @@ impl std::str::FromStr for WeightDtype {
     }
 }
 
-/// An opened device and the dtypes to use on it.
+/// A device and the dtypes to use on it.
 #[derive(Debug, Clone)]
 pub struct Placement {
-    /// The device.
+    /// Where tensors live.
     pub device: Device,
-    /// Dtype of activations, norms, biases and convolution kernels. On the CPU always f32: the matrix kernels there
-    /// read 16-bit weights and widen them in registers, so that nothing is gained by rounding activations.
+    /// Dtype of activations, norms, biases and convolution kernels. On the CPU f32: the matrix kernels there read 16-bit
+    /// weights and widen them in registers, so that nothing is gained by rounding activations. On a GPU as asked.
     pub compute_dtype: DType,
-    /// Dtype of weight matrices.
-    pub weight_dtype: WeightDtype,
+    matrices: Matrices,
+}
+
+/// In which dtype matrices are kept.
+#[derive(Debug, Clone, Copy)]
+enum Matrices {
+    /// As published, or as asked.
+    Own(WeightDtype),
+    /// In that of activations: cuBLAS multiplies matrices of one dtype.
+    Compute,
 }
 
 impl Placement {
-    /// Opens the device. Call on the thread that will use it.
-    pub fn open(device: DeviceSpec, weight_dtype: WeightDtype) -> Result<Self> {
-        match device {
-            DeviceSpec::Cpu => Ok(Self { device: Device::Cpu, compute_dtype: DType::F32, weight_dtype }),
+    /// Opens the device, on the thread that will use it. Errors are one line that begins with the device's name.
+    pub fn open(spec: DeviceSpec, dtype: WeightDtype) -> Result<Self> {
+        let placement = Self::in_host_memory(spec, dtype);
+        match spec {
+            DeviceSpec::Cpu => Ok(placement),
+            DeviceSpec::Cuda(ordinal) => Ok(Self { device: cuda::open(ordinal)?, ..placement }),
         }
+    }
+
+    /// Tensors in host memory with the dtypes that they have on `spec`, which is not opened and need not exist: for dry
+    /// weights, and for tests of 16-bit networks without a GPU.
+    pub fn in_host_memory(spec: DeviceSpec, dtype: WeightDtype) -> Self {
+        match spec {
+            DeviceSpec::Cpu => Self { device: Device::Cpu, compute_dtype: DType::F32, matrices: Matrices::Own(dtype) },
+            DeviceSpec::Cuda(_) => {
+                let compute_dtype = match dtype {
+                    WeightDtype::F32 => DType::F32,
+                    WeightDtype::F16 => DType::F16,
+                    WeightDtype::Auto | WeightDtype::Bf16 => DType::BF16,
+                };
+                Self { device: Device::Cpu, compute_dtype, matrices: Matrices::Compute }
+            }
+        }
+    }
+
+    /// The same place for a network that computes in another dtype.
+    pub fn computing_in(&self, compute_dtype: DType) -> Self {
+        Self { compute_dtype, ..self.clone() }
     }
 
     /// Dtype in which a matrix published as `published` is kept.
     pub fn matrix_dtype(&self, published: DType) -> DType {
-        match (self.weight_dtype, published) {
-            (WeightDtype::F32, _) => DType::F32,
-            (WeightDtype::Bf16, _) => DType::BF16,
-            (WeightDtype::F16, _) => DType::F16,
-            (WeightDtype::Auto, DType::F16 | DType::BF16) => published,
-            (WeightDtype::Auto, _) => DType::F32,
+        match (self.matrices, published) {
+            (Matrices::Compute, _) => self.compute_dtype,
+            (Matrices::Own(WeightDtype::F32), _) => DType::F32,
+            (Matrices::Own(WeightDtype::Bf16), _) => DType::BF16,
+            (Matrices::Own(WeightDtype::F16), _) => DType::F16,
+            (Matrices::Own(WeightDtype::Auto), DType::F16 | DType::BF16) => published,
+            (Matrices::Own(WeightDtype::Auto), _) => DType::F32,
+        }
+    }
+
+    /// Memory of an opened GPU as it is now; `None` on the CPU, whose memory the operating system hands out.
+    pub fn memory(&self) -> Result<Option<DeviceMemory>> {
+        match &self.device {
+            Device::Cpu => Ok(None),
+            device => cuda::memory(device).map(Some),
+        }
+    }
+}
+
+/// Bytes of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// That nobody holds: no other process, and not this one's context and modules.
+    pub free_bytes: usize,
+    /// In all.
+    pub total_bytes: usize,
+}
+
+/// Kept aside on a GPU for what no plan counts and what comes after the free bytes are read: modules that are loaded at
+/// the first call of one of their kernels, cuBLAS's workspaces, the host's copies of step inputs.
+const RESERVE_BYTES: usize = 512 << 20;
+/// One part in this many of the memory is kept aside for fragmentation: the pool gives freed blocks to later
+/// allocations, and blocks of one step seldom have the sizes of the next one's.
+const RESERVE_SHARE: usize = 25;
+
+impl DeviceMemory {
+    /// Bytes that models and sessions may take when nothing is configured.
+    pub fn usable_bytes(&self) -> usize {
+        self.free_bytes.saturating_sub(RESERVE_BYTES + self.total_bytes / RESERVE_SHARE)
+    }
+}
+
+/// A GPU's compute capability, major and minor.
+pub type Capability = (i32, i32);
+
+/// The oldest GPUs that the kernels are written for (Ampere: bf16 and asynchronous copies to shared memory).
+pub const MIN_CAPABILITY: Capability = (8, 0);
+
+/// What this build of the program asks of a machine.
+#[derive(Debug, Clone, Copy)]
+pub struct CudaBuild {
+    /// CUDA version of the toolkit, `1000 * major + 10 * minor`; a driver must be of this version or later.
+    pub toolkit_version: i32,
+    /// The oldest GPUs that it has code for.
+    pub capability: Capability,
+}
+
+/// What the driver says of a machine, before anything is opened.
+#[derive(Debug, Clone, Default)]
+pub struct CudaFacts {
+    /// Why the driver refuses to work at all, in its words.
+    pub driver_problem: Option<String>,
+    /// CUDA version that the driver is for, `1000 * major + 10 * minor`.
+    pub driver_version: i32,
+    /// GPUs that this process may see.
+    pub num_devices: usize,
+    /// Name and capability of the GPU asked for, if there is one.
+    pub gpu: Option<(String, Capability)>,
+}
+
+/// Whether this build can use the GPU `ordinal` of the machine that `facts` describe; the error is one line that says
+/// why not and what would help.
+pub fn check_cuda(ordinal: usize, facts: &CudaFacts, build: &CudaBuild) -> Result<()> {
+    let version = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+    let spec = DeviceSpec::Cuda(ordinal);
+    let refuse = |problem: String| Err(Error::Device(format!("{spec}: {problem}")));
+    if let Some(words) = &facts.driver_problem {
+        return refuse(format!("the NVIDIA driver does not work here: {words}"));
+    }
+    if facts.driver_version < build.toolkit_version {
+        let (found, needed) = (version(facts.driver_version), version(build.toolkit_version));
+        return refuse(format!("the NVIDIA driver is for CUDA {found}, this build needs {needed}; update the driver"));
+    }
+    let Some((name, (major, minor))) = &facts.gpu else {
+        return refuse(match facts.num_devices {
+            0 => "no NVIDIA GPU is visible to this process".to_owned(),
+            1 => "there is no such GPU; this machine has one, cuda:0".to_owned(),
+            n => format!("there is no such GPU; this machine has {n}, cuda:0 to cuda:{}", n - 1),
+        });
+    };
+    let needed = build.capability.max(MIN_CAPABILITY);
+    if (*major, *minor) < needed {
+        let (reason, (needed_major, needed_minor)) = match needed {
+            MIN_CAPABILITY => ("Tale needs", needed),
+            _ => ("this build is for", needed),
+        };
+        return refuse(format!(
+            "{name} has compute capability {major}.{minor}; {reason} {needed_major}.{needed_minor} or later"
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    //! The driver, through cudarc's bindings, and candle's device over it.
+
+    use std::ffi::c_int;
+
+    use candle_core::Device;
+    use candle_core::cuda_backend::cudarc::driver::result::{self, DriverError};
+    use candle_core::cuda_backend::cudarc::driver::sys::{
+        self, CUdevice_attribute as Attribute, CUmemPool_attribute as PoolAttribute,
+    };
+    use candle_core::cuda_backend::{
+        CudaDevice, set_gemm_reduced_precision_bf16, set_gemm_reduced_precision_f16, set_gemm_reduced_precision_f32,
+    };
+
+    use super::{Capability, CudaBuild, CudaFacts, DeviceMemory, DeviceSpec, MIN_CAPABILITY, check_cuda};
+    use crate::error::{Error, Result};
+
+    /// candle's kernels are compiled for this capability; where the variable was not set, the GPU of the building machine
+    /// decided and is at least what is needed.
+    const CAPABILITY_OF_BUILD: Option<&str> = option_env!("CUDA_COMPUTE_CAP");
+
+    /// Opens the GPU with a stream of its own (the default one is another stream on every thread, which candle takes for
+    /// the same one).
+    pub(super) fn open(ordinal: usize) -> Result<Device> {
+        let named = |error: &dyn std::fmt::Display| Error::Device(format!("{}: {error}", DeviceSpec::Cuda(ordinal)));
+        let facts = facts(ordinal).map_err(|error| named(&words(error)))?;
+        let build = CudaBuild { toolkit_version: sys::CUDA_VERSION as i32, capability: capability_of_build() };
+        check_cuda(ordinal, &facts, &build)?;
+        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| named(&error))?;
+        let cuda = device.as_cuda_device()?;
+        // SAFETY: one thread and one stream use the device, so that the stream's order is all the order there is. Done
+        // before the first tensor exists: events would cost two calls per tensor and forbid graph capture.
+        unsafe { cuda.disable_event_tracking() };
+        keep_freed_memory(cuda).map_err(|error| named(&words(error)))?;
+        decide_precision();
+        Ok(device)
+    }
+
+    /// Sums are f32 in products of every dtype, and f32 products have all 24 bits: TF32 would keep 11 of them, and who
+    /// asks for f32 asks for exactness. bf16 is the fast way.
+    fn decide_precision() {
+        set_gemm_reduced_precision_f32(false);
+        set_gemm_reduced_precision_f16(false);
+        set_gemm_reduced_precision_bf16(false);
+    }
+
+    /// Freed blocks stay with this process instead of going back to the driver at every synchronisation: every
+    /// operation allocates its result.
+    fn keep_freed_memory(cuda: &CudaDevice) -> Result<(), DriverError> {
+        let stream = cuda.cuda_stream();
+        let context = stream.context();
+        if !context.has_async_alloc() {
+            return Ok(());
+        }
+        let mut threshold = u64::MAX;
+        // SAFETY: the device is open; the attribute is a u64, read before the call returns.
+        unsafe {
+            let pool = result::device::get_default_mem_pool(context.cu_device())?;
+            let value = (&raw mut threshold).cast();
+            sys::cuMemPoolSetAttribute(pool, PoolAttribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value).result()
+        }
+    }
+
+    pub(super) fn memory(device: &Device) -> Result<DeviceMemory> {
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let (free_bytes, total_bytes) =
+            stream.context().mem_get_info().map_err(|error| Error::Device(format!("free memory: {}", words(error))))?;
+        Ok(DeviceMemory { free_bytes, total_bytes })
+    }
+
+    /// Asks the driver. An error is one of a driver that works and yet does not answer.
+    fn facts(ordinal: usize) -> Result<CudaFacts, DriverError> {
+        let mut facts = CudaFacts::default();
+        let mut version: c_int = 0;
+        // SAFETY: writes one int; may be called before `cuInit`, and an old driver must be recognised before it fails.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+        facts.driver_version = version;
+        match result::init() {
+            Ok(()) => facts.num_devices = usize::try_from(result::device::get_count()?).unwrap_or(0),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => (),
+            Err(error) => facts.driver_problem = Some(words(error)),
+        }
+        if ordinal < facts.num_devices {
+            let gpu = result::device::get(ordinal as c_int)?;
+            // SAFETY: `gpu` is a device that the driver has just named.
+            let attribute = |attribute| unsafe { result::device::get_attribute(gpu, attribute) };
+            let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+            let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            facts.gpu = Some((result::device::get_name(gpu)?, (major, minor)));
+        }
+        Ok(facts)
+    }
+
+    /// `90` or `90a` is 9.0.
+    fn capability_of_build() -> Capability {
+        let digits = CAPABILITY_OF_BUILD.map(|cap| cap.trim_end_matches(|c: char| !c.is_ascii_digit()));
+        digits.and_then(|digits| digits.parse::<i32>().ok()).map_or(MIN_CAPABILITY, |cap| (cap / 10, cap % 10))
+    }
+
+    /// `CUDA_ERROR_UNKNOWN: unknown error`.
+    fn words(error: DriverError) -> String {
+        let name = format!("{:?}", error.0);
+        match error.error_string() {
+            Ok(text) => format!("{name}: {}", text.to_string_lossy()),
+            Err(_) => name,
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    //! What is left of CUDA in a build without it: one clear line.
+
+    use candle_core::Device;
+
+    use super::{DeviceMemory, DeviceSpec};
+    use crate::error::{Error, Result};
+
+    pub(super) fn open(ordinal: usize) -> Result<Device> {
+        let spec = DeviceSpec::Cuda(ordinal);
+        Err(Error::Device(format!("{spec}: this build of Tale has no CUDA; scripts/build-cuda makes one that has")))
+    }
+
+    pub(super) fn memory(device: &Device) -> Result<DeviceMemory> {
+        Err(Error::Device(format!("{:?}: this build of Tale has no CUDA", device.location())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_printed_as_they_are_written() {
+        for (name, spec) in
+            [("cpu", DeviceSpec::Cpu), ("cuda:0", DeviceSpec::Cuda(0)), ("cuda:17", DeviceSpec::Cuda(17))]
+        {
+            assert_eq!(name.parse::<DeviceSpec>().expect("known"), spec);
+            assert_eq!(spec.to_string(), name);
+        }
+        assert_eq!("cuda".parse::<DeviceSpec>().expect("known"), DeviceSpec::Cuda(0));
+        for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda0", "CUDA:0", "cuda:99999999999999999999"]
+        {
+            let error = name.parse::<DeviceSpec>().expect_err("unknown").to_string();
+            assert!(error.contains(&format!("`{name}`")) && error.contains("cpu, cuda:N"), "{error}");
+        }
+    }
+
+    const BUILD: CudaBuild = CudaBuild { toolkit_version: 13_000, capability: (8, 0) };
+
+    /// A machine on which `cuda:1` works.
+    fn facts() -> CudaFacts {
+        let gpu = Some(("NVIDIA A100-SXM4-80GB".to_owned(), (8, 0)));
+        CudaFacts { driver_problem: None, driver_version: 13_000, num_devices: 2, gpu }
+    }
+
+    fn check(facts: CudaFacts, build: CudaBuild, expected: &str) {
+        let error = check_cuda(1, &facts, &build).expect_err("refused").to_string();
+        assert_eq!(error, format!("device: cuda:1: {expected}"));
+    }
+
+    #[test]
+    fn a_machine_that_fits_is_taken() {
+        check_cuda(1, &facts(), &BUILD).expect("fits");
+        check_cuda(1, &CudaFacts { driver_version: 13_020, ..facts() }, &BUILD).expect("newer drivers fit");
+        let newer = CudaFacts { gpu: Some(("NVIDIA H100".into(), (9, 0))), ..facts() };
+        check_cuda(1, &newer, &BUILD).expect("newer GPUs fit");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_machine_is_one_line() {
+        check(
+            CudaFacts { driver_problem: Some("CUDA_ERROR_UNKNOWN: unknown error".into()), ..facts() },
+            BUILD,
+            "the NVIDIA driver does not work here: CUDA_ERROR_UNKNOWN: unknown error",
+        );
+        check(
+            CudaFacts { driver_version: 12_080, ..facts() },
+            BUILD,
+            "the NVIDIA driver is for CUDA 12.8, this build needs 13.0; update the driver",
+        );
+        check(CudaFacts { num_devices: 0, gpu: None, ..facts() }, BUILD, "no NVIDIA GPU is visible to this process");
+        check(
+            CudaFacts { num_devices: 1, gpu: None, ..facts() },
+            BUILD,
+            "there is no such GPU; this machine has one, cuda:0",
+        );
+        check(
+            CudaFacts { num_devices: 4, gpu: None, ..facts() },
+            BUILD,
+            "there is no such GPU; this machine has 4, cuda:0 to cuda:3",
+        );
+        check(
+            CudaFacts { gpu: Some(("Tesla V100".into(), (7, 0))), ..facts() },
+            BUILD,
+            "Tesla V100 has compute capability 7.0; Tale needs 8.0 or later",
+        );
+        check(
+            facts(),
+            CudaBuild { capability: (9, 0), ..BUILD },
+            "NVIDIA A100-SXM4-80GB has compute capability 8.0; this build is for 9.0 or later",
+        );
+    }
+
+    /// A driver too old may say nothing sensible of its devices.
+    #[test]
+    fn the_first_cause_is_named() {
+        let old = CudaFacts { driver_version: 11_040, num_devices: 0, gpu: None, ..facts() };
+        check(old, BUILD, "the NVIDIA driver is for CUDA 11.4, this build needs 13.0; update the driver");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_build_without_cuda_says_so() {
+        let error = Placement::open(DeviceSpec::Cuda(0), WeightDtype::Auto).expect_err("not opened").to_string();
+        assert!(error.contains("cuda:0") && error.contains("has no CUDA"), "{error}");
+    }
+
+    #[test]
+    fn some_memory_is_kept_aside() {
+        let memory = DeviceMemory { free_bytes: 20 << 30, total_bytes: 25 << 30 };
+        assert_eq!(memory.usable_bytes(), (19 << 30) - RESERVE_BYTES);
+        assert_eq!(DeviceMemory { free_bytes: 1 << 20, ..memory }.usable_bytes(), 0);
+    }
+
+    #[test]
+    fn everything_on_a_gpu_has_the_dtype_asked_for() {
+        for (asked, expected) in [
+            (WeightDtype::Auto, DType::BF16),
+            (WeightDtype::Bf16, DType::BF16),
+            (WeightDtype::F16, DType::F16),
+            (WeightDtype::F32, DType::F32),
+        ] {
+            let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), asked);
+            assert_eq!(placement.compute_dtype, expected);
+            for published in [DType::F32, DType::F16, DType::BF16] {
+                assert_eq!(placement.matrix_dtype(published), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn the_cpu_computes_in_f32_over_matrices_as_published_or_asked() {
+        for (asked, published, expected) in [
+            (WeightDtype::Auto, DType::BF16, DType::BF16),
+            (WeightDtype::Auto, DType::F32, DType::F32),
+            (WeightDtype::F16, DType::F32, DType::F16),
+            (WeightDtype::F32, DType::BF16, DType::F32),
+        ] {
+            let placement = Placement::open(DeviceSpec::Cpu, asked).expect("the CPU");
+            assert_eq!(placement.compute_dtype, DType::F32);
+            assert_eq!(placement.matrix_dtype(published), expected);
         }
     }
 }

@@ -23,11 +23,11 @@ pub struct InspectArgs {
     #[arg(long)]
     json: bool,
 
-    /// Device that the memory is computed for
+    /// Device that the memory is computed for: cpu or cuda:N; it is not opened and need not exist
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 
-    /// Dtype of weight matrices that the memory is computed for: auto (as published), f32, bf16, f16
+    /// Dtype that the memory is computed for: auto (as published, on a GPU bf16), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: WeightDtype,
 }
@@ -35,7 +35,7 @@ pub struct InspectArgs {
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR);
-    let placement = Placement::open(args.device, args.dtype)?;
+    let placement = Placement::in_host_memory(args.device, args.dtype);
     let report = Report::new(args, family::inspect(&args.path, &placement, &LoadOptions::default())?);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"

@@ -68,7 +68,7 @@ async fn load(config: Config) -> Result<Engine, EngineError> {
         tracing::info!(model, component, "loading");
     };
     let loading = tokio::task::spawn_blocking(move || Engine::load(config.models, config.engine, on_component));
-    let engine = loading.await.map_err(|panic| EngineError::Device(panic.to_string()))?;
+    let engine = loading.await.map_err(|panic| EngineError::Thread(panic.to_string()))?;
     bar.finish_and_clear();
     engine
 }

@@ -13,7 +13,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime};
 
-use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, LoadOptions};
 use tale_models::runner::RunnerStatus;
 use tale_models::{Event, LoadedModel, ModelCard, Request, SessionId};
@@ -46,8 +46,8 @@ pub struct EngineOptions {
     pub weight_dtype: WeightDtype,
     /// Sizes of what runners allocate.
     pub load: LoadOptions,
-    /// Bytes of device memory that models and sessions may take together.
-    pub memory_bytes: usize,
+    /// Bytes of device memory that models and sessions may take together; `None` is what the device has to give.
+    pub memory_bytes: Option<usize>,
     /// Most sessions of one model that have been submitted and not begun.
     pub max_queued_sessions: usize,
 }
@@ -61,7 +61,7 @@ impl Default for EngineOptions {
             device: DeviceSpec::default(),
             weight_dtype: WeightDtype::default(),
             load: LoadOptions::default(),
-            memory_bytes: memory::default_capacity_bytes(),
+            memory_bytes: None,
             max_queued_sessions: DEFAULT_MAX_QUEUED_SESSIONS,
         }
     }
@@ -84,9 +84,22 @@ pub enum EngineError {
         /// Why.
         source: Box<tale_models::Error>,
     },
-    /// The device could not be opened or its thread could not be started.
+    /// The device could not be opened.
+    #[error(transparent)]
+    Open(Box<tale_models::Error>),
+    /// The device's thread could not be started, or has died.
     #[error("device thread: {0}")]
-    Device(String),
+    Thread(String),
+    /// More memory is configured than the device has.
+    #[error("memory: {needed_bytes} bytes are configured, {device} has {free_bytes} free")]
+    Memory {
+        /// The device.
+        device: DeviceSpec,
+        /// Bytes asked for.
+        needed_bytes: usize,
+        /// Bytes that nobody holds.
+        free_bytes: usize,
+    },
     /// No model has this name.
     #[error("there is no model `{name}`; this server has: {}", known.join(", "))]
     UnknownModel {
@@ -199,22 +212,23 @@ impl Engine {
         Self::spawn(options, move || load_models(models, &loading, on_component))
     }
 
-    /// Starts the device thread over models that are loaded already.
+    /// Starts the device thread over models that are loaded already. They must not hold memory of a GPU, which only
+    /// the thread that opened it may use.
     pub fn start(models: Vec<(String, LoadedModel)>, options: EngineOptions) -> Result<Engine, EngineError> {
         check_names(models.iter().map(|(name, _)| name.as_str()))?;
-        Self::spawn(options, move || Ok(models))
+        let capacity_bytes = options.memory_bytes.unwrap_or_else(memory::default_capacity_bytes);
+        Self::spawn(options, move || Ok(Loaded { models, capacity_bytes }))
     }
 
     fn spawn(
         options: EngineOptions,
-        load: impl FnOnce() -> Result<Vec<(String, LoadedModel)>, EngineError> + Send + 'static,
+        load: impl FnOnce() -> Result<Loaded, EngineError> + Send + 'static,
     ) -> Result<Engine, EngineError> {
         let (commands, receiver) = channel();
         let (loaded, is_loaded) = sync_channel(1);
-        let memory_bytes = options.memory_bytes;
         let thread = std::thread::Builder::new()
             .name(format!("device-{}", options.device))
-            .spawn(move || match load().and_then(|models| prepare(models, memory_bytes)) {
+            .spawn(move || match load().and_then(prepare) {
                 Ok((models, worker)) => {
                     // The receiver is gone only when the caller is.
                     let _ = loaded.send(Ok((models, worker.gauges())));
@@ -222,9 +236,9 @@ impl Engine {
                 }
                 Err(error) => drop(loaded.send(Err(error))),
             })
-            .map_err(|error| EngineError::Device(error.to_string()))?;
+            .map_err(|error| EngineError::Thread(error.to_string()))?;
         let (models, gauges) =
-            is_loaded.recv().map_err(|_| EngineError::Device("it panicked while it loaded a model".into()))??;
+            is_loaded.recv().map_err(|_| EngineError::Thread("it panicked while it loaded a model".into()))??;
         let shared = Shared {
             models,
             gauges,
@@ -361,14 +375,21 @@ fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), EngineErr
     Ok(())
 }
 
+/// Models, and the memory that they and their sessions share.
+struct Loaded {
+    models: Vec<(String, LoadedModel)>,
+    capacity_bytes: usize,
+}
+
+/// Opens the device and loads the models, all on the calling thread: the device's.
 fn load_models(
     models: Vec<ModelSpec>,
     options: &EngineOptions,
     mut on_component: impl FnMut(&str, &str),
-) -> Result<Vec<(String, LoadedModel)>, EngineError> {
-    let placement = Placement::open(options.device, options.weight_dtype)
-        .map_err(|error| EngineError::Device(error.to_string()))?;
-    let mut free_bytes = options.memory_bytes;
+) -> Result<Loaded, EngineError> {
+    let placement = Placement::open(options.device, options.weight_dtype).map_err(cannot_open)?;
+    let capacity_bytes = capacity_bytes(options, placement.memory().map_err(cannot_open)?)?;
+    let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
     for ModelSpec { name, path } in models {
         let mut on_component = |component: &str| on_component(&name, component);
@@ -380,7 +401,24 @@ fn load_models(
             Err(error) => return Err(EngineError::Load { model: name, source: Box::new(error) }),
         }
     }
-    Ok(loaded)
+    Ok(Loaded { models: loaded, capacity_bytes })
+}
+
+fn cannot_open(error: tale_models::Error) -> EngineError {
+    EngineError::Open(Box::new(error))
+}
+
+/// What is configured, or most of what the device has; `gpu` is absent on the CPU. A GPU cannot give more than is free;
+/// the CPU's memory may be configured beyond that, since the operating system takes it from elsewhere.
+fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>) -> Result<usize, EngineError> {
+    match (options.memory_bytes, gpu) {
+        (Some(needed_bytes), Some(DeviceMemory { free_bytes, .. })) if needed_bytes > free_bytes => {
+            Err(EngineError::Memory { device: options.device, needed_bytes, free_bytes })
+        }
+        (Some(bytes), _) => Ok(bytes),
+        (None, Some(gpu)) => Ok(gpu.usable_bytes()),
+        (None, None) => Ok(memory::default_capacity_bytes()),
+    }
 }
 
 /// What a model takes is known from its headers, so that a model too large is refused before a tensor is read.
@@ -391,7 +429,8 @@ fn load_if_it_fits(
     free_bytes: usize,
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel, tale_models::Error> {
-    let needed_bytes = family::inspect(path, placement, &options.load)?.resident_bytes();
+    let dry = Placement::in_host_memory(options.device, options.weight_dtype);
+    let needed_bytes = family::inspect(path, &dry, &options.load)?.resident_bytes();
     if needed_bytes > free_bytes {
         return Err(tale_models::Error::OutOfMemory { needed_bytes, free_bytes });
     }
@@ -399,11 +438,9 @@ fn load_if_it_fits(
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.
-fn prepare(
-    models: Vec<(String, LoadedModel)>,
-    memory_bytes: usize,
-) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
-    let mut ledger = Ledger::new(memory_bytes);
+fn prepare(loaded: Loaded) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
+    let Loaded { models, capacity_bytes } = loaded;
+    let mut ledger = Ledger::new(capacity_bytes);
     let (mut served, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
     for (index, (name, model)) in models.into_iter().enumerate() {
         ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {

@@ -16,6 +16,7 @@ use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
 use super::worker::{Clock, Command, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions};
+use tale_models::device::{DeviceMemory, DeviceSpec};
 
 fn text(max_tokens: usize) -> Request {
     let sampling = SamplingParams::greedy();
@@ -255,7 +256,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
 }
 
 fn engine(script: Script, max_queued_sessions: usize) -> Engine {
-    let options = EngineOptions { max_queued_sessions, memory_bytes: 1 << 20, ..EngineOptions::default() };
+    let options = EngineOptions { max_queued_sessions, memory_bytes: Some(1 << 20), ..EngineOptions::default() };
     Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts")
 }
 
@@ -331,9 +332,26 @@ fn shutdown_lets_work_finish_and_cancels_what_is_late() {
 fn models_that_do_not_fit_or_share_a_name_are_refused() {
     let mut large = picture_model(Script::default());
     large.resident_bytes = 101;
-    let options = || EngineOptions { memory_bytes: 100, ..EngineOptions::default() };
+    let options = || EngineOptions { memory_bytes: Some(100), ..EngineOptions::default() };
     let error = Engine::start(vec![("big".into(), large)], options()).expect_err("too large");
     assert_eq!(error.to_string(), "model `big`: not enough memory: 101 bytes needed, 100 free");
     let twins = vec![("a".into(), picture_model(Script::default())), ("a".into(), picture_model(Script::default()))];
     assert!(matches!(Engine::start(twins, options()), Err(EngineError::DuplicateModel { .. })));
+}
+
+#[test]
+fn a_gpu_gives_what_is_free_less_a_reserve_or_what_is_configured() {
+    let gpu = DeviceMemory { free_bytes: 20 << 30, total_bytes: 24 << 30 };
+    let capacity = |memory_bytes, gpu| {
+        let options = EngineOptions { device: DeviceSpec::Cuda(1), memory_bytes, ..EngineOptions::default() };
+        super::capacity_bytes(&options, gpu).map_err(|error| error.to_string())
+    };
+    assert_eq!(capacity(None, Some(gpu)), Ok(gpu.usable_bytes()));
+    assert!(gpu.usable_bytes() < gpu.free_bytes);
+    assert_eq!(capacity(Some(20 << 30), Some(gpu)), Ok(20 << 30));
+    let more = capacity(Some((20 << 30) + 1), Some(gpu));
+    assert_eq!(more, Err("memory: 21474836481 bytes are configured, cuda:1 has 21474836480 free".to_owned()));
+    // The CPU's memory may be configured freely.
+    assert_eq!(capacity(Some(usize::MAX), None), Ok(usize::MAX));
+    assert!(capacity(None, None).is_ok_and(|bytes| bytes > 0));
 }

@@ -153,9 +153,11 @@ impl From<EngineError> for ApiError {
             }
             EngineError::Busy { .. } => Self::busy(message),
             EngineError::Draining => Self::unready("shutting_down", &message),
-            EngineError::DuplicateModel { .. } | EngineError::Load { .. } | EngineError::Device(_) => {
-                Self::internal("the engine did not start")
-            }
+            EngineError::DuplicateModel { .. }
+            | EngineError::Load { .. }
+            | EngineError::Open(_)
+            | EngineError::Memory { .. }
+            | EngineError::Thread(_) => Self::internal("the engine did not start"),
         }
     }
 }

@@ -42,11 +42,11 @@ struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
 
-    /// Device that computes
+    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 
-    /// Dtype of weight matrices: auto (as published), f32, bf16, f16
+    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: WeightDtype,
 
