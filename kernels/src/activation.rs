@@ -2,14 +2,23 @@
 
 use candle_core::{Result, Tensor, bail};
 
+#[cfg(gpu)]
+use crate::gpu;
 use crate::math::{normal_tail, sigmoid};
 use crate::parallel::{Shared, for_each, tasks_for};
 use crate::row::{Function, Function2, map, zip};
 use crate::simd::{Op, Simd, dispatch};
 use crate::view::{View, tensor};
 
+#[cfg(gpu)]
+mod launch;
+
 /// `x * sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::unary(launch::Function::Silu, x);
+    }
     unary("silu", Silu, x)
 }
 
@@ -18,29 +27,69 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.dims() != up.dims() {
         bail!("silu_mul: gate {:?} does not fit up {:?}", gate.shape(), up.shape());
     }
-    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
-    let views = (View::contiguous("silu_mul", &gate)?, View::contiguous("silu_mul", &up)?);
-    let (a, b) = (views.0.f32()?, views.1.f32()?);
-    let mut y = vec![0f32; a.len()];
-    in_parts(&mut y, |start, part| {
-        let range = start..start + part.len();
-        dispatch(Zip { f: SiluMul, a: &a[range.clone()], b: &b[range], to: part });
-    });
-    tensor(y, gate.shape().clone())
+    #[cfg(gpu)]
+    if gpu::runs_here(gate) {
+        return launch::gated("silu_mul", launch::Function::Silu, gate, up);
+    }
+    binary("silu_mul", Gate(Silu), gate, up)
+}
+
+/// Which approximation of GELU, named as in torch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gelu {
+    /// `approximate="none"`.
+    Erf,
+    /// `approximate="tanh"`.
+    Tanh,
+}
+
+/// `hidden * gelu(gate)` of `x [..., 2 d]`, whose last dimension holds first hidden, then gate: `[..., d]` (diffusers
+/// `GEGLU`).
+pub fn geglu(x: &Tensor, gelu: Gelu) -> Result<Tensor> {
+    let last = x.rank().saturating_sub(1);
+    let d = match x.dims().last() {
+        Some(wide) if wide % 2 == 0 => wide / 2,
+        _ => bail!("geglu: the last dimension of {:?} cannot be halved", x.shape()),
+    };
+    let (hidden, gate) = (x.narrow(last, 0, d)?, x.narrow(last, d, d)?);
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        let function = match gelu {
+            Gelu::Erf => launch::Function::GeluErf,
+            Gelu::Tanh => launch::Function::GeluTanh,
+        };
+        return launch::gated("geglu", function, &gate, &hidden);
+    }
+    match gelu {
+        Gelu::Erf => binary("geglu", Gate(GeluErf), &gate, &hidden),
+        Gelu::Tanh => binary("geglu", Gate(GeluTanh), &gate, &hidden),
+    }
 }
 
 /// GELU, tanh approximation (torch `approximate="tanh"`).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::unary(launch::Function::GeluTanh, x);
+    }
     unary("gelu_tanh", GeluTanh, x)
 }
 
 /// GELU, exact (torch `approximate="none"`).
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::unary(launch::Function::GeluErf, x);
+    }
     unary("gelu_erf", GeluErf, x)
 }
 
 /// `x * sigmoid(1.702 x)` (OpenAI CLIP).
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::unary(launch::Function::QuickGelu, x);
+    }
     unary("quick_gelu", QuickGelu, x)
 }
 
@@ -51,6 +100,18 @@ fn unary<F: Function>(op: &'static str, f: F, x: &Tensor) -> Result<Tensor> {
     let mut y = vec![0f32; from.len()];
     in_parts(&mut y, |start, part| dispatch(Map { f, from: &from[start..start + part.len()], to: part }));
     tensor(y, x.shape().clone())
+}
+
+fn binary<F: Function2>(op: &'static str, f: F, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let views = (View::contiguous(op, &a)?, View::contiguous(op, &b)?);
+    let (from_a, from_b) = (views.0.f32()?, views.1.f32()?);
+    let mut y = vec![0f32; from_a.len()];
+    in_parts(&mut y, |start, part| {
+        let range = start..start + part.len();
+        dispatch(Zip { f, a: &from_a[range.clone()], b: &from_b[range], to: part });
+    });
+    tensor(y, a.shape().clone())
 }
 
 /// Calls `task(start, part)` for parts of `y`, on all cores if there is enough of it. A value costs about 16
@@ -108,13 +169,14 @@ impl Function for Silu {
     }
 }
 
+/// `f(gate) * value`.
 #[derive(Clone, Copy)]
-struct SiluMul;
+struct Gate<F>(F);
 
-impl Function2 for SiluMul {
+impl<F: Function> Function2 for Gate<F> {
     #[inline(always)]
-    fn apply<S: Simd>(self, s: S, gate: S::V, up: S::V) -> S::V {
-        s.mul(Silu.apply(s, gate), up)
+    fn apply<S: Simd>(self, s: S, gate: S::V, value: S::V) -> S::V {
+        s.mul(self.0.apply(s, gate), value)
     }
 }
 
@@ -159,7 +221,7 @@ impl Function for QuickGelu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{assert_close, bits, random, threads, values};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads, values};
 
     /// Values from -12 to 12 and beyond, an odd number of them.
     fn inputs() -> Tensor {
@@ -206,6 +268,34 @@ mod tests {
         let far = Tensor::new(&[0f32, 12.0, 1e4, -1e4, f32::INFINITY], x.device()).unwrap();
         assert_eq!(values(&gelu_erf(&far).unwrap()), [0.0, 12.0, 1e4, 0.0, f32::INFINITY]);
     }
+
+    type Activation = fn(&Tensor) -> Result<Tensor>;
+
+    for_each_device!(activations_are_those_of_the_cpu, |on: &On| {
+        for activation in [silu as Activation, gelu_tanh, gelu_erf, quick_gelu] {
+            for len in [1, 15, 4099] {
+                let x = (random(&[len + 1], 1) * 9.0).unwrap();
+                let expected = activation(&on.rounded(&x).narrow(0, 1, len).unwrap()).unwrap();
+                // A view that begins between two packs.
+                let x = on.tensor(&x).narrow(0, 1, len).unwrap();
+                on.assert_close(&on.run(|| activation(&x)), &expected, 16);
+            }
+        }
+    });
+
+    for_each_device!(gates_read_halves_where_they_lie, |on: &On| {
+        for d in [1, 9, 64, 520] {
+            let wide = (random(&[2, 5, 2 * d], 1) * 4.0).unwrap();
+            let half = |of: &Tensor, i: usize| of.narrow(2, i * d, d).unwrap();
+            let (wide32, wide) = (on.rounded(&wide), on.tensor(&wide));
+            for (gelu, activation) in [(Gelu::Erf, gelu_erf as Activation), (Gelu::Tanh, gelu_tanh)] {
+                let expected = (half(&wide32, 0) * activation(&half(&wide32, 1)).unwrap()).unwrap();
+                on.assert_close(&on.run(|| geglu(&wide, gelu)), &expected, 16);
+            }
+            let expected = (silu(&half(&wide32, 0)).unwrap() * half(&wide32, 1)).unwrap();
+            on.assert_close(&on.run(|| silu_mul(&half(&wide, 0), &half(&wide, 1))), &expected, 16);
+        }
+    });
 
     #[test]
     fn silu_mul_multiplies_by_up_and_reads_parts_of_a_fused_projection() {

@@ -24,6 +24,10 @@ pub(crate) fn runs_here(tensor: &Tensor) -> bool {
     }
 }
 
+/// Blocks of a grid that strides over its input: several waves on any GPU, few enough that none is launched to do
+/// next to nothing.
+pub(crate) const MAX_WAVES_BLOCKS: usize = 132 * 32;
+
 /// The compiled form of one `.cu` file.
 pub(crate) struct Module {
     /// For messages; the file's stem.

@@ -13,6 +13,7 @@ mod activation;
 mod attention;
 #[doc(hidden)]
 pub mod bench;
+mod change;
 mod conv;
 mod dot;
 mod flash;
@@ -31,13 +32,14 @@ mod simd;
 mod testing;
 mod view;
 
-pub use activation::{gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
+pub use activation::{Gelu, geglu, gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
 pub use attention::{AttentionOptions, attention};
+pub use change::relative_l1;
 pub use conv::{conv2d, conv3d, upsample_nearest2d};
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
 pub use linear::{embedding, linear};
 pub use norm::{add_rms_norm, gated_sum, group_norm, layer_norm, modulated_layer_norm, rms_norm, rms_norm_channels};
 pub use paged::{PagedBatch, paged_attention, write_kv};
-pub use rope::{rope_half, rope_interleaved};
+pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use simd::{Isa, isa};

@@ -7,11 +7,17 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums};
+#[cfg(gpu)]
+use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
 use crate::simd::{Element, Op, Simd, dispatch};
 use crate::view::{View, tensor, vector, with_values};
 
-/// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`.
+#[cfg(gpu)]
+mod launch;
+
+/// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`. On a
+/// GPU x has the dtype of the weight.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = weight.dims2()?;
     let mut shape = x.dims().to_vec();
@@ -19,6 +25,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         bail!("linear: x {:?} does not fit weight {:?}", x.shape(), weight.shape());
     }
     shape.push(out);
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::linear(x, weight, bias, shape);
+    }
     let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let (x, weight) = (View::contiguous("linear", &x)?, View::contiguous("linear", &weight)?);
     let mut y = vec![0f32; shape.iter().product()];
@@ -33,10 +43,14 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     tensor(y, shape)
 }
 
-/// Rows of `weight [num, dim]` at `ids [l]` (u32): `[l, dim]` in f32.
+/// Rows of `weight [num, dim]` at `ids [l]` (u32): `[l, dim]` in f32, on a GPU in the weight's dtype.
 pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (num, dim) = weight.dims2()?;
     let len = ids.dims1()?;
+    #[cfg(gpu)]
+    if gpu::runs_here(weight) {
+        return launch::embedding(ids, weight);
+    }
     let (ids, weight) = (ids.contiguous()?, weight.contiguous()?);
     let (ids, weight) = (View::contiguous("embedding", &ids)?, View::contiguous("embedding", &weight)?);
     let ids = ids.u32()?;
@@ -386,7 +400,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::{assert_close, bits, random, threads};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads, values};
 
     fn oracle(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let (out, inner) = weight.dims2().unwrap();
@@ -417,6 +431,26 @@ mod tests {
             assert_close(&linear(&x, &weight, bias).unwrap(), &oracle(&x, &weight, bias), 2e-5);
         }
     }
+
+    for_each_device!(products_have_their_bias_in_the_dtype_of_activations, |on: &On| {
+        for (m, n, k) in [(1, 1, 1), (3, 7, 33), (2, 64, 40), (5, 24, 129)] {
+            let (x, weight, bias) = (random(&[2, m, k], 1), random(&[n, k], 2), random(&[n], 3));
+            let expected = oracle(&on.rounded(&x), &on.rounded(&weight), Some(&on.rounded(&bias)));
+            let (x, weight, bias) = (on.tensor(&x), on.tensor(&weight), on.tensor(&bias));
+            // The product is rounded before the bias comes to it.
+            on.assert_close(&on.run(|| linear(&x, &weight, Some(&bias))), &expected, k);
+        }
+    });
+
+    for_each_device!(look_ups_copy_rows, |on: &On| {
+        for dim in [1, 7, 64] {
+            let (table, ids) =
+                (random(&[9, dim], 1), Tensor::new(&[8u32, 0, 3, 3], &candle_core::Device::Cpu).unwrap());
+            let expected = on.rounded(&table).index_select(&ids, 0).unwrap();
+            let (table, ids) = (on.tensor(&table), on.as_is(&ids));
+            assert_eq!(values(&on.run(|| embedding(&ids, &table))), values(&expected));
+        }
+    });
 
     #[test]
     fn large_products_use_square_panels() {

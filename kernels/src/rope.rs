@@ -5,35 +5,78 @@
 
 use candle_core::{Result, Tensor, bail};
 
+#[cfg(gpu)]
+use crate::gpu;
+use crate::norm::rms_norm;
 use crate::parallel::{Shared, for_each, tasks_for};
 use crate::simd::{Op, Simd, dispatch};
 use crate::view::{View, tensor};
 
+#[cfg(gpu)]
+mod launch;
+
 /// Half-split layout (Llama, Qwen): pairs are (i, i + d/2). `x [l, heads, d]`, `cos` and `sin` `[l, d/2]`.
 pub fn rope_half(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (l, heads, d) = x.dims3()?;
-    let y = rotate("rope_half", &x.unsqueeze(0)?, cos, sin, Layout::Half)?;
-    y.reshape((l, heads, d))
+    norm_rope(&x.unsqueeze(0)?, None, cos, sin, Layout::Half)?.reshape((l, heads, d))
 }
 
 /// Interleaved layout (FLUX, Wan): pairs are (2i, 2i + 1). `x [b, l, heads, d]`, `cos` and `sin` `[l, d/2]`.
 pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    rotate("rope_interleaved", x, cos, sin, Layout::Interleaved)
+    norm_rope(x, None, cos, sin, Layout::Interleaved)
 }
 
-/// Where the two values of a pair lie.
+/// The root-mean-square norm of queries or keys: over each head if `weight` is `[d]`, over all heads of a position
+/// together if it is `[heads * d]` (of one head both are the same).
 #[derive(Debug, Clone, Copy)]
-enum Layout {
+pub struct Norm<'a> {
+    /// Factors.
+    pub weight: &'a Tensor,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+impl Norm<'_> {
+    fn is_across_heads(&self, d: usize) -> bool {
+        self.weight.elem_count() != d
+    }
+}
+
+/// `x [b, l, heads, d]` normed if asked for, then rotated by `cos` and `sin` `[l, d/2]` (f32).
+pub fn norm_rope(x: &Tensor, norm: Option<&Norm<'_>>, cos: &Tensor, sin: &Tensor, layout: Layout) -> Result<Tensor> {
+    let (_, l, heads, d) = x.dims4()?;
+    if d % 2 != 0 || cos.dims() != [l, d / 2] || sin.dims() != cos.dims() {
+        bail!("rope: x {:?} does not fit cos {:?} and sin {:?}", x.shape(), cos.shape(), sin.shape());
+    }
+    if let Some(norm) = norm
+        && norm.weight.dims() != [d]
+        && norm.weight.dims() != [heads * d]
+    {
+        bail!("rope: x {:?} does not fit norm weights {:?}", x.shape(), norm.weight.shape());
+    }
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return launch::rotate(x, norm, cos, sin, layout);
+    }
+    let normed = norm.map(|norm| {
+        let rows = if norm.is_across_heads(d) { x.flatten_from(2)? } else { x.clone() };
+        rms_norm(&rows, norm.weight, norm.eps)?.reshape(x.shape())
+    });
+    rotate("rope", normed.transpose()?.as_ref().unwrap_or(x), cos, sin, layout)
+}
+
+/// Where the two values of a pair lie in a head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Pair i is (i, i + d/2).
     Half,
+    /// Pair i is (2i, 2i + 1).
     Interleaved,
 }
 
 /// `x [b, l, heads, d]`.
 fn rotate(op: &'static str, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: Layout) -> Result<Tensor> {
     let (b, l, heads, d) = x.dims4()?;
-    if d % 2 != 0 || cos.dims() != [l, d / 2] || sin.dims() != cos.dims() {
-        bail!("{op}: x {:?} does not fit cos {:?} and sin {:?}", x.shape(), cos.shape(), sin.shape());
-    }
     let x = if x.stride()[3] == 1 { x.clone() } else { x.contiguous()? };
     let (cos, sin) = (cos.contiguous()?, sin.contiguous()?);
     let views = (View::strided(op, &x), View::contiguous(op, &cos)?, View::contiguous(op, &sin)?);
@@ -118,7 +161,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::{assert_close, bits, random, threads};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads};
 
     mod oracle {
         use super::*;
@@ -156,6 +199,40 @@ mod tests {
         }
     }
 
+    for_each_device!(norm_and_rotation_equal_their_specifications, |on: &On| {
+        // Heads of one pair, of pairs that no pack holds, of whole packs, of the published sizes.
+        for (heads, d) in [(1, 2), (3, 6), (2, 24), (3, 64), (2, 128)] {
+            let (cos, sin) = (random(&[5, d / 2], 1), random(&[5, d / 2], 2));
+            // The middle one of three parts of a fused projection.
+            let fused = random(&[2, 5, 3, heads, d], 3);
+            let part = |of: &Tensor| of.narrow(2, 1, 1).unwrap().squeeze(2).unwrap();
+            let (x32, x) = (part(&on.rounded(&fused)), part(&on.tensor(&fused)));
+            let (cos, sin) = (on.as_is(&cos), on.as_is(&sin));
+            for weights in [None, Some(d), Some(heads * d)] {
+                let weight = weights.map(|len| random(&[len], 4));
+                let normed = match &weight {
+                    Some(weight) if weight.elem_count() != d => {
+                        let rows = x32.flatten_from(2).unwrap();
+                        rms_norm(&rows, &on.rounded(weight), 1e-6).unwrap().reshape(x32.shape()).unwrap()
+                    }
+                    Some(weight) => rms_norm(&x32, &on.rounded(weight), 1e-6).unwrap(),
+                    None => x32.clone(),
+                };
+                let weight = weight.map(|weight| on.tensor(&weight));
+                let norm = weight.as_ref().map(|weight| Norm { weight, eps: 1e-6 });
+                let (host_cos, host_sin) = (random(&[5, d / 2], 1), random(&[5, d / 2], 2));
+                let found = on.run(|| norm_rope(&x, norm.as_ref(), &cos, &sin, Layout::Interleaved));
+                let expected = oracle::rope_interleaved(&normed, &host_cos, &host_sin).unwrap();
+                on.assert_close(&found, &expected, heads * d);
+                let found = on.run(|| norm_rope(&x, norm.as_ref(), &cos, &sin, Layout::Half));
+                for b in 0..2 {
+                    let expected = oracle::rope_half(&normed.get(b).unwrap(), &host_cos, &host_sin).unwrap();
+                    on.assert_close(&found.get(b).unwrap(), &expected, heads * d);
+                }
+            }
+        }
+    });
+
     #[test]
     fn parts_of_a_fused_projection_are_read_where_they_lie() {
         let qkv = random(&[2, 300, 3, 4, 16], 1);
@@ -173,6 +250,6 @@ mod tests {
     fn misfits_name_the_operation_and_the_shapes() {
         let error =
             rope_half(&random(&[2, 3, 8], 1), &random(&[2, 3], 1), &random(&[2, 4], 1)).unwrap_err().to_string();
-        assert!(error.contains("rope_half") && error.contains("[1, 2, 3, 8]") && error.contains("[2, 3]"), "{error}");
+        assert!(error.contains("rope") && error.contains("[1, 2, 3, 8]") && error.contains("[2, 3]"), "{error}");
     }
 }
