@@ -1,6 +1,7 @@
 //! Times of the kernels beside the roof of this machine, measured in the same run.
 //!
-//! `cargo bench -p tale-kernels [-- FILTER]`. Memory-bound operations are held against a plain read (sum) of the same
+//! `cargo bench -p tale-kernels [-- FILTER]` on the CPU; `... --features cuda -- cuda:0 [FILTER]` prints the table of
+//! `tale bench kernels` for a GPU, in bf16. Memory-bound operations are held against a plain read (sum) of the same
 //! bytes by all threads, compute-bound ones against multiply-adds in registers. Figures are medians.
 
 use std::hint::black_box;
@@ -8,6 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
+use tale_kernels::bench::{Bench, Measured, Roofs, Sizes};
 
 /// A part of the bench, run if its name contains the filter.
 type Section = (&'static str, fn() -> Result<()>);
@@ -16,7 +18,12 @@ const SECTIONS: &[Section] =
     &[("linear", linear), ("attention", attention), ("paged", paged), ("convolution", convolution), ("small", small)];
 
 fn main() -> Result<()> {
-    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    let mut arguments: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    if let Some(place) = arguments.iter().position(|argument| argument.starts_with("cuda:")) {
+        let ordinal = arguments.remove(place)["cuda:".len()..].parse().map_err(candle_core::Error::wrap)?;
+        return on_gpu(ordinal, &arguments.pop().unwrap_or_default());
+    }
+    let filter = arguments.pop().unwrap_or_default();
     println!("instruction set {:?}, {} threads", tale_kernels::isa(), rayon::current_num_threads());
     for (name, section) in SECTIONS {
         if name.contains(&filter) {
@@ -24,6 +31,15 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn on_gpu(ordinal: usize, filter: &str) -> Result<()> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    let mut print = |line: &Measured| println!("{line}");
+    let mut bench = Bench::new(&device, DType::BF16, Sizes::Published, filter, &mut print)?;
+    let Roofs { bytes_per_second, flops_per_second } = bench.roofs();
+    println!("copy {:.0} GB/s, cuBLAS bf16 {:.0} TFLOP/s", bytes_per_second / 1e9, flops_per_second / 1e12);
+    bench.run()
 }
 
 /// Median microseconds of a call, after one to warm up, over at least 5 calls and 0.4 s.

@@ -1,4 +1,8 @@
-//! Roofs that `benches/` measures with the instruction set of the kernels.
+//! Roofs measured with the instruction set of the kernels, and the table of operations beside them.
+
+mod table;
+
+pub use table::{Bench, Measured, Roofs, Sizes, Work, roofs, seconds_per_call};
 
 use crate::simd::{Element, Op, Simd, dispatch};
 
