@@ -5,10 +5,11 @@
 //! count and no more), decoders.
 //! Source: transformers `models/t5/modeling_t5.py`, `models/umt5/modeling_umt5.py`.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
 
+use crate::device::Placement;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
@@ -46,10 +47,23 @@ fn default_layer_norm_epsilon() -> f64 {
 }
 
 impl T5Config {
-    /// Numbers that a forward pass over `l` tokens keeps at its peak: the position bias, and in the feed-forward the
+    /// Bytes that a forward pass over `l` tokens keeps at its peak: the position bias, and in the feed-forward the
     /// residual, its normed copy and three inner vectors per token.
-    pub fn forward_elements(&self, l: usize) -> usize {
-        self.num_heads * l * l + l * (2 * self.d_model + 3 * self.d_ff.max(self.num_heads * self.d_kv))
+    pub fn forward_bytes(&self, l: usize, placement: &Placement) -> usize {
+        let values = self.num_heads * l * l + l * (2 * self.d_model + 3 * self.d_ff.max(self.num_heads * self.d_kv));
+        values * own_dtype(placement.compute_dtype).size_in_bytes()
+    }
+}
+
+/// The dtype in which the encoder computes where its neighbours compute in `compute_dtype`.
+///
+/// Not f16: the published models were trained in bf16, and their residuals and inner vectors exceed the 65,504 that f16
+/// holds. transformers clamps them there and keeps `wo`, and with it the residual, in f32, which changes what diffusers'
+/// pictures show; bf16 has the range of f32 in the same bytes.
+fn own_dtype(compute_dtype: DType) -> DType {
+    match compute_dtype {
+        DType::F16 => DType::BF16,
+        other => other,
     }
 }
 
@@ -82,12 +96,16 @@ pub struct T5Encoder {
     block: Vec<Block>,
     final_layer_norm: RmsNorm,
     buckets: Buckets,
+    /// Of the networks that read the hidden states.
+    compute_dtype: DType,
 }
 
 impl T5Encoder {
     /// Tensors `shared.weight` or `encoder.embed_tokens.weight` (two names of one table; either may be absent) and
     /// `encoder.*`.
     pub fn load(weights: &Weights, config: &T5Config) -> Result<Self> {
+        let compute_dtype = weights.placement().compute_dtype;
+        let weights = &weights.computing_in(own_dtype(compute_dtype));
         let encoder = weights.pp("encoder");
         let shared = if encoder.contains("embed_tokens.weight") && !weights.contains("shared.weight") {
             encoder.pp("embed_tokens")
@@ -112,10 +130,11 @@ impl T5Encoder {
                 num_buckets: config.relative_attention_num_buckets,
                 max_distance: config.relative_attention_max_distance,
             },
+            compute_dtype,
         })
     }
 
-    /// Hidden states `[1, l, d_model]` (f32) of the tokens `ids`; every token sees every other one.
+    /// Hidden states `[1, l, d_model]`, in the compute dtype, of the tokens `ids`; every token sees every other one.
     ///
     /// A reference that pads and masks gives the same states for the tokens before the padding.
     pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
@@ -128,7 +147,7 @@ impl T5Encoder {
             }
             x = block.forward(&x, bias.as_ref())?;
         }
-        self.final_layer_norm.forward(&x)
+        Ok(self.final_layer_norm.forward(&x)?.to_dtype(self.compute_dtype)?)
     }
 
     fn device(&self) -> &Device {

@@ -28,12 +28,14 @@ pub fn load(
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
     let dir = &manifest.root;
-    let num_blocks = num_kv_blocks(&config, options)?;
-    let resident_bytes = num_blocks * config.kv_shape().block_bytes();
+    let placement = open.placement().clone();
+    let block_bytes = config.kv_shape().block_bytes(placement.compute_dtype);
+    let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
+    let resident_bytes = num_blocks * block_bytes;
     let decoder = Decoder::load(&open.component(manifest, "")?, config)?;
     // An inspection runs nothing, so it gets a pool without blocks.
     let allocated_blocks = if open.is_dry() { 0 } else { num_blocks };
-    let caches = KvCaches::new(decoder.config().kv_shape(), allocated_blocks, &open.placement().device)?;
+    let caches = KvCaches::new(decoder.config().kv_shape(), allocated_blocks, &placement)?;
     let tokenizer = Tokenizer::from_dir(dir)?;
     let eos_token_ids = eos_token_ids(dir, &tokenizer)?;
     if eos_token_ids.is_empty() {
@@ -57,8 +59,7 @@ pub fn load(
 }
 
 /// Blocks that the configured bytes pay for, but no more than all sequences of a step can fill.
-fn num_kv_blocks(config: &DecoderConfig, options: &LoadOptions) -> Result<usize> {
-    let block_bytes = config.kv_shape().block_bytes();
+fn num_kv_blocks(config: &DecoderConfig, block_bytes: usize, options: &LoadOptions) -> Result<usize> {
     let affordable = options.kv_cache_bytes / block_bytes;
     if affordable == 0 {
         return Err(Error::OutOfMemory { needed_bytes: block_bytes, free_bytes: options.kv_cache_bytes });

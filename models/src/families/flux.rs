@@ -3,9 +3,10 @@
 //! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
 //! Source: diffusers `pipelines/flux/pipeline_flux.py`. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::error::{Error, Result};
@@ -71,7 +72,7 @@ pub struct FluxModel {
     scheduler: FlowMatchEulerConfig,
     vae: KlDecoder,
     vae_config: KlConfig,
-    device: Device,
+    placement: Placement,
 }
 
 /// What the transformer needs of one prompt.
@@ -102,7 +103,7 @@ impl FluxModel {
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
             scheduler: FlowMatchEulerConfig::read(&component("scheduler")?.dir.join("scheduler_config.json"))?,
-            device: text_encoder.placement().device.clone(),
+            placement: text_encoder.placement().clone(),
             text_encoder: ClipTextEncoder::load(&text_encoder, clip_config)?,
             text_encoder_2: T5Encoder::load(&open("text_encoder_2")?, &t5_config)?,
             transformer: FluxTransformer::load(&open("transformer")?, transformer_config)?,
@@ -202,13 +203,13 @@ impl DiffusionModel for FluxModel {
     fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
         let (rows, columns) = self.grid(request);
         let (text_len, image_len) = (request.max_sequence_length, rows * columns);
-        let transformer = self.transformer.config();
-        let kept = text_len * transformer.joint_attention_dim + 2 * image_len * transformer.in_channels;
-        let denoise = (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS;
-        let encode = self.t5_config.forward_elements(text_len);
-        let phases =
-            (encode.max(denoise) * size_of::<f32>()).max(self.vae_config.decode_bytes(request.width * request.height));
-        kept * size_of::<f32>() + phases
+        let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
+        let conditioning = text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
+        let latents = 2 * image_len * transformer.in_channels * size_of::<f32>();
+        let encode = self.t5_config.forward_bytes(text_len, &self.placement);
+        let denoise = (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
+        let decode = self.vae_config.decode_bytes(request.width * request.height, dtype);
+        conditioning + latents + encode.max(denoise).max(decode)
     }
 
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<FluxConditioning> {
@@ -226,7 +227,7 @@ impl DiffusionModel for FluxModel {
         let (rows, columns) = self.grid(request);
         let shape = (1, self.vae_config.latent_channels, rows * PACK, columns * PACK);
         let noise = generator.randn(shape.1 * shape.2 * shape.3);
-        self.pack(&Tensor::from_vec(noise, shape, &self.device)?, (rows, columns))
+        self.pack(&Tensor::from_vec(noise, shape, &self.placement.device)?, (rows, columns))
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {

@@ -6,13 +6,14 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, layer_norm, rope_interleaved, silu};
 
 use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
 use crate::config::read_json;
+use crate::device::Placement;
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::error::{Error, Result};
@@ -135,6 +136,7 @@ impl WanConfig {
 pub struct WanModel {
     card: DiffusionCard,
     sizes: Sizes,
+    placement: Placement,
     tokenizer: Tokenizer,
     text_encoder: T5Encoder,
     transformer: WanTransformer,
@@ -154,11 +156,15 @@ impl WanModel {
     pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
+        let solver = SolverConfig::read(manifest)?;
+        let tokenizer = Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?;
+        let text_encoder = open("text_encoder")?;
         Ok(Self {
             card: sizes.card(),
-            solver: SolverConfig::read(manifest)?,
-            tokenizer: Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?,
-            text_encoder: T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?,
+            solver,
+            tokenizer,
+            placement: text_encoder.placement().clone(),
+            text_encoder: T5Encoder::load(&text_encoder, &sizes.text_encoder)?,
             transformer: WanTransformer::load(&open("transformer")?, &sizes.transformer)?,
             vae: WanVaeDecoder::load(&open("vae")?, &sizes.vae)?,
             sizes,
@@ -282,31 +288,31 @@ impl Sizes {
         [1, self.transformer.in_channels, frames, request.height / spatial, request.width / spatial]
     }
 
-    /// Most floats that one session keeps alive at a time: what it holds all along and the greediest of its phases.
-    fn peak_floats(&self, request: &DiffusionRequest) -> usize {
+    /// Most bytes that one session keeps alive at a time: what it holds all along and the greediest of its phases.
+    fn peak_bytes(&self, request: &DiffusionRequest, placement: &Placement) -> usize {
         let rows = if request.guidance_scale > 1.0 { 2 } else { 1 };
         let [_, _, frames, height, width] = self.latent_shape(request);
-        let latents: usize = self.latent_shape(request).iter().product();
-        let text = request.max_sequence_length;
+        let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
+        let (text, dtype) = (request.max_sequence_length, placement.compute_dtype);
         // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
-        let held = latents * (6 + 2 * rows) + rows * text * self.transformer.text_dim;
-        let denoise = rows * self.transformer.peak_floats_of_row(frames * height * width, text);
-        let decode = latents + self.vae.peak_floats(height, width);
-        held + denoise.max(decode).max(self.text_encoder.forward_elements(text))
+        let held = latents * (6 + 2 * rows) + rows * text * self.transformer.text_dim * dtype.size_in_bytes();
+        let denoise = rows * self.transformer.peak_bytes_of_row(frames * height * width, text, dtype);
+        let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
+        held + denoise.max(decode).max(self.text_encoder.forward_bytes(text, placement))
     }
 }
 
 impl WanConfig {
     /// Activations of one row of one forward pass, at the widest of the places below.
-    fn peak_floats_of_row(&self, latent_pixels: usize, text: usize) -> usize {
+    fn peak_bytes_of_row(&self, latent_pixels: usize, text: usize, dtype: DType) -> usize {
         let tokens = latent_pixels / self.patch_size.iter().product::<usize>();
         let dim = self.dim();
         // x, its norm, q, k, v, the rotated q and k, the attention's answer.
         let self_attention = 8 * tokens * dim;
         // x, its norm, the hidden layer before and after its activation.
         let feed_forward = tokens * (2 * dim + 2 * self.ffn_dim);
-        let rope = tokens * self.attention_head_dim;
-        self_attention.max(feed_forward) + rope + 4 * text * dim
+        let rope = tokens * self.attention_head_dim * size_of::<f32>();
+        (self_attention.max(feed_forward) + 4 * text * dim) * dtype.size_in_bytes() + rope
     }
 }
 
@@ -321,7 +327,7 @@ fn lcm(a: usize, b: usize) -> usize {
 }
 
 impl DiffusionModel for WanModel {
-    /// `[1, max_sequence_length, text_dim]`, zeros past the prompt.
+    /// `[1, max_sequence_length, text_dim]` in the compute dtype, zeros past the prompt.
     type Conditioning = Tensor;
     type Decoding = WanDecoding;
 
@@ -330,7 +336,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
-        self.sizes.peak_floats(request) * size_of::<f32>()
+        self.sizes.peak_bytes(request, &self.placement)
     }
 
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Tensor> {
@@ -380,6 +386,7 @@ pub struct WanTransformer {
     /// `[1, 2, dim]`: shift and scale of the last norm.
     scale_shift_table: Tensor,
     proj_out: Linear,
+    compute_dtype: DType,
     config: WanConfig,
 }
 
@@ -405,12 +412,13 @@ impl WanTransformer {
             blocks,
             scale_shift_table: weights.get(&[1, 2, dim], "scale_shift_table")?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
+            compute_dtype: weights.placement().compute_dtype,
             config: config.clone(),
         })
     }
 
-    /// `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,
-    /// text_dim]`: the predicted flow, in the shape of the latents.
+    /// f32 `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,
+    /// text_dim]` in the compute dtype: the predicted flow, f32 in the shape of the latents.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f32], text: &Tensor) -> Result<Tensor> {
         let (n, _, frames, height, width) = latents.dims5()?;
         let [_, patch_height, patch_width] = self.config.patch_size;
@@ -422,13 +430,13 @@ impl WanTransformer {
         let time = self.time_embedder.forward(&time)?; // [n, dim]
         let modulation = self.time_proj.forward(&silu(&time)?)?.reshape((n, 6, ()))?; // [n, 6, dim]
 
-        let mut x = self.patch_embedding.forward(latents)?; // [n, l, dim]
+        let mut x = self.patch_embedding.forward(&latents.to_dtype(self.compute_dtype)?)?; // [n, l, dim]
         for block in &self.blocks {
             x = block.forward(&x, &text, &modulation, &rope)?;
         }
         let last = self.scale_shift_table.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
         let x = modulated_norm(&x, [&last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?], self.config.eps)?;
-        self.unpatchify(&self.proj_out.forward(&x)?, grid)
+        self.unpatchify(&self.proj_out.forward(&x)?.to_dtype(DType::F32)?, grid)
     }
 
     /// `[n, l, patch_height * patch_width * channels]` to `[n, channels, frames, height, width]`.
@@ -470,7 +478,7 @@ impl PatchEmbedding {
 
 /// Rotations of the tokens of a grid; a third of each head turns with time, height and width.
 struct Rope {
-    /// `[l, head_dim / 2]`.
+    /// f32 `[l, head_dim / 2]`.
     cos: Tensor,
     sin: Tensor,
 }

@@ -2,8 +2,9 @@
 //!
 //! Deliberately does not know: sessions, models, when a block should be given or taken (the batcher decides).
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
+use crate::device::Placement;
 use crate::error::{Error, Result};
 
 mod pool;
@@ -28,9 +29,9 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one block over all layers, keys and values in f32.
-    pub fn block_bytes(&self) -> usize {
-        2 * self.num_layers * BLOCK_SIZE * self.num_key_value_heads * self.head_dim * DType::F32.size_in_bytes()
+    /// Bytes of one block over all layers, keys and values in `dtype`.
+    pub fn block_bytes(&self, dtype: DType) -> usize {
+        2 * self.num_layers * BLOCK_SIZE * self.num_key_value_heads * self.head_dim * dtype.size_in_bytes()
     }
 }
 
@@ -51,21 +52,22 @@ pub struct KvCaches {
 }
 
 impl KvCaches {
-    /// Caches of `num_blocks` blocks. On the CPU the zeroed pages are the kernel's until they are first written, so a
+    /// Caches of `num_blocks` blocks in the compute dtype. On the CPU the zeroed pages are the kernel's until they are first written, so a
     /// large pool costs memory only as far as it is used.
-    pub fn new(shape: KvShape, num_blocks: usize, device: &Device) -> Result<Self> {
+    pub fn new(shape: KvShape, num_blocks: usize, placement: &Placement) -> Result<Self> {
         // Block tables and slot mappings count in 32 bits.
         if num_blocks.saturating_mul(BLOCK_SIZE) > u32::MAX as usize {
             return Err(Error::Device(format!("a KV cache of {num_blocks} blocks has more slots than 2^32")));
         }
         let dims = (num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim);
+        let (dtype, device) = (placement.compute_dtype, &placement.device);
         let mut layers = Vec::with_capacity(shape.num_layers);
         for _ in 0..shape.num_layers {
-            let k = Tensor::zeros(dims, DType::F32, device)?;
-            let v = Tensor::zeros(dims, DType::F32, device)?;
+            let k = Tensor::zeros(dims, dtype, device)?;
+            let v = Tensor::zeros(dims, dtype, device)?;
             layers.push(LayerCache { k, v });
         }
-        Ok(Self { layers, num_blocks, bytes: num_blocks * shape.block_bytes() })
+        Ok(Self { layers, num_blocks, bytes: num_blocks * shape.block_bytes(dtype) })
     }
 
     /// One per layer, in order.
@@ -87,21 +89,30 @@ impl KvCaches {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::{DeviceSpec, WeightDtype};
+
+    fn cpu() -> Placement {
+        Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU")
+    }
 
     #[test]
     fn sizes_are_those_of_the_tensors() {
         let shape = KvShape { num_layers: 3, num_key_value_heads: 2, head_dim: 8 };
-        let caches = KvCaches::new(shape, 5, &Device::Cpu).expect("allocated");
-        let elements: usize = caches.layers().iter().map(|layer| layer.k.elem_count() + layer.v.elem_count()).sum();
-        assert_eq!(caches.bytes(), elements * 4);
-        assert_eq!((caches.layers().len(), caches.num_blocks()), (3, 5));
-        assert_eq!(caches.layers()[0].k.dims(), [5, BLOCK_SIZE, 2, 8]);
+        let as_on_gpu = Placement::in_host_memory(DeviceSpec::Cuda(0), WeightDtype::Auto);
+        for (placement, dtype, size) in [(cpu(), DType::F32, 4), (as_on_gpu, DType::BF16, 2)] {
+            let caches = KvCaches::new(shape, 5, &placement).expect("allocated");
+            let elements: usize = caches.layers().iter().map(|layer| layer.k.elem_count() + layer.v.elem_count()).sum();
+            assert_eq!(caches.bytes(), elements * size);
+            assert_eq!((caches.layers().len(), caches.num_blocks()), (3, 5));
+            assert_eq!(caches.layers()[0].k.dims(), [5, BLOCK_SIZE, 2, 8]);
+            assert_eq!((caches.layers()[0].k.dtype(), caches.layers()[2].v.dtype()), (dtype, dtype));
+        }
     }
 
     #[test]
     fn a_cache_that_no_slot_number_can_address_is_refused() {
         let shape = KvShape { num_layers: 1, num_key_value_heads: 1, head_dim: 2 };
-        assert!(matches!(KvCaches::new(shape, 1 << 28, &Device::Cpu), Err(Error::Device(_))));
+        assert!(matches!(KvCaches::new(shape, 1 << 28, &cpu()), Err(Error::Device(_))));
     }
 
     #[cfg(target_os = "linux")]
@@ -114,7 +125,7 @@ mod tests {
         };
         let shape = KvShape { num_layers: 4, num_key_value_heads: 8, head_dim: 128 };
         let before = resident_kib();
-        let caches = KvCaches::new(shape, (1 << 30) / shape.block_bytes(), &Device::Cpu).expect("allocated");
+        let caches = KvCaches::new(shape, (1 << 30) / shape.block_bytes(DType::F32), &cpu()).expect("allocated");
         assert_eq!(caches.bytes(), 1 << 30);
         // Other tests may run in this process; the pool itself would be 1,048,576 KiB.
         assert!(resident_kib().saturating_sub(before) < 256 * 1024, "the pool's pages are in memory already");

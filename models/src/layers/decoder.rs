@@ -182,7 +182,7 @@ impl Decoder {
     }
 
     /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
-    /// that were asked for, in the order of asking; `None` when none were.
+    /// that were asked for, in the order of asking and the compute dtype; `None` when none were.
     pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
         let tokens = Tensor::new(input.tokens.as_slice(), &self.device)?;
         let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;

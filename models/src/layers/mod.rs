@@ -1,6 +1,6 @@
-//! Layers shared by families: weights in, one kernel call out.
+//! Layers shared by families: weights in, one kernel call out. All take and give the compute dtype.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::error::Result;
 use crate::weights::Weights;
@@ -43,17 +43,18 @@ impl Linear {
 #[derive(Debug, Clone)]
 pub struct Embedding {
     weight: Tensor,
+    compute_dtype: DType,
 }
 
 impl Embedding {
     /// Tensor `weight [num, dim]`.
     pub fn load(weights: &Weights, num: usize, dim: usize) -> Result<Self> {
-        Ok(Self { weight: weights.matrix(num, dim, "weight")? })
+        Ok(Self { weight: weights.matrix(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
     }
 
-    /// `ids [l]` (u32) to `[l, dim]` in the compute dtype.
+    /// `ids [l]` (u32) to `[l, dim]` in the compute dtype, whatever the table's is.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::embedding(ids, &self.weight)?)
+        Ok(tale_kernels::embedding(ids, &self.weight)?.to_dtype(self.compute_dtype)?)
     }
 
     /// The output projection that shares this table (tied embeddings).

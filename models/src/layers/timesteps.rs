@@ -3,7 +3,7 @@
 //! Source: diffusers `models/embeddings.py`, `get_timestep_embedding` with `flip_sin_to_cos=True` and
 //! `downscale_freq_shift=0`, and `TimestepEmbedding`.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use tale_kernels::silu;
 
 use crate::error::Result;
@@ -32,6 +32,7 @@ pub fn sinusoidal(timesteps: &[f32], dim: usize, device: &Device) -> Result<Tens
 pub struct ConditionEmbedder {
     linear_1: Linear,
     linear_2: Linear,
+    compute_dtype: DType,
 }
 
 impl ConditionEmbedder {
@@ -40,12 +41,14 @@ impl ConditionEmbedder {
         Ok(Self {
             linear_1: Linear::load(&weights.pp("linear_1"), in_features, dim)?,
             linear_2: Linear::load(&weights.pp("linear_2"), dim, dim)?,
+            compute_dtype: weights.placement().compute_dtype,
         })
     }
 
-    /// `[n, in]` to `[n, dim]`.
+    /// `[n, in]`, of any dtype, to `[n, dim]` in the compute dtype.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear_2.forward(&silu(&self.linear_1.forward(x)?)?)
+        let x = x.to_dtype(self.compute_dtype)?;
+        self.linear_2.forward(&silu(&self.linear_1.forward(&x)?)?)
     }
 }
 

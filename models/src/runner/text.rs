@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use candle_core::DType;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -130,7 +131,7 @@ impl TextRunner {
             }
         }
         match self.model.decoder.forward(&input, &self.caches)? {
-            Some(logits) => Ok(logits.flatten_all()?.to_vec1()?),
+            Some(logits) => Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
             None => Ok(Vec::new()),
         }
     }
@@ -309,7 +310,7 @@ mod tests {
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
         let weights = manifest.whole().weights(&placement).expect("weights");
         let config = qwen2::decoder_config(&manifest).expect("a config");
-        let caches = KvCaches::new(config.kv_shape(), 16, &placement.device).expect("allocated");
+        let caches = KvCaches::new(config.kv_shape(), 16, &placement).expect("allocated");
         let decoder = Decoder::load(&weights, config).expect("a decoder");
         let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
         let model = LanguageModel { decoder, tokenizer, eos_token_ids: Vec::new() };

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, silu, upsample_nearest2d};
 
@@ -89,9 +89,9 @@ impl KlConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    /// Bytes that decoding one picture of `pixels` needs at its peak: in the widest level, the input of a block, its
-    /// normed and convolved copies, and one convolution's working copy.
-    pub fn decode_bytes(&self, pixels: usize) -> usize {
+    /// Bytes that decoding one picture of `pixels` in `dtype` needs at its peak: in the widest level, the input of a
+    /// block, its normed and convolved copies, and one convolution's working copy.
+    pub fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
         let mut widest = 0;
         let mut previous = self.block_out_channels.last().copied().unwrap_or(0);
         for (level, channels) in self.block_out_channels.iter().rev().enumerate() {
@@ -100,7 +100,7 @@ impl KlConfig {
             widest = widest.max(pixels / (shrink * shrink) * previous.max(*channels));
             previous = *channels;
         }
-        LIVE_COPIES * widest * size_of::<f32>()
+        LIVE_COPIES * widest * dtype.size_in_bytes()
     }
 }
 
@@ -113,6 +113,7 @@ const LIVE_COPIES: usize = 5;
 pub struct KlDecoder {
     scaling_factor: f64,
     shift_factor: f64,
+    compute_dtype: DType,
     post_quant_conv: Option<Conv2d>,
     conv_in: Conv2d,
     mid_resnets: [Resnet; 2],
@@ -145,6 +146,7 @@ impl KlDecoder {
         Ok(Self {
             scaling_factor: config.scaling_factor,
             shift_factor: config.shift_factor.unwrap_or(0.0),
+            compute_dtype: weights.placement().compute_dtype,
             post_quant_conv,
             conv_in: Conv2d::load(&decoder.pp("conv_in"), latent, last, 3, 1)?,
             mid_resnets: [mid_resnet(0)?, mid_resnet(1)?],
@@ -155,10 +157,10 @@ impl KlDecoder {
         })
     }
 
-    /// Scaled `latents [b, latent_channels, h, w]` (as a transformer makes them) to pixels `[b, 3, H, W]` in about
+    /// Scaled f32 `latents [b, latent_channels, h, w]` (as a solver leaves them) to f32 pixels `[b, 3, H, W]` in about
     /// -1..=1, where `H` is `h` times the VAE's scale factor.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut x = latents.affine(1.0 / self.scaling_factor, self.shift_factor)?;
+        let mut x = latents.affine(1.0 / self.scaling_factor, self.shift_factor)?.to_dtype(self.compute_dtype)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }
@@ -170,7 +172,7 @@ impl KlDecoder {
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
-        self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)
+        Ok(self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)?.to_dtype(DType::F32)?)
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, rms_norm_channels, silu, upsample_nearest2d};
 
@@ -94,8 +94,8 @@ impl WanVaeConfig {
         self.temperal_downsample.iter().rev().nth(level).copied()
     }
 
-    /// Most floats that decoding latents of this height and width holds at a time, the latents themselves apart.
-    pub fn peak_floats(&self, height: usize, width: usize) -> usize {
+    /// Most values of the compute dtype that decoding latents of this height and width holds at a time.
+    pub fn peak_values(&self, height: usize, width: usize) -> usize {
         let dims = self.level_dims();
         let (mut frames, mut pixels) = (1, height * width);
         // What convolutions remember: of the first one and of the four in the middle.
@@ -119,7 +119,8 @@ impl WanVaeConfig {
 
 /// The decoder half of `AutoencoderKLWan`.
 pub struct WanVaeDecoder {
-    /// `[1, z, 1, 1, 1]`.
+    compute_dtype: DType,
+    /// `[1, z, 1, 1, 1]`, f32.
     latents_mean: Tensor,
     latents_std: Tensor,
     post_quant_conv: Conv3d,
@@ -133,7 +134,7 @@ pub struct WanVaeDecoder {
 
 /// A decode between two frames. Dropping it frees all that it remembers.
 pub struct WanDecoding {
-    /// Latents with the model's mean and scale, `[1, z, f, h, w]`.
+    /// Latents with the model's mean and scale, f32 `[1, z, f, h, w]`.
     latents: Tensor,
     /// Latent frame that comes next.
     next: usize,
@@ -163,6 +164,7 @@ impl WanVaeDecoder {
         }
         let last = dims[dims.len() - 1];
         Ok(Self {
+            compute_dtype: weights.placement().compute_dtype,
             latents_mean: per_channel(&config.latents_mean)?,
             latents_std: per_channel(&config.latents_std)?,
             post_quant_conv: Conv3d::load(&weights.pp("post_quant_conv"), z_dim, z_dim, [1, 1, 1], 0)?,
@@ -175,7 +177,7 @@ impl WanVaeDecoder {
         })
     }
 
-    /// Begins to decode the final latents of one clip, `[1, z, f, h, w]`.
+    /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`.
     pub fn begin(&self, latents: &Tensor) -> Result<WanDecoding> {
         let latents = latents.broadcast_mul(&self.latents_std)?.broadcast_add(&self.latents_mean)?;
         Ok(WanDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
@@ -184,7 +186,7 @@ impl WanVaeDecoder {
     /// Decodes the next latent frame: f32 pixels `[frames, 3, height, width]` in -1..=1. The first latent frame gives
     /// one frame, each later one as many as the temporal scale factor says. Fails when all are decoded.
     pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
-        let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?; // [1, z, 1, h, w]
+        let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?.to_dtype(self.compute_dtype)?; // [1, z, 1, h, w]
         let past = &mut decoding.past;
         let x = self.conv_in.forward(self.post_quant_conv.forward(&z)?, past)?;
         let mut x = self.mid_block.forward(x, past)?;
@@ -194,7 +196,7 @@ impl WanVaeDecoder {
         let x = self.conv_out.forward(self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
         decoding.next += 1;
         decoding.past.is_first = false;
-        Ok(x.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+        Ok(x.to_dtype(DType::F32)?.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
@@ -26,6 +26,7 @@ const PIECE_BYTES: usize = 4 << 20;
 #[derive(Clone)]
 pub struct Weights {
     source: Arc<Source>,
+    placement: Placement,
     prefix: String,
 }
 
@@ -33,7 +34,6 @@ struct Source {
     root: PathBuf,
     files: Vec<(PathBuf, Mmap)>,
     tensors: BTreeMap<String, Located>,
-    placement: Placement,
     dry: bool,
     record: Mutex<Record>,
 }
@@ -108,26 +108,31 @@ impl Weights {
                 return Err(Error::checkpoint(dir.join(shard), problem));
             }
         }
-        Ok(Self::over(Source { files, tensors, dry, ..Source::blank(dir, placement) }))
+        Ok(Self::over(Source { files, tensors, dry, ..Source::blank(dir) }, placement))
     }
 
     /// A dry view of a folder without weight files: what is asked for is recorded as missing, with its shape.
     pub(crate) fn open_blank(dir: &Path, placement: &Placement) -> Self {
-        Self::over(Source::blank(dir, placement))
+        Self::over(Source::blank(dir), placement)
     }
 
-    fn over(source: Source) -> Self {
-        Self { source: Arc::new(source), prefix: String::new() }
+    fn over(source: Source, placement: &Placement) -> Self {
+        Self { source: Arc::new(source), placement: placement.clone(), prefix: String::new() }
     }
 
     /// The view one level down: names get `prefix.segment.` in front.
     pub fn pp(&self, segment: impl std::fmt::Display) -> Self {
-        Self { source: self.source.clone(), prefix: format!("{}{segment}.", self.prefix) }
+        Self { prefix: format!("{}{segment}.", self.prefix), ..self.clone() }
+    }
+
+    /// The same view for a network that computes in another dtype.
+    pub fn computing_in(&self, dtype: DType) -> Self {
+        Self { placement: self.placement.computing_in(dtype), ..self.clone() }
     }
 
     /// Where the tensors will live and in which dtypes.
     pub fn placement(&self) -> &Placement {
-        &self.source.placement
+        &self.placement
     }
 
     /// Whether the files hold a tensor of this name under the prefix.
@@ -187,17 +192,20 @@ impl Weights {
 
     fn load(&self, shape: &[usize], name: &str, dtype: impl Fn(&Placement, DType) -> DType) -> Result<Tensor> {
         let full_name = self.full_name(name);
-        let source = &*self.source;
+        let (source, placement) = (&*self.source, &self.placement);
         match source.checked(&full_name, shape) {
             Ok(located) => {
-                let dtype = dtype(&source.placement, candle_dtype(located.dtype));
+                let dtype = dtype(placement, candle_dtype(located.dtype));
                 self.note_use(&full_name, shape, dtype);
-                if source.dry { source.placeholder(shape, dtype) } else { source.read(located, &full_name, dtype) }
+                match source.dry {
+                    true => placeholder(shape, dtype, &placement.device),
+                    false => source.read(located, dtype, &placement.device),
+                }
             }
             Err(problem) if source.dry => {
                 self.record().problems.push(problem);
                 self.record().used.insert(full_name);
-                source.placeholder(shape, dtype(&source.placement, DType::F32))
+                placeholder(shape, dtype(placement, DType::F32), &placement.device)
             }
             Err(problem) => Err(problem),
         }
@@ -220,12 +228,11 @@ impl Weights {
 }
 
 impl Source {
-    fn blank(dir: &Path, placement: &Placement) -> Self {
+    fn blank(dir: &Path) -> Self {
         Self {
             root: dir.to_path_buf(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
-            placement: placement.clone(),
             dry: true,
             record: Mutex::new(Record::default()),
         }
@@ -254,43 +261,69 @@ impl Source {
     }
 
     /// Copies the tensor out of the map.
-    fn read(&self, located: &Located, name: &str, dtype: DType) -> Result<Tensor> {
-        let device = &self.placement.device;
-        let shape = located.shape.as_slice();
+    fn read(&self, located: &Located, dtype: DType, device: &Device) -> Result<Tensor> {
         match dtype {
-            DType::F32 => Ok(Tensor::from_vec(self.convert(located, to_f32), shape, device)?),
-            DType::BF16 => Ok(Tensor::from_vec(self.convert(located, to_bf16), shape, device)?),
-            DType::F16 => Ok(Tensor::from_vec(self.convert(located, to_f16), shape, device)?),
-            other => {
-                let path = &self.files[located.file].0;
-                Err(Error::checkpoint(path, format!("tensor `{name}` cannot be kept as {other:?}")))
-            }
+            DType::BF16 => self.read_as(located, to_bf16, device),
+            DType::F16 => self.read_as(located, to_f16, device),
+            DType::F32 => self.read_as(located, to_f32, device),
+            other => Err(Error::Device(format!("nothing is computed in {other:?}"))),
         }
+    }
+
+    /// To another memory than the host's, values of the right dtype go as they lie in the file. On the host the pages
+    /// of a piece are dropped before the next one is read, so that a tensor is never there twice.
+    fn read_as<T: WithDType>(&self, located: &Located, convert: Convert<T>, device: &Device) -> Result<Tensor> {
+        let shape = located.shape.as_slice();
+        let bytes = &self.files[located.file].1[located.bytes.clone()];
+        let in_place = (T::DTYPE == candle_dtype(located.dtype) && !device.is_cpu()).then(|| as_values::<T>(bytes));
+        let Some(values) = in_place.flatten() else {
+            return Ok(Tensor::from_vec(self.convert(located, convert), shape, device)?);
+        };
+        let tensor = Tensor::from_slice(values, shape, device)?;
+        self.drop_pages(located.file, located.bytes.clone());
+        Ok(tensor)
     }
 
     /// Converts a tensor piece by piece and lets the kernel drop the pages of each piece: an embedding is a fifth of
     /// some models, and as a whole it would be in memory twice.
-    fn convert<T>(&self, located: &Located, convert: fn(Dtype, &[u8]) -> Vec<T>) -> Vec<T> {
-        let (path, mmap) = &self.files[located.file];
+    fn convert<T>(&self, located: &Located, convert: Convert<T>) -> Vec<T> {
+        let mmap = &self.files[located.file].1;
         let end = located.bytes.end;
         let mut elements = Vec::with_capacity(located.shape.iter().product());
         for start in located.bytes.clone().step_by(PIECE_BYTES) {
             let piece = start..end.min(start + PIECE_BYTES);
-            let length = piece.len();
-            elements.extend(convert(located.dtype, &mmap[piece]));
-            // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if
-            // touched.
-            let advised = unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, start, length) };
-            if let Err(error) = advised {
-                tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
-            }
+            elements.extend(convert(located.dtype, &mmap[piece.clone()]));
+            self.drop_pages(located.file, piece);
         }
         elements
     }
 
-    fn placeholder(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        Ok(Tensor::zeros((), dtype, &self.placement.device)?.broadcast_as(shape)?)
+    fn drop_pages(&self, file: usize, bytes: Range<usize>) {
+        let (path, mmap) = &self.files[file];
+        // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if touched.
+        let advised = unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+        if let Err(error) = advised {
+            tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
+        }
     }
+}
+
+/// From bytes of a published dtype to values.
+type Convert<T> = fn(Dtype, &[u8]) -> Vec<T>;
+
+/// The values that lie in `bytes` as the machine has them in memory; `None` where they are not aligned (a file may put
+/// them anywhere) or in another byte order. The caller knows that they are of this dtype.
+fn as_values<T: WithDType>(bytes: &[u8]) -> Option<&[T]> {
+    if cfg!(target_endian = "big") {
+        return None;
+    }
+    // SAFETY: the dtypes that are read are plain numbers, for which all bits are valid.
+    let (before, values, after) = unsafe { bytes.align_to::<T>() };
+    (before.is_empty() && after.is_empty()).then_some(values)
+}
+
+fn placeholder(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::zeros((), dtype, device)?.broadcast_as(shape)?)
 }
 
 fn candle_dtype(dtype: Dtype) -> DType {
@@ -386,6 +419,35 @@ mod tests {
             let weights = Weights::open(dir.path(), &placement(dtype)).expect("open").pp("a");
             assert_eq!(weights.matrix(2, 3, "weight").expect("matrix").dtype(), expected);
         }
+    }
+
+    #[test]
+    fn a_network_may_compute_in_another_dtype_than_its_neighbours() {
+        let dir = sound_folder();
+        let on_gpu = Placement::in_host_memory(DeviceSpec::Cuda(0), WeightDtype::F16);
+        let weights = Weights::open(dir.path(), &on_gpu).expect("open").pp("a");
+        let dtypes = |weights: &Weights| {
+            let (matrix, bias) = (weights.matrix(2, 3, "weight"), weights.get(&[2], "bias"));
+            (matrix.expect("matrix").dtype(), bias.expect("bias").dtype())
+        };
+        assert_eq!(dtypes(&weights), (DType::F16, DType::F16));
+        assert_eq!(dtypes(&weights.computing_in(DType::BF16)), (DType::BF16, DType::BF16));
+    }
+
+    /// What is copied to a GPU without a detour is what the detour gives; values that lie askew take the detour.
+    #[test]
+    fn values_are_seen_where_they_lie_if_they_can_be() {
+        let values: Vec<u16> = (0..64).map(|i| bf16::from_f32(i as f32 - 7.5).to_bits()).collect();
+        let mut buffer = vec![0u8; 2 * values.len() + 2];
+        // An even address, wherever the allocator has put the buffer.
+        let even = buffer.as_ptr().align_offset(2);
+        for (to, value) in buffer[even..].chunks_exact_mut(2).zip(&values) {
+            to.copy_from_slice(&value.to_le_bytes());
+        }
+        let bytes = &buffer[even..even + 2 * values.len()];
+        assert_eq!(as_values::<bf16>(bytes).expect("aligned"), to_bf16(Dtype::BF16, bytes));
+        assert!(as_values::<bf16>(&bytes[1..bytes.len() - 1]).is_none(), "at an odd address");
+        assert!(as_values::<bf16>(&bytes[..3]).is_none(), "half a value is left");
     }
 
     #[test]

@@ -260,9 +260,8 @@ fn the_pool_bounds_the_context() {
     let server = Server::load("qwen2-yarn", with_blocks("qwen2-yarn", 2));
     assert_eq!(server.card().max_context, 2 * BLOCK_SIZE);
     assert_eq!(server.model.runner.status().kv_blocks_total, 2);
-    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
     let options = LoadOptions { kv_cache_bytes: 10, ..LoadOptions::default() };
-    let refused = family::load(&case_dir("qwen2-yarn").join("checkpoint"), &placement, &options, &mut |_| ());
+    let refused = family::load(&case_dir("qwen2-yarn").join("checkpoint"), &cpu(), &options, &mut |_| ());
     assert!(matches!(refused.err(), Some(Error::OutOfMemory { .. })));
 }
 
@@ -308,8 +307,7 @@ fn a_tied_checkpoint_may_store_its_head_too() {
     copy.edit_tensors(|tensors| {
         tensors.insert("lm_head.weight".to_owned(), tensors["model.embed_tokens.weight"].clone());
     });
-    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
-    let inspection = family::inspect(copy.path(), &placement, &LoadOptions::default()).expect("inspected");
+    let inspection = family::inspect(copy.path(), &cpu(), &LoadOptions::default()).expect("inspected");
     assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
     let (_, report) = &inspection.components[0];
     assert!(report.unused.is_empty() && report.problems.is_empty(), "{report:?}");
@@ -321,18 +319,21 @@ fn a_tied_checkpoint_may_store_its_head_too() {
 #[test]
 fn the_kv_pool_is_part_of_what_a_model_takes() {
     let blocks = |count| Server::load("llama-tied", with_blocks("llama-tied", count)).model.resident_bytes;
-    let block_bytes = decoder("llama-tied").config().kv_shape().block_bytes();
+    let block_bytes = decoder("llama-tied").config().kv_shape().block_bytes(DType::F32);
     assert_eq!(blocks(5) - blocks(2), 3 * block_bytes);
+}
+
+fn cpu() -> Placement {
+    Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU")
 }
 
 fn decoder(case: &str) -> Decoder {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).expect("a checkpoint");
-    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
     let config = match case.starts_with("llama") {
         true => llama::decoder_config(&manifest),
         false => qwen2::decoder_config(&manifest),
     };
-    let weights = manifest.whole().weights(&placement).expect("weights");
+    let weights = manifest.whole().weights(&cpu()).expect("weights");
     Decoder::load(&weights, config.expect("a config")).expect("a decoder")
 }
 
@@ -344,7 +345,7 @@ struct SharedCaches {
 impl SharedCaches {
     fn new(model: &Decoder, num_tokens: usize) -> Self {
         let num_blocks = blocks_for(num_tokens);
-        let caches = KvCaches::new(model.config().kv_shape(), num_blocks, &Device::Cpu);
+        let caches = KvCaches::new(model.config().kv_shape(), num_blocks, &cpu());
         Self { caches: caches.expect("allocated"), pool: BlockPool::new(num_blocks) }
     }
 
@@ -407,8 +408,7 @@ impl Server {
     }
 
     fn open(path: &Path, options: LoadOptions) -> Self {
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
-        let model = family::load(path, &placement, &options, &mut |_| ()).expect("loaded");
+        let model = family::load(path, &cpu(), &options, &mut |_| ()).expect("loaded");
         Self { model, answers: BTreeMap::new(), next_id: 0, saw_preemption: false }
     }
 
@@ -520,7 +520,7 @@ fn mixed_requests(case: &str) -> Vec<TextRequest> {
 
 /// Options with a pool of exactly `num_blocks` blocks.
 fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
-    let block_bytes = decoder(case).config().kv_shape().block_bytes();
+    let block_bytes = decoder(case).config().kv_shape().block_bytes(DType::F32);
     LoadOptions { kv_cache_bytes: num_blocks * block_bytes, ..LoadOptions::default() }
 }
 
@@ -542,8 +542,7 @@ impl Copy {
     }
 
     fn load(&self) -> tale_models::Result<LoadedModel> {
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
-        family::load(self.path(), &placement, &LoadOptions::default(), &mut |_| ())
+        family::load(self.path(), &cpu(), &LoadOptions::default(), &mut |_| ())
     }
 
     fn write_json(&self, file_name: &str, value: &Value) {

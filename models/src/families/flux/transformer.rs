@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, rope_interleaved, silu};
 
@@ -106,11 +106,11 @@ impl FluxTransformerConfig {
 /// One forward pass: rows that share a shape.
 #[derive(Debug)]
 pub struct FluxInput<'a> {
-    /// Packed, `[b, li, in_channels]`.
+    /// Packed, f32 `[b, li, in_channels]`.
     pub latents: &'a Tensor,
-    /// `[b, lt, joint_attention_dim]`.
+    /// `[b, lt, joint_attention_dim]` in the compute dtype.
     pub prompt_embeds: &'a Tensor,
-    /// `[b, pooled_projection_dim]`.
+    /// `[b, pooled_projection_dim]` in the compute dtype.
     pub pooled_prompt_embeds: &'a Tensor,
     /// One per row, 0..1000.
     pub timesteps: &'a [f32],
@@ -131,6 +131,7 @@ pub struct FluxTransformer {
     single_transformer_blocks: Vec<SingleBlock>,
     norm_out: Modulation<2>,
     proj_out: Linear,
+    compute_dtype: DType,
 }
 
 impl FluxTransformer {
@@ -151,6 +152,7 @@ impl FluxTransformer {
                 .collect::<Result<_>>()?,
             norm_out: Modulation::load(&weights.pp("norm_out"), dim)?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
+            compute_dtype: weights.placement().compute_dtype,
             config,
         })
     }
@@ -160,10 +162,10 @@ impl FluxTransformer {
         &self.config
     }
 
-    /// The velocity of each row, packed as the latents: `[b, li, in_channels]`.
+    /// The velocity of each row, packed as the latents: f32 `[b, li, in_channels]`.
     pub fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
         let condition = silu(&self.time_text_embed.forward(input)?)?; // [b, dim]
-        let mut image = self.x_embedder.forward(input.latents)?; // [b, li, dim]
+        let mut image = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?; // [b, li, dim]
         let mut text = self.context_embedder.forward(input.prompt_embeds)?; // [b, lt, dim]
         let text_len = text.dim(1)?;
         let rope = Rope::new(&self.config.axes_dims_rope, text_len, input.grid, image.device())?;
@@ -177,7 +179,7 @@ impl FluxTransformer {
         let image = joint.narrow(1, text_len, joint.dim(1)? - text_len)?.contiguous()?;
         // The last norm alone has its scale before its shift.
         let [scale, shift] = self.norm_out.forward(&condition)?;
-        self.proj_out.forward(&modulated(&image, &shift, &scale)?)
+        Ok(self.proj_out.forward(&modulated(&image, &shift, &scale)?)?.to_dtype(DType::F32)?)
     }
 }
 
@@ -293,7 +295,7 @@ fn joint_attention([q, k, v]: [Tensor; 3], rope: &Rope) -> Result<Tensor> {
 /// column c at (0, r, c).
 #[derive(Debug)]
 struct Rope {
-    /// `[l, head_dim / 2]`.
+    /// f32 `[l, head_dim / 2]`.
     cos: Tensor,
     sin: Tensor,
 }
