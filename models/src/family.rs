@@ -206,6 +206,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::device::{DeviceSpec, WeightDtype};
 
     /// Golden cases by the family that recognises their checkpoint.
     fn goldens_by_family() -> BTreeMap<&'static str, Vec<String>> {
@@ -232,7 +233,7 @@ mod tests {
 
     #[test]
     fn inspection_finds_nothing_missing_and_nothing_unused_in_the_goldens() {
-        let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("cpu");
         for case in goldens_by_family().into_values().flatten() {
             let inspection =
                 inspect(&Path::new(&case).join("checkpoint"), &placement, &LoadOptions::default()).expect("inspect");
@@ -244,11 +245,45 @@ mod tests {
         }
     }
 
+    /// With the dtypes of a GPU weights, caches and what a request needs are counted in the compute dtype; only latents
+    /// and tables stay f32.
+    #[test]
+    fn bytes_follow_the_compute_dtype() {
+        let options = LoadOptions { kv_cache_bytes: 1 << 18, ..LoadOptions::default() };
+        for case in goldens_by_family().into_values().flatten() {
+            let facts = |dtype| {
+                let (path, placement) = (Path::new(&case).join("checkpoint"), as_on_a_gpu(dtype));
+                let inspection = inspect(&path, &placement, &options).expect("inspect");
+                let model = load(&path, &placement, &options, &mut |_| ()).expect("load");
+                assert_eq!(model.resident_bytes, inspection.resident_bytes(), "{case}");
+                let blocks = model.runner.status().kv_blocks_total;
+                (inspection.resident_bytes() - inspection.cache_bytes, blocks, default_footprint_bytes(&model))
+            };
+            let (wide, narrow) = (facts(WeightDtype::F32), facts(WeightDtype::Auto));
+            assert_eq!((wide.0, wide.1), (2 * narrow.0, narrow.1 / 2), "{case}: weights, KV blocks");
+            match wide.2 {
+                0 => assert_eq!(narrow.2, 0),
+                bytes => assert!((bytes / 2 + 1..bytes).contains(&narrow.2), "{case}: {bytes}, {}", narrow.2),
+            }
+        }
+    }
+
+    fn as_on_a_gpu(dtype: WeightDtype) -> Placement {
+        Placement::in_host_memory(DeviceSpec::Cuda(0), dtype)
+    }
+
+    /// Of a request that asks for nothing but a prompt.
+    fn default_footprint_bytes(model: &LoadedModel) -> usize {
+        let ModelCard::Diffusion(card) = &model.card else { return 0 };
+        let options = crate::card::DiffusionOptions { prompt: "x".into(), ..Default::default() };
+        model.runner.footprint_bytes(&crate::Request::Diffusion(card.resolve(options, 0).expect("valid")))
+    }
+
     #[test]
     fn an_unknown_architecture_is_refused_with_the_known_ones() {
         let dir = tempfile::tempdir().expect("temp dir");
         std::fs::write(dir.path().join("config.json"), r#"{"architectures":["MambaForCausalLM"]}"#).expect("write");
-        let placement = Placement::open(crate::device::DeviceSpec::Cpu, crate::device::WeightDtype::Auto).expect("cpu");
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("cpu");
         let error = inspect(dir.path(), &placement, &LoadOptions::default()).expect_err("unknown").to_string();
         assert!(error.contains("MambaForCausalLM") && error.contains("llama"), "{error}");
     }
