@@ -9,7 +9,9 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::Value;
-use tale_kernels::{AttentionOptions, attention, gelu_tanh, layer_norm, rope_interleaved, silu};
+use tale_kernels::{
+    AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
+};
 
 use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
 use crate::config::read_json;
@@ -435,7 +437,7 @@ impl WanTransformer {
             x = block.forward(&x, &text, &modulation, &rope)?;
         }
         let last = self.scale_shift_table.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
-        let x = modulated_norm(&x, [&last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?], self.config.eps)?;
+        let x = modulated_layer_norm(&x, &last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?, self.config.eps)?;
         self.unpatchify(&self.proj_out.forward(&x)?.to_dtype(DType::F32)?, grid)
     }
 
@@ -544,9 +546,9 @@ impl Block {
     fn forward(&self, x: &Tensor, text: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
         let modulation = self.scale_shift_table.broadcast_add(modulation)?;
         let part = |i: usize| modulation.narrow(1, i, 1); // [n, 1, dim]
-        let y = modulated_norm(x, [&part(0)?, &part(1)?], self.eps)?;
+        let y = modulated_layer_norm(x, &part(0)?, &part(1)?, self.eps)?;
         let y = self.attn1.forward(&y, &y, Some(rope))?;
-        let x = (x + y.broadcast_mul(&part(2)?)?)?;
+        let x = gated_sum(x, &part(2)?, &y)?;
 
         let y = match &self.norm2 {
             Some(norm) => norm.forward(&x)?,
@@ -554,23 +556,12 @@ impl Block {
         };
         let x = (x + self.attn2.forward(&y, text, None)?)?;
 
-        let y = modulated_norm(&x, [&part(3)?, &part(4)?], self.eps)?;
+        let y = modulated_layer_norm(&x, &part(3)?, &part(4)?, self.eps)?;
         // Two statements: the widest tensor of the block is freed before the second product.
         let hidden = gelu_tanh(&self.ffn[0].forward(&y)?)?;
         let y = self.ffn[1].forward(&hidden)?;
-        Ok((x + y.broadcast_mul(&part(5)?)?)?)
+        Ok(gated_sum(&x, &part(5)?, &y)?)
     }
-}
-
-/// `norm(x) * (1 + scale) + shift` of `x [n, l, dim]` with each row's own shift and scale `[n, 1, dim]`.
-fn modulated_norm(x: &Tensor, [shift, scale]: [&Tensor; 2], eps: f64) -> Result<Tensor> {
-    let scale = (scale + 1.0)?;
-    let norm = |row: usize| -> Result<Tensor> {
-        let (weight, bias) = (scale.get(row)?.flatten_all()?, shift.get(row)?.flatten_all()?);
-        Ok(layer_norm(&x.narrow(0, row, 1)?, Some(&weight), Some(&bias), eps)?)
-    };
-    let rows = (0..x.dim(0)?).map(norm).collect::<Result<Vec<_>>>()?;
-    Ok(Tensor::cat(&rows, 0)?)
 }
 
 /// Attention of `x` over itself or over the text, with q and k normalised across all heads at once.
@@ -603,20 +594,27 @@ impl Attention {
 
     /// `x [n, l, dim]` looks at `context [n, s, dim]`; with `rope` both are turned.
     fn forward(&self, x: &Tensor, context: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
-        let q = self.heads(&self.norm_q.forward(&self.to_q.forward(x)?)?, rope)?;
-        let k = self.heads(&self.norm_k.forward(&self.to_k.forward(context)?)?, rope)?;
-        let v = self.heads(&self.to_v.forward(context)?, None)?;
+        let q = self.normed(&self.to_q.forward(x)?, &self.norm_q, rope)?;
+        let k = self.normed(&self.to_k.forward(context)?, &self.norm_k, rope)?;
+        let v = self.heads(&self.to_v.forward(context)?)?;
         let y = attention(&q, &k, &v, &AttentionOptions::default())?; // [n, l, heads, head_dim]
         self.to_out.forward(&y.flatten_from(2)?)
     }
 
-    /// `[n, l, dim]` to `[n, l, heads, head_dim]`.
-    fn heads(&self, x: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
-        let (n, l, _) = x.dims3()?;
-        let x = x.reshape((n, l, self.num_heads, ()))?;
+    /// `[n, l, dim]` to `[n, l, heads, head_dim]`, normed and turned.
+    fn normed(&self, x: &Tensor, norm: &RmsNorm, rope: Option<&Rope>) -> Result<Tensor> {
         match rope {
-            Some(rope) => Ok(rope_interleaved(&x, &rope.cos, &rope.sin)?),
-            None => Ok(x),
+            Some(Rope { cos, sin }) => {
+                let norm = norm.of_queries_or_keys();
+                Ok(norm_rope(&self.heads(x)?, Some(&norm), cos, sin, RopeLayout::Interleaved)?)
+            }
+            None => self.heads(&norm.forward(x)?),
         }
+    }
+
+    /// `[n, l, dim]` to `[n, l, heads, head_dim]`.
+    fn heads(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, l, _) = x.dims3()?;
+        Ok(x.reshape((n, l, self.num_heads, ()))?)
     }
 }

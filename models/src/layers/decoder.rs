@@ -186,16 +186,16 @@ impl Decoder {
     pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
         let tokens = Tensor::new(input.tokens.as_slice(), &self.device)?;
         let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
-        let mut hidden = self.embed_tokens.forward(&tokens)?;
+        let mut stream = Stream { hidden: self.embed_tokens.forward(&tokens)?, pending: None };
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
             let step = AttentionStep { cos: &cos, sin: &sin, input, cache };
-            hidden = layer.forward(&hidden, &step)?;
+            stream = layer.forward(stream, &step)?;
         }
         if input.logit_rows.is_empty() {
             return Ok(None);
         }
         let rows = Tensor::new(input.logit_rows.as_slice(), &self.device)?;
-        let hidden = self.norm.forward(&hidden.index_select(&rows, 0)?)?;
+        let hidden = self.norm.forward(&stream.sum()?.index_select(&rows, 0)?)?;
         Ok(Some(self.lm_head.forward(&hidden)?))
     }
 }
@@ -228,10 +228,37 @@ impl DecoderLayer {
     }
 
     /// `[l, hidden_size]` to the same shape.
-    fn forward(&self, hidden: &Tensor, step: &AttentionStep<'_>) -> Result<Tensor> {
-        let hidden = (hidden + self.self_attn.forward(&self.input_layernorm.forward(hidden)?, step)?)?;
-        let out = self.mlp.forward(&self.post_attention_layernorm.forward(&hidden)?)?;
-        Ok((hidden + out)?)
+    fn forward(&self, stream: Stream, step: &AttentionStep<'_>) -> Result<Stream> {
+        let (hidden, normed) = stream.normed_sum(&self.input_layernorm)?;
+        let attended = self.self_attn.forward(&normed, step)?;
+        let (hidden, normed) = self.post_attention_layernorm.forward_sum(&hidden, &attended)?;
+        Ok(Stream { hidden, pending: Some(self.mlp.forward(&normed)?) })
+    }
+}
+
+/// Hidden states `[l, hidden_size]` to which the last feed-forward is yet to be added: the next norm does so on its way.
+struct Stream {
+    hidden: Tensor,
+    pending: Option<Tensor>,
+}
+
+impl Stream {
+    /// The whole states and their norm.
+    fn normed_sum(self, norm: &RmsNorm) -> Result<(Tensor, Tensor)> {
+        match self.pending {
+            Some(pending) => norm.forward_sum(&self.hidden, &pending),
+            None => {
+                let normed = norm.forward(&self.hidden)?;
+                Ok((self.hidden, normed))
+            }
+        }
+    }
+
+    fn sum(self) -> Result<Tensor> {
+        match self.pending {
+            Some(pending) => Ok((self.hidden + pending)?),
+            None => Ok(self.hidden),
+        }
     }
 }
 

@@ -81,6 +81,16 @@ impl RmsNorm {
         Ok(tale_kernels::rms_norm(x, &self.weight, self.eps)?)
     }
 
+    /// `sum = x + residual` and its norm.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        Ok(tale_kernels::add_rms_norm(x, residual, &self.weight, self.eps)?)
+    }
+
+    /// As part of a rotation.
+    pub fn of_queries_or_keys(&self) -> tale_kernels::QkNorm<'_> {
+        tale_kernels::QkNorm { weight: &self.weight, eps: self.eps }
+    }
+
     /// Where the layer lives.
     pub fn device(&self) -> &candle_core::Device {
         self.weight.device()

@@ -7,11 +7,13 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, attention, gelu_tanh, rope_interleaved, silu};
+use tale_kernels::{
+    AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
+};
 
 use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
-use crate::layers::{LayerNorm, Linear, RmsNorm};
+use crate::layers::{Linear, RmsNorm};
 use crate::weights::Weights;
 
 /// Of every norm; the class does not configure it.
@@ -235,13 +237,7 @@ impl<const N: usize> Modulation<N> {
 
 /// `norm(x) * (1 + scale) + shift`; `x [b, l, dim]`, the others `[b, 1, dim]`.
 fn modulated(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let normed = LayerNorm::no_affine(NORM_EPS).forward(x)?;
-    Ok(normed.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)?)
-}
-
-/// `x + gate * y`.
-fn gated_sum(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok((x + y.broadcast_mul(gate)?)?)
+    Ok(modulated_layer_norm(x, shift, scale, NORM_EPS)?)
 }
 
 /// Queries, keys and values of one stream; queries and keys normed per head.
@@ -274,21 +270,20 @@ impl Projections {
         })
     }
 
-    /// `x [b, l, dim]` to q, k, v `[b, l, heads, head_dim]`.
-    fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+    /// `x [b, l, dim]` to q, k, v `[b, l, heads, head_dim]`, queries and keys turned by `rope`, which is that of these
+    /// tokens.
+    fn forward(&self, x: &Tensor, rope: &Rope) -> Result<[Tensor; 3]> {
         let (b, l, dim) = x.dims3()?;
         let heads = |x: Tensor| x.reshape((b, l, self.num_heads, dim / self.num_heads));
-        let q = self.norm_q.forward(&heads(self.q.forward(x)?)?)?;
-        let k = self.norm_k.forward(&heads(self.k.forward(x)?)?)?;
+        let q = rope.rotate(&heads(self.q.forward(x)?)?, &self.norm_q)?;
+        let k = rope.rotate(&heads(self.k.forward(x)?)?, &self.norm_k)?;
         Ok([q, k, heads(self.v.forward(x)?)?])
     }
 }
 
-/// Rotated attention of all tokens with all tokens: `[b, l, dim]`.
-fn joint_attention([q, k, v]: [Tensor; 3], rope: &Rope) -> Result<Tensor> {
-    let (b, l, heads, head_dim) = q.dims4()?;
-    let (q, k) = (rope.rotate(&q)?, rope.rotate(&k)?);
-    Ok(attention(&q, &k, &v, &AttentionOptions::default())?.reshape((b, l, heads * head_dim))?)
+/// Attention of all tokens with all tokens: `[b, l, dim]`.
+fn joint_attention([q, k, v]: [Tensor; 3]) -> Result<Tensor> {
+    Ok(attention(&q, &k, &v, &AttentionOptions::default())?.flatten_from(2)?)
 }
 
 /// Rotation tables of all tokens, three axes side by side. Text tokens stand at (0, 0, 0), the image token in row r and
@@ -320,9 +315,14 @@ impl Rope {
         Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
 
-    /// `x [b, l, heads, head_dim]`.
-    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(rope_interleaved(x, &self.cos, &self.sin)?)
+    /// Of some of the tokens.
+    fn narrow(&self, start: usize, len: usize) -> Result<Self> {
+        Ok(Self { cos: self.cos.narrow(0, start, len)?, sin: self.sin.narrow(0, start, len)? })
+    }
+
+    /// `x [b, l, heads, head_dim]`, each head normed and then turned.
+    fn rotate(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
+        Ok(norm_rope(x, Some(&norm.of_queries_or_keys()), &self.cos, &self.sin, RopeLayout::Interleaved)?)
     }
 }
 
@@ -366,7 +366,7 @@ impl Stream {
         let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] = modulation;
         let x = gated_sum(x, gate_msa, &self.to_out.forward(&attended.contiguous()?)?)?;
         let y = self.ff.forward(&modulated(&x, shift_mlp, scale_mlp)?)?;
-        gated_sum(&x, gate_mlp, &y)
+        Ok(gated_sum(&x, gate_mlp, &y)?)
     }
 }
 
@@ -401,10 +401,11 @@ impl DoubleBlock {
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let of_text = self.text.norm1.forward(condition)?;
         let of_image = self.image.norm1.forward(condition)?;
-        let text_qkv = self.text.projections.forward(&modulated(text, &of_text[0], &of_text[1])?)?;
-        let image_qkv = self.image.projections.forward(&modulated(image, &of_image[0], &of_image[1])?)?;
+        let (text_rope, image_rope) = (rope.narrow(0, text_len)?, rope.narrow(text_len, image_len)?);
+        let text_qkv = self.text.projections.forward(&modulated(text, &of_text[0], &of_text[1])?, &text_rope)?;
+        let image_qkv = self.image.projections.forward(&modulated(image, &of_image[0], &of_image[1])?, &image_rope)?;
         let joint = |i: usize| Tensor::cat(&[&text_qkv[i], &image_qkv[i]], 1); // [b, l, heads, head_dim]
-        let attended = joint_attention([joint(0)?, joint(1)?, joint(2)?], rope)?;
+        let attended = joint_attention([joint(0)?, joint(1)?, joint(2)?])?;
         let text = self.text.after_attention(text, &attended.narrow(1, 0, text_len)?, &of_text)?;
         let image = self.image.after_attention(image, &attended.narrow(1, text_len, image_len)?, &of_image)?;
         Ok((text, image))
@@ -435,8 +436,8 @@ impl SingleBlock {
     fn forward(&self, x: &Tensor, condition: &Tensor, rope: &Rope) -> Result<Tensor> {
         let [shift, scale, gate] = self.norm.forward(condition)?;
         let normed = modulated(x, &shift, &scale)?;
-        let attended = joint_attention(self.projections.forward(&normed)?, rope)?;
+        let attended = joint_attention(self.projections.forward(&normed, rope)?)?;
         let inner = gelu_tanh(&self.proj_mlp.forward(&normed)?)?;
-        gated_sum(x, &gate, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)
+        Ok(gated_sum(x, &gate, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)?)
     }
 }
