@@ -257,7 +257,7 @@ mod cuda {
         let facts = facts(ordinal).map_err(|error| named(&words(error)))?;
         let build = CudaBuild { toolkit_version: sys::CUDA_VERSION as i32, capability: capability_of_build() };
         check_cuda(ordinal, &facts, &build)?;
-        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| named(&error))?;
+        let device = Device::new_cuda_with_stream(ordinal).map_err(|error| named(&first_line(&error)))?;
         let cuda = device.as_cuda_device()?;
         // SAFETY: one thread and one stream use the device, so that the stream's order is all the order there is. Done
         // before the first tensor exists: events would cost two calls per tensor and forbid graph capture.
@@ -326,6 +326,12 @@ mod cuda {
     fn capability_of_build() -> Capability {
         let digits = CAPABILITY_OF_BUILD.map(|cap| cap.trim_end_matches(|c: char| !c.is_ascii_digit()));
         digits.and_then(|digits| digits.parse::<i32>().ok()).map_or(MIN_CAPABILITY, |cap| (cap / 10, cap % 10))
+    }
+
+    /// candle puts a backtrace behind its errors where `RUST_BACKTRACE` is set.
+    fn first_line(error: &candle_core::Error) -> String {
+        let text = error.to_string();
+        format!("cannot be opened: {}", text.lines().next().unwrap_or_default())
     }
 
     /// `CUDA_ERROR_UNKNOWN: unknown error`.
