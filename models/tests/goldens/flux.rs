@@ -334,7 +334,7 @@ fn load_runner(case: &str, max_denoise_rows: usize) -> (tale_models::DiffusionCa
 }
 
 /// The runs of a case as the server would resolve them.
-fn requests(case: &str, card: &tale_models::DiffusionCard) -> Vec<DiffusionRequest> {
+pub fn requests(case: &str, card: &tale_models::DiffusionCard) -> Vec<DiffusionRequest> {
     let golden = golden_json(case);
     let size = |value: &serde_json::Value| value.as_u64().map(|value| value as usize);
     let request = |run: &serde_json::Value| {

@@ -6,6 +6,7 @@
 
 mod chats;
 mod flux;
+mod gpu;
 mod rng;
 mod support;
 mod text;

@@ -18,7 +18,7 @@ use tale_models::{Error, ModelCard, TextCard};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors};
 
-const CASES: [&str; 4] = ["llama-tied", "llama-untied", "qwen2", "qwen2-yarn"];
+pub const CASES: [&str; 4] = ["llama-tied", "llama-untied", "qwen2", "qwen2-yarn"];
 const GREEDY_TOKENS: usize = 48;
 /// That of `qwen2-yarn`: its `factor` times its original context.
 const SMALLEST_CONTEXT: usize = 192;
@@ -486,12 +486,12 @@ impl Answer {
     }
 }
 
-fn golden_ids(case: &str, name: &str) -> Vec<u32> {
+pub fn golden_ids(case: &str, name: &str) -> Vec<u32> {
     let ids = golden_tensors(case)[name].to_dtype(DType::U32).expect("ids");
     ids.to_vec1().expect("one dimension")
 }
 
-fn prompts(case: &str) -> Vec<Vec<u32>> {
+pub fn prompts(case: &str) -> Vec<Vec<u32>> {
     let count = golden_json(case)["prompts"].as_array().expect("a list").len();
     (0..count).map(|index| golden_ids(case, &format!("prompt.{index}"))).collect()
 }

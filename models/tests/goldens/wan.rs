@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use candle_core::Tensor;
-use tale_models::card::DiffusionOptions;
+use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::wan::WanModel;
 use tale_models::family::{LoadOptions, inspect};
@@ -83,7 +83,7 @@ const CASES: [&str; 2] = ["wan-a", "wan-b"];
 fn every_stage_is_that_of_the_reference() {
     for case in CASES {
         let (model, tensors) = (open_model(case), golden_tensors(case));
-        for (run, request) in requests(case, &model) {
+        for (run, request) in requests(case, model.card()) {
             let tensor = |what: &str| &tensors[&format!("run{run}.{what}")];
             let close = |what: &str, found: &Tensor, tolerance: f64| {
                 assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
@@ -121,7 +121,7 @@ const LATENTS_TOLERANCE: f64 = 1e-4;
 fn every_frame_is_that_of_the_reference() {
     for case in CASES {
         let (model, tensors) = (open_model(case), golden_tensors(case));
-        let requests = requests(case, &model);
+        let requests = requests(case, model.card());
         let mut runner = DiffusionRunner::new(model, 4);
         for (run, request) in requests {
             let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
@@ -140,7 +140,7 @@ fn every_frame_is_that_of_the_reference() {
 fn clips_made_together_are_those_made_alone() {
     for case in CASES {
         let model = open_model(case);
-        let (_, first) = requests(case, &model).remove(0);
+        let (_, first) = requests(case, model.card()).remove(0);
         let second = DiffusionRequest { prompt: "Another prompt altogether".into(), seed: 3, ..first.clone() };
         let mut runner = DiffusionRunner::new(model, 4);
         let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
@@ -153,7 +153,7 @@ fn clips_made_together_are_those_made_alone() {
 #[test]
 fn a_clip_cancelled_while_it_is_decoded_leaves_nothing() {
     let model = open_model("wan-a");
-    let (_, request) = requests("wan-a", &model).remove(0);
+    let (_, request) = requests("wan-a", model.card()).remove(0);
     let mut runner = DiffusionRunner::new(model, 4);
     let id = SessionId(1);
     runner.submit(id, Request::Diffusion(request)).unwrap();
@@ -235,7 +235,7 @@ fn copy_of_configs(case: &str) -> tempfile::TempDir {
 }
 
 /// The runs of a case, through the card as a client's would go.
-fn requests(case: &str, model: &WanModel) -> Vec<(usize, DiffusionRequest)> {
+pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionRequest)> {
     let golden = golden_json(case);
     let request = |run: &serde_json::Value| {
         let number = |field: &str| run[field].as_u64().map(|value| value as usize);
@@ -251,7 +251,7 @@ fn requests(case: &str, model: &WanModel) -> Vec<(usize, DiffusionRequest)> {
             max_sequence_length: number("max_sequence_length"),
             ..Default::default()
         };
-        model.card().resolve(options, 0).expect("a valid request")
+        card.resolve(options, 0).expect("a valid request")
     };
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
 }

@@ -1,0 +1,167 @@
+//! The same goldens computed by the GPU kernels: on a GPU if this build and machine have one, and with the feature
+//! `emulator` on the CPU, thread by thread. f32 must be the reference, 16 bits near it.
+
+use std::path::PathBuf;
+
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::family::{self, LoadOptions, LoadedModel};
+use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
+use tale_models::{DiffusionCard, ModelCard};
+
+use crate::support::{case_dir, golden_tensors, psnr};
+use crate::{flux, text, wan};
+
+/// Of pictures in f32, as on the CPU.
+const MIN_PSNR_F32: f64 = 50.0;
+/// Of pictures in bf16, whose 8 bits of mantissa are rounded at every layer of every step.
+const MIN_PSNR_BF16: f64 = 30.0;
+
+#[test]
+fn flux_pictures_are_the_reference_ones() {
+    on_every_gpu(|gpu| {
+        for case in ["flux-dev", "flux-schnell"] {
+            let golden = golden_tensors(case);
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            for (run, request) in flux::requests(case, diffusion_card(&model)).into_iter().enumerate() {
+                let expected: Vec<u8> = golden[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
+                let frames = gpu.run(|| frames(&mut model, request));
+                gpu.assert_picture(&format!("{case} run {run}"), &frames[0].rgb, &expected);
+            }
+        }
+    });
+}
+
+#[test]
+fn wan_clips_are_the_reference_ones() {
+    on_every_gpu(|gpu| {
+        for case in ["wan-a", "wan-b"] {
+            let golden = golden_tensors(case);
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            for (run, request) in wan::requests(case, diffusion_card(&model)) {
+                let expected = &golden[&format!("run{run}.frames")];
+                let frames = gpu.run(|| frames(&mut model, request));
+                assert_eq!(expected.dim(0).unwrap(), frames.len());
+                for (index, frame) in frames.iter().enumerate() {
+                    let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                    gpu.assert_picture(&format!("{case} run {run} frame {index}"), &frame.rgb, &expected);
+                }
+            }
+        }
+    });
+}
+
+/// In 16 bits two tokens of a random model may be as good as equal, so only f32 must say the same words.
+#[test]
+fn greedy_tokens_are_the_reference_ones() {
+    const TOKENS: usize = 12;
+    on_every_gpu(|gpu| {
+        for case in text::CASES {
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            for (index, prompt) in text::prompts(case).into_iter().enumerate() {
+                let expected = text::golden_ids(case, &format!("greedy.{index}"));
+                let found = gpu.run(|| greedy_tokens(&mut model, prompt, TOKENS));
+                let same = found.iter().zip(&expected).take_while(|(found, expected)| found == expected).count();
+                let wanted = if gpu.dtype == WeightDtype::F32 { TOKENS } else { 1 };
+                assert!(same >= wanted, "{} {case} prompt {index}: {found:?} is not {expected:?}", gpu.name);
+            }
+        }
+    });
+}
+
+/// A GPU or its emulator, in one dtype.
+struct Gpu {
+    name: String,
+    placement: Placement,
+    dtype: WeightDtype,
+    is_emulated: bool,
+}
+
+fn on_every_gpu(body: impl Fn(&Gpu)) {
+    let dtypes = [WeightDtype::F32, WeightDtype::Bf16];
+    if cfg!(feature = "emulator") {
+        for dtype in dtypes {
+            let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
+            body(&Gpu { name: format!("emulator {dtype:?}"), placement, dtype, is_emulated: true });
+        }
+    }
+    for dtype in dtypes {
+        match Placement::open(DeviceSpec::Cuda(0), dtype) {
+            Ok(placement) => body(&Gpu { name: format!("cuda:0 {dtype:?}"), placement, dtype, is_emulated: false }),
+            Err(problem) => eprintln!("NOT RUN on a GPU: {problem}"),
+        }
+    }
+}
+
+impl Gpu {
+    fn load(&self, path: &PathBuf) -> LoadedModel {
+        self.run(|| family::load(path, &self.placement, &LoadOptions::default(), &mut |_| ()).expect("loaded"))
+    }
+
+    fn run<R>(&self, body: impl FnOnce() -> R) -> R {
+        if self.is_emulated { emulated(body) } else { body() }
+    }
+
+    #[track_caller]
+    fn assert_picture(&self, what: &str, found: &[u8], expected: &[u8]) {
+        let wanted = if self.dtype == WeightDtype::F32 { MIN_PSNR_F32 } else { MIN_PSNR_BF16 };
+        let found = psnr(found, expected);
+        println!("{} {what}: {found:.1} dB", self.name);
+        assert!(found >= wanted, "{} {what}: {found:.1} dB, wanted are {wanted}", self.name);
+    }
+}
+
+#[cfg(feature = "emulator")]
+fn emulated<R>(body: impl FnOnce() -> R) -> R {
+    tale_kernels::emulated(body)
+}
+
+#[cfg(not(feature = "emulator"))]
+fn emulated<R>(_: impl FnOnce() -> R) -> R {
+    unreachable!("nothing is emulated in this build")
+}
+
+fn diffusion_card(model: &LoadedModel) -> &DiffusionCard {
+    match &model.card {
+        ModelCard::Diffusion(card) => card,
+        ModelCard::Text(_) => panic!("the case makes pictures"),
+    }
+}
+
+/// All frames of one request.
+fn frames(model: &mut LoadedModel, request: DiffusionRequest) -> Vec<Frame> {
+    let mut all = Vec::new();
+    for event in events(model, Request::Diffusion(request)) {
+        if let Event::Frames(frames) = event {
+            all.extend(frames);
+        }
+    }
+    all
+}
+
+fn greedy_tokens(model: &mut LoadedModel, prompt: Vec<u32>, max_tokens: usize) -> Vec<u32> {
+    let sampling = SamplingParams::greedy();
+    let request = TextRequest { prompt, max_tokens, sampling, stop: Vec::new(), ignore_eos: true };
+    let mut all = Vec::new();
+    for event in events(model, Request::Text(request)) {
+        if let Event::Text { tokens, .. } = event {
+            all.extend(tokens);
+        }
+    }
+    all
+}
+
+/// Everything that one session tells until its end.
+fn events(model: &mut LoadedModel, request: Request) -> Vec<Event> {
+    model.runner.submit(SessionId(1), request).expect("accepted");
+    let (mut events, mut all) = (Events::default(), Vec::new());
+    while model.runner.next().is_some() {
+        model.runner.step(&mut events).expect("a step");
+        for (_, event) in events.drain() {
+            if let Event::Failed(error) = event {
+                panic!("the session failed: {error}");
+            }
+            all.push(event);
+        }
+    }
+    all
+}
