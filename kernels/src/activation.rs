@@ -160,7 +160,7 @@ impl<F: Function2> Op for Zip<'_, F> {
 }
 
 #[derive(Clone, Copy)]
-struct Silu;
+pub(crate) struct Silu;
 
 impl Function for Silu {
     #[inline(always)]

@@ -19,6 +19,7 @@ mod dot;
 mod flash;
 #[cfg(gpu)]
 mod gpu;
+mod group_norm;
 mod linear;
 mod math;
 mod norm;
@@ -38,8 +39,9 @@ pub use change::relative_l1;
 pub use conv::{conv2d, conv3d, upsample_nearest2d};
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
+pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
 pub use linear::{embedding, linear};
-pub use norm::{add_rms_norm, gated_sum, group_norm, layer_norm, modulated_layer_norm, rms_norm, rms_norm_channels};
+pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
 pub use paged::{PagedBatch, paged_attention, write_kv};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use simd::{Isa, isa};

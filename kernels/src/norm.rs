@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor, bail};
 
 #[cfg(gpu)]
 use crate::gpu;
-use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
+use crate::parallel::{Shared, for_each, tasks_for};
 use crate::row;
 use crate::simd::{Op, Simd, dispatch};
 use crate::view::{View, tensor, vector};
@@ -170,169 +170,6 @@ fn statistics<S: Simd>(s: S, norm: Norm, row: &[f32]) -> (f32, f32) {
     (mean, (1.0 / (variance + norm.eps).sqrt()) as f32)
 }
 
-/// Group norm of `x [batch, channels, ...]`: statistics over each group of `channels / num_groups` channels and all
-/// positions; `weight [channels]`, `bias [channels]`.
-pub fn group_norm(x: &Tensor, num_groups: usize, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    let (batch, channels, positions) = batch_channels_positions("group_norm", x)?;
-    if num_groups == 0 || channels % num_groups != 0 {
-        bail!("group_norm: {num_groups} groups do not divide the channels of {:?}", x.shape());
-    }
-    let (weight, bias) =
-        (vector("group_norm", "weight", weight, channels)?, vector("group_norm", "bias", bias, channels)?);
-    let x = x.contiguous()?;
-    let views = (
-        View::contiguous("group_norm", &x)?,
-        View::contiguous("group_norm", &weight)?,
-        View::contiguous("group_norm", &bias)?,
-    );
-    let (from, weight, bias) = (views.0.f32()?, views.1.f32()?, views.2.f32()?);
-    let mut y = vec![0f32; from.len()];
-    let per_group = channels / num_groups;
-    let shared = Shared::new(&mut y);
-    let len = if positions == 0 { 0 } else { batch * num_groups };
-    for_each(len, from.len() * 4, |task| {
-        let (size, first) = (per_group * positions, task % num_groups * per_group);
-        // SAFETY: every task has its own group.
-        let to = unsafe { shared.slice(task * size, size) };
-        dispatch(NormGroup {
-            from: &from[task * size..(task + 1) * size],
-            to,
-            weight: &weight[first..first + per_group],
-            bias: &bias[first..first + per_group],
-            eps,
-        });
-    });
-    tensor(y, x.shape().clone())
-}
-
-fn batch_channels_positions(op: &str, x: &Tensor) -> Result<(usize, usize, usize)> {
-    match x.dims() {
-        [batch, channels, positions @ ..] => Ok((*batch, *channels, positions.iter().product())),
-        _ => bail!("{op}: x must be [batch, channels, ...], got {:?}", x.shape()),
-    }
-}
-
-/// One group of channels, each with its factor and term.
-struct NormGroup<'a> {
-    from: &'a [f32],
-    to: &'a mut [f32],
-    weight: &'a [f32],
-    bias: &'a [f32],
-    eps: f64,
-}
-
-impl Op for NormGroup<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let positions = self.from.len() / self.weight.len();
-        let count = self.from.len() as f64;
-        // A group may have millions of values: lanes are added up channel by channel, channels in f64.
-        let mut sum = 0f64;
-        for channel in self.from.chunks_exact(positions) {
-            sum += row::long_sum(s, channel);
-        }
-        let mean = (sum / count) as f32;
-        let mut squares = 0f64;
-        for channel in self.from.chunks_exact(positions) {
-            squares += row::long_sum_of_squares(s, channel, mean);
-        }
-        let factor = 1.0 / (squares / count + self.eps).sqrt();
-        for (channel, from) in self.from.chunks_exact(positions).enumerate() {
-            let to = &mut self.to[channel * positions..(channel + 1) * positions];
-            let scale = (factor * f64::from(self.weight[channel])) as f32;
-            row::map(s, Line { mean, scale, shift: self.bias[channel] }, from, to);
-        }
-    }
-}
-
-/// `(x - mean) * scale + shift`.
-#[derive(Clone, Copy)]
-struct Line {
-    mean: f32,
-    scale: f32,
-    shift: f32,
-}
-
-impl row::Function for Line {
-    #[inline(always)]
-    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
-        s.fma(s.sub(x, s.splat(self.mean)), s.splat(self.scale), s.splat(self.shift))
-    }
-}
-
-/// `x / max(||x||₂, 1e-12) * sqrt(channels) * weight` over dimension 1 of `x [batch, channels, ...]`; `weight
-/// [channels]` (diffusers `WanRMS_norm`, `torch.nn.functional.normalize`).
-pub fn rms_norm_channels(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    /// Positions that a task takes: what the caches hold for all channels of a VAE.
-    const PART: usize = 512;
-    let (batch, channels, positions) = batch_channels_positions("rms_norm_channels", x)?;
-    let weight = vector("rms_norm_channels", "weight", weight, channels)?;
-    let x = x.contiguous()?;
-    let views = (View::contiguous("rms_norm_channels", &x)?, View::contiguous("rms_norm_channels", &weight)?);
-    let (from, weight) = (views.0.f32()?, views.1.f32()?);
-    let mut y = vec![0f32; from.len()];
-    let parts = positions.div_ceil(PART);
-    let shared = Shared::new(&mut y);
-    for_each(batch * parts, from.len() * 4, |task| {
-        let start = task % parts * PART;
-        let place = task / parts * channels * positions + start;
-        let len = PART.min(positions - start);
-        with_scratch(PART, |norms| {
-            let norms = &mut norms[..len];
-            norms.fill(0.0);
-            dispatch(NormColumns { from, weight, place, positions, norms, to: &shared });
-        });
-    });
-    tensor(y, x.shape().clone())
-}
-
-/// Some positions of all channels: channel c lies at `place + c * positions`.
-struct NormColumns<'a> {
-    from: &'a [f32],
-    weight: &'a [f32],
-    place: usize,
-    positions: usize,
-    /// One per position, zero at first.
-    norms: &'a mut [f32],
-    to: &'a Shared<'a, f32>,
-}
-
-impl Op for NormColumns<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let len = self.norms.len();
-        for channel in 0..self.weight.len() {
-            let start = self.place + channel * self.positions;
-            row::add_squares(s, self.norms, &self.from[start..start + len]);
-        }
-        let root = (self.weight.len() as f32).sqrt();
-        for norm in self.norms.iter_mut() {
-            *norm = root / norm.sqrt().max(1e-12);
-        }
-        for (channel, weight) in self.weight.iter().enumerate() {
-            let start = self.place + channel * self.positions;
-            // SAFETY: every task has its own positions.
-            let to = unsafe { self.to.slice(start, len) };
-            row::zip(s, ScaledProduct(*weight), &self.from[start..start + len], self.norms, to);
-        }
-    }
-}
-
-/// `a * b * scale`.
-#[derive(Clone, Copy)]
-struct ScaledProduct(f32);
-
-impl row::Function2 for ScaledProduct {
-    #[inline(always)]
-    fn apply<S: Simd>(self, s: S, a: S::V, b: S::V) -> S::V {
-        s.mul(s.mul(a, b), s.splat(self.0))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     //! The specifications, in candle's own operations, and the kernels held against them.
@@ -367,30 +204,6 @@ mod tests {
                 y = y.broadcast_add(bias)?;
             }
             Ok(y)
-        }
-
-        pub(super) fn group_norm(
-            x: &Tensor,
-            num_groups: usize,
-            weight: &Tensor,
-            bias: &Tensor,
-            eps: f64,
-        ) -> Result<Tensor> {
-            let dims = x.dims().to_vec();
-            let (batch, channels) = (dims[0], dims[1]);
-            let mut per_channel = vec![1; dims.len()];
-            per_channel[1] = channels;
-            let grouped = x.contiguous()?.reshape((batch, num_groups, ()))?;
-            let y = layer_norm(&grouped, None, None, eps)?.reshape(dims)?;
-            y.broadcast_mul(&weight.reshape(per_channel.clone())?)?.broadcast_add(&bias.reshape(per_channel)?)
-        }
-
-        pub(super) fn rms_norm_channels(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-            let channels = x.dim(1)?;
-            let mut per_channel = vec![1; x.rank()];
-            per_channel[1] = channels;
-            let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
-            x.broadcast_div(&norm)?.broadcast_mul(&(weight.reshape(per_channel)? * (channels as f64).sqrt())?)
         }
     }
 
@@ -460,29 +273,10 @@ mod tests {
                 assert_close(&layer_norm(&x, weight, bias, 1e-5).unwrap(), &expected, 5e-6);
             }
         }
-
-        #[test]
-        fn groups_and_channels_equal_their_specifications(
-            b in 1usize..3, groups in 1usize..5, per_group in 1usize..5, h in 1usize..40, w in 1usize..40,
-        ) {
-            let channels = groups * per_group;
-            let x = ((random(&[b, channels, h, w], 1) * 3.0).unwrap() + 1.5).unwrap();
-            let (weight, bias) = (random(&[channels], 2), random(&[channels], 3));
-            let expected = oracle::group_norm(&x, groups, &weight, &bias, 1e-5).unwrap();
-            assert_close(&group_norm(&x, groups, &weight, &bias, 1e-5).unwrap(), &expected, 5e-6);
-            let expected = oracle::rms_norm_channels(&x, &weight).unwrap();
-            assert_close(&rms_norm_channels(&x, &weight).unwrap(), &expected, 2e-6);
-        }
     }
 
     #[test]
-    fn strided_inputs_and_clips_are_read_by_their_strides() {
-        let x = random(&[2, 5, 9, 6, 7], 1).transpose(1, 2).unwrap();
-        let weight = random(&[9], 2);
-        let expected = oracle::rms_norm_channels(&x, &weight).unwrap();
-        assert_close(&rms_norm_channels(&x, &weight).unwrap(), &expected, 2e-6);
-        let expected = oracle::group_norm(&x, 3, &weight, &weight, 1e-6).unwrap();
-        assert_close(&group_norm(&x, 3, &weight, &weight, 1e-6).unwrap(), &expected, 5e-6);
+    fn strided_inputs_are_read_by_their_strides() {
         let weight = random(&[5], 3);
         let x = random(&[3, 5, 4], 4).transpose(1, 2).unwrap();
         assert_close(&rms_norm(&x, &weight, 1e-6).unwrap(), &oracle::rms_norm(&x, &weight, 1e-6).unwrap(), 2e-6);
@@ -504,31 +298,8 @@ mod tests {
     }
 
     #[test]
-    fn a_large_offset_does_not_drown_the_variance() {
-        let x = (random(&[1, 4, 300, 300], 1) + 1000.0).unwrap();
-        let (weight, bias) = (random(&[4], 2), random(&[4], 3));
-        let exact = {
-            let x = x.to_dtype(DType::F64).unwrap();
-            let (weight, bias) = (weight.to_dtype(DType::F64).unwrap(), bias.to_dtype(DType::F64).unwrap());
-            oracle::group_norm(&x, 2, &weight, &bias, 1e-6).unwrap().to_dtype(DType::F32).unwrap()
-        };
-        assert_close(&group_norm(&x, 2, &weight, &bias, 1e-6).unwrap(), &exact, 2e-4);
-    }
-
-    #[test]
-    fn a_zero_column_stays_zero() {
-        let y = rms_norm_channels(&random(&[1, 3, 4], 1).zeros_like().unwrap(), &random(&[3], 2)).unwrap();
-        assert_eq!(y.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
-    }
-
-    #[test]
     fn misfits_name_the_operation_and_the_shapes() {
         let error = rms_norm(&random(&[2, 3], 1), &random(&[4], 2), 1e-6).unwrap_err().to_string();
         assert!(error.contains("rms_norm: weight") && error.contains("[3]") && error.contains("[4]"), "{error}");
-        let error = group_norm(&random(&[2, 3, 4], 1), 2, &random(&[3], 2), &random(&[3], 2), 1e-6).unwrap_err();
-        assert!(
-            error.to_string().contains("group_norm: 2 groups") && error.to_string().contains("[2, 3, 4]"),
-            "{error}"
-        );
     }
 }

@@ -143,6 +143,11 @@ impl GroupNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(tale_kernels::group_norm(x, self.num_groups, &self.weight, &self.bias, self.eps)?)
     }
+
+    /// `silu(norm(x))`.
+    pub fn activated(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(tale_kernels::group_norm_silu(x, self.num_groups, &self.weight, &self.bias, self.eps)?)
+    }
 }
 
 /// 2-D convolution, stride 1 unless said otherwise, symmetric zero padding.

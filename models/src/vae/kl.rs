@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, attention, silu, upsample_nearest2d};
+use tale_kernels::{AttentionOptions, attention, upsample_nearest2d};
 
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
@@ -172,7 +172,7 @@ impl KlDecoder {
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
-        Ok(self.conv_out.forward(&silu(&self.conv_norm_out.forward(&x)?)?)?.to_dtype(DType::F32)?)
+        Ok(self.conv_out.forward(&self.conv_norm_out.activated(&x)?)?.to_dtype(DType::F32)?)
     }
 }
 
@@ -242,8 +242,8 @@ impl Resnet {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&silu(&self.norm1.forward(x)?)?)?;
-        let y = self.conv2.forward(&silu(&self.norm2.forward(&y)?)?)?;
+        let y = self.conv1.forward(&self.norm1.activated(x)?)?;
+        let y = self.conv2.forward(&self.norm2.activated(&y)?)?;
         match &self.conv_shortcut {
             Some(conv) => Ok((conv.forward(x)? + y)?),
             None => Ok((x + y)?),

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, attention, rms_norm_channels, silu, upsample_nearest2d};
+use tale_kernels::{AttentionOptions, attention, rms_norm_channels, rms_norm_channels_silu, upsample_nearest2d};
 
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, Conv3d};
@@ -262,9 +262,9 @@ impl Norm {
         Ok(rms_norm_channels(x, &self.gamma)?)
     }
 
-    /// `silu(norm(x))`. A function of its own, so that the norm is freed before the convolution that comes next.
+    /// `silu(norm(x))`.
     fn activated(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(silu(&self.forward(x)?)?)
+        Ok(rms_norm_channels_silu(x, &self.gamma)?)
     }
 }
 
