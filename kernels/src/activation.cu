@@ -2,7 +2,8 @@
 //
 //   unary: y = f(x)        gated: y = f(a) * b
 //
-// f by its number: 0 silu, 1 gelu (tanh), 2 gelu (erf), 3 quick gelu. Mapping: one thread per pack of 16 bytes, with
+// f by its number: 0 silu, 1 gelu (tanh), 2 gelu (erf), 3 quick gelu,
+// 4 x itself. Mapping: one thread per pack of 16 bytes, with
 // a grid that strides over long inputs; for `gated`, y is the grid's row, so that a and b may be halves of wider rows.
 // Bytes moved: every input once, the output once.
 #include "common.cuh"
@@ -20,7 +21,8 @@ __device__ __forceinline__ float activate(int f, float x) {
             // (1 + tanh u) / 2 is the sigmoid of 2u, u = sqrt(2 / pi) (x + 0.044715 x³).
             return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
         case 2: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-        default: return x * sigmoid(1.702f * x);
+        case 3: return x * sigmoid(1.702f * x);
+        default: return x;
     }
 }
 

@@ -12,6 +12,8 @@ use crate::view::{View, tensor};
 
 #[cfg(gpu)]
 mod launch;
+#[cfg(gpu)]
+pub(crate) use launch::copy_into;
 
 /// `x * sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {

@@ -61,6 +61,35 @@ macro_rules! by_dtype {
 }
 pub(crate) use by_dtype;
 
+/// Launches recorded for [`crate::Recording`].
+pub(crate) enum Recorded {
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Graph),
+    #[cfg(feature = "emulator")]
+    Emulator(emulator::Tape),
+}
+
+impl Recorded {
+    pub(crate) fn of(on: &Tensor, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+        match on.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Self::Cuda(cuda::Graph::record(device, body)?)),
+            #[cfg(feature = "emulator")]
+            Device::Cpu => Ok(Self::Emulator(emulator::Tape::record(body)?)),
+            device => bail!("recording: this build launches no kernels on {device:?}"),
+        }
+    }
+
+    pub(crate) fn replay(&self) -> Result<()> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(graph) => graph.replay(),
+            #[cfg(feature = "emulator")]
+            Self::Emulator(tape) => tape.replay(),
+        }
+    }
+}
+
 /// One argument as the kernel reads it from memory.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -74,6 +103,7 @@ union Argument {
 
 /// A kernel with its grid and arguments. Arguments come in the order of the kernel's parameters; the types are not
 /// checked by anybody, so each launch stands in one function next to nothing else.
+#[derive(Clone)]
 pub(crate) struct Launch {
     module: &'static Module,
     kernel: &'static str,
@@ -139,22 +169,22 @@ impl Launch {
 
     /// Runs it after everything that was launched before on the device of `on`. Returns before it has finished on a GPU;
     /// memory that is freed meanwhile is reused in the order of the same stream.
-    pub(crate) fn run(mut self, on: &Tensor) -> Result<()> {
+    pub(crate) fn run(self, on: &Tensor) -> Result<()> {
         if self.grid.contains(&0) {
             return Ok(());
         }
-        let mut pointers: Vec<*mut std::ffi::c_void> =
-            self.arguments.iter_mut().map(|argument| std::ptr::from_mut(argument).cast()).collect();
         match on.device() {
             #[cfg(feature = "cuda")]
-            Device::Cuda(device) => cuda::launch(device, &self, &mut pointers),
+            Device::Cuda(device) => cuda::launch(device, &self),
             #[cfg(feature = "emulator")]
-            Device::Cpu => emulator::launch(&self, &mut pointers),
-            device => {
-                let _ = &mut pointers;
-                bail!("{} of {}.cu: this build launches no kernels on {device:?}", self.kernel, self.module.name)
-            }
+            Device::Cpu => emulator::launch(self),
+            device => bail!("{} of {}.cu: this build launches no kernels on {device:?}", self.kernel, self.module.name),
         }
+    }
+
+    /// Where each argument lies, as launching functions want it.
+    fn pointers(&self) -> Vec<*mut std::ffi::c_void> {
+        self.arguments.iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect()
     }
 }
 
@@ -165,6 +195,8 @@ pub(crate) fn output(shape: impl Into<Shape>, dtype: DType, like: &Tensor) -> Re
     let tensor = unsafe { Tensor::empty(shape, dtype, like.device())? };
     #[cfg(any(test, feature = "emulator"))]
     poison(&tensor)?;
+    #[cfg(feature = "emulator")]
+    emulator::keep(&tensor);
     Ok(tensor)
 }
 
@@ -216,6 +248,7 @@ fn cpu_address(storage: &CpuStorage) -> Result<u64> {
 ///
 /// f32 factors are never rounded to TF32: who asks for f32 gets the results of the CPU, who wants tensor cores asks for
 /// 16 bits.
+#[derive(Clone)]
 pub(crate) struct Gemm {
     pub m: usize,
     pub n: usize,

@@ -26,6 +26,7 @@ mod norm;
 mod outer;
 mod paged;
 mod parallel;
+mod recording;
 mod rope;
 mod row;
 mod simd;
@@ -43,5 +44,6 @@ pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_ch
 pub use linear::{embedding, linear};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
 pub use paged::{PagedBatch, paged_attention, write_kv};
+pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use simd::{Isa, isa};

@@ -15,21 +15,35 @@ pub(super) enum Function {
     GeluTanh = 1,
     GeluErf = 2,
     QuickGelu = 3,
+    /// x as it is.
+    Copy = 4,
 }
 
 pub(super) fn unary(function: Function, x: &Tensor) -> Result<Tensor> {
     // A fresh tensor is aligned; a view may begin anywhere.
     let x = if address(x)? % 16 == 0 { x.contiguous()? } else { x.force_contiguous()? };
     let y = output(x.shape(), x.dtype(), &x)?;
+    launch_unary(function, &x, &y)?;
+    Ok(y)
+}
+
+/// Contiguous tensors of one shape and dtype.
+pub(crate) fn copy_into(from: &Tensor, to: &Tensor) -> Result<()> {
+    if address(from)? % 16 != 0 || address(to)? % 16 != 0 {
+        bail!("copy_into: tensors must begin at a multiple of 16 bytes");
+    }
+    launch_unary(Function::Copy, from, to)
+}
+
+fn launch_unary(function: Function, x: &Tensor, y: &Tensor) -> Result<()> {
     let len = x.elem_count();
     let blocks = (len * x.dtype().size_in_bytes()).div_ceil(16 * THREADS).min(MAX_WAVES_BLOCKS);
     Launch::new(&ACTIVATION, by_dtype!("unary", x.dtype()), [blocks, 1, 1], THREADS)?
-        .tensor(&x)?
-        .tensor(&y)?
+        .tensor(x)?
+        .tensor(y)?
         .i64(len)
         .i32(function as i32)
-        .run(&x)?;
-    Ok(y)
+        .run(x)
 }
 
 /// `function(gate) * value`, of the same shape; the last dimension may be part of a wider row.

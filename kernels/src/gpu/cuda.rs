@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys as cublas_sys};
-use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaModule, DevicePtr, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaFunction, CudaGraph, CudaModule, DevicePtr, result, sys};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaStorage, CudaStorageSlice, DeviceId};
 use candle_core::{CudaDevice, DType, Error, Result, bail};
@@ -60,7 +60,7 @@ impl Kernels {
     }
 }
 
-pub(super) fn launch(device: &CudaDevice, launch: &Launch, arguments: &mut [*mut c_void]) -> Result<()> {
+pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
     let function = KERNELS.with_borrow_mut(|kernels| kernels.function(device, launch))?;
     let [x, y, z] = launch.grid;
     let stream = device.cuda_stream();
@@ -73,10 +73,36 @@ pub(super) fn launch(device: &CudaDevice, launch: &Launch, arguments: &mut [*mut
             (launch.threads, 1, 1),
             launch.shared_bytes,
             stream.cu_stream(),
-            arguments,
+            &mut launch.pointers(),
         )
     };
     launched.map_err(|error| Error::msg(format!("{}: {error}", launch.kernel)))
+}
+
+/// A CUDA graph of one stream.
+pub(crate) struct Graph(CudaGraph);
+
+impl Graph {
+    /// Memory that `body` allocates and frees becomes the graph's own.
+    pub(super) fn record(device: &CudaDevice, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let stream = device.cuda_stream();
+        // Other threads, with other devices, may do what they like meanwhile.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(Error::wrap)?;
+        let body = body();
+        // Ended whatever came of it: a stream that still captures is of no use to anybody.
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let graph = stream.end_capture(flags);
+        body?;
+        match graph.map_err(Error::wrap)? {
+            Some(graph) => Ok(Self(graph)),
+            None => bail!("recording: nothing was launched"),
+        }
+    }
+
+    pub(super) fn replay(&self) -> Result<()> {
+        self.0.launch().map_err(Error::wrap)
+    }
 }
 
 /// Where the values of a storage begin.

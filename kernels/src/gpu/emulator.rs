@@ -1,15 +1,62 @@
 //! Launches on the CPU, for tests: see `emulator/emulator.h`.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use half::{bf16, f16};
 
 use super::{Gemm, Launch};
 
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
+    /// What is being recorded, if anything is.
+    static TAPE: RefCell<Option<Tape>> = const { RefCell::new(None) };
+}
+
+/// Launches in their order, and the tensors that they write: a GPU's graph owns their memory too.
+#[derive(Default)]
+pub(crate) struct Tape {
+    steps: Vec<Step>,
+    tensors: Vec<Tensor>,
+}
+
+enum Step {
+    Launch(Launch),
+    Gemm(Gemm, [u64; 3]),
+}
+
+impl Tape {
+    pub(super) fn record(body: impl FnOnce() -> Result<()>) -> Result<Self> {
+        TAPE.set(Some(Self::default()));
+        let done = body();
+        let tape = TAPE.take().expect("nobody else takes it: this is a bug");
+        done.map(|()| tape)
+    }
+
+    pub(super) fn replay(&self) -> Result<()> {
+        for step in &self.steps {
+            match step {
+                Step::Launch(step) => run(step)?,
+                Step::Gemm(gemm, addresses) => multiply_matrices(gemm, *addresses)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the step went onto a tape, so that it must not run now.
+    fn takes(step: impl FnOnce() -> Step) -> bool {
+        TAPE.with_borrow_mut(|tape| tape.as_mut().map(|tape| tape.steps.push(step())).is_some())
+    }
+}
+
+/// Keeps a tensor as long as what is being recorded.
+pub(super) fn keep(tensor: &Tensor) {
+    TAPE.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.tensors.push(tensor.clone());
+        }
+    });
 }
 
 /// Runs `body` with every operation on CPU tensors of this thread launched on the emulator.
@@ -41,7 +88,11 @@ unsafe extern "C" {
 /// Shared memory that a block of the smallest GPU served (compute capability 8.6 and 8.9) may have.
 const MAX_SHARED_BYTES: u32 = 99 << 10;
 
-pub(super) fn launch(launch: &Launch, arguments: &mut [*mut c_void]) -> Result<()> {
+pub(super) fn launch(launch: Launch) -> Result<()> {
+    if Tape::takes(|| Step::Launch(launch.clone())) { Ok(()) } else { run(&launch) }
+}
+
+fn run(launch: &Launch) -> Result<()> {
     let kernel = launch.kernel;
     if launch.shared_bytes > MAX_SHARED_BYTES {
         bail!("{kernel}: {} bytes of shared memory are more than every GPU has", launch.shared_bytes);
@@ -49,15 +100,19 @@ pub(super) fn launch(launch: &Launch, arguments: &mut [*mut c_void]) -> Result<(
     let name = CString::new(kernel).map_err(candle_core::Error::wrap)?;
     let (grid, threads, shared) = (launch.grid.as_ptr(), launch.threads, launch.shared_bytes);
     // SAFETY: the arguments are those of the kernel, as for cuLaunchKernel.
-    match unsafe { emulator_launch(name.as_ptr(), grid, threads, shared, arguments.as_mut_ptr()) } {
+    match unsafe { emulator_launch(name.as_ptr(), grid, threads, shared, launch.pointers().as_mut_ptr()) } {
         0 => Ok(()),
         1 => bail!("{kernel}: {}.cu has no such kernel", launch.module.name),
         _ => bail!("{kernel}: {threads} threads are more than it was declared for"),
     }
 }
 
-/// What cuBLAS would compute, value by value.
 pub(super) fn gemm(gemm: &Gemm, addresses: [u64; 3]) -> Result<()> {
+    if Tape::takes(|| Step::Gemm(gemm.clone(), addresses)) { Ok(()) } else { multiply_matrices(gemm, addresses) }
+}
+
+/// What cuBLAS would compute, value by value.
+fn multiply_matrices(gemm: &Gemm, addresses: [u64; 3]) -> Result<()> {
     match gemm.dtype {
         DType::F32 => multiply::<f32>(gemm, addresses, |x| x, |x| x),
         DType::F16 => multiply::<f16>(gemm, addresses, f16::to_f32, f16::from_f32),
