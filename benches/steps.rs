@@ -1,7 +1,7 @@
 //! What one step of each family costs beside the machine's roofs: `cargo bench --bench steps [-- text|flux|wan ...]`.
 //!
-//! Checkpoints of published widths and few layers are made on the fly with random weights, loaded as any other, and
-//! driven through their runners. Reading roof: all threads sum an array as large as the weights of a decode step, at most
+//! Configurations of published widths and few layers get random weights (`LoadFormat::Dummy`) and are driven through
+//! their runners. Reading roof: all threads sum an array as large as the weights of a decode step, at most
 //! 2 GiB. Compute roof: all threads multiply-add in registers. Both are measured in the same run.
 #![allow(missing_docs)] // a bench has no readers of its docs
 
@@ -9,13 +9,11 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use safetensors::Dtype;
 use serde_json::{Value, json};
 use tale_models::card::{DiffusionOptions, TextOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, LoadOptions, LoadedModel};
+use tale_models::family::{self, LoadFormat, LoadOptions, LoadedModel};
 use tale_models::request::Phase;
-use tale_models::testing::random_weights;
 use tale_models::{Events, ModelCard, Request, SessionId};
 
 /// A plain read of more than this would need as much memory again as the model.
@@ -27,7 +25,7 @@ fn main() {
     let gflops = peak_gflops();
     println!("{} threads; compute roof {gflops:.0} GFLOP/s", rayon::current_num_threads());
     if wanted("text") {
-        for dtype in [Dtype::F16, Dtype::BF16, Dtype::F32] {
+        for dtype in [WeightDtype::F16, WeightDtype::Bf16, WeightDtype::F32] {
             text(dtype, gflops);
         }
     }
@@ -49,16 +47,15 @@ const KV_WIDTH: usize = 4 * 64;
 const PREFILL: usize = 256;
 const STREAMS: usize = 16;
 
-fn text(dtype: Dtype, gflops: f64) {
+fn text(dtype: WeightDtype, gflops: f64) {
     let checkpoint = Checkpoint::of("llama-untied");
     checkpoint.edit("config.json", |config| {
         *config = json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
             "num_hidden_layers": LAYERS, "intermediate_size": FFN, "vocab_size": VOCAB, "num_attention_heads": 32,
             "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0});
     });
-    let bytes = checkpoint.write_weights(dtype);
     let before = reset_peak_rss();
-    let mut bench = Bench::load(&checkpoint, LoadOptions::default());
+    let (mut bench, bytes) = Bench::load(&checkpoint, dtype);
     let grown = peak_rss_bytes().saturating_sub(before);
     println!(
         "\nllama 1.1B {dtype:?}: {:.2} GB of weights; peak memory while loading {:.2} times that",
@@ -67,7 +64,7 @@ fn text(dtype: Dtype, gflops: f64) {
     );
 
     let matrices = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * FFN);
-    let read_bytes = (matrices + VOCAB * HIDDEN) * dtype.bitsize() / 8;
+    let read_bytes = (matrices + VOCAB * HIDDEN) * if dtype == WeightDtype::F32 { 4 } else { 2 };
     // The memory of a shared machine is not equally fast at all times: the roof is taken on both sides of the step.
     let roof_before = read_gb_per_s(read_bytes);
     let one = bench.decode_seconds(1);
@@ -110,8 +107,7 @@ fn flux(gflops: f64) {
             "down_block_types": down, "up_block_types": up}),
         );
     });
-    let bytes = checkpoint.write_weights(Dtype::BF16);
-    let mut bench = Bench::load(&checkpoint, LoadOptions::default());
+    let (mut bench, bytes) = Bench::load(&checkpoint, WeightDtype::Bf16);
     let text_tokens = 256;
     let options = DiffusionOptions {
         prompt: "a lighthouse".into(),
@@ -143,8 +139,7 @@ fn wan(gflops: f64) {
         merge(config, sizes);
     });
     checkpoint.edit("vae/config.json", |config| merge(config, json!({"base_dim": 96})));
-    let bytes = checkpoint.write_weights(Dtype::BF16);
-    let mut bench = Bench::load(&checkpoint, LoadOptions::default());
+    let (mut bench, bytes) = Bench::load(&checkpoint, WeightDtype::Bf16);
     let text_tokens = 64;
     let options = DiffusionOptions {
         prompt: "waves".into(),
@@ -195,10 +190,6 @@ impl Checkpoint {
         change(&mut config);
         std::fs::write(path, config.to_string()).expect("can be written");
     }
-
-    fn write_weights(&self, dtype: Dtype) -> usize {
-        random_weights::write(&self.path(), dtype).expect("weights can be written")
-    }
 }
 
 fn copy_without_weights(from: &Path, to: &Path) {
@@ -232,10 +223,14 @@ struct DiffusionTimes {
 }
 
 impl Bench {
-    fn load(checkpoint: &Checkpoint, options: LoadOptions) -> Self {
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
+    /// Also the bytes of the weights.
+    fn load(checkpoint: &Checkpoint, dtype: WeightDtype) -> (Self, usize) {
+        let placement = Placement::open(DeviceSpec::Cpu, dtype).expect("a CPU");
+        let options = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
+        let inspection = family::inspect(&checkpoint.path(), &placement, &options).expect("a sound configuration");
         let model = family::load(&checkpoint.path(), &placement, &options, &mut |_| ()).expect("loads");
-        Self { model, events: Events::default(), next: 0 }
+        let bytes = inspection.resident_bytes() - inspection.cache_bytes;
+        (Self { model, events: Events::default(), next: 0 }, bytes)
     }
 
     fn submit(&mut self, request: Request) {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::family::LoadOptions;
+use tale_models::family::{LoadFormat, LoadOptions};
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::ServerOptions;
@@ -50,6 +50,12 @@ pub struct Settings {
     #[arg(long, value_name = "DTYPE")]
     #[serde(deserialize_with = "parsed")]
     pub dtype: Option<WeightDtype>,
+
+    /// Where weights come from: auto (the checkpoint's files), or dummy (random values in the shapes of its
+    /// configurations, for load tests) [default: auto]
+    #[arg(long, value_name = "FORMAT")]
+    #[serde(deserialize_with = "parsed")]
+    pub load_format: Option<LoadFormat>,
 
     /// Memory for weights, caches and running work together, such as 24GiB [default: most of what the device has]
     #[arg(long, value_name = "SIZE")]
@@ -207,6 +213,7 @@ impl Settings {
             listen: self.listen.or(file.listen),
             device: self.device.or(file.device),
             dtype: self.dtype.or(file.dtype),
+            load_format: self.load_format.or(file.load_format),
             memory: self.memory.or(file.memory),
             kv_cache: self.kv_cache.or(file.kv_cache),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
@@ -229,6 +236,7 @@ impl Settings {
             device: self.device.unwrap_or_default(),
             weight_dtype: self.dtype.unwrap_or_default(),
             load: LoadOptions {
+                load_format: self.load_format.unwrap_or_default(),
                 kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
@@ -384,6 +392,9 @@ mod tests {
         let document = include_str!("../docs/configuration.md");
         let example = document.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
         let config = resolve(example, Settings::default()).unwrap();
+        assert_eq!(config.engine.load.load_format, LoadFormat::Auto);
+        let dummy = resolve(&example.replace("load_format = \"auto\"", "load_format = \"dummy\""), Settings::default());
+        assert_eq!(dummy.unwrap().engine.load.load_format, LoadFormat::Dummy);
         assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
         assert_eq!(config.engine.memory_bytes, Some(24 << 30));
         assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
@@ -420,6 +431,7 @@ mod tests {
         for (key, default) in [
             ("listen", listen.to_string()),
             ("device", engine.device.to_string()),
+            ("load_format", "auto".to_owned()),
             ("kv_cache", gib(engine.load.kv_cache_bytes)),
             ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
             ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
@@ -472,6 +484,7 @@ mod tests {
         );
         check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
         check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
+        check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
         check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
         check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);

@@ -284,6 +284,34 @@ fn inspect_fails_on_damaged_checkpoints_and_says_why() {
     check_failure(&["inspect", empty.path().to_str().unwrap()], 1, &["GPT2LMHeadModel", "llama, qwen2, flux, wan"]);
 }
 
+/// A copy of a golden's checkpoint without its weight files.
+fn configurations_of(case: &str) -> (TempDir, String) {
+    let (dir, copy) = copy_of(case);
+    let deleted = Command::new("find").arg(&copy).args(["-name", "*.safetensors*", "-delete"]).status().unwrap();
+    assert!(deleted.success());
+    (dir, copy.to_str().unwrap().to_owned())
+}
+
+#[test]
+fn configurations_alone_make_noise() {
+    let (_dir, llama) = configurations_of("llama-untied");
+    let text = ["generate", "text", "--model", &llama, "--prompt", "A", "--max-tokens", "8", "--ignore-eos", "--json"];
+    check_failure(&text, 1, &["holds no safetensors file"]);
+    let noise = || succeed(&[&text[..], &["--load-format", "dummy", "--temperature", "0"]].concat());
+    assert_eq!(noise(), noise(), "the same folder gives the same values");
+    let inspect = |path: &str, format: &str| -> Value {
+        serde_json::from_str(&succeed(&["inspect", path, "--json", "--load-format", format])).unwrap()
+    };
+    let published = inspect(&Golden::read("llama-untied").checkpoint, "auto");
+    assert_eq!(inspect(&llama, "dummy")["parameters"], published["parameters"]);
+
+    let (dir, flux) = configurations_of("flux-schnell");
+    let output = dir.path().join("noise.png");
+    let image = ["generate", "image", "--model", &flux, "--prompt", "x", "--width", "32", "--height", "32"];
+    succeed(&[&image[..], &["--load-format", "dummy", "--output", output.to_str().unwrap()]].concat());
+    assert_eq!(decode(&output).len(), 32 * 32 * 3);
+}
+
 fn signal(child: &Child, name: &str) {
     let kill = format!("kill -{name} {}", child.id());
     assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());

@@ -38,16 +38,15 @@ pub const FAMILIES: &[&dyn Family] = &[
 enum Mode {
     /// To run.
     Load,
-    /// To see what its files lack.
+    /// To see what its files lack, and what it would take.
     Inspect,
-    /// To see what files it would need.
-    List,
 }
 
 /// Opens a component's weights by folder name and reports progress; remembers them for [`inspect`].
 pub struct OpenWeights<'a> {
     placement: &'a Placement,
     mode: Mode,
+    format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
     opened: Vec<(String, Weights)>,
 }
@@ -58,10 +57,11 @@ impl OpenWeights<'_> {
         let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
         (self.on_component)(name);
         let (dir, placement) = (&component.dir, self.placement);
-        let weights = match self.mode {
-            Mode::Load => Weights::open(dir, placement)?,
-            Mode::Inspect => Weights::open_dry(dir, placement)?,
-            Mode::List => Weights::open_blank(dir, placement),
+        let weights = match (self.format, self.mode) {
+            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, placement)?,
+            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, placement)?,
+            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, placement)?,
+            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, placement)?,
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
@@ -78,9 +78,33 @@ impl OpenWeights<'_> {
     }
 }
 
-/// Sizes of what a runner allocates beside the weights.
+/// `--load-format`: where weights come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadFormat {
+    /// The checkpoint's files, in the format that they have.
+    #[default]
+    Auto,
+    /// Nowhere: random values in the shapes that the configurations ask for, made on the device.
+    Dummy,
+}
+
+impl std::str::FromStr for LoadFormat {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "auto" => Ok(Self::Auto),
+            "dummy" => Ok(Self::Dummy),
+            _ => Err(Error::invalid("load_format", format!("`{name}` is not a load format; allowed: auto, dummy"))),
+        }
+    }
+}
+
+/// Where weights come from, and sizes of what a runner allocates beside them.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
+    /// Where weights come from.
+    pub load_format: LoadFormat,
     /// Bytes of the paged KV cache of a language model.
     pub kv_cache_bytes: usize,
     /// Most tokens (decode and prefill together) of one text step.
@@ -93,7 +117,13 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { kv_cache_bytes: 1 << 30, max_batch_tokens: 512, max_batch_sequences: 64, max_denoise_rows: 4 }
+        Self {
+            load_format: LoadFormat::Auto,
+            kv_cache_bytes: 1 << 30,
+            max_batch_tokens: 512,
+            max_batch_sequences: 64,
+            max_denoise_rows: 4,
+        }
     }
 }
 
@@ -138,7 +168,8 @@ pub fn load(
 ) -> Result<LoadedModel> {
     let manifest = Manifest::read(path)?;
     let family = detect(&manifest)?;
-    let mut open = OpenWeights { placement, mode: Mode::Load, on_component, opened: Vec::new() };
+    let format = options.load_format;
+    let mut open = OpenWeights { placement, mode: Mode::Load, format, on_component, opened: Vec::new() };
     let mut model = family.load(&manifest, &mut open, options)?;
     for (component, weights) in &open.opened {
         let report = weights.report();
@@ -157,40 +188,24 @@ pub fn load(
 
 /// Says what the checkpoint at `path` is, what is missing or unused and what it would take, without loading it.
 pub fn inspect(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<Inspection> {
+    Ok(plan(path, placement, options)?.0)
+}
+
+/// As [`inspect`], with the model itself, over tensors that take no memory: its card and the footprints of its requests
+/// are those of the loaded one. There is no model where the inspection names a problem.
+pub fn plan(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<(Inspection, Option<LoadedModel>)> {
     let manifest = Manifest::read(path)?;
     let family = detect(&manifest)?;
-    let mut open = OpenWeights { placement, mode: Mode::Inspect, on_component: &mut |_| (), opened: Vec::new() };
-    let (cache_bytes, problem) = match family.load(&manifest, &mut open, options) {
-        Ok(model) => (model.resident_bytes, None),
-        Err(problem) => (0, Some(problem)),
+    let (mode, format) = (Mode::Inspect, options.load_format);
+    let mut open = OpenWeights { placement, mode, format, on_component: &mut |_| (), opened: Vec::new() };
+    let (model, problem) = match family.load(&manifest, &mut open, options) {
+        Ok(model) => (Some(model), None),
+        Err(problem) => (None, Some(problem)),
     };
+    let cache_bytes = model.as_ref().map_or(0, |model| model.resident_bytes);
     let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
-    Ok(Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem })
-}
-
-/// Names and shapes of the tensors that the configurations of the checkpoint at `path` ask for, by component folder.
-/// Weight files are not looked at.
-pub(crate) fn wanted_tensors(path: &Path, placement: &Placement) -> Result<Vec<WantedTensors>> {
-    let manifest = Manifest::read(path)?;
-    let mut open = OpenWeights { placement, mode: Mode::List, on_component: &mut |_| (), opened: Vec::new() };
-    detect(&manifest)?.load(&manifest, &mut open, &LoadOptions::default())?;
-    let wanted = open.opened.into_iter().map(|(component, weights)| {
-        let problems = weights.report().problems.into_iter();
-        let tensors = problems.filter_map(|problem| match problem {
-            Error::MissingTensor { tensor, expected, .. } => Some((tensor, expected)),
-            _ => None,
-        });
-        WantedTensors { component, tensors: tensors.collect() }
-    });
-    Ok(wanted.collect())
-}
-
-/// What one component asks for.
-pub(crate) struct WantedTensors {
-    /// Its folder; empty for a whole-folder model.
-    pub component: String,
-    /// Name and shape, in the order of asking.
-    pub tensors: Vec<(String, Vec<usize>)>,
+    let inspection = Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem };
+    Ok((inspection, model))
 }
 
 fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
@@ -242,6 +257,22 @@ mod tests {
                 assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
                 assert!(report.unused.is_empty(), "{case} {component}: unused {:?}", report.unused);
             }
+        }
+    }
+
+    /// Random weights take what the files take, whoever asks: the inspection or the load.
+    #[test]
+    fn dummy_weights_take_the_memory_of_the_files() {
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::F32).expect("cpu");
+        for case in goldens_by_family().into_values().flatten() {
+            let path = Path::new(&case).join("checkpoint");
+            let options = |load_format| LoadOptions { load_format, kv_cache_bytes: 1 << 18, ..Default::default() };
+            let of_files = inspect(&path, &placement, &options(LoadFormat::Auto)).expect("inspect");
+            let dummy = inspect(&path, &placement, &options(LoadFormat::Dummy)).expect("inspect");
+            assert!(dummy.problem.is_none(), "{case}: {:?}", dummy.problem);
+            assert_eq!(dummy.resident_bytes(), of_files.resident_bytes(), "{case}");
+            let loaded = load(&path, &placement, &options(LoadFormat::Dummy), &mut |_| ()).expect("load");
+            assert_eq!(loaded.resident_bytes, of_files.resident_bytes(), "{case}");
         }
     }
 

@@ -3,8 +3,6 @@
 //! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
 //! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
-pub mod random_weights;
-
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};

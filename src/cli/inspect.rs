@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, Inspection, LoadOptions};
+use tale_models::family::{self, Inspection, LoadFormat, LoadOptions};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::{CliError, logs};
@@ -30,13 +30,18 @@ pub struct InspectArgs {
     /// Dtype that the memory is computed for: auto (as published, on a GPU bf16), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: WeightDtype,
+
+    /// Where weights would come from: auto (the checkpoint's files), or dummy (nowhere: what the configurations ask for)
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    load_format: LoadFormat,
 }
 
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR);
     let placement = Placement::in_host_memory(args.device, args.dtype);
-    let report = Report::new(args, family::inspect(&args.path, &placement, &LoadOptions::default())?);
+    let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
+    let report = Report::new(args, family::inspect(&args.path, &placement, &options)?);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {

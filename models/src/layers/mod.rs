@@ -49,7 +49,7 @@ pub struct Embedding {
 impl Embedding {
     /// Tensor `weight [num, dim]`.
     pub fn load(weights: &Weights, num: usize, dim: usize) -> Result<Self> {
-        Ok(Self { weight: weights.matrix(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
+        Ok(Self { weight: weights.table(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
     }
 
     /// `ids [l]` (u32) to `[l, dim]` in the compute dtype, whatever the table's is.

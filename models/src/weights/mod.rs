@@ -1,8 +1,9 @@
 //! Tensors of a checkpoint component by name: memory-mapped safetensors files, checked before use, copied once.
 //!
-//! Owns: the view by name, dtype conversion, and the record of which tensors were used (`files` finds and checks).
-//! Does not know: any architecture. A *dry* view answers every request with a tensor that takes no memory and records
-//! what is missing, so that `tale inspect` runs the very code that loads.
+//! Owns: the view by name, dtype conversion, and the record of which tensors were used (`files` finds and checks,
+//! `dummy` makes random ones where there are no files). Does not know: any architecture. A *dry* view answers every
+//! request with a tensor that takes no memory and records what is missing, so that `tale inspect` runs the very code
+//! that loads.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -17,6 +18,7 @@ use safetensors::Dtype;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 
+mod dummy;
 mod files;
 
 /// Bytes of a tensor that are converted at a time; whole elements of every dtype.
@@ -32,10 +34,22 @@ pub struct Weights {
 
 struct Source {
     root: PathBuf,
-    files: Vec<(PathBuf, Mmap)>,
-    tensors: BTreeMap<String, Located>,
+    origin: Origin,
     dry: bool,
     record: Mutex<Record>,
+}
+
+/// Where tensors come from.
+enum Origin {
+    Files(Files),
+    /// Random values: whatever is asked for is there, as if published in this dtype.
+    Dummy(DType),
+}
+
+/// The weight files of a folder.
+struct Files {
+    files: Vec<(PathBuf, Mmap)>,
+    tensors: BTreeMap<String, Located>,
 }
 
 struct Located {
@@ -49,13 +63,17 @@ struct Located {
 struct Record {
     used: BTreeSet<String>,
     problems: Vec<Error>,
+    /// Elements of the used tensors.
+    used_elements: usize,
     resident_bytes: usize,
+    /// Of these, bytes of tables.
+    table_bytes: usize,
 }
 
 /// What loading a component used, and what it would have needed.
 #[derive(Debug)]
 pub struct WeightsReport {
-    /// Elements of all tensors in the files.
+    /// Elements of all tensors in the files; of dummy weights, of all that were asked for.
     pub num_parameters: usize,
     /// Elements by published dtype.
     pub dtypes: BTreeMap<String, usize>,
@@ -88,6 +106,21 @@ impl Weights {
         Self::open_as(dir, placement, true)
     }
 
+    /// Random weights for the folder `dir`, of which only the configuration is read: every tensor that is asked for is
+    /// made where it will live.
+    pub fn dummy(dir: &Path, placement: &Placement) -> Result<Self> {
+        Self::dummy_as(dir, placement, false)
+    }
+
+    /// As [`Weights::dummy`], but tensors take no memory.
+    pub fn dummy_dry(dir: &Path, placement: &Placement) -> Result<Self> {
+        Self::dummy_as(dir, placement, true)
+    }
+
+    fn dummy_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {
+        Ok(Self::over(Source::new(dir, Origin::Dummy(dummy::published_dtype(dir)?), dry), placement))
+    }
+
     fn open_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {
         let (paths, index) = files::find(dir)?;
         let mut files = Vec::with_capacity(paths.len());
@@ -108,12 +141,7 @@ impl Weights {
                 return Err(Error::checkpoint(dir.join(shard), problem));
             }
         }
-        Ok(Self::over(Source { files, tensors, dry, ..Source::blank(dir) }, placement))
-    }
-
-    /// A dry view of a folder without weight files: what is asked for is recorded as missing, with its shape.
-    pub(crate) fn open_blank(dir: &Path, placement: &Placement) -> Self {
-        Self::over(Source::blank(dir), placement)
+        Ok(Self::over(Source::new(dir, Origin::Files(Files { files, tensors }), dry), placement))
     }
 
     fn over(source: Source, placement: &Placement) -> Self {
@@ -137,18 +165,18 @@ impl Weights {
 
     /// Whether the files hold a tensor of this name under the prefix.
     pub fn contains(&self, name: &str) -> bool {
-        self.source.tensors.contains_key(&self.full_name(name))
+        self.source.published().contains_key(&self.full_name(name))
     }
 
     /// Whether the files hold any tensor below `segment.`.
     pub fn contains_below(&self, segment: &str) -> bool {
         let below = format!("{}{segment}.", self.prefix);
-        self.source.tensors.range(below.clone()..).next().is_some_and(|(name, _)| name.starts_with(&below))
+        self.source.published().range(below.clone()..).next().is_some_and(|(name, _)| name.starts_with(&below))
     }
 
     /// Number of dimensions of a tensor, if the files hold it.
     pub fn rank(&self, name: &str) -> Option<usize> {
-        self.source.tensors.get(&self.full_name(name)).map(|located| located.shape.len())
+        self.source.published().get(&self.full_name(name)).map(|located| located.shape.len())
     }
 
     /// A vector, norm weight, bias, convolution kernel or table, in the compute dtype.
@@ -161,6 +189,15 @@ impl Weights {
         self.load(&[rows, cols], name, Placement::matrix_dtype)
     }
 
+    /// As [`Weights::matrix`], for a table of which a pass reads the rows that it looks up and no others.
+    pub fn table(&self, rows: usize, cols: usize, name: &str) -> Result<Tensor> {
+        let before = self.record().resident_bytes;
+        let table = self.matrix(rows, cols, name)?;
+        let mut record = self.record();
+        record.table_bytes += record.resident_bytes - before;
+        Ok(table)
+    }
+
     /// Marks a tensor as known and deliberately not loaded, so that it is not reported as unused.
     pub fn ignore(&self, name: &str) {
         self.record().used.insert(self.full_name(name));
@@ -169,7 +206,7 @@ impl Weights {
     /// As [`Weights::ignore`], for all tensors below `segment.`.
     pub fn ignore_below(&self, segment: &str) {
         let below = format!("{}{segment}.", self.prefix);
-        let names = self.source.tensors.range(below.clone()..).map(|(name, _)| name);
+        let names = self.source.published().range(below.clone()..).map(|(name, _)| name);
         self.record().used.extend(names.take_while(|name| name.starts_with(&below)).cloned());
     }
 
@@ -178,43 +215,55 @@ impl Weights {
         let source = &self.source;
         let mut record = self.record();
         let mut dtypes = BTreeMap::new();
-        for tensor in source.tensors.values() {
-            *dtypes.entry(format!("{:?}", tensor.dtype)).or_insert(0) += tensor.shape.iter().product::<usize>();
+        for tensor in source.published().values() {
+            *dtypes.entry(format!("{:?}", tensor.dtype)).or_insert(0) += elements(&tensor.shape);
+        }
+        if let Origin::Dummy(dtype) = source.origin {
+            dtypes.insert(format!("{dtype:?}"), record.used_elements);
         }
         WeightsReport {
             num_parameters: dtypes.values().sum(),
             dtypes,
             resident_bytes: record.resident_bytes,
             problems: std::mem::take(&mut record.problems),
-            unused: source.tensors.keys().filter(|name| !record.used.contains(*name)).cloned().collect(),
+            unused: source.published().keys().filter(|name| !record.used.contains(*name)).cloned().collect(),
         }
+    }
+
+    /// Bytes of the tensors loaded so far that every pass over the network reads: all but tables.
+    pub fn streamed_bytes(&self) -> usize {
+        let record = self.record();
+        record.resident_bytes - record.table_bytes
     }
 
     fn load(&self, shape: &[usize], name: &str, dtype: impl Fn(&Placement, DType) -> DType) -> Result<Tensor> {
         let full_name = self.full_name(name);
         let (source, placement) = (&*self.source, &self.placement);
-        match source.checked(&full_name, shape) {
-            Ok(located) => {
-                let dtype = dtype(placement, candle_dtype(located.dtype));
-                self.note_use(&full_name, shape, dtype);
-                match source.dry {
-                    true => placeholder(shape, dtype, &placement.device),
-                    false => source.read(located, dtype, &placement.device),
-                }
-            }
+        let found = match source.find(&full_name, shape) {
+            Ok(found) => found,
             Err(problem) if source.dry => {
                 self.record().problems.push(problem);
                 self.record().used.insert(full_name);
-                placeholder(shape, dtype(placement, DType::F32), &placement.device)
+                return placeholder(shape, dtype(placement, DType::F32), &placement.device);
             }
-            Err(problem) => Err(problem),
+            Err(problem) => return Err(problem),
+        };
+        let dtype = dtype(placement, found.published_dtype());
+        self.note_use(&full_name, shape, dtype);
+        match found {
+            _ if source.dry => placeholder(shape, dtype, &placement.device),
+            Found::InFiles(files, located) => files.read(located, dtype, &placement.device),
+            Found::Dummy(_) => dummy::tensor(&full_name, shape, dtype, &placement.device),
         }
     }
 
     fn note_use(&self, full_name: &str, shape: &[usize], dtype: DType) {
         let mut record = self.record();
         if record.used.insert(full_name.to_owned()) {
-            record.resident_bytes += shape.iter().product::<usize>() * dtype.size_in_bytes();
+            let elements = elements(shape);
+            record.used_elements = record.used_elements.saturating_add(elements);
+            let bytes = elements.saturating_mul(dtype.size_in_bytes());
+            record.resident_bytes = record.resident_bytes.saturating_add(bytes);
         }
     }
 
@@ -227,23 +276,54 @@ impl Weights {
     }
 }
 
+/// A tensor that was asked for.
+enum Found<'a> {
+    /// It lies in a file, in the shape that was asked for.
+    InFiles(&'a Files, &'a Located),
+    /// It is made up, as if published in this dtype.
+    Dummy(DType),
+}
+
+impl Found<'_> {
+    fn published_dtype(&self) -> DType {
+        match self {
+            Self::InFiles(_, located) => candle_dtype(located.dtype),
+            Self::Dummy(dtype) => *dtype,
+        }
+    }
+}
+
 impl Source {
-    fn blank(dir: &Path) -> Self {
-        Self {
-            root: dir.to_path_buf(),
-            files: Vec::new(),
-            tensors: BTreeMap::new(),
-            dry: true,
-            record: Mutex::new(Record::default()),
+    fn new(dir: &Path, origin: Origin, dry: bool) -> Self {
+        Self { root: dir.to_path_buf(), origin, dry, record: Mutex::new(Record::default()) }
+    }
+
+    /// The tensors of the files; none where there are no files.
+    fn published(&self) -> &BTreeMap<String, Located> {
+        static NONE: BTreeMap<String, Located> = BTreeMap::new();
+        match &self.origin {
+            Origin::Files(files) => &files.tensors,
+            Origin::Dummy(_) => &NONE,
         }
     }
 
-    fn checked(&self, name: &str, shape: &[usize]) -> Result<&Located> {
-        let located = self.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+    fn find(&self, name: &str, shape: &[usize]) -> Result<Found<'_>> {
+        let files = match &self.origin {
+            Origin::Files(files) => files,
+            Origin::Dummy(dtype) => return Ok(Found::Dummy(*dtype)),
+        };
+        let located = files.tensors.get(name).ok_or_else(|| Error::MissingTensor {
             path: self.root.clone(),
             tensor: name.to_owned(),
             expected: shape.to_vec(),
         })?;
+        files.check(name, located, shape)?;
+        Ok(Found::InFiles(files, located))
+    }
+}
+
+impl Files {
+    fn check(&self, name: &str, located: &Located, shape: &[usize]) -> Result<()> {
         let path = &self.files[located.file].0;
         if located.shape != shape {
             return Err(Error::TensorShape {
@@ -257,7 +337,7 @@ impl Source {
             let problem = format!("tensor `{name}` has dtype {:?}; read are F32, F16 and BF16", located.dtype);
             return Err(Error::checkpoint(path, problem));
         }
-        Ok(located)
+        Ok(())
     }
 
     /// Copies the tensor out of the map.
@@ -306,6 +386,11 @@ impl Source {
             tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
         }
     }
+}
+
+/// Of a shape; an absurd configuration gives an absurd number and no overflow.
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |product, dim| product.saturating_mul(*dim))
 }
 
 /// From bytes of a published dtype to values.

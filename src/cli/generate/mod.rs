@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use tale_models::device::{DeviceSpec, WeightDtype};
+use tale_models::family::LoadFormat;
 use tale_models::{Event, ModelCard, Request, card};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -50,6 +51,11 @@ struct ModelArgs {
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: WeightDtype,
 
+    /// Where weights come from: auto (the checkpoint's files), or dummy (random values in the shapes of its
+    /// configurations: what it makes is noise)
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    load_format: LoadFormat,
+
     /// Say on stderr what is used (seed, sizes, tokens per second), also when nobody watches
     #[arg(long, short)]
     verbose: bool,
@@ -77,7 +83,8 @@ struct Generator {
 }
 
 impl Generator {
-    fn load(args: &ModelArgs, options: EngineOptions) -> Result<Self, CliError> {
+    fn load(args: &ModelArgs, mut options: EngineOptions) -> Result<Self, CliError> {
+        options.load.load_format = args.load_format;
         let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
