@@ -166,7 +166,9 @@ fn paged() -> Result<()> {
             cu_seqlens_q: (0..=sequences).map(|sequence| sequence * rows).collect(),
             context_lens: vec![context; sequences],
             block_tables: tables.chunks(context / BLOCK).map(<[u32]>::to_vec).collect(),
+            slot_mapping: vec![0; sequences * rows],
         };
+        let batch = batch.prepare(32, &k)?;
         let flops = 4.0 * (sequences * rows * 32 * 64) as f64 * (context - rows / 2) as f64;
         compute("paged_attention", &format!("{sequences} x {rows} rows, context {context}"), flops, || {
             black_box(tale_kernels::paged_attention(&q, &k, &v, &batch, 0.125).expect("shapes fit"));

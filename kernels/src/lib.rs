@@ -43,7 +43,7 @@ pub use gpu::emulated;
 pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
 pub use linear::{embedding, linear};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
-pub use paged::{PagedBatch, paged_attention, write_kv};
+pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use simd::{Isa, isa};

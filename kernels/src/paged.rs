@@ -1,19 +1,27 @@
 //! Attention over a paged KV cache: sequences of any length, decode and prefill chunks in one call.
 //!
-//! Owns: writing into blocks, reading them through block tables, how rows are dealt out. The arithmetic is
+//! Owns: writing into blocks, reading them through block tables, how rows are dealt out. The arithmetic on the CPU is
 //! [`crate::flash`]. Keys are read where they lie; a task takes one key head of one sequence with all query heads that
-//! share it, so every block is read once per tile of rows. A row has the same bits in a decode step, in a chunk of any
-//! length and in any batch.
+//! share it, so every block is read once per tile of rows. On the CPU a row has the same bits in a decode step, in a
+//! chunk of any length and in any batch; on a GPU the keys of a decode row are summed in as many shares as fill the
+//! device, which depends on the batch.
 
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
 use half::{bf16, f16};
 
 use crate::flash::{Flash, Keys, MAX_ROWS, QueryRow, scratch_len};
+#[cfg(gpu)]
+use crate::gpu;
 use crate::parallel::{Shared, for_each, with_scratch};
 use crate::simd::{Element, dispatch};
 use crate::view::{Values, View, tensor};
 
-/// Which rows of `q` belong to which sequence and where that sequence's keys lie.
+#[cfg(gpu)]
+mod launch;
+#[cfg(gpu)]
+mod plan;
+
+/// The rows of one step: to which sequence each belongs, where that sequence's keys lie, and where its own go.
 #[derive(Debug, Clone)]
 pub struct PagedBatch {
     /// Start of each sequence's rows in `q`, and the total: `sequences + 1` entries.
@@ -23,23 +31,83 @@ pub struct PagedBatch {
     pub context_lens: Vec<usize>,
     /// Blocks of each sequence, in order.
     pub block_tables: Vec<Vec<u32>>,
+    /// Where each row's key and value go: `block * block_size + offset`.
+    pub slot_mapping: Vec<u32>,
+}
+
+/// No rows of no sequence.
+impl Default for PagedBatch {
+    fn default() -> Self {
+        Self { cu_seqlens_q: vec![0], context_lens: vec![], block_tables: vec![], slot_mapping: vec![] }
+    }
+}
+
+impl PagedBatch {
+    /// Checks the batch against caches shaped as `cache [num_blocks, block_size, kv_heads, d]` and queries of `heads`
+    /// heads, and takes it to the device of the cache: once for all layers of a step.
+    pub fn prepare(&self, heads: usize, cache: &Tensor) -> Result<PreparedBatch<'_>> {
+        let (num_blocks, block_size, kv_heads, d) = cache.dims4()?;
+        let sizes = [heads, kv_heads, d, block_size];
+        if sizes.contains(&0) || !heads.is_multiple_of(kv_heads) {
+            bail!("paged_attention: {heads} query heads do not fit a cache of shape {:?}", cache.shape());
+        }
+        let shape = Shape { len: self.slot_mapping.len(), heads, kv_heads, d, num_blocks, block_size };
+        shape.check(self)?;
+        #[cfg(gpu)]
+        let device = if gpu::runs_here(cache) { Some(launch::DeviceBatch::new(self, shape, cache)?) } else { None };
+        Ok(PreparedBatch {
+            batch: self,
+            shape,
+            #[cfg(gpu)]
+            device,
+        })
+    }
+}
+
+/// A [`PagedBatch`] that was found right, on its device.
+#[derive(Debug)]
+pub struct PreparedBatch<'a> {
+    batch: &'a PagedBatch,
+    shape: Shape,
+    #[cfg(gpu)]
+    device: Option<launch::DeviceBatch>,
+}
+
+impl PreparedBatch<'_> {
+    /// Refuses caches of another shape or device than the batch was prepared for.
+    fn check_caches(&self, op: &str, rows: &Tensor, caches: [&Tensor; 2]) -> Result<()> {
+        for cache in caches {
+            if cache.dims() != self.shape.cache() || !cache.is_contiguous() {
+                let (cache, expected) = (cache.layout(), self.shape.cache());
+                bail!("{op}: a cache must be contiguous with the shape {expected:?} of the batch, got {cache:?}");
+            }
+            if !cache.device().same_device(rows.device()) {
+                bail!("{op}: rows on {:?}, a cache on {:?}", rows.device(), cache.device());
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Writes `k` and `v` `[l, kv_heads, d]` into the caches `[num_blocks, block_size, kv_heads, d]` (f32, bf16 or f16,
-/// contiguous) in place, row i at `slot_mapping[i] = block * block_size + offset`.
-pub fn write_kv(k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor, slot_mapping: &[u32]) -> Result<()> {
+/// contiguous) in place, row i at `slot_mapping[i]`.
+pub fn write_kv(k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PreparedBatch<'_>) -> Result<()> {
+    batch.check_caches("write_kv", k, [k_cache, v_cache])?;
+    let Shape { len, kv_heads, d, .. } = batch.shape;
+    for new in [k, v] {
+        if new.dims() != [len, kv_heads, d] {
+            let (new, cache) = (new.shape(), k_cache.shape());
+            bail!("write_kv: rows {new:?} at {len} slots do not fit the cache {cache:?}");
+        }
+    }
+    #[cfg(gpu)]
+    if let Some(device) = &batch.device {
+        return device.write_kv(k, v, k_cache, v_cache);
+    }
     for (new, cache) in [(k, k_cache), (v, v_cache)] {
-        let (num_blocks, block_size, kv_heads, d) = cache.dims4()?;
-        if new.dims() != [slot_mapping.len(), kv_heads, d] {
-            let (new, cache) = (new.shape(), cache.shape());
-            bail!("write_kv: rows {new:?} at {} slots do not fit the cache {cache:?}", slot_mapping.len());
-        }
-        if let Some(slot) = slot_mapping.iter().find(|slot| **slot as usize >= num_blocks * block_size) {
-            bail!("write_kv: slot {slot} lies outside the cache {:?}", cache.shape());
-        }
         let new = new.to_dtype(DType::F32)?.contiguous()?;
         let rows = View::contiguous("write_kv", &new)?;
-        cache.inplace_op1(&WriteRows { rows: rows.f32()?, len: kv_heads * d, slots: slot_mapping })?;
+        cache.inplace_op1(&WriteRows { rows: rows.f32()?, len: kv_heads * d, slots: &batch.batch.slot_mapping })?;
     }
     Ok(())
 }
@@ -81,23 +149,32 @@ impl WriteRows<'_> {
     }
 }
 
-/// Causal attention of `q [l, heads, d]` (f32) over the paged caches `[num_blocks, block_size, kv_heads, d]` (f32, bf16
-/// or f16): `[l, heads, d]`.
+/// Causal attention of `q [l, heads, d]` over the paged caches `[num_blocks, block_size, kv_heads, d]`: `[l, heads, d]`.
+/// On the CPU `q` is f32 and the caches are f32, bf16 or f16; on a GPU all have one dtype.
 pub fn paged_attention(
     q: &Tensor,
     k_cache: &Tensor,
     v_cache: &Tensor,
-    batch: &PagedBatch,
+    batch: &PreparedBatch<'_>,
     scale: f64,
 ) -> Result<Tensor> {
-    let shape = Shape::new(q, k_cache, v_cache, batch)?;
+    batch.check_caches("paged_attention", q, [k_cache, v_cache])?;
+    let shape = batch.shape;
+    if q.dims() != [shape.len, shape.heads, shape.d] {
+        let expected = [shape.len, shape.heads, shape.d];
+        bail!("paged_attention: q {:?} does not fit the batch, which has {expected:?}", q.shape());
+    }
+    #[cfg(gpu)]
+    if let Some(device) = &batch.device {
+        return device.attention(q, k_cache, v_cache, scale);
+    }
     let q = q.contiguous()?;
     let views = (
         View::contiguous("paged_attention", &q)?,
         View::contiguous("paged_attention", k_cache)?,
         View::contiguous("paged_attention", v_cache)?,
     );
-    let (q, scale) = (views.0.f32()?, scale as f32);
+    let (q, batch, scale) = (views.0.f32()?, batch.batch, scale as f32);
     let out = match (views.1.values()?, views.2.values()?) {
         (Values::F32(k), Values::F32(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
         (Values::Bf16(k), Values::Bf16(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
@@ -107,56 +184,61 @@ pub fn paged_attention(
     tensor(out, (shape.len, shape.heads, shape.d))
 }
 
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Shape {
-    /// Rows of `q`.
+    /// Rows of the step.
     len: usize,
     heads: usize,
     kv_heads: usize,
     d: usize,
+    num_blocks: usize,
     block_size: usize,
 }
 
 impl Shape {
-    fn new(q: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PagedBatch) -> Result<Self> {
-        let (len, heads, d) = q.dims3()?;
-        let (num_blocks, block_size, kv_heads, _) = k_cache.dims4()?;
-        let fits = k_cache.dims() == [num_blocks, block_size, kv_heads, d] && v_cache.dims() == k_cache.dims();
-        if !fits || d == 0 || block_size == 0 || kv_heads == 0 || heads % kv_heads != 0 {
-            let (q, k, v) = (q.shape(), k_cache.shape(), v_cache.shape());
-            bail!("paged_attention: q {q:?} does not fit the caches {k:?} and {v:?}");
-        }
-        let shape = Self { len, heads, kv_heads, d, block_size };
-        shape.check(batch, num_blocks)?;
-        Ok(shape)
+    fn cache(&self) -> [usize; 4] {
+        [self.num_blocks, self.block_size, self.kv_heads, self.d]
     }
 
-    fn check(&self, batch: &PagedBatch, num_blocks: usize) -> Result<()> {
+    fn check(&self, batch: &PagedBatch) -> Result<()> {
         let sequences = batch.context_lens.len();
         let starts = &batch.cu_seqlens_q;
         let covers = starts.len() == sequences + 1 && starts[0] == 0 && starts[sequences] == self.len;
         if !covers || batch.block_tables.len() != sequences || !starts.is_sorted() {
             let tables = batch.block_tables.len();
             bail!(
-                "paged_attention: {sequences} sequences, {tables} block tables and row starts {starts:?} do not cover {} rows",
+                "paged_attention: {sequences} sequences, {tables} block tables and row starts {starts:?} do not cover \
+                 the {} rows that have slots",
                 self.len
             );
         }
         for sequence in 0..sequences {
-            let (context, table) = (batch.context_lens[sequence], &batch.block_tables[sequence]);
-            let rows = starts[sequence + 1] - starts[sequence];
-            if rows > context || context > table.len() * self.block_size {
-                bail!(
-                    "paged_attention: sequence {sequence} has {rows} rows, context {context} and {} blocks of {}",
-                    table.len(),
-                    self.block_size
-                );
-            }
-            if let Some(block) = table.iter().find(|block| **block as usize >= num_blocks) {
-                bail!("paged_attention: block {block} of sequence {sequence} lies outside the cache of {num_blocks}");
-            }
+            self.check_sequence(batch, sequence)?;
         }
-        Ok(())
+        match batch.slot_mapping.iter().find(|slot| **slot as usize >= self.num_blocks * self.block_size) {
+            Some(slot) => bail!("write_kv: slot {slot} lies outside the cache {:?}", self.cache()),
+            None => Ok(()),
+        }
+    }
+
+    fn check_sequence(&self, batch: &PagedBatch, sequence: usize) -> Result<()> {
+        let (context, table) = (batch.context_lens[sequence], &batch.block_tables[sequence]);
+        let rows = batch.cu_seqlens_q[sequence + 1] - batch.cu_seqlens_q[sequence];
+        // The kernels count keys and rows in 31 bits.
+        if rows > context || context > table.len() * self.block_size || context > i32::MAX as usize / self.heads {
+            bail!(
+                "paged_attention: sequence {sequence} has {rows} rows, context {context} and {} blocks of {}",
+                table.len(),
+                self.block_size
+            );
+        }
+        match table.iter().find(|block| **block as usize >= self.num_blocks) {
+            Some(block) => {
+                let num_blocks = self.num_blocks;
+                bail!("paged_attention: block {block} of sequence {sequence} lies outside the cache of {num_blocks}")
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -234,7 +316,7 @@ mod tests {
 
     use super::*;
     use crate::attention::{AttentionOptions, tests::oracle as dense};
-    use crate::testing::{assert_close, bits, random, threads};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads};
 
     /// The specification: gathers every sequence and computes row by row.
     fn oracle(q: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PagedBatch, scale: f64) -> Result<Tensor> {
@@ -275,14 +357,100 @@ mod tests {
         (random(&[blocks, BLOCK, kv_heads, d], 2), random(&[blocks, BLOCK, kv_heads, d], 3), tables)
     }
 
+    /// Rows at the ends of their sequences, and the slots that follow from the tables.
     fn batch(rows: &[usize], contexts: &[usize], tables: Vec<Vec<u32>>) -> PagedBatch {
-        let mut cu_seqlens_q = vec![0];
-        cu_seqlens_q.extend(rows.iter().scan(0, |sum, rows| {
-            *sum += rows;
-            Some(*sum)
-        }));
-        PagedBatch { cu_seqlens_q, context_lens: contexts.to_vec(), block_tables: tables }
+        let mut batch = PagedBatch { context_lens: contexts.to_vec(), ..PagedBatch::default() };
+        for ((rows, context), table) in rows.iter().zip(contexts).zip(&tables) {
+            let slot = |position: usize| table[position / BLOCK] * BLOCK as u32 + (position % BLOCK) as u32;
+            batch.slot_mapping.extend((context - rows..*context).map(slot));
+            batch.cu_seqlens_q.push(batch.slot_mapping.len());
+        }
+        batch.block_tables = tables;
+        batch
     }
+
+    /// One call on the CPU, prepared for it alone.
+    fn attend(q: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PagedBatch, scale: f64) -> Result<Tensor> {
+        paged_attention(q, k_cache, v_cache, &batch.prepare(q.dim(1)?, k_cache)?, scale)
+    }
+
+    /// Sequences of `(rows, context)` whose keys of all positions are in the cache before.
+    fn check_on(on: &On, sequences: &[(usize, usize)], heads: usize, kv_heads: usize, d: usize) {
+        let (rows, contexts): (Vec<_>, Vec<_>) = sequences.iter().copied().unzip();
+        let (k, v, tables) = caches(&contexts, kv_heads, d);
+        let batch = batch(&rows, &contexts, tables);
+        // A larger spread than the random numbers have: weights that differ.
+        let q = (random(&[batch.slot_mapping.len(), heads, d], 1) * 3.0).unwrap();
+        let expected = oracle(&on.rounded(&q), &on.rounded(&k), &on.rounded(&v), &batch, 0.3).unwrap();
+        let (q, k, v) = (on.tensor(&q), on.tensor(&k), on.tensor(&v));
+        let found = on.run(|| attend(&q, &k, &v, &batch, 0.3));
+        on.assert_close(&found, &expected, 4 * d + contexts.iter().max().unwrap());
+    }
+
+    for_each_device!(decode_rows_see_their_whole_context, |on: &On| {
+        // One key, an odd number, a block's worth, more than a split; groups of 1, 4 and 7.
+        let sequences = [(1, 1), (1, 67), (1, 16), (1, 300), (1, 129)];
+        for (heads, kv_heads, d) in [(2, 2, 64), (4, 1, 128), (14, 2, 64)] {
+            check_on(on, &sequences, heads, kv_heads, d);
+        }
+    });
+
+    for_each_device!(chunks_see_what_comes_before_them, |on: &On| {
+        // A whole prompt, a chunk of one with a context before it, tiles that are not full.
+        check_on(on, &[(33, 33), (20, 150), (5, 200)], 4, 1, 128);
+        check_on(on, &[(70, 71)], 3, 1, 64);
+    });
+
+    for_each_device!(decode_rows_and_chunks_share_a_call, |on: &On| {
+        check_on(on, &[(1, 40), (25, 60), (1, 260), (2, 2), (40, 40)], 8, 2, 64);
+    });
+
+    for_each_device!(heads_of_any_size_and_wide_groups_are_computed, |on: &On| {
+        for (heads, kv_heads, d) in [(2, 1, 1), (3, 1, 20), (2, 2, 80), (2, 1, 256), (24, 1, 64), (20, 1, 33)] {
+            check_on(on, &[(1, 150), (3, 40), (19, 19)], heads, kv_heads, d);
+        }
+    });
+
+    for_each_device!(views_are_read_where_they_lie, |on: &On| {
+        // Queries from the middle of a tensor; keys and values as parts of one projection, a value apart from alignment.
+        for d in [64, 9] {
+            let (k, v, tables) = caches(&[21, 40], 2, d);
+            let batch = batch(&[1, 30], &[21, 40], tables);
+            let (wide, q) = (random(&[31, 4 * d + 1], 5), random(&[40, 4, d], 6));
+            let (k_cache, v_cache) = (on.tensor(&k.copy().unwrap()), on.tensor(&v.copy().unwrap()));
+            let (wide_on, q_on) = (on.tensor(&wide), on.tensor(&q).narrow(0, 9, 31).unwrap());
+            let part =
+                |wide: &Tensor, i: usize| wide.narrow(1, 1 + i * 2 * d, 2 * d).unwrap().reshape((31, 2, d)).unwrap();
+            let found = on.run(|| {
+                let prepared = batch.prepare(4, &k_cache)?;
+                write_kv(&part(&wide_on, 0), &part(&wide_on, 1), &k_cache, &v_cache, &prepared)?;
+                paged_attention(&q_on, &k_cache, &v_cache, &prepared, 0.3)
+            });
+            let (k, v, wide) = (on.rounded(&k), on.rounded(&v), on.rounded(&wide));
+            let write = || write_kv(&part(&wide, 0), &part(&wide, 1), &k, &v, &batch.prepare(4, &k)?);
+            write().unwrap();
+            assert_eq!(bits(&k_cache.to_device(k.device()).unwrap()), bits(&k));
+            assert_eq!(bits(&v_cache.to_device(v.device()).unwrap()), bits(&v));
+            let expected = oracle(&on.rounded(&q).narrow(0, 9, 31).unwrap(), &k, &v, &batch, 0.3).unwrap();
+            on.assert_close(&found, &expected, 4 * d);
+        }
+    });
+
+    for_each_device!(what_lies_behind_the_context_does_not_matter, |on: &On| {
+        for d in [64, 8] {
+            let (k, v, tables) = caches(&[20, 45], 1, d);
+            let (ends, all) = (batch(&[1, 12], &[20, 45], tables.clone()), batch(&[12, 3], &[32, 48], tables));
+            let q = on.tensor(&random(&[13, 2, d], 1));
+            let (k, v) = (on.tensor(&k), on.tensor(&v));
+            let expected = on.run(|| attend(&q, &k, &v, &ends, 1.0));
+            // Positions 20..32 and 45..48.
+            let nan = on.tensor(&Tensor::full(f32::NAN, (15, 1, d), &candle_core::Device::Cpu).unwrap());
+            on.run(|| write_kv(&nan, &nan, &k, &v, &all.prepare(2, &k)?));
+            let found = on.run(|| attend(&q, &k, &v, &ends, 1.0));
+            let host = |tensor: Tensor| bits(&tensor.to_device(&candle_core::Device::Cpu).unwrap());
+            assert_eq!(host(found), host(expected));
+        }
+    });
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
@@ -298,7 +466,7 @@ mod tests {
             let (k, v) = (k.to_dtype(dtype).unwrap(), v.to_dtype(dtype).unwrap());
             let batch = batch(&rows, &contexts, tables);
             let q = random(&[rows.iter().sum(), kv_heads * group, d], 1);
-            let found = paged_attention(&q, &k, &v, &batch, 0.3).unwrap();
+            let found = attend(&q, &k, &v, &batch, 0.3).unwrap();
             let (k, v) = (k.to_dtype(DType::F32).unwrap(), v.to_dtype(DType::F32).unwrap());
             assert_close(&found, &oracle(&q, &k, &v, &batch, 0.3).unwrap(), 1e-5);
         }
@@ -311,7 +479,7 @@ mod tests {
         let q = random(&[471, 8, 64], 1);
         let run = |rows: &[usize], contexts: &[usize], tables: &[Vec<u32>], q: &Tensor, count| {
             let batch = batch(rows, contexts, tables.to_vec());
-            threads(count, || paged_attention(q, &k, &v, &batch, 0.125).unwrap())
+            threads(count, || attend(q, &k, &v, &batch, 0.125).unwrap())
         };
         let whole = run(&contexts, &contexts, &tables, &q, 2);
         for (start, len) in [(0, 1), (0, 17), (17, 110), (127, 2), (129, 1), (130, 170)] {
@@ -326,25 +494,19 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_behind_the_context_does_not_matter() {
-        let (k, v, tables) = caches(&[20], 1, 8);
-        let batch = batch(&[1], &[20], tables.clone());
-        let q = random(&[1, 2, 8], 1);
-        let expected = paged_attention(&q, &k, &v, &batch, 1.0).unwrap();
-        let nan = Tensor::full(f32::NAN, (12, 1, 8), k.device()).unwrap();
-        let slots: Vec<u32> = (4..16).map(|offset| tables[0][1] * BLOCK as u32 + offset).collect();
-        write_kv(&nan, &nan, &k, &v, &slots).unwrap();
-        assert_eq!(bits(&paged_attention(&q, &k, &v, &batch, 1.0).unwrap()), bits(&expected));
-    }
-
-    #[test]
     fn rows_are_written_where_the_slots_say() {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let (k_cache, v_cache) = (random(&[3, 4, 2, 5], 1), random(&[3, 4, 2, 5], 2));
             let (k_cache, v_cache) = (k_cache.to_dtype(dtype).unwrap(), v_cache.to_dtype(dtype).unwrap());
             let before = k_cache.copy().unwrap();
             let (k, v) = (random(&[2, 3, 5], 3).transpose(0, 1).unwrap(), random(&[3, 2, 5], 4));
-            write_kv(&k, &v, &k_cache, &v_cache, &[7, 0, 11]).unwrap();
+            let batch = PagedBatch {
+                cu_seqlens_q: vec![0, 3],
+                context_lens: vec![3],
+                block_tables: vec![vec![0]],
+                slot_mapping: vec![7, 0, 11],
+            };
+            write_kv(&k, &v, &k_cache, &v_cache, &batch.prepare(2, &k_cache).unwrap()).unwrap();
             for (new, cache) in [(&k, &k_cache), (&v, &v_cache)] {
                 let slots = cache.reshape((12, 2, 5)).unwrap();
                 for (row, slot) in [7, 0, 11].into_iter().enumerate() {
@@ -358,15 +520,35 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_lies_is_refused() {
-        let (k, v, mut tables) = caches(&[20], 1, 8);
-        let q = random(&[1, 2, 8], 1);
-        tables[0][1] = 99;
-        let error = paged_attention(&q, &k, &v, &batch(&[1], &[20], tables.clone()), 1.0).unwrap_err().to_string();
+    fn a_batch_that_lies_is_refused() {
+        let (k, _, tables) = caches(&[20], 1, 8);
+        let refused = |change: fn(&mut PagedBatch)| {
+            let mut batch = batch(&[1], &[20], tables.clone());
+            change(&mut batch);
+            batch.prepare(2, &k).unwrap_err().to_string()
+        };
+        let error = refused(|batch| batch.block_tables[0][1] = 99);
         assert!(error.contains("paged_attention") && error.contains("99"), "{error}");
-        let error = paged_attention(&q, &k, &v, &batch(&[1], &[40], tables), 1.0).unwrap_err().to_string();
+        let error = refused(|batch| batch.context_lens[0] = 40);
         assert!(error.contains("context 40"), "{error}");
-        let error = write_kv(&q, &q, &k, &v, &[0]).unwrap_err().to_string();
+        let error = refused(|batch| batch.slot_mapping[0] = 5 * BLOCK as u32);
+        assert!(error.contains("write_kv") && error.contains("slot 80"), "{error}");
+        let error = refused(|batch| batch.slot_mapping.push(0));
+        assert!(error.contains("do not cover the 2 rows"), "{error}");
+        assert!(batch(&[1], &[20], tables.clone()).prepare(0, &k).is_err());
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_the_batch_are_refused() {
+        let (k, v, tables) = caches(&[20], 1, 8);
+        let batch = batch(&[1], &[20], tables);
+        let prepared = batch.prepare(2, &k).unwrap();
+        let error = write_kv(&random(&[1, 2, 8], 1), &v, &k, &v, &prepared).unwrap_err().to_string();
         assert!(error.contains("write_kv") && error.contains("[1, 2, 8]"), "{error}");
+        let error = paged_attention(&random(&[1, 4, 8], 1), &k, &v, &prepared, 1.0).unwrap_err().to_string();
+        assert!(error.contains("paged_attention") && error.contains("[1, 4, 8]"), "{error}");
+        let half = k.narrow(0, 0, 2).unwrap();
+        let error = paged_attention(&random(&[1, 2, 8], 1), &half, &half, &prepared, 1.0).unwrap_err().to_string();
+        assert!(error.contains("[2, 16, 1, 8]"), "{error}");
     }
 }

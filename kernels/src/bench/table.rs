@@ -228,7 +228,9 @@ impl<'a> Bench<'a> {
                 cu_seqlens_q: (0..=sequences).map(|sequence| sequence * rows).collect(),
                 context_lens: vec![context; sequences],
                 block_tables: tables.chunks(context / BLOCK).map(<[u32]>::to_vec).collect(),
+                slot_mapping: (0..(sequences * rows) as u32).collect(),
             };
+            let batch = batch.prepare(32, &k)?;
             let work = match rows {
                 1 => Work::Bytes(self.bytes(2 * sequences * context * 8 * 128)),
                 _ => Work::Flops(4.0 * (sequences * rows * 32 * 128) as f64 * (context - rows / 2) as f64),

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use tale_kernels::PagedBatch;
+use tale_kernels::{PagedBatch, PreparedBatch};
 
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockTable, KvCaches, KvShape, LayerCache};
@@ -103,20 +103,12 @@ impl DecoderConfig {
 }
 
 /// The rows of one step: pieces of sequences, one after the other.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct DecoderInput {
     tokens: Vec<u32>,
     positions: Vec<u32>,
-    slot_mapping: Vec<u32>,
     paged: PagedBatch,
     logit_rows: Vec<u32>,
-}
-
-impl Default for DecoderInput {
-    fn default() -> Self {
-        let paged = PagedBatch { cu_seqlens_q: vec![0], context_lens: Vec::new(), block_tables: Vec::new() };
-        Self { tokens: Vec::new(), positions: Vec::new(), slot_mapping: Vec::new(), paged, logit_rows: Vec::new() }
-    }
 }
 
 impl DecoderInput {
@@ -126,7 +118,7 @@ impl DecoderInput {
         let context_len = start + tokens.len();
         self.tokens.extend_from_slice(tokens);
         self.positions.extend(start as u32..context_len as u32);
-        self.slot_mapping.extend((start..context_len).map(|position| table.slot(position)));
+        self.paged.slot_mapping.extend((start..context_len).map(|position| table.slot(position)));
         self.paged.cu_seqlens_q.push(self.tokens.len());
         self.paged.context_lens.push(context_len);
         self.paged.block_tables.push(table.blocks()[..context_len.div_ceil(BLOCK_SIZE)].to_vec());
@@ -186,9 +178,11 @@ impl Decoder {
     pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
         let tokens = Tensor::new(input.tokens.as_slice(), &self.device)?;
         let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
+        let first = caches.layers().first().expect("a checked configuration has layers: this is a bug");
+        let paged = input.paged.prepare(self.config.num_attention_heads, &first.k)?;
         let mut stream = Stream { hidden: self.embed_tokens.forward(&tokens)?, pending: None };
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
-            let step = AttentionStep { cos: &cos, sin: &sin, input, cache };
+            let step = AttentionStep { cos: &cos, sin: &sin, paged: &paged, cache };
             stream = layer.forward(stream, &step)?;
         }
         if input.logit_rows.is_empty() {
@@ -204,7 +198,7 @@ impl Decoder {
 struct AttentionStep<'a> {
     cos: &'a Tensor,
     sin: &'a Tensor,
-    input: &'a DecoderInput,
+    paged: &'a PreparedBatch<'a>,
     cache: &'a LayerCache,
 }
 
@@ -300,9 +294,9 @@ impl Attention {
         let q = tale_kernels::rope_half(&q, step.cos, step.sin)?;
         let k = tale_kernels::rope_half(&k, step.cos, step.sin)?;
         let LayerCache { k: k_cache, v: v_cache } = step.cache;
-        tale_kernels::write_kv(&k, &v, k_cache, v_cache, &step.input.slot_mapping)?;
+        tale_kernels::write_kv(&k, &v, k_cache, v_cache, step.paged)?;
         let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let out = tale_kernels::paged_attention(&q, k_cache, v_cache, &step.input.paged, scale)?;
+        let out = tale_kernels::paged_attention(&q, k_cache, v_cache, step.paged, scale)?;
         // [l, heads, head_dim] to [l, heads * head_dim]
         self.o_proj.forward(&out.reshape((l, self.num_attention_heads * self.head_dim))?)
     }
