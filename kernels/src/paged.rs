@@ -6,6 +6,8 @@
 //! chunk of any length and in any batch; on a GPU the keys of a decode row are summed in as many shares as fill the
 //! device, which depends on the batch.
 
+use std::borrow::Cow;
+
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
 use half::{bf16, f16};
 
@@ -56,7 +58,7 @@ impl PagedBatch {
         #[cfg(gpu)]
         let device = if gpu::runs_here(cache) { Some(launch::DeviceBatch::new(self, shape, cache)?) } else { None };
         Ok(PreparedBatch {
-            batch: self,
+            batch: Cow::Borrowed(self),
             shape,
             #[cfg(gpu)]
             device,
@@ -67,13 +69,43 @@ impl PagedBatch {
 /// A [`PagedBatch`] that was found right, on its device.
 #[derive(Debug)]
 pub struct PreparedBatch<'a> {
-    batch: &'a PagedBatch,
+    batch: Cow<'a, PagedBatch>,
     shape: Shape,
     #[cfg(gpu)]
     device: Option<launch::DeviceBatch>,
 }
 
 impl PreparedBatch<'_> {
+    /// The same, on its own: for a recording that outlasts its first step.
+    pub fn into_owned(self) -> PreparedBatch<'static> {
+        PreparedBatch {
+            batch: Cow::Owned(self.batch.into_owned()),
+            shape: self.shape,
+            #[cfg(gpu)]
+            device: self.device,
+        }
+    }
+
+    /// Whether operations launch the very same kernels for both batches, so that a recording made with one serves the
+    /// other once its arrays are there ([`PreparedBatch::refill`]). Never on the CPU.
+    pub fn launches_as(&self, other: &PreparedBatch<'_>) -> bool {
+        #[cfg(gpu)]
+        if let (Some(ours), Some(theirs)) = (&self.device, &other.device) {
+            return ours.launches_as(theirs);
+        }
+        let _ = other;
+        false
+    }
+
+    /// Writes the arrays of another batch into the memory of this one's; [`PreparedBatch::launches_as`] holds.
+    pub fn refill(&self, with: &PreparedBatch<'_>) -> Result<()> {
+        #[cfg(gpu)]
+        if let (Some(ours), Some(theirs)) = (&self.device, &with.device) {
+            return ours.refill(theirs);
+        }
+        bail!("paged_attention: a batch of {} rows is not recorded", with.shape.len)
+    }
+
     /// Refuses caches of another shape or device than the batch was prepared for.
     fn check_caches(&self, op: &str, rows: &Tensor, caches: [&Tensor; 2]) -> Result<()> {
         for cache in caches {
@@ -174,7 +206,7 @@ pub fn paged_attention(
         View::contiguous("paged_attention", k_cache)?,
         View::contiguous("paged_attention", v_cache)?,
     );
-    let (q, batch, scale) = (views.0.f32()?, batch.batch, scale as f32);
+    let (q, batch, scale) = (views.0.f32()?, batch.batch.as_ref(), scale as f32);
     let out = match (views.1.values()?, views.2.values()?) {
         (Values::F32(k), Values::F32(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
         (Values::Bf16(k), Values::Bf16(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
@@ -184,7 +216,7 @@ pub fn paged_attention(
     tensor(out, (shape.len, shape.heads, shape.d))
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
     /// Rows of the step.
     len: usize,

@@ -21,6 +21,8 @@ const MAX_HEAD: usize = 256;
 pub(super) struct DeviceBatch {
     plan: Plan,
     shape: Shape,
+    /// What the others are parts of.
+    all: Tensor,
     /// `[sequences + 1]`, `[sequences]`, `[sequences, table_len]`, `[rows]`, all filled up to their buckets.
     cu_seqlens: Tensor,
     context_lens: Tensor,
@@ -57,8 +59,23 @@ impl DeviceBatch {
             slots: part(slots)?,
             few: part(few)?,
             many: part(many)?,
+            all,
             plan,
         })
+    }
+
+    /// Whether grids and arguments of all launches are the same.
+    pub(super) fn launches_as(&self, other: &Self) -> bool {
+        let grids = |plan: &Plan| (plan.path, plan.few.len(), plan.splits, plan.many.len(), plan.table_len);
+        let is_idle = |plan: &Plan| plan.few.iter().all(|task| task[0] == NOTHING);
+        self.shape == other.shape
+            && grids(&self.plan) == grids(&other.plan)
+            && is_idle(&self.plan) == is_idle(&other.plan)
+            && self.all.dims() == other.all.dims()
+    }
+
+    pub(super) fn refill(&self, with: &Self) -> Result<()> {
+        self.all.slice_set(&with.all, 0, 0)
     }
 
     pub(super) fn write_kv(&self, k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor) -> Result<()> {

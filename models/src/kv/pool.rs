@@ -54,6 +54,11 @@ pub struct BlockTable {
 }
 
 impl BlockTable {
+    /// Of one block that no pool gives out.
+    pub fn outside_of_pools(block: u32) -> Self {
+        Self { blocks: vec![block] }
+    }
+
     /// Block numbers, in order.
     pub fn blocks(&self) -> &[u32] {
         &self.blocks

@@ -18,6 +18,10 @@ use crate::layers::rope::Rope;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
+mod recorded;
+
+pub use recorded::DecodeRecordings;
+
 /// Sizes and switches, named as in `config.json`.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
@@ -176,21 +180,80 @@ impl Decoder {
     /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
     /// that were asked for, in the order of asking and the compute dtype; `None` when none were.
     pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
-        let tokens = Tensor::new(input.tokens.as_slice(), &self.device)?;
-        let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
+        let prepared = self.prepare(input, caches)?;
+        let stream = self.layers(&prepared, caches)?;
+        if input.logit_rows.is_empty() { Ok(None) } else { self.logits(&prepared, stream).map(Some) }
+    }
+
+    /// Checks the step and takes it to the device.
+    fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
         let first = caches.layers().first().expect("a checked configuration has layers: this is a bug");
-        let paged = input.paged.prepare(self.config.num_attention_heads, &first.k)?;
-        let mut stream = Stream { hidden: self.embed_tokens.forward(&tokens)?, pending: None };
+        let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
+        let wants_all = input.logit_rows.iter().copied().eq(0..input.tokens.len() as u32);
+        let rows = (!wants_all).then(|| Tensor::new(input.logit_rows.as_slice(), &self.device)).transpose()?;
+        Ok(PreparedInput {
+            tokens: Tensor::new(input.tokens.as_slice(), &self.device)?,
+            cos,
+            sin,
+            paged: input.paged.prepare(self.config.num_attention_heads, &first.k)?,
+            logit_rows: rows,
+        })
+    }
+
+    /// The logits that were asked for, from what is on the device: nothing but launches, so that they can be recorded.
+    fn compute(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Tensor> {
+        self.logits(input, self.layers(input, caches)?)
+    }
+
+    fn layers(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Stream> {
+        let mut stream = Stream { hidden: self.embed_tokens.forward(&input.tokens)?, pending: None };
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
-            let step = AttentionStep { cos: &cos, sin: &sin, paged: &paged, cache };
+            let step = AttentionStep { cos: &input.cos, sin: &input.sin, paged: &input.paged, cache };
             stream = layer.forward(stream, &step)?;
         }
-        if input.logit_rows.is_empty() {
-            return Ok(None);
-        }
-        let rows = Tensor::new(input.logit_rows.as_slice(), &self.device)?;
-        let hidden = self.norm.forward(&stream.sum()?.index_select(&rows, 0)?)?;
-        Ok(Some(self.lm_head.forward(&hidden)?))
+        Ok(stream)
+    }
+
+    fn logits(&self, input: &PreparedInput<'_>, stream: Stream) -> Result<Tensor> {
+        let stream = match &input.logit_rows {
+            Some(rows) => stream.select(rows)?,
+            None => stream,
+        };
+        let (_, normed) = stream.normed_sum(&self.norm)?;
+        self.lm_head.forward(&normed)
+    }
+}
+
+/// A [`DecoderInput`] on its device.
+#[derive(Debug)]
+struct PreparedInput<'a> {
+    /// u32, `[l]`.
+    tokens: Tensor,
+    /// f32, `[l, head_dim / 2]`.
+    cos: Tensor,
+    sin: Tensor,
+    paged: PreparedBatch<'a>,
+    /// u32; all rows in their order if absent.
+    logit_rows: Option<Tensor>,
+}
+
+impl PreparedInput<'_> {
+    fn into_owned(self) -> PreparedInput<'static> {
+        let Self { tokens, cos, sin, paged, logit_rows } = self;
+        PreparedInput { tokens, cos, sin, paged: paged.into_owned(), logit_rows }
+    }
+
+    /// Whether a recording of this step serves the other one; both want the logits of all rows.
+    fn launches_as(&self, other: &PreparedInput<'_>) -> bool {
+        self.logit_rows.is_none() && other.logit_rows.is_none() && self.paged.launches_as(&other.paged)
+    }
+
+    /// Writes another step's values where this one's lie.
+    fn refill(&self, with: &PreparedInput<'_>) -> Result<()> {
+        self.tokens.slice_set(&with.tokens, 0, 0)?;
+        self.cos.slice_set(&with.cos, 0, 0)?;
+        self.sin.slice_set(&with.sin, 0, 0)?;
+        Ok(self.paged.refill(&with.paged)?)
     }
 }
 
@@ -248,11 +311,10 @@ impl Stream {
         }
     }
 
-    fn sum(self) -> Result<Tensor> {
-        match self.pending {
-            Some(pending) => Ok((self.hidden + pending)?),
-            None => Ok(self.hidden),
-        }
+    /// Some of the rows.
+    fn select(self, rows: &Tensor) -> Result<Self> {
+        let pick = |states: &Tensor| tale_kernels::embedding(rows, states);
+        Ok(Self { hidden: pick(&self.hidden)?, pending: self.pending.as_ref().map(pick).transpose()? })
     }
 }
 

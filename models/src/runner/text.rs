@@ -10,8 +10,8 @@ use candle_core::DType;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::kv::{BLOCK_SIZE, BlockPool, KvCaches};
-use crate::layers::decoder::{Decoder, DecoderInput};
+use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
+use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput};
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
@@ -40,6 +40,8 @@ pub struct LanguageModel {
 pub struct TextRunner {
     model: LanguageModel,
     caches: KvCaches,
+    /// Where steps are launched on a GPU.
+    recordings: Option<DecodeRecordings>,
     max_context: usize,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session>,
@@ -81,10 +83,12 @@ enum End {
 impl TextRunner {
     /// An idle runner whose sessions share `caches`.
     pub fn new(model: LanguageModel, caches: KvCaches, limits: Limits) -> Self {
-        let num_blocks = caches.num_blocks();
+        let recordings = recordings(&caches);
+        // The last block fills recorded steps up.
+        let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
         let max_context = model.decoder.config().context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
-        Self { model, caches, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
+        Self { model, caches, recordings, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
     }
 
     /// Most tokens of prompt and answer together: what the model's positions and the whole pool can hold.
@@ -121,7 +125,7 @@ impl TextRunner {
     }
 
     /// Logits of the rows that sample, one after the other; empty when none does.
-    fn forward(&self, plan: &Plan) -> Result<Vec<f32>> {
+    fn forward(&mut self, plan: &Plan) -> Result<Vec<f32>> {
         let mut input = DecoderInput::default();
         for Chunk { session, start, num_tokens, samples } in plan.chunks.iter().copied() {
             let tokens = &self.sessions[&session].tokens[start..start + num_tokens];
@@ -130,7 +134,13 @@ impl TextRunner {
                 input.want_logits_of_last_row();
             }
         }
-        match self.model.decoder.forward(&input, &self.caches)? {
+        let logits = match &mut self.recordings {
+            Some(recordings) if DecodeRecordings::takes(&input) => {
+                Some(recordings.forward(&self.model.decoder, input, &self.caches)?)
+            }
+            _ => self.model.decoder.forward(&input, &self.caches)?,
+        };
+        match logits {
             Some(logits) => Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
             None => Ok(Vec::new()),
         }
@@ -187,6 +197,15 @@ impl TextRunner {
         self.batcher.remove(id);
         self.sessions.remove(&id)
     }
+}
+
+/// Recordings for caches whose operations are launches; they take the last block.
+fn recordings(caches: &KvCaches) -> Option<DecodeRecordings> {
+    let first = caches.layers().first()?;
+    if caches.num_blocks() < 2 || !tale_kernels::can_record(&first.k) {
+        return None;
+    }
+    Some(DecodeRecordings::new(BlockTable::outside_of_pools(caches.num_blocks() as u32 - 1)))
 }
 
 impl Session {

@@ -68,6 +68,44 @@ fn greedy_tokens_are_the_reference_ones() {
     });
 }
 
+/// Decode steps of two sessions are recorded and replayed; a third and fourth make other buckets while they run.
+#[test]
+fn sessions_that_come_and_go_say_what_they_say_alone() {
+    on_every_gpu(|gpu| {
+        let case = "llama-tied";
+        let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+        let prompts: Vec<Vec<u32>> = text::prompts(case).into_iter().take(2).collect();
+        let alone: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| gpu.run(|| greedy_tokens(&mut model, prompt.clone(), 8))).collect();
+        let mut together: Vec<Vec<u32>> = vec![Vec::new(); 4];
+        gpu.run(|| {
+            let mut waiting = (0..4u64).map(|id| (id, greedy(prompts[id as usize % 2].clone(), 8)));
+            let mut events = Events::default();
+            while let Some(id) = waiting.next().map(|(id, request)| {
+                model.runner.submit(SessionId(id), request).expect("accepted");
+                id
+            }) {
+                // Later ones begin when the earlier ones are in the middle of their answers.
+                let steps = if id == 3 { usize::MAX } else { 2 };
+                for _ in 0..steps {
+                    if model.runner.next().is_none() {
+                        break;
+                    }
+                    model.runner.step(&mut events).expect("a step");
+                }
+                for (session, event) in events.drain() {
+                    if let Event::Text { tokens, .. } = event {
+                        together[session.0 as usize].extend(tokens);
+                    }
+                }
+            }
+        });
+        for (id, tokens) in together.iter().enumerate() {
+            assert_eq!(tokens, &alone[id % 2], "{} session {id}", gpu.name);
+        }
+    });
+}
+
 /// A GPU or its emulator, in one dtype.
 struct Gpu {
     name: String,
@@ -139,15 +177,18 @@ fn frames(model: &mut LoadedModel, request: DiffusionRequest) -> Vec<Frame> {
 }
 
 fn greedy_tokens(model: &mut LoadedModel, prompt: Vec<u32>, max_tokens: usize) -> Vec<u32> {
-    let sampling = SamplingParams::greedy();
-    let request = TextRequest { prompt, max_tokens, sampling, stop: Vec::new(), ignore_eos: true };
     let mut all = Vec::new();
-    for event in events(model, Request::Text(request)) {
+    for event in events(model, greedy(prompt, max_tokens)) {
         if let Event::Text { tokens, .. } = event {
             all.extend(tokens);
         }
     }
     all
+}
+
+fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    let sampling = SamplingParams::greedy();
+    Request::Text(TextRequest { prompt, max_tokens, sampling, stop: Vec::new(), ignore_eos: true })
 }
 
 /// Everything that one session tells until its end.

@@ -1,0 +1,105 @@
+//! Decode steps as recordings: on a GPU a small step takes the host longer to launch, kernel by kernel, than the GPU to
+//! compute.
+//!
+//! Owns: recordings by the shape of their launches, and filling a step up to such a shape. Does not know: sessions.
+
+use std::collections::VecDeque;
+
+use candle_core::Tensor;
+use tale_kernels::{Recording, copy_into};
+
+use super::{Decoder, DecoderInput, PreparedInput};
+use crate::error::Result;
+use crate::kv::{BlockTable, KvCaches};
+
+/// Most recordings of one model; the one used longest ago goes first. There is one for each bucket of rows and of block
+/// table lengths.
+const MAX_RECORDINGS: usize = 32;
+/// Steps of more rows keep the GPU busy for longer than their launches take.
+const MAX_ROWS: usize = 64;
+
+/// The recorded decode steps of one decoder over one set of caches.
+#[derive(Debug)]
+pub struct DecodeRecordings {
+    /// The one used last comes last.
+    recordings: VecDeque<Recorded>,
+    /// A block that belongs to no sequence: rows that only fill a bucket write there.
+    filler: BlockTable,
+}
+
+#[derive(Debug)]
+struct Recorded {
+    /// Its tensors have the addresses that were recorded.
+    input: PreparedInput<'static>,
+    logits: Tensor,
+    recording: Recording,
+}
+
+impl DecodeRecordings {
+    /// `filler` has one block, of which nobody else knows.
+    pub fn new(filler: BlockTable) -> Self {
+        Self { recordings: VecDeque::new(), filler }
+    }
+
+    /// Whether a step is of the kind that is recorded: few sequences of one token each, all of whose logits are wanted.
+    pub fn takes(input: &DecoderInput) -> bool {
+        let rows = input.tokens.len();
+        (1..=MAX_ROWS).contains(&rows) && input.paged.context_lens.len() == rows && input.logit_rows.len() == rows
+    }
+
+    /// As [`Decoder::forward`], for a step that is taken. The logits are overwritten by the next step.
+    pub fn forward(&mut self, decoder: &Decoder, mut input: DecoderInput, caches: &KvCaches) -> Result<Tensor> {
+        let rows = input.tokens.len();
+        for _ in rows..bucket(rows) {
+            input.push(&[0], 0, &self.filler);
+            input.want_logits_of_last_row();
+        }
+        let prepared = decoder.prepare(&input, caches)?;
+        let recorded = match self.take(&prepared) {
+            Some(recorded) => {
+                recorded.input.refill(&prepared)?;
+                recorded.recording.replay()?;
+                recorded
+            }
+            None => Recorded::new(decoder, prepared.into_owned(), caches)?,
+        };
+        let logits = recorded.logits.narrow(0, 0, rows)?;
+        if self.recordings.len() == MAX_RECORDINGS {
+            self.recordings.pop_front();
+        }
+        self.recordings.push_back(recorded);
+        Ok(logits)
+    }
+
+    fn take(&mut self, input: &PreparedInput<'_>) -> Option<Recorded> {
+        let place = self.recordings.iter().position(|recorded| recorded.input.launches_as(input))?;
+        self.recordings.remove(place)
+    }
+
+    /// How many steps are recorded.
+    pub fn len(&self) -> usize {
+        self.recordings.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.recordings.is_empty()
+    }
+}
+
+impl Recorded {
+    /// Computes the step, which loads every kernel that it needs, and records it for the next ones.
+    fn new(decoder: &Decoder, input: PreparedInput<'static>, caches: &KvCaches) -> Result<Self> {
+        let logits = decoder.compute(&input, caches)?.copy()?;
+        let recording = Recording::of(&logits, || {
+            let again = decoder.compute(&input, caches).map_err(candle_core::Error::wrap)?;
+            copy_into(&again, &logits)
+        })?;
+        Ok(Self { input, logits, recording })
+    }
+}
+
+/// Rows that a step is filled up to.
+fn bucket(rows: usize) -> usize {
+    if rows <= 16 { rows.next_power_of_two() } else { rows.next_multiple_of(16) }
+}
