@@ -155,12 +155,6 @@ impl Launch {
         self
     }
 
-    /// An `unsigned long long` of the kernel.
-    pub(crate) fn u64(mut self, value: u64) -> Self {
-        self.arguments.push(Argument { u64: value });
-        self
-    }
-
     /// A `float` of the kernel.
     pub(crate) fn f32(mut self, value: f32) -> Self {
         self.arguments.push(Argument { f32: value });

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, LoadOptions, LoadedModel};
+use tale_models::kv::{BlockPool, BlockTable, KvCaches};
+use tale_models::layers::decoder::{DecodeRecordings, DecoderInput};
 use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
 use tale_models::{DiffusionCard, ModelCard};
 
-use crate::support::{case_dir, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, golden_tensors, psnr};
 use crate::{flux, text, wan};
 
 /// Of pictures in f32, as on the CPU.
@@ -103,6 +105,36 @@ fn sessions_that_come_and_go_say_what_they_say_alone() {
         for (id, tokens) in together.iter().enumerate() {
             assert_eq!(tokens, &alone[id % 2], "{} session {id}", gpu.name);
         }
+    });
+}
+
+/// Three sequences of one token each, step after step: what is replayed has the bits of what is computed.
+#[test]
+fn recorded_steps_compute_what_steps_compute() {
+    on_every_gpu(|gpu| {
+        gpu.run(|| {
+            let decoder = text::decoder_at("llama-tied", &gpu.placement);
+            let caches = || KvCaches::new(decoder.config().kv_shape(), 5, &gpu.placement).expect("allocated");
+            let (recorded, computed) = (caches(), caches());
+            let mut pool = BlockPool::new(4);
+            let mut tables: [BlockTable; 3] = Default::default();
+            tables.iter_mut().for_each(|table| assert!(pool.grow(table, 8)));
+            let mut recordings = DecodeRecordings::new(BlockTable::outside_of_pools(4));
+            for step in 0..6 {
+                // The third sequence joins late: another bucket of rows.
+                let mut input = DecoderInput::default();
+                for (sequence, table) in tables.iter().enumerate().take(if step < 3 { 2 } else { 3 }) {
+                    let start = if sequence == 2 { step - 3 } else { step };
+                    input.push(&[(7 * step + sequence) as u32], start, table);
+                    input.want_logits_of_last_row();
+                }
+                assert!(DecodeRecordings::takes(&input));
+                let expected = decoder.forward(&input, &computed).expect("computed").expect("logits were asked for");
+                let found = recordings.forward(&decoder, input, &recorded).expect("computed");
+                assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);
+                assert_eq!(recordings.len(), if step < 3 { 1 } else { 2 });
+            }
+        });
     });
 }
 

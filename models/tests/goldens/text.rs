@@ -328,12 +328,16 @@ fn cpu() -> Placement {
 }
 
 fn decoder(case: &str) -> Decoder {
+    decoder_at(case, &cpu())
+}
+
+pub fn decoder_at(case: &str, placement: &Placement) -> Decoder {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).expect("a checkpoint");
     let config = match case.starts_with("llama") {
         true => llama::decoder_config(&manifest),
         false => qwen2::decoder_config(&manifest),
     };
-    let weights = manifest.whole().weights(&cpu()).expect("weights");
+    let weights = manifest.whole().weights(placement).expect("weights");
     Decoder::load(&weights, config.expect("a config")).expect("a decoder")
 }
 
