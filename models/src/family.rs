@@ -222,10 +222,11 @@ mod tests {
 
     use super::*;
     use crate::device::{DeviceSpec, WeightDtype};
+    use crate::testing::repository;
 
     /// Golden cases by the family that recognises their checkpoint.
     fn goldens_by_family() -> BTreeMap<&'static str, Vec<String>> {
-        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens");
+        let goldens = repository().join("tests/goldens");
         let mut cases: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
         for entry in std::fs::read_dir(&goldens).expect("tests/goldens is there") {
             let case = entry.expect("readable").path();
@@ -321,7 +322,7 @@ mod tests {
 
     #[test]
     fn the_documented_table_is_this_table() {
-        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/models.md");
+        let docs = repository().join("docs/models.md");
         let docs = std::fs::read_to_string(docs).expect("docs/models.md is there");
         for family in FAMILIES {
             let row = format!("| `{}` | {} |", family.name(), family.makes());

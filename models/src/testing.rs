@@ -4,7 +4,7 @@
 //! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard};
@@ -16,6 +16,17 @@ use crate::request::{
 };
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::tokenizer::Tokenizer;
+
+/// The root of the repository, for what tests read from it. Asked when a test runs and not when it is compiled:
+/// `scripts/gpu-check` runs test binaries beside a copy of their files, on a machine without cargo.
+///
+/// # Panics
+///
+/// Where neither cargo nor `scripts/gpu-check` started the test.
+pub fn repository() -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR for tests");
+    Path::new(&package).join("..")
+}
 
 /// What scripted text models say, one byte per token, from the byte at `seed % len` on and then around; without
 /// `ignore_eos` they stop after one round.

@@ -2,13 +2,13 @@
 //! binary of its own so that nothing else allocates.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
 use tale_models::request::{Event, Events, Request, SessionId};
+use tale_models::testing::repository;
 use tale_models::{ModelCard, load};
 
 /// Bytes allocated now, and the most since the last reset.
@@ -58,7 +58,7 @@ fn sessions_take_at_most_their_footprint() {
 
 /// Footprint and measured peak of one session, in bytes.
 fn run(case: &str, options: DiffusionOptions) -> (usize, usize) {
-    let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(case).join("checkpoint");
+    let checkpoint = repository().join("tests/goldens").join(case).join("checkpoint");
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU");
     let mut model = load(&checkpoint, &placement, &LoadOptions::default(), &mut |_| ()).expect("a sound checkpoint");
     let ModelCard::Diffusion(card) = &model.card else { panic!("{case} makes pictures or clips") };

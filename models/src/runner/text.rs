@@ -315,7 +315,6 @@ fn summary(plan: &Plan) -> StepPlan {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
 
     use super::*;
     use crate::device::{DeviceSpec, Placement, WeightDtype};
@@ -324,7 +323,7 @@ mod tests {
     use crate::request::SamplingParams;
 
     fn runner(max_batch_sequences: usize) -> TextRunner {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/qwen2-yarn/checkpoint");
+        let dir = crate::testing::repository().join("tests/goldens/qwen2-yarn/checkpoint");
         let manifest = Manifest::read(&dir).expect("a checkpoint");
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
         let weights = manifest.whole().weights(&placement).expect("weights");

@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
+use tale_models::testing::repository;
 
 /// Folder of one golden case.
 pub fn case_dir(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(case)
+    repository().join("tests/goldens").join(case)
 }
 
 /// `golden.json` of a case.
