@@ -53,7 +53,7 @@ pub(super) fn gated(op: &str, function: Function, gate: &Tensor, value: &Tensor)
     }
     let (gate, value) = (rows_apart(gate)?, rows_apart(value)?);
     let dim = gate.tensor.dims().last().copied().unwrap_or(1);
-    let rows = if dim == 0 { 0 } else { gate.tensor.elem_count() / dim };
+    let rows = gate.tensor.elem_count().checked_div(dim).unwrap_or(0);
     let y = output(gate.tensor.shape(), gate.tensor.dtype(), &gate.tensor)?;
     let pack = 16 / y.dtype().size_in_bytes();
     let is_vector = [gate.stride, value.stride, dim].iter().all(|distance| distance % pack == 0)

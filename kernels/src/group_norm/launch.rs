@@ -64,7 +64,7 @@ pub(super) fn rms_norm_channels(x: &Tensor, planes: Planes, weight: &Tensor, the
         .i64(planes.channels)
         .i64(planes.positions)
         .i32(i32::from(then == Then::Silu))
-        .i32(i32::from(planes.positions % pack == 0))
+        .i32(i32::from(planes.positions.is_multiple_of(pack)))
         .run(&x)?;
     Ok(y)
 }

@@ -29,9 +29,8 @@ pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: 
         dtype: x.dtype(),
     };
     product.run(address(&x)?, address(&weight)?, address(&y)?, &x)?;
-    match bias {
-        Some(bias) => add_bias(&y, bias, rows, out)?,
-        None => (),
+    if let Some(bias) = bias {
+        add_bias(&y, bias, rows, out)?;
     }
     Ok(y)
 }
@@ -42,7 +41,7 @@ fn add_bias(y: &Tensor, bias: &Tensor, rows: usize, dim: usize) -> Result<()> {
     }
     let bias = bias.to_dtype(y.dtype())?.contiguous()?;
     let pack = 16 / y.dtype().size_in_bytes();
-    let is_vector = dim % pack == 0 && address(&bias)? % 16 == 0;
+    let is_vector = dim.is_multiple_of(pack) && address(&bias)? % 16 == 0;
     let items = rows * if is_vector { dim / pack } else { dim };
     let blocks = items.div_ceil(THREADS).min(MAX_WAVES_BLOCKS);
     Launch::new(&LINEAR, by_dtype!("add_bias", y.dtype()), [blocks, 1, 1], THREADS)?
@@ -63,7 +62,7 @@ pub(super) fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (ids, weight) = (ids.contiguous()?, weight.contiguous()?);
     let y = output((len, dim), weight.dtype(), &weight)?;
     let pack = 16 / weight.dtype().size_in_bytes();
-    let is_vector = dim % pack == 0 && address(&weight)? % 16 == 0;
+    let is_vector = dim.is_multiple_of(pack) && address(&weight)? % 16 == 0;
     let threads = dim.div_ceil(pack).next_multiple_of(32).clamp(32, THREADS);
     Launch::new(&LINEAR, by_dtype!("embedding", weight.dtype()), [len, 1, 1], threads)?
         .tensor(&ids)?

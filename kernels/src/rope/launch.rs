@@ -58,8 +58,8 @@ fn packs_are_aligned(x: &Tensor, weight: Option<&Tensor>, layout: Layout) -> Res
     let pack = 16 / x.dtype().size_in_bytes();
     let d = x.dims()[3];
     let whole = match layout {
-        Layout::Half => d % (2 * pack) == 0,
-        Layout::Interleaved => d % pack == 0,
+        Layout::Half => d.is_multiple_of(2 * pack),
+        Layout::Interleaved => d.is_multiple_of(pack),
     };
     let strides = x.stride()[..3].iter().all(|stride| stride % pack == 0);
     let weight = weight.map(address).transpose()?.unwrap_or(0);
