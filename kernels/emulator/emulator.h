@@ -32,6 +32,8 @@
     static const emulator::Registered registered_##name(#name, threads, name); \
     static void name(__VA_ARGS__)
 
+#define KERNEL_RESIDENT(threads, blocks, name, ...) KERNEL(threads, name, __VA_ARGS__)
+
 struct Dim3 {
     unsigned x = 1, y = 1, z = 1;
 };

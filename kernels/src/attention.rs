@@ -7,9 +7,14 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::flash::{Flash, Keys, MAX_ROWS, QueryRow, scratch_len};
+#[cfg(gpu)]
+use crate::gpu;
 use crate::parallel::{Shared, for_each, with_scratch};
 use crate::simd::dispatch;
 use crate::view::{View, tensor};
+
+#[cfg(gpu)]
+mod launch;
 
 /// How scores are formed and masked.
 #[derive(Debug, Clone, Copy, Default)]
@@ -25,9 +30,13 @@ pub struct AttentionOptions<'a> {
 }
 
 /// Softmax attention. `q [b, lq, heads, d]`, `k` and `v` `[b, lk, kv_heads, d]` with `heads` a multiple of `kv_heads`:
-/// `[b, lq, heads, d]`. Scores are never materialised as a whole.
+/// `[b, lq, heads, d]`. Scores are never materialised as a whole. Kernels take d up to 512.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
     let shape = Shape::new(q, k, v, options)?;
+    #[cfg(gpu)]
+    if gpu::runs_here(q) {
+        return launch::attention(q, k, v, options, shape);
+    }
     let (q, k, v) = (rows_of_heads(q)?, rows_of_heads(k)?, rows_of_heads(v)?);
     let bias = options.bias.map(Tensor::contiguous).transpose()?;
     let bias = bias.as_ref().map(|bias| View::contiguous("attention", bias)).transpose()?;
@@ -170,11 +179,11 @@ impl Dense<'_> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use candle_core::{D, DType};
+    use candle_core::{D, DType, Device};
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::{assert_close, bits, random, threads};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads, values};
 
     /// The specification: every score at once.
     pub(crate) fn oracle(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
@@ -206,6 +215,206 @@ pub(crate) mod tests {
         let weights = scores.broadcast_sub(&max)?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         weights.matmul(&repeat(v)?)?.transpose(1, 2)?.contiguous()
+    }
+
+    /// Attention of tensors on a device against the oracle's of the same rounded values.
+    ///
+    /// Kernels for 16 bits round each weight to 16 bits, by half a unit at most. Values are at most 1, so a weighted mean
+    /// of them moves by half a unit, and the rounding of the result by another half: within what [`On::assert_close`]
+    /// allows for any result. Scores of a standard deviation of 2 and more let single keys decide a row, so that a key
+    /// too many or too few shows.
+    #[track_caller]
+    fn check(on: &On, [q, k, v]: [&Tensor; 3], options: &AttentionOptions<'_>) {
+        let (bias32, bias) = (options.bias.map(|bias| on.rounded(bias)), options.bias.map(|bias| on.tensor(bias)));
+        let options32 = AttentionOptions { bias: bias32.as_ref(), ..*options };
+        let expected = oracle(&on.rounded(q), &on.rounded(k), &on.rounded(v), &options32).unwrap();
+        let (q, k, v) = (on.tensor(q), on.tensor(k), on.tensor(v));
+        let options = AttentionOptions { bias: bias.as_ref(), ..*options };
+        let found = on.run(|| attention(&q, &k, &v, &options));
+        on.assert_close(&found, &expected, TERMS);
+    }
+
+    /// A case sums up to 512 products and 200 weights. But a score of 100, as the largest of these are, is uncertain by
+    /// some 2^-18 itself, and so is its exponential: as if there were more terms.
+    const TERMS: usize = 20_000;
+
+    const PEAKED: AttentionOptions<'static> =
+        AttentionOptions { scale: Some(0.7), causal: false, bias: None, key_lens: None };
+
+    /// q `[b, lq, 2, d]`, k and v `[b, lk, 2, d]`.
+    fn inputs(b: usize, lq: usize, lk: usize, d: usize) -> [Tensor; 3] {
+        [random(&[b, lq, 2, d], 1), random(&[b, lk, 2, d], 2), random(&[b, lk, 2, d], 3)]
+    }
+
+    /// One query, a tile of queries or keys less one, whole, and one more, two tiles and one, none of these.
+    const LENGTHS: [(usize, usize); 8] =
+        [(1, 200), (200, 1), (63, 65), (64, 64), (65, 63), (129, 129), (128, 64), (3, 7)];
+
+    for_each_device!(lengths_need_not_be_whole_tiles, |on: &On| {
+        for (lq, lk) in LENGTHS {
+            for d in [64, 128] {
+                let [q, k, v] = inputs(1, lq, lk, d);
+                check(on, [&q, &k, &v], &PEAKED);
+            }
+        }
+    });
+
+    // Less than a pack; packs that are no whole tile; the tiles; slices, the last one whole or not.
+    for_each_device!(heads_may_have_any_size, |on: &On| {
+        for d in [1, 8, 20, 33, 40, 80, 96, 160, 384, 512] {
+            let [q, k, v] = inputs(1, 70, 67, d);
+            check(on, [&q, &k, &v], &PEAKED);
+        }
+    });
+
+    for_each_device!(causal_rows_see_nothing_behind_them, |on: &On| {
+        for (length, d) in [(1, 64), (65, 128), (129, 40), (200, 64), (70, 160), (66, 20)] {
+            let [q, k, v] = inputs(2, length, length, d);
+            check(on, [&q, &k, &v], &AttentionOptions { causal: true, ..PEAKED });
+            let key_lens = [length.div_ceil(2), length];
+            check(on, [&q, &k, &v], &AttentionOptions { causal: true, key_lens: Some(&key_lens), ..PEAKED });
+        }
+    });
+
+    for_each_device!(biases_are_those_of_their_head_and_pair, |on: &On| {
+        for (lq, lk, d) in [(1, 65, 64), (65, 130, 64), (70, 3, 40), (67, 67, 128), (5, 70, 160), (66, 65, 20)] {
+            let [q, k, v] = inputs(2, lq, lk, d);
+            // As a table of positions gives it: heads last.
+            let bias = (random(&[lq, lk, 2], 4) * 3.0).unwrap().permute((2, 0, 1)).unwrap();
+            check(on, [&q, &k, &v], &AttentionOptions { bias: Some(&bias), ..PEAKED });
+            let key_lens = [lk, lk.div_ceil(2)];
+            check(on, [&q, &k, &v], &AttentionOptions { bias: Some(&bias), key_lens: Some(&key_lens), ..PEAKED });
+        }
+        let [q, k, v] = inputs(1, 65, 65, 64);
+        let bias = random(&[2, 65, 65], 5);
+        check(on, [&q, &k, &v], &AttentionOptions { bias: Some(&bias), causal: true, ..PEAKED });
+    });
+
+    for_each_device!(a_bias_of_minus_infinity_hides_a_key, |on: &On| {
+        let (hidden, seen) =
+            (Tensor::full(f32::NEG_INFINITY, (2, 20, 70), &Device::Cpu).unwrap(), random(&[2, 20, 9], 6));
+        let bias = Tensor::cat(&[&hidden, &seen], 2).unwrap();
+        let [q, k, v] = inputs(1, 20, 79, 64);
+        check(on, [&q, &k, &v], &AttentionOptions { bias: Some(&bias), ..PEAKED });
+    });
+
+    for_each_device!(keys_past_a_row_s_length_do_not_count, |on: &On| {
+        for d in [20, 64, 128, 160] {
+            for key_lens in [[0, 130], [65, 64], [0, 0], [1, 1]] {
+                let [q, k, v] = inputs(2, 67, 130, d);
+                let spoil = |x: &Tensor| {
+                    let rows: Vec<_> = key_lens
+                        .iter()
+                        .enumerate()
+                        .map(|(row, len)| {
+                            let x = x.narrow(0, row, 1)?;
+                            let nan = Tensor::full(f32::NAN, (1, 130 - len, 2, d), &Device::Cpu)?;
+                            Tensor::cat(&[&x.narrow(1, 0, *len)?, &nan], 1)
+                        })
+                        .collect::<Result<_>>()
+                        .unwrap();
+                    on.tensor(&Tensor::cat(&rows, 0).unwrap())
+                };
+                let options = AttentionOptions { key_lens: Some(&key_lens), ..PEAKED };
+                let (spoiled_k, spoiled_v, there) = (spoil(&k), spoil(&v), on.tensor(&q));
+                let found = on.run(|| attention(&there, &spoiled_k, &spoiled_v, &options));
+                for (row, len) in key_lens.into_iter().enumerate() {
+                    let part = |x: &Tensor| x.narrow(0, row, 1).unwrap();
+                    let found = part(&found);
+                    if len == 0 {
+                        assert!(values(&found).iter().all(|value| *value == 0.0), "a row without keys is zero");
+                        continue;
+                    }
+                    let kept = |x: &Tensor| on.rounded(&part(x)).narrow(1, 0, len).unwrap();
+                    let expected = oracle(&on.rounded(&part(&q)), &kept(&k), &kept(&v), &PEAKED).unwrap();
+                    on.assert_close(&found, &expected, TERMS);
+                }
+            }
+        }
+    });
+
+    for_each_device!(query_heads_may_share_keys, |on: &On| {
+        for d in [64, 128, 160] {
+            let (q, k, v) = (random(&[2, 66, 6, d], 1), random(&[2, 70, 2, d], 2), random(&[2, 70, 2, d], 3));
+            check(on, [&q, &k, &v], &PEAKED);
+        }
+    });
+
+    for_each_device!(inputs_are_read_by_their_strides, |on: &On| {
+        for d in [20, 64, 72, 128, 160] {
+            // Parts of a fused projection, one of them head by head, one value by value; then all of them one position
+            // and one value further, where no 16 bytes begin.
+            let qkv = random(&[2, 68, 3, 3, d + 1], 1);
+            let there = on.tensor(&qkv);
+            let part = |x: &Tensor, i: usize, shift: usize| {
+                x.narrow(2, i, 1)
+                    .unwrap()
+                    .squeeze(2)
+                    .unwrap()
+                    .narrow(1, shift, 67)
+                    .unwrap()
+                    .narrow(3, shift, d)
+                    .unwrap()
+            };
+            let turned = |x: Tensor, a: usize, b: usize| {
+                x.transpose(a, b).unwrap().contiguous().unwrap().transpose(a, b).unwrap()
+            };
+            for shift in [0, 1] {
+                let (q, k, v) = (part(&there, 0, shift), part(&there, 1, shift), part(&there, 2, shift));
+                let (k, v) = (turned(k, 1, 2), turned(v, 1, 3));
+                let found = on.run(|| attention(&q, &k, &v, &PEAKED));
+                let [q, k, v] = [0, 1, 2].map(|i| on.rounded(&part(&qkv, i, shift)));
+                on.assert_close(&found, &oracle(&q, &k, &v, &PEAKED).unwrap(), TERMS);
+            }
+            let qkv = random(&[2, 68, 3, 3, d], 1);
+            let there = on.tensor(&qkv);
+            let [q, k, v] =
+                [0, 1, 2].map(|i| there.narrow(2, i, 1).unwrap().squeeze(2).unwrap().narrow(1, 1, 67).unwrap());
+            let found = on.run(|| attention(&q, &k, &v, &PEAKED));
+            let [q, k, v] = [0, 1, 2]
+                .map(|i| on.rounded(&qkv).narrow(2, i, 1).unwrap().squeeze(2).unwrap().narrow(1, 1, 67).unwrap());
+            on.assert_close(&found, &oracle(&q, &k, &v, &PEAKED).unwrap(), TERMS);
+        }
+    });
+
+    for_each_device!(any_scale_will_do, |on: &On| {
+        for d in [64, 160] {
+            let [q, k, v] = inputs(1, 66, 130, d);
+            // One key of each row decides at 8, and the reference of a row moves from tile to tile.
+            for scale in [None, Some(0.0), Some(-0.7), Some(8.0)] {
+                check(on, [&q, &k, &v], &AttentionOptions { scale, ..AttentionOptions::default() });
+            }
+            let ramp: Vec<f32> = (0..130).map(|key| key as f32 / 65.0 - 1.0).collect();
+            let ramp = Tensor::from_vec(ramp, (1, 130, 1, 1), &Device::Cpu).unwrap();
+            let rising = k.zeros_like().unwrap().broadcast_add(&ramp).unwrap();
+            check(on, [&q.abs().unwrap(), &rising, &v], &PEAKED);
+            check(on, [&q.abs().unwrap(), &rising.neg().unwrap(), &v], &PEAKED);
+        }
+    });
+
+    for_each_device!(a_row_has_the_same_bits_in_any_batch, |on: &On| {
+        for d in [20, 64, 128, 160] {
+            let [q, k, v] = inputs(2, 130, 70, d).map(|x| on.tensor(&x));
+            let whole = on.run(|| attention(&q, &k, &v, &PEAKED));
+            for (start, len) in [(0, 1), (129, 1), (65, 40)] {
+                let part = |x: &Tensor| x.narrow(0, 1, 1).unwrap();
+                let rows = |x: &Tensor| part(x).narrow(1, start, len).unwrap();
+                let alone = on.run(|| attention(&rows(&q), &part(&k), &part(&v), &PEAKED));
+                assert_eq!(bits(&rows(&whole)), bits(&alone), "{len} rows from {start}, d {d}");
+            }
+        }
+    });
+
+    #[cfg(feature = "emulator")]
+    #[test]
+    fn kernels_refuse_what_they_cannot_compute() {
+        let (x, wide) = (random(&[1, 2, 1, 16], 1), random(&[1, 2, 1, 520], 1));
+        let run = |q: &Tensor, k: &Tensor| {
+            crate::emulated(|| attention(q, k, k, &AttentionOptions::default())).unwrap_err().to_string()
+        };
+        assert!(run(&wide, &wide).contains("attention: heads of 520 values"), "{}", run(&wide, &wide));
+        let half = x.to_dtype(DType::F16).unwrap();
+        assert!(run(&x, &half).contains("F32, F16 and F16"), "{}", run(&x, &half));
     }
 
     proptest! {

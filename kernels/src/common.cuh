@@ -9,6 +9,9 @@
 #include <cstdint>
 // A kernel with its most threads per block, by which ptxas divides the registers.
 #define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+// The same, with the blocks that an SM shall hold at a time.
+#define KERNEL_RESIDENT(threads, blocks, name, ...) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 // Shared memory whose size the launch decides, aligned for 128-byte lines.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 using f16 = __half;

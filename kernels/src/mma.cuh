@@ -48,8 +48,7 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(unsigned (&to)[4], const 
                  : "memory");
 }
 
-/// 16 bytes from global to shared memory, past the registers; zeros instead if not `valid` (`from` must still be an
-/// address of the tensor).
+/// 16 bytes from global to shared memory, past the registers; zeros instead if not `valid`, and `from` is not read.
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool valid) {
     const int bytes_read = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes_read)
@@ -77,6 +76,13 @@ __device__ __forceinline__ unsigned pack2<bf16>(float low, float high) {
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 
+/// 2^x to about two units in the last place, by one instruction; results below 2^-126 are zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #else
 
 using emulator::mma_m16n8k16;
@@ -93,5 +99,6 @@ unsigned pack2(float low, float high) {
     std::memcpy(&bits, pair, 4);
     return bits;
 }
+inline float exp2_fast(float x) { return std::exp2(x); }
 
 #endif
