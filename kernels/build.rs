@@ -91,6 +91,8 @@ fn compile_emulator(sources: &[PathBuf]) {
     build.cpp(true).std("c++17").opt_level(2).include("emulator").include("src");
     // Kernels read memory in other types than it was written in, as CUDA allows.
     build.flag("-x").flag("c++").flag("-Wno-unknown-pragmas").flag("-fno-strict-aliasing");
+    // nvcc joins no explicitly rounded operations (__fmul_rn and its like) either.
+    build.flag("-ffp-contract=off");
     build.file("emulator/emulator.cc").files(sources);
     build.link_lib_modifier("+whole-archive").compile("tale_emulator");
 }

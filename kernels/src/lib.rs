@@ -29,6 +29,7 @@ mod parallel;
 mod recording;
 mod rope;
 mod row;
+mod sample;
 mod simd;
 #[cfg(test)]
 mod testing;
@@ -46,4 +47,5 @@ pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_no
 pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
+pub use sample::{Choice, Draw, Penalties, sample};
 pub use simd::{Isa, isa};

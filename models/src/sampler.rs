@@ -1,225 +1,87 @@
-//! From logits to a token: penalties, temperature, top-k, top-p, min-p, and a random stream of the request's own.
+//! What a sequence brings to the choice of its next token: its parameters, the tokens that were there before, and a
+//! random stream of its own.
 //!
-//! Owns: the order of these operations and the state of one sequence. Deliberately does not know: batches, other
-//! sessions, text. A token depends on the logits, the parameters, the tokens before and the seed alone.
-//!
-//! The order is that of transformers' logits processors and warpers, which vLLM shares up to min-p:
-//! repetition penalty over prompt and answer, frequency and presence penalty over the answer (vLLM
-//! `apply_penalties`), temperature, top-k, top-p on what top-k left, min-p, and one categorical draw.
+//! Owns: the state of one sequence. Deliberately does not know: batches, text, nor what temperature, top-k or a penalty
+//! mean ([`tale_kernels::sample`] does, on the device of the logits). A token depends on the logits, the parameters, the
+//! tokens before and the seed alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use candle_core::Tensor;
+use tale_kernels::{Choice, Draw, Penalties};
+
+use crate::error::Result;
 use crate::request::SamplingParams;
 
 /// The sampling state of one sequence.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
-    penalties: Penalties,
+    seen: Seen,
     random: RandomStream,
+}
+
+/// Chooses the next token of each sampler from its row of `logits [rows, vocab]`, which may be on any device; each
+/// remembers its own for the penalties.
+pub fn sample(logits: &Tensor, samplers: &mut [&mut Sampler]) -> Result<Vec<Choice>> {
+    let draws: Vec<Draw> = samplers.iter_mut().map(|sampler| sampler.draw()).collect();
+    let choices = tale_kernels::sample(logits, &draws)?;
+    for (sampler, choice) in samplers.iter_mut().zip(&choices) {
+        sampler.seen.remember(choice.token);
+    }
+    Ok(choices)
 }
 
 impl Sampler {
     /// `prompt` counts for the repetition penalty.
     pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
         let random = RandomStream::new(params.seed);
-        Self { params: params.clone(), penalties: Penalties::new(params, prompt), random }
+        Self { params: params.clone(), seen: Seen::new(params, prompt), random }
     }
 
-    /// Chooses the next token from `logits [vocab]` and remembers it for the penalties. NaN counts as impossible; of
-    /// equal logits the lower id is the more likely one, so that a temperature of 0 takes the first of them.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
-        let token = if self.penalties.are_off() {
-            self.choose(logits)
-        } else {
-            let mut penalised = logits.to_vec();
-            self.penalties.apply(&mut penalised);
-            self.choose(&penalised)
-        };
-        self.penalties.remember(token);
-        token
-    }
-
-    fn choose(&mut self, logits: &[f32]) -> u32 {
-        let best = argmax(logits);
-        if self.params.temperature == 0.0 {
-            return best;
-        }
-        let mut scaled = scale(logits, best, self.params.temperature);
-        keep_top_k(&mut scaled, self.params.top_k);
-        let mut candidates = weigh(&scaled);
-        keep_top_p(&mut candidates, self.params.top_p);
-        keep_min_p(&mut candidates, self.params.min_p);
-        // Empty only where every logit is NaN or minus infinity.
-        draw(&candidates, self.random.uniform()).unwrap_or(best)
+    /// How the next token is chosen. Takes one number from the stream unless the choice is greedy.
+    fn draw(&mut self) -> Draw {
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = self.params;
+        let random = if temperature == 0.0 { 0 } else { self.random.next() };
+        let penalties = self.seen.counts_if_punished().map(|counts| Penalties {
+            repetition: self.params.repetition_penalty,
+            presence: self.params.presence_penalty,
+            frequency: self.params.frequency_penalty,
+            counts,
+        });
+        Draw { temperature, top_k, top_p, min_p, random, penalties }
     }
 }
 
-/// What repetition, presence and frequency penalty need to know. Empty while all three are off.
+/// The tokens that penalties are about. Empty while all are off.
 #[derive(Debug, Clone)]
-struct Penalties {
-    repetition: f32,
-    presence: f32,
-    frequency: f32,
+struct Seen {
+    is_punished: bool,
     prompt: BTreeSet<u32>,
     /// Occurrences in the answer.
     answer: BTreeMap<u32, u32>,
 }
 
-impl Penalties {
+impl Seen {
     fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
-        let repetition = params.repetition_penalty;
-        let prompt = if repetition == 1.0 { BTreeSet::new() } else { prompt.iter().copied().collect() };
-        let (presence, frequency) = (params.presence_penalty, params.frequency_penalty);
-        Self { repetition, presence, frequency, prompt, answer: BTreeMap::new() }
-    }
-
-    fn are_off(&self) -> bool {
-        self.repetition == 1.0 && self.presence == 0.0 && self.frequency == 0.0
+        let repetition = params.repetition_penalty != 1.0;
+        let is_punished = repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+        let prompt = if repetition { prompt.iter().copied().collect() } else { BTreeSet::new() };
+        Self { is_punished, prompt, answer: BTreeMap::new() }
     }
 
     fn remember(&mut self, token: u32) {
-        if !self.are_off() {
+        if self.is_punished {
             *self.answer.entry(token).or_insert(0) += 1;
         }
     }
 
-    /// A prompt may hold ids past `logits` (added tokens that the model has no row for); they have nothing to punish.
-    fn apply(&self, logits: &mut [f32]) {
-        let only_prompt = self.prompt.iter().filter(|id| !self.answer.contains_key(id));
-        for id in only_prompt.chain(self.answer.keys()) {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit = if *logit > 0.0 { *logit / self.repetition } else { *logit * self.repetition };
-            }
-        }
-        for (id, count) in &self.answer {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit -= self.frequency * *count as f32 + self.presence;
-            }
-        }
+    /// All tokens with their occurrences in the answer, if there is a penalty.
+    fn counts_if_punished(&self) -> Option<Vec<(u32, u32)>> {
+        let only_prompt = self.prompt.iter().filter(|id| !self.answer.contains_key(id)).map(|id| (*id, 0));
+        let answer = self.answer.iter().map(|(id, count)| (*id, *count));
+        self.is_punished.then(|| only_prompt.chain(answer).collect())
     }
-}
-
-/// Index of the largest value, the first of equals; 0 where there is none but NaN.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > best.1 {
-            best = (id, *logit);
-        }
-    }
-    best.0 as u32
-}
-
-/// A token by how likely it is.
-#[derive(Debug, Clone, Copy)]
-struct Scaled {
-    id: u32,
-    /// Logit below the largest one, over the temperature: 0 for the most likely token.
-    logit: f32,
-}
-
-impl Scaled {
-    fn more_likely_first(a: &Self, b: &Self) -> std::cmp::Ordering {
-        b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
-    }
-}
-
-/// All logits but NaN, in order of id. The largest is subtracted before the division, so that a tiny temperature gives
-/// the most likely token and no infinities.
-fn scale(logits: &[f32], best: u32, temperature: f32) -> Vec<Scaled> {
-    let Some(largest) = logits.get(best as usize).map(|x| x.min(f32::MAX)) else { return Vec::new() };
-    let scaled = |(id, logit): (usize, &f32)| {
-        let logit = if logit.is_nan() { *logit } else { (logit.min(f32::MAX) - largest) / temperature };
-        Scaled { id: id as u32, logit }
-    };
-    let mut all = Vec::with_capacity(logits.len());
-    all.extend(logits.iter().enumerate().map(scaled).filter(|scaled| !scaled.logit.is_nan()));
-    all
-}
-
-/// Keeps the `k` most likely tokens; 0 keeps all.
-fn keep_top_k(scaled: &mut Vec<Scaled>, k: usize) {
-    if k > 0 && k < scaled.len() {
-        scaled.select_nth_unstable_by(k - 1, Scaled::more_likely_first);
-        scaled.truncate(k);
-        // The draw walks the candidates: their order must not depend on the selection algorithm.
-        scaled.sort_unstable_by(Scaled::more_likely_first);
-    }
-}
-
-/// A token that may be drawn.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    scaled: Scaled,
-    /// Probability up to a common factor: 1 for the most likely token.
-    weight: f32,
-}
-
-/// Tokens with their weights; those that round to nothing are no candidates.
-fn weigh(scaled: &[Scaled]) -> Vec<Candidate> {
-    let weighed = scaled.iter().map(|scaled| Candidate { scaled: *scaled, weight: scaled.logit.exp() });
-    let mut candidates = Vec::with_capacity(scaled.len());
-    candidates.extend(weighed.filter(|candidate| candidate.weight > 0.0));
-    candidates
-}
-
-fn total(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|c| f64::from(c.weight)).sum()
-}
-
-/// Keeps the fewest most likely candidates whose probabilities reach `top_p` of the whole, at least one.
-///
-/// Sorts little of a vocabulary of 128 thousand: the many unlikely candidates that together weigh less than what may be
-/// dropped go first, and of the rest one piece after the other is sorted until the sum is reached.
-fn keep_top_p(candidates: &mut Vec<Candidate>, top_p: f32) {
-    const FIRST_PIECE: usize = 256;
-    if top_p >= 1.0 || candidates.is_empty() {
-        return;
-    }
-    let order = |a: &Candidate, b: &Candidate| Scaled::more_likely_first(&a.scaled, &b.scaled);
-    let total = total(candidates);
-    let wanted = f64::from(top_p) * total;
-    // Half of the fair share, so that rounding cannot drop one too many.
-    let negligible = 0.5 * (total - wanted) / candidates.len() as f64;
-    candidates.retain(|c| f64::from(c.weight) >= negligible);
-    let (mut sorted, mut piece, mut mass) = (0, FIRST_PIECE, 0.0);
-    while sorted < candidates.len() {
-        let rest = &mut candidates[sorted..];
-        if piece < rest.len() {
-            rest.select_nth_unstable_by(piece - 1, order);
-        }
-        let taken = piece.min(rest.len());
-        rest[..taken].sort_unstable_by(order);
-        for (i, candidate) in rest[..taken].iter().enumerate() {
-            mass += f64::from(candidate.weight);
-            if mass >= wanted {
-                candidates.truncate(sorted + i + 1);
-                return;
-            }
-        }
-        sorted += taken;
-        piece *= 4;
-    }
-}
-
-/// Keeps candidates at least `min_p` times as likely as the most likely one, whose weight is 1.
-fn keep_min_p(candidates: &mut Vec<Candidate>, min_p: f32) {
-    if min_p > 0.0 {
-        candidates.retain(|c| c.weight >= min_p.min(1.0));
-    }
-}
-
-/// One of the candidates with a chance proportional to its weight, by the inverse of the cumulative distribution.
-fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
-    let mut left = uniform * total(candidates);
-    for candidate in candidates {
-        left -= f64::from(candidate.weight);
-        if left < 0.0 {
-            return Some(candidate.scaled.id);
-        }
-    }
-    candidates.last().map(|c| c.scaled.id) // rounding left a crumb
 }
 
 /// SplitMix64 (Steele, Lea, Flood 2014): a counter through a mixing function. One draw per token needs no more.
@@ -232,10 +94,10 @@ impl RandomStream {
         Self(Self::mix(seed))
     }
 
-    /// In `[0, 1)`, 53 bits.
-    fn uniform(&mut self) -> f64 {
+    /// Uniform over all 64-bit numbers.
+    fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        (Self::mix(self.0) >> 11) as f64 * 2f64.powi(-53)
+        Self::mix(self.0)
     }
 
     fn mix(mut z: u64) -> u64 {
@@ -247,9 +109,17 @@ impl RandomStream {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use candle_core::Device;
 
     use super::*;
+
+    impl Sampler {
+        /// From a row of one.
+        fn sample(&mut self, logits: &[f32]) -> u32 {
+            let logits = Tensor::from_slice(logits, (1, logits.len()), &Device::Cpu).expect("a row");
+            sample(&logits, &mut [self]).expect("sampled")[0].token
+        }
+    }
 
     fn drawing(seed: u64) -> SamplingParams {
         SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy() }
@@ -375,36 +245,15 @@ mod tests {
         assert_ne!(take(0), take(u64::MAX));
     }
 
-    /// The kept set by a full sort, as the documentation says it.
-    fn kept_by_full_sort(logits: &[f32], top_k: usize, top_p: f32) -> BTreeSet<u32> {
-        let mut all = scale(logits, argmax(logits), 1.0);
-        all.sort_by(Scaled::more_likely_first);
-        all.truncate(if top_k == 0 { usize::MAX } else { top_k });
-        let all = weigh(&all);
-        let total = total(&all);
-        let mut before = 0.0;
-        let reached = all.iter().position(|c| {
-            before += f64::from(c.weight);
-            before >= f64::from(top_p) * total
-        });
-        let num_kept = if top_p >= 1.0 { all.len() } else { reached.map_or(all.len(), |i| i + 1) };
-        all[..num_kept].iter().map(|c| c.scaled.id).collect()
-    }
-
-    proptest! {
-        #[test]
-        fn partial_selection_keeps_what_a_full_sort_keeps(
-            logits in prop::collection::vec((-40i8..40).prop_map(|x| f32::from(x) / 8.0), 1..3000),
-            top_k in prop_oneof![Just(0), 1usize..4000],
-            top_p in prop_oneof![Just(1.0), 0.0f32..1.0],
-        ) {
-            let mut found = scale(&logits, argmax(&logits), 1.0);
-            keep_top_k(&mut found, top_k);
-            let mut found = weigh(&found);
-            keep_top_p(&mut found, top_p);
-            prop_assert!(!found.is_empty());
-            let found: BTreeSet<u32> = found.iter().map(|c| c.scaled.id).collect();
-            prop_assert_eq!(found, kept_by_full_sort(&logits, top_k, top_p));
-        }
+    #[test]
+    fn rows_are_their_samplers_own() {
+        let logits = Tensor::from_vec(vec![0.0f32, 1.0, 2.0, 2.0, 1.0, 0.0], (2, 3), &Device::Cpu).expect("rows");
+        let mut first = Sampler::new(&SamplingParams { presence_penalty: 1.5, ..SamplingParams::greedy() }, &[]);
+        let mut second = Sampler::new(&SamplingParams::greedy(), &[]);
+        let mut take = || -> Vec<u32> {
+            let choices = sample(&logits, &mut [&mut first, &mut second]).expect("sampled");
+            choices.iter().map(|choice| choice.token).collect()
+        };
+        assert_eq!((take(), take()), (vec![2, 0], vec![1, 0]));
     }
 }

@@ -6,8 +6,9 @@
 
 use std::collections::HashMap;
 
-use candle_core::DType;
+use candle_core::Tensor;
 use rayon::prelude::*;
+use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
@@ -15,7 +16,7 @@ use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput};
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
-use crate::sampler::Sampler;
+use crate::sampler::{self, Sampler};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
 
@@ -124,8 +125,8 @@ impl TextRunner {
         }
     }
 
-    /// Logits of the rows that sample, one after the other; empty when none does.
-    fn forward(&mut self, plan: &Plan) -> Result<Vec<f32>> {
+    /// Logits `[rows, vocab]` of the rows that sample; `None` when none does.
+    fn forward(&mut self, plan: &Plan) -> Result<Option<Tensor>> {
         let mut input = DecoderInput::default();
         for Chunk { session, start, num_tokens, samples } in plan.chunks.iter().copied() {
             let tokens = &self.sessions[&session].tokens[start..start + num_tokens];
@@ -134,33 +135,32 @@ impl TextRunner {
                 input.want_logits_of_last_row();
             }
         }
-        let logits = match &mut self.recordings {
+        match &mut self.recordings {
             Some(recordings) if DecodeRecordings::takes(&input) => {
-                Some(recordings.forward(&self.model.decoder, input, &self.caches)?)
+                recordings.forward(&self.model.decoder, input, &self.caches).map(Some)
             }
-            _ => self.model.decoder.forward(&input, &self.caches)?,
-        };
-        match logits {
-            Some(logits) => Ok(logits.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?),
-            None => Ok(Vec::new()),
+            _ => self.model.decoder.forward(&input, &self.caches),
         }
     }
 
-    /// Samples the next token of each session whose chunk asked for one; in order of ids. Sessions are independent and
-    /// each looks through a whole vocabulary, so they sample side by side.
-    fn sample(&mut self, plan: &Plan, logits: &[f32]) -> Vec<(SessionId, Result<Accepted>)> {
+    /// Samples the next token of each session whose chunk asked for one, all in one call where the logits are, and
+    /// makes text of them side by side; in order of ids.
+    fn sample(&mut self, plan: &Plan, logits: &Tensor) -> Result<Vec<(SessionId, Result<Accepted>)>> {
         let phase = plan.phase().as_str();
         let eos_token_ids = self.model.eos_token_ids.as_slice();
-        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.session);
-        let rows: HashMap<SessionId, &[f32]> =
-            sampling.zip(logits.chunks_exact(self.model.decoder.config().vocab_size)).collect();
-        let mut turns: Vec<(SessionId, &mut Session, &[f32])> = self
-            .sessions
-            .iter_mut()
-            .filter_map(|(id, session)| rows.get(id).map(|logits| (*id, session, *logits)))
+        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples);
+        let rows: HashMap<SessionId, usize> = sampling.enumerate().map(|(row, chunk)| (chunk.session, row)).collect();
+        let of_a_row = |(id, session)| rows.get(id).map(|row| (*row, *id, session));
+        let mut turns: Vec<(usize, SessionId, &mut Session)> = self.sessions.iter_mut().filter_map(of_a_row).collect();
+        turns.sort_by_key(|(row, ..)| *row);
+        let mut samplers: Vec<&mut Sampler> = turns.iter_mut().map(|(.., session)| &mut session.sampler).collect();
+        let choices = sampler::sample(logits, &mut samplers)?;
+        let mut accepted: Vec<_> = turns
+            .into_par_iter()
+            .map(|(row, id, session)| (id, session.accept(choices[row], phase, eos_token_ids)))
             .collect();
-        turns.sort_by_key(|(id, ..)| *id);
-        turns.into_par_iter().map(|(id, session, logits)| (id, session.accept(logits, phase, eos_token_ids))).collect()
+        accepted.sort_by_key(|(id, _)| *id);
+        Ok(accepted)
     }
 
     /// Tells what came of a sample, and ends the session if that was its last token.
@@ -221,11 +221,11 @@ impl Session {
         }
     }
 
-    fn accept(&mut self, logits: &[f32], phase: &'static str, eos_token_ids: &[u32]) -> Result<Accepted> {
-        if !logits.iter().all(|logit| logit.is_finite()) {
+    fn accept(&mut self, choice: Choice, phase: &'static str, eos_token_ids: &[u32]) -> Result<Accepted> {
+        let Choice { token, is_finite } = choice;
+        if !is_finite {
             return Err(Error::NotFinite { phase });
         }
-        let token = self.sampler.sample(logits);
         self.tokens.push(token);
         if !self.ignore_eos && eos_token_ids.contains(&token) {
             return Ok(Accepted { token, text: String::new(), end: Some(End::EosToken) });
@@ -285,8 +285,10 @@ impl Runner for TextRunner {
         self.announce(events);
         let logits = self.forward(&plan)?;
         self.batcher.complete(&plan);
-        for (id, accepted) in self.sample(&plan, &logits) {
-            self.report(id, accepted, events);
+        if let Some(logits) = logits {
+            for (id, accepted) in self.sample(&plan, &logits)? {
+                self.report(id, accepted, events);
+            }
         }
         self.in_step.clear();
         Ok(summary(&plan))
