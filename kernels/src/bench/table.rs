@@ -10,7 +10,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::{AttentionOptions, Gelu, PagedBatch, QkNorm, RopeLayout};
+use crate::{AttentionOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout};
 
 /// How large the inputs are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,6 +135,7 @@ impl<'a> Bench<'a> {
         self.products()?;
         self.attentions()?;
         self.paged()?;
+        self.tokens()?;
         self.pictures()
     }
 
@@ -237,6 +238,28 @@ impl<'a> Bench<'a> {
             };
             let shape = format!("llama 8B, {sequences} x {rows} rows, context {context}");
             self.measure("paged_attention", &shape, work, || crate::paged_attention(&q, &k, &v, &batch, 0.088))?;
+            let (new, bytes) = (self.random(&[sequences * rows, 8, 128])?, self.bytes(4 * sequences * rows * 8 * 128));
+            self.measure("write_kv", &shape, Work::Bytes(bytes), || {
+                crate::write_kv(&new, &new, &k, &v, &batch).map(|()| new.clone())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Llama 3's vocabulary. A call waits for the tokens, as a step does; the roof is one reading of the logits.
+    fn tokens(&mut self) -> Result<()> {
+        let greedy = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 1 << 63, penalties: None };
+        let plain = Draw { temperature: 0.8, ..greedy.clone() };
+        let cut = Draw { top_k: 50, top_p: 0.9, ..plain.clone() };
+        for (name, draw) in [("greedy", greedy), ("temperature", plain), ("top-k and top-p", cut)] {
+            for rows in [1, 64] {
+                let logits = (self.random(&[rows, 128_256])? * 8.0)?;
+                let draws = vec![draw.clone(); rows];
+                let work = Work::Bytes(self.bytes(rows * 128_256));
+                self.measure("sample", &format!("llama 3, {rows} rows, {name}"), work, || {
+                    crate::sample(&logits, &draws).map(|_| logits.clone())
+                })?;
+            }
         }
         Ok(())
     }
