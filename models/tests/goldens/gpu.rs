@@ -1,7 +1,7 @@
 //! The same goldens computed by the GPU kernels: on a GPU if this build and machine have one, and with the feature
 //! `emulator` on the CPU, thread by thread. f32 must be the reference, 16 bits near it.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, LoadOptions, LoadedModel};
@@ -163,7 +163,7 @@ fn on_every_gpu(body: impl Fn(&Gpu)) {
 }
 
 impl Gpu {
-    fn load(&self, path: &PathBuf) -> LoadedModel {
+    fn load(&self, path: &Path) -> LoadedModel {
         self.run(|| family::load(path, &self.placement, &LoadOptions::default(), &mut |_| ()).expect("loaded"))
     }
 
