@@ -82,6 +82,10 @@ pub(super) fn launch(device: &CudaDevice, launch: &Launch) -> Result<()> {
 /// A CUDA graph of one stream.
 pub(crate) struct Graph(CudaGraph);
 
+// SAFETY: the driver knows graphs by handles that any thread may use, as long as no two do at once; an owner on another
+// thread is alone with it, and `Graph` is not `Sync`.
+unsafe impl Send for Graph {}
+
 impl Graph {
     /// Memory that `body` allocates and frees becomes the graph's own.
     pub(super) fn record(device: &CudaDevice, body: impl FnOnce() -> Result<()>) -> Result<Self> {
