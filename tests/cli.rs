@@ -312,6 +312,64 @@ fn configurations_alone_make_noise() {
     assert_eq!(decode(&output).len(), 32 * 32 * 3);
 }
 
+/// The lines of `tale bench step --json`.
+fn bench_lines(args: &[&str]) -> Vec<Value> {
+    let printed = succeed(&[&["bench", "step", "--json", "--repeat", "1"], args].concat());
+    printed.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn bench_step_measures_every_kind_of_step() {
+    let steps = |lines: &[Value]| lines.iter().map(|line| line["step"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let (_dir, llama) = configurations_of("llama-untied");
+    let dummy = ["--model", &llama, "--load-format", "dummy", "--prompt-tokens", "8", "--batch", "1,2"];
+    let lines = bench_lines(&dummy);
+    assert_eq!(steps(&lines), ["load", "prefill", "decode", "decode"]);
+    assert_eq!(lines[0]["family"], "llama");
+    for line in &lines[1..] {
+        for field in ["seconds", "flops", "bytes", "rate_per_second", "percent_of_roof", "peak_memory_bytes"] {
+            assert!(line[field].as_f64().unwrap() > 0.0, "{field} in {line}");
+        }
+    }
+    let one_layer = bench_lines(&[&dummy[..], &["--layers", "1"]].concat());
+    assert!(one_layer[0]["weight_bytes"].as_u64() < lines[0]["weight_bytes"].as_u64());
+    assert_eq!(one_layer[0]["max_layers"], 1);
+
+    let wan = Golden::read("wan-a").checkpoint;
+    let sizes = ["--model", &wan, "--width", "32", "--height", "32", "--frames", "5", "--prompt-tokens", "8"];
+    assert_eq!(steps(&bench_lines(&sizes)), ["load", "encode", "denoise", "vae_decode"]);
+    let table = succeed(&[&["bench", "step", "--repeat", "1"], &sizes[..]].concat());
+    for part in ["(wan), cpu, dtype auto", "roofs: memory", "vae_decode 32x32, 5 frames", " ms ", " % "] {
+        assert!(table.contains(part), "`{part}` is not in: {table}");
+    }
+}
+
+#[test]
+fn bench_step_refuses_what_cannot_be_measured() {
+    let check = |args: &[&str], exit_code: i32, parts: &[&str]| {
+        check_failure(&[&["bench", "step"], args].concat(), exit_code, parts);
+    };
+    let wan = Golden::read("wan-a").checkpoint;
+    check(&["--preset", "llama-3.1-70b", "--memory", "1GiB"], 1, &["not enough memory", "1073741824 free"]);
+    check(&["--preset", "wan2.1-t2v-14b", "--width", "100"], 2, &["--width: is 100", "multiples of 16"]);
+    check(&["--preset", "flux.1-dev", "--load-format", "auto"], 2, &["--load-format: a preset has no files"]);
+    check(&["--model", &wan, "--layers", "1"], 2, &["--layers: ", "--load-format dummy"]);
+    check(&["--model", &wan, "--prompt-tokens", "9999"], 2, &["--prompt-tokens: is 9999; allowed: 1 to"]);
+    check(&["--preset", "tinyllama-1.1b", "--device", "cuda:4096"], 1, &["cuda:4096: "]);
+    let unknown = run(&["bench", "step", "--preset", "gpt-2"]);
+    let said = String::from_utf8(unknown.stderr).unwrap();
+    assert!(unknown.status.code() == Some(2) && said.contains("flux.1-dev, flux.1-schnell"), "{said}");
+}
+
+#[test]
+fn bench_kernels_prints_what_is_asked_for() {
+    let table = succeed(&["bench", "kernels", "rms_norm"]);
+    let mut lines = table.lines();
+    assert!(lines.next().unwrap().starts_with("roofs: memory"), "{table}");
+    let names: Vec<_> = lines.map(|line| line.split(' ').next().unwrap()).collect();
+    assert!(names.len() > 1 && names.iter().all(|name| name.contains("rms_norm")), "{table}");
+}
+
 fn signal(child: &Child, name: &str) {
     let kill = format!("kill -{name} {}", child.id());
     assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());

@@ -28,6 +28,8 @@ pub struct TextCard {
     pub family: &'static str,
     /// Most tokens of prompt and answer together.
     pub max_context: usize,
+    /// Bytes that one token takes in the KV cache.
+    pub kv_bytes_per_token: usize,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Text to tokens and back.

@@ -72,6 +72,17 @@ impl std::str::FromStr for WeightDtype {
     }
 }
 
+impl std::fmt::Display for WeightDtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
 /// A device and the dtypes to use on it.
 #[derive(Debug, Clone)]
 pub struct Placement {
@@ -133,6 +144,11 @@ impl Placement {
             (Matrices::Own(WeightDtype::Auto), DType::F16 | DType::BF16) => published,
             (Matrices::Own(WeightDtype::Auto), _) => DType::F32,
         }
+    }
+
+    /// Waits until everything that was asked of the device is done; the CPU does at once what it is asked.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.device.synchronize()?)
     }
 
     /// Memory of an opened GPU as it is now; `None` on the CPU, whose memory the operating system hands out.

@@ -4,6 +4,7 @@
 //! turn sessions into steps. Deliberately does not know: HTTP, JSON wire types, async runtimes, databases. No tensor
 //! leaves this crate: what crosses the [`runner::Runner`] boundary is tokens, text and RGB bytes.
 
+pub mod bench;
 pub mod card;
 pub mod chat_template;
 pub mod config;
@@ -15,6 +16,7 @@ pub mod family;
 pub mod kv;
 pub mod layers;
 pub mod manifest;
+pub mod presets;
 pub mod request;
 pub mod rng;
 pub mod runner;
@@ -25,6 +27,7 @@ pub mod text_stream;
 pub mod tokenizer;
 pub mod vae;
 pub mod weights;
+pub mod work;
 
 pub use card::{DiffusionCard, ModelCard, TextCard};
 pub use error::{Error, Result};

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
@@ -15,7 +14,8 @@ use crate::request::{
     DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
 };
 use crate::runner::{Runner, RunnerStatus, StepPlan};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, bytes};
+use crate::work::StepWork;
 
 /// The root of the repository, for what tests read from it. Asked when a test runs and not when it is compiled:
 /// `scripts/gpu-check` runs test binaries beside a copy of their files, on a machine without cargo.
@@ -57,13 +57,15 @@ impl Default for Script {
 
 /// A text model with a byte tokenizer, a small chat template and a context of [`MAX_CONTEXT`].
 pub fn text_model(script: Script) -> Result<LoadedModel> {
-    let files = TokenizerFiles::write()?;
+    let folder = tempfile::tempdir().map_err(|error| Error::checkpoint(std::env::temp_dir(), error))?;
+    bytes::write(folder.path())?;
     let card = TextCard {
         family: "scripted",
+        kv_bytes_per_token: 0,
         max_context: MAX_CONTEXT,
-        vocab_size: VOCAB_SIZE,
-        tokenizer: Tokenizer::from_dir(&files.0)?,
-        chat_template: ChatTemplate::from_dir(&files.0)?,
+        vocab_size: bytes::VOCAB_SIZE,
+        tokenizer: Tokenizer::from_dir(folder.path())?,
+        chat_template: ChatTemplate::from_dir(folder.path())?,
         defaults: SamplingDefaults::default(),
     };
     Ok(loaded(ModelCard::Text(card), script))
@@ -157,6 +159,11 @@ impl Runner for ScriptedRunner {
 
     fn next(&self) -> Option<StepPlan> {
         self.batch().map(|(phase, sessions)| StepPlan { phase, sessions: sessions.len() })
+    }
+
+    /// A script computes nothing.
+    fn next_work(&self) -> StepWork {
+        StepWork::default()
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
@@ -254,67 +261,6 @@ fn gradient(request: &DiffusionRequest, index: usize) -> Frame {
     let blue = (request.seed as usize + index * 8) % 256;
     let pixels = (0..height).flat_map(|y| (0..width).map(move |x| [x * 255 / width, y * 255 / height, blue]));
     Frame { width, height, rgb: pixels.flatten().map(|value| value as u8).collect() }
-}
-
-/// Bytes and two special tokens.
-const VOCAB_SIZE: usize = 258;
-
-/// A folder with the published files of a byte-level tokenizer and its chat template; gone when dropped.
-struct TokenizerFiles(PathBuf);
-
-impl TokenizerFiles {
-    fn write() -> Result<Self> {
-        static COUNTER: AtomicUsize = AtomicUsize::new(0);
-        let unique = COUNTER.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("tale-scripted-{}-{unique}", std::process::id()));
-        std::fs::create_dir_all(&dir).map_err(|error| Error::checkpoint(&dir, error))?;
-        let files = Self(dir);
-        files.write_file("tokenizer.json", &byte_tokenizer().to_string())?;
-        files.write_file("tokenizer_config.json", "{}")?;
-        let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
-        files.write_file("chat_template.jinja", template)?;
-        Ok(files)
-    }
-
-    fn write_file(&self, name: &str, text: &str) -> Result<()> {
-        let path = self.0.join(name);
-        std::fs::write(&path, text).map_err(|error| Error::checkpoint(path, error))
-    }
-}
-
-impl Drop for TokenizerFiles {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::debug!(%error, "a temporary folder stays");
-        }
-    }
-}
-
-/// `tokenizer.json` of byte-level BPE without merges: every byte is the token of its own value.
-fn byte_tokenizer() -> serde_json::Value {
-    let vocab: serde_json::Map<_, _> = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into())).collect();
-    let special = |id: usize, content: &str| {
-        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": false, "special": true})
-    };
-    let byte_level =
-        serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    serde_json::json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-        "added_tokens": [special(256, "<|turn|>"), special(257, "<|end|>")],
-        "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    })
-}
-
-/// The printable character that stands for each byte in byte-level BPE (GPT-2's table).
-fn byte_characters() -> Vec<String> {
-    let is_printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let mut replacements = (256..).filter_map(char::from_u32);
-    (0..256u32)
-        .map(|byte| if is_printable(byte) { char::from_u32(byte) } else { replacements.next() })
-        .map(|character| character.expect("both ranges are characters: this is a bug").to_string())
-        .collect()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, PostProcess
 
 use crate::error::{Error, Result};
 
+pub mod bytes;
 mod config;
 mod sentencepiece;
 mod vocab_merges;

@@ -1,8 +1,9 @@
-//! The command line: `tale serve`, `tale generate`, `tale inspect`, `tale pull`.
+//! The command line: `tale serve`, `tale generate`, `tale inspect`, `tale bench`, `tale pull`.
 //!
 //! Owns: arguments, what goes to stdout and stderr, exit codes. Does not know: how anything is computed. stdout carries
 //! the answer and nothing else; progress, notes, logs and errors go to stderr.
 
+mod bench;
 mod generate;
 mod inspect;
 mod logs;
@@ -37,6 +38,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Say what a checkpoint is, what it needs, and what is missing or unused
     Inspect(inspect::InspectArgs),
+    /// Measure the steps of a model, or single operations, beside the limits of the device
+    Bench(bench::BenchArgs),
     /// Download a checkpoint from the Hugging Face hub
     #[cfg(feature = "pull")]
     Pull(pull::PullArgs),
@@ -119,6 +122,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(args),
         #[cfg(feature = "pull")]
         Command::Pull(args) => pull::run(&args),
     };

@@ -410,7 +410,7 @@ fn cannot_open(error: tale_models::Error) -> EngineError {
 
 /// What is configured, or most of what the device has; `gpu` is absent on the CPU. A GPU cannot give more than is free;
 /// the CPU's memory may be configured beyond that, since the operating system takes it from elsewhere.
-fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>) -> Result<usize, EngineError> {
+pub(crate) fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>) -> Result<usize, EngineError> {
     match (options.memory_bytes, gpu) {
         (Some(needed_bytes), Some(DeviceMemory { free_bytes, .. })) if needed_bytes > free_bytes => {
             Err(EngineError::Memory { device: options.device, needed_bytes, free_bytes })

@@ -13,6 +13,7 @@ use tale_kernels::{AttentionOptions, attention, gelu_erf, quick_gelu};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// Bound on what a configuration may claim.
 const MAX_LAYERS: usize = 1 << 10;
@@ -44,6 +45,14 @@ fn default_eos_token_id() -> u32 {
 }
 
 impl ClipTextConfig {
+    /// Operations of a forward pass over `l` tokens through all layers; a token looks at those before it and at itself.
+    pub fn flops(&self, l: usize) -> f64 {
+        let hidden = self.hidden_size;
+        let matrices = hidden * (4 * hidden + 2 * self.intermediate_size);
+        let layer = linear_flops(l, matrices) + attention_flops((l * (l + 1) / 2) as f64, hidden);
+        self.num_hidden_layers as f64 * layer
+    }
+
     /// Refuses sizes that contradict each other. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
@@ -78,6 +87,8 @@ pub struct ClipTextEncoder {
     position_embedding: Tensor,
     layers: Vec<Layer>,
     final_layer_norm: LayerNorm,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
 }
 
 impl ClipTextEncoder {
@@ -96,8 +107,14 @@ impl ClipTextEncoder {
                 .map(|layer| Layer::load(&layers.pp(layer), &config))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&weights.pp("final_layer_norm"), hidden, config.layer_norm_eps)?,
+            weight_bytes: weights.streamed_bytes(),
             config,
         })
+    }
+
+    /// Least work of a forward pass over `l` tokens through all layers.
+    pub fn work(&self, l: usize) -> StepWork {
+        StepWork { flops: self.config.flops(l), bytes: self.weight_bytes as f64 }
     }
 
     /// The configuration.

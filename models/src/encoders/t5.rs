@@ -13,6 +13,7 @@ use crate::device::Placement;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder. Defaults are those of transformers.
 #[derive(Debug, Clone, Deserialize)]
@@ -47,6 +48,14 @@ fn default_layer_norm_epsilon() -> f64 {
 }
 
 impl T5Config {
+    /// Operations of a forward pass over `l` tokens.
+    pub fn flops(&self, l: usize) -> f64 {
+        let inner = self.num_heads * self.d_kv;
+        let feed_forward = if self.feed_forward_proj == FeedForwardKind::Relu { 2 } else { 3 };
+        let matrices = self.d_model * (4 * inner + feed_forward * self.d_ff);
+        self.num_layers as f64 * (linear_flops(l, matrices) + attention_flops((l * l) as f64, inner))
+    }
+
     /// Bytes that a forward pass over `l` tokens keeps at its peak: the position bias, and in the feed-forward the
     /// residual, its normed copy and three inner vectors per token.
     pub fn forward_bytes(&self, l: usize, placement: &Placement) -> usize {
@@ -98,6 +107,9 @@ pub struct T5Encoder {
     buckets: Buckets,
     /// Of the networks that read the hidden states.
     compute_dtype: DType,
+    config: T5Config,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
 }
 
 impl T5Encoder {
@@ -131,7 +143,14 @@ impl T5Encoder {
                 max_distance: config.relative_attention_max_distance,
             },
             compute_dtype,
+            config: config.clone(),
+            weight_bytes: weights.streamed_bytes(),
         })
+    }
+
+    /// Least work of a forward pass over `l` tokens.
+    pub fn work(&self, l: usize) -> StepWork {
+        StepWork { flops: self.config.flops(l), bytes: self.weight_bytes as f64 }
     }
 
     /// Hidden states `[1, l, d_model]`, in the compute dtype, of the tokens `ids`; every token sees every other one.

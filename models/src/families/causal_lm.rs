@@ -12,7 +12,7 @@ use crate::chat_template::ChatTemplate;
 use crate::config::read_json_if_present;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel, OpenWeights};
-use crate::kv::{KvCaches, blocks_for};
+use crate::kv::{BLOCK_SIZE, KvCaches, blocks_for};
 use crate::layers::decoder::{Decoder, DecoderConfig};
 use crate::manifest::Manifest;
 use crate::runner::text::batcher::Limits;
@@ -33,9 +33,11 @@ pub fn load(
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
     let resident_bytes = num_blocks * block_bytes;
     let decoder = Decoder::load(&open.component(manifest, "")?, config)?;
-    // An inspection runs nothing, so it gets a pool without blocks.
-    let allocated_blocks = if open.is_dry() { 0 } else { num_blocks };
-    let caches = KvCaches::new(decoder.config().kv_shape(), allocated_blocks, &placement)?;
+    let kv_shape = decoder.config().kv_shape();
+    let caches = match open.is_dry() {
+        true => KvCaches::dry(kv_shape, num_blocks, &placement)?,
+        false => KvCaches::new(kv_shape, num_blocks, &placement)?,
+    };
     let tokenizer = Tokenizer::from_dir(dir)?;
     let eos_token_ids = eos_token_ids(dir, &tokenizer)?;
     if eos_token_ids.is_empty() {
@@ -50,6 +52,7 @@ pub fn load(
     let card = TextCard {
         family,
         max_context: runner.max_context(),
+        kv_bytes_per_token: block_bytes / BLOCK_SIZE,
         vocab_size,
         tokenizer,
         chat_template: ChatTemplate::from_dir(dir)?,

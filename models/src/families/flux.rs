@@ -20,6 +20,7 @@ use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, line
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder};
 use crate::weights::Weights;
+use crate::work::StepWork;
 
 pub mod transformer;
 
@@ -221,6 +222,22 @@ impl DiffusionModel for FluxModel {
             prompt_embeds: self.text_encoder_2.forward(&t5_ids)?,
             pooled_prompt_embeds: self.text_encoder.pooled(&clip_ids)?,
         })
+    }
+
+    fn encode_work(&self, _prompt: &str, request: &DiffusionRequest) -> StepWork {
+        // Padding is not masked, so it is computed too.
+        let clip_len = self.text_encoder.config().max_position_embeddings;
+        self.text_encoder.work(clip_len) + self.text_encoder_2.work(request.max_sequence_length)
+    }
+
+    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
+        let (grid_rows, columns) = self.grid(request);
+        self.transformer.work(rows, request.max_sequence_length, grid_rows * columns)
+    }
+
+    fn decode_work(&self, request: &DiffusionRequest, _step: usize) -> StepWork {
+        let (grid_rows, columns) = self.grid(request);
+        self.vae.work(grid_rows * PACK, columns * PACK)
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {

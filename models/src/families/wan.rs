@@ -32,6 +32,7 @@ use crate::solver::unipc::{UniPc, UniPcConfig};
 use crate::tokenizer::Tokenizer;
 use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// The published model was trained on 480p and 720p and 81 frames; past these bounds time and memory grow and quality
 /// falls. 1280x720 and its neighbours in multiples of 16.
@@ -109,6 +110,20 @@ impl WanConfig {
     /// Width of the transformer.
     fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Operations of a forward pass over one row of `latent_pixels` in all frames and `text` tokens.
+    pub fn flops(&self, latent_pixels: usize, text: usize) -> f64 {
+        let (dim, patch) = (self.dim(), self.patch_size.iter().product::<usize>());
+        let (tokens, square) = (latent_pixels / patch, dim * dim);
+        // Self-attention has four projections, cross-attention two of the tokens and two of the text.
+        let block = linear_flops(tokens, 6 * square + 2 * dim * self.ffn_dim)
+            + linear_flops(text, 2 * square)
+            + attention_flops((tokens * (tokens + text)) as f64, dim);
+        self.num_layers as f64 * block
+            + linear_flops(tokens, (self.in_channels + self.out_channels) * patch * dim)
+            + linear_flops(text, self.text_dim * dim + square)
+            + linear_flops(1, self.freq_dim * dim + 7 * square)
     }
 
     fn check(&self, path: &Path) -> Result<()> {
@@ -347,6 +362,22 @@ impl DiffusionModel for WanModel {
         Ok(hidden.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)
     }
 
+    fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork {
+        // A prompt that cannot be tokenized fails in its step.
+        let padded = self.tokenizer.encode_padded(&prompt_clean(prompt), request.max_sequence_length);
+        self.text_encoder.work(padded.map_or(0, |padded| padded.num_tokens))
+    }
+
+    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
+        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
+        self.transformer.work(rows, frames * height * width, request.max_sequence_length)
+    }
+
+    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
+        let [_, _, _, height, width] = self.sizes.latent_shape(request);
+        self.vae.work(height, width, step == 0)
+    }
+
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
         let shape = self.sizes.latent_shape(request);
         Ok(Tensor::from_vec(generator.randn(shape.iter().product()), shape.to_vec(), self.transformer.device())?)
@@ -390,6 +421,8 @@ pub struct WanTransformer {
     proj_out: Linear,
     compute_dtype: DType,
     config: WanConfig,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
 }
 
 impl WanTransformer {
@@ -416,7 +449,13 @@ impl WanTransformer {
             proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
             compute_dtype: weights.placement().compute_dtype,
             config: config.clone(),
+            weight_bytes: weights.streamed_bytes(),
         })
+    }
+
+    /// Least work of a forward pass over so many rows of `latent_pixels` in all frames and `text` tokens.
+    pub fn work(&self, rows: usize, latent_pixels: usize, text: usize) -> StepWork {
+        StepWork { flops: rows as f64 * self.config.flops(latent_pixels, text), bytes: self.weight_bytes as f64 }
     }
 
     /// f32 `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,

@@ -55,19 +55,32 @@ impl KvCaches {
     /// Caches of `num_blocks` blocks in the compute dtype. On the CPU the zeroed pages are the kernel's until they are first written, so a
     /// large pool costs memory only as far as it is used.
     pub fn new(shape: KvShape, num_blocks: usize, placement: &Placement) -> Result<Self> {
+        let dims = (num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim);
+        Self::over(shape, num_blocks, placement, || {
+            Ok(Tensor::zeros(dims, placement.compute_dtype, &placement.device)?)
+        })
+    }
+
+    /// As [`KvCaches::new`], but they take no memory and cannot be written, for an inspection.
+    pub fn dry(shape: KvShape, num_blocks: usize, placement: &Placement) -> Result<Self> {
+        let dims = (num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim);
+        let zero = Tensor::zeros((), placement.compute_dtype, &placement.device)?;
+        Self::over(shape, num_blocks, placement, || Ok(zero.broadcast_as(dims)?))
+    }
+
+    fn over(
+        shape: KvShape,
+        num_blocks: usize,
+        placement: &Placement,
+        make: impl Fn() -> Result<Tensor>,
+    ) -> Result<Self> {
         // Block tables and slot mappings count in 32 bits.
         if num_blocks.saturating_mul(BLOCK_SIZE) > u32::MAX as usize {
             return Err(Error::Device(format!("a KV cache of {num_blocks} blocks has more slots than 2^32")));
         }
-        let dims = (num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim);
-        let (dtype, device) = (placement.compute_dtype, &placement.device);
-        let mut layers = Vec::with_capacity(shape.num_layers);
-        for _ in 0..shape.num_layers {
-            let k = Tensor::zeros(dims, dtype, device)?;
-            let v = Tensor::zeros(dims, dtype, device)?;
-            layers.push(LayerCache { k, v });
-        }
-        Ok(Self { layers, num_blocks, bytes: num_blocks * shape.block_bytes(dtype) })
+        let layer = |_| Ok(LayerCache { k: make()?, v: make()? });
+        let layers = (0..shape.num_layers).map(layer).collect::<Result<_>>()?;
+        Ok(Self { layers, num_blocks, bytes: num_blocks * shape.block_bytes(placement.compute_dtype) })
     }
 
     /// One per layer, in order.

@@ -17,6 +17,7 @@ use crate::kv::{BLOCK_SIZE, BlockTable, KvCaches, KvShape, LayerCache};
 use crate::layers::rope::Rope;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, linear_flops};
 
 mod recorded;
 
@@ -96,6 +97,15 @@ impl DecoderConfig {
         self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
     }
 
+    /// Operations of a step.
+    pub fn flops(&self, sizes: &StepSizes) -> f64 {
+        let (hidden, attention) = (self.hidden_size, self.num_attention_heads * self.head_dim);
+        let kv = self.num_key_value_heads * self.head_dim;
+        let matrices = hidden * (2 * attention + 2 * kv + 3 * self.intermediate_size);
+        let layer = linear_flops(sizes.rows, matrices) + attention_flops(sizes.attended as f64, attention);
+        self.num_hidden_layers as f64 * layer + linear_flops(sizes.logit_rows, self.vocab_size * hidden)
+    }
+
     /// What the KV cache of one token consists of.
     pub fn kv_shape(&self) -> KvShape {
         KvShape {
@@ -139,6 +149,29 @@ impl DecoderInput {
     }
 }
 
+/// Sizes of a step that decide about its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepSizes {
+    /// Tokens that enter.
+    pub rows: usize,
+    /// Positions that they look at, summed over them: each looks at all before it and at itself.
+    pub attended: usize,
+    /// Positions of all sequences.
+    pub context: usize,
+    /// Tokens whose logits are wanted.
+    pub logit_rows: usize,
+}
+
+impl StepSizes {
+    /// Adds `num_tokens` of a sequence from position `start` on.
+    pub fn push(&mut self, start: usize, num_tokens: usize, wants_logits: bool) {
+        self.rows += num_tokens;
+        self.attended += num_tokens * start + num_tokens * (num_tokens + 1) / 2;
+        self.context += start + num_tokens;
+        self.logit_rows += usize::from(wants_logits);
+    }
+}
+
 /// The model: tokens in, logits out.
 #[derive(Debug)]
 pub struct Decoder {
@@ -147,6 +180,8 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     lm_head: Linear,
+    /// Bytes of the layers' weights, which every step reads.
+    layer_bytes: usize,
     device: Device,
 }
 
@@ -160,6 +195,7 @@ impl Decoder {
         for index in 0..config.num_hidden_layers {
             layers.push(DecoderLayer::load(&model.pp("layers").pp(index), &config)?);
         }
+        let layer_bytes = weights.streamed_bytes();
         let norm = RmsNorm::load(&model.pp("norm"), hidden_size, config.rms_norm_eps)?;
         let lm_head = if config.tie_word_embeddings {
             // Some tied checkpoints store the shared table twice.
@@ -169,7 +205,17 @@ impl Decoder {
             Linear::load_no_bias(&weights.pp("lm_head"), hidden_size, vocab_size)?
         };
         let device = weights.placement().device.clone();
-        Ok(Self { config, embed_tokens, layers, norm, lm_head, device })
+        Ok(Self { config, embed_tokens, layers, norm, lm_head, layer_bytes, device })
+    }
+
+    /// Least work of a forward pass.
+    pub fn work(&self, sizes: &StepSizes) -> StepWork {
+        let head_bytes = if sizes.logit_rows > 0 { self.lm_head.weight_bytes() } else { 0 };
+        let kv_bytes = self.config.kv_shape().block_bytes(self.embed_tokens.compute_dtype) / BLOCK_SIZE;
+        StepWork {
+            flops: self.config.flops(sizes),
+            bytes: (self.layer_bytes + head_bytes + kv_bytes * sizes.context) as f64,
+        }
     }
 
     /// Its sizes.

@@ -33,6 +33,11 @@ impl Linear {
         Self { weight, bias }
     }
 
+    /// Bytes of the matrix.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
+    }
+
     /// `[..., in]` to `[..., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(tale_kernels::linear(x, &self.weight, self.bias.as_ref())?)

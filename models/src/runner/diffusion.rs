@@ -14,6 +14,7 @@ use crate::request::{DiffusionRequest, Event, Events, FinishReason, Frame, Phase
 use crate::rng::TorchGenerator;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::Solver;
+use crate::work::StepWork;
 
 pub mod batcher;
 #[cfg(test)]
@@ -40,6 +41,15 @@ pub trait DiffusionModel: Send {
     /// Encodes one prompt: the positive or the negative one. Of the request only `max_sequence_length` may matter,
     /// since sessions that agree in both share the result.
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Self::Conditioning>;
+
+    /// Least work of [`DiffusionModel::encode`].
+    fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork;
+
+    /// Least work of [`DiffusionModel::predict`] over so many rows.
+    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork;
+
+    /// Least work of the call of [`DiffusionModel::decode_next`] with this number, from 0 on.
+    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork;
 
     /// Initial noise `[1, ...]` in f32, drawn in the order in which the diffusers pipeline draws it, already in the
     /// shape that `predict` takes.
@@ -255,6 +265,21 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     fn next(&self) -> Option<StepPlan> {
         let batch = self.batcher.peek()?;
         Some(StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() })
+    }
+
+    fn next_work(&self) -> StepWork {
+        let Some(batch) = self.batcher.peek() else { return StepWork::default() };
+        let first = self.session(batch.sessions[0]);
+        match &first.stage {
+            Stage::Encode(_) => self.model.encode_work(first.next_prompt(), &first.request),
+            Stage::Denoise(_) => {
+                let rows: usize = batch.sessions.iter().map(|id| self.session(*id).rows().count()).sum();
+                let passes = (0..rows).step_by(self.max_rows).map(|start| self.max_rows.min(rows - start));
+                passes.map(|rows| self.model.predict_work(&first.request, rows)).sum()
+            }
+            Stage::Latents(_) => self.model.decode_work(&first.request, 0),
+            Stage::Decode { done, .. } => self.model.decode_work(&first.request, *done),
+        }
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {

@@ -12,13 +12,14 @@ use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
-use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput};
+use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput, StepSizes};
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::sampler::{self, Sampler};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
+use crate::work::StepWork;
 
 pub mod batcher;
 
@@ -274,6 +275,15 @@ impl Runner for TextRunner {
 
     fn next(&self) -> Option<StepPlan> {
         self.batcher.plan().map(|plan| summary(&plan))
+    }
+
+    fn next_work(&self) -> StepWork {
+        let Some(plan) = self.batcher.plan() else { return StepWork::default() };
+        let mut sizes = StepSizes::default();
+        for chunk in &plan.chunks {
+            sizes.push(chunk.start, chunk.num_tokens, chunk.samples);
+        }
+        self.model.decoder.work(&sizes)
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {

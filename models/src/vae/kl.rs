@@ -12,6 +12,7 @@ use tale_kernels::{AttentionOptions, attention, upsample_nearest2d};
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
 /// Of every group norm of the decoder; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -89,6 +90,35 @@ impl KlConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
+    /// Operations of decoding one picture from latents of this height and width. Source of the count: the layers below,
+    /// in their order.
+    pub fn decode_flops(&self, height: usize, width: usize) -> f64 {
+        let channels = &self.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let resnet = |from: usize, to: usize, pixels: usize| {
+            let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, pixels) };
+            conv_flops(from, to, 9, pixels) + conv_flops(to, to, 9, pixels) + shortcut
+        };
+        let mut pixels = height * width;
+        let mut flops = conv_flops(self.latent_channels, last, 9, pixels) + 2.0 * resnet(last, last, pixels);
+        if self.use_post_quant_conv {
+            flops += conv_flops(self.latent_channels, self.latent_channels, 1, pixels);
+        }
+        if self.mid_block_add_attention {
+            flops += linear_flops(pixels, 4 * last * last) + attention_flops((pixels * pixels) as f64, last);
+        }
+        let mut previous = last;
+        for (level, to) in channels.iter().copied().rev().enumerate() {
+            flops += resnet(previous, to, pixels) + self.layers_per_block as f64 * resnet(to, to, pixels);
+            if level + 1 < channels.len() {
+                pixels *= 4;
+                flops += conv_flops(to, to, 9, pixels);
+            }
+            previous = to;
+        }
+        flops + conv_flops(first, self.out_channels, 9, pixels)
+    }
+
     /// Bytes that decoding one picture of `pixels` in `dtype` needs at its peak: in the widest level, the input of a
     /// block, its normed and convolved copies, and one convolution's working copy.
     pub fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
@@ -121,6 +151,9 @@ pub struct KlDecoder {
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
+    config: KlConfig,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
 }
 
 impl KlDecoder {
@@ -154,7 +187,14 @@ impl KlDecoder {
             up_blocks: load_up_blocks(&decoder.pp("up_blocks"), config)?,
             conv_norm_out: GroupNorm::load(&decoder.pp("conv_norm_out"), groups, first, NORM_EPS)?,
             conv_out: Conv2d::load(&decoder.pp("conv_out"), first, config.out_channels, 3, 1)?,
+            config: config.clone(),
+            weight_bytes: weights.streamed_bytes(),
         })
+    }
+
+    /// Least work of decoding one picture from latents of this height and width.
+    pub fn work(&self, height: usize, width: usize) -> StepWork {
+        StepWork { flops: self.config.decode_flops(height, width), bytes: self.weight_bytes as f64 }
     }
 
     /// Scaled f32 `latents [b, latent_channels, h, w]` (as a solver leaves them) to f32 pixels `[b, 3, H, W]` in about

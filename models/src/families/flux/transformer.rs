@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Linear, RmsNorm};
 use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// Of every norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -68,6 +69,22 @@ impl FluxTransformerConfig {
     /// Width of the streams.
     pub fn inner_dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Operations of a forward pass over one row of `text_len` and `image_len` tokens.
+    pub fn flops(&self, text_len: usize, image_len: usize) -> f64 {
+        let (dim, l) = (self.inner_dim(), text_len + image_len);
+        let square = dim * dim;
+        // Query, key, value and output, and a feed-forward in and out: in a single block the same in another order.
+        let block = linear_flops(l, (4 + 2 * MLP_RATIO) * square) + attention_flops((l * l) as f64, dim);
+        // From the one condition of a row: six parts for each stream, three, two.
+        let modulations = (12 * self.num_layers + 3 * self.num_single_layers + 2) * square;
+        let embedders = if self.guidance_embeds { 3 } else { 2 } * square
+            + (if self.guidance_embeds { 2 } else { 1 } * TIME_CHANNELS + self.pooled_projection_dim) * dim;
+        (self.num_layers + self.num_single_layers) as f64 * block
+            + linear_flops(1, modulations + embedders)
+            + linear_flops(text_len, self.joint_attention_dim * dim)
+            + linear_flops(image_len, (self.in_channels + self.predicted_channels()) * dim)
     }
 
     /// Channels of the latents before packing.
@@ -134,6 +151,8 @@ pub struct FluxTransformer {
     norm_out: Modulation<2>,
     proj_out: Linear,
     compute_dtype: DType,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
 }
 
 impl FluxTransformer {
@@ -155,8 +174,15 @@ impl FluxTransformer {
             norm_out: Modulation::load(&weights.pp("norm_out"), dim)?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
             compute_dtype: weights.placement().compute_dtype,
+            weight_bytes: weights.streamed_bytes(),
             config,
         })
+    }
+
+    /// Least work of a forward pass over so many rows.
+    pub fn work(&self, rows: usize, text_len: usize, image_len: usize) -> StepWork {
+        let flops = rows as f64 * self.config.flops(text_len, image_len);
+        StepWork { flops, bytes: self.weight_bytes as f64 }
     }
 
     /// The configuration.

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
 use crate::request::{SamplingParams, TextRequest};
+use crate::work::StepWork;
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
 /// contains one of `encode`, `denoise`, `decode` goes wrong in that phase, in the way that it also contains: `error`,
@@ -108,6 +109,18 @@ impl DiffusionModel for Toy {
         self.encoded.lock().expect("lock").push(prompt.to_owned());
         let value = factor(prompt, "encode")? * prompt.len() as f64;
         Ok(self.counted(value as f32, prompt))
+    }
+
+    fn encode_work(&self, prompt: &str, _request: &DiffusionRequest) -> StepWork {
+        StepWork { flops: prompt.len() as f64, bytes: 1.0 }
+    }
+
+    fn predict_work(&self, _request: &DiffusionRequest, rows: usize) -> StepWork {
+        StepWork { flops: 100.0 * rows as f64, bytes: 10.0 }
+    }
+
+    fn decode_work(&self, _request: &DiffusionRequest, step: usize) -> StepWork {
+        StepWork { flops: 1000.0 + step as f64, bytes: 100.0 }
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -237,6 +250,26 @@ fn session_tells_its_whole_story_in_order() {
         "finished",
     ];
     assert_eq!(story, expected);
+}
+
+/// The work of each step before it is done: two prompts, guided predictions in passes of at most three rows, two chunks.
+#[test]
+fn work_is_that_of_the_step_that_comes_next() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 3);
+    assert_eq!(runner.next_work(), StepWork::default());
+    submit(&mut runner, 1, DiffusionRequest { num_inference_steps: 1, ..guided("123456", "12") });
+    let mut works = Vec::new();
+    while runner.next().is_some() {
+        works.push(runner.next_work());
+        step(&mut runner);
+    }
+    let expected = [(6.0, 1.0), (2.0, 1.0), (200.0, 10.0), (1000.0, 100.0), (1001.0, 100.0)];
+    assert_eq!(works, expected.map(|(flops, bytes)| StepWork { flops, bytes }));
+    // More rows than one pass takes: the weights are read once for each pass.
+    let mut narrow = DiffusionRunner::new(Toy::new(), 1);
+    submit(&mut narrow, 1, guided("123456", "12"));
+    (0..2).for_each(|_| drop(step(&mut narrow)));
+    assert_eq!(narrow.next_work(), StepWork { flops: 200.0, bytes: 20.0 });
 }
 
 #[test]

@@ -1,0 +1,186 @@
+//! Published configurations by name, for benches and load tests of models that are not downloaded.
+//!
+//! Owns: the table, and writing one of its entries as a checkpoint folder without weights, which the same code reads as any
+//! other folder. The files hold the fields that decide about sizes and steps, with the published values. Tokenizers are
+//! not published configurations: a preset has one of single bytes instead (see [`bytes`](crate::tokenizer::bytes)), so that
+//! requests work and their lengths are what the caller makes them. Does not know: families, weights.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::config::read_json;
+use crate::error::{Error, Result};
+use crate::tokenizer::bytes;
+
+/// One published checkpoint.
+#[derive(Debug)]
+pub struct Preset {
+    /// As people ask for it.
+    pub name: &'static str,
+    /// Path below the checkpoint folder and contents.
+    files: &'static [(&'static str, &'static str)],
+    /// Folders of tokenizers; the empty one is the checkpoint folder itself.
+    tokenizers: &'static [&'static str],
+}
+
+/// All presets of this build.
+pub const PRESETS: &[Preset] = &[
+    language_model("llama-3.1-8b", &[("config.json", include_str!("llama-3.1-8b.json"))]),
+    language_model("llama-3.1-70b", &[("config.json", include_str!("llama-3.1-70b.json"))]),
+    language_model("qwen2.5-7b", &[("config.json", include_str!("qwen2.5-7b.json"))]),
+    language_model("qwen2.5-72b", &[("config.json", include_str!("qwen2.5-72b.json"))]),
+    language_model("tinyllama-1.1b", &[("config.json", include_str!("tinyllama-1.1b.json"))]),
+    Preset {
+        name: "flux.1-dev",
+        files: &[
+            ("model_index.json", include_str!("flux-index.json")),
+            ("transformer/config.json", include_str!("flux.1-dev.json")),
+            ("scheduler/scheduler_config.json", include_str!("flux.1-dev-scheduler.json")),
+            ("text_encoder/config.json", include_str!("clip-l.json")),
+            ("text_encoder_2/config.json", include_str!("t5-xxl.json")),
+            ("vae/config.json", include_str!("flux-vae.json")),
+        ],
+        tokenizers: &["tokenizer", "tokenizer_2"],
+    },
+    Preset {
+        name: "flux.1-schnell",
+        files: &[
+            ("model_index.json", include_str!("flux-index.json")),
+            ("transformer/config.json", include_str!("flux.1-schnell.json")),
+            ("scheduler/scheduler_config.json", include_str!("flux.1-schnell-scheduler.json")),
+            ("text_encoder/config.json", include_str!("clip-l.json")),
+            ("text_encoder_2/config.json", include_str!("t5-xxl.json")),
+            ("vae/config.json", include_str!("flux-vae.json")),
+        ],
+        tokenizers: &["tokenizer", "tokenizer_2"],
+    },
+    Preset {
+        name: "wan2.1-t2v-1.3b",
+        files: &[
+            ("model_index.json", include_str!("wan-index.json")),
+            ("transformer/config.json", include_str!("wan2.1-t2v-1.3b.json")),
+            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
+            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
+            ("vae/config.json", include_str!("wan-vae.json")),
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "wan2.1-t2v-14b",
+        files: &[
+            ("model_index.json", include_str!("wan-index.json")),
+            ("transformer/config.json", include_str!("wan2.1-t2v-14b.json")),
+            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
+            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
+            ("vae/config.json", include_str!("wan-vae.json")),
+        ],
+        tokenizers: &["tokenizer"],
+    },
+];
+
+const fn language_model(name: &'static str, files: &'static [(&'static str, &'static str)]) -> Preset {
+    Preset { name, files, tokenizers: &[""] }
+}
+
+impl std::str::FromStr for &'static Preset {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        PRESETS.iter().find(|preset| preset.name == name).ok_or_else(|| {
+            let names = PRESETS.iter().map(|preset| preset.name).collect::<Vec<_>>().join(", ");
+            Error::invalid("preset", format!("`{name}` is not known; known: {names}"))
+        })
+    }
+}
+
+/// A checkpoint folder without weights, under the system's temporary folder; gone when dropped.
+#[derive(Debug)]
+pub struct Configurations(TempDir);
+
+/// What a checkpoint folder has beside its weights.
+const EXTENSIONS: [&str; 4] = ["json", "jinja", "txt", "model"];
+/// Numbers of layers, as the configurations of all components call them.
+const DEPTHS: [&str; 3] = ["num_hidden_layers", "num_layers", "num_single_layers"];
+
+impl Configurations {
+    /// Of a preset.
+    pub fn of_preset(preset: &Preset) -> Result<Self> {
+        let folder = Self::empty()?;
+        for (name, text) in preset.files {
+            folder.write(name, text)?;
+        }
+        for tokenizer in preset.tokenizers {
+            bytes::write(&create_dir(folder.path().join(tokenizer))?)?;
+        }
+        Ok(folder)
+    }
+
+    /// A copy of those of the checkpoint folder at `path`; its weight files may be there or not.
+    pub fn of_folder(path: &Path) -> Result<Self> {
+        let folder = Self::empty()?;
+        copy_files(path, folder.path())?;
+        for component in entries(path)?.into_iter().filter(|entry| entry.is_dir()) {
+            let name = component.file_name().expect("an entry of a folder has a name: this is a bug");
+            copy_files(&component, &create_dir(folder.path().join(name))?)?;
+        }
+        Ok(folder)
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Cuts each network to at most `max_layers` layers of each kind (FLUX has two kinds).
+    pub fn keep_layers(&self, max_layers: usize) -> Result<()> {
+        let mut folders = entries(self.path())?;
+        folders.push(self.path().to_owned());
+        for path in folders.iter().map(|folder| folder.join("config.json")).filter(|path| path.exists()) {
+            let mut config: Value = read_json(&path)?;
+            for field in DEPTHS {
+                if let Some(layers) = config[field].as_u64() {
+                    config[field] = (layers as usize).min(max_layers).into();
+                }
+            }
+            std::fs::write(&path, config.to_string()).map_err(|e| Error::checkpoint(path, e))?;
+        }
+        Ok(())
+    }
+
+    fn empty() -> Result<Self> {
+        let made = tempfile::Builder::new().prefix("tale-").tempdir();
+        made.map(Self).map_err(|e| Error::checkpoint(std::env::temp_dir(), e))
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.path().join(name);
+        create_dir(path.parent().unwrap_or(self.path()).to_owned())?;
+        std::fs::write(&path, text).map_err(|e| Error::checkpoint(path, e))
+    }
+}
+
+fn create_dir(dir: PathBuf) -> Result<PathBuf> {
+    match std::fs::create_dir_all(&dir) {
+        Ok(()) => Ok(dir),
+        Err(error) => Err(Error::checkpoint(dir, error)),
+    }
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let read = || -> std::io::Result<_> { std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect() };
+    read().map_err(|error| Error::checkpoint(dir, error))
+}
+
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
+    for path in entries(from)?.into_iter().filter(|path| path.is_file()) {
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        let Some(name) = path.file_name().filter(|_| EXTENSIONS.contains(&extension)) else { continue };
+        std::fs::copy(&path, to.join(name)).map_err(|e| Error::checkpoint(&path, e))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

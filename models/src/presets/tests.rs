@@ -1,0 +1,92 @@
+//! Presets held against what is published of them.
+
+use super::*;
+use crate::device::{DeviceSpec, Placement, WeightDtype};
+use crate::family::{self, Inspection, LoadFormat, LoadOptions};
+
+fn inspect(folder: &Configurations) -> Inspection {
+    let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
+    let options = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
+    let inspection = family::inspect(folder.path(), &placement, &options).expect("a known family");
+    assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
+    inspection
+}
+
+fn preset(name: &str) -> Configurations {
+    let preset: &Preset = name.parse().expect("is in the table");
+    Configurations::of_preset(preset).expect("can be written")
+}
+
+/// Billions of parameters of a component.
+#[track_caller]
+fn check(name: &str, component: &str, published: f64) {
+    let inspection = inspect(&preset(name));
+    let found = inspection.components.iter().find(|(found, _)| found == component);
+    let (_, report) = found.expect("the component is there");
+    let billions = report.num_parameters as f64 / 1e9;
+    assert!((billions / published - 1.0).abs() < 1e-3, "{name} {component}: {billions}, published {published}");
+}
+
+#[test]
+fn parameters_are_those_published() {
+    check("llama-3.1-8b", "", 8.030);
+    check("llama-3.1-70b", "", 70.55);
+    check("qwen2.5-7b", "", 7.616);
+    check("qwen2.5-72b", "", 72.71);
+    check("tinyllama-1.1b", "", 1.100);
+    for (name, transformer) in [("flux.1-dev", 11.901), ("flux.1-schnell", 11.891)] {
+        check(name, "transformer", transformer);
+        check(name, "text_encoder", 0.1231);
+        check(name, "text_encoder_2", 4.762);
+        // The decoder alone.
+        check(name, "vae", 0.0495);
+    }
+    for (name, transformer) in [("wan2.1-t2v-1.3b", 1.419), ("wan2.1-t2v-14b", 14.288)] {
+        check(name, "transformer", transformer);
+        check(name, "text_encoder", 5.681);
+    }
+}
+
+/// Everything that stands in the table, so that an entry cannot be added and never read.
+#[test]
+fn every_preset_is_of_a_known_family_and_whole() {
+    for entry in PRESETS {
+        let folder = Configurations::of_preset(entry).expect("can be written");
+        let problems = inspect(&folder).components.into_iter().flat_map(|(_, report)| report.problems);
+        assert_eq!(problems.map(|problem| problem.to_string()).collect::<Vec<_>>(), [""; 0], "{}", entry.name);
+        let docs = crate::testing::repository().join("docs/benchmarks.md");
+        let docs = std::fs::read_to_string(docs).expect("docs/benchmarks.md is there");
+        assert!(docs.contains(&format!("`{}`", entry.name)), "docs/benchmarks.md lacks `{}`", entry.name);
+    }
+    let Err(error) = "llama-9".parse::<&Preset>() else { panic!("is not in the table") };
+    assert!(error.to_string().contains("known: llama-3.1-8b, "), "{error}");
+}
+
+#[test]
+fn layers_are_cut_in_every_component() {
+    let folder = preset("flux.1-dev");
+    folder.keep_layers(2).expect("cut");
+    let layers = |component: &str, field: &str| {
+        let config: Value = read_json(&folder.path().join(component).join("config.json")).expect("is there");
+        config[field].as_u64()
+    };
+    assert_eq!(layers("transformer", "num_layers"), Some(2));
+    assert_eq!(layers("transformer", "num_single_layers"), Some(2));
+    assert_eq!(layers("text_encoder", "num_hidden_layers"), Some(2));
+    assert_eq!(layers("text_encoder_2", "num_layers"), Some(2));
+    assert_eq!(layers("vae", "num_layers"), None);
+    inspect(&folder);
+}
+
+#[test]
+fn a_copy_has_everything_but_weights() {
+    let golden = crate::testing::repository().join("tests/goldens/wan-a/checkpoint");
+    let folder = Configurations::of_folder(&golden).expect("copied");
+    let copied = |name: &str| entries(&folder.path().join(name)).expect("a folder").len();
+    assert!(copied("tokenizer") > 1 && copied("scheduler") == 1);
+    assert_eq!(copied("vae"), 1, "the configuration");
+    inspect(&folder);
+    let path = folder.path().to_owned();
+    drop(folder);
+    assert!(!path.exists());
+}

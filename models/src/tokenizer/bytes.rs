@@ -1,0 +1,71 @@
+//! A tokenizer of single bytes, for models that have none: presets and scripted models.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+
+/// Tokens in all: the bytes, each being the token of its own value, and two special ones, with which turns begin and
+/// answers end.
+pub const VOCAB_SIZE: usize = 258;
+
+/// Writes the published files of such a tokenizer, with a small chat template, into the folder `dir`.
+pub fn write(dir: &Path) -> Result<()> {
+    let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
+    let files = [
+        ("tokenizer.json", tokenizer().to_string()),
+        ("tokenizer_config.json", json!({"eos_token": "<|end|>", "pad_token": "<|end|>"}).to_string()),
+        ("chat_template.jinja", template.to_owned()),
+    ];
+    for (name, text) in files {
+        let path = dir.join(name);
+        std::fs::write(&path, text).map_err(|error| Error::checkpoint(path, error))?;
+    }
+    Ok(())
+}
+
+/// `tokenizer.json` of byte-level BPE without merges.
+fn tokenizer() -> Value {
+    let vocab: Map<_, _> = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into())).collect();
+    let special = |id: usize, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [special(256, "<|turn|>"), special(257, "<|end|>")],
+        "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
+
+/// The printable character that stands for each byte in byte-level BPE (GPT-2's table).
+fn byte_characters() -> Vec<String> {
+    let is_printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut replacements = (256..).filter_map(char::from_u32);
+    (0..256u32)
+        .map(|byte| if is_printable(byte) { char::from_u32(byte) } else { replacements.next() })
+        .map(|character| character.expect("both ranges are characters: this is a bug").to_string())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::Tokenizer;
+
+    #[test]
+    fn a_token_is_a_byte() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(dir.path()).expect("written");
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("sound");
+        let ids = tokenizer.encode("aé\n", true).expect("encoded");
+        assert_eq!(ids, [97, 0xc3, 0xa9, 10]);
+        assert_eq!(tokenizer.decode(&ids).expect("decoded"), "aé\n");
+        assert_eq!((tokenizer.vocab_size(), tokenizer.eos_token_id()), (VOCAB_SIZE, Some(257)));
+        let padded = tokenizer.encode_padded("ab", 4).expect("padded");
+        assert_eq!((padded.ids, padded.num_tokens), (vec![97, 98, 257, 257], 2));
+    }
+}

@@ -1,0 +1,52 @@
+//! `tale bench`: what this build does on this machine, beside what the machine can do.
+
+mod kernels;
+mod step;
+
+use std::fmt::Display;
+use std::io::{Write, stdout};
+
+use clap::{Args, Subcommand};
+use tracing_subscriber::filter::LevelFilter;
+
+use super::{CliError, logs};
+use crate::config::LogFormat;
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Every kind of step of one model: encode, prefill, decode, denoise, VAE decode
+    Step(step::StepArgs),
+    /// Every operation at the shapes of published models (smaller ones on the CPU)
+    Kernels(kernels::KernelArgs),
+}
+
+pub fn run(args: BenchArgs) -> Result<(), CliError> {
+    logs::init(LogFormat::Text, LevelFilter::WARN);
+    match args.what {
+        What::Step(args) => step::run(&args),
+        What::Kernels(args) => kernels::run(&args),
+    }
+}
+
+/// One line on stdout, at once: a bench takes minutes and people watch it.
+fn print_line(line: impl Display) -> Result<(), CliError> {
+    let mut out = stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(CliError::stdout)
+}
+
+/// A rate of operations, in the unit in which its roof is a number of few digits.
+fn flops_unit(roof: f64) -> (&'static str, f64) {
+    if roof >= 1e13 { ("TFLOP/s", 1e12) } else { ("GFLOP/s", 1e9) }
+}
+
+/// The limits of a device, as measured.
+fn roofs_in_words(bytes_per_second: f64, flops_per_second: f64) -> String {
+    let (unit, scale) = flops_unit(flops_per_second);
+    format!("roofs: memory {:.1} GB/s, products {:.1} {unit}", bytes_per_second / 1e9, flops_per_second / scale)
+}
