@@ -320,7 +320,8 @@ fn bench_lines(args: &[&str]) -> Vec<Value> {
 
 #[test]
 fn bench_step_measures_every_kind_of_step() {
-    let steps = |lines: &[Value]| lines.iter().map(|line| line["step"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let steps =
+        |lines: &[Value]| lines.iter().map(|line| line["step"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
     let (_dir, llama) = configurations_of("llama-untied");
     let dummy = ["--model", &llama, "--load-format", "dummy", "--prompt-tokens", "8", "--batch", "1,2"];
     let lines = bench_lines(&dummy);

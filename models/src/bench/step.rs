@@ -5,7 +5,7 @@
 //! the same run. Peak memory is measured too.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Roofs;
 use super::memory::{forget_peak, peak_bytes};
@@ -25,6 +25,8 @@ const DEFAULT_TEXT_BATCHES: [usize; 3] = [1, 8, 64];
 const DECODE_STEPS: usize = 8;
 /// Tokens of one step of a language model, if its prompts are not longer: as much as a server computes in one.
 const MIN_STEP_TOKENS: usize = 512;
+/// No further round begins after so much time.
+const ENOUGH: Duration = Duration::from_secs(10);
 /// Denoising steps of one round.
 const DENOISE_STEPS: usize = 2;
 
@@ -43,7 +45,7 @@ pub struct StepOptions {
     pub height: Option<usize>,
     /// Frames of a clip.
     pub num_frames: Option<usize>,
-    /// Rounds whose median counts, at least 1.
+    /// Most rounds whose median counts, at least 1; fewer where they take long.
     pub repeat: usize,
 }
 
@@ -321,11 +323,8 @@ impl LoadedBench {
 
     fn text(&mut self, prompt_tokens: usize, report: &mut dyn FnMut(MeasuredStep)) -> Result<()> {
         let prefill = self.measured(|bench| {
-            let rounds = (0..bench.plan.repeat).map(|_| {
-                bench.submit(1, 1)?;
-                Ok(total(&bench.drain()?, Phase::Prefill))
-            });
-            Ok(median(rounds.collect::<Result<_>>()?))
+            let rounds = bench.rounds(|bench| bench.submit(1, 1))?;
+            Ok(median(rounds.iter().map(|samples| total(samples, Phase::Prefill)).collect()))
         })?;
         report(prefill.of_tokens(prompt_tokens, format!("{prompt_tokens} tokens")));
         for batch in self.plan.batches.clone() {
@@ -343,16 +342,11 @@ impl LoadedBench {
         let (text, size) = (request.max_sequence_length, format!("{}x{}", request.width, request.height));
         let size = if request.num_frames > 1 { format!("{size}, {} frames", request.num_frames) } else { size };
         for (position, batch) in self.plan.batches.clone().into_iter().enumerate() {
-            let mut rounds = Vec::new();
             let [mut encode, mut denoise, mut decode] = [const { Vec::new() }; 3];
             let measured = self.measured(|bench| {
-                for _ in 0..bench.plan.repeat {
-                    bench.submit(batch, 0)?;
-                    rounds.push(bench.drain()?);
-                }
-                for samples in &rounds {
-                    encode.push(total(samples, Phase::Encode));
-                    decode.push(total(samples, Phase::VaeDecode).divided_by(batch));
+                for samples in bench.rounds(|bench| bench.submit(batch, 0))? {
+                    encode.push(total(&samples, Phase::Encode));
+                    decode.push(total(&samples, Phase::VaeDecode).divided_by(batch));
                     denoise.extend(samples.iter().filter(|s| s.phase == Phase::Denoise && s.sessions == batch));
                 }
                 Ok(median(denoise))
@@ -385,6 +379,16 @@ impl LoadedBench {
     /// A GPU has no neighbours, and beside a model no room for the matrices of a roof.
     fn roofs_now(&self) -> Result<Roofs> {
         if self.placement.device.is_cpu() { roofs(&self.placement) } else { Ok(self.roofs) }
+    }
+
+    /// All steps of each round: what `submit` submits, until it is done.
+    fn rounds(&mut self, submit: impl Fn(&mut Self) -> Result<()>) -> Result<Vec<Vec<Sample>>> {
+        let (begin, mut rounds) = (Instant::now(), Vec::new());
+        while rounds.is_empty() || (rounds.len() < self.plan.repeat && begin.elapsed() < ENOUGH) {
+            submit(self)?;
+            rounds.push(self.drain()?);
+        }
+        Ok(rounds)
     }
 
     /// A batch of requests; of a language model, such that answer with `max_tokens`.

@@ -62,7 +62,7 @@ pub struct StepArgs {
     #[arg(long, visible_alias = "frames", value_name = "N")]
     num_frames: Option<usize>,
 
-    /// Rounds whose median counts
+    /// Most rounds whose median counts; none begins after ten seconds
     #[arg(long, value_name = "N", default_value = "3")]
     repeat: NonZeroUsize,
 
