@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
+use tale_kernels::ConvOptions;
 use tale_kernels::bench::{Bench, Measured, Roofs, Sizes};
 
 /// A part of the bench, run if its name contains the filter.
@@ -185,7 +186,7 @@ fn convolution() -> Result<()> {
         let flops = 2.0 * (inner * out * h * w * k * k) as f64;
         let shape = format!("{inner} -> {out}, {h} x {w}, k {k}");
         compute("conv2d", &shape, flops, || {
-            black_box(tale_kernels::conv2d(&x, &weight, Some(&bias), k / 2).expect("shapes fit"));
+            black_box(tale_kernels::conv2d(&x, &weight, Some(&bias), ConvOptions::padded(k / 2)).expect("shapes fit"));
         });
         compute("  candle conv2d", &shape, flops, || {
             black_box(x.conv2d(&weight, k / 2, 1, 1, 1).expect("shapes fit"));
@@ -194,7 +195,7 @@ fn convolution() -> Result<()> {
     let (x, weight) = (random(&[1, 96, 3, 60, 104])?, random(&[96, 96, 3, 3, 3])?);
     let flops = 2.0 * (96 * 96 * 27 * 60 * 104) as f64;
     compute("conv3d", "96 -> 96, 3 frames of 60 x 104, k 3", flops, || {
-        black_box(tale_kernels::conv3d(&x, &weight, None, 1).expect("shapes fit"));
+        black_box(tale_kernels::conv3d(&x, &weight, None, ConvOptions::padded(1)).expect("shapes fit"));
     });
     Ok(())
 }

@@ -1,399 +1,282 @@
-//! Convolutions and upsampling of the VAEs.
+//! Convolutions of pictures and clips.
 //!
-//! A convolution is a product of the kernel `[out, in · taps]` with shifted views of the padded picture: if rows keep
-//! their padding, the view of every tap starts at a fixed distance in one flat row of positions, so the picture is
-//! copied once per tile (not once per tap, as im2col does). A task computes up to [`OUT_BLOCK`] channels of a tile of
-//! positions in its own scratch memory: [`SLAB_ROWS`] / taps input channels at a time with their margin, and the sums;
-//! together about 1 MiB. The positions that lie in the padding between rows are computed and dropped.
+//! Owns: which results there are, and which value of a picture or of past frames each of them reads. How they are
+//! computed is a matter of the device: `cpu.rs`, and `conv.cu` on GPUs. Every result is one chain of sums in an order that
+//! depends on the kernel alone, so that a picture has the same bits alone and in a batch.
 
 use candle_core::{Result, Tensor, bail};
 
-use crate::dot::Rows;
-use crate::outer::{Outer, Start};
-use crate::parallel::{Shared, for_each, with_scratch};
-use crate::row;
-use crate::simd::{MAX_LANES, Op, Simd, dispatch};
-use crate::view::{View, tensor, vector};
+#[cfg(gpu)]
+use crate::gpu;
 
-/// Output channels that a task sums at a time.
-const OUT_BLOCK: usize = 96;
+mod cpu;
+#[cfg(gpu)]
+mod launch;
 
-/// Products per sum and pass: input channels of a pass times taps of the kernel.
-const SLAB_ROWS: usize = 288;
-
-/// Most input channels of a pass, for kernels of few taps.
-const SLAB_CHANNELS: usize = 64;
-
-/// Positions of a tile, margins left aside.
-const TILE_POSITIONS: usize = 1536;
-
-/// Columns of a tile.
-const TILE_COLUMNS: usize = 512;
-
-/// `x [b, in, h, w]`, `weight [out, in, kh, kw]`, `bias [out]`, stride 1, zero padding on all four sides.
-pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, padding: usize) -> Result<Tensor> {
-    let (x5, weight5) = match (x.rank(), weight.rank()) {
-        (4, 4) => (x.unsqueeze(2)?, weight.unsqueeze(2)?),
-        _ => bail!("conv2d: x {:?} and weight {:?} must have 4 dimensions", x.shape(), weight.shape()),
-    };
-    convolve("conv2d", &x5, &weight5, bias, padding)?.squeeze(2)
+/// How a convolution walks over a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvOptions {
+    /// Zeros before the first and after the last row, and as many before the first and after the last column.
+    pub padding: [usize; 2],
+    /// Distance between the places of two results, down and across.
+    pub stride: usize,
+    /// How often every row and column is repeated before all else: 1, or 2 for nearest-neighbour upsampling.
+    pub upsample: usize,
 }
 
-/// `x [b, in, t, h, w]`, `weight [out, in, kt, kh, kw]`, `bias [out]`, stride 1, zero padding in space, none in time:
-/// `[b, out, t - kt + 1, h', w']`.
-pub fn conv3d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, padding: usize) -> Result<Tensor> {
-    convolve("conv3d", x, weight, bias, padding)
+impl Default for ConvOptions {
+    fn default() -> Self {
+        Self { padding: [0, 0], stride: 1, upsample: 1 }
+    }
 }
 
-fn convolve(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, padding: usize) -> Result<Tensor> {
-    let shape = Shape::new(op, x, weight, padding)?;
-    let bias = bias.map(|bias| vector(op, "bias", bias, shape.out)).transpose()?;
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let views = (View::contiguous(op, &x)?, View::contiguous(op, &weight)?);
-    let bias = bias.as_ref().map(|bias| View::contiguous(op, bias)).transpose()?;
-    let bias = bias.as_ref().map(View::f32).transpose()?;
-    let y = Convolution { shape, x: views.0.f32()?, weight: views.1.f32()?, bias }.compute();
-    tensor(y, (shape.b, shape.out, shape.frames_out(), shape.h_out(), shape.w_out()))
+impl ConvOptions {
+    /// Every place of a picture that has `padding` zeros on all four sides.
+    pub fn padded(padding: usize) -> Self {
+        Self { padding: [padding, padding], ..Self::default() }
+    }
 }
 
+/// What a causal convolution sees where there is nothing to see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CausalPadding {
+    /// Zeros before the first frame and around every frame (diffusers `WanCausalConv3d`).
+    Zeros,
+    /// The first frame again before it, zeros around every frame (diffusers `CogVideoXCausalConv3d`).
+    FirstFrame,
+    /// The nearest value of the clip, in time and in space (diffusers `HunyuanVideoCausalConv3d`).
+    Replicate,
+}
+
+/// How a causal convolution walks over a clip. In space it pads half of its kernel on every side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CausalOptions {
+    /// What stands around the clip.
+    pub padding: CausalPadding,
+    /// Distance between two results: in frames, and in rows and columns.
+    pub stride: [usize; 2],
+    /// As in [`ConvOptions`]; frames are not repeated.
+    pub upsample: usize,
+}
+
+impl CausalOptions {
+    /// Every place of the clip.
+    pub fn new(padding: CausalPadding) -> Self {
+        Self { padding, stride: [1, 1], upsample: 1 }
+    }
+}
+
+/// `x [b, in, h, w]`, `weight [out, in, kh, kw]`, `bias [out]` to `[b, out, h', w']`.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: ConvOptions) -> Result<Tensor> {
+    if x.rank() != 4 || weight.rank() != 4 {
+        bail!("conv2d: x {:?} and weight {:?} must have 4 dimensions", x.shape(), weight.shape());
+    }
+    let operands = Operands { x: &x.unsqueeze(2)?, past: None, weight: &weight.unsqueeze(2)?, bias };
+    convolve("conv2d", &operands, &Shape::plain("conv2d", &operands, options)?)?.squeeze(2)
+}
+
+/// `x [b, in, t, h, w]`, `weight [out, in, kt, kh, kw]`, `bias [out]`, options in space; without padding and stride in
+/// time: `[b, out, t - kt + 1, h', w']`.
+pub fn conv3d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: ConvOptions) -> Result<Tensor> {
+    let operands = Operands { x, past: None, weight, bias };
+    convolve("conv3d", &operands, &Shape::plain("conv3d", &operands, options)?)
+}
+
+/// `x [b, in, t, h, w]`, `weight [out, in, kt, kh, kw]`, `bias [out]` to `[b, out, t', h', w']`: a result sees the frame at
+/// its place and the `kt - 1` before it. `past [b, in, p, h, w]` are the frames before x, oldest first; where there are
+/// fewer than `kt - 1`, its first frame is the first of the clip.
+pub fn causal_conv3d(
+    x: &Tensor,
+    past: Option<&Tensor>,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    options: CausalOptions,
+) -> Result<Tensor> {
+    let operands = Operands { x, past, weight, bias };
+    convolve("causal_conv3d", &operands, &Shape::causal("causal_conv3d", &operands, options)?)
+}
+
+/// A convolution's weight as its device reads it fastest, to be kept instead of it: the same values in the same shape,
+/// `[out, in, kh, kw]` or `[out, in, kt, kh, kw]`, in another order in memory on a GPU. Every other order is changed to
+/// this one at each call.
+pub fn conv_weight(weight: &Tensor) -> Result<Tensor> {
+    #[cfg(gpu)]
+    if gpu::runs_here(weight) {
+        return match weight.rank() {
+            4 => launch::laid_out(&weight.unsqueeze(2)?)?.squeeze(2),
+            _ => launch::laid_out(weight),
+        };
+    }
+    Ok(weight.clone())
+}
+
+/// What a convolution reads: x and past with five dimensions, and its weight.
+struct Operands<'a> {
+    x: &'a Tensor,
+    past: Option<&'a Tensor>,
+    weight: &'a Tensor,
+    bias: Option<&'a Tensor>,
+}
+
+fn convolve(op: &'static str, operands: &Operands<'_>, shape: &Shape) -> Result<Tensor> {
+    if let Some(bias) = operands.bias
+        && bias.dims() != [shape.out]
+    {
+        bail!("{op}: bias must have shape [{}], got {:?}", shape.out, bias.shape());
+    }
+    #[cfg(gpu)]
+    if gpu::runs_here(operands.x) {
+        return launch::convolve(op, operands, shape);
+    }
+    cpu::convolve(op, operands, shape)
+}
+
+/// Sizes of a convolution, and where its results read. A picture is a clip of one frame.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     b: usize,
     inner: usize,
     out: usize,
+    /// Frames of x, and of the past before it.
     t: usize,
+    past: usize,
     h: usize,
     w: usize,
     kt: usize,
     kh: usize,
     kw: usize,
-    padding: usize,
+    /// Distance between results in time and in space.
+    stride_t: usize,
+    stride: usize,
+    /// Frames that the first result sees before the first of x.
+    lead: usize,
+    /// Rows and columns of padding before the first one, and after the last one.
+    before: [usize; 2],
+    after: [usize; 2],
+    upsample: usize,
+    padding: CausalPadding,
+}
+
+/// A frame that a result sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    Zeros,
+    OfX(usize),
+    OfPast(usize),
 }
 
 impl Shape {
-    fn new(op: &str, x: &Tensor, weight: &Tensor, padding: usize) -> Result<Self> {
-        let ((b, inner, t, h, w), (out, weight_inner, kt, kh, kw)) = (x.dims5()?, weight.dims5()?);
-        let covers = kt <= t && kh <= h + 2 * padding && kw <= w + 2 * padding;
-        if inner != weight_inner || !covers || kt * kh * kw == 0 {
-            bail!("{op}: x {:?} with padding {padding} does not fit weight {:?}", x.shape(), weight.shape());
+    fn plain(op: &str, operands: &Operands<'_>, options: ConvOptions) -> Result<Self> {
+        let [before, after] = options.padding.map(|rows| [rows, rows]);
+        let (stride, upsample) = (options.stride, options.upsample);
+        Self { stride, upsample, before, after, ..Self::unpadded(operands)? }.checked(op, operands)
+    }
+
+    fn causal(op: &str, operands: &Operands<'_>, options: CausalOptions) -> Result<Self> {
+        let shape = Self::unpadded(operands)?;
+        let half = [shape.kh / 2, shape.kw / 2];
+        let [stride_t, stride] = options.stride;
+        let (upsample, padding, lead) = (options.upsample, options.padding, shape.kt.max(1) - 1);
+        Self { stride_t, stride, upsample, padding, lead, before: half, after: half, ..shape }.checked(op, operands)
+    }
+
+    fn unpadded(operands: &Operands<'_>) -> Result<Self> {
+        let ((b, inner, t, h, w), (out, _, kt, kh, kw)) = (operands.x.dims5()?, operands.weight.dims5()?);
+        let past = operands.past.map_or(Ok(0), |past| past.dim(2))?;
+        let (nothing, padding) = ([0, 0], CausalPadding::Zeros);
+        let (stride_t, stride, upsample, lead) = (1, 1, 1, 0);
+        let (before, after) = (nothing, nothing);
+        Ok(Self { b, inner, out, t, past, h, w, kt, kh, kw, stride_t, stride, lead, before, after, upsample, padding })
+    }
+
+    fn checked(self, op: &str, operands: &Operands<'_>) -> Result<Self> {
+        let Self { b, inner, h, w, kt, kh, kw, upsample, .. } = self;
+        let [padded_h, padded_w] = self.padded();
+        let covers = kt <= self.t + self.lead && kh <= padded_h && kw <= padded_w;
+        if operands.weight.dim(1)? != inner || !covers || kt * kh * kw == 0 || h * w == 0 {
+            let (x, weight, padding) = (operands.x.shape(), operands.weight.shape(), [self.before, self.after]);
+            bail!("{op}: x {x:?} with padding {padding:?} does not fit weight {weight:?}");
         }
-        Ok(Self { b, inner, out, t, h, w, kt, kh, kw, padding })
+        if self.stride_t * self.stride == 0 || !(1..=2).contains(&upsample) {
+            bail!("{op}: strides are at least 1 and pictures upsampled 1 or 2 times, not {upsample}");
+        }
+        if let Some(past) = operands.past
+            && (past.dims() != [b, inner, self.past, h, w] || past.dtype() != operands.x.dtype())
+        {
+            bail!("{op}: the past {:?} does not fit x {:?}", past.shape(), operands.x.shape());
+        }
+        Ok(self)
+    }
+
+    /// Rows and columns as the kernel sees them.
+    fn padded(&self) -> [usize; 2] {
+        let [top, left] = self.before;
+        let [bottom, right] = self.after;
+        [self.h * self.upsample + top + bottom, self.w * self.upsample + left + right]
     }
 
     fn frames_out(&self) -> usize {
-        self.t - self.kt + 1
+        (self.t + self.lead - self.kt) / self.stride_t + 1
     }
 
     fn h_out(&self) -> usize {
-        self.h + 2 * self.padding - self.kh + 1
+        (self.padded()[0] - self.kh) / self.stride + 1
     }
 
     fn w_out(&self) -> usize {
-        self.w + 2 * self.padding - self.kw + 1
+        (self.padded()[1] - self.kw) / self.stride + 1
     }
 
     fn taps(&self) -> usize {
         self.kt * self.kh * self.kw
     }
-}
 
-/// How results are cut into tasks.
-#[derive(Clone, Copy)]
-struct Cut {
-    /// Rows and columns of results in a tile.
-    rows: usize,
-    columns: usize,
-    /// Input channels of a pass.
-    channels: usize,
-    /// Tiles down and across, blocks of output channels.
-    down: usize,
-    across: usize,
-    blocks: usize,
-}
-
-impl Cut {
-    fn new(shape: &Shape) -> Self {
-        let columns = shape.w_out().min(TILE_COLUMNS);
-        let rows = (TILE_POSITIONS / columns).clamp(1, shape.h_out());
-        Self {
-            rows,
-            columns,
-            channels: (SLAB_ROWS / shape.taps()).clamp(1, SLAB_CHANNELS),
-            down: shape.h_out().div_ceil(rows),
-            across: shape.w_out().div_ceil(columns),
-            blocks: shape.out.div_ceil(OUT_BLOCK),
+    /// What tap `dt` of result `frame` sees.
+    fn frame(&self, frame: usize, dt: usize) -> Frame {
+        let place = frame * self.stride_t + dt;
+        match (place.checked_sub(self.lead), (place + self.past).checked_sub(self.lead)) {
+            (Some(of_x), _) => Frame::OfX(of_x),
+            (None, Some(of_past)) => Frame::OfPast(of_past),
+            (None, None) if self.padding == CausalPadding::Zeros => Frame::Zeros,
+            (None, None) if self.past > 0 => Frame::OfPast(0),
+            (None, None) => Frame::OfX(0),
         }
     }
 
-    fn tasks(&self, shape: &Shape) -> usize {
-        shape.b * shape.frames_out() * self.down * self.across * self.blocks
-    }
-}
-
-struct Convolution<'a> {
-    shape: Shape,
-    x: &'a [f32],
-    weight: &'a [f32],
-    bias: Option<&'a [f32]>,
-}
-
-impl Convolution<'_> {
-    fn compute(&self) -> Vec<f32> {
-        let shape = &self.shape;
-        let mut y = vec![0f32; shape.b * shape.out * shape.frames_out() * shape.h_out() * shape.w_out()];
-        if y.is_empty() {
-            return y;
-        }
-        let cut = Cut::new(shape);
-        let work = y.len() * shape.inner * shape.taps();
-        let shared = Shared::new(&mut y);
-        for_each(cut.tasks(shape), work, |task| {
-            let tile = Tile::of_task(shape, cut, task);
-            with_scratch(tile.slab_len(shape) + tile.sums_len(shape), |scratch| {
-                let (slab, sums) = scratch.split_at_mut(tile.slab_len(shape));
-                dispatch(TileTask { convolution: self, tile, slab, sums, y: &shared });
-            });
-        });
-        y
-    }
-}
-
-/// A tile of results of one frame, for one block of output channels.
-#[derive(Clone, Copy)]
-struct Tile {
-    b: usize,
-    frame: usize,
-    /// First and number of rows, columns and output channels.
-    rows: (usize, usize),
-    columns: (usize, usize),
-    outs: (usize, usize),
-    /// Input channels of a pass.
-    channels: usize,
-}
-
-impl Tile {
-    /// Blocks of output channels follow one another, so that neighbours in time read the same part of the picture.
-    fn of_task(shape: &Shape, cut: Cut, task: usize) -> Self {
-        let part = |index: usize, size: usize, total: usize| (index * size, size.min(total - index * size));
-        let (block, task) = (task % cut.blocks, task / cut.blocks);
-        let (across, task) = (task % cut.across, task / cut.across);
-        let (down, task) = (task % cut.down, task / cut.down);
-        Self {
-            b: task / shape.frames_out(),
-            frame: task % shape.frames_out(),
-            rows: part(down, cut.rows, shape.h_out()),
-            columns: part(across, cut.columns, shape.w_out()),
-            outs: part(block, OUT_BLOCK, shape.out),
-            channels: cut.channels,
-        }
-    }
-
-    /// Width of a padded row.
-    fn width(&self, shape: &Shape) -> usize {
-        self.columns.1 + shape.kw - 1
-    }
-
-    /// Values of one frame of one channel in the slab.
-    fn frame_len(&self, shape: &Shape) -> usize {
-        (self.rows.1 + shape.kh - 1) * self.width(shape)
-    }
-
-    /// Flat positions from the first result to the last, padding included.
-    fn positions(&self, shape: &Shape) -> usize {
-        (self.rows.1 - 1) * self.width(shape) + self.columns.1
-    }
-
-    /// Length of the slab: the last vector of the last tap may read past the last frame.
-    fn slab_len(&self, shape: &Shape) -> usize {
-        (self.channels * shape.kt * self.frame_len(shape) + MAX_LANES).next_multiple_of(MAX_LANES)
-    }
-
-    fn sums_stride(&self, shape: &Shape) -> usize {
-        self.positions(shape).next_multiple_of(MAX_LANES)
-    }
-
-    fn sums_len(&self, shape: &Shape) -> usize {
-        self.outs.1 * self.sums_stride(shape)
-    }
-}
-
-struct TileTask<'a> {
-    convolution: &'a Convolution<'a>,
-    tile: Tile,
-    /// `[channels, kt, rows + kh - 1, width]`: part of the picture, padded.
-    slab: &'a mut [f32],
-    /// `[outs, positions]`.
-    sums: &'a mut [f32],
-    y: &'a Shared<'a, f32>,
-}
-
-impl Op for TileTask<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let shape = &self.convolution.shape;
-        let offsets = self.offsets();
-        self.slab.fill(0.0);
-        if shape.inner == 0 {
-            self.sums.fill(0.0);
-        }
-        let mut channel = 0;
-        while channel < shape.inner {
-            let count = self.tile.channels.min(shape.inner - channel);
-            for i in 0..count {
-                self.load_channel(channel + i, i);
-            }
-            let start = if channel == 0 { Start::Zero } else { Start::Found };
-            self.add_products(s, channel, &offsets[..count * shape.taps()], start);
-            channel += count;
-        }
-        self.write(s);
-    }
-}
-
-impl TileTask<'_> {
-    /// Where the view of every channel and tap starts in the slab, in the order of the kernel.
-    fn offsets(&self) -> Vec<usize> {
-        let shape = &self.convolution.shape;
-        let (frame, width) = (self.tile.frame_len(shape), self.tile.width(shape));
-        let mut offsets = Vec::with_capacity(self.tile.channels * shape.taps());
-        for channel in 0..self.tile.channels {
-            for dt in 0..shape.kt {
-                for dy in 0..shape.kh {
-                    offsets.extend((0..shape.kw).map(|dx| (channel * shape.kt + dt) * frame + dy * width + dx));
-                }
-            }
-        }
-        offsets
-    }
-
-    /// Copies the part of an input channel that the tile sees. What lies in the padding was zero from the start, and
-    /// every channel leaves it so.
-    #[inline(always)]
-    fn load_channel(&mut self, channel: usize, slot: usize) {
-        let shape = &self.convolution.shape;
-        let (frame, width) = (self.tile.frame_len(shape), self.tile.width(shape));
-        // Picture columns of the tile: from `left` on, at `gap` in the padded row.
-        let gap = shape.padding.saturating_sub(self.tile.columns.0);
-        let left = (self.tile.columns.0 + gap) - shape.padding;
-        let len = (width - gap.min(width)).min(shape.w.saturating_sub(left));
-        for dt in 0..shape.kt {
-            let picture = ((self.tile.b * shape.inner + channel) * shape.t + self.tile.frame + dt) * shape.h;
-            for row in 0..self.tile.rows.1 + shape.kh - 1 {
-                let padded = self.tile.rows.0 + row;
-                if padded < shape.padding || padded - shape.padding >= shape.h || len == 0 {
-                    continue;
-                }
-                let from = &self.convolution.x[(picture + padded - shape.padding) * shape.w + left..][..len];
-                let to = (slot * shape.kt + dt) * frame + row * width + gap;
-                self.slab[to..to + len].copy_from_slice(from);
-            }
-        }
-    }
-
-    /// Adds the products of the input channels in the slab, `channel` the first of them.
-    #[inline(always)]
-    fn add_products<S: Simd>(&mut self, s: S, channel: usize, offsets: &[usize], start: Start) {
-        let shape = &self.convolution.shape;
-        let inner = shape.inner * shape.taps();
-        let weight = &self.convolution.weight[self.tile.outs.0 * inner + channel * shape.taps()..];
-        let product = Outer {
-            a: Rows { start: weight.as_ptr(), stride: inner },
-            rows: self.tile.outs.1,
-            b: self.slab.as_ptr(),
-            offsets,
-            c: self.sums.as_mut_ptr(),
-            c_stride: self.tile.sums_stride(shape),
-            columns: self.tile.positions(shape),
-            start,
+    /// The row (axis 0) or column (axis 1) of the picture at `padded`; `None` among zeros.
+    fn place(&self, axis: usize, padded: usize) -> Option<usize> {
+        let len = [self.h, self.w][axis] * self.upsample;
+        let place = match padded.checked_sub(self.before[axis]) {
+            Some(place) if place < len => place,
+            _ if self.padding != CausalPadding::Replicate => return None,
+            Some(_) => len - 1,
+            None => 0,
         };
-        // SAFETY: the kernel has `outs` rows with `offsets.len()` values from here on; the view of the last tap ends
-        // with the slab but for the vector that `slab_len` adds; sums are padded to whole vectors.
-        unsafe { product.run(s) };
+        Some(place / self.upsample)
     }
-
-    /// Writes the results, without the positions between rows, plus the bias.
-    #[inline(always)]
-    fn write<S: Simd>(&self, s: S) {
-        let shape = &self.convolution.shape;
-        let (stride, width) = (self.tile.sums_stride(shape), self.tile.width(shape));
-        for i in 0..self.tile.outs.1 {
-            let out = self.tile.outs.0 + i;
-            let bias = self.convolution.bias.map_or(0.0, |bias| bias[out]);
-            let frame = (self.tile.b * shape.out + out) * shape.frames_out() + self.tile.frame;
-            for row in 0..self.tile.rows.1 {
-                let from = &self.sums[i * stride + row * width..][..self.tile.columns.1];
-                let place = (frame * shape.h_out() + self.tile.rows.0 + row) * shape.w_out() + self.tile.columns.0;
-                // SAFETY: every task has its own rows, columns and channels.
-                let to = unsafe { self.y.slice(place, self.tile.columns.1) };
-                row::map(s, AddBias(bias), from, to);
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct AddBias(f32);
-
-impl row::Function for AddBias {
-    #[inline(always)]
-    fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
-        s.add(x, s.splat(self.0))
-    }
-}
-
-/// Nearest-neighbour upsampling by 2 of `x [b, c, h, w]`.
-pub fn upsample_nearest2d(x: &Tensor) -> Result<Tensor> {
-    let (b, c, h, w) = x.dims4()?;
-    let x = x.contiguous()?;
-    let view = View::contiguous("upsample_nearest2d", &x)?;
-    let from = view.f32()?;
-    let mut y = vec![0f32; 4 * from.len()];
-    let (work, shared) = (y.len(), Shared::new(&mut y));
-    for_each(b * c, work, |plane| {
-        // SAFETY: every task has its own plane.
-        let to = unsafe { shared.slice(plane * 4 * h * w, 4 * h * w) };
-        for row in 0..h {
-            let from = &from[(plane * h + row) * w..][..w];
-            let (first, second) = to[row * 4 * w..(row + 1) * 4 * w].split_at_mut(2 * w);
-            for (pair, value) in first.chunks_exact_mut(2).zip(from) {
-                pair.fill(*value);
-            }
-            second.copy_from_slice(first);
-        }
-    });
-    tensor(y, (b, c, 2 * h, 2 * w))
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
     use proptest::prelude::*;
 
     use super::*;
-    use crate::testing::{assert_close, bits, random, threads};
+    use crate::testing::{On, assert_close, bits, for_each_device, random, threads};
 
     mod oracle {
         use super::*;
 
-        pub(super) fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, padding: usize) -> Result<Tensor> {
-            let y = x.contiguous()?.conv2d(weight, padding, 1, 1, 1)?;
-            match bias {
-                Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
-                None => Ok(y),
-            }
-        }
-
-        pub(super) fn conv3d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, padding: usize) -> Result<Tensor> {
-            let (_, _, t, _, _) = x.dims5()?;
-            let (_, _, kt, _, _) = weight.dims5()?;
-            let mut frames = Vec::with_capacity(t - kt + 1);
-            for first in 0..=t - kt {
+        /// Everything written out: frames before, upsampling, padding, then one frame's products after the other.
+        pub(super) fn convolve(operands: &Operands<'_>, shape: &Shape) -> Result<Tensor> {
+            let clip = edges(&upsampled(&whole_clip(operands, shape)?, shape.upsample)?, shape)?;
+            let mut frames = Vec::new();
+            for frame in 0..shape.frames_out() {
                 let mut sum: Option<Tensor> = None;
-                for dt in 0..kt {
-                    let frame = x.narrow(2, first + dt, 1)?.squeeze(2)?;
-                    let kernel = weight.narrow(2, dt, 1)?.squeeze(2)?.contiguous()?;
-                    let y = conv2d(&frame, &kernel, None, padding)?;
+                for dt in 0..shape.kt {
+                    let seen = clip.narrow(2, frame * shape.stride_t + dt, 1)?.squeeze(2)?.contiguous()?;
+                    let kernel = operands.weight.narrow(2, dt, 1)?.squeeze(2)?.contiguous()?;
+                    let y = seen.conv2d(&kernel, 0, shape.stride, 1, 1)?;
                     sum = Some(match sum {
                         Some(sum) => (sum + y)?,
                         None => y,
@@ -402,83 +285,220 @@ mod tests {
                 frames.extend(sum);
             }
             let y = Tensor::stack(&frames, 2)?;
-            match bias {
+            match operands.bias {
                 Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1, 1))?),
                 None => Ok(y),
             }
         }
+
+        /// Past frames and those that stand for frames before the clip, then x.
+        fn whole_clip(operands: &Operands<'_>, shape: &Shape) -> Result<Tensor> {
+            let clip = match operands.past {
+                Some(past) => Tensor::cat(&[past, operands.x], 2)?,
+                None => operands.x.clone(),
+            };
+            let missing = shape.lead.saturating_sub(shape.past);
+            let clip = clip.narrow(2, shape.past.saturating_sub(shape.lead), shape.t + shape.past.min(shape.lead))?;
+            match shape.padding {
+                CausalPadding::Zeros => clip.pad_with_zeros(2, missing, 0),
+                CausalPadding::FirstFrame | CausalPadding::Replicate => clip.pad_with_same(2, missing, 0),
+            }
+        }
+
+        fn upsampled(x: &Tensor, times: usize) -> Result<Tensor> {
+            let (b, c, t, h, w) = x.dims5()?;
+            let frames = x.transpose(1, 2)?.contiguous()?.reshape((b * t, c, h, w))?;
+            let frames = frames.upsample_nearest2d(times * h, times * w)?;
+            frames.reshape((b, t, c, times * h, times * w))?.transpose(1, 2)?.contiguous()
+        }
+
+        fn edges(x: &Tensor, shape: &Shape) -> Result<Tensor> {
+            let ([top, left], [bottom, right]) = (shape.before, shape.after);
+            match shape.padding {
+                CausalPadding::Replicate => x.pad_with_same(3, top, bottom)?.pad_with_same(4, left, right),
+                _ => x.pad_with_zeros(3, top, bottom)?.pad_with_zeros(4, left, right),
+            }
+        }
     }
 
+    fn expected_conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: ConvOptions) -> Tensor {
+        let operands =
+            Operands { x: &x.unsqueeze(2).unwrap(), past: None, weight: &weight.unsqueeze(2).unwrap(), bias };
+        let shape = Shape::plain("conv2d", &operands, options).unwrap();
+        oracle::convolve(&operands, &shape).unwrap().squeeze(2).unwrap()
+    }
+
+    fn expected_causal(operands: &Operands<'_>, options: CausalOptions) -> Tensor {
+        oracle::convolve(operands, &Shape::causal("causal_conv3d", operands, options).unwrap()).unwrap()
+    }
+
+    /// [b, in, h, w], [out, kh, kw] and how: one value; odd sizes over several tiles; channels past a slab and past a
+    /// block of results; every stride and padding of the networks, with and without upsampling.
+    const PICTURES: [([usize; 4], [usize; 3], ConvOptions); 10] = [
+        ([1, 1, 1, 1], [1, 1, 1], ConvOptions { padding: [0, 0], stride: 1, upsample: 1 }),
+        ([2, 5, 9, 17], [3, 3, 3], ConvOptions { padding: [1, 1], stride: 1, upsample: 1 }),
+        ([1, 37, 5, 18], [40, 1, 1], ConvOptions { padding: [0, 0], stride: 1, upsample: 1 }),
+        ([1, 70, 8, 16], [33, 3, 3], ConvOptions { padding: [1, 1], stride: 1, upsample: 1 }),
+        ([1, 16, 9, 7], [100, 3, 3], ConvOptions { padding: [1, 1], stride: 1, upsample: 1 }),
+        ([1, 8, 3, 3], [130, 2, 3], ConvOptions { padding: [1, 1], stride: 1, upsample: 1 }),
+        ([2, 12, 17, 21], [20, 3, 3], ConvOptions { padding: [1, 1], stride: 2, upsample: 1 }),
+        ([1, 9, 18, 34], [34, 3, 3], ConvOptions { padding: [0, 1], stride: 2, upsample: 1 }),
+        ([1, 35, 5, 9], [33, 3, 3], ConvOptions { padding: [1, 1], stride: 1, upsample: 2 }),
+        ([1, 3, 6, 5], [2, 5, 4], ConvOptions { padding: [3, 2], stride: 2, upsample: 2 }),
+    ];
+
+    for_each_device!(pictures_equal_their_specification, |on: &On| {
+        for ([b, inner, h, w], [out, kh, kw], options) in PICTURES {
+            let (x, weight, bias) = (random(&[b, inner, h, w], 1), random(&[out, inner, kh, kw], 2), random(&[out], 3));
+            let (x32, weight32, bias32) = (on.rounded(&x), on.rounded(&weight), on.rounded(&bias));
+            let expected = expected_conv2d(&x32, &weight32, Some(&bias32), options);
+            let (x, weight, bias) = (on.tensor(&x), on.tensor(&weight), on.tensor(&bias));
+            let found = on.run(|| conv2d(&x, &weight, Some(&bias), options));
+            on.assert_close(&found, &expected, inner * kh * kw);
+            let kept = on.run(|| conv_weight(&weight));
+            assert_eq!(bits(&kept), bits(&weight));
+            let again = on.run(|| conv2d(&x, &kept, Some(&bias), options));
+            assert_eq!(bits(&again), bits(&found), "the weight is read by its strides");
+        }
+    });
+
+    /// Channels in and out, kernel, strides, upsampling; and past frames: none, the first one only, all that the kernel
+    /// sees, more.
+    type Clip = ([usize; 2], [usize; 3], [usize; 2], usize, &'static [usize]);
+    const CLIPS: [Clip; 5] = [
+        ([5, 7], [3, 3, 3], [1, 1], 1, &[0, 1, 2, 3]),
+        ([40, 34], [3, 3, 3], [1, 1], 1, &[1]),
+        ([33, 40], [3, 1, 1], [1, 1], 1, &[0, 1, 2]),
+        ([4, 3], [3, 3, 3], [2, 2], 1, &[0, 2]),
+        ([4, 33], [2, 3, 3], [1, 1], 2, &[0]),
+    ];
+
+    for_each_device!(clips_equal_their_specification, |on: &On| {
+        for ([inner, out], [kt, kh, kw], stride, upsample, pasts) in CLIPS {
+            for padding in [CausalPadding::Zeros, CausalPadding::FirstFrame, CausalPadding::Replicate] {
+                for past in pasts.iter().copied() {
+                    let options = CausalOptions { padding, stride, upsample };
+                    let (x, weight) = (random(&[1, inner, 3, 5, 6], 1), random(&[out, inner, kt, kh, kw], 2));
+                    let (past, bias) = ((past > 0).then(|| random(&[1, inner, past, 5, 6], 3)), random(&[out], 4));
+                    let (x32, weight32, bias32) = (on.rounded(&x), on.rounded(&weight), on.rounded(&bias));
+                    let past32 = past.as_ref().map(|past| on.rounded(past));
+                    let operands = Operands { x: &x32, past: past32.as_ref(), weight: &weight32, bias: Some(&bias32) };
+                    let expected = expected_causal(&operands, options);
+                    let (x, weight, bias) = (on.tensor(&x), on.tensor(&weight), on.tensor(&bias));
+                    let past = past.map(|past| on.tensor(&past));
+                    let found = on.run(|| causal_conv3d(&x, past.as_ref(), &weight, Some(&bias), options));
+                    on.assert_close(&found, &expected, inner * kt * kh * kw);
+                }
+            }
+        }
+    });
+
+    for_each_device!(a_clip_in_chunks_is_the_clip_at_once, |on: &On| {
+        let (x, weight) = (on.tensor(&random(&[2, 3, 5, 4, 9], 1)), on.tensor(&random(&[4, 3, 3, 3, 3], 2)));
+        for padding in [CausalPadding::Zeros, CausalPadding::FirstFrame] {
+            let options = CausalOptions::new(padding);
+            let whole = on.run(|| causal_conv3d(&x, None, &weight, None, options));
+            for first in [1, 2, 3] {
+                let (past, rest) = (x.narrow(2, 0, first).unwrap(), x.narrow(2, first, 5 - first).unwrap());
+                let head = on.run(|| causal_conv3d(&past, None, &weight, None, options));
+                let tail = on.run(|| causal_conv3d(&rest, Some(&past), &weight, None, options));
+                assert_eq!(bits(&Tensor::cat(&[head, tail], 2).unwrap()), bits(&whole));
+            }
+        }
+    });
+
+    for_each_device!(clips_without_causality_see_only_their_frames, |on: &On| {
+        let (x, weight) = (random(&[2, 9, 4, 6, 5], 1), random(&[5, 9, 3, 3, 3], 2));
+        let (x32, weight32) = (on.rounded(&x), on.rounded(&weight));
+        let operands = Operands { x: &x32, past: None, weight: &weight32, bias: None };
+        let shape = Shape::plain("conv3d", &operands, ConvOptions::padded(1)).unwrap();
+        let expected = oracle::convolve(&operands, &shape).unwrap();
+        assert_eq!(expected.dims(), [2, 5, 2, 6, 5]);
+        let (x, weight) = (on.tensor(&x), on.tensor(&weight));
+        on.assert_close(&on.run(|| conv3d(&x, &weight, None, ConvOptions::padded(1))), &expected, 243);
+    });
+
+    for_each_device!(strided_inputs_are_read_by_their_strides, |on: &On| {
+        let (x, weight) = (random(&[2, 8, 7, 3], 1).permute((0, 3, 1, 2)).unwrap(), random(&[4, 3, 3, 3], 2));
+        let expected = expected_conv2d(&on.rounded(&x), &on.rounded(&weight), None, ConvOptions::padded(1));
+        let (x, weight) = (on.tensor(&x), on.tensor(&weight));
+        on.assert_close(&on.run(|| conv2d(&x, &weight, None, ConvOptions::padded(1))), &expected, 27);
+        // A part of wider tensors, from an odd place on.
+        let (x, weight) = (random(&[1, 5, 4, 4], 1), random(&[4, 5, 3, 3], 2));
+        let (x, weight) = (on.tensor(&x), on.tensor(&weight));
+        let (x, weight) = (x.narrow(1, 1, 3).unwrap(), weight.narrow(1, 1, 3).unwrap());
+        let f32s = |x: &Tensor| x.to_device(&candle_core::Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        let expected = expected_conv2d(&f32s(&x), &f32s(&weight), None, ConvOptions::padded(1));
+        on.assert_close(&on.run(|| conv2d(&x, &weight, None, ConvOptions::padded(1))), &expected, 27);
+    });
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(60))]
         #[test]
         fn conv2d_equals_the_specification(
-            b in 1usize..3, inner in 1usize..70, out in 1usize..20, h in 1usize..30, w in 1usize..30,
-            kh in 1usize..4, kw in 1usize..4, padding in 0usize..3, biased: bool,
+            (b, inner, out) in (1usize..3, 1usize..70, 1usize..20), (h, w) in (1usize..30, 1usize..30),
+            (kh, kw) in (1usize..4, 1usize..4), padding in [0usize..3, 0usize..3], stride in 1usize..4,
+            upsample in 1usize..3, biased: bool,
         ) {
-            prop_assume!(kh <= h + 2 * padding && kw <= w + 2 * padding);
+            let pad: usize = padding.iter().sum();
+            prop_assume!(kh <= upsample * h + pad && kw <= upsample * w + pad);
             let (x, weight, bias) = (random(&[b, inner, h, w], 1), random(&[out, inner, kh, kw], 2), random(&[out], 3));
             let bias = biased.then_some(&bias);
-            let expected = oracle::conv2d(&x, &weight, bias, padding).unwrap();
-            assert_close(&conv2d(&x, &weight, bias, padding).unwrap(), &expected, 5e-6);
+            let options = ConvOptions { padding, stride, upsample };
+            let expected = expected_conv2d(&x, &weight, bias, options);
+            assert_close(&conv2d(&x, &weight, bias, options).unwrap(), &expected, 5e-6);
         }
 
         #[test]
-        fn conv3d_equals_the_specification(
-            b in 1usize..3, inner in 1usize..20, out in 1usize..20, t in 1usize..6, h in 1usize..14, w in 1usize..14,
-            kt in 1usize..4, k in prop_oneof![Just(1usize), Just(3)], padding in 0usize..2, biased: bool,
+        fn causal_conv3d_equals_the_specification(
+            (b, inner, out) in (1usize..3, 1usize..20, 1usize..20), (t, h, w) in (1usize..6, 1usize..14, 1usize..14),
+            kt in 1usize..4, k in prop_oneof![Just(1usize), Just(3)], past in 0usize..4, stride in [1usize..3, 1usize..3],
+            padding in prop_oneof![
+                Just(CausalPadding::Zeros), Just(CausalPadding::FirstFrame), Just(CausalPadding::Replicate)
+            ],
+            upsample in 1usize..3,
         ) {
-            prop_assume!(kt <= t && k <= h + 2 * padding && k <= w + 2 * padding);
             let (x, weight) = (random(&[b, inner, t, h, w], 1), random(&[out, inner, kt, k, k], 2));
-            let bias = random(&[out], 3);
-            let bias = biased.then_some(&bias);
-            let expected = oracle::conv3d(&x, &weight, bias, padding).unwrap();
-            assert_close(&conv3d(&x, &weight, bias, padding).unwrap(), &expected, 5e-6);
+            let past = (past > 0).then(|| random(&[b, inner, past, h, w], 3));
+            let options = CausalOptions { padding, stride, upsample };
+            let operands = Operands { x: &x, past: past.as_ref(), weight: &weight, bias: None };
+            let expected = expected_causal(&operands, options);
+            let found = causal_conv3d(&x, past.as_ref(), &weight, None, options).unwrap();
+            assert_close(&found, &expected, 5e-6);
         }
     }
 
     #[test]
     fn wide_pictures_and_many_channels_are_cut_into_tiles() {
+        let options = ConvOptions::padded(1);
         let (x, weight, bias) = (random(&[1, 5, 9, 1100], 1), random(&[200, 5, 3, 3], 2), random(&[200], 3));
-        let expected = oracle::conv2d(&x, &weight, Some(&bias), 1).unwrap();
-        let found = threads(2, || conv2d(&x, &weight, Some(&bias), 1).unwrap());
+        let expected = expected_conv2d(&x, &weight, Some(&bias), options);
+        let found = threads(2, || conv2d(&x, &weight, Some(&bias), options).unwrap());
         assert_close(&found, &expected, 5e-6);
-        assert_eq!(bits(&threads(1, || conv2d(&x, &weight, Some(&bias), 1).unwrap())), bits(&found));
+        assert_eq!(bits(&threads(1, || conv2d(&x, &weight, Some(&bias), options).unwrap())), bits(&found));
         let (x, weight) = (random(&[1, 130, 70, 40], 1), random(&[8, 130, 3, 3], 2));
-        assert_close(&conv2d(&x, &weight, None, 1).unwrap(), &oracle::conv2d(&x, &weight, None, 1).unwrap(), 5e-6);
-    }
-
-    #[test]
-    fn strided_inputs_are_read_by_their_strides() {
-        let (x, weight) = (random(&[2, 8, 7, 3], 1).permute((0, 3, 1, 2)).unwrap(), random(&[4, 3, 3, 3], 2));
-        assert_close(&conv2d(&x, &weight, None, 1).unwrap(), &oracle::conv2d(&x, &weight, None, 1).unwrap(), 5e-6);
-    }
-
-    #[test]
-    fn scratch_stays_small_whatever_the_picture() {
-        for (inner, out, h, w, k) in [(512, 512, 4096, 4096, 3), (128, 3, 64, 64, 3), (96, 96, 1, 100_000, 1)] {
-            let shape = Shape { b: 1, inner, out, t: 3, h, w, kt: k, kh: k, kw: k, padding: k / 2 };
-            let tile = Tile::of_task(&shape, Cut::new(&shape), 0);
-            assert!(4 * (tile.slab_len(&shape) + tile.sums_len(&shape)) <= 3 << 19);
-        }
-    }
-
-    #[test]
-    fn upsampling_repeats_every_value_four_times() {
-        let x = random(&[2, 3, 5, 7], 1);
-        let expected = x.upsample_nearest2d(10, 14).unwrap();
-        assert_eq!(bits(&upsample_nearest2d(&x).unwrap()), bits(&expected));
+        let expected = expected_conv2d(&x, &weight, None, options);
+        assert_close(&conv2d(&x, &weight, None, options).unwrap(), &expected, 5e-6);
     }
 
     #[test]
     fn misfits_name_the_operation_and_both_shapes() {
-        let error = conv2d(&random(&[1, 3, 4, 4], 1), &random(&[2, 5, 3, 3], 1), None, 1).unwrap_err().to_string();
+        let error = |result: Result<Tensor>| result.unwrap_err().to_string();
+        let found = error(conv2d(&random(&[1, 3, 4, 4], 1), &random(&[2, 5, 3, 3], 1), None, ConvOptions::padded(1)));
         assert!(
-            error.contains("conv2d") && error.contains("[1, 3, 1, 4, 4]") && error.contains("[2, 5, 1, 3, 3]"),
-            "{error}"
+            found.contains("conv2d") && found.contains("[1, 3, 1, 4, 4]") && found.contains("[2, 5, 1, 3, 3]"),
+            "{found}"
         );
-        let error =
-            conv3d(&random(&[1, 3, 2, 4, 4], 1), &random(&[2, 3, 3, 3, 3], 1), None, 1).unwrap_err().to_string();
-        assert!(error.contains("conv3d") && error.contains("[2, 3, 3, 3, 3]"), "{error}");
+        let (x, weight) = (random(&[1, 3, 2, 4, 4], 1), random(&[2, 3, 3, 3, 3], 1));
+        let found = error(conv3d(&x, &weight, None, ConvOptions::padded(1)));
+        assert!(found.contains("conv3d") && found.contains("[2, 3, 3, 3, 3]"), "{found}");
+        let options = CausalOptions::new(CausalPadding::Zeros);
+        let found = error(causal_conv3d(&x, Some(&random(&[1, 3, 2, 4, 5], 1)), &weight, None, options));
+        assert!(found.contains("causal_conv3d: the past [1, 3, 2, 4, 5]"), "{found}");
+        let found = error(causal_conv3d(&x, None, &weight, Some(&random(&[3], 1)), options));
+        assert!(found.contains("causal_conv3d: bias must have shape [2], got [3]"), "{found}");
+        let (x, options) = (random(&[1, 3, 3, 4, 4], 1), ConvOptions { upsample: 3, ..ConvOptions::padded(1) });
+        let found = error(conv3d(&x, &weight, None, options));
+        assert!(found.contains("conv3d") && found.contains("upsampled 1 or 2 times, not 3"), "{found}");
     }
 }

@@ -33,12 +33,13 @@ mod sample;
 mod simd;
 #[cfg(test)]
 mod testing;
+mod upsample;
 mod view;
 
 pub use activation::{Gelu, geglu, gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
 pub use attention::{AttentionOptions, attention};
 pub use change::relative_l1;
-pub use conv::{conv2d, conv3d, upsample_nearest2d};
+pub use conv::{CausalOptions, CausalPadding, ConvOptions, causal_conv3d, conv_weight, conv2d, conv3d};
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
 pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
@@ -49,3 +50,4 @@ pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use sample::{Choice, Draw, Penalties, sample};
 pub use simd::{Isa, isa};
+pub use upsample::upsample_nearest2d;

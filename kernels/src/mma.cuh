@@ -54,6 +54,11 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool v
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes_read)
                  : "memory");
 }
+/// The same of the first `bytes_read` bytes only, zeros after them.
+__device__ __forceinline__ void copy_async_part(void* to, const void* from, int bytes_read) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes_read)
+                 : "memory");
+}
 /// Closes the group of the copies since the last call.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most `GROUPS` of this thread's groups are under way.
@@ -89,6 +94,7 @@ using emulator::mma_m16n8k16;
 inline void ldmatrix_x4(unsigned (&to)[4], const void* row) { emulator::ldmatrix_x4(to, row, false); }
 inline void ldmatrix_x4_transposed(unsigned (&to)[4], const void* row) { emulator::ldmatrix_x4(to, row, true); }
 inline void copy_async_16(void* to, const void* from, bool valid) { emulator::async_copy(to, from, 16, valid ? 16 : 0); }
+inline void copy_async_part(void* to, const void* from, int bytes) { emulator::async_copy(to, from, 16, bytes); }
 inline void copy_async_commit() { emulator::async_commit(); }
 template <int GROUPS>
 inline void copy_async_wait() { emulator::async_wait(GROUPS); }

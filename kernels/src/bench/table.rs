@@ -10,7 +10,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::{AttentionOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout};
+use crate::{AttentionOptions, ConvOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout};
 
 /// How large the inputs are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -271,19 +271,24 @@ impl<'a> Bench<'a> {
             let (x, weight) = (self.random(&[1, channels, side, side])?, self.random(&[channels])?);
             let (shape, values) = (format!("KL-VAE, {channels} x {side} x {side}"), channels * side * side);
             let bytes = 2.0 * self.bytes(values);
-            self.measure("group_norm", &shape, Work::Bytes(bytes), || {
+            // x is read for its statistics before it is read again.
+            self.measure("group_norm", &shape, Work::Bytes(1.5 * bytes), || {
                 crate::group_norm(&x, 32, &weight, &weight, 1e-6)
             })?;
-            let kernel = self.random(&[channels, channels, 3, 3])?;
+            let kernel = crate::conv_weight(&self.random(&[channels, channels, 3, 3])?)?;
             let flops = 2.0 * (values * channels * 9) as f64;
-            self.measure("conv2d", &shape, Work::Flops(flops), || crate::conv2d(&x, &kernel, Some(&weight), 1))?;
+            self.measure("conv2d", &shape, Work::Flops(flops), || {
+                crate::conv2d(&x, &kernel, Some(&weight), ConvOptions::padded(1))
+            })?;
             self.measure("upsample_nearest2d", &shape, Work::Bytes(2.5 * bytes), || crate::upsample_nearest2d(&x))?;
         }
         let (h, w) = (self.sizes.side(480), self.sizes.side(832));
-        let (x, kernel) = (self.random(&[1, 96, 6, h, w])?, self.random(&[96, 96, 3, 3, 3])?);
+        let (x, kernel) = (self.random(&[1, 96, 6, h, w])?, crate::conv_weight(&self.random(&[96, 96, 3, 3, 3])?)?);
         let flops = 2.0 * (96 * 96 * 27 * 4 * h * w) as f64;
         let shape = format!("Wan VAE, 96 x 4 frames of {h} x {w}");
-        self.measure("conv3d", &shape, Work::Flops(flops), || crate::conv3d(&x, &kernel, None, 1))?;
+        self.measure("conv3d", &shape, Work::Flops(flops), || {
+            crate::conv3d(&x, &kernel, None, ConvOptions::padded(1))
+        })?;
         let weight = self.random(&[96])?;
         let bytes = 2.0 * self.bytes(96 * 6 * h * w);
         self.measure("rms_norm_channels", &shape, Work::Bytes(bytes), || crate::rms_norm_channels(&x, &weight))

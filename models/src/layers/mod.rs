@@ -1,6 +1,7 @@
 //! Layers shared by families: weights in, one kernel call out. All take and give the compute dtype.
 
 use candle_core::{DType, Tensor};
+use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, conv_weight};
 
 use crate::error::Result;
 use crate::weights::Weights;
@@ -155,12 +156,12 @@ impl GroupNorm {
     }
 }
 
-/// 2-D convolution, stride 1 unless said otherwise, symmetric zero padding.
+/// 2-D convolution with zeros on all four sides.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     weight: Tensor,
     bias: Tensor,
-    padding: usize,
+    options: ConvOptions,
 }
 
 impl Conv2d {
@@ -172,22 +173,33 @@ impl Conv2d {
         kernel: usize,
         padding: usize,
     ) -> Result<Self> {
-        let weight = weights.get(&[out_channels, in_channels, kernel, kernel], "weight")?;
-        Ok(Self { weight, bias: weights.get(&[out_channels], "bias")?, padding })
+        let weight = conv_weight(&weights.get(&[out_channels, in_channels, kernel, kernel], "weight")?)?;
+        Ok(Self { weight, bias: weights.get(&[out_channels], "bias")?, options: ConvOptions::padded(padding) })
+    }
+
+    /// The convolution of pictures that are first upsampled by 2, to the nearest value.
+    pub fn upsampling(mut self) -> Self {
+        self.options.upsample = 2;
+        self
     }
 
     /// `[b, in, h, w]` to `[b, out, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.padding)?)
+        Ok(tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.options)?)
+    }
+
+    /// Each frame by itself: `[b, in, t, h, w]` to `[b, out, t, h', w']`.
+    pub fn forward_frames(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(tale_kernels::conv3d(x, &self.weight.unsqueeze(2)?, Some(&self.bias), self.options)?)
     }
 }
 
-/// 3-D convolution, stride 1, symmetric zero padding in space, none in time (the caller puts past frames in front).
+/// 3-D convolution over the frames that it is given, with zeros on all four sides of each.
 #[derive(Debug, Clone)]
 pub struct Conv3d {
     weight: Tensor,
     bias: Tensor,
-    padding: usize,
+    options: ConvOptions,
 }
 
 impl Conv3d {
@@ -199,13 +211,95 @@ impl Conv3d {
         kernel: [usize; 3],
         padding: usize,
     ) -> Result<Self> {
-        let [kt, kh, kw] = kernel;
-        let weight = weights.get(&[out_channels, in_channels, kt, kh, kw], "weight")?;
-        Ok(Self { weight, bias: weights.get(&[out_channels], "bias")?, padding })
+        let [weight, bias] = load_conv3d(weights, in_channels, out_channels, kernel)?;
+        Ok(Self { weight, bias, options: ConvOptions::padded(padding) })
     }
 
     /// `[b, in, t, h, w]` to `[b, out, t - kt + 1, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::conv3d(x, &self.weight, Some(&self.bias), self.padding)?)
+        Ok(tale_kernels::conv3d(x, &self.weight, Some(&self.bias), self.options)?)
+    }
+}
+
+fn load_conv3d(weights: &Weights, inner: usize, out: usize, [kt, kh, kw]: [usize; 3]) -> Result<[Tensor; 2]> {
+    let weight = conv_weight(&weights.get(&[out, inner, kt, kh, kw], "weight")?)?;
+    Ok([weight, weights.get(&[out], "bias")?])
+}
+
+/// 3-D convolution that sees the current frame and those before it, for clips that come in chunks.
+#[derive(Debug, Clone)]
+pub struct CausalConv3d {
+    weight: Tensor,
+    bias: Tensor,
+    options: CausalOptions,
+    /// Frames before the current one that the kernel sees.
+    history: usize,
+}
+
+impl CausalConv3d {
+    /// Tensors `weight [out, in, kt, kh, kw]` and `bias [out]`; `kernel` is `[kt, kh, kw]`.
+    pub fn load(
+        weights: &Weights,
+        in_channels: usize,
+        out_channels: usize,
+        kernel: [usize; 3],
+        padding: CausalPadding,
+    ) -> Result<Self> {
+        let [weight, bias] = load_conv3d(weights, in_channels, out_channels, kernel)?;
+        Ok(Self { weight, bias, options: CausalOptions::new(padding), history: kernel[0].saturating_sub(1) })
+    }
+
+    /// The next chunk of a clip, `[b, in, t, h, w]` to `[b, out, t, h, w]`. `past` is absent before the first chunk, and
+    /// becomes what the next one needs of this one.
+    pub fn forward(&self, x: &Tensor, past: &mut Option<Tensor>) -> Result<Tensor> {
+        let before = past.take();
+        *past = self.remembered(before.as_ref(), x)?;
+        let bias = Some(&self.bias);
+        Ok(tale_kernels::causal_conv3d(x, before.as_ref(), &self.weight, bias, self.options)?)
+    }
+
+    /// The last frames of `past` and x. A copy: a view would keep the whole chunk alive until the next one.
+    fn remembered(&self, past: Option<&Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
+        let (t, history) = (x.dim(2)?, self.history);
+        if history == 0 {
+            return Ok(None);
+        }
+        if t >= history {
+            return Ok(Some(x.narrow(2, t - history, history)?.force_contiguous()?));
+        }
+        let Some(past) = past else { return Ok(Some(x.force_contiguous()?)) };
+        let kept = (history - t).min(past.dim(2)?);
+        Ok(Some(Tensor::cat(&[&past.narrow(2, past.dim(2)? - kept, kept)?, x], 2)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_causal_convolution_remembers_as_many_frames_as_its_kernel_sees() {
+        let tensor = |dims: &[usize]| Tensor::rand(-1f32, 1f32, dims, &Device::Cpu).expect("a tensor");
+        let (weight, bias) = (tensor(&[4, 2, 3, 3, 3]), tensor(&[4]));
+        for padding in [CausalPadding::Zeros, CausalPadding::FirstFrame] {
+            let (weight, bias, options) = (weight.clone(), bias.clone(), CausalOptions::new(padding));
+            let conv = CausalConv3d { weight, bias, options, history: 2 };
+            let clip = tensor(&[1, 2, 7, 5, 4]);
+            let whole = conv.forward(&clip, &mut None).expect("a convolution");
+            for chunks in [[1, 1, 5], [3, 3, 1], [2, 1, 4]] {
+                let (mut past, mut first, mut found) = (None, 0, Vec::new());
+                for len in chunks {
+                    let chunk = clip.narrow(2, first, len).expect("frames of the clip");
+                    found.push(conv.forward(&chunk, &mut past).expect("a convolution"));
+                    first += len;
+                    assert_eq!(past.as_ref().expect("a past").dim(2).expect("frames"), first.min(2));
+                }
+                let found = Tensor::cat(&found, 2).expect("frames");
+                let values = |x: &Tensor| x.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("values");
+                assert_eq!(values(&found), values(&whole));
+            }
+        }
     }
 }

@@ -9,18 +9,15 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, attention, rms_norm_channels, rms_norm_channels_silu, upsample_nearest2d};
+use tale_kernels::{AttentionOptions, CausalPadding, attention, rms_norm_channels, rms_norm_channels_silu};
 
 use crate::error::{Error, Result};
-use crate::layers::{Conv2d, Conv3d};
+use crate::layers::{self, Conv2d, Conv3d};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
-/// Frames' worth of scratch that the convolution kernel takes: the 3x3 neighbourhood of every value of one frame, and
-/// copies of that frame in the layouts that its matrix product wants.
-const CONV_SCRATCH: usize = 12;
 
 /// `config.json` of `AutoencoderKLWan`; what decides about the decoder.
 #[derive(Debug, Clone, Deserialize)]
@@ -136,13 +133,16 @@ impl WanVaeConfig {
         let mut working = 0;
         for (level, dim) in dims.iter().copied().enumerate() {
             remembered += HISTORY * pixels * dim * 2 * (self.num_res_blocks + 1);
-            // The block's input, a norm of it, its activation behind the remembered frames, the convolution's answer.
-            working = working.max(pixels * dim * (4 * frames + HISTORY + CONV_SCRATCH));
+            // The block's input, the first convolution's answer, its norm and the second one's answer, or instead of the
+            // norm the shortcut and the sum; and what a convolution remembers, of this chunk and still of the last one.
+            // Convolutions take no memory beyond 1.5 MB per thread on the CPU, and none on a GPU.
+            working = working.max(pixels * dim * (5 * frames + HISTORY));
             if let Some(in_time) = self.upsampling(level) {
                 remembered += HISTORY * pixels * dim * usize::from(in_time);
                 frames *= 1 + usize::from(in_time);
-                // The input, the answer (four times the pixels, half the channels), one frame blown up.
-                working = working.max(pixels * dim * (frames + 2 * frames + 4 * (1 + CONV_SCRATCH)));
+                // The input, or half of it until its frames are doubled, and the answer: four times the pixels, half the
+                // channels.
+                working = working.max(pixels * dim * (frames + 2 * frames + HISTORY));
                 pixels *= 4;
             }
         }
@@ -231,12 +231,12 @@ impl WanVaeDecoder {
     pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
         let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?.to_dtype(self.compute_dtype)?; // [1, z, 1, h, w]
         let past = &mut decoding.past;
-        let x = self.conv_in.forward(self.post_quant_conv.forward(&z)?, past)?;
+        let x = self.conv_in.forward(&self.post_quant_conv.forward(&z)?, past)?;
         let mut x = self.mid_block.forward(x, past)?;
         for block in &self.up_blocks {
             x = block.forward(x, past)?;
         }
-        let x = self.conv_out.forward(self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
+        let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
         decoding.next += 1;
         decoding.past.is_first = false;
         Ok(x.to_dtype(DType::F32)?.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
@@ -266,28 +266,21 @@ impl Loader {
     ) -> Result<CausalConv3d> {
         let slot = self.num_slots;
         self.num_slots += 1;
-        Ok(CausalConv3d { conv: Conv3d::load(weights, in_channels, out_channels, kernel, kernel[1] / 2)?, slot })
+        let conv = layers::CausalConv3d::load(weights, in_channels, out_channels, kernel, CausalPadding::Zeros)?;
+        Ok(CausalConv3d { conv, slot })
     }
 }
 
-/// Convolution over three frames, the current one last.
+/// Convolution over three frames, the current one last, with its place in [`Past`].
 struct CausalConv3d {
-    conv: Conv3d,
+    conv: layers::CausalConv3d,
     slot: usize,
 }
 
 impl CausalConv3d {
     /// `[1, in, t, h, w]` to `[1, out, t, h, w]`.
-    fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
-        let (b, c, t, h, w) = x.dims5()?;
-        let before = match past.frames[self.slot].take() {
-            Some(frames) => frames,
-            None => Tensor::zeros((b, c, HISTORY, h, w), x.dtype(), x.device())?,
-        };
-        let joined = Tensor::cat(&[before, x], 2)?;
-        // A copy: a view would keep the whole chunk alive until the next one.
-        past.frames[self.slot] = Some(joined.narrow(2, t, HISTORY)?.force_contiguous()?);
-        self.conv.forward(&joined)
+    fn forward(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
+        self.conv.forward(x, &mut past.frames[self.slot])
     }
 }
 
@@ -332,8 +325,8 @@ impl ResidualBlock {
     }
 
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
-        let y = self.conv1.forward(self.norm1.activated(&x)?, past)?;
-        let y = self.conv2.forward(self.norm2.activated(&y)?, past)?;
+        let y = self.conv1.forward(&self.norm1.activated(&x)?, past)?;
+        let y = self.conv2.forward(&self.norm2.activated(&y)?, past)?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(&x)?,
             None => x,
@@ -432,7 +425,7 @@ impl UpBlock {
 /// Doubles height and width, halves channels; with a `time_conv` doubles frames too.
 struct Upsampler {
     time_conv: Option<CausalConv3d>,
-    /// `resample.1`; `resample.0` is the nearest-neighbour upsampling.
+    /// `resample.1`, with `resample.0`, the nearest-neighbour upsampling.
     conv: Conv2d,
 }
 
@@ -441,25 +434,17 @@ impl Upsampler {
         let mut time_conv = || loader.causal(&weights.pp("time_conv"), dim, dim * 2, [3, 1, 1]);
         Ok(Self {
             time_conv: in_time.then(&mut time_conv).transpose()?,
-            conv: Conv2d::load(&weights.pp("resample").pp(1), dim, dim / 2, 3, 1)?,
+            conv: Conv2d::load(&weights.pp("resample").pp(1), dim, dim / 2, 3, 1)?.upsampling(),
         })
     }
 
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
         let x = match &self.time_conv {
             // The first latent frame stands for one frame: it is neither doubled nor remembered here.
-            Some(time_conv) if !past.is_first => interleave(&time_conv.forward(x, past)?)?,
+            Some(time_conv) if !past.is_first => interleave(&time_conv.forward(&x, past)?)?,
             _ => x,
         };
-        // Frame by frame, so that the upsampled input of the convolution is never held for all frames at once.
-        let frames = (0..x.dim(2)?).map(|t| self.forward_frame(&x, t)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&frames, 2)?)
-    }
-
-    /// Frame `t` of `[1, c, frames, h, w]`: `[1, c / 2, 2h, 2w]`.
-    fn forward_frame(&self, x: &Tensor, t: usize) -> Result<Tensor> {
-        let frame = x.narrow(2, t, 1)?.squeeze(2)?.contiguous()?;
-        self.conv.forward(&upsample_nearest2d(&frame)?)
+        self.conv.forward_frames(&x)
     }
 }
 
