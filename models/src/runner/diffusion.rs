@@ -51,7 +51,7 @@ pub trait DiffusionModel: Send {
     /// Least work of the call of [`DiffusionModel::decode_next`] with this number, from 0 on.
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork;
 
-    /// Initial noise `[1, ...]` in f32, drawn in the order in which the diffusers pipeline draws it, already in the
+    /// Standard normal noise `[1, ...]` in f32, drawn in the order in which the diffusers pipeline draws it, already in the
     /// shape that `predict` takes.
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor>;
 
@@ -74,7 +74,7 @@ pub trait DiffusionModel: Send {
 
 /// One row of a denoising batch.
 pub struct DenoiseRow<'a, C> {
-    /// `[1, ...]` f32.
+    /// `[1, ...]` f32, scaled as the solver wants the model to see them.
     pub latents: &'a Tensor,
     /// In the solver's unit (0..1000 for the flow-matching families).
     pub timestep: f64,
@@ -117,7 +117,11 @@ struct Denoising<M: DiffusionModel> {
     /// One per guidance branch, the positive one first.
     conditioning: Vec<Arc<M::Conditioning>>,
     latents: Tensor,
+    /// The latents as the solver wants the model to see them.
+    model_input: Tensor,
     solver: Box<dyn Solver>,
+    /// The request's own: the solver goes on where the initial noise left off.
+    generator: TorchGenerator,
     /// Steps done.
     done: usize,
 }
@@ -347,10 +351,14 @@ impl<M: DiffusionModel> Session<M> {
     fn begin_denoising(&mut self, model: &M) -> Result<()> {
         let Stage::Encode(conditioning) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
         let mut generator = TorchGenerator::new(self.request.seed);
+        let solver = model.solver(&self.request)?;
+        let latents = (model.initial_latents(&self.request, &mut generator)? * solver.init_noise_sigma())?;
         self.stage = Stage::Denoise(Denoising {
             conditioning: std::mem::take(conditioning),
-            latents: model.initial_latents(&self.request, &mut generator)?,
-            solver: model.solver(&self.request)?,
+            model_input: solver.scale_model_input(0, &latents)?,
+            latents,
+            solver,
+            generator,
             done: 0,
         });
         Ok(())
@@ -366,7 +374,7 @@ impl<M: DiffusionModel> Session<M> {
         let denoising = self.denoising();
         let timestep = denoising.solver.timesteps()[denoising.done];
         denoising.conditioning.iter().map(move |conditioning| DenoiseRow {
-            latents: &denoising.latents,
+            latents: &denoising.model_input,
             timestep,
             conditioning: &**conditioning,
             request: &self.request,
@@ -387,11 +395,14 @@ impl<M: DiffusionModel> Session<M> {
     /// Moves the latents one timestep on: steps done, and steps in all. After the last one only the latents are kept.
     fn advance(&mut self, prediction: &Tensor) -> Result<(usize, usize)> {
         let Stage::Denoise(denoising) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        denoising.latents = denoising.solver.step(denoising.done, prediction, &denoising.latents)?;
-        denoising.done += 1;
-        let (done, total) = (denoising.done, denoising.solver.timesteps().len());
+        let Denoising { latents, model_input, solver, generator, done, .. } = denoising;
+        *latents = solver.step(*done, prediction, latents, generator)?;
+        *done += 1;
+        let (done, total) = (*done, solver.timesteps().len());
         if done == total {
-            self.stage = Stage::Latents(denoising.latents.clone());
+            self.stage = Stage::Latents(latents.clone());
+        } else {
+            *model_input = solver.scale_model_input(done, latents)?;
         }
         Ok((done, total))
     }

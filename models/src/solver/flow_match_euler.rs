@@ -11,7 +11,9 @@ use serde::Deserialize;
 
 use crate::config::read_json;
 use crate::error::{Error, Result};
+use crate::rng::TorchGenerator;
 use crate::solver::Solver;
+use crate::solver::noise_schedule::Level;
 
 /// `scheduler_config.json`, defaults as in diffusers.
 #[derive(Debug, Clone, Deserialize)]
@@ -156,7 +158,12 @@ impl Solver for FlowMatchEuler {
         &self.timesteps
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let sigma = f64::from(self.sigmas[index]);
+        Level { alpha: 1.0 - sigma, sigma }.mix(sample, noise)
+    }
+
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         let dt = self.sigmas[index + 1] - self.sigmas[index];
         Ok((sample.to_dtype(DType::F32)? + (model_output.to_dtype(DType::F32)? * f64::from(dt))?)?)
     }

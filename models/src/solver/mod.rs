@@ -3,16 +3,45 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::rng::TorchGenerator;
 
+pub mod config;
+pub mod euler;
 pub mod flow_match_euler;
+pub mod noise_schedule;
 pub mod unipc;
 
 /// The state of one session's denoising loop.
+///
+/// The loop of a new picture: noise times [`Solver::init_noise_sigma`], then for each timestep the model's prediction
+/// for [`Solver::scale_model_input`] of the sample, and [`Solver::step`]. A loop that begins from a picture (image to
+/// image) enters at a later index, with [`Solver::add_noise`] of that index.
 pub trait Solver: Send {
     /// Timesteps of the loop, in order, as diffusers' `scheduler.timesteps`.
     fn timesteps(&self) -> &[f64];
 
-    /// Advances `sample` from `timesteps()[index]` to the next one. Must be called with index 0, 1, 2, ... in order.
-    /// Computes and returns f32.
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor>;
+    /// Standard deviation of the noise that the loop begins from, as diffusers' `scheduler.init_noise_sigma`.
+    fn init_noise_sigma(&self) -> f64 {
+        1.0
+    }
+
+    /// What the model takes instead of `sample` at `timesteps()[index]`, as diffusers' `scheduler.scale_model_input`.
+    fn scale_model_input(&self, _index: usize, sample: &Tensor) -> Result<Tensor> {
+        Ok(sample.clone())
+    }
+
+    /// The clean `sample` with as much of the standard normal `noise` as a loop has when it comes to
+    /// `timesteps()[index]`: diffusers' `scheduler.add_noise`, of flow matching `scheduler.scale_noise`.
+    fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor>;
+
+    /// Advances `sample` from `timesteps()[index]` to the next one. The index rises by one from call to call; the first
+    /// one may be any (diffusers' `scheduler.set_begin_index`). Noise that a step needs is drawn from the session's
+    /// own `generator`, as `randn_tensor` of diffusers draws it. Computes and returns f32.
+    fn step(
+        &mut self,
+        index: usize,
+        model_output: &Tensor,
+        sample: &Tensor,
+        generator: &mut TorchGenerator,
+    ) -> Result<Tensor>;
 }

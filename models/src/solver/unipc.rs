@@ -13,7 +13,9 @@ use serde::Deserialize;
 
 use crate::config::read_json;
 use crate::error::{Error, Result};
+use crate::rng::TorchGenerator;
 use crate::solver::Solver;
+use crate::solver::noise_schedule::Level;
 
 /// Highest `solver_order` that is held against the reference.
 const MAX_ORDER: usize = 3;
@@ -205,7 +207,12 @@ impl Solver for UniPc {
         &self.timesteps
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let sigma = self.sigmas[index];
+        Level { alpha: 1.0 - sigma, sigma }.mix(sample, noise)
+    }
+
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         let (sample, output) = (sample.to_dtype(DType::F32)?, model_output.to_dtype(DType::F32)?);
         // From the sample as it was predicted, not as it is corrected below.
         let x0 = (&sample - (output * self.sigmas[index])?)?;
@@ -213,7 +220,8 @@ impl Solver for UniPc {
         self.predictions.truncate(self.config.solver_order - 1);
         self.predictions.push_front(x0);
         let steps_left = self.timesteps.len() - index;
-        let order = self.config.solver_order.min(steps_left).min(index + 1);
+        // The predictions and not the index say how far back the history goes: a loop may begin in the middle.
+        let order = self.config.solver_order.min(steps_left).min(self.predictions.len());
         let next = self.predict(index, &sample, order)?;
         self.last = Some((sample, order));
         Ok(next)
@@ -377,7 +385,7 @@ mod tests {
                 let mut solver = UniPc::new(&config.unwrap(), 7);
                 let mut sample = noise.clone();
                 for index in 0..7 {
-                    sample = solver.step(index, &velocity, &sample).unwrap();
+                    sample = solver.step(index, &velocity, &sample, &mut TorchGenerator::new(0)).unwrap();
                 }
                 let error = (&sample - &x0).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
                 assert!(error < 1e-5, "order {order} {kind}: {error}");

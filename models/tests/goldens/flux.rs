@@ -51,8 +51,9 @@ fn flow_match_euler_takes_the_steps_of_the_reference() {
         let found = Tensor::new(solver.sigmas(), &Device::Cpu).unwrap();
         assert_close(&format!("{name} sigmas"), &found, tensor("sigmas"), 1e-7);
         let mut sample = tensor("sample").clone();
+        let mut generator = TorchGenerator::new(0);
         for step in 0..solver.timesteps().len() {
-            sample = solver.step(step, &tensor("outputs").get(step).unwrap(), &sample).unwrap();
+            sample = solver.step(step, &tensor("outputs").get(step).unwrap(), &sample, &mut generator).unwrap();
             assert_close(&format!("{name} step {step}"), &sample, &tensor("samples").get(step).unwrap(), 1e-6);
         }
         checked += 1;
@@ -88,10 +89,11 @@ fn every_stage_is_the_reference_one() {
 fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let conditioning = golden.conditioning();
     let mut solver = model.solver(request).unwrap();
+    let mut generator = TorchGenerator::new(request.seed);
     let mut latents = golden.get("noise").clone();
     for step in 0..request.num_inference_steps {
         let prediction = predict_one(model, &latents, solver.timesteps()[step], &conditioning, request);
-        latents = solver.step(step, &prediction, &latents).unwrap();
+        latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
         golden.check(&format!("latents{step}"), &latents, TOLERANCE);
         latents = golden.get(&format!("latents{step}")).clone();
     }

@@ -42,9 +42,10 @@ fn unipc_takes_the_steps_of_the_reference() {
         assert_close(&format!("{name} timesteps"), &row(solver.timesteps()), tensor("timesteps"), 0.0);
         assert_close(&format!("{name} sigmas"), &row(solver.sigmas()), tensor("sigmas"), 1e-7);
         let mut sample = tensor("sample").clone();
+        let mut generator = TorchGenerator::new(0);
         // With `bh1` the reference ends in NaN (infinity times zero), so that its last step is not recorded.
         for step in 0..tensor("samples").dim(0).unwrap() {
-            sample = solver.step(step, &tensor("outputs").get(step).unwrap(), &sample).unwrap();
+            sample = solver.step(step, &tensor("outputs").get(step).unwrap(), &sample, &mut generator).unwrap();
             assert_close(&format!("{name} step {step}"), &sample, &tensor("samples").get(step).unwrap(), tolerance);
         }
         checked += 1;
@@ -95,7 +96,8 @@ fn every_stage_is_that_of_the_reference() {
                 branches.push(model.encode(negative_prompt, &request).unwrap());
                 close("negative_prompt_embeds", &branches[1], 1e-4);
             }
-            let mut latents = model.initial_latents(&request, &mut TorchGenerator::new(request.seed)).unwrap();
+            let mut generator = TorchGenerator::new(request.seed);
+            let mut latents = model.initial_latents(&request, &mut generator).unwrap();
             close("noise", &latents, 0.0);
             let mut solver = model.solver(&request).unwrap();
             close("timesteps", &row(solver.timesteps()), 0.0);
@@ -106,7 +108,7 @@ fn every_stage_is_that_of_the_reference() {
                     close("prediction0", &predictions[0], 1e-4);
                 }
                 let prediction = guided(&predictions, request.guidance_scale);
-                latents = solver.step(step, &prediction, &latents).unwrap();
+                latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
                 close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
             }
             assert_eq!(decode(&model, &request, &latents).dims()[0], request.num_frames);

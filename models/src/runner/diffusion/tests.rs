@@ -87,7 +87,11 @@ impl Solver for Halving {
         &self.0
     }
 
-    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+    fn add_noise(&self, _index: usize, _sample: &Tensor, _noise: &Tensor) -> Result<Tensor> {
+        unreachable!("the runner begins from noise alone")
+    }
+
+    fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         assert!(index < self.0.len());
         Ok((sample + (model_output * 0.5)?)?)
     }

@@ -1,0 +1,176 @@
+//! `scheduler_config.json`: read once, then asked for the fields of whichever solver is wanted.
+//!
+//! Owns: the file, its spelling, refusals that name the field. Does not know: what any solver does with its fields.
+//! Source: diffusers `configuration_utils.py`, `ConfigMixin.extract_init_dict`: a solver takes from the file what it
+//! knows by name and its own defaults for the rest, whichever class the file was written for.
+
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// The fields of a `scheduler_config.json` as they stand there.
+#[derive(Debug, Clone)]
+pub struct SchedulerConfig {
+    path: PathBuf,
+    fields: Map<String, Value>,
+}
+
+impl SchedulerConfig {
+    /// Reads the file at `path`. A field that no scheduler of diffusers has is refused by name.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::checkpoint(path, e))?;
+        let fields: Map<String, Value> =
+            serde_json::from_str(&without_infinities(&text)).map_err(|e| Error::checkpoint(path, e))?;
+        // Names that begin with an underscore are diffusers' own notes (`_class_name`, `_diffusers_version`).
+        match fields.keys().find(|name| !name.starts_with('_') && !KNOWN_FIELDS.contains(&name.as_str())) {
+            Some(name) => Err(Error::checkpoint(path, format!("`{name}`: no such field of a scheduler"))),
+            None => Ok(Self { path: path.to_owned(), fields }),
+        }
+    }
+
+    /// The fields that `T` knows, its defaults for those that the file does not give.
+    pub fn fields<T: DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_value(Value::Object(self.fields.clone())).map_err(|e| Error::checkpoint(&self.path, e))
+    }
+
+    /// Refuses the file if any of `checks` holds: field, whether it has an unsupported value, what is allowed.
+    pub fn refuse(&self, checks: &[(&str, bool, &str)]) -> Result<()> {
+        match checks.iter().find(|(_, found, _)| *found) {
+            Some((field, _, allowed)) => Err(Error::checkpoint(&self.path, format!("`{field}`: {allowed}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Python writes infinite numbers by name, which JSON does not know; diffusers' DPM-Solver saves
+/// `"lambda_min_clipped": -Infinity`. They become null, which here means "as by default".
+fn without_infinities(text: &str) -> String {
+    let mut parts = text.split('"').map(str::to_owned).collect::<Vec<_>>();
+    // Every other part is within quotes; the names and words of this file hold no escaped quotes.
+    for part in parts.iter_mut().step_by(2) {
+        *part = part.replace("-Infinity", "null");
+    }
+    parts.join("\"")
+}
+
+/// Every argument of a scheduler class of diffusers 0.42 for pictures or clips. Files hold fields of more than one
+/// class, because a scheduler keeps what it was made from.
+const KNOWN_FIELDS: [&str; 69] = [
+    "algorithm_type",
+    "base_image_seq_len",
+    "base_shift",
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "clip_sample_range",
+    "corrector_order",
+    "correct_steps",
+    "disable_corrector",
+    "dynamic_thresholding_ratio",
+    "eta",
+    "euler_at_final",
+    "final_sigmas_type",
+    "flow_shift",
+    "gamma",
+    "interpolation_type",
+    "invert_sigmas",
+    "lambda_min_clipped",
+    "lower_order_final",
+    "max_image_seq_len",
+    "max_shift",
+    "noise_mode",
+    "num_inference_steps",
+    "num_train_timesteps",
+    "original_inference_steps",
+    "predict_x0",
+    "prediction_type",
+    "predictor_order",
+    "rescale_betas_zero_snr",
+    "rho",
+    "s_churn",
+    "s_max",
+    "s_min",
+    "s_noise",
+    "sample_max_value",
+    "scaler",
+    "set_alpha_to_one",
+    "shift",
+    "shift_terminal",
+    "sigma_data",
+    "sigma_max",
+    "sigma_min",
+    "sigma_schedule",
+    "skip_prk_steps",
+    "snr",
+    "snr_shift_scale",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "steps_offset",
+    "stochastic_sampling",
+    "tau_func",
+    "thresholding",
+    "time_shift_type",
+    "timestep_scaling",
+    "timestep_spacing",
+    "timestep_type",
+    "trained_betas",
+    "upscale_mode",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_flow_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+    "variance_type",
+    "clip_denoised",
+];
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    /// A file with this text, read.
+    pub(crate) fn read(json: &str) -> Result<SchedulerConfig> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("scheduler_config.json");
+        std::fs::write(&path, json).expect("write");
+        SchedulerConfig::read(&path)
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(default)]
+    struct Shift {
+        shift: f64,
+    }
+
+    impl Default for Shift {
+        fn default() -> Self {
+            Self { shift: 1.0 }
+        }
+    }
+
+    #[test]
+    fn fields_of_other_classes_are_left_alone_and_unknown_ones_refused() {
+        let config = read(r#"{"_class_name": "X", "skip_prk_steps": true, "shift": 3.0}"#).expect("known fields");
+        assert_eq!(config.fields::<Shift>().expect("shift").shift, 3.0);
+        assert_eq!(read("{}").expect("empty").fields::<Shift>().expect("default").shift, 1.0);
+        let error = read(r#"{"shifft": 3.0}"#).expect_err("misspelt").to_string();
+        assert!(error.contains("`shifft`") && error.contains("scheduler_config.json"), "{error}");
+        let error = read(r#"{"shift": "much"}"#).expect("known").fields::<Shift>().expect_err("a word").to_string();
+        assert!(error.contains("scheduler_config.json") && error.contains("much"), "{error}");
+    }
+
+    #[test]
+    fn infinities_as_python_writes_them_are_read() {
+        let config = read(r#"{"lambda_min_clipped": -Infinity, "_note": "-Infinity", "shift": 2.0}"#).expect("read");
+        assert_eq!(config.fields["lambda_min_clipped"], Value::Null);
+        assert_eq!(config.fields["_note"], "-Infinity");
+    }
+}
