@@ -537,9 +537,9 @@ mod tests {
         ];
         assert_eq!(names(&steps), expected);
         assert_eq!(steps.iter().map(|step| step.tokens).collect::<Vec<_>>(), [24, 1, 30]);
-        // Thirty sequences read the same weights, and do thirty times the work.
+        // Thirty sequences read the same weights, and do thirty times the work, give or take a few tokens of context.
         let (alone, together) = (steps[1].work, steps[2].work);
-        assert!((30.0..33.0).contains(&(together.flops / alone.flops)), "{alone:?} {together:?}");
+        assert!((28.0..32.0).contains(&(together.flops / alone.flops)), "{alone:?} {together:?}");
         assert!((1.0..8.0).contains(&(together.bytes / alone.bytes)), "{alone:?} {together:?}");
     }
 
