@@ -144,10 +144,10 @@ mod tests {
         let one_piece = on_device(&[1000, 100], uniform, DType::BF16, &Device::Cpu).unwrap();
         assert_eq!((one_piece.dtype(), one_piece.dims()), (DType::BF16, &[1000, 100][..]));
         check(&one_piece, 0.0, 0.01);
-        let rows = PIECE_VALUES / 100 + 3;
+        let rows = PIECE_VALUES / 100 + 200;
         let several = on_device(&[rows, 100], uniform, DType::BF16, &Device::Cpu).unwrap();
         check(&several, 0.0, 0.01);
-        check(&several.narrow(0, rows - 3, 3).unwrap().contiguous().unwrap(), 0.0, 0.01 * 1.0);
+        check(&several.narrow(0, rows - 200, 200).unwrap().contiguous().unwrap(), 0.0, 0.01);
     }
 
     #[test]
