@@ -44,7 +44,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     );
     let effective = json!({
         "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4", "num_frames": 33, "fps": 8, "seed": 5,
-        "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 64,
+        "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": null, "max_sequence_length": 64,
         "output_format": "mp4",
     });
     for (name, value) in effective.as_object().expect("fields") {

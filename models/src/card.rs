@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
-use crate::request::{DiffusionRequest, SamplingParams, TextRequest};
+use crate::request::{DiffusionRequest, NegativePrompt, SamplingParams, TextRequest};
 use crate::tokenizer::Tokenizer;
 
 /// Card of a loaded model.
@@ -256,7 +256,7 @@ impl DiffusionCard {
             seed: options.seed.unwrap_or(fallback_seed),
             max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
             prompt: options.prompt,
-            negative_prompt: options.negative_prompt,
+            negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
         };
         self.check_size(&request)?;
         self.check_time(&request)?;
@@ -313,8 +313,7 @@ impl DiffusionCard {
         }
         let guided = self.guidance == Guidance::ClassifierFree && request.guidance_scale > 1.0;
         if guided {
-            // As in diffusers: an absent negative prompt is the empty one.
-            request.negative_prompt.get_or_insert_default();
+            request.negative_prompt.get_or_insert(NegativePrompt::Absent);
         } else if request.negative_prompt.is_some() {
             return Err(Error::invalid("negative_prompt", "has no effect with guidance_scale <= 1; leave it out"));
         }
@@ -366,7 +365,7 @@ mod tests {
     fn absent_fields_take_the_models_defaults() {
         let request = clip_card().resolve(DiffusionOptions::default(), 7).expect("defaults are valid");
         assert_eq!((request.width, request.height, request.num_frames, request.fps), (832, 480, 81, 16));
-        assert_eq!((request.seed, request.negative_prompt.as_deref()), (7, Some("")));
+        assert_eq!((request.seed, request.negative_prompt), (7, Some(NegativePrompt::Absent)));
     }
 
     #[test]

@@ -73,7 +73,7 @@ pub struct DiffusionRequest {
     /// What to show.
     pub prompt: String,
     /// What to steer away from; `None` where the model or the guidance scale uses none.
-    pub negative_prompt: Option<String>,
+    pub negative_prompt: Option<NegativePrompt>,
     /// Pixels.
     pub width: usize,
     /// Pixels.
@@ -90,6 +90,25 @@ pub struct DiffusionRequest {
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.
     pub max_sequence_length: usize,
+}
+
+/// What the second branch of classifier-free guidance is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NegativePrompt {
+    /// The client said nothing: what that means is the family's affair (for SDXL not the same as the empty text).
+    Absent,
+    /// This text, possibly the empty one.
+    Text(String),
+}
+
+impl NegativePrompt {
+    /// What the client said, if anything.
+    pub fn text(&self) -> Option<&str> {
+        match self {
+            Self::Absent => None,
+            Self::Text(text) => Some(text),
+        }
+    }
 }
 
 /// Kind of a bounded piece of device work.

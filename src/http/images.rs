@@ -118,7 +118,7 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
         height: request.height,
         num_inference_steps: request.num_inference_steps,
         guidance_scale: request.guidance_scale,
-        negative_prompt: request.negative_prompt,
+        negative_prompt: request.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
         max_sequence_length: request.max_sequence_length,
         seed: request.seed,
     }))

@@ -223,7 +223,7 @@ impl From<&Job> for WireVideo {
             completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
             error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
             prompt: request.prompt,
-            negative_prompt: request.negative_prompt,
+            negative_prompt: request.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
             size: format!("{}x{}", request.width, request.height),
             // The inverse of `frames_of`: what the first frame is followed by.
             seconds: ((request.num_frames.max(1) - 1) as f64 / request.fps.max(1) as f64).to_string(),

@@ -42,6 +42,11 @@ pub trait DiffusionModel: Send {
     /// since sessions that agree in both share the result.
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Self::Conditioning>;
 
+    /// What stands for a negative prompt that the client did not give; the empty text unless a family says otherwise.
+    fn encode_absent(&self, request: &DiffusionRequest) -> Result<Self::Conditioning> {
+        self.encode("", request)
+    }
+
     /// Least work of [`DiffusionModel::encode`].
     fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork;
 
@@ -148,7 +153,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// One text, for all sessions that wait for it.
     fn encode(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
         let first = self.session(ids[0]);
-        let conditioning = Arc::new(self.model.encode(first.next_prompt(), &first.request)?);
+        let conditioning = Arc::new(match first.next_prompt() {
+            Some(prompt) => self.model.encode(prompt, &first.request)?,
+            None => self.model.encode_absent(&first.request)?,
+        });
         for id in ids {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
             let (done, total) = session.take_encoded(conditioning.clone());
@@ -319,7 +327,7 @@ impl<M: DiffusionModel> Session<M> {
         let request = &self.request;
         match &self.stage {
             Stage::Encode(_) => StepKey::Encode {
-                prompt: self.next_prompt().to_owned(),
+                prompt: self.next_prompt().map(str::to_owned),
                 max_sequence_length: request.max_sequence_length,
             },
             Stage::Denoise(_) => StepKey::Denoise(ShapeKey {
@@ -333,11 +341,11 @@ impl<M: DiffusionModel> Session<M> {
         }
     }
 
-    /// The text to encode next: the prompt, then the negative prompt.
-    fn next_prompt(&self) -> &str {
+    /// The text to encode next: the prompt, then the negative prompt, `None` where that is absent.
+    fn next_prompt(&self) -> Option<&str> {
         match (&self.stage, &self.request.negative_prompt) {
-            (Stage::Encode(encoded), Some(negative)) if !encoded.is_empty() => negative,
-            _ => &self.request.prompt,
+            (Stage::Encode(encoded), Some(negative)) if !encoded.is_empty() => negative.text(),
+            _ => Some(&self.request.prompt),
         }
     }
 

@@ -93,7 +93,10 @@ fn every_stage_is_that_of_the_reference() {
             close("prompt_embeds", &prompt_embeds, 1e-4);
             let mut branches = vec![prompt_embeds];
             if let Some(negative_prompt) = &request.negative_prompt {
-                branches.push(model.encode(negative_prompt, &request).unwrap());
+                branches.push(match negative_prompt.text() {
+                    Some(text) => model.encode(text, &request).unwrap(),
+                    None => model.encode_absent(&request).unwrap(),
+                });
                 close("negative_prompt_embeds", &branches[1], 1e-4);
             }
             let mut generator = TorchGenerator::new(request.seed);

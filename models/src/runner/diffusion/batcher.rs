@@ -13,8 +13,8 @@ use crate::request::{Phase, SessionId};
 pub enum StepKey {
     /// One text to encode: sessions that wait for the same text share the result.
     Encode {
-        /// The text.
-        prompt: String,
+        /// The text; `None` for a negative prompt that the client did not give.
+        prompt: Option<String>,
         /// Tokens that it is padded or cut to.
         max_sequence_length: usize,
     },
@@ -121,7 +121,7 @@ mod tests {
     }
 
     fn encode(prompt: &str) -> StepKey {
-        StepKey::Encode { prompt: prompt.into(), max_sequence_length: 8 }
+        StepKey::Encode { prompt: Some(prompt.into()), max_sequence_length: 8 }
     }
 
     fn check(max_rows: usize, waiting: &[StepKey], expected: &[u64]) {

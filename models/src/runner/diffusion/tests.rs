@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
-use crate::request::{SamplingParams, TextRequest};
+use crate::request::{NegativePrompt, SamplingParams, TextRequest};
 use crate::work::StepWork;
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
@@ -178,7 +178,8 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
 }
 
 fn guided(prompt: &str, negative: &str) -> DiffusionRequest {
-    DiffusionRequest { negative_prompt: Some(negative.into()), guidance_scale: 3.0, ..request(prompt, 1) }
+    let negative = NegativePrompt::Text(negative.into());
+    DiffusionRequest { negative_prompt: Some(negative), guidance_scale: 3.0, ..request(prompt, 1) }
 }
 
 fn submit(runner: &mut DiffusionRunner<Toy>, id: u64, request: DiffusionRequest) {
