@@ -30,6 +30,7 @@ pub const FAMILIES: &[&dyn Family] = &[
     &crate::families::llama::Llama,
     &crate::families::qwen2::Qwen2,
     &crate::families::flux::Flux,
+    &crate::families::sdxl::Sdxl,
     &crate::families::wan::Wan,
 ];
 

@@ -49,6 +49,8 @@ fn sessions_take_at_most_their_footprint() {
         ("wan-b", Some(128), Some(128), Some(13)),
         ("wan-b", Some(64), Some(64), Some(49)),
         ("flux-dev", Some(256), Some(192), None),
+        ("sdxl-a", Some(256), Some(192), None),
+        ("sdxl-b", Some(128), Some(160), None),
     ] {
         let options = DiffusionOptions { prompt: "A cat".to_owned(), width, height, num_frames, ..Default::default() };
         let (footprint, peak) = run(case, DiffusionOptions { num_inference_steps: Some(3), ..options });

@@ -5,7 +5,7 @@ import importlib
 import os
 import time
 
-GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "wan"]
+GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan"]
 
 
 def main(arguments) -> int:

@@ -1,12 +1,12 @@
 //! The CLIP text encoder: token ids to hidden states of any layer and to the pooled vector.
 //!
-//! Owns: the causal text transformer. Does not know: tokenizers, padding, projections behind the pooled vector.
-//! Source: transformers `models/clip/modeling_clip.py`, `CLIPTextModel`.
+//! Owns: the causal text transformer and the projection behind its pooled vector. Does not know: tokenizers, padding.
+//! Source: transformers `models/clip/modeling_clip.py`, `CLIPTextModel` and `CLIPTextModelWithProjection`.
 
 use std::ops::Range;
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_erf, quick_gelu};
 
@@ -34,6 +34,9 @@ pub struct ClipTextConfig {
     pub layer_norm_eps: f64,
     #[serde(default = "default_eos_token_id")]
     pub eos_token_id: u32,
+    /// Width of `text_embeds`, where a projection is asked for.
+    #[serde(default = "default_projection_dim")]
+    pub projection_dim: usize,
 }
 
 fn default_layer_norm_eps() -> f64 {
@@ -42,6 +45,10 @@ fn default_layer_norm_eps() -> f64 {
 
 fn default_eos_token_id() -> u32 {
     49407
+}
+
+fn default_projection_dim() -> usize {
+    512
 }
 
 impl ClipTextConfig {
@@ -64,6 +71,13 @@ impl ClipTextConfig {
             return Err(Error::checkpoint(path, problem));
         }
         Ok(())
+    }
+
+    /// Bytes that encoding `l` ids needs at its peak in `dtype`: the scores of one layer's heads or its inner vectors, and
+    /// the residual with its normed copy.
+    pub fn forward_bytes(&self, l: usize, dtype: DType) -> usize {
+        let inner = (2 * self.intermediate_size).max(5 * self.hidden_size);
+        l * (3 * self.hidden_size + inner) * dtype.size_in_bytes()
     }
 }
 
@@ -89,9 +103,18 @@ pub struct ClipTextEncoder {
     final_layer_norm: LayerNorm,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
+    /// `[projection_dim, hidden_size]` of a `CLIPTextModelWithProjection`.
+    text_projection: Option<Linear>,
 }
 
 impl ClipTextEncoder {
+    /// As [`ClipTextEncoder::load`], with the projection `text_projection.*` of a `CLIPTextModelWithProjection`.
+    pub fn load_with_projection(weights: &Weights, config: ClipTextConfig) -> Result<Self> {
+        let text_projection = load_projection(weights, &config)?;
+        let encoder = Self::load(weights, config)?;
+        Ok(Self { text_projection: Some(text_projection), weight_bytes: weights.streamed_bytes(), ..encoder })
+    }
+
     /// Tensors `embeddings.*`, `encoder.layers.*`, `final_layer_norm.*`, below `text_model.` or bare.
     pub fn load(weights: &Weights, config: ClipTextConfig) -> Result<Self> {
         let weights = if weights.contains_below("text_model") { weights.pp("text_model") } else { weights.clone() };
@@ -108,6 +131,7 @@ impl ClipTextEncoder {
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&weights.pp("final_layer_norm"), hidden, config.layer_norm_eps)?,
             weight_bytes: weights.streamed_bytes(),
+            text_projection: None,
             config,
         })
     }
@@ -147,6 +171,24 @@ impl ClipTextEncoder {
         self.pool(&last, ids)
     }
 
+    /// `hidden_states[-2]` `[1, l, hidden_size]`: what the last but one layer leaves, without the final norm.
+    pub fn penultimate(&self, ids: &[u32]) -> Result<Tensor> {
+        self.run(self.embed(ids)?, 0..self.layers.len() - 1)
+    }
+
+    /// `hidden_states[-2]` as above and `text_embeds` `[1, projection_dim]`: the pooled vector, projected where the
+    /// encoder was loaded with a projection.
+    pub fn penultimate_and_text_embeds(&self, ids: &[u32]) -> Result<(Tensor, Tensor)> {
+        let layers = self.layers.len();
+        let penultimate = self.penultimate(ids)?;
+        let pooled = self.pool(&self.run(penultimate.clone(), layers - 1..layers)?, ids)?;
+        let text_embeds = match &self.text_projection {
+            Some(projection) => projection.forward(&pooled)?,
+            None => pooled,
+        };
+        Ok((penultimate, text_embeds))
+    }
+
     /// Configurations that say 2 are older than the rule that the end token is the one they name: there it is the
     /// highest id. A sequence without an end token is pooled at its start.
     fn end_position(&self, ids: &[u32]) -> usize {
@@ -156,6 +198,16 @@ impl ClipTextEncoder {
         };
         ids.iter().position(|id| Some(*id) == end).unwrap_or(0)
     }
+}
+
+/// OpenCLIP keeps the matrix transposed and calls it by its bare name.
+fn load_projection(weights: &Weights, config: &ClipTextConfig) -> Result<Linear> {
+    let (hidden, projected) = (config.hidden_size, config.projection_dim);
+    if weights.contains("text_projection") {
+        let transposed = weights.matrix(hidden, projected, "text_projection")?;
+        return Ok(Linear::new(transposed.t()?.contiguous()?, None));
+    }
+    Linear::load_no_bias(&weights.pp("text_projection"), hidden, projected)
 }
 
 #[derive(Debug, Clone)]

@@ -4,4 +4,5 @@ pub mod causal_lm;
 pub mod flux;
 pub mod llama;
 pub mod qwen2;
+pub mod sdxl;
 pub mod wan;

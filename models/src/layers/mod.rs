@@ -183,6 +183,12 @@ impl Conv2d {
         self
     }
 
+    /// The convolution at every second row and column.
+    pub fn halving(mut self) -> Self {
+        self.options.stride = 2;
+        self
+    }
+
     /// `[b, in, h, w]` to `[b, out, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.options)?)

@@ -50,6 +50,11 @@ pub trait DiffusionModel: Send {
     /// Least work of [`DiffusionModel::encode`].
     fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork;
 
+    /// Least work of [`DiffusionModel::encode_absent`].
+    fn encode_absent_work(&self, request: &DiffusionRequest) -> StepWork {
+        self.encode_work("", request)
+    }
+
     /// Least work of [`DiffusionModel::predict`] over so many rows.
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork;
 
@@ -283,7 +288,10 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         let Some(batch) = self.batcher.peek() else { return StepWork::default() };
         let first = self.session(batch.sessions[0]);
         match &first.stage {
-            Stage::Encode(_) => self.model.encode_work(first.next_prompt(), &first.request),
+            Stage::Encode(_) => match first.next_prompt() {
+                Some(prompt) => self.model.encode_work(prompt, &first.request),
+                None => self.model.encode_absent_work(&first.request),
+            },
             Stage::Denoise(_) => {
                 let rows: usize = batch.sessions.iter().map(|id| self.session(*id).rows().count()).sum();
                 let passes = (0..rows).step_by(self.max_rows).map(|start| self.max_rows.min(rows - start));

@@ -31,6 +31,11 @@ pub struct KlConfig {
     pub act_fn: String,
     pub scaling_factor: f64,
     pub shift_factor: Option<f64>,
+    /// Of each channel of the latents; with `latents_std` in place of `shift_factor`.
+    pub latents_mean: Option<Vec<f64>>,
+    pub latents_std: Option<Vec<f64>>,
+    /// Whether activations exceed what f16 holds.
+    pub force_upcast: bool,
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
 }
@@ -47,6 +52,9 @@ impl Default for KlConfig {
             act_fn: "silu".to_owned(),
             scaling_factor: 0.18215,
             shift_factor: None,
+            latents_mean: None,
+            latents_std: None,
+            force_upcast: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
         }
@@ -78,6 +86,11 @@ impl KlConfig {
             || self.block_out_channels.iter().any(|channels| *channels == 0 || !channels.is_multiple_of(groups))
         {
             return refuse(format!("block_out_channels must be multiples of norm_num_groups ({groups})"));
+        }
+        for (field, values) in [("latents_mean", &self.latents_mean), ("latents_std", &self.latents_std)] {
+            if values.as_ref().is_some_and(|values| values.len() != self.latent_channels) {
+                return refuse(format!("`{field}` needs one value per latent channel ({})", self.latent_channels));
+            }
         }
         if self.out_channels != 3 {
             return refuse(format!("makes pictures of {} channels; supported: 3", self.out_channels));
@@ -119,8 +132,14 @@ impl KlConfig {
         flops + conv_flops(first, self.out_channels, 9, pixels)
     }
 
-    /// Bytes that decoding one picture of `pixels` in `dtype` needs at its peak: in the widest level, the input of a
-    /// block and its normed and convolved copies.
+    /// The dtype in which the decoder computes where its neighbours compute in `dtype`: the published VAE of SDXL makes
+    /// black pictures in f16 (diffusers takes it to f32 too, and issue 4325 there says why).
+    pub fn own_dtype(&self, dtype: DType) -> DType {
+        if self.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
+    }
+
+    /// Bytes that decoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: in the
+    /// widest level, the input of a block and its normed and convolved copies.
     pub fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
         let mut widest = 0;
         let mut previous = self.block_out_channels.last().copied().unwrap_or(0);
@@ -130,7 +149,7 @@ impl KlConfig {
             widest = widest.max(pixels / (shrink * shrink) * previous.max(*channels));
             previous = *channels;
         }
-        LIVE_COPIES * widest * dtype.size_in_bytes()
+        LIVE_COPIES * widest * self.own_dtype(dtype).size_in_bytes()
     }
 }
 
@@ -141,8 +160,7 @@ const LIVE_COPIES: usize = 4;
 /// Latents to pixels.
 #[derive(Debug, Clone)]
 pub struct KlDecoder {
-    scaling_factor: f64,
-    shift_factor: f64,
+    scale: LatentScale,
     compute_dtype: DType,
     post_quant_conv: Option<Conv2d>,
     conv_in: Conv2d,
@@ -159,6 +177,7 @@ pub struct KlDecoder {
 impl KlDecoder {
     /// Tensors `decoder.*` and `post_quant_conv.*`; `encoder.*` and `quant_conv.*` are left where they are.
     pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
+        let weights = &weights.computing_in(config.own_dtype(weights.placement().compute_dtype));
         weights.ignore_below("encoder");
         weights.ignore_below("quant_conv");
         let decoder = weights.pp("decoder");
@@ -177,8 +196,7 @@ impl KlDecoder {
         };
         let mid_resnet = |i: usize| Resnet::load(&mid.pp("resnets").pp(i), last, last, groups);
         Ok(Self {
-            scaling_factor: config.scaling_factor,
-            shift_factor: config.shift_factor.unwrap_or(0.0),
+            scale: LatentScale::new(config, weights)?,
             compute_dtype: weights.placement().compute_dtype,
             post_quant_conv,
             conv_in: Conv2d::load(&decoder.pp("conv_in"), latent, last, 3, 1)?,
@@ -200,7 +218,7 @@ impl KlDecoder {
     /// Scaled f32 `latents [b, latent_channels, h, w]` (as a solver leaves them) to f32 pixels `[b, 3, H, W]` in about
     /// -1..=1, where `H` is `h` times the VAE's scale factor.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut x = latents.affine(1.0 / self.scaling_factor, self.shift_factor)?.to_dtype(self.compute_dtype)?;
+        let mut x = self.scale.undo(latents)?.to_dtype(self.compute_dtype)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }
@@ -213,6 +231,38 @@ impl KlDecoder {
             x = block.forward(x)?;
         }
         Ok(self.conv_out.forward(&self.conv_norm_out.activated(&x)?)?.to_dtype(DType::F32)?)
+    }
+}
+
+/// How the latents of the network differ from those of the VAE.
+#[derive(Debug, Clone)]
+enum LatentScale {
+    /// `(latents - shift) * factor`.
+    Shifted { factor: f64, shift: f64 },
+    /// `(latents - mean) / std * factor`, with mean and deviation `[1, channels, 1, 1]` of each channel.
+    Normed { factor: f64, mean: Tensor, std: Tensor },
+}
+
+impl LatentScale {
+    fn new(config: &KlConfig, weights: &Weights) -> Result<Self> {
+        let factor = config.scaling_factor;
+        let (Some(mean), Some(std)) = (&config.latents_mean, &config.latents_std) else {
+            return Ok(Self::Shifted { factor, shift: config.shift_factor.unwrap_or(0.0) });
+        };
+        let device = &weights.placement().device;
+        let channels = |values: &[f64]| {
+            let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
+            Tensor::from_vec(values, (1, config.latent_channels, 1, 1), device)
+        };
+        Ok(Self::Normed { factor, mean: channels(mean)?, std: channels(std)? })
+    }
+
+    /// Latents of the network to those of the VAE.
+    fn undo(&self, latents: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Shifted { factor, shift } => Ok(latents.affine(1.0 / factor, *shift)?),
+            Self::Normed { factor, mean, std } => Ok((latents.broadcast_mul(std)? / *factor)?.broadcast_add(mean)?),
+        }
     }
 }
 

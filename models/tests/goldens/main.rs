@@ -9,6 +9,7 @@ mod flux;
 mod gpu;
 mod noise_solvers;
 mod rng;
+mod sdxl;
 mod support;
 mod text;
 mod tokenizers;

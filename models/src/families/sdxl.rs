@@ -1,0 +1,348 @@
+//! SDXL base 1.0 and its fine-tunes: two CLIP prompts, a UNet, steps along a discrete noise schedule, KL-VAE.
+//!
+//! Owns: how the parts fit together, what stands for an absent negative prompt, limits and defaults. Does not know:
+//! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py`. Noise
+//! is drawn in f32, as diffusers does for an f32 pipeline.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Tensor};
+use serde::Deserialize;
+
+use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::config::read_json;
+use crate::device::Placement;
+use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
+use crate::error::{Error, Result};
+use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::manifest::{Layout, Manifest};
+use crate::request::DiffusionRequest;
+use crate::rng::TorchGenerator;
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::solver::Solver;
+use crate::solver::config::SchedulerConfig;
+use crate::solver::euler::{Euler, EulerConfig};
+use crate::tokenizer::Tokenizer;
+use crate::vae::kl::{KlConfig, KlDecoder};
+use crate::weights::Weights;
+use crate::work::StepWork;
+
+pub mod config;
+pub mod unet;
+
+use config::UNetConfig;
+use unet::{UNet, UNetInput};
+
+const PIPELINE: &str = "StableDiffusionXLPipeline";
+const SCHEDULER: &str = "EulerDiscreteScheduler";
+/// Latents on each side of a picture of default size where the UNet's `sample_size` is absent.
+const DEFAULT_SAMPLE_SIZE: usize = 128;
+/// Defaults of `StableDiffusionXLPipeline.__call__`.
+const DEFAULT_STEPS: usize = 50;
+const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
+const MAX_SIDE: usize = 4096;
+/// Four times the area that the model was made for; beyond it pictures fall apart.
+const MAX_PIXELS: usize = 2048 * 2048;
+/// Copies of the latents in f32: the sample, what the model sees of it, what a step makes of them, and two predictions.
+const LATENT_COPIES: usize = 6;
+
+/// SDXL.
+pub struct Sdxl;
+
+impl Family for Sdxl {
+    fn name(&self) -> &'static str {
+        "sdxl"
+    }
+
+    fn makes(&self) -> &'static str {
+        "image"
+    }
+
+    fn detects(&self, manifest: &Manifest) -> bool {
+        manifest.architecture() == PIPELINE
+    }
+
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
+        let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        Ok(LoadedModel {
+            card: ModelCard::Diffusion(model.card().clone()),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            resident_bytes: 0,
+        })
+    }
+}
+
+/// All parts of an SDXL checkpoint. Immutable once loaded.
+#[derive(Debug)]
+pub struct SdxlModel {
+    card: DiffusionCard,
+    sizes: Sizes,
+    tokenizer: Tokenizer,
+    text_encoder: ClipTextEncoder,
+    tokenizer_2: Tokenizer,
+    text_encoder_2: ClipTextEncoder,
+    unet: UNet,
+    scheduler: EulerConfig,
+    vae: KlDecoder,
+    placement: Placement,
+}
+
+/// The configurations of a checkpoint, read and found to fit together.
+#[derive(Debug, Clone)]
+struct Sizes {
+    text_encoder: ClipTextConfig,
+    text_encoder_2: ClipTextConfig,
+    unet: UNetConfig,
+    vae: KlConfig,
+    /// Whether an absent negative prompt is zeros instead of the encoded empty text.
+    force_zeros_for_empty_prompt: bool,
+}
+
+/// What the UNet needs of one prompt.
+#[derive(Debug)]
+pub struct SdxlConditioning {
+    /// The last but one hidden states of both encoders side by side, `[1, max_sequence_length, cross_attention_dim]`.
+    pub prompt_embeds: Tensor,
+    /// `text_embeds` of the second encoder, `[1, projection_dim]`.
+    pub pooled_prompt_embeds: Tensor,
+}
+
+impl SdxlModel {
+    /// Reads every component; `open` gives the weights of the component in the folder that it is called with.
+    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+        let sizes = Sizes::read(manifest)?;
+        let scheduler = read_scheduler(manifest)?;
+        let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
+        let (tokenizer, tokenizer_2) = (tokenizer("tokenizer")?, tokenizer("tokenizer_2")?);
+        let text_encoder = open("text_encoder")?;
+        Ok(Self {
+            card: sizes.card(),
+            tokenizer,
+            tokenizer_2,
+            scheduler,
+            placement: text_encoder.placement().clone(),
+            text_encoder: ClipTextEncoder::load(&text_encoder, sizes.text_encoder.clone())?,
+            text_encoder_2: ClipTextEncoder::load_with_projection(
+                &open("text_encoder_2")?,
+                sizes.text_encoder_2.clone(),
+            )?,
+            unet: UNet::load(&open("unet")?, sizes.unet.clone())?,
+            vae: KlDecoder::load(&open("vae")?, &sizes.vae)?,
+            sizes,
+        })
+    }
+}
+
+fn read_scheduler(manifest: &Manifest) -> Result<EulerConfig> {
+    let Layout::Diffusers { components, .. } = &manifest.layout else {
+        return Err(Error::checkpoint(&manifest.root, "is not a pipeline's folder"));
+    };
+    let found = components.get("scheduler").map_or("absent", String::as_str);
+    if found != SCHEDULER {
+        let problem = format!("`scheduler` is {found}; supported is {SCHEDULER}");
+        return Err(Error::checkpoint(manifest.root.join("model_index.json"), problem));
+    }
+    EulerConfig::new(&SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?)
+}
+
+/// The fields of `model_index.json` that are no components.
+#[derive(Deserialize)]
+struct PipelineConfig {
+    #[serde(default = "yes")]
+    force_zeros_for_empty_prompt: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Sizes {
+    fn read(manifest: &Manifest) -> Result<Self> {
+        let pipeline: PipelineConfig = read_json(&manifest.root.join("model_index.json"))?;
+        let sizes = Self {
+            text_encoder: manifest.component("text_encoder")?.config()?,
+            text_encoder_2: manifest.component("text_encoder_2")?.config()?,
+            unet: manifest.component("unet")?.config()?,
+            vae: manifest.component("vae")?.config()?,
+            force_zeros_for_empty_prompt: pipeline.force_zeros_for_empty_prompt,
+        };
+        sizes.check(&|component| manifest.root.join(component).join("config.json"))?;
+        Ok(sizes)
+    }
+
+    /// Each part alone, and then whether they belong to each other. `path` names a component's configuration.
+    fn check(&self, path: &dyn Fn(&str) -> PathBuf) -> Result<()> {
+        for (component, config) in [("text_encoder", &self.text_encoder), ("text_encoder_2", &self.text_encoder_2)] {
+            config.check(&path(component))?;
+            if config.num_hidden_layers == 0 {
+                return Err(Error::checkpoint(path(component), "num_hidden_layers is 0; at least 1 is needed"));
+            }
+        }
+        self.unet.check(&path("unet"))?;
+        self.vae.check(&path("vae"))?;
+        let (one, two, unet) = (&self.text_encoder, &self.text_encoder_2, &self.unet);
+        let pairs = [
+            ("text encoders", "hidden_size", one.hidden_size + two.hidden_size, "cross_attention_dim", unet.text_dim()),
+            ("vae", "latent_channels", self.vae.latent_channels, "in_channels", unet.in_channels),
+            ("vae", "latent_channels", self.vae.latent_channels, "out_channels", unet.out_channels),
+        ];
+        let refuse = |problem: String| Err(Error::checkpoint(path("unet"), problem));
+        for (component, field, found, wanted_by, wanted) in pairs {
+            if found != wanted {
+                return refuse(format!("{wanted_by} is {wanted}, but {field} of the {component} is {found}"));
+            }
+        }
+        if unet.pooled_dim() != Some(two.projection_dim) {
+            let problem =
+                "projection_class_embeddings_input_dim must be six times addition_time_embed_dim and the second";
+            return refuse(format!("{problem} text encoder's projection_dim ({})", two.projection_dim));
+        }
+        if one.max_position_embeddings != two.max_position_embeddings {
+            return refuse("the text encoders have different max_position_embeddings".to_owned());
+        }
+        Ok(())
+    }
+
+    fn card(&self) -> DiffusionCard {
+        let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
+        let max_sequence_length = self.text_encoder.max_position_embeddings;
+        DiffusionCard {
+            family: Sdxl.name(),
+            medium: Medium::Picture,
+            defaults: DiffusionDefaults {
+                width: side,
+                height: side,
+                num_frames: 1,
+                fps: 0,
+                num_inference_steps: DEFAULT_STEPS,
+                guidance_scale: DEFAULT_GUIDANCE_SCALE,
+                max_sequence_length,
+            },
+            size_multiple: self.vae.vae_scale_factor(),
+            max_side: MAX_SIDE,
+            max_pixels: MAX_PIXELS,
+            max_frames: 1,
+            frames_multiple: 1,
+            max_sequence_length,
+            guidance: Guidance::ClassifierFree,
+        }
+    }
+
+    /// Shape of a request's latents: `[1, channels, height, width]`.
+    fn latent_shape(&self, request: &DiffusionRequest) -> (usize, usize, usize, usize) {
+        let pixels = self.vae.vae_scale_factor();
+        (1, self.unet.in_channels, request.height / pixels, request.width / pixels)
+    }
+
+    /// Most bytes that one session keeps alive at a time: what it holds all along and the greediest of its phases.
+    fn peak_bytes(&self, request: &DiffusionRequest, dtype: DType) -> usize {
+        let rows = 1 + usize::from(request.negative_prompt.is_some());
+        let text = request.max_sequence_length;
+        let (_, channels, height, width) = self.latent_shape(request);
+        let conditioning = rows * (text * self.unet.text_dim() + self.text_encoder_2.projection_dim);
+        let latents = LATENT_COPIES * channels * height * width * size_of::<f32>();
+        let encode = self.text_encoder.forward_bytes(text, dtype).max(self.text_encoder_2.forward_bytes(text, dtype));
+        let denoise = rows * self.unet.forward_bytes(height * width, dtype);
+        let decode = self.vae.decode_bytes(request.width * request.height, dtype);
+        2 * conditioning * dtype.size_in_bytes() + latents + encode.max(denoise).max(decode)
+    }
+}
+
+impl DiffusionModel for SdxlModel {
+    type Conditioning = SdxlConditioning;
+    /// Final latents `[1, c, h, w]`.
+    type Decoding = Tensor;
+
+    fn card(&self) -> &DiffusionCard {
+        &self.card
+    }
+
+    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
+        self.sizes.peak_bytes(request, self.placement.compute_dtype)
+    }
+
+    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<SdxlConditioning> {
+        let length = request.max_sequence_length;
+        let one = self.text_encoder.penultimate(&self.tokenizer.encode_padded(prompt, length)?.ids)?;
+        let ids = self.tokenizer_2.encode_padded(prompt, length)?.ids;
+        let (two, pooled_prompt_embeds) = self.text_encoder_2.penultimate_and_text_embeds(&ids)?;
+        Ok(SdxlConditioning { prompt_embeds: Tensor::cat(&[one, two], 2)?, pooled_prompt_embeds })
+    }
+
+    fn encode_absent(&self, request: &DiffusionRequest) -> Result<SdxlConditioning> {
+        if !self.sizes.force_zeros_for_empty_prompt {
+            return self.encode("", request);
+        }
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, self.placement.compute_dtype, &self.placement.device);
+        Ok(SdxlConditioning {
+            prompt_embeds: zeros(&[1, request.max_sequence_length, self.sizes.unet.text_dim()])?,
+            pooled_prompt_embeds: zeros(&[1, self.sizes.text_encoder_2.projection_dim])?,
+        })
+    }
+
+    fn encode_work(&self, _prompt: &str, request: &DiffusionRequest) -> StepWork {
+        let length = request.max_sequence_length;
+        self.text_encoder.work(length) + self.text_encoder_2.work(length)
+    }
+
+    fn encode_absent_work(&self, request: &DiffusionRequest) -> StepWork {
+        match self.sizes.force_zeros_for_empty_prompt {
+            true => StepWork::default(),
+            false => self.encode_work("", request),
+        }
+    }
+
+    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
+        let (_, _, height, width) = self.sizes.latent_shape(request);
+        self.unet.work(rows, request.max_sequence_length, (height, width))
+    }
+
+    fn decode_work(&self, request: &DiffusionRequest, _step: usize) -> StepWork {
+        let (_, _, height, width) = self.sizes.latent_shape(request);
+        self.vae.work(height, width)
+    }
+
+    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
+        let shape = self.sizes.latent_shape(request);
+        let noise = generator.randn(shape.1 * shape.2 * shape.3);
+        Ok(Tensor::from_vec(noise, shape, &self.placement.device)?)
+    }
+
+    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
+        Ok(Box::new(Euler::new(&self.scheduler, request.num_inference_steps)))
+    }
+
+    fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {
+        let stack = |part: fn(&DenoiseRow<'_, SdxlConditioning>) -> Tensor| {
+            Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
+        };
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        let time_ids: Vec<[f32; 6]> = rows.iter().map(|row| time_ids(row.request)).collect();
+        let prediction = self.unet.forward(&UNetInput {
+            latents: &stack(|row| row.latents.clone())?,
+            timesteps: &timesteps,
+            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
+            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
+            time_ids: &time_ids,
+        })?;
+        (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
+    }
+
+    fn begin_decode(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
+        Ok(latents.clone())
+    }
+
+    fn num_decode_steps(&self, _request: &DiffusionRequest) -> usize {
+        1
+    }
+
+    fn decode_next(&self, latents: &mut Tensor) -> Result<Tensor> {
+        self.vae.decode(latents)
+    }
+}
+
+/// Original size, crop and target size as the pipeline fills them in: the picture's own size, not cropped.
+fn time_ids(request: &DiffusionRequest) -> [f32; 6] {
+    let (height, width) = (request.height as f32, request.width as f32);
+    [height, width, 0.0, 0.0, height, width]
+}
