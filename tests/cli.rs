@@ -281,7 +281,11 @@ fn inspect_fails_on_damaged_checkpoints_and_says_why() {
     let empty = tempdir().unwrap();
     check_failure(&["inspect", empty.path().to_str().unwrap()], 1, &["neither config.json nor model_index.json"]);
     std::fs::write(empty.path().join("config.json"), r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap();
-    check_failure(&["inspect", empty.path().to_str().unwrap()], 1, &["GPT2LMHeadModel", "llama, qwen2, flux, wan"]);
+    check_failure(
+        &["inspect", empty.path().to_str().unwrap()],
+        1,
+        &["GPT2LMHeadModel", "llama, qwen2, flux, sdxl, wan"],
+    );
 }
 
 /// A copy of a golden's checkpoint without its weight files.
