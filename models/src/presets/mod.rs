@@ -2,7 +2,7 @@
 //!
 //! Owns: the table, and writing one of its entries as a checkpoint folder without weights, which the same code reads as any
 //! other folder. The files hold the fields that decide about sizes and steps, with the published values. Tokenizers are
-//! not published configurations: a preset has one of single bytes instead (see [`bytes`](crate::tokenizer::bytes)), so that
+//! not published configurations: a preset has one of single bytes instead (see [`bytes`]), so that
 //! requests work and their lengths are what the caller makes them. Does not know: families, weights.
 
 use std::path::{Path, PathBuf};
