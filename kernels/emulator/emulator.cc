@@ -197,7 +197,14 @@ Exchange::Exchange(const void* value, int bytes) {
 
 const void* Exchange::peer(int lane) const { return slots[lane]; }
 
+void check_alignment(const void* address, int bytes) {
+    if (reinterpret_cast<std::uintptr_t>(address) % static_cast<unsigned>(bytes) != 0)
+        fail("an address that is not a multiple of the access");
+}
+
 void async_copy(void* to, const void* from, int bytes, int bytes_read) {
+    check_alignment(to, bytes);
+    if (bytes_read > 0) check_alignment(from, bytes);
     block->running->open_group.push_back(
         {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, bytes_read});
 }

@@ -2,9 +2,9 @@
 // compiler and run on the CPU, one block after the other, every thread of a block as a fiber.
 //
 // What it is good for: formulas, indices, fragment layouts, barriers that not all threads reach, copies that nobody
-// waited for, reads of memory that nobody wrote (shared memory begins as NaN). What it cannot show: races within a warp
-// between two barriers, speed, registers. Tensor core fragments are laid out as in the PTX ISA, "Matrix fragments for
-// mma.m16n8k16" and "ldmatrix".
+// waited for, copies and matrix loads that are not aligned, reads of memory that nobody wrote (shared memory begins as
+// NaN). What it cannot show: races within a warp between two barriers, speed, registers. Tensor core fragments are laid
+// out as in the PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
 
 #include <cmath>
@@ -61,6 +61,8 @@ struct Exchange {
 
     const unsigned char (*slots)[SLOT_BYTES];
 };
+/// Ends the test if a GPU would refuse the access.
+void check_alignment(const void* address, int bytes);
 void async_copy(void* to, const void* from, int bytes, int bytes_read);
 void async_commit();
 void async_wait(int groups_left);
@@ -237,6 +239,7 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
 
 /// Four 8x8 matrices of 16-bit values from shared memory; lane 8i + r gives the address of row r of matrix i.
 inline void ldmatrix_x4(unsigned (&to)[4], const void* row, bool transposed) {
+    check_alignment(row, 16);
     Exchange exchange(&row, sizeof(row));
     const int lane = context().lane;
     for (int matrix = 0; matrix < 4; ++matrix) {
