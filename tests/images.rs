@@ -16,7 +16,8 @@ async fn pictures_come_with_their_effective_parameters() {
     let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
     let effective = json!({
         "model": "pictures", "output_format": "png", "size": "96x48", "width": 96, "height": 48,
-        "num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 64, "seed": 250,
+        "num_inference_steps": 4, "guidance_scale": 0.0, "scheduler": "EulerDiscreteScheduler",
+        "max_sequence_length": 64, "seed": 250,
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&answer[name], value, "{name}");

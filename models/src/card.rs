@@ -8,6 +8,7 @@ use serde::Deserialize;
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
 use crate::request::{DiffusionRequest, NegativePrompt, SamplingParams, TextRequest};
+use crate::solver::schedulers::Schedulers;
 use crate::tokenizer::Tokenizer;
 
 /// Card of a loaded model.
@@ -184,6 +185,8 @@ pub struct DiffusionCard {
     pub max_sequence_length: usize,
     /// How guidance enters.
     pub guidance: Guidance,
+    /// The solvers that the checkpoint can be sampled with.
+    pub schedulers: Schedulers,
 }
 
 /// What a diffusion model makes.
@@ -231,6 +234,7 @@ pub struct DiffusionOptions {
     pub fps: Option<usize>,
     pub num_inference_steps: Option<usize>,
     pub guidance_scale: Option<f64>,
+    pub scheduler: Option<String>,
     pub seed: Option<u64>,
     pub max_sequence_length: Option<usize>,
 }
@@ -253,6 +257,7 @@ impl DiffusionCard {
             fps: options.fps.unwrap_or(defaults.fps),
             num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps),
             guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
+            scheduler: self.schedulers.choose(options.scheduler.as_deref())?,
             seed: options.seed.unwrap_or(fallback_seed),
             max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
             prompt: options.prompt,
@@ -353,6 +358,7 @@ mod tests {
             frames_multiple: 4,
             max_sequence_length: 512,
             guidance: Guidance::ClassifierFree,
+            schedulers: crate::testing::flow_schedulers(),
         }
     }
 
@@ -407,6 +413,18 @@ mod tests {
         check(picture_card(Guidance::Embedded), DiffusionOptions { fps: Some(8), ..options() }, "fps", "leave it out");
         let scale = DiffusionOptions { guidance_scale: Some(3.5), ..options() };
         check(picture_card(Guidance::None), scale, "guidance_scale", "only 0");
+    }
+
+    #[test]
+    fn another_models_scheduler_is_refused_with_those_of_this_one() {
+        let ask = |name: &str| DiffusionOptions { scheduler: Some(name.to_owned()), ..DiffusionOptions::default() };
+        let request = clip_card().resolve(DiffusionOptions::default(), 0).expect("the checkpoint's own");
+        assert_eq!(request.scheduler.name, "FlowMatchEulerDiscreteScheduler");
+        assert_eq!(clip_card().resolve(ask("unipc"), 0).expect("offered").scheduler.name, "unipc");
+        for name in ["euler", "EulerDiscreteScheduler", "UNIPC", "flux", ""] {
+            let error = clip_card().resolve(ask(name), 0).expect_err(name).to_string();
+            assert!(error.contains("scheduler") && error.contains("unipc, flow_euler"), "{error}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What goes into a runner and what comes out of it: ids, validated requests, events. Plain data, no tensors.
 
 use crate::error::Error;
+use crate::solver::schedulers::Scheduler;
 
 /// Names one running generation inside one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -86,6 +87,8 @@ pub struct DiffusionRequest {
     pub num_inference_steps: usize,
     /// As in diffusers: embedded guidance (FLUX.1-dev) or classifier-free guidance (Wan).
     pub guidance_scale: f64,
+    /// How the latents move from one timestep to the next.
+    pub scheduler: &'static Scheduler,
     /// Seed of `torch.Generator("cpu")`.
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.

@@ -14,6 +14,8 @@ use crate::request::{
     DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
 };
 use crate::runner::{Runner, RunnerStatus, StepPlan};
+use crate::solver::config::SchedulerConfig;
+use crate::solver::schedulers::{Scheduler, Schedulers, Training};
 use crate::tokenizer::{Tokenizer, bytes};
 use crate::work::StepWork;
 
@@ -106,7 +108,23 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         frames_multiple: if is_clip { 4 } else { 1 },
         max_sequence_length: 128,
         guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
+        schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
     }
+}
+
+/// Those of a clip model without a configuration of its own.
+pub fn flow_schedulers() -> Schedulers {
+    schedulers("FlowMatchEulerDiscreteScheduler", Training::Flow)
+}
+
+/// Those of a picture model on a discrete noise schedule without a configuration of its own.
+pub fn discrete_schedulers() -> Schedulers {
+    schedulers("EulerDiscreteScheduler", Training::Discrete)
+}
+
+fn schedulers(class_name: &str, training: Training) -> Schedulers {
+    let own = Scheduler::named(class_name).expect("a class of the table");
+    Schedulers::new(own, &SchedulerConfig::default(), training).expect("diffusers' defaults are supported")
 }
 
 /// Follows a [`Script`].

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use tale_models::request::{DiffusionRequest, SamplingParams, TextRequest};
 use tale_models::runner::RunnerStatus;
+use tale_models::solver::schedulers::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
 use tale_models::{Error, Event, Request, Runner, SessionId};
 
@@ -33,6 +34,7 @@ fn clip(num_inference_steps: usize) -> Request {
         fps: 8,
         num_inference_steps,
         guidance_scale: 1.0,
+        scheduler: Scheduler::named("flow_euler").unwrap(),
         seed: 0,
         max_sequence_length: 8,
     })

@@ -37,6 +37,7 @@ struct ImageBody {
     negative_prompt: Option<String>,
     num_inference_steps: Option<u64>,
     guidance_scale: Option<f64>,
+    scheduler: Option<String>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
 }
@@ -77,6 +78,7 @@ pub(super) struct Images {
     height: usize,
     num_inference_steps: usize,
     guidance_scale: f64,
+    scheduler: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     negative_prompt: Option<String>,
     max_sequence_length: usize,
@@ -118,6 +120,7 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
         height: request.height,
         num_inference_steps: request.num_inference_steps,
         guidance_scale: request.guidance_scale,
+        scheduler: request.scheduler.name,
         negative_prompt: request.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
         max_sequence_length: request.max_sequence_length,
         seed: request.seed,
@@ -166,6 +169,7 @@ impl ImageBody {
             fps: None,
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
+            scheduler: self.scheduler,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
         };

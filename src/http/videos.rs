@@ -54,6 +54,7 @@ struct VideoBody {
     negative_prompt: Option<String>,
     num_inference_steps: Option<u64>,
     guidance_scale: Option<f64>,
+    scheduler: Option<String>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
 }
@@ -125,6 +126,7 @@ impl VideoBody {
             fps: self.fps.map(saturate),
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
+            scheduler: self.scheduler,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
         };
@@ -180,6 +182,7 @@ pub(super) struct WireVideo {
     fps: usize,
     num_inference_steps: usize,
     guidance_scale: f64,
+    scheduler: &'static str,
     seed: u64,
     max_sequence_length: usize,
     output_format: &'static str,
@@ -233,6 +236,7 @@ impl From<&Job> for WireVideo {
             fps: request.fps,
             num_inference_steps: request.num_inference_steps,
             guidance_scale: request.guidance_scale,
+            scheduler: request.scheduler.name,
             seed: request.seed,
             max_sequence_length: request.max_sequence_length,
             output_format: job.format.as_str(),

@@ -214,6 +214,7 @@ impl Job {
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tale_models::solver::schedulers::Scheduler;
 
     pub(crate) fn job() -> Job {
         let request = DiffusionRequest {
@@ -225,6 +226,7 @@ pub(crate) mod tests {
             fps: 8,
             num_inference_steps: 4,
             guidance_scale: 1.0,
+            scheduler: Scheduler::named("flow_euler").unwrap(),
             seed: 0,
             max_sequence_length: 8,
         };

@@ -16,7 +16,7 @@ use crate::request::DiffusionRequest;
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
-use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder};
 use crate::weights::Weights;
@@ -70,7 +70,6 @@ pub struct FluxModel {
     text_encoder_2: T5Encoder,
     t5_config: T5Config,
     transformer: FluxTransformer,
-    scheduler: FlowMatchEulerConfig,
     vae: KlDecoder,
     vae_config: KlConfig,
     placement: Placement,
@@ -100,10 +99,9 @@ impl FluxModel {
 
         let text_encoder = open("text_encoder")?;
         Ok(Self {
-            card: card(&transformer_config, &vae_config),
+            card: card(&transformer_config, &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?),
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
-            scheduler: FlowMatchEulerConfig::read(&component("scheduler")?.dir.join("scheduler_config.json"))?,
             placement: text_encoder.placement().clone(),
             text_encoder: ClipTextEncoder::load(&text_encoder, clip_config)?,
             text_encoder_2: T5Encoder::load(&open("text_encoder_2")?, &t5_config)?,
@@ -164,7 +162,7 @@ fn check_parts_fit(
 
 /// Defaults of `FluxPipeline.__call__` for dev; those of the model card for schnell, which was distilled without
 /// guidance and with shorter prompts.
-fn card(transformer: &FluxTransformerConfig, vae: &KlConfig) -> DiffusionCard {
+fn card(transformer: &FluxTransformerConfig, vae: &KlConfig, schedulers: Schedulers) -> DiffusionCard {
     let (num_inference_steps, guidance_scale, max_sequence_length, guidance) = match transformer.guidance_embeds {
         true => (28, 3.5, 512, Guidance::Embedded),
         false => (4, 0.0, 256, Guidance::None),
@@ -189,6 +187,7 @@ fn card(transformer: &FluxTransformerConfig, vae: &KlConfig) -> DiffusionCard {
         frames_multiple: 1,
         max_sequence_length,
         guidance,
+        schedulers,
     }
 }
 
@@ -249,8 +248,7 @@ impl DiffusionModel for FluxModel {
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
         let (rows, columns) = self.grid(request);
-        let sigmas = linear_sigmas(request.num_inference_steps);
-        Ok(Box::new(FlowMatchEuler::new(&self.scheduler, &sigmas, self.scheduler.mu(rows * columns))))
+        Ok(self.card.schedulers.solver(request, Some(rows * columns)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {

@@ -15,13 +15,12 @@ use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
-use crate::manifest::{Layout, Manifest};
+use crate::manifest::Manifest;
 use crate::request::DiffusionRequest;
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
-use crate::solver::config::SchedulerConfig;
-use crate::solver::euler::{Euler, EulerConfig};
+use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder};
 use crate::weights::Weights;
@@ -34,7 +33,6 @@ use config::UNetConfig;
 use unet::{UNet, UNetInput};
 
 const PIPELINE: &str = "StableDiffusionXLPipeline";
-const SCHEDULER: &str = "EulerDiscreteScheduler";
 /// Latents on each side of a picture of default size where the UNet's `sample_size` is absent.
 const DEFAULT_SAMPLE_SIZE: usize = 128;
 /// Defaults of `StableDiffusionXLPipeline.__call__`.
@@ -82,7 +80,6 @@ pub struct SdxlModel {
     tokenizer_2: Tokenizer,
     text_encoder_2: ClipTextEncoder,
     unet: UNet,
-    scheduler: EulerConfig,
     vae: KlDecoder,
     placement: Placement,
 }
@@ -111,15 +108,14 @@ impl SdxlModel {
     /// Reads every component; `open` gives the weights of the component in the folder that it is called with.
     pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
         let sizes = Sizes::read(manifest)?;
-        let scheduler = read_scheduler(manifest)?;
+        let schedulers = Schedulers::read(manifest, Training::Discrete)?;
         let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
         let (tokenizer, tokenizer_2) = (tokenizer("tokenizer")?, tokenizer("tokenizer_2")?);
         let text_encoder = open("text_encoder")?;
         Ok(Self {
-            card: sizes.card(),
+            card: sizes.card(schedulers),
             tokenizer,
             tokenizer_2,
-            scheduler,
             placement: text_encoder.placement().clone(),
             text_encoder: ClipTextEncoder::load(&text_encoder, sizes.text_encoder.clone())?,
             text_encoder_2: ClipTextEncoder::load_with_projection(
@@ -131,18 +127,6 @@ impl SdxlModel {
             sizes,
         })
     }
-}
-
-fn read_scheduler(manifest: &Manifest) -> Result<EulerConfig> {
-    let Layout::Diffusers { components, .. } = &manifest.layout else {
-        return Err(Error::checkpoint(&manifest.root, "is not a pipeline's folder"));
-    };
-    let found = components.get("scheduler").map_or("absent", String::as_str);
-    if found != SCHEDULER {
-        let problem = format!("`scheduler` is {found}; supported is {SCHEDULER}");
-        return Err(Error::checkpoint(manifest.root.join("model_index.json"), problem));
-    }
-    EulerConfig::new(&SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?)
 }
 
 /// The fields of `model_index.json` that are no components.
@@ -203,7 +187,7 @@ impl Sizes {
         Ok(())
     }
 
-    fn card(&self) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
         let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
         let max_sequence_length = self.text_encoder.max_position_embeddings;
         DiffusionCard {
@@ -225,6 +209,7 @@ impl Sizes {
             frames_multiple: 1,
             max_sequence_length,
             guidance: Guidance::ClassifierFree,
+            schedulers,
         }
     }
 
@@ -309,7 +294,7 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(Box::new(Euler::new(&self.scheduler, request.num_inference_steps)))
+        Ok(self.card.schedulers.solver(request, None))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {

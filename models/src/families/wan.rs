@@ -27,8 +27,7 @@ use crate::request::DiffusionRequest;
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
-use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
-use crate::solver::unipc::{UniPc, UniPcConfig};
+use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
@@ -157,7 +156,6 @@ pub struct WanModel {
     tokenizer: Tokenizer,
     text_encoder: T5Encoder,
     transformer: WanTransformer,
-    solver: SolverConfig,
     vae: WanVaeDecoder,
 }
 
@@ -173,12 +171,11 @@ impl WanModel {
     pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
-        let solver = SolverConfig::read(manifest)?;
+        let schedulers = Schedulers::read(manifest, Training::Flow)?;
         let tokenizer = Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?;
         let text_encoder = open("text_encoder")?;
         Ok(Self {
-            card: sizes.card(),
-            solver,
+            card: sizes.card(schedulers),
             tokenizer,
             placement: text_encoder.placement().clone(),
             text_encoder: T5Encoder::load(&text_encoder, &sizes.text_encoder)?,
@@ -223,43 +220,6 @@ fn component_class<'a>(manifest: &'a Manifest, component: &str) -> &'a str {
     }
 }
 
-/// `scheduler/scheduler_config.json`: the published checkpoints have the first, some made from them the second.
-enum SolverConfig {
-    UniPc(UniPcConfig),
-    FlowMatchEuler(FlowMatchEulerConfig),
-}
-
-impl SolverConfig {
-    fn read(manifest: &Manifest) -> Result<Self> {
-        let path = manifest.component("scheduler")?.dir.join("scheduler_config.json");
-        match component_class(manifest, "scheduler") {
-            "UniPCMultistepScheduler" => Ok(Self::UniPc(UniPcConfig::read(&path)?)),
-            "FlowMatchEulerDiscreteScheduler" => {
-                let config = FlowMatchEulerConfig::read(&path)?;
-                if config.use_dynamic_shifting {
-                    // The pipeline gives the scheduler no `mu`, so that the reference fails too.
-                    return Err(Error::checkpoint(path, "`use_dynamic_shifting`: only false is supported"));
-                }
-                Ok(Self::FlowMatchEuler(config))
-            }
-            found => {
-                let supported = "UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler";
-                let problem = format!("`scheduler` is {found}; supported are {supported}");
-                Err(Error::checkpoint(manifest.root.join("model_index.json"), problem))
-            }
-        }
-    }
-
-    fn solver(&self, num_inference_steps: usize) -> Box<dyn Solver> {
-        match self {
-            Self::UniPc(config) => Box::new(UniPc::new(config, num_inference_steps)),
-            Self::FlowMatchEuler(config) => {
-                Box::new(FlowMatchEuler::new(config, &config.own_sigmas(num_inference_steps), 0.0))
-            }
-        }
-    }
-}
-
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
         let text_encoder: T5Config = manifest.component("text_encoder")?.config()?;
@@ -280,7 +240,7 @@ impl Sizes {
         Ok(Self { text_encoder, transformer, vae })
     }
 
-    fn card(&self) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
         let [_, patch_height, patch_width] = self.transformer.patch_size;
         let (spatial, temporal) = (self.vae.scale_factor_spatial, self.vae.scale_factor_temporal);
         let positions = self.transformer.rope_max_seq_len;
@@ -295,6 +255,7 @@ impl Sizes {
             frames_multiple: temporal,
             max_sequence_length: MAX_SEQUENCE_LENGTH,
             guidance: Guidance::ClassifierFree,
+            schedulers,
         }
     }
 
@@ -384,7 +345,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.solver.solver(request.num_inference_steps))
+        Ok(self.card.schedulers.solver(request, None))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {

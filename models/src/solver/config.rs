@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// The fields of a `scheduler_config.json` as they stand there.
-#[derive(Debug, Clone)]
+/// The fields of a `scheduler_config.json` as they stand there. By default none: every class takes its own defaults.
+#[derive(Debug, Clone, Default)]
 pub struct SchedulerConfig {
     path: PathBuf,
     fields: Map<String, Value>,
@@ -34,6 +34,18 @@ impl SchedulerConfig {
     /// The fields that `T` knows, its defaults for those that the file does not give.
     pub fn fields<T: DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_value(Value::Object(self.fields.clone())).map_err(|e| Error::checkpoint(&self.path, e))
+    }
+
+    /// A field as it stands there.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field)
+    }
+
+    /// The file with these fields set, as keyword arguments of diffusers' `from_config` set them.
+    pub fn with<'a>(&self, settings: impl IntoIterator<Item = (&'a str, Value)>) -> Self {
+        let mut changed = self.clone();
+        changed.fields.extend(settings.into_iter().map(|(field, value)| (field.to_owned(), value)));
+        changed
     }
 
     /// Refuses the file if any of `checks` holds: field, whether it has an unsupported value, what is allowed.

@@ -4,15 +4,13 @@
 //! Source: diffusers `schedulers/scheduling_flow_match_euler_discrete.py`, `FlowMatchEulerDiscreteScheduler`; sigmas are
 //! rounded to f32 at every operation, as numpy does there.
 
-use std::path::Path;
-
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::config::read_json;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
+use crate::solver::config::SchedulerConfig;
 use crate::solver::noise_schedule::Level;
 
 /// `scheduler_config.json`, defaults as in diffusers.
@@ -68,20 +66,18 @@ impl Default for FlowMatchEulerConfig {
 }
 
 impl FlowMatchEulerConfig {
-    /// Reads `scheduler_config.json` and refuses schedules that this solver does not compute.
-    pub fn read(path: &Path) -> Result<Self> {
-        let config: Self = read_json(path)?;
-        let unknown = [
-            ("invert_sigmas", config.invert_sigmas),
-            ("use_karras_sigmas", config.use_karras_sigmas),
-            ("use_exponential_sigmas", config.use_exponential_sigmas),
-            ("use_beta_sigmas", config.use_beta_sigmas),
-            ("stochastic_sampling", config.stochastic_sampling),
-        ];
-        match unknown.iter().find(|(_, wanted)| *wanted) {
-            Some((field, _)) => Err(Error::checkpoint(path, format!("{field}: true is not supported"))),
-            None => Ok(config),
-        }
+    /// From the fields of the file; schedules that this solver does not compute are refused by name.
+    pub fn new(file: &SchedulerConfig) -> Result<Self> {
+        let config: Self = file.fields()?;
+        let only_false = |field: &'static str, wanted: bool| (field, wanted, "only false is supported");
+        file.refuse(&[
+            only_false("invert_sigmas", config.invert_sigmas),
+            only_false("use_karras_sigmas", config.use_karras_sigmas),
+            only_false("use_exponential_sigmas", config.use_exponential_sigmas),
+            only_false("use_beta_sigmas", config.use_beta_sigmas),
+            only_false("stochastic_sampling", config.stochastic_sampling),
+        ])?;
+        Ok(config)
     }
 
     /// `mu` for an image of `image_seq_len` tokens: a line through (`base_image_seq_len`, `base_shift`) and
@@ -174,10 +170,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<FlowMatchEulerConfig> {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("scheduler_config.json");
-        std::fs::write(&path, json).expect("write");
-        FlowMatchEulerConfig::read(&path)
+        FlowMatchEulerConfig::new(&crate::solver::config::tests::read(json)?)
     }
 
     #[test]

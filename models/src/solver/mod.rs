@@ -9,6 +9,7 @@ pub mod config;
 pub mod euler;
 pub mod flow_match_euler;
 pub mod noise_schedule;
+pub mod schedulers;
 pub mod unipc;
 
 /// The state of one session's denoising loop.

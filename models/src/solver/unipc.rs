@@ -6,15 +6,14 @@
 //! Source: diffusers `schedulers/scheduling_unipc_multistep.py`. Coefficients are computed here in f64, there in f32.
 
 use std::collections::VecDeque;
-use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::config::read_json;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
+use crate::solver::config::SchedulerConfig;
 use crate::solver::noise_schedule::Level;
 
 /// Highest `solver_order` that is held against the reference.
@@ -90,10 +89,10 @@ impl Default for File {
 }
 
 impl UniPcConfig {
-    /// Reads `scheduler_config.json` at `path`; the error names the field that is not supported.
-    pub fn read(path: &Path) -> Result<Self> {
-        let file: File = read_json(path)?;
-        let unsupported = [
+    /// From the fields of the file; the error names the field that is not supported.
+    pub fn new(config: &SchedulerConfig) -> Result<Self> {
+        let file: File = config.fields()?;
+        config.refuse(&[
             ("use_flow_sigmas", !file.use_flow_sigmas, "only true is supported"),
             ("prediction_type", file.prediction_type != "flow_prediction", "only \"flow_prediction\" is supported"),
             ("predict_x0", !file.predict_x0, "only true is supported"),
@@ -110,10 +109,7 @@ impl UniPcConfig {
             ("use_dynamic_shifting", file.use_dynamic_shifting, "only false is supported"),
             ("solver_p", file.solver_p.is_some(), "only null is supported"),
             ("shift_terminal", file.shift_terminal.is_some(), "only null is supported"),
-        ];
-        if let Some((field, _, problem)) = unsupported.iter().find(|(_, found, _)| *found) {
-            return Err(Error::checkpoint(path, format!("`{field}`: {problem}")));
-        }
+        ])?;
         Ok(Self {
             num_train_timesteps: file.num_train_timesteps,
             solver_order: file.solver_order,
@@ -336,10 +332,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<UniPcConfig> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("scheduler_config.json");
-        std::fs::write(&path, json).unwrap();
-        UniPcConfig::read(&path)
+        UniPcConfig::new(&crate::solver::config::tests::read(json)?)
     }
 
     fn flow(extra: &str) -> Result<UniPcConfig> {

@@ -13,6 +13,7 @@ use tale_models::rng::TorchGenerator;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
+use tale_models::solver::config::SchedulerConfig;
 use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
 use tale_models::solver::unipc::{UniPc, UniPcConfig};
 
@@ -34,7 +35,7 @@ fn unipc_takes_the_steps_of_the_reference() {
         let path = dir.path().join("scheduler_config.json");
         std::fs::write(&path, case["config"].to_string()).unwrap();
         let num_steps = case["num_inference_steps"].as_u64().unwrap() as usize;
-        let mut solver = UniPc::new(&UniPcConfig::read(&path).unwrap(), num_steps);
+        let mut solver = UniPc::new(&UniPcConfig::new(&SchedulerConfig::read(&path).unwrap()).unwrap(), num_steps);
         let tolerance = if case["config"]["solver_order"] == 3 { THIRD_ORDER_TOLERANCE } else { 1e-5 };
         let name = case["name"].as_str().unwrap();
         let tensor = |what: &str| &tensors[&format!("{name}.{what}")];
@@ -64,7 +65,7 @@ fn flow_match_euler_starts_from_its_own_sigmas() {
     for case in cases {
         let path = dir.path().join("scheduler_config.json");
         std::fs::write(&path, case["config"].to_string()).unwrap();
-        let config = FlowMatchEulerConfig::read(&path).unwrap();
+        let config = FlowMatchEulerConfig::new(&SchedulerConfig::read(&path).unwrap()).unwrap();
         let num_steps = case["num_inference_steps"].as_u64().unwrap() as usize;
         let solver = FlowMatchEuler::new(&config, &config.own_sigmas(num_steps), 0.0);
         let name = case["name"].as_str().unwrap();

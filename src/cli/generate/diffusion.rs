@@ -36,6 +36,10 @@ pub struct DiffusionArgs {
     #[arg(long, value_name = "X")]
     guidance_scale: Option<f64>,
 
+    /// Solver: euler, dpmpp_2m_karras, ..., or diffusers' class name [default: the checkpoint's own]
+    #[arg(long, value_name = "NAME")]
+    scheduler: Option<String>,
+
     /// As for torch.Generator("cpu"): the same seed gives the picture that diffusers gives [default: drawn]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -56,6 +60,7 @@ impl DiffusionArgs {
             fps: None,
             num_inference_steps: self.num_inference_steps,
             guidance_scale: self.guidance_scale,
+            scheduler: self.scheduler,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length,
         }

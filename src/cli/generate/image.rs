@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tale_models::card::Medium;
-use tale_models::request::Frame;
+use tale_models::request::{DiffusionRequest, Frame};
 
 use super::diffusion::{DiffusionArgs, card_for, follow};
 use super::{CliError, Generator, ModelArgs, random_seed};
@@ -39,8 +39,9 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
     let card = generator.card.clone();
     let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options(), random_seed())?;
     generator.note(|| {
-        let (width, height, steps) = (request.width, request.height, request.num_inference_steps);
-        format!("{width}x{height}, {steps} steps, guidance {}, seed {}", request.guidance_scale, request.seed)
+        let DiffusionRequest { width, height, num_inference_steps, guidance_scale, scheduler, seed, .. } = &request;
+        let name = scheduler.name;
+        format!("{width}x{height}, {num_inference_steps} steps of {name}, guidance {guidance_scale}, seed {seed}")
     });
 
     let mut picture: Option<Frame> = None;

@@ -42,8 +42,9 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
     generator.note(|| {
         let DiffusionRequest { width, height, num_frames, fps, num_inference_steps, guidance_scale, seed, .. } =
             &request;
+        let scheduler = request.scheduler.name;
         format!(
-            "{width}x{height}, {num_frames} frames at {fps}/s, {num_inference_steps} steps, guidance \
+            "{width}x{height}, {num_frames} frames at {fps}/s, {num_inference_steps} steps of {scheduler}, guidance \
              {guidance_scale}, seed {seed}"
         )
     });

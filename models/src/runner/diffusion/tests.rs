@@ -9,6 +9,8 @@ use candle_core::{Device, Tensor};
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
 use crate::request::{NegativePrompt, SamplingParams, TextRequest};
+use crate::solver::schedulers::Scheduler;
+use crate::testing::flow_schedulers;
 use crate::work::StepWork;
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
@@ -57,6 +59,7 @@ impl Toy {
             frames_multiple: 1,
             max_sequence_length: 8,
             guidance: Guidance::ClassifierFree,
+            schedulers: flow_schedulers(),
         };
         Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default() }
     }
@@ -172,6 +175,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         fps: 1,
         num_inference_steps: 3,
         guidance_scale: 1.0,
+        scheduler: Scheduler::named("flow_euler").expect("known"),
         seed,
         max_sequence_length: 8,
     }
