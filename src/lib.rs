@@ -8,4 +8,5 @@ pub mod engine;
 pub mod http;
 pub mod job;
 pub mod media;
+pub mod parameters;
 pub mod telemetry;

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use safetensors::SafeTensors;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::{TempDir, tempdir};
 
 fn tale(args: &[&str]) -> Command {
@@ -178,6 +178,34 @@ fn a_picture_is_the_one_that_diffusers_makes() {
         assert!(psnr >= min_psnr, "{name}: {psnr:.1} dB");
     }
     assert_eq!(names(dir.path()), ["out.jpg", "out.png", "out.webp"]);
+}
+
+#[test]
+fn a_picture_is_made_again_from_its_own_file() {
+    let golden = Golden::read("flux-schnell");
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (first, again, other, bare) = (path("a.png"), path("b.png"), path("c.png"), path("d.png"));
+    let image = ["generate", "image", "--model", &golden.checkpoint, "--output"];
+    let flags = golden.flags(0);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    succeed(&[&image[..], &[&first], &flags].concat());
+    let said: Value = serde_json::from_str(&succeed(&["inspect", &first])).unwrap();
+    assert_eq!((&said["model"], &said["prompt"]), (&json!("checkpoint"), &golden.json["runs"][0]["prompt"]));
+    succeed(&[&image[..], &[&again, "--parameters-from", &first]].concat());
+    assert_eq!(std::fs::read(&again).unwrap(), std::fs::read(&first).unwrap());
+    succeed(&[&image[..], &[&other, "--parameters-from", &first, "--seed", "1"]].concat());
+    let pixels = |path: &str| decode(Path::new(path));
+    assert!(psnr(&pixels(&other), &pixels(&first)) < 35.0);
+    succeed(&[&image[..], &[&bare, "--no-metadata", "--parameters-from", &first]].concat());
+    assert_eq!(pixels(&bare), pixels(&first));
+
+    check_failure(&["inspect", &bare], 2, &["d.png: says nothing"]);
+    check_failure(&[&image[..], &[&again, "--parameters-from", &bare]].concat(), 2, &["d.png: says nothing"]);
+    let unsaid = String::from_utf8(run(&[&image[..], &[&again]].concat()).stderr).unwrap();
+    assert!(unsaid.contains("--prompt <TEXT>") && unsaid.contains("--parameters-from <FILE>"), "{unsaid}");
+    let config = format!("{}/model_index.json", golden.checkpoint);
+    check_failure(&["inspect", &config], 2, &["not a PNG file"]);
 }
 
 #[test]

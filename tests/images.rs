@@ -1,7 +1,8 @@
 //! Pictures.
 
 use base64::Engine;
-use serde_json::json;
+use serde_json::{Value, json};
+use tale::media::read_png_text;
 
 use crate::support::server;
 
@@ -22,6 +23,7 @@ async fn pictures_come_with_their_effective_parameters() {
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&answer[name], value, "{name}");
     }
+    assert_eq!((&answer["prompt"], &answer["metadata"]), (&json!("a boat"), &json!(true)));
     let data = answer["data"].as_array().expect("a list");
     assert_eq!(data.len(), 3);
     for (index, image) in data.iter().enumerate() {
@@ -51,4 +53,30 @@ async fn every_format_is_what_it_says() {
         assert_eq!(image::guess_format(&bytes).expect("known"), format);
         assert_eq!(image::load_from_memory(&bytes).expect("a picture").width(), 64);
     }
+}
+
+#[tokio::test]
+async fn what_a_file_says_makes_it_again() {
+    let server = server().await;
+    let body = json!({"model": "pictures", "prompt": "a \"café\" 😀", "n": 2, "seed": 9, "size": "96x48"});
+    let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+    for image in answer["data"].as_array().expect("a list") {
+        let file = decode(image);
+        let text = read_png_text(&file, "parameters").expect("a PNG").expect("parameters");
+        let parameters: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!((&parameters["prompt"], &parameters["seed"]), (&body["prompt"], &image["seed"]));
+        let again = server.post("/v1/images/generations", &parameters).await.expect(200).json();
+        assert_eq!(decode(&again["data"][0]), file, "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_says_nothing_when_asked_not_to() {
+    let server = server().await;
+    let body = json!({"model": "pictures", "prompt": "secret boat", "metadata": false});
+    let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+    let file = decode(&answer["data"][0]);
+    assert_eq!(read_png_text(&file, "parameters").expect("a PNG"), None);
+    assert_eq!(answer["metadata"], false);
+    assert!(!file.windows(6).any(|bytes| bytes == b"secret"));
 }

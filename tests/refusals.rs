@@ -112,6 +112,7 @@ async fn wrong_fields_of_a_picture_are_named() {
         (json!({"output_format": "bmp"}), (400, "output_format", invalid)),
         (json!({"output_compression": 50}), (400, "output_compression", invalid)),
         (json!({"output_format": "jpeg", "output_compression": 101}), (400, "output_compression", invalid)),
+        (json!({"output_format": "webp", "metadata": true}), (400, "metadata", invalid)),
         (json!({"num_inference_steps": 0}), (400, "num_inference_steps", invalid)),
         (json!({"guidance_scale": 3.5}), (400, "guidance_scale", invalid)),
         (json!({"scheduler": SECRET}), (400, "scheduler", invalid)),

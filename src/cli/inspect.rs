@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
@@ -11,12 +11,13 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, Inspection, LoadFormat, LoadOptions};
 use tracing_subscriber::filter::LevelFilter;
 
+use super::generate::image::read_parameters;
 use super::{CliError, logs};
 use crate::config::{ByteSize, LogFormat};
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The checkpoint folder
+    /// The checkpoint folder, or a .png that tale made, whose parameters are printed as JSON
     path: PathBuf,
 
     /// Print one JSON object, with every unused tensor
@@ -39,6 +40,9 @@ pub struct InspectArgs {
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR);
+    if args.path.is_file() {
+        return print_parameters(&args.path);
+    }
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
     let report = Report::new(args, family::inspect(&args.path, &placement, &options)?);
@@ -47,9 +51,19 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     } else {
         report.to_string()
     };
-    let mut out = stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::stdout)?;
+    print(&text)?;
     if report.loads { Ok(()) } else { Err(CliError::Reported) }
+}
+
+/// How a picture was made.
+fn print_parameters(path: &Path) -> Result<(), CliError> {
+    let parameters = read_parameters(path)?;
+    print(&(serde_json::to_string_pretty(&parameters).expect("numbers and text are always JSON: this is a bug") + "\n"))
+}
+
+fn print(text: &str) -> Result<(), CliError> {
+    let mut out = stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::stdout)
 }
 
 /// What is printed; the fields are those of `--json`.

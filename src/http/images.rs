@@ -17,6 +17,7 @@ use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::engine::Session;
 use crate::media::{PictureFormat, encode_picture};
+use crate::parameters::{self, PictureParameters};
 
 /// Most pictures of one request.
 pub const MAX_IMAGES: usize = 10;
@@ -40,6 +41,7 @@ struct ImageBody {
     scheduler: Option<String>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
+    metadata: Option<bool>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -70,20 +72,13 @@ impl From<OutputFormat> for PictureFormat {
 #[derive(Debug, Serialize)]
 pub(super) struct Images {
     created: u64,
-    model: String,
     data: Vec<Image>,
     output_format: &'static str,
     size: String,
-    width: usize,
-    height: usize,
-    num_inference_steps: usize,
-    guidance_scale: f64,
-    scheduler: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    negative_prompt: Option<String>,
-    max_sequence_length: usize,
-    /// Of the first picture; picture i has this plus i.
-    seed: u64,
+    metadata: bool,
+    /// Of the first picture; picture i has its seed plus i.
+    #[serde(flatten)]
+    parameters: PictureParameters,
 }
 
 #[derive(Debug, Serialize)]
@@ -96,9 +91,10 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
     let body: ImageBody = body::json(request).await?;
     let created = unix_seconds(SystemTime::now());
     let card = diffusion::card(&state, &body.model, Medium::Picture)?;
-    let (n, format, compression) = (body.count()?, body.format(), body.compression()?);
+    let (n, encoding) = (body.count()?, body.encoding()?);
     let model = body.model.clone();
     let request = body.resolve(&card)?;
+    let parameters = PictureParameters::new(&model, &request);
     let engine = state.engine()?;
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
     let with_seed = |seed| tale_models::Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
@@ -108,22 +104,15 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
     let mut data = Vec::with_capacity(n);
     for (mut session, seed) in sessions.into_iter().zip(seeds) {
         let picture = picture(&mut session).await?;
-        data.push(Image { b64_json: encode(picture, format, compression).await?, seed });
+        data.push(Image { b64_json: encoding.encode(picture, parameters.with_seed(seed)).await?, seed });
     }
     Ok(Json(Images {
         created,
-        model,
         data,
-        output_format: format.as_str(),
+        output_format: encoding.format.as_str(),
         size: format!("{}x{}", request.width, request.height),
-        width: request.width,
-        height: request.height,
-        num_inference_steps: request.num_inference_steps,
-        guidance_scale: request.guidance_scale,
-        scheduler: request.scheduler.name,
-        negative_prompt: request.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
-        max_sequence_length: request.max_sequence_length,
-        seed: request.seed,
+        metadata: encoding.metadata,
+        parameters,
     }))
 }
 
@@ -140,6 +129,16 @@ impl ImageBody {
         // The only one there is; a value that is not it has been refused.
         let (None | Some(ResponseFormat::B64Json)) = self.response_format;
         self.output_format.map_or(PictureFormat::Png, PictureFormat::from)
+    }
+
+    fn encoding(&self) -> Result<Encoding, ApiError> {
+        let format = self.format();
+        // Said and impossible is an error; said by nobody, it is what the format can do.
+        if self.metadata == Some(true) && format != PictureFormat::Png {
+            return Err(ApiError::field("metadata", "only png files hold the parameters; leave it out"));
+        }
+        let metadata = self.metadata.unwrap_or(format == PictureFormat::Png);
+        Ok(Encoding { format, compression: self.compression()?, metadata })
     }
 
     fn compression(&self) -> Result<Option<u8>, ApiError> {
@@ -195,7 +194,21 @@ async fn picture(session: &mut Session) -> Result<Frame, ApiError> {
     }
 }
 
-async fn encode(picture: Frame, format: PictureFormat, compression: Option<u8>) -> Result<String, ApiError> {
-    let encoded = spawn_blocking(move || encode_picture(&picture, format, compression).map(|b| BASE64.encode(b))).await;
-    Ok(encoded.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+/// How pictures become files.
+#[derive(Debug, Clone, Copy)]
+struct Encoding {
+    format: PictureFormat,
+    compression: Option<u8>,
+    /// Whether the file says how it was made.
+    metadata: bool,
+}
+
+impl Encoding {
+    async fn encode(self, picture: Frame, parameters: PictureParameters) -> Result<String, ApiError> {
+        let encoded = spawn_blocking(move || {
+            let text = self.metadata.then(|| (parameters::KEYWORD, parameters.to_json()));
+            encode_picture(&picture, self.format, self.compression, text).map(|bytes| BASE64.encode(bytes))
+        });
+        Ok(encoded.await.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+    }
 }

@@ -36,7 +36,7 @@ impl FrameFolder {
             return Err(MediaError::TooManyFrames);
         }
         let path = self.partial_path(self.num_frames);
-        let png = encode_picture(frame, PictureFormat::Png, None)?;
+        let png = encode_picture(frame, PictureFormat::Png, None, None)?;
         // Counted first: a half-written file is removed like the others.
         self.num_frames += 1;
         fs::write(&path, png).map_err(MediaError::io(&path))

@@ -17,7 +17,7 @@ use tale_models::request::Frame;
 
 pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
-pub use picture::{PictureFormat, encode_picture};
+pub use picture::{PictureFormat, encode_picture, read_png_text};
 
 /// What can go wrong between frames and a file.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,12 @@ pub enum MediaError {
         size: (usize, usize),
         /// Its reason.
         source: image::ImageError,
+    },
+    /// Bytes that should be a PNG file are none, or a damaged one.
+    #[error("not a PNG file, or a damaged one: {source}")]
+    NotPng {
+        /// Why.
+        source: png::DecodingError,
     },
     /// A frame's bytes do not match its size, or a size is zero or beyond what the format can hold.
     #[error("a frame of {width}x{height} pixels with {bytes} bytes of RGB cannot be encoded")]

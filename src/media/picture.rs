@@ -1,10 +1,12 @@
 //! One picture as bytes: PNG, JPEG or WebP.
 
+use std::io::Cursor;
+
 use ffmpeg_next::{Dictionary, Packet, codec, encoder};
 use image::codecs::jpeg::JpegEncoder;
-use image::codecs::png::PngEncoder;
 use image::codecs::webp::WebPEncoder;
-use image::{ExtendedColorType, ImageEncoder};
+use image::error::{EncodingError, ImageFormatHint};
+use image::{ExtendedColorType, ImageEncoder, ImageError, ImageFormat};
 use tale_models::request::Frame;
 
 use super::ffmpeg::{Filters, frame_duration, to_rgb24};
@@ -64,16 +66,30 @@ impl std::fmt::Display for PictureFormat {
     }
 }
 
-/// Encodes one picture. The same frame gives the same bytes; no metadata is written.
+/// `Software` of a PNG file that has a text.
+const SOFTWARE: &str = concat!("Tale ", env!("CARGO_PKG_VERSION"));
+
+/// Most bytes of a compressed text in a PNG file that somebody hands us.
+const MAX_TEXT_BYTES: usize = 8 << 20;
+
+/// Encodes one picture. The same frame, text and version give the same bytes.
+///
+/// `text` is a keyword and what a PNG file says under it (UTF-8, in an `iTXt` chunk before the pixels), with the name and
+/// version of this program beside it; without it no metadata is written. JPEG and WebP carry no text.
 ///
 /// `compression` is `output_compression` of the OpenAI API: 0 (smallest) to 100 (best), the quality of JPEG and lossy
 /// WebP. Without it JPEG has quality 95 and WebP is lossless. PNG loses nothing and takes only 100.
-pub fn encode_picture(frame: &Frame, format: PictureFormat, compression: Option<u8>) -> Result<Vec<u8>> {
+pub fn encode_picture(
+    frame: &Frame,
+    format: PictureFormat,
+    compression: Option<u8>,
+    text: Option<(&str, String)>,
+) -> Result<Vec<u8>> {
     check_frame(frame)?;
     check_compression(format, compression)?;
     let mut bytes = Vec::new();
     match (format, compression) {
-        (PictureFormat::Png, _) => write(frame, format, PngEncoder::new(&mut bytes))?,
+        (PictureFormat::Png, _) => write_png(frame, text, &mut bytes)?,
         (PictureFormat::Webp, None) => write(frame, format, WebPEncoder::new_lossless(&mut bytes))?,
         (PictureFormat::Webp, Some(quality)) => bytes = encode_lossy_webp(frame, quality)?,
         (PictureFormat::Jpeg, quality) => {
@@ -95,11 +111,57 @@ fn check_compression(format: PictureFormat, compression: Option<u8>) -> Result<(
     Err(MediaError::Compression { format, compression, allowed })
 }
 
+/// Width and height as the encoders count.
+fn size_u32(frame: &Frame) -> Result<(u32, u32)> {
+    let bad = |_| MediaError::BadFrame { width: frame.width, height: frame.height, bytes: frame.rgb.len() };
+    Ok((u32::try_from(frame.width).map_err(bad)?, u32::try_from(frame.height).map_err(bad)?))
+}
+
+/// Fast compression and adaptive filters: what the image crate, which writes no texts, would use.
+fn write_png(frame: &Frame, text: Option<(&str, String)>, bytes: &mut Vec<u8>) -> Result<()> {
+    let (width, height) = size_u32(frame)?;
+    let mut encoder = png::Encoder::new(bytes, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder.set_compression(png::Compression::Fast);
+    encoder.set_filter(png::Filter::Adaptive);
+    let write = || {
+        if let Some((keyword, text)) = text {
+            encoder.add_text_chunk("Software".to_owned(), SOFTWARE.to_owned())?;
+            encoder.add_itxt_chunk(keyword.to_owned(), text)?;
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&frame.rgb)?;
+        writer.finish()
+    };
+    write().map_err(|source: png::EncodingError| MediaError::Picture {
+        format: PictureFormat::Png,
+        size: (frame.width, frame.height),
+        source: ImageError::Encoding(EncodingError::new(ImageFormatHint::Exact(ImageFormat::Png), source)),
+    })
+}
+
+/// What a PNG file says under `keyword`, whichever kind of text chunk says it; `None` when it says nothing.
+pub fn read_png_text(bytes: &[u8], keyword: &str) -> Result<Option<String>> {
+    let read = || {
+        let mut reader = png::Decoder::new(Cursor::new(bytes)).read_info()?;
+        // Some programs move texts behind the pixels.
+        reader.finish()?;
+        let info = reader.info();
+        if let Some(chunk) = info.utf8_text.iter().find(|chunk| chunk.keyword == keyword) {
+            let mut chunk = chunk.clone();
+            chunk.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+            return chunk.get_text().map(Some);
+        }
+        let plain = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword);
+        Ok(plain.map(|chunk| chunk.text.clone()))
+    };
+    read().map_err(|source| MediaError::NotPng { source })
+}
+
 fn write(frame: &Frame, format: PictureFormat, encoder: impl ImageEncoder) -> Result<()> {
     let size = (frame.width, frame.height);
-    let bad_frame = |_| MediaError::BadFrame { width: size.0, height: size.1, bytes: frame.rgb.len() };
-    let width = u32::try_from(frame.width).map_err(bad_frame)?;
-    let height = u32::try_from(frame.height).map_err(bad_frame)?;
+    let (width, height) = size_u32(frame)?;
     encoder.write_image(&frame.rgb, width, height, ExtendedColorType::Rgb8).map_err(|source| MediaError::Picture {
         format,
         size,

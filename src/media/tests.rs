@@ -324,9 +324,25 @@ fn png_and_plain_webp_are_lossless() {
     for (format, compression) in
         [(PictureFormat::Png, None), (PictureFormat::Png, Some(100)), (PictureFormat::Webp, None)]
     {
-        let bytes = encode_picture(&picture, format, compression).unwrap();
+        let bytes = encode_picture(&picture, format, compression, None).unwrap();
         assert_eq!(image::guess_format(&bytes).unwrap().to_mime_type(), format.media_type());
         assert_eq!(decode_picture(&bytes), picture, "{format}");
+    }
+}
+
+#[test]
+fn a_png_says_what_it_was_told_and_shows_the_same_pixels() {
+    let picture = gradient(37, 21, 3);
+    let text = r#"{"prompt": "한국 😀 \"caf\u00e9\""}"#;
+    let with = encode_picture(&picture, PictureFormat::Png, None, Some(("parameters", text.into()))).unwrap();
+    assert_eq!(decode_picture(&with), picture);
+    assert_eq!(read_png_text(&with, "parameters").unwrap().as_deref(), Some(text));
+    assert_eq!(read_png_text(&with, "Software").unwrap(), Some(concat!("Tale ", env!("CARGO_PKG_VERSION")).to_owned()));
+    let without = encode_picture(&picture, PictureFormat::Png, None, None).unwrap();
+    assert_eq!(read_png_text(&without, "parameters").unwrap(), None);
+    assert_eq!(read_png_text(&without, "Software").unwrap(), None);
+    for damaged in [&with[..with.len() / 2], b"GIF89a", b""] {
+        assert!(matches!(read_png_text(damaged, "parameters"), Err(MediaError::NotPng { .. })));
     }
 }
 
@@ -335,7 +351,7 @@ fn lossy_pictures_show_the_colours_that_went_in() {
     for format in [PictureFormat::Jpeg, PictureFormat::Webp] {
         for colour in [[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 60, 30]] {
             let picture = flat(33, 17, colour);
-            let bytes = encode_picture(&picture, format, Some(90)).unwrap();
+            let bytes = encode_picture(&picture, format, Some(90), None).unwrap();
             assert_eq!(image::guess_format(&bytes).unwrap().to_mime_type(), format.media_type());
             let error = largest_error(&decode_picture(&bytes), &picture);
             assert!(error <= 5, "{format} {colour:?}: off by {error}");
@@ -346,8 +362,8 @@ fn lossy_pictures_show_the_colours_that_went_in() {
 #[test]
 fn less_compression_quality_means_fewer_bytes() {
     for format in [PictureFormat::Jpeg, PictureFormat::Webp] {
-        let sizes =
-            [0, 50, 100].map(|quality| encode_picture(&gradient(128, 128, 0), format, Some(quality)).unwrap().len());
+        let sizes = [0, 50, 100]
+            .map(|quality| encode_picture(&gradient(128, 128, 0), format, Some(quality), None).unwrap().len());
         assert!(sizes.is_sorted() && sizes[0] < sizes[2] / 2, "{format}: {sizes:?}");
     }
 }
@@ -356,17 +372,17 @@ fn less_compression_quality_means_fewer_bytes() {
 fn impossible_pictures_are_refused() {
     let picture = gradient(16, 16, 0);
     for (format, compression) in [(PictureFormat::Png, 99), (PictureFormat::Jpeg, 101), (PictureFormat::Webp, 101)] {
-        let refused = encode_picture(&picture, format, Some(compression));
+        let refused = encode_picture(&picture, format, Some(compression), None);
         assert!(matches!(refused, Err(MediaError::Compression { .. })), "{format} {compression}");
     }
     for (width, height, bytes) in [(0, 0, 0), (4, 4, 47), (usize::MAX, 2, 6)] {
         let torn = Frame { width, height, rgb: vec![0; bytes] };
-        assert!(matches!(encode_picture(&torn, PictureFormat::Png, None), Err(MediaError::BadFrame { .. })));
+        assert!(matches!(encode_picture(&torn, PictureFormat::Png, None, None), Err(MediaError::BadFrame { .. })));
     }
     // WebP ends at 16384 pixels a side, with losses at 16383.
     let long = flat(16_385, 1, [1, 2, 3]);
-    assert!(matches!(encode_picture(&long, PictureFormat::Webp, None), Err(MediaError::Picture { .. })));
-    assert!(matches!(encode_picture(&long, PictureFormat::Webp, Some(50)), Err(MediaError::Ffmpeg { .. })));
+    assert!(matches!(encode_picture(&long, PictureFormat::Webp, None, None), Err(MediaError::Picture { .. })));
+    assert!(matches!(encode_picture(&long, PictureFormat::Webp, Some(50), None), Err(MediaError::Ffmpeg { .. })));
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What pictures and clips share: the prompt's arguments, and following a session to its frames.
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 use tale_models::{Event, ModelCard, Request};
@@ -8,13 +8,21 @@ use tale_models::{Event, ModelCard, Request};
 use super::{CliError, Generator, wrong_medium};
 use crate::cli::progress::Phases;
 
+/// The group of arguments that say what to show.
+pub const SUBJECT: &str = "subject";
+
+/// At least one of them is needed.
+pub fn subject() -> ArgGroup {
+    ArgGroup::new(SUBJECT).required(true).multiple(true)
+}
+
 /// Absent ones take the model's own defaults.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Generation")]
 pub struct DiffusionArgs {
     /// What to show
-    #[arg(long, value_name = "TEXT")]
-    prompt: String,
+    #[arg(long, value_name = "TEXT", group = SUBJECT)]
+    prompt: Option<String>,
 
     /// What to steer away from, for models with classifier-free guidance
     #[arg(long, value_name = "TEXT")]
@@ -50,19 +58,20 @@ pub struct DiffusionArgs {
 }
 
 impl DiffusionArgs {
-    pub fn options(self) -> DiffusionOptions {
+    /// What was said, and `base` for the rest.
+    pub fn options_over(self, base: DiffusionOptions) -> DiffusionOptions {
         DiffusionOptions {
-            prompt: self.prompt,
-            negative_prompt: self.negative_prompt,
-            width: self.width,
-            height: self.height,
-            num_frames: None,
-            fps: None,
-            num_inference_steps: self.num_inference_steps,
-            guidance_scale: self.guidance_scale,
-            scheduler: self.scheduler,
-            seed: self.seed,
-            max_sequence_length: self.max_sequence_length,
+            prompt: self.prompt.unwrap_or(base.prompt),
+            negative_prompt: self.negative_prompt.or(base.negative_prompt),
+            width: self.width.or(base.width),
+            height: self.height.or(base.height),
+            num_frames: base.num_frames,
+            fps: base.fps,
+            num_inference_steps: self.num_inference_steps.or(base.num_inference_steps),
+            guidance_scale: self.guidance_scale.or(base.guidance_scale),
+            scheduler: self.scheduler.or(base.scheduler),
+            seed: self.seed.or(base.seed),
+            max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
         }
     }
 }

@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use tale_models::card::Medium;
+use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 
-use super::diffusion::{DiffusionArgs, card_for, follow};
+use super::diffusion::{DiffusionArgs, SUBJECT, card_for, follow, subject};
 use super::{CliError, Generator, ModelArgs, random_seed};
 use crate::engine::EngineOptions;
-use crate::media::{PictureFormat, encode_picture};
+use crate::media::{PictureFormat, encode_picture, read_png_text};
+use crate::parameters::{self, PictureParameters};
 
 #[derive(Debug, Args)]
+#[command(group = subject())]
 pub struct ImageArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -24,6 +26,14 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
 
+    /// Leave out of a .png how it was made, the prompt included
+    #[arg(long)]
+    no_metadata: bool,
+
+    /// Make the picture of this .png again: what tale wrote into it counts where no option says otherwise
+    #[arg(long, value_name = "FILE", group = SUBJECT)]
+    parameters_from: Option<PathBuf>,
+
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     diffusion: DiffusionArgs,
@@ -35,9 +45,14 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         return Err(CliError::Argument("--output-compression: png is lossless; leave it out".into()));
     }
     check_folder(&args.output)?;
+    let base = match &args.parameters_from {
+        Some(path) => read_parameters(path)?.into_options(),
+        None => DiffusionOptions::default(),
+    };
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
-    let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options(), random_seed())?;
+    let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options_over(base), random_seed())?;
+    let parameters = PictureParameters::new(&folder_name(&args.model.model), &request);
     generator.note(|| {
         let DiffusionRequest { width, height, num_inference_steps, guidance_scale, scheduler, seed, .. } = &request;
         let name = scheduler.name;
@@ -50,7 +65,23 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         Ok(())
     })?;
     let picture = picture.ok_or(CliError::EngineGone)?;
-    write(&args.output, &encode_picture(&picture, format, args.output_compression)?)
+    let text = (!args.no_metadata).then(|| (parameters::KEYWORD, parameters.to_json()));
+    write(&args.output, &encode_picture(&picture, format, args.output_compression, text)?)
+}
+
+/// What the parameters of a picture call a model that nobody has named.
+fn folder_name(model: &Path) -> String {
+    let path = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// The parameters that tale wrote into a picture.
+pub fn read_parameters(path: &Path) -> Result<PictureParameters, CliError> {
+    let refuse = |problem: String| CliError::Argument(format!("{}: {problem}", path.display()));
+    let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
+    let text = read_png_text(&bytes, parameters::KEYWORD).map_err(|error| refuse(error.to_string()))?;
+    let text = text.ok_or_else(|| refuse("says nothing of how it was made".to_owned()))?;
+    serde_json::from_str(&text).map_err(|error| refuse(format!("its parameters are not those of tale: {error}")))
 }
 
 fn format_of(path: &Path) -> Result<PictureFormat, CliError> {

@@ -1,7 +1,7 @@
 //! `tale generate`: one request through the engine that serves, without HTTP.
 
 mod diffusion;
-mod image;
+pub(super) mod image;
 mod text;
 mod video;
 

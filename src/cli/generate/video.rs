@@ -6,12 +6,13 @@ use clap::Args;
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 
-use super::diffusion::{DiffusionArgs, card_for, follow};
+use super::diffusion::{DiffusionArgs, card_for, follow, subject};
 use super::{CliError, Generator, ModelArgs, random_seed};
 use crate::engine::EngineOptions;
 use crate::media::{self, ClipEncoder, ClipFormat, FrameFolder};
 
 #[derive(Debug, Args)]
+#[command(group = subject())]
 pub struct VideoArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -37,7 +38,8 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
     let target = Target::of(&args.output)?;
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
-    let options = DiffusionOptions { num_frames: args.num_frames, fps: args.fps, ..args.diffusion.options() };
+    let clip = DiffusionOptions { num_frames: args.num_frames, fps: args.fps, ..DiffusionOptions::default() };
+    let options = args.diffusion.options_over(clip);
     let request = card_for(Medium::Clip, &card)?.resolve(options, random_seed())?;
     generator.note(|| {
         let DiffusionRequest { width, height, num_frames, fps, num_inference_steps, guidance_scale, seed, .. } =

@@ -1,0 +1,75 @@
+//! The effective parameters of a picture: what answers echo, and what a PNG file remembers of how it was made.
+//!
+//! As JSON they are a body that `POST /v1/images/generations` takes as it is and answers with the same picture. One list
+//! for the answer, the file and the way back, so that none of them can forget a field.
+
+use serde::{Deserialize, Serialize};
+use tale_models::card::DiffusionOptions;
+use tale_models::request::DiffusionRequest;
+
+/// Keyword of the PNG text that holds them.
+pub const KEYWORD: &str = "parameters";
+
+/// Everything that decides what a picture looks like.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct PictureParameters {
+    /// The name under which the model was served; on the command line the name of its folder.
+    pub model: String,
+    pub prompt: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub negative_prompt: Option<String>,
+    pub width: usize,
+    pub height: usize,
+    pub num_inference_steps: usize,
+    pub guidance_scale: f64,
+    pub scheduler: String,
+    pub max_sequence_length: usize,
+    pub seed: u64,
+}
+
+impl PictureParameters {
+    /// Of a request to the model of this name.
+    pub fn new(model: &str, request: &DiffusionRequest) -> Self {
+        Self {
+            model: model.to_owned(),
+            prompt: request.prompt.clone(),
+            negative_prompt: request.negative_prompt.as_ref().and_then(|prompt| prompt.text()).map(str::to_owned),
+            width: request.width,
+            height: request.height,
+            num_inference_steps: request.num_inference_steps,
+            guidance_scale: request.guidance_scale,
+            scheduler: request.scheduler.name.to_owned(),
+            max_sequence_length: request.max_sequence_length,
+            seed: request.seed,
+        }
+    }
+
+    /// The same for one picture of several.
+    pub fn with_seed(&self, seed: u64) -> Self {
+        Self { seed, ..self.clone() }
+    }
+
+    /// What a client would say to have the same picture again.
+    pub fn into_options(self) -> DiffusionOptions {
+        DiffusionOptions {
+            prompt: self.prompt,
+            negative_prompt: self.negative_prompt,
+            width: Some(self.width),
+            height: Some(self.height),
+            num_frames: None,
+            fps: None,
+            num_inference_steps: Some(self.num_inference_steps),
+            guidance_scale: Some(self.guidance_scale),
+            scheduler: Some(self.scheduler),
+            seed: Some(self.seed),
+            max_sequence_length: Some(self.max_sequence_length),
+        }
+    }
+
+    /// The text of a PNG file.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("numbers and text are always JSON: this is a bug")
+    }
+}
