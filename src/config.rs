@@ -12,6 +12,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
+use tale_models::ModelSource;
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadFormat, LoadOptions};
 
@@ -31,8 +32,9 @@ pub const MAX_MODEL_NAME_LEN: usize = 128;
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// A checkpoint folder and the name that clients use for it; may be given several times
-    #[arg(long = "model", value_name = "NAME=PATH", value_parser = parse_model)]
+    /// A checkpoint (a folder or a single file) and the name that clients use for it; may be given several times. What
+    /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks
+    #[arg(long = "model", value_name = "NAME=PATH[,base=DIR]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelSpec>,
 
@@ -273,7 +275,7 @@ fn read_file(path: &Path) -> Result<Settings, ConfigError> {
     })?;
     let folder = path.parent().unwrap_or(Path::new("."));
     for model in &mut settings.models {
-        model.path = folder.join(&model.path);
+        model.source = std::mem::take(&mut model.source).relative_to(folder);
     }
     settings.output_dir = settings.output_dir.map(|dir| folder.join(dir));
     Ok(settings)
@@ -291,29 +293,76 @@ fn parse_toml(text: &str) -> Result<Settings, (std::ops::Range<usize>, String)> 
     serde_path_to_error::deserialize(document).map_err(|error| problem(error.inner(), &error.path().to_string()))
 }
 
-/// `NAME=PATH`.
+/// `NAME=PATH`, or `NAME=PATH,KEY=PATH` with the keys of [`ModelSource::extras`].
 fn parse_model(argument: &str) -> Result<ModelSpec, String> {
-    let (name, path) = argument.split_once('=').ok_or("expected NAME=PATH")?;
-    if path.is_empty() {
+    let (name, paths) = argument.split_once('=').ok_or("expected NAME=PATH")?;
+    let mut paths = paths.split(',');
+    let mut source = ModelSource::at(paths.next().unwrap_or_default());
+    if source.path.as_os_str().is_empty() {
         return Err("the path is empty; expected NAME=PATH".into());
     }
-    checked_model(name, path.into())
+    for part in paths {
+        set_extra(&mut source, part)?;
+    }
+    checked_model(name, source)
+}
+
+/// One `KEY=PATH` after a model's own path.
+fn set_extra(source: &mut ModelSource, part: &str) -> Result<(), String> {
+    let (key, path) = part.split_once('=').unwrap_or((part, ""));
+    let mut extras = source.extras();
+    let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
+        let known = extras.map(|(known, _)| format!("{known}=PATH")).join(", ");
+        return Err(format!("`{part}` is not one of {known}; a path with a comma goes into the file of --config"));
+    };
+    if path.is_empty() || extra.is_some() {
+        return Err(format!("`{key}` needs one path, once"));
+    }
+    **extra = Some(path.into());
+    Ok(())
 }
 
 /// Names go into URLs, JSON, log lines and metric labels.
-fn checked_model(name: &str, path: PathBuf) -> Result<ModelSpec, String> {
+fn checked_model(name: &str, source: ModelSource) -> Result<ModelSpec, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
     if name.is_empty() || name.len() > MAX_MODEL_NAME_LEN || !name.chars().all(fits) {
         return Err(format!(
             "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
         ));
     }
-    Ok(ModelSpec { name: name.to_owned(), path })
+    Ok(ModelSpec { name: name.to_owned(), source })
 }
 
 fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelSpec>, D::Error> {
-    let table = BTreeMap::<String, PathBuf>::deserialize(deserializer)?;
-    table.into_iter().map(|(name, path)| checked_model(&name, path).map_err(de::Error::custom)).collect()
+    let table = BTreeMap::<String, SourceEntry>::deserialize(deserializer)?;
+    table.into_iter().map(|(name, entry)| checked_model(&name, entry.0).map_err(de::Error::custom)).collect()
+}
+
+/// `"PATH"`, or a table with `path` and what goes with it.
+struct SourceEntry(ModelSource);
+
+impl<'de> Deserialize<'de> for SourceEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(SourceVisitor)
+    }
+}
+
+struct SourceVisitor;
+
+impl<'de> de::Visitor<'de> for SourceVisitor {
+    type Value = SourceEntry;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a path, or a table with `path`")
+    }
+
+    fn visit_str<E: de::Error>(self, path: &str) -> Result<SourceEntry, E> {
+        Ok(SourceEntry(ModelSource::at(path)))
+    }
+
+    fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<SourceEntry, A::Error> {
+        ModelSource::deserialize(de::value::MapAccessDeserializer::new(table)).map(SourceEntry)
+    }
 }
 
 /// A TOML string in the spelling of the flag.
@@ -463,7 +512,7 @@ mod tests {
         };
         let config =
             resolve("max_queued = 5\nmax_denoise_rows = 3\n[models]\nchat = \"/a\"\nflux = \"/d\"", flags).unwrap();
-        let models: Vec<_> = config.models.iter().map(|m| (m.name.as_str(), m.path.to_str().unwrap())).collect();
+        let models: Vec<_> = config.models.iter().map(|m| (m.name.as_str(), m.source.path.to_str().unwrap())).collect();
         assert_eq!(models, [("chat", "/b"), ("flux", "/d"), ("wan", "/c")]);
         assert_eq!((config.engine.max_queued_sessions, config.engine.load.max_denoise_rows), (7, 3));
     }
@@ -471,9 +520,18 @@ mod tests {
     #[test]
     fn paths_in_the_file_are_relative_to_the_file() {
         let config = resolve("output_dir = \"clips\"\n[models]\na = \"m/a\"", Settings::default()).unwrap();
-        let folder = config.models[0].path.parent().unwrap().parent().unwrap();
+        let folder = config.models[0].source.path.parent().unwrap().parent().unwrap();
         assert!(folder.is_absolute());
         assert_eq!(config.server.output_dir.unwrap(), folder.join("clips"));
+    }
+
+    #[test]
+    fn a_model_may_be_a_table() {
+        let toml = "[models]\nb = \"m/b\"\n[models.a]\npath = \"a.safetensors\"\nbase = \"m/base\"\n";
+        let config = resolve(toml, Settings::default()).unwrap();
+        let folder = config.models[0].source.path.parent().unwrap();
+        assert_eq!(config.models[0].source.base, Some(folder.join("m/base")));
+        assert_eq!(config.models[1].source, ModelSource::at(folder.join("m/b")));
     }
 
     #[test]
@@ -490,6 +548,8 @@ mod tests {
         check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
         check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
         check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);
+        check_error("[models.a]\npath = \"/x\"\nbass = \"/y\"\n", &["`models.a", "unknown field `bass`", "`base`"]);
+        check_error("[models.a]\nbase = \"/y\"\n", &["`models.a`: ", "missing field `path`"]);
         check_error("max_queued = \n", &[":1: "]);
         check_error("", &["no model to serve"]);
         let missing = Config::resolve(Some(Path::new("/no/such.toml")), Settings::default()).unwrap_err();
@@ -498,8 +558,21 @@ mod tests {
 
     #[test]
     fn model_arguments_are_checked() {
-        assert!(parse_model("a=/x=y").is_ok_and(|model| model.path == Path::new("/x=y")));
-        for wrong in ["/models/a", "=x", "a=", "a b=/x", "\u{e9}=/x"] {
+        assert!(parse_model("a=/x=y").is_ok_and(|model| model.source == ModelSource::at("/x=y")));
+        let based = parse_model("a=/x.safetensors,base=/y").unwrap().source;
+        assert_eq!((based.path, based.base), ("/x.safetensors".into(), Some("/y".into())));
+        for wrong in [
+            "/models/a",
+            "=x",
+            "a=",
+            "a b=/x",
+            "\u{e9}=/x",
+            "a=,base=/y",
+            "a=/x,/y",
+            "a=/x,bass=/y",
+            "a=/x,base=",
+            "a=/x,base=/y,base=/z",
+        ] {
             assert!(parse_model(wrong).is_err(), "{wrong}");
         }
         let twice = vec![parse_model("a=/x").unwrap(), parse_model("a=/y").unwrap()];

@@ -9,6 +9,7 @@ use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use tale::engine::{Engine, EngineOptions, ModelSpec};
 use tale::http::{AppState, ServerOptions};
+use tale_models::ModelSource;
 use tale_models::family::LoadOptions;
 
 use crate::support::{Answer, Server, listen, request};
@@ -23,8 +24,9 @@ fn golden(name: &str) -> Value {
 }
 
 async fn server() -> Server {
-    let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")]
-        .map(|(name, golden)| ModelSpec { name: name.into(), path: case(golden).join("checkpoint") });
+    let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")].map(|(name, golden)| {
+        ModelSpec { name: name.into(), source: ModelSource::at(case(golden).join("checkpoint")) }
+    });
     let load = LoadOptions { kv_cache_bytes: 64 << 20, ..LoadOptions::default() };
     let options = EngineOptions { load, ..EngineOptions::default() };
     let loading = tokio::task::spawn_blocking(move || Engine::load(models.into(), options, |_, _| ()));

@@ -1,12 +1,11 @@
 //! The table of model families, and the way from a checkpoint folder to a loaded model.
 
-use std::path::Path;
-
 use crate::card::ModelCard;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::manifest::Manifest;
 use crate::runner::Runner;
+use crate::source::ModelSource;
 use crate::weights::{Weights, WeightsReport};
 
 /// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`].
@@ -160,14 +159,14 @@ impl Inspection {
     }
 }
 
-/// Loads the checkpoint at `path`. `on_component` hears the name of each component before it is read.
+/// Loads a checkpoint. `on_component` hears the name of each component before it is read.
 pub fn load(
-    path: &Path,
+    source: impl Into<ModelSource>,
     placement: &Placement,
     options: &LoadOptions,
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel> {
-    let manifest = Manifest::read(path)?;
+    let manifest = Manifest::read(source)?;
     let family = detect(&manifest)?;
     let format = options.load_format;
     let mut open = OpenWeights { placement, mode: Mode::Load, format, on_component, opened: Vec::new() };
@@ -187,15 +186,19 @@ pub fn load(
     Ok(model)
 }
 
-/// Says what the checkpoint at `path` is, what is missing or unused and what it would take, without loading it.
-pub fn inspect(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<Inspection> {
-    Ok(plan(path, placement, options)?.0)
+/// Says what a checkpoint is, what is missing or unused and what it would take, without loading it.
+pub fn inspect(source: impl Into<ModelSource>, placement: &Placement, options: &LoadOptions) -> Result<Inspection> {
+    Ok(plan(source, placement, options)?.0)
 }
 
 /// As [`inspect`], with the model itself, over tensors that take no memory: its card and the footprints of its requests
 /// are those of the loaded one. There is no model where the inspection names a problem.
-pub fn plan(path: &Path, placement: &Placement, options: &LoadOptions) -> Result<(Inspection, Option<LoadedModel>)> {
-    let manifest = Manifest::read(path)?;
+pub fn plan(
+    source: impl Into<ModelSource>,
+    placement: &Placement,
+    options: &LoadOptions,
+) -> Result<(Inspection, Option<LoadedModel>)> {
+    let manifest = Manifest::read(source)?;
     let family = detect(&manifest)?;
     let (mode, format) = (Mode::Inspect, options.load_format);
     let mut open = OpenWeights { placement, mode, format, on_component: &mut |_| (), opened: Vec::new() };
@@ -220,6 +223,7 @@ fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::path::Path;
 
     use super::*;
     use crate::device::{DeviceSpec, WeightDtype};

@@ -9,6 +9,7 @@ use serde_json::Value;
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::source::ModelSource;
 use crate::weights::Weights;
 
 /// A checkpoint folder, recognised but not loaded.
@@ -38,8 +39,13 @@ pub enum Layout {
 }
 
 impl Manifest {
-    /// Recognises the layout of the folder at `path`.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// Recognises the layout of a checkpoint.
+    pub fn read(source: impl Into<ModelSource>) -> Result<Self> {
+        let source = source.into();
+        let path = source.path.as_path();
+        if path.is_dir() && source.base.is_some() {
+            return Err(Error::checkpoint(path, "is a folder; a base goes with a single file"));
+        }
         if !path.is_dir() {
             return Err(Error::checkpoint(
                 path,

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
+use tale_models::ModelSource;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, Inspection, LoadFormat, LoadOptions};
 use tracing_subscriber::filter::LevelFilter;
@@ -17,8 +18,12 @@ use crate::config::{ByteSize, LogFormat};
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The checkpoint folder, or a .png that tale made, whose parameters are printed as JSON
+    /// The checkpoint (a folder or a single file), or a .png that tale made, whose parameters are printed as JSON
     path: PathBuf,
+
+    /// Of a single file: the diffusers folder with what it lacks [default: the file's folder]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
 
     /// Print one JSON object, with every unused tensor
     #[arg(long)]
@@ -40,12 +45,13 @@ pub struct InspectArgs {
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR);
-    if args.path.is_file() {
+    if args.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
         return print_parameters(&args.path);
     }
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
-    let report = Report::new(args, family::inspect(&args.path, &placement, &options)?);
+    let source = ModelSource { base: args.base.clone(), ..ModelSource::at(&args.path) };
+    let report = Report::new(args, family::inspect(source, &placement, &options)?);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {

@@ -5,7 +5,6 @@
 //! media, tensors.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -16,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, LoadOptions};
 use tale_models::runner::RunnerStatus;
-use tale_models::{Event, LoadedModel, ModelCard, Request, SessionId};
+use tale_models::{Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
 use self::ledger::{Ledger, Owner};
 use self::mailbox::Mailbox;
@@ -33,8 +32,8 @@ mod worker;
 pub struct ModelSpec {
     /// `model` of the API.
     pub name: String,
-    /// The checkpoint folder.
-    pub path: PathBuf,
+    /// Where it lies.
+    pub source: ModelSource,
 }
 
 /// Where and how models run.
@@ -391,9 +390,9 @@ fn load_models(
     let capacity_bytes = capacity_bytes(options, placement.memory().map_err(cannot_open)?)?;
     let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
-    for ModelSpec { name, path } in models {
+    for ModelSpec { name, source } in models {
         let mut on_component = |component: &str| on_component(&name, component);
-        match load_if_it_fits(&path, &placement, options, free_bytes, &mut on_component) {
+        match load_if_it_fits(&source, &placement, options, free_bytes, &mut on_component) {
             Ok(model) => {
                 free_bytes = free_bytes.saturating_sub(model.resident_bytes);
                 loaded.push((name, model));
@@ -423,18 +422,18 @@ pub(crate) fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>)
 
 /// What a model takes is known from its headers, so that a model too large is refused before a tensor is read.
 fn load_if_it_fits(
-    path: &Path,
+    source: &ModelSource,
     placement: &Placement,
     options: &EngineOptions,
     free_bytes: usize,
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel, tale_models::Error> {
     let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let needed_bytes = family::inspect(path, &dry, &options.load)?.resident_bytes();
+    let needed_bytes = family::inspect(source, &dry, &options.load)?.resident_bytes();
     if needed_bytes > free_bytes {
         return Err(tale_models::Error::OutOfMemory { needed_bytes, free_bytes });
     }
-    family::load(path, placement, &options.load, on_component)
+    family::load(source, placement, &options.load, on_component)
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.

@@ -22,6 +22,7 @@ use crate::vae::kl::{KlConfig, KlDecoder};
 use crate::weights::Weights;
 use crate::work::StepWork;
 
+pub mod original;
 pub mod transformer;
 
 use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig};

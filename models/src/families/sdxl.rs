@@ -27,6 +27,7 @@ use crate::weights::Weights;
 use crate::work::StepWork;
 
 pub mod config;
+pub mod original;
 pub mod unet;
 
 use config::UNetConfig;

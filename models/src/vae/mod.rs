@@ -1,4 +1,5 @@
 //! Latents to pixels.
 
 pub mod kl;
+pub mod original;
 pub mod wan;

@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 
 mod dummy;
 mod files;
+pub mod names;
 
 /// Bytes of a tensor that are converted at a time; whole elements of every dtype.
 const PIECE_BYTES: usize = 4 << 20;

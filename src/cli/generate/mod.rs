@@ -12,7 +12,7 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::LoadFormat;
-use tale_models::{Event, ModelCard, Request, card};
+use tale_models::{Event, ModelCard, ModelSource, Request, card};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -39,9 +39,13 @@ enum Medium {
 /// What all three take.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// The checkpoint folder
+    /// The checkpoint: a folder or a single file
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+
+    /// Of a single file: the diffusers folder with what it lacks [default: the file's folder]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
 
     /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
@@ -59,6 +63,12 @@ struct ModelArgs {
     /// Say on stderr what is used (seed, sizes, tokens per second), also when nobody watches
     #[arg(long, short)]
     verbose: bool,
+}
+
+impl ModelArgs {
+    fn source(&self) -> ModelSource {
+        ModelSource { base: self.base.clone(), ..ModelSource::at(&self.model) }
+    }
 }
 
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
@@ -88,7 +98,7 @@ impl Generator {
         let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
-        let model = ModelSpec { name: MODEL.into(), path: args.model.clone() };
+        let model = ModelSpec { name: MODEL.into(), source: args.source() };
         let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {

@@ -22,7 +22,7 @@ const NORM_EPS: f64 = 1e-6;
 const ROPE_THETA: f64 = 10_000.0;
 /// Width of the sinusoids of timestep and guidance.
 const TIME_CHANNELS: usize = 256;
-const MLP_RATIO: usize = 4;
+pub(super) const MLP_RATIO: usize = 4;
 /// Side of the square of latent positions that one image token holds.
 const PACK: usize = 2;
 

@@ -1,0 +1,56 @@
+//! Where a model lies on disk: its checkpoint, and what belongs to it without being part of it.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// A checkpoint and the paths that go with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSource {
+    /// The checkpoint: a folder, or a single file.
+    pub path: PathBuf,
+    /// Of a single file: the diffusers folder that gives what the file lacks (configurations, tokenizers, and the
+    /// components that are not in it).
+    #[serde(default)]
+    pub base: Option<PathBuf>,
+}
+
+impl ModelSource {
+    /// A checkpoint alone.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), ..Self::default() }
+    }
+
+    /// The paths beside the checkpoint, each with the key under which configurations and command lines name it.
+    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 1] {
+        [("base", &mut self.base)]
+    }
+
+    /// Reads relative paths as relative to `folder`.
+    pub fn relative_to(mut self, folder: &Path) -> Self {
+        self.path = folder.join(&self.path);
+        for (_, extra) in self.extras() {
+            *extra = extra.take().map(|path| folder.join(path));
+        }
+        self
+    }
+}
+
+impl From<&ModelSource> for ModelSource {
+    fn from(source: &ModelSource) -> Self {
+        source.clone()
+    }
+}
+
+impl From<&Path> for ModelSource {
+    fn from(path: &Path) -> Self {
+        Self::at(path)
+    }
+}
+
+impl From<&PathBuf> for ModelSource {
+    fn from(path: &PathBuf) -> Self {
+        Self::at(path)
+    }
+}
