@@ -262,6 +262,7 @@ impl DiffusionCard {
             max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
+            edit: None,
         };
         self.check_size(&request)?;
         self.check_time(&request)?;

@@ -1,5 +1,7 @@
 //! What goes into a runner and what comes out of it: ids, validated requests, events. Plain data, no tensors.
 
+use std::sync::Arc;
+
 use crate::error::Error;
 use crate::solver::schedulers::Scheduler;
 
@@ -93,6 +95,21 @@ pub struct DiffusionRequest {
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.
     pub max_sequence_length: usize,
+    /// The picture to begin from; without it the loop begins from noise alone.
+    pub edit: Option<Edit>,
+}
+
+/// A picture that is made into another one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Edit {
+    /// The picture, in the width and height of the request.
+    pub image: Arc<Frame>,
+    /// What is made anew, in the width and height of the request; without it everything is.
+    pub mask: Option<Arc<Mask>>,
+    /// How far the picture is taken back to noise: 1 all the way.
+    pub strength: f64,
+    /// Steps of the schedule that are left out, as follows from `strength`; fewer than there are.
+    pub first_step: usize,
 }
 
 /// What the second branch of classifier-free guidance is told.
@@ -123,6 +140,8 @@ pub enum Phase {
     Decode,
     /// Diffusion: text encoders.
     Encode,
+    /// Diffusion: an input picture to latents.
+    VaeEncode,
     /// Diffusion: one denoising step of a batch.
     Denoise,
     /// Diffusion: latents to pixels, one chunk.
@@ -136,6 +155,7 @@ impl Phase {
             Phase::Prefill => "prefill",
             Phase::Decode => "decode",
             Phase::Encode => "encode",
+            Phase::VaeEncode => "vae_encode",
             Phase::Denoise => "denoise",
             Phase::VaeDecode => "vae_decode",
         }
@@ -163,7 +183,7 @@ pub struct Usage {
 }
 
 /// One picture, or one frame of a clip: 8-bit RGB, rows top to bottom, no padding.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Frame {
     /// Pixels.
     pub width: usize,
@@ -171,6 +191,30 @@ pub struct Frame {
     pub height: usize,
     /// `height * width * 3` bytes.
     pub rgb: Vec<u8>,
+}
+
+/// Which pixels of a picture are made anew: those of 128 and more. Rows top to bottom, no padding.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Mask {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// `height * width` bytes.
+    pub grey: Vec<u8>,
+}
+
+// Requests are printed; their pictures are not.
+impl std::fmt::Debug for Frame {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Frame({}x{}, {} bytes)", self.width, self.height, self.rgb.len())
+    }
+}
+
+impl std::fmt::Debug for Mask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Mask({}x{}, {} bytes)", self.width, self.height, self.grey.len())
+    }
 }
 
 /// What a session tells the world, in order. After `Finished` or `Failed` nothing follows.

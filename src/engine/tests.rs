@@ -37,6 +37,7 @@ fn clip(num_inference_steps: usize) -> Request {
         scheduler: Scheduler::named("flow_euler").unwrap(),
         seed: 0,
         max_sequence_length: 8,
+        edit: None,
     })
 }
 

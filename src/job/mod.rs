@@ -229,6 +229,7 @@ pub(crate) mod tests {
             scheduler: Scheduler::named("flow_euler").unwrap(),
             seed: 0,
             max_sequence_length: 8,
+            edit: None,
         };
         Job::new("clips".into(), request, ClipFormat::Mp4)
     }

@@ -1,26 +1,29 @@
 //! The diffusion runner: text encoding, batched denoising, chunked VAE decoding, for any [`DiffusionModel`].
 //!
-//! Owns: sessions, batching by shape, the denoising loop, guidance, conversion to RGB bytes. Does not know: any
-//! architecture, solver or VAE.
+//! Owns: sessions, what they encode first, batching by shape, the denoising loop, guidance, conversion to RGB bytes. Does
+//! not know: any architecture, solver or VAE.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
 use crate::card::DiffusionCard;
 use crate::error::{Error, Result};
-use crate::request::{DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, Usage};
+use crate::request::{DiffusionRequest, Event, Events, FinishReason, Frame, Mask, Phase, Request, SessionId, Usage};
 use crate::rng::TorchGenerator;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::Solver;
+use crate::vae::Posterior;
 use crate::work::StepWork;
 
 pub mod batcher;
+pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, ShapeKey, StepKey};
+use batcher::{Batcher, Input, PictureInput, ShapeKey, StepKey};
+use start::{Encoded, Repaint, Start, start};
 
 /// Most sessions that one runner holds, whatever memory there is.
 pub const MAX_SESSIONS: usize = 256;
@@ -80,6 +83,32 @@ pub trait DiffusionModel: Send {
 
     /// The next chunk: f32 pixels `[frames, 3, height, width]` in -1..=1 (not yet clamped).
     fn decode_next(&self, decoding: &mut Self::Decoding) -> Result<Tensor>;
+
+    /// What it adds to begin from pictures, if it does.
+    fn picture_model(&self) -> Option<&dyn PictureModel> {
+        None
+    }
+}
+
+/// What a family adds whose loop may begin from a picture. Requests with an [`crate::request::Edit`] are for it alone.
+pub trait PictureModel {
+    /// The pictures that a request has encoded, in this order.
+    fn inputs(&self, request: &DiffusionRequest) -> Vec<PictureInput> {
+        let picture = |edit: &crate::request::Edit| PictureInput { picture: edit.image.clone(), blanked: None };
+        request.edit.iter().map(picture).collect()
+    }
+
+    /// What the VAE says of one of them.
+    fn encode(&self, input: &PictureInput) -> Result<Posterior>;
+
+    /// Least work of [`PictureModel::encode`].
+    fn encode_work(&self, input: &PictureInput) -> StepWork;
+
+    /// A sample of a posterior as `predict` takes latents: scaled, and packed where the family packs.
+    fn latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor>;
+
+    /// The mask, for each value of the latents that `predict` takes: 1 where it is made anew, else 0.
+    fn mask(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor>;
 }
 
 /// One row of a denoising batch.
@@ -112,8 +141,11 @@ struct Session<M: DiffusionModel> {
 }
 
 enum Stage<M: DiffusionModel> {
-    /// Conditioning of the prompts encoded so far: the positive one, then the negative one.
-    Encode(Vec<Arc<M::Conditioning>>),
+    Encode {
+        /// Not yet encoded, at least one: the prompt, the negative one, then pictures.
+        inputs: VecDeque<Input>,
+        encoded: Encoded<M::Conditioning>,
+    },
     Denoise(Denoising<M>),
     /// Final latents; decoding has not begun.
     Latents(Tensor),
@@ -132,8 +164,17 @@ struct Denoising<M: DiffusionModel> {
     solver: Box<dyn Solver>,
     /// The request's own: the solver goes on where the initial noise left off.
     generator: TorchGenerator,
-    /// Steps done.
-    done: usize,
+    /// Where the loop began in the solver's timesteps.
+    first_step: usize,
+    /// Where it is now.
+    index: usize,
+    repaint: Option<Repaint>,
+}
+
+/// What becomes of an input, shared by the sessions that waited for it.
+enum EncodedInput<C> {
+    Prompt(Arc<C>),
+    Picture(Arc<Posterior>),
 }
 
 /// What becomes of a session after a step.
@@ -155,23 +196,38 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         &self.model
     }
 
-    /// One text, for all sessions that wait for it.
-    fn encode(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
-        let first = self.session(ids[0]);
-        let conditioning = Arc::new(match first.next_prompt() {
-            Some(prompt) => self.model.encode(prompt, &first.request)?,
-            None => self.model.encode_absent(&first.request)?,
-        });
+    /// One text or picture, for all sessions that wait for it.
+    fn encode(&mut self, input: &Input, ids: &[SessionId], events: &mut Events) -> Result<()> {
+        let result = self.encode_input(input, &self.session(ids[0]).request)?;
         for id in ids {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
-            let (done, total) = session.take_encoded(conditioning.clone());
-            if done == total {
+            let (done, total) = session.take_encoded(&result);
+            if session.next_input().is_none() {
                 session.begin_denoising(&self.model)?;
             }
-            events.emit(*id, Event::Progress { phase: Phase::Encode, done, total });
+            events.emit(*id, Event::Progress { phase: input.phase(), done, total });
             self.settle(*id, Outcome::GoesOn, events);
         }
         Ok(())
+    }
+
+    fn encode_input(&self, input: &Input, request: &DiffusionRequest) -> Result<EncodedInput<M::Conditioning>> {
+        Ok(match input {
+            Input::Prompt { text: Some(text), .. } => EncodedInput::Prompt(Arc::new(self.model.encode(text, request)?)),
+            Input::Prompt { text: None, .. } => EncodedInput::Prompt(Arc::new(self.model.encode_absent(request)?)),
+            Input::Picture(input) => {
+                let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
+                EncodedInput::Picture(Arc::new(family.encode(input)?))
+            }
+        })
+    }
+
+    fn encode_work(&self, input: &Input, request: &DiffusionRequest) -> StepWork {
+        match input {
+            Input::Prompt { text: Some(text), .. } => self.model.encode_work(text, request),
+            Input::Prompt { text: None, .. } => self.model.encode_absent_work(request),
+            Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_work(input),
+        }
     }
 
     /// One denoising step of every member.
@@ -250,6 +306,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 }
 
 const MEMBERS_EXIST: &str = "a queued session is a known session: this is a bug";
+const PICTURES_ARE_TAKEN: &str = "a picture was refused where the model takes none: this is a bug";
 const STAGE_FITS: &str = "a session is in the stage that its step key names: this is a bug";
 
 impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
@@ -267,7 +324,10 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         if self.sessions.len() >= MAX_SESSIONS {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
-        let new = Session { request, started: false, stage: Stage::Encode(Vec::new()) };
+        if request.edit.is_some() && self.model.picture_model().is_none() {
+            return Err(Error::invalid("image", "this model does not begin from a picture"));
+        }
+        let new = Session::new(request, &self.model);
         self.batcher.enqueue(session, new.step_key(session));
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
@@ -288,10 +348,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         let Some(batch) = self.batcher.peek() else { return StepWork::default() };
         let first = self.session(batch.sessions[0]);
         match &first.stage {
-            Stage::Encode(_) => match first.next_prompt() {
-                Some(prompt) => self.model.encode_work(prompt, &first.request),
-                None => self.model.encode_absent_work(&first.request),
-            },
+            Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &first.request),
             Stage::Denoise(_) => {
                 let rows: usize = batch.sessions.iter().map(|id| self.session(*id).rows().count()).sum();
                 let passes = (0..rows).step_by(self.max_rows).map(|start| self.max_rows.min(rows - start));
@@ -308,7 +365,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         self.in_step.clone_from(&batch.sessions);
         self.announce(events);
         match batch.key {
-            StepKey::Encode { .. } => self.encode(&batch.sessions, events)?,
+            StepKey::Encode(input) => self.encode(&input, &batch.sessions, events)?,
             StepKey::Denoise(_) => self.denoise(&batch.sessions, events)?,
             StepKey::VaeDecode(session) => self.decode(session, events)?,
         }
@@ -331,13 +388,20 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 }
 
 impl<M: DiffusionModel> Session<M> {
+    fn new(request: DiffusionRequest, model: &M) -> Self {
+        let max_sequence_length = request.max_sequence_length;
+        let prompt = |text: Option<&str>| Input::Prompt { text: text.map(str::to_owned), max_sequence_length };
+        let prompts = [Some(prompt(Some(&request.prompt))), request.negative_prompt.as_ref().map(|n| prompt(n.text()))];
+        let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
+        let inputs = prompts.into_iter().flatten().chain(pictures.into_iter().map(Input::Picture)).collect();
+        let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new() };
+        Self { request, started: false, stage: Stage::Encode { inputs, encoded } }
+    }
+
     fn step_key(&self, id: SessionId) -> StepKey {
         let request = &self.request;
         match &self.stage {
-            Stage::Encode(_) => StepKey::Encode {
-                prompt: self.next_prompt().map(str::to_owned),
-                max_sequence_length: request.max_sequence_length,
-            },
+            Stage::Encode { inputs, .. } => StepKey::Encode(inputs[0].clone()),
             Stage::Denoise(_) => StepKey::Denoise(ShapeKey {
                 width: request.width,
                 height: request.height,
@@ -349,33 +413,46 @@ impl<M: DiffusionModel> Session<M> {
         }
     }
 
-    /// The text to encode next: the prompt, then the negative prompt, `None` where that is absent.
-    fn next_prompt(&self) -> Option<&str> {
-        match (&self.stage, &self.request.negative_prompt) {
-            (Stage::Encode(encoded), Some(negative)) if !encoded.is_empty() => negative.text(),
-            _ => Some(&self.request.prompt),
+    /// The input to encode next.
+    fn next_input(&self) -> Option<&Input> {
+        match &self.stage {
+            Stage::Encode { inputs, .. } => inputs.front(),
+            _ => None,
         }
     }
 
-    /// Texts encoded, and texts in all.
-    fn take_encoded(&mut self, conditioning: Arc<M::Conditioning>) -> (usize, usize) {
-        let Stage::Encode(encoded) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        encoded.push(conditioning);
-        (encoded.len(), 1 + usize::from(self.request.negative_prompt.is_some()))
+    /// What became of the next input. Inputs of its kind that are encoded, and those there are in all.
+    fn take_encoded(&mut self, result: &EncodedInput<M::Conditioning>) -> (usize, usize) {
+        let Stage::Encode { inputs, encoded } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
+        let phase = inputs.pop_front().expect(STAGE_FITS).phase();
+        let done = match result {
+            EncodedInput::Prompt(conditioning) => {
+                encoded.prompts.push(conditioning.clone());
+                encoded.prompts.len()
+            }
+            EncodedInput::Picture(posterior) => {
+                encoded.pictures.push(posterior.clone());
+                encoded.pictures.len()
+            }
+        };
+        (done, done + inputs.iter().filter(|input| input.phase() == phase).count())
     }
 
     fn begin_denoising(&mut self, model: &M) -> Result<()> {
-        let Stage::Encode(conditioning) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
+        let Stage::Encode { encoded, .. } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
         let mut generator = TorchGenerator::new(self.request.seed);
         let solver = model.solver(&self.request)?;
-        let latents = (model.initial_latents(&self.request, &mut generator)? * solver.init_noise_sigma())?;
+        let Start { latents, first_step, repaint } =
+            start(model, &self.request, &encoded.pictures, &*solver, &mut generator)?;
         self.stage = Stage::Denoise(Denoising {
-            conditioning: std::mem::take(conditioning),
-            model_input: solver.scale_model_input(0, &latents)?,
+            conditioning: std::mem::take(&mut encoded.prompts),
+            model_input: solver.scale_model_input(first_step, &latents)?,
             latents,
             solver,
             generator,
-            done: 0,
+            first_step,
+            index: first_step,
+            repaint,
         });
         Ok(())
     }
@@ -388,7 +465,7 @@ impl<M: DiffusionModel> Session<M> {
     /// Rows of the next denoising step: the positive branch, then the negative one.
     fn rows(&self) -> impl Iterator<Item = DenoiseRow<'_, M::Conditioning>> {
         let denoising = self.denoising();
-        let timestep = denoising.solver.timesteps()[denoising.done];
+        let timestep = denoising.solver.timesteps()[denoising.index];
         denoising.conditioning.iter().map(move |conditioning| DenoiseRow {
             latents: &denoising.model_input,
             timestep,
@@ -411,14 +488,17 @@ impl<M: DiffusionModel> Session<M> {
     /// Moves the latents one timestep on: steps done, and steps in all. After the last one only the latents are kept.
     fn advance(&mut self, prediction: &Tensor) -> Result<(usize, usize)> {
         let Stage::Denoise(denoising) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let Denoising { latents, model_input, solver, generator, done, .. } = denoising;
-        *latents = solver.step(*done, prediction, latents, generator)?;
-        *done += 1;
-        let (done, total) = (*done, solver.timesteps().len());
+        let Denoising { latents, model_input, solver, generator, first_step, index, repaint, .. } = denoising;
+        *latents = solver.step(*index, prediction, latents, generator)?;
+        *index += 1;
+        if let Some(repaint) = repaint {
+            *latents = repaint.blend(latents, *index, &**solver)?;
+        }
+        let (done, total) = (*index - *first_step, solver.timesteps().len() - *first_step);
         if done == total {
             self.stage = Stage::Latents(latents.clone());
         } else {
-            *model_input = solver.scale_model_input(done, latents)?;
+            *model_input = solver.scale_model_input(*index, latents)?;
         }
         Ok((done, total))
     }

@@ -5,23 +5,52 @@
 //! waits for more than n - 1 steps between two of its own, whatever the others are doing.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
-use crate::request::{Phase, SessionId};
+use crate::request::{Frame, Mask, Phase, SessionId};
 
 /// Sessions with equal keys may share a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StepKey {
-    /// One text to encode: sessions that wait for the same text share the result.
-    Encode {
-        /// The text; `None` for a negative prompt that the client did not give.
-        prompt: Option<String>,
-        /// Tokens that it is padded or cut to.
-        max_sequence_length: usize,
-    },
+    /// One input to encode: sessions that wait for an equal one share the result.
+    Encode(Input),
     /// One prediction per row, at timesteps that may differ.
     Denoise(ShapeKey),
     /// One chunk of pixels; a session decodes alone.
     VaeDecode(SessionId),
+}
+
+/// What a session encodes before it denoises, in a step of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// For the text encoders.
+    Prompt {
+        /// The text; `None` for a negative prompt that the client did not give.
+        text: Option<String>,
+        /// Tokens that it is padded or cut to.
+        max_sequence_length: usize,
+    },
+    /// For the VAE.
+    Picture(PictureInput),
+}
+
+/// A picture for the VAE.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PictureInput {
+    /// In the size of the request.
+    pub picture: Arc<Frame>,
+    /// What is blanked before.
+    pub blanked: Option<Arc<Mask>>,
+}
+
+impl Input {
+    /// Kind of the step that encodes it.
+    pub fn phase(&self) -> Phase {
+        match self {
+            Input::Prompt { .. } => Phase::Encode,
+            Input::Picture(_) => Phase::VaeEncode,
+        }
+    }
 }
 
 /// What the rows of one denoising batch have in common, so that their tensors stack.
@@ -43,7 +72,7 @@ impl StepKey {
     /// Kind of the step.
     pub fn phase(&self) -> Phase {
         match self {
-            StepKey::Encode { .. } => Phase::Encode,
+            StepKey::Encode(input) => input.phase(),
             StepKey::Denoise(_) => Phase::Denoise,
             StepKey::VaeDecode(_) => Phase::VaeDecode,
         }
@@ -121,7 +150,7 @@ mod tests {
     }
 
     fn encode(prompt: &str) -> StepKey {
-        StepKey::Encode { prompt: Some(prompt.into()), max_sequence_length: 8 }
+        StepKey::Encode(Input::Prompt { text: Some(prompt.into()), max_sequence_length: 8 })
     }
 
     fn check(max_rows: usize, waiting: &[StepKey], expected: &[u64]) {

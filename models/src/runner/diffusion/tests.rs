@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
-use crate::request::{NegativePrompt, SamplingParams, TextRequest};
+use crate::request::{Edit, NegativePrompt, SamplingParams, TextRequest};
 use crate::solver::schedulers::Scheduler;
 use crate::testing::flow_schedulers;
 use crate::work::StepWork;
@@ -22,7 +22,9 @@ struct Toy {
     alive: Arc<AtomicUsize>,
     /// Rows of each forward pass.
     passes: Arc<Mutex<Vec<usize>>>,
+    /// Prompts, and pictures as `picture` and the first value.
     encoded: Arc<Mutex<Vec<String>>>,
+    takes_pictures: bool,
 }
 
 struct Counted {
@@ -61,7 +63,7 @@ impl Toy {
             guidance: Guidance::ClassifierFree,
             schedulers: flow_schedulers(),
         };
-        Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default() }
+        Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default(), takes_pictures: true }
     }
 
     fn counted(&self, value: f32, prompt: &str) -> Counted {
@@ -90,8 +92,8 @@ impl Solver for Halving {
         &self.0
     }
 
-    fn add_noise(&self, _index: usize, _sample: &Tensor, _noise: &Tensor) -> Result<Tensor> {
-        unreachable!("the runner begins from noise alone")
+    fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        Ok((sample + (noise * (self.0[index] / 1000.0))?)?)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
@@ -163,6 +165,58 @@ impl DiffusionModel for Toy {
         let value = f64::from(mean.value) * 0.01 * factor(&mean.prompt, "decode")?;
         Ok((Tensor::ones((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu)? * value)?)
     }
+
+    fn picture_model(&self) -> Option<&dyn PictureModel> {
+        self.takes_pictures.then_some(self as &dyn PictureModel)
+    }
+}
+
+/// Latents are the red values, give or take half; packed they are twice that.
+impl PictureModel for Toy {
+    fn encode(&self, input: &PictureInput) -> Result<Posterior> {
+        let Frame { width, height, rgb } = &*input.picture;
+        self.encoded.lock().expect("lock").push(format!("picture {}", rgb[0]));
+        let red: Vec<f32> = rgb.iter().step_by(3).map(|value| f32::from(*value)).collect();
+        let mean = Tensor::from_vec(red, (1, 1, *height, *width), &Device::Cpu)?;
+        Ok(Posterior { std: mean.ones_like()?.affine(0.5, 0.0)?, mean })
+    }
+
+    fn encode_work(&self, input: &PictureInput) -> StepWork {
+        StepWork { flops: 7.0 * input.picture.width as f64, bytes: 3.0 }
+    }
+
+    fn latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
+        Ok((sample * 2.0)?)
+    }
+
+    fn mask(&self, mask: &Mask, _request: &DiffusionRequest) -> Result<Tensor> {
+        let values: Vec<f32> = mask.grey.iter().map(|value| f32::from(u8::from(*value >= 128))).collect();
+        Ok(Tensor::from_vec(values, (1, 1, mask.height, mask.width), &Device::Cpu)?)
+    }
+}
+
+/// From a picture of four red values, without the first of three steps.
+fn edit(red: [u8; 4], mask: Option<[u8; 4]>, seed: u64) -> DiffusionRequest {
+    let rgb = red.iter().flat_map(|value| [*value, 0, 0]).collect();
+    let image = Arc::new(Frame { width: 2, height: 2, rgb });
+    let mask = mask.map(|grey| Arc::new(Mask { width: 2, height: 2, grey: grey.to_vec() }));
+    DiffusionRequest { edit: Some(Edit { image, mask, strength: 0.7, first_step: 1 }), ..request("one", seed) }
+}
+
+fn values(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().and_then(|x| x.to_vec1()).expect("values")
+}
+
+/// `latents` of a session after its inputs are encoded and so many denoising steps.
+fn latents_after(request: &DiffusionRequest, denoise_steps: usize) -> Vec<f32> {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, request.clone());
+    (0..2 + denoise_steps).for_each(|_| drop(step(&mut runner)));
+    match &runner.session(SessionId(1)).stage {
+        Stage::Denoise(denoising) => values(&denoising.latents),
+        Stage::Latents(latents) => values(latents),
+        _ => panic!("denoising has begun and pixels have not"),
+    }
 }
 
 fn request(prompt: &str, seed: u64) -> DiffusionRequest {
@@ -178,6 +232,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         scheduler: Scheduler::named("flow_euler").expect("known"),
         seed,
         max_sequence_length: 8,
+        edit: None,
     }
 }
 
@@ -332,6 +387,81 @@ fn one_prompt_of_many_sessions_is_encoded_once() {
     (0..4).for_each(|seed| submit(&mut runner, seed, request("same", seed)));
     run(&mut runner);
     assert_eq!(*runner.model().encoded.lock().expect("lock"), ["same"]);
+}
+
+#[test]
+fn a_picture_is_encoded_after_the_prompts_and_left_out_steps_are_not_counted() {
+    let events = alone(edit([9; 4], None, 1));
+    let story: Vec<&str> = events.iter().map(|event| event.split(" [").next().unwrap_or_default()).take(5).collect();
+    assert_eq!(story, ["started", "encode 1/1", "vae_encode 1/1", "denoise 1/2", "denoise 2/2"]);
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, edit([9; 4], None, 1));
+    step(&mut runner);
+    assert_eq!(runner.next().map(|plan| plan.phase), Some(Phase::VaeEncode));
+    assert_eq!(runner.next_work(), StepWork { flops: 14.0, bytes: 3.0 });
+}
+
+#[test]
+fn one_picture_of_many_sessions_is_encoded_once_and_sampled_by_each() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    (0..4).for_each(|seed| submit(&mut runner, seed, edit([9; 4], None, seed)));
+    submit(&mut runner, 9, edit([8; 4], None, 0));
+    run(&mut runner);
+    assert_eq!(*runner.model().encoded.lock().expect("lock"), ["one", "picture 9", "picture 8"]);
+    assert_ne!(latents_after(&edit([9; 4], None, 1), 0), latents_after(&edit([9; 4], None, 2), 0));
+}
+
+/// The first draw is the posterior's, the second one the noise; at the second of three timesteps two thirds of it.
+#[test]
+fn the_loop_begins_from_the_noisy_picture() {
+    let mut generator = TorchGenerator::new(5);
+    let (sampled, noise) = (generator.randn(4), generator.randn(4));
+    let found = latents_after(&edit([1, 2, 3, 4], None, 5), 0);
+    for (i, found) in found.iter().enumerate() {
+        let expected = 2.0 * (1.0 + i as f32 + 0.5 * sampled[i]) + noise[i] * 2.0 / 3.0;
+        assert!((found - expected).abs() < 1e-4, "{found}, {expected}");
+    }
+}
+
+/// Between steps the kept part is as noisy as the loop, after the last one it is the picture; the rest is the loop's.
+#[test]
+fn what_the_mask_leaves_out_stays_the_picture() {
+    let mask = Some([127, 128, 0, 255]);
+    let mut generator = TorchGenerator::new(5);
+    let (sampled, noise) = (generator.randn(4), generator.randn(4));
+    let picture = |i: usize| 2.0 * (1.0 + i as f32 + 0.5 * sampled[i]);
+    let (whole, after_one) = (edit([1, 2, 3, 4], None, 5), latents_after(&edit([1, 2, 3, 4], mask, 5), 1));
+    let after_all = latents_after(&edit([1, 2, 3, 4], mask, 5), 2);
+    for i in [0, 2] {
+        assert!((after_one[i] - picture(i) - noise[i] / 3.0).abs() < 1e-4, "{after_one:?}");
+        assert!((after_all[i] - picture(i)).abs() < 1e-4, "{after_all:?}");
+    }
+    let free = latents_after(&whole, 2);
+    for i in [1, 3] {
+        assert_eq!(after_all[i], free[i]);
+    }
+}
+
+/// A mask at full strength begins from noise alone; without a mask the picture still shines through.
+#[test]
+fn a_mask_at_full_strength_begins_from_noise() {
+    let whole = |mask| {
+        let mut request = edit([200; 4], mask, 5);
+        request.edit = request.edit.map(|edit| Edit { strength: 1.0, first_step: 0, ..edit });
+        latents_after(&request, 0)
+    };
+    let mut generator = TorchGenerator::new(5);
+    let (_, noise) = (generator.randn(4), generator.randn(4));
+    assert_eq!(whole(Some([255; 4])), noise);
+    assert!(whole(None).iter().all(|value| *value > 300.0));
+}
+
+#[test]
+fn pictures_are_refused_where_none_are_taken() {
+    let mut runner = DiffusionRunner::new(Toy { takes_pictures: false, ..Toy::new() }, 4);
+    let refused = runner.submit(SessionId(1), Request::Diffusion(edit([9; 4], None, 1)));
+    assert!(matches!(refused, Err(Error::InvalidRequest { field, .. }) if field == "image"));
+    assert_empty(&runner);
 }
 
 #[test]
