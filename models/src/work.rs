@@ -53,6 +53,7 @@ mod tests {
 
     use crate::encoders::t5::T5Config;
     use crate::families::flux::transformer::FluxTransformerConfig;
+    use crate::families::sdxl::config::UNetConfig;
     use crate::families::wan::WanConfig;
     use crate::layers::decoder::StepSizes;
     use crate::manifest::Manifest;
@@ -86,6 +87,13 @@ mod tests {
         check(config::<KlConfig>("flux.1-dev", "vae").decode_flops(128, 128), 10.47, 0.05);
         let t5: T5Config = config("flux.1-dev", "text_encoder_2");
         check(t5.flops(512), 5.0, 0.5);
+    }
+
+    #[test]
+    fn sdxl_has_the_operations_of_its_size() {
+        let unet: UNetConfig = config("sdxl", "unet");
+        check(unet.flops(77, (128, 128)), 6.76, 0.02);
+        check(config::<KlConfig>("sdxl", "vae").decode_flops(128, 128), 10.47, 0.05);
     }
 
     #[test]

@@ -57,6 +57,18 @@ pub const PRESETS: &[Preset] = &[
         tokenizers: &["tokenizer", "tokenizer_2"],
     },
     Preset {
+        name: "sdxl",
+        files: &[
+            ("model_index.json", include_str!("sdxl-index.json")),
+            ("unet/config.json", include_str!("sdxl.json")),
+            ("scheduler/scheduler_config.json", include_str!("sdxl-scheduler.json")),
+            ("text_encoder/config.json", include_str!("sdxl-clip-l.json")),
+            ("text_encoder_2/config.json", include_str!("clip-bigg.json")),
+            ("vae/config.json", include_str!("sdxl-vae.json")),
+        ],
+        tokenizers: &["tokenizer", "tokenizer_2"],
+    },
+    Preset {
         name: "wan2.1-t2v-1.3b",
         files: &[
             ("model_index.json", include_str!("wan-index.json")),
@@ -102,7 +114,7 @@ pub struct Configurations(TempDir);
 /// What a checkpoint folder has beside its weights.
 const EXTENSIONS: [&str; 4] = ["json", "jinja", "txt", "model"];
 /// Numbers of layers, as the configurations of all components call them.
-const DEPTHS: [&str; 3] = ["num_hidden_layers", "num_layers", "num_single_layers"];
+const DEPTHS: [&str; 4] = ["num_hidden_layers", "num_layers", "num_single_layers", "transformer_layers_per_block"];
 
 impl Configurations {
     /// Of a preset.
@@ -140,8 +152,8 @@ impl Configurations {
         for path in folders.iter().map(|folder| folder.join("config.json")).filter(|path| path.exists()) {
             let mut config: Value = read_json(&path)?;
             for field in DEPTHS {
-                if let Some(layers) = config[field].as_u64() {
-                    config[field] = (layers as usize).min(max_layers).into();
+                if let Some(depth) = config.get_mut(field) {
+                    cut(depth, max_layers);
                 }
             }
             std::fs::write(&path, config.to_string()).map_err(|e| Error::checkpoint(path, e))?;
@@ -158,6 +170,15 @@ impl Configurations {
         let path = self.path().join(name);
         create_dir(path.parent().unwrap_or(self.path()).to_owned())?;
         std::fs::write(&path, text).map_err(|e| Error::checkpoint(path, e))
+    }
+}
+
+/// A number of layers, or one for each level.
+fn cut(depth: &mut Value, max_layers: usize) {
+    match depth {
+        Value::Array(levels) => levels.iter_mut().for_each(|level| cut(level, max_layers)),
+        Value::Number(layers) => *layers = layers.as_u64().map_or(max_layers, |n| max_layers.min(n as usize)).into(),
+        _ => (),
     }
 }
 

@@ -41,6 +41,10 @@ fn parameters_are_those_published() {
         // The decoder alone.
         check(name, "vae", 0.0495);
     }
+    check("sdxl", "unet", 2.5675);
+    check("sdxl", "text_encoder", 0.1231);
+    check("sdxl", "text_encoder_2", 0.6947);
+    check("sdxl", "vae", 0.0495);
     for (name, transformer) in [("wan2.1-t2v-1.3b", 1.419), ("wan2.1-t2v-14b", 14.288)] {
         check(name, "transformer", transformer);
         check(name, "text_encoder", 5.681);
@@ -75,6 +79,16 @@ fn layers_are_cut_in_every_component() {
     assert_eq!(layers("text_encoder", "num_hidden_layers"), Some(2));
     assert_eq!(layers("text_encoder_2", "num_layers"), Some(2));
     assert_eq!(layers("vae", "num_layers"), None);
+    inspect(&folder);
+}
+
+#[test]
+fn layers_are_cut_where_each_level_has_its_own() {
+    let folder = preset("sdxl");
+    folder.keep_layers(2).expect("cut");
+    let config: Value = read_json(&folder.path().join("unet/config.json")).expect("is there");
+    assert_eq!(config["transformer_layers_per_block"], serde_json::json!([1, 2, 2]));
+    assert!(config.get("num_layers").is_none(), "nothing is added");
     inspect(&folder);
 }
 
