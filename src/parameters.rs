@@ -26,6 +26,7 @@ pub struct PictureParameters {
     pub guidance_scale: f64,
     pub scheduler: String,
     pub max_sequence_length: usize,
+    pub vae_tiling: bool,
     pub seed: u64,
 }
 
@@ -42,6 +43,7 @@ impl PictureParameters {
             guidance_scale: request.guidance_scale,
             scheduler: request.scheduler.name.to_owned(),
             max_sequence_length: request.max_sequence_length,
+            vae_tiling: request.vae_tiling,
             seed: request.seed,
         }
     }
@@ -65,6 +67,7 @@ impl PictureParameters {
             scheduler: Some(self.scheduler),
             seed: Some(self.seed),
             max_sequence_length: Some(self.max_sequence_length),
+            vae_tiling: Some(self.vae_tiling),
         }
     }
 

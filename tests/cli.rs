@@ -277,6 +277,37 @@ fn inspect_says_what_a_checkpoint_is() {
     }
 }
 
+/// The plan of a request with the model's own sizes: what each phase needs, tiles where a whole picture has no room.
+#[test]
+fn inspect_plans_the_memory_of_a_request() {
+    let checkpoint = Golden::read("flux-schnell").checkpoint;
+    let report = |args: &[&str]| -> Value {
+        serde_json::from_str(&succeed(&[&["inspect", &checkpoint, "--json"], args].concat())).unwrap()
+    };
+    let whole = report(&[]);
+    let phases = |report: &Value| -> Vec<(String, u64)> {
+        let phases = report["request"]["phases"].as_array().unwrap().iter();
+        phases.map(|of| (of["phase"].as_str().unwrap().into(), of["memory_bytes"].as_u64().unwrap())).collect()
+    };
+    let names: Vec<String> = phases(&whole).into_iter().map(|(phase, _)| phase).collect();
+    assert_eq!(names, ["encode", "denoise", "vae_decode"]);
+    let peak = phases(&whole).iter().map(|(_, bytes)| *bytes).max().unwrap();
+    assert_eq!(whole["request"]["memory_bytes"], peak);
+    assert_eq!((&whole["request"]["vae_tiling"], &whole["request"]["free_bytes"]), (&json!(false), &Value::Null));
+
+    let decode = phases(&whole)[2].1;
+    let memory = (whole["memory_bytes"].as_u64().unwrap() + decode / 2).to_string();
+    let tiled = report(&["--memory", &memory]);
+    assert_eq!((&tiled["request"]["vae_tiling"], &tiled["request"]["free_bytes"]), (&json!(true), &json!(decode / 2)));
+    assert!(phases(&tiled)[2].1 < decode / 2, "{tiled}");
+    let text = succeed(&["inspect", &checkpoint, "--memory", &memory]);
+    assert!(text.contains("its VAE in tiles") && text.contains("fit"), "{text}");
+    assert_eq!(
+        succeed(&["inspect", &Golden::read("qwen2").checkpoint, "--json"]).matches("\"request\": null").count(),
+        1
+    );
+}
+
 /// Copies a checkpoint so that a test may damage it.
 fn copy_of(case: &str) -> (TempDir, PathBuf) {
     let dir = tempdir().unwrap();

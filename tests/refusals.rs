@@ -262,7 +262,10 @@ async fn what_can_never_fit_into_memory_is_refused_with_the_figures() {
         let job = server.get(&path).await.expect(200).json();
         if job["status"] == "failed" {
             assert_eq!(job["error"]["code"], "out_of_memory");
-            assert_eq!(job["error"]["message"], "not enough memory: 1048577 bytes needed, 1048576 free");
+            assert_eq!(
+                job["error"]["message"],
+                "not enough memory: 1048577 bytes needed in phase denoise, 1048576 free"
+            );
             break;
         }
         assert!(begun.elapsed() < std::time::Duration::from_secs(5), "{job}");

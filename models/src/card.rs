@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
+use crate::memory::VaeTiling;
 use crate::request::{DiffusionRequest, NegativePrompt, SamplingParams, TextRequest};
 use crate::solver::schedulers::Schedulers;
 use crate::tokenizer::Tokenizer;
@@ -20,6 +21,16 @@ pub enum ModelCard {
     Text(TextCard),
     /// A picture or clip model.
     Diffusion(DiffusionCard),
+}
+
+impl ModelCard {
+    /// The card of a model on a device that has so many bytes for work beside all weights.
+    pub fn with_room(self, room_bytes: usize) -> Self {
+        match self {
+            Self::Text(card) => Self::Text(card),
+            Self::Diffusion(card) => Self::Diffusion(DiffusionCard { room_bytes, ..card }),
+        }
+    }
 }
 
 /// Card of a language model.
@@ -187,6 +198,10 @@ pub struct DiffusionCard {
     pub guidance: Guidance,
     /// The solvers that the checkpoint can be sampled with.
     pub schedulers: Schedulers,
+    /// When the VAE works in tiles; `None` where it has none.
+    pub vae_tiling: Option<VaeTiling>,
+    /// Bytes that the device has for work beside all weights; no bound until whoever loads the models says so.
+    pub room_bytes: usize,
 }
 
 /// What a diffusion model makes.
@@ -237,6 +252,8 @@ pub struct DiffusionOptions {
     pub scheduler: Option<String>,
     pub seed: Option<u64>,
     pub max_sequence_length: Option<usize>,
+    /// Whether the VAE works in tiles; absent: where the memory plan needs them.
+    pub vae_tiling: Option<bool>,
 }
 
 /// Most denoising steps of one request.
@@ -263,12 +280,14 @@ impl DiffusionCard {
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
             edit: None,
+            vae_tiling: false,
         };
         self.check_size(&request)?;
         self.check_time(&request)?;
         check_range("num_inference_steps", request.num_inference_steps, 1, MAX_INFERENCE_STEPS)?;
         check_range("max_sequence_length", request.max_sequence_length, 1, self.max_sequence_length)?;
-        self.with_checked_guidance(request)
+        let vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
+        self.with_checked_guidance(DiffusionRequest { vae_tiling, ..request })
     }
 
     fn check_size(&self, request: &DiffusionRequest) -> Result<()> {
@@ -286,6 +305,16 @@ impl DiffusionCard {
             return Err(Error::invalid("size", problem));
         }
         Ok(())
+    }
+
+    /// What is asked for, or what the memory plan needs.
+    fn vae_tiling(&self, asked: Option<bool>, request: &DiffusionRequest) -> Result<bool> {
+        match (asked, &self.vae_tiling) {
+            (Some(asked), Some(_)) => Ok(asked),
+            (None, Some(tiling)) => Ok(tiling.is_needed(request.width, request.height, self.room_bytes)),
+            (Some(true), None) => Err(Error::invalid("vae_tiling", "this model's VAE has no tiles; leave it out")),
+            (Some(false) | None, None) => Ok(false),
+        }
     }
 
     fn check_time(&self, request: &DiffusionRequest) -> Result<()> {
@@ -360,6 +389,8 @@ mod tests {
             max_sequence_length: 512,
             guidance: Guidance::ClassifierFree,
             schedulers: crate::testing::flow_schedulers(),
+            vae_tiling: None,
+            room_bytes: usize::MAX,
         }
     }
 
@@ -414,6 +445,32 @@ mod tests {
         check(picture_card(Guidance::Embedded), DiffusionOptions { fps: Some(8), ..options() }, "fps", "leave it out");
         let scale = DiffusionOptions { guidance_scale: Some(3.5), ..options() };
         check(picture_card(Guidance::None), scale, "guidance_scale", "only 0");
+    }
+
+    /// In tiles what is asked for, else what has no room as a whole; the same request always in the same way.
+    #[test]
+    fn tiles_are_chosen_by_the_room_there_is() {
+        let tiling = VaeTiling { tile_side: 64, bytes_per_pixel: 10 };
+        let card =
+            |room_bytes| DiffusionCard { vae_tiling: Some(tiling), room_bytes, ..picture_card(Guidance::Embedded) };
+        let resolved = |card: DiffusionCard, side, vae_tiling| {
+            let size = Some(side);
+            let options = DiffusionOptions { width: size, height: size, vae_tiling, ..DiffusionOptions::default() };
+            card.resolve(options, 0).map(|request| request.vae_tiling)
+        };
+        for (room, side, asked, expected) in [
+            (usize::MAX, 128, None, false),
+            (128 * 128 * 10, 128, None, false),
+            (128 * 128 * 10 - 1, 128, None, true),
+            (0, 64, None, false),
+            (usize::MAX, 128, Some(true), true),
+            (0, 128, Some(false), false),
+        ] {
+            let found = resolved(card(room), side, asked).expect("valid");
+            assert_eq!(found, expected, "{room} bytes, {side} pixels, {asked:?}");
+        }
+        let error = resolved(picture_card(Guidance::Embedded), 64, Some(true)).expect_err("refused").to_string();
+        assert!(error.starts_with("vae_tiling: "), "{error}");
     }
 
     #[test]

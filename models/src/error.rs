@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::request::Phase;
+
 /// What can go wrong while reading a checkpoint, accepting a request or computing a step.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -62,8 +64,10 @@ pub enum Error {
         limit: usize,
     },
     /// The device has too little memory, found out before anything is computed.
-    #[error("not enough memory: {needed_bytes} bytes needed, {free_bytes} free")]
+    #[error("not enough memory: {needed_bytes} bytes needed{}, {free_bytes} free", in_phase(*phase))]
     OutOfMemory {
+        /// The phase of a request that needs them; `None` for what a model takes.
+        phase: Option<Phase>,
         /// Bytes that the work needs.
         needed_bytes: usize,
         /// Bytes that are free.
@@ -94,6 +98,10 @@ pub enum Error {
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn in_phase(phase: Option<Phase>) -> String {
+    phase.map_or(String::new(), |phase| format!(" in phase {}", phase.as_str()))
+}
 
 impl Error {
     /// A [`Error::Checkpoint`] from anything printable.
@@ -126,7 +134,9 @@ impl Error {
                 Self::InvalidRequest { field: field.clone(), problem: problem.clone() }
             }
             &Self::ContextLength { prompt_tokens, limit } => Self::ContextLength { prompt_tokens, limit },
-            &Self::OutOfMemory { needed_bytes, free_bytes } => Self::OutOfMemory { needed_bytes, free_bytes },
+            &Self::OutOfMemory { phase, needed_bytes, free_bytes } => {
+                Self::OutOfMemory { phase, needed_bytes, free_bytes }
+            }
             &Self::TooManySessions { limit } => Self::TooManySessions { limit },
             Self::Device(problem) => Self::Device(problem.clone()),
             &Self::NotFinite { phase } => Self::NotFinite { phase },

@@ -313,7 +313,7 @@ mod tests {
     fn default_footprint_bytes(model: &LoadedModel) -> usize {
         let ModelCard::Diffusion(card) = &model.card else { return 0 };
         let options = crate::card::DiffusionOptions { prompt: "x".into(), ..Default::default() };
-        model.runner.footprint_bytes(&crate::Request::Diffusion(card.resolve(options, 0).expect("valid")))
+        model.runner.plan(&crate::Request::Diffusion(card.resolve(options, 0).expect("valid"))).peak_bytes()
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod family;
 pub mod kv;
 pub mod layers;
 pub mod manifest;
+pub mod memory;
 pub mod presets;
 pub mod request;
 pub mod rng;

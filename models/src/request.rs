@@ -95,6 +95,8 @@ pub struct DiffusionRequest {
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.
     pub max_sequence_length: usize,
+    /// Whether the VAE works on tiles of the picture, where that is larger than one.
+    pub vae_tiling: bool,
     /// The picture to begin from; without it the loop begins from noise alone.
     pub edit: Option<Edit>,
 }

@@ -10,6 +10,7 @@ use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard,
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
+use crate::memory::MemoryPlan;
 use crate::request::{
     DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
 };
@@ -109,6 +110,8 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         max_sequence_length: 128,
         guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
+        vae_tiling: None,
+        room_bytes: usize::MAX,
     }
 }
 
@@ -158,8 +161,12 @@ impl ScriptedRunner {
 }
 
 impl Runner for ScriptedRunner {
-    fn footprint_bytes(&self, _request: &Request) -> usize {
-        self.script.footprint_bytes
+    fn plan(&self, request: &Request) -> MemoryPlan {
+        let phase = match request {
+            Request::Text(_) => Phase::Prefill,
+            Request::Diffusion(_) => Phase::Denoise,
+        };
+        MemoryPlan::new([(phase, self.script.footprint_bytes)])
     }
 
     fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {

@@ -67,7 +67,7 @@ fn run(case: &str, options: DiffusionOptions) -> (usize, usize) {
     let mut model = load(&checkpoint, &placement, &LoadOptions::default(), &mut |_| ()).expect("a sound checkpoint");
     let ModelCard::Diffusion(card) = &model.card else { panic!("{case} makes pictures or clips") };
     let request = Request::Diffusion(card.resolve(options, 1).expect("a valid request"));
-    let footprint = model.runner.footprint_bytes(&request);
+    let footprint = model.runner.plan(&request).peak_bytes();
 
     let before = NOW.load(Relaxed);
     PEAK.store(before, Relaxed);

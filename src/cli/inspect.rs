@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use tale_models::ModelSource;
+use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, Inspection, LoadFormat, LoadOptions};
+use tale_models::family::{self, Inspection, LoadFormat, LoadOptions, LoadedModel};
+use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::generate::image::read_parameters;
@@ -40,6 +41,10 @@ pub struct InspectArgs {
     /// Where weights would come from: auto (the checkpoint's files), or dummy (nowhere: what the configurations ask for)
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     load_format: LoadFormat,
+
+    /// Memory that the model and its requests may take, such as 24GiB: says how a request is then worked on, and if it fits
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
 }
 
 /// Fails, after the report, when the checkpoint cannot be loaded.
@@ -51,7 +56,9 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
     let source = ModelSource { base: args.base.clone(), ..ModelSource::at(&args.path) };
-    let report = Report::new(args, family::inspect(source, &placement, &options)?);
+    let (inspection, model) = family::plan(source, &placement, &options)?;
+    let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
+    let report = Report::new(args, inspection, request);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {
@@ -86,7 +93,53 @@ struct Report {
     /// Of the KV cache of a language model with the default options.
     cache_bytes: usize,
     components: Vec<ComponentReport>,
+    /// Of a model that makes pictures or clips.
+    request: Option<RequestReport>,
     problems: Vec<String>,
+}
+
+/// What a request with the model's own sizes needs beside the weights.
+#[derive(Debug, Serialize)]
+struct RequestReport {
+    width: usize,
+    height: usize,
+    num_frames: usize,
+    /// Whether the VAE works in tiles.
+    vae_tiling: bool,
+    phases: Vec<PhaseReport>,
+    /// Of the greediest phase.
+    memory_bytes: usize,
+    /// What `--memory` leaves beside the weights.
+    free_bytes: Option<usize>,
+}
+
+#[derive(Debug, Serialize)]
+struct PhaseReport {
+    phase: &'static str,
+    memory_bytes: usize,
+}
+
+impl RequestReport {
+    fn new(args: &InspectArgs, inspection: &Inspection, model: LoadedModel) -> Result<Option<Self>, CliError> {
+        let free_bytes = args.memory.map(|memory| memory.0.saturating_sub(inspection.resident_bytes()));
+        let ModelCard::Diffusion(card) = model.card.with_room(free_bytes.unwrap_or(usize::MAX)) else {
+            return Ok(None);
+        };
+        let request = card.resolve(DiffusionOptions::default(), 0)?;
+        let (width, height, num_frames) = (request.width, request.height, request.num_frames);
+        let vae_tiling = request.vae_tiling;
+        let plan = model.runner.plan(&Request::Diffusion(request));
+        let phases = plan.phases().iter();
+        Ok(Some(Self {
+            width,
+            height,
+            num_frames,
+            vae_tiling,
+            phases: phases.map(|of| PhaseReport { phase: of.phase.as_str(), memory_bytes: of.bytes }).collect(),
+            memory_bytes: plan.peak_bytes(),
+            free_bytes,
+        }))
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -101,7 +154,7 @@ struct ComponentReport {
 }
 
 impl Report {
-    fn new(args: &InspectArgs, inspection: Inspection) -> Self {
+    fn new(args: &InspectArgs, inspection: Inspection, request: Option<RequestReport>) -> Self {
         let of_weights = inspection.components.iter().flat_map(|(_, weights)| &weights.problems);
         let problems: Vec<_> = of_weights.chain(&inspection.problem).map(ToString::to_string).collect();
         let components: Vec<_> = inspection
@@ -124,6 +177,7 @@ impl Report {
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
             cache_bytes: inspection.cache_bytes,
             components,
+            request,
             problems,
         }
     }
@@ -153,7 +207,10 @@ impl Display for Report {
                 ByteSize(self.cache_bytes)
             )?;
         }
-        writeln!(f, "\nWhat a request needs while it runs comes on top.")?;
+        match &self.request {
+            Some(request) => write!(f, "{request}")?,
+            None => writeln!(f, "\nWhat a request needs while it runs comes on top.")?,
+        }
         for component in self.components.iter().filter(|component| !component.unused_tensors.is_empty()) {
             write_unused(f, component)?;
         }
@@ -162,6 +219,24 @@ impl Display for Report {
         }
         writeln!(f, "\nThe checkpoint cannot be loaded:")?;
         self.problems.iter().try_for_each(|problem| writeln!(f, "  {problem}"))
+    }
+}
+
+impl Display for RequestReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { width, height, num_frames, .. } = self;
+        let size = match num_frames {
+            1 => format!("A picture of {width}x{height}"),
+            _ => format!("A clip of {num_frames} frames of {width}x{height}"),
+        };
+        let tiles = if self.vae_tiling { ", its VAE in tiles," } else { "" };
+        writeln!(f, "\n{size} needs beside the weights{tiles} while it runs:")?;
+        for PhaseReport { phase, memory_bytes } in &self.phases {
+            writeln!(f, "  {phase:<18} {:>25}", ByteSize(*memory_bytes).to_string())?;
+        }
+        let Some(free_bytes) = self.free_bytes else { return Ok(()) };
+        let fits = if self.memory_bytes <= free_bytes { "It fits" } else { "It does not fit" };
+        writeln!(f, "{fits}: {} are free beside the weights.", ByteSize(free_bytes))
     }
 }
 

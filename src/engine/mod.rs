@@ -431,7 +431,7 @@ fn load_if_it_fits(
     let dry = Placement::in_host_memory(options.device, options.weight_dtype);
     let needed_bytes = family::inspect(source, &dry, &options.load)?.resident_bytes();
     if needed_bytes > free_bytes {
-        return Err(tale_models::Error::OutOfMemory { needed_bytes, free_bytes });
+        return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
     }
     family::load(source, placement, &options.load, on_component)
 }
@@ -440,18 +440,26 @@ fn load_if_it_fits(
 fn prepare(loaded: Loaded) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
     let Loaded { models, capacity_bytes } = loaded;
     let mut ledger = Ledger::new(capacity_bytes);
-    let (mut served, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
+    let (mut cards, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
     for (index, (name, model)) in models.into_iter().enumerate() {
         ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {
             model: name.clone(),
             source: Box::new(tale_models::Error::OutOfMemory {
+                phase: None,
                 needed_bytes: shortage.needed_bytes,
                 free_bytes: shortage.free_bytes,
             }),
         })?;
         runners.push((name.clone(), model.runner));
-        served.push(ServedModel { name, card: Arc::new(model.card), created: SystemTime::now() });
+        cards.push((name, model.card));
     }
+    let room_bytes = ledger.session_capacity_bytes();
+    let served = cards.into_iter().map(|(name, card)| ServedModel {
+        name,
+        card: Arc::new(card.with_room(room_bytes)),
+        created: SystemTime::now(),
+    });
+    let served = served.collect();
     Ok((served, DeviceWorker::new(runners, ledger, WallClock::default())))
 }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
+use tale_models::memory::PhaseBytes;
 use tale_models::runner::StepPlan;
 use tale_models::{Error, Event, Events, Request, Runner, SessionId};
 
@@ -170,10 +171,10 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     fn enqueue(&mut self, id: SessionId, model: usize, request: Request) -> Result<(), Error> {
-        let footprint_bytes = guarded(|| Ok(self.runners[model].footprint_bytes(&request)))?;
-        let capacity = self.ledger.session_capacity_bytes();
-        if footprint_bytes > capacity {
-            return Err(Error::OutOfMemory { needed_bytes: footprint_bytes, free_bytes: capacity });
+        let plan = guarded(|| Ok(self.runners[model].plan(&request)))?;
+        let (footprint_bytes, free_bytes) = (plan.peak_bytes(), self.ledger.session_capacity_bytes());
+        if let Some(PhaseBytes { phase, bytes: needed_bytes }) = plan.peak().filter(|peak| peak.bytes > free_bytes) {
+            return Err(Error::OutOfMemory { phase: Some(phase), needed_bytes, free_bytes });
         }
         self.waiting.push_back(Waiting { id, model, request, footprint_bytes, overtaken: 0 });
         self.admission_due = true;

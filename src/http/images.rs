@@ -42,6 +42,30 @@ struct ImageBody {
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
     metadata: Option<bool>,
+    vae_tiling: Option<VaeTiling>,
+}
+
+/// Whether the VAE works in tiles: as asked, or where memory is too short for the whole picture.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "must be true, false or \"auto\"")]
+enum VaeTiling {
+    Asked(bool),
+    Auto(Auto),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Auto {
+    Auto,
+}
+
+impl VaeTiling {
+    fn asked(self) -> Option<bool> {
+        match self {
+            Self::Asked(asked) => Some(asked),
+            Self::Auto(Auto::Auto) => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -171,6 +195,7 @@ impl ImageBody {
             scheduler: self.scheduler,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
+            vae_tiling: self.vae_tiling.and_then(VaeTiling::asked),
         };
         diffusion::resolve(card, options, size)
     }

@@ -129,6 +129,7 @@ impl VideoBody {
             scheduler: self.scheduler,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
+            vae_tiling: None,
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })

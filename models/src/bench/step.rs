@@ -135,7 +135,7 @@ impl StepBench {
         let (weight_bytes, model) = plan_model(path, &dry, &load)?;
         let request = Sizes::new(&model.card, options)?;
         let of_largest = request.request(&model.card, 0, request.answer_tokens(largest(&batches)))?;
-        let footprint = model.runner.footprint_bytes(&of_largest);
+        let footprint = model.runner.plan(&of_largest).peak_bytes();
         Ok(Self {
             path: path.to_owned(),
             family: match &model.card {
@@ -156,7 +156,7 @@ impl StepBench {
     pub fn load(self, placement: &Placement, free_bytes: usize) -> Result<LoadedBench> {
         let needed_bytes = self.needed_bytes;
         if needed_bytes > free_bytes {
-            return Err(Error::OutOfMemory { needed_bytes, free_bytes });
+            return Err(Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
         }
         // First, so that what it takes on a GPU is free again for the model.
         let roofs = roofs(placement)?;
@@ -511,7 +511,7 @@ mod tests {
         let request = &bench.plan.request;
         let largest = largest(&bench.plan.batches);
         let of_largest = request.request(&bench.model.card, 0, request.answer_tokens(largest)).expect("valid");
-        let footprint = largest * bench.model.runner.footprint_bytes(&of_largest);
+        let footprint = largest * bench.model.runner.plan(&of_largest).peak_bytes();
         assert_eq!(bench.plan.needed_bytes, bench.model.resident_bytes + footprint);
         let mut steps = Vec::new();
         bench.run(&mut |step| steps.push(step)).expect("runs");
@@ -587,7 +587,7 @@ mod tests {
         let plan = plan("wan-a", &options()).expect("fits");
         let (needed, free) = (plan.needed_bytes, plan.needed_bytes - 1);
         match plan.load(&cpu(), free) {
-            Err(Error::OutOfMemory { needed_bytes, free_bytes }) => {
+            Err(Error::OutOfMemory { phase: None, needed_bytes, free_bytes }) => {
                 assert_eq!((needed_bytes, free_bytes), (needed, free))
             }
             _ => panic!("was loaded"),

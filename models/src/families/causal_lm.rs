@@ -65,7 +65,7 @@ pub fn load(
 fn num_kv_blocks(config: &DecoderConfig, block_bytes: usize, options: &LoadOptions) -> Result<usize> {
     let affordable = options.kv_cache_bytes / block_bytes;
     if affordable == 0 {
-        return Err(Error::OutOfMemory { needed_bytes: block_bytes, free_bytes: options.kv_cache_bytes });
+        return Err(Error::OutOfMemory { phase: None, needed_bytes: block_bytes, free_bytes: options.kv_cache_bytes });
     }
     let useful = options.max_batch_sequences.saturating_mul(blocks_for(config.context_len()));
     Ok(affordable.min(useful))

@@ -12,13 +12,14 @@ use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::manifest::Manifest;
-use crate::request::DiffusionRequest;
+use crate::memory::MemoryPlan;
+use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::kl::{KlConfig, KlDecoder};
+use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
 use crate::weights::Weights;
 use crate::work::StepWork;
 
@@ -100,7 +101,12 @@ impl FluxModel {
 
         let text_encoder = open("text_encoder")?;
         Ok(Self {
-            card: card(&transformer_config, &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?),
+            card: card(
+                &transformer_config,
+                &vae_config,
+                Schedulers::read(manifest, Training::FlowWithMu)?,
+                text_encoder.placement(),
+            ),
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
             placement: text_encoder.placement().clone(),
@@ -117,6 +123,12 @@ impl FluxModel {
     fn grid(&self, request: &DiffusionRequest) -> (usize, usize) {
         let pixels_per_token = self.vae_config.vae_scale_factor() * PACK;
         (request.height / pixels_per_token, request.width / pixels_per_token)
+    }
+
+    /// Height and width of the latents.
+    fn latents(&self, request: &DiffusionRequest) -> (usize, usize) {
+        let (rows, columns) = self.grid(request);
+        (rows * PACK, columns * PACK)
     }
 
     /// Latents `[1, c, h, w]` as tokens `[1, (h/2)(w/2), 4c]`: a square of four positions is one token, channel by
@@ -163,7 +175,12 @@ fn check_parts_fit(
 
 /// Defaults of `FluxPipeline.__call__` for dev; those of the model card for schnell, which was distilled without
 /// guidance and with shorter prompts.
-fn card(transformer: &FluxTransformerConfig, vae: &KlConfig, schedulers: Schedulers) -> DiffusionCard {
+fn card(
+    transformer: &FluxTransformerConfig,
+    vae: &KlConfig,
+    schedulers: Schedulers,
+    placement: &Placement,
+) -> DiffusionCard {
     let (num_inference_steps, guidance_scale, max_sequence_length, guidance) = match transformer.guidance_embeds {
         true => (28, 3.5, 512, Guidance::Embedded),
         false => (4, 0.0, 256, Guidance::None),
@@ -189,19 +206,20 @@ fn card(transformer: &FluxTransformerConfig, vae: &KlConfig, schedulers: Schedul
         max_sequence_length,
         guidance,
         schedulers,
+        vae_tiling: vae.vae_tiling(placement.compute_dtype),
+        room_bytes: usize::MAX,
     }
 }
 
 impl DiffusionModel for FluxModel {
     type Conditioning = FluxConditioning;
-    /// Final latents `[1, c, h, w]`.
-    type Decoding = Tensor;
+    type Decoding = KlDecoding;
 
     fn card(&self) -> &DiffusionCard {
         &self.card
     }
 
-    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
         let (rows, columns) = self.grid(request);
         let (text_len, image_len) = (request.max_sequence_length, rows * columns);
         let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
@@ -209,8 +227,12 @@ impl DiffusionModel for FluxModel {
         let latents = 2 * image_len * transformer.in_channels * size_of::<f32>();
         let encode = self.t5_config.forward_bytes(text_len, &self.placement);
         let denoise = (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
-        let decode = self.vae_config.decode_bytes(request.width * request.height, dtype);
-        conditioning + latents + encode.max(denoise).max(decode)
+        let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
+        MemoryPlan::new([
+            (Phase::Encode, conditioning + encode),
+            (Phase::Denoise, conditioning + latents + denoise),
+            (Phase::VaeDecode, latents + decode),
+        ])
     }
 
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<FluxConditioning> {
@@ -235,9 +257,8 @@ impl DiffusionModel for FluxModel {
         self.transformer.work(rows, request.max_sequence_length, grid_rows * columns)
     }
 
-    fn decode_work(&self, request: &DiffusionRequest, _step: usize) -> StepWork {
-        let (grid_rows, columns) = self.grid(request);
-        self.vae.work(grid_rows * PACK, columns * PACK)
+    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
+        self.vae.work(self.latents(request), request.vae_tiling, step)
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -269,16 +290,16 @@ impl DiffusionModel for FluxModel {
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
     }
 
-    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {
-        self.unpack(latents, self.grid(request))
+    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {
+        self.vae.begin(&self.unpack(latents, self.grid(request))?, request.vae_tiling)
     }
 
-    fn num_decode_steps(&self, _request: &DiffusionRequest) -> usize {
-        1
+    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
+        self.vae_config.num_decode_steps(self.latents(request), request.vae_tiling)
     }
 
-    fn decode_next(&self, latents: &mut Tensor) -> Result<Tensor> {
-        self.vae.decode(latents)
+    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
+        self.vae.decode_next(decoding)
     }
 }
 

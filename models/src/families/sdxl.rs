@@ -16,13 +16,14 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::manifest::Manifest;
-use crate::request::DiffusionRequest;
+use crate::memory::MemoryPlan;
+use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::kl::{KlConfig, KlDecoder};
+use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
 use crate::weights::Weights;
 use crate::work::StepWork;
 
@@ -114,7 +115,7 @@ impl SdxlModel {
         let (tokenizer, tokenizer_2) = (tokenizer("tokenizer")?, tokenizer("tokenizer_2")?);
         let text_encoder = open("text_encoder")?;
         Ok(Self {
-            card: sizes.card(schedulers),
+            card: sizes.card(schedulers, text_encoder.placement().compute_dtype),
             tokenizer,
             tokenizer_2,
             placement: text_encoder.placement().clone(),
@@ -188,7 +189,8 @@ impl Sizes {
         Ok(())
     }
 
-    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+    /// `dtype` is that of activations.
+    fn card(&self, schedulers: Schedulers, dtype: DType) -> DiffusionCard {
         let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
         let max_sequence_length = self.text_encoder.max_position_embeddings;
         DiffusionCard {
@@ -211,6 +213,8 @@ impl Sizes {
             max_sequence_length,
             guidance: Guidance::ClassifierFree,
             schedulers,
+            vae_tiling: self.vae.vae_tiling(dtype),
+            room_bytes: usize::MAX,
         }
     }
 
@@ -220,31 +224,36 @@ impl Sizes {
         (1, self.unet.in_channels, request.height / pixels, request.width / pixels)
     }
 
-    /// Most bytes that one session keeps alive at a time: what it holds all along and the greediest of its phases.
-    fn peak_bytes(&self, request: &DiffusionRequest, dtype: DType) -> usize {
+    /// Most bytes that one session keeps alive in each phase.
+    fn plan(&self, request: &DiffusionRequest, dtype: DType) -> MemoryPlan {
         let rows = 1 + usize::from(request.negative_prompt.is_some());
         let text = request.max_sequence_length;
         let (_, channels, height, width) = self.latent_shape(request);
         let conditioning = rows * (text * self.unet.text_dim() + self.text_encoder_2.projection_dim);
+        let conditioning = conditioning * dtype.size_in_bytes();
         let latents = LATENT_COPIES * channels * height * width * size_of::<f32>();
         let encode = self.text_encoder.forward_bytes(text, dtype).max(self.text_encoder_2.forward_bytes(text, dtype));
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
-        let decode = self.vae.decode_bytes(request.width * request.height, dtype);
-        2 * conditioning * dtype.size_in_bytes() + latents + encode.max(denoise).max(decode)
+        let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
+        MemoryPlan::new([
+            (Phase::Encode, 2 * conditioning + encode),
+            // Of each prompt, and of all rows side by side.
+            (Phase::Denoise, 2 * conditioning + latents + denoise),
+            (Phase::VaeDecode, latents + decode),
+        ])
     }
 }
 
 impl DiffusionModel for SdxlModel {
     type Conditioning = SdxlConditioning;
-    /// Final latents `[1, c, h, w]`.
-    type Decoding = Tensor;
+    type Decoding = KlDecoding;
 
     fn card(&self) -> &DiffusionCard {
         &self.card
     }
 
-    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
-        self.sizes.peak_bytes(request, self.placement.compute_dtype)
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+        self.sizes.plan(request, self.placement.compute_dtype)
     }
 
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<SdxlConditioning> {
@@ -283,9 +292,9 @@ impl DiffusionModel for SdxlModel {
         self.unet.work(rows, request.max_sequence_length, (height, width))
     }
 
-    fn decode_work(&self, request: &DiffusionRequest, _step: usize) -> StepWork {
+    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
         let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.vae.work(height, width)
+        self.vae.work((height, width), request.vae_tiling, step)
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -314,16 +323,17 @@ impl DiffusionModel for SdxlModel {
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
     }
 
-    fn begin_decode(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
-        Ok(latents.clone())
+    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {
+        self.vae.begin(latents, request.vae_tiling)
     }
 
-    fn num_decode_steps(&self, _request: &DiffusionRequest) -> usize {
-        1
+    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
+        let (_, _, height, width) = self.sizes.latent_shape(request);
+        self.sizes.vae.num_decode_steps((height, width), request.vae_tiling)
     }
 
-    fn decode_next(&self, latents: &mut Tensor) -> Result<Tensor> {
-        self.vae.decode(latents)
+    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
+        self.vae.decode_next(decoding)
     }
 }
 

@@ -23,7 +23,8 @@ use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::manifest::{Layout, Manifest};
-use crate::request::DiffusionRequest;
+use crate::memory::MemoryPlan;
+use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
@@ -256,6 +257,8 @@ impl Sizes {
             max_sequence_length: MAX_SEQUENCE_LENGTH,
             guidance: Guidance::ClassifierFree,
             schedulers,
+            vae_tiling: None,
+            room_bytes: usize::MAX,
         }
     }
 
@@ -266,17 +269,22 @@ impl Sizes {
         [1, self.transformer.in_channels, frames, request.height / spatial, request.width / spatial]
     }
 
-    /// Most bytes that one session keeps alive at a time: what it holds all along and the greediest of its phases.
-    fn peak_bytes(&self, request: &DiffusionRequest, placement: &Placement) -> usize {
+    /// Most bytes that one session keeps alive in each phase.
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
         let rows = if request.guidance_scale > 1.0 { 2 } else { 1 };
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let (text, dtype) = (request.max_sequence_length, placement.compute_dtype);
+        let conditioning = rows * text * self.transformer.text_dim * dtype.size_in_bytes();
         // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
-        let held = latents * (6 + 2 * rows) + rows * text * self.transformer.text_dim * dtype.size_in_bytes();
+        let solver = latents * (6 + 2 * rows);
         let denoise = rows * self.transformer.peak_bytes_of_row(frames * height * width, text, dtype);
         let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
-        held + denoise.max(decode).max(self.text_encoder.forward_bytes(text, placement))
+        MemoryPlan::new([
+            (Phase::Encode, conditioning + self.text_encoder.forward_bytes(text, placement)),
+            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::VaeDecode, latents + decode),
+        ])
     }
 }
 
@@ -313,8 +321,8 @@ impl DiffusionModel for WanModel {
         &self.card
     }
 
-    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
-        self.sizes.peak_bytes(request, &self.placement)
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+        self.sizes.plan(request, &self.placement)
     }
 
     fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Tensor> {
@@ -364,8 +372,8 @@ impl DiffusionModel for WanModel {
         self.sizes.latent_shape(request)[2]
     }
 
-    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
-        self.vae.decode_next(decoding)
+    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
+        self.vae.decode_next(decoding).map(Some)
     }
 }
 

@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 
 use crate::card::DiffusionCard;
 use crate::error::{Error, Result};
+use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Event, Events, FinishReason, Frame, Mask, Phase, Request, SessionId, Usage};
 use crate::rng::TorchGenerator;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
@@ -38,8 +39,8 @@ pub trait DiffusionModel: Send {
     /// Limits and defaults.
     fn card(&self) -> &DiffusionCard;
 
-    /// Bytes that one session needs at its peak beside the weights (latents, conditioning, activations, decode).
-    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize;
+    /// Bytes that one session needs beside the weights in each phase (latents, conditioning, activations, pixels).
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan;
 
     /// Encodes one prompt: the positive or the negative one. Of the request only `max_sequence_length` may matter,
     /// since sessions that agree in both share the result.
@@ -81,8 +82,9 @@ pub trait DiffusionModel: Send {
     /// How many calls of [`DiffusionModel::decode_next`] a request takes.
     fn num_decode_steps(&self, request: &DiffusionRequest) -> usize;
 
-    /// The next chunk: f32 pixels `[frames, 3, height, width]` in -1..=1 (not yet clamped).
-    fn decode_next(&self, decoding: &mut Self::Decoding) -> Result<Tensor>;
+    /// The next chunk: f32 pixels `[frames, 3, height, width]` in -1..=1 (not yet clamped); `None` where whole frames need
+    /// further calls, as a tile of a picture does.
+    fn decode_next(&self, decoding: &mut Self::Decoding) -> Result<Option<Tensor>>;
 
     /// What it adds to begin from pictures, if it does.
     fn picture_model(&self) -> Option<&dyn PictureModel> {
@@ -268,15 +270,16 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
         let (pixels, done) = session.decode_next(&self.model)?;
         let total = self.model.num_decode_steps(&session.request);
-        let outcome = match to_frames(&pixels, &session.request)? {
-            None => Outcome::Failed(Error::NotFinite { phase: Phase::VaeDecode.as_str() }),
-            Some(frames) => {
-                events.emit(id, Event::Frames(frames));
-                events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
-                if done < total { Outcome::GoesOn } else { Outcome::Complete }
-            }
-        };
-        self.settle(id, outcome, events);
+        if let Some(pixels) = pixels {
+            let Some(frames) = to_frames(&pixels, &session.request)? else {
+                let failed = Outcome::Failed(Error::NotFinite { phase: Phase::VaeDecode.as_str() });
+                self.settle(id, failed, events);
+                return Ok(());
+            };
+            events.emit(id, Event::Frames(frames));
+        }
+        events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
+        self.settle(id, if done < total { Outcome::GoesOn } else { Outcome::Complete }, events);
         Ok(())
     }
 
@@ -310,10 +313,10 @@ const PICTURES_ARE_TAKEN: &str = "a picture was refused where the model takes no
 const STAGE_FITS: &str = "a session is in the stage that its step key names: this is a bug";
 
 impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
-    fn footprint_bytes(&self, request: &Request) -> usize {
+    fn plan(&self, request: &Request) -> MemoryPlan {
         match request {
-            Request::Diffusion(request) => self.model.footprint_bytes(request),
-            Request::Text(_) => 0,
+            Request::Diffusion(request) => self.model.plan(request),
+            Request::Text(_) => MemoryPlan::default(),
         }
     }
 
@@ -512,8 +515,8 @@ impl<M: DiffusionModel> Session<M> {
         Ok(latents.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
     }
 
-    /// The next pixels, and how many chunks are done with them.
-    fn decode_next(&mut self, model: &M) -> Result<(Tensor, usize)> {
+    /// The next pixels, if frames are whole with this chunk, and how many chunks are done with it.
+    fn decode_next(&mut self, model: &M) -> Result<(Option<Tensor>, usize)> {
         if let Stage::Latents(latents) = &self.stage {
             self.stage = Stage::Decode { decoding: model.begin_decode(latents, &self.request)?, done: 0 };
         }

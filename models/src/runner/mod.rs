@@ -1,6 +1,7 @@
 //! The boundary between models and everything above: a runner drives the sessions of one loaded model step by step.
 
 use crate::error::Result;
+use crate::memory::MemoryPlan;
 use crate::request::{Events, Phase, Request, SessionId};
 use crate::work::StepWork;
 
@@ -31,9 +32,9 @@ pub struct RunnerStatus {
 
 /// Drives all sessions of one loaded model. Used from one thread: the device's.
 pub trait Runner: Send {
-    /// Bytes of device memory that a session of this request needs beside the weights, at its peak. The caller
-    /// reserves them before `submit` and frees them when the session ends.
-    fn footprint_bytes(&self, request: &Request) -> usize;
+    /// Bytes of device memory that a session of this request needs beside the weights in each of its phases. The caller
+    /// reserves the most of them before `submit` and frees them when the session ends.
+    fn plan(&self, request: &Request) -> MemoryPlan;
 
     /// Accepts a session: checks it, plans it, computes nothing heavy.
     fn submit(&mut self, session: SessionId, request: Request) -> Result<()>;

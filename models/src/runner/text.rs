@@ -13,6 +13,7 @@ use tale_kernels::Choice;
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
 use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput, StepSizes};
+use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
@@ -249,8 +250,8 @@ impl Session {
 
 impl Runner for TextRunner {
     /// Nothing: the KV pool that sessions share is taken when the model is loaded.
-    fn footprint_bytes(&self, _request: &Request) -> usize {
-        0
+    fn plan(&self, _request: &Request) -> MemoryPlan {
+        MemoryPlan::default()
     }
 
     fn submit(&mut self, id: SessionId, request: Request) -> Result<()> {

@@ -6,11 +6,13 @@
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use tale_kernels::{AttentionOptions, attention};
 
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::memory::VaeTiling;
+use crate::vae::tiling::{Mosaic, Tiling};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
@@ -29,6 +31,9 @@ pub struct KlConfig {
     pub layers_per_block: usize,
     pub norm_num_groups: usize,
     pub act_fn: String,
+    /// Pixels on each side of the pictures that it was made for, and of a tile; of a list the first, as in diffusers.
+    #[serde(deserialize_with = "one_or_first")]
+    pub sample_size: usize,
     pub scaling_factor: f64,
     pub shift_factor: Option<f64>,
     /// Of each channel of the latents; with `latents_std` in place of `shift_factor`.
@@ -50,6 +55,7 @@ impl Default for KlConfig {
             layers_per_block: 1,
             norm_num_groups: 32,
             act_fn: "silu".to_owned(),
+            sample_size: 32,
             scaling_factor: 0.18215,
             shift_factor: None,
             latents_mean: None,
@@ -57,6 +63,21 @@ impl Default for KlConfig {
             force_upcast: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
+        }
+    }
+}
+
+fn one_or_first<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Sides {
+        One(usize),
+        Each(Vec<usize>),
+    }
+    match Sides::deserialize(deserializer)? {
+        Sides::One(side) => Ok(side),
+        Sides::Each(sides) => {
+            sides.first().copied().ok_or_else(|| serde::de::Error::custom("`sample_size` is an empty list"))
         }
     }
 }
@@ -138,9 +159,47 @@ impl KlConfig {
         if self.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
     }
 
-    /// Bytes that decoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: in the
-    /// widest level, the input of a block and its normed and convolved copies.
-    pub fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
+    /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
+    fn tiling(&self) -> Option<Tiling> {
+        Tiling::of_latents(self.sample_size / self.vae_scale_factor(), self.sample_size)
+    }
+
+    /// When pictures are decoded in tiles, where neighbours compute in `dtype`.
+    pub fn vae_tiling(&self, dtype: DType) -> Option<VaeTiling> {
+        self.tiling()?;
+        // Whole squares of latents, so that no level is rounded.
+        let square = self.vae_scale_factor().pow(2);
+        let bytes_per_pixel = self.decode_bytes(square, dtype).div_ceil(square);
+        Some(VaeTiling { tile_side: self.sample_size, bytes_per_pixel })
+    }
+
+    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
+    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        self.tiling().filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// Calls of [`KlDecoder::decode_next`] for latents of this height and width, in tiles or not.
+    pub fn num_decode_steps(&self, latents: (usize, usize), tiled: bool) -> usize {
+        self.tiles(latents, tiled).map_or(1, |tiling| tiling.count(latents.0, latents.1))
+    }
+
+    /// Bytes that decoding latents of this height and width needs at its peak, in tiles or not, where its neighbours
+    /// compute in `dtype`.
+    pub fn peak_decode_bytes(&self, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let square = self.vae_scale_factor().pow(2);
+        let whole = latents.0 * latents.1 * square;
+        let Some(tiling) = self.tiles(latents, tiled) else { return self.decode_bytes(whole, dtype) };
+        let (height, width) = tiling.largest(latents.0, latents.1);
+        let pixels = self.out_channels * size_of::<f32>();
+        // Beside the tile: its pixels while they are blended; those kept so far, once more when they are joined.
+        self.decode_bytes(height * width * square, dtype)
+            + TILE_COPIES * height * width * square * pixels
+            + 2 * whole * pixels
+    }
+
+    /// Bytes that decoding one picture of `pixels` as a whole needs where its neighbours compute in `dtype`, at its peak:
+    /// in the widest level, the input of a block and its normed and convolved copies.
+    fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
         let mut widest = 0;
         let mut previous = self.block_out_channels.last().copied().unwrap_or(0);
         for (level, channels) in self.block_out_channels.iter().rev().enumerate() {
@@ -156,6 +215,8 @@ impl KlConfig {
 /// Tensors of the widest level that are alive at once: residual, first convolution, its norm, second convolution. The
 /// convolutions take no memory beyond 1.5 MB per thread on the CPU, and none on a GPU.
 const LIVE_COPIES: usize = 4;
+/// Copies of a tile's pixels that are alive while it is blended: it, its seam or edges, and what they make of it.
+const TILE_COPIES: usize = 3;
 
 /// Latents to pixels.
 #[derive(Debug, Clone)]
@@ -210,9 +271,35 @@ impl KlDecoder {
         })
     }
 
-    /// Least work of decoding one picture from latents of this height and width.
-    pub fn work(&self, height: usize, width: usize) -> StepWork {
+    /// Least work of step number `step` of decoding latents of this height and width, in tiles or not.
+    pub fn work(&self, latents: (usize, usize), tiled: bool, step: usize) -> StepWork {
+        let (height, width) = match self.config.tiles(latents, tiled) {
+            Some(tiling) => {
+                let window = tiling.window(latents.0, latents.1, step);
+                (window.height, window.width)
+            }
+            None => latents,
+        };
         StepWork { flops: self.config.decode_flops(height, width), bytes: self.weight_bytes as f64 }
+    }
+
+    /// Begins to decode scaled f32 `latents [1, latent_channels, h, w]`, in tiles if asked and if there is more than one.
+    pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<KlDecoding> {
+        let (_, _, height, width) = latents.dims4()?;
+        let tiles = self.config.tiles((height, width), tiled);
+        let tiles = tiles.map(|tiling| Tiles { tiling, done: 0, mosaic: Mosaic::new(tiling, height, width) });
+        Ok(KlDecoding { latents: latents.clone(), tiles })
+    }
+
+    /// The whole picture's f32 pixels `[1, 3, H, W]`, or one more tile; `None` until the last tile.
+    pub fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
+        let KlDecoding { latents, tiles } = decoding;
+        let Some(Tiles { tiling, done, mosaic }) = tiles else { return self.decode(latents).map(Some) };
+        let (_, _, height, width) = latents.dims4()?;
+        let window = tiling.window(height, width, *done);
+        *done += 1;
+        let tile = latents.narrow(2, window.top, window.height)?.narrow(3, window.left, window.width)?;
+        mosaic.push(self.decode(&tile.contiguous()?)?)
     }
 
     /// Scaled f32 `latents [b, latent_channels, h, w]` (as a solver leaves them) to f32 pixels `[b, 3, H, W]` in about
@@ -232,6 +319,21 @@ impl KlDecoder {
         }
         Ok(self.conv_out.forward(&self.conv_norm_out.activated(&x)?)?.to_dtype(DType::F32)?)
     }
+}
+
+/// A picture between two steps of its decoding.
+#[derive(Debug)]
+pub struct KlDecoding {
+    latents: Tensor,
+    /// Absent where the picture is decoded as a whole.
+    tiles: Option<Tiles>,
+}
+
+#[derive(Debug)]
+struct Tiles {
+    tiling: Tiling,
+    done: usize,
+    mosaic: Mosaic,
 }
 
 /// How the latents of the network differ from those of the VAE.

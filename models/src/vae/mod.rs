@@ -7,6 +7,7 @@ use crate::rng::TorchGenerator;
 
 pub mod kl;
 pub mod original;
+pub mod tiling;
 pub mod wan;
 
 /// What a VAE says of a picture: a normal distribution of each value of its latents. Source: diffusers

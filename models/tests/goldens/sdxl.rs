@@ -77,7 +77,7 @@ fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRe
 
 fn check_pixels(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let last = golden.get(&format!("latents{}", request.num_inference_steps - 1));
-    let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap();
+    let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap().unwrap();
     assert_eq!(pixels.dims(), [1, 3, request.height, request.width]);
     let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
     let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();

@@ -255,6 +255,7 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
             guidance_scale: run["guidance_scale"].as_f64(),
             seed: run["seed"].as_u64(),
             max_sequence_length: number("max_sequence_length"),
+            vae_tiling: None,
             ..Default::default()
         };
         card.resolve(options, 0).expect("a valid request")
@@ -286,7 +287,7 @@ fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
 
 fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Tensor {
     let mut decoding = model.begin_decode(latents, request).expect("decoding begins");
-    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk");
+    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").expect("frames");
     let chunks: Vec<Tensor> = (0..model.num_decode_steps(request)).map(chunk).collect();
     Tensor::cat(&chunks, 0).expect("chunks of one size")
 }

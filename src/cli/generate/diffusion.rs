@@ -1,6 +1,6 @@
 //! What pictures and clips share: the prompt's arguments, and following a session to its frames.
 
-use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 use tale_models::{Event, ModelCard, Request};
@@ -55,6 +55,27 @@ pub struct DiffusionArgs {
     /// Tokens of the prompt that a T5-class text encoder sees
     #[arg(long, value_name = "N")]
     max_sequence_length: Option<usize>,
+
+    /// Whether the VAE works on tiles of the picture [default: auto, where memory is too short for the whole]
+    #[arg(long, value_name = "WHEN")]
+    vae_tiling: Option<VaeTiling>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum VaeTiling {
+    Auto,
+    True,
+    False,
+}
+
+impl VaeTiling {
+    fn asked(self) -> Option<bool> {
+        match self {
+            Self::Auto => None,
+            Self::True => Some(true),
+            Self::False => Some(false),
+        }
+    }
 }
 
 impl DiffusionArgs {
@@ -72,6 +93,7 @@ impl DiffusionArgs {
             scheduler: self.scheduler.or(base.scheduler),
             seed: self.seed.or(base.seed),
             max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
+            vae_tiling: self.vae_tiling.map_or(base.vae_tiling, VaeTiling::asked),
         }
     }
 }

@@ -62,6 +62,8 @@ impl Toy {
             max_sequence_length: 8,
             guidance: Guidance::ClassifierFree,
             schedulers: flow_schedulers(),
+            vae_tiling: None,
+            room_bytes: usize::MAX,
         };
         Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default(), takes_pictures: true }
     }
@@ -110,8 +112,8 @@ impl DiffusionModel for Toy {
         &self.card
     }
 
-    fn footprint_bytes(&self, request: &DiffusionRequest) -> usize {
-        request.width * request.height * 4
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+        MemoryPlan::new([(Phase::Denoise, request.width * request.height * 4)])
     }
 
     fn encode(&self, prompt: &str, _request: &DiffusionRequest) -> Result<Counted> {
@@ -160,10 +162,13 @@ impl DiffusionModel for Toy {
         request.num_frames
     }
 
-    fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Tensor> {
+    fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Option<Tensor>> {
         *left = left.checked_sub(1).expect("no more chunks than promised");
         let value = f64::from(mean.value) * 0.01 * factor(&mean.prompt, "decode")?;
-        Ok((Tensor::ones((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu)? * value)?)
+        if mean.prompt.contains("tiles") && *left > 0 {
+            return Ok(None);
+        }
+        Ok(Some((Tensor::ones((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu)? * value)?))
     }
 
     fn picture_model(&self) -> Option<&dyn PictureModel> {
@@ -233,6 +238,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         seed,
         max_sequence_length: 8,
         edit: None,
+        vae_tiling: false,
     }
 }
 
@@ -314,6 +320,19 @@ fn session_tells_its_whole_story_in_order() {
         "finished",
     ];
     assert_eq!(story, expected);
+}
+
+/// A picture in tiles: every tile is a step that is told, the pixels come with the last one.
+#[test]
+fn tiles_are_steps_and_the_picture_comes_last() {
+    let events = alone(DiffusionRequest { num_frames: 3, num_inference_steps: 1, ..request("in tiles", 1) });
+    let decoding: Vec<&str> = events[3..].iter().map(|event| event.split(" [").next().unwrap_or_default()).collect();
+    assert_eq!(decoding, ["vae_decode 1/3", "vae_decode 2/3", "frames", "vae_decode 3/3", "finished"]);
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, DiffusionRequest { num_frames: 3, ..request("in tiles", 1) });
+    while !step(&mut runner).iter().any(|(_, event)| event == "vae_decode 1/3") {}
+    runner.cancel(SessionId(1));
+    assert_empty(&runner);
 }
 
 /// The work of each step before it is done: two prompts, guided predictions in passes of at most three rows, two chunks.

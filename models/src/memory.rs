@@ -1,0 +1,83 @@
+//! What a request needs in bytes, phase by phase, said before its first step.
+//!
+//! Owns: the plan, and the rule by which it chooses tiles for a VAE. Does not know: what is free at the moment; a plan
+//! depends on the request, the model and the room that the device has for work, and on nothing else, so that the same
+//! request gives the same picture whatever else is running.
+
+use crate::request::Phase;
+
+/// Most bytes that one session keeps alive in each of its phases, beside the weights.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MemoryPlan(Vec<PhaseBytes>);
+
+/// What one phase needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PhaseBytes {
+    /// Which.
+    pub phase: Phase,
+    /// With all that the session holds meanwhile.
+    pub bytes: usize,
+}
+
+impl MemoryPlan {
+    /// Phases in their order; none for sessions that need nothing of their own.
+    pub fn new(phases: impl IntoIterator<Item = (Phase, usize)>) -> Self {
+        Self(phases.into_iter().map(|(phase, bytes)| PhaseBytes { phase, bytes }).collect())
+    }
+
+    /// Phases in their order.
+    pub fn phases(&self) -> &[PhaseBytes] {
+        &self.0
+    }
+
+    /// The greediest phase, the first of equals.
+    pub fn peak(&self) -> Option<PhaseBytes> {
+        self.0.iter().copied().rev().max_by_key(|phase| phase.bytes)
+    }
+
+    /// What the whole session needs reserved.
+    pub fn peak_bytes(&self) -> usize {
+        self.peak().map_or(0, |phase| phase.bytes)
+    }
+}
+
+/// When a model's VAE works in tiles of a picture instead of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VaeTiling {
+    /// Pixels on each side of a tile.
+    pub tile_side: usize,
+    /// Bytes that the VAE needs for each pixel of an untiled picture.
+    pub bytes_per_pixel: usize,
+}
+
+impl VaeTiling {
+    /// Whether a picture is worked on in tiles when nobody has asked: where it is larger than one tile, and as a whole
+    /// would need more than the device has for work, `room_bytes`.
+    pub fn is_needed(&self, width: usize, height: usize, room_bytes: usize) -> bool {
+        let is_larger = width > self.tile_side || height > self.tile_side;
+        is_larger && width.saturating_mul(height).saturating_mul(self.bytes_per_pixel) > room_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peak_is_the_first_of_the_greediest_phases() {
+        assert_eq!(MemoryPlan::default().peak(), None);
+        assert_eq!(MemoryPlan::default().peak_bytes(), 0);
+        let plan = MemoryPlan::new([(Phase::Encode, 5), (Phase::Denoise, 7), (Phase::VaeDecode, 7)]);
+        assert_eq!(plan.peak(), Some(PhaseBytes { phase: Phase::Denoise, bytes: 7 }));
+        assert_eq!(plan.phases().len(), 3);
+    }
+
+    #[test]
+    fn tiles_are_for_pictures_that_do_not_fit_as_a_whole() {
+        let tiling = VaeTiling { tile_side: 64, bytes_per_pixel: 10 };
+        assert!(!tiling.is_needed(64, 64, 0), "one tile is the whole picture");
+        assert!(!tiling.is_needed(128, 64, 128 * 64 * 10));
+        assert!(tiling.is_needed(128, 64, 128 * 64 * 10 - 1));
+        assert!(tiling.is_needed(64, 65, 0));
+    }
+}

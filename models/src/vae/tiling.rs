@@ -1,0 +1,228 @@
+//! A picture in overlapping tiles, so that a VAE never holds more than one of them.
+//!
+//! Owns: where tiles lie, and how their results are blended where they overlap. Does not know: what is computed of a
+//! tile. Group norms and attention then see a tile and not the picture, so that the result is near to that of the
+//! untiled computation and not equal to it. Source: diffusers `models/autoencoders/autoencoder_kl.py`, `tiled_decode`,
+//! `_tiled_encode`, `blend_v`, `blend_h`.
+
+use std::collections::VecDeque;
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+
+/// Share of a tile that the next one covers again (`tile_overlap_factor`).
+const OVERLAP: f64 = 0.25;
+
+/// How a picture is cut. Pictures are what goes in (latents, when they are decoded), results what comes out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tiling {
+    /// Of a tile, in the picture.
+    side: usize,
+    /// From one tile to the next, in the picture.
+    stride: usize,
+    /// Blended with the tile before, in the result.
+    blend: usize,
+    /// What a tile gives of the whole result.
+    keep: usize,
+}
+
+/// A tile's place in the picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Window {
+    pub top: usize,
+    pub left: usize,
+    pub height: usize,
+    pub width: usize,
+}
+
+impl Tiling {
+    /// Tiles of so many latents, each of which becomes a tile of `pixels`; `None` where the overlaps of latents and of
+    /// pixels would not be the same places.
+    pub fn of_latents(latents: usize, pixels: usize) -> Option<Self> {
+        let tiling = Self {
+            side: latents,
+            stride: share(latents, 1.0 - OVERLAP),
+            blend: share(pixels, OVERLAP),
+            keep: pixels - share(pixels, OVERLAP),
+        };
+        let scale = pixels.checked_div(latents)?;
+        (tiling.stride > 0 && latents * scale == pixels && tiling.stride * scale == tiling.keep).then_some(tiling)
+    }
+
+    /// Whether a picture of this size is more than one tile.
+    pub fn splits(&self, height: usize, width: usize) -> bool {
+        height > self.side || width > self.side
+    }
+
+    /// Tiles of a picture of this size.
+    pub fn count(&self, height: usize, width: usize) -> usize {
+        height.div_ceil(self.stride) * width.div_ceil(self.stride)
+    }
+
+    /// Tile number `index`, row by row.
+    pub fn window(&self, height: usize, width: usize, index: usize) -> Window {
+        let columns = width.div_ceil(self.stride);
+        let (top, left) = (index / columns * self.stride, index % columns * self.stride);
+        Window { top, left, height: self.side.min(height - top), width: self.side.min(width - left) }
+    }
+
+    /// The largest tile of a picture of this size.
+    pub fn largest(&self, height: usize, width: usize) -> (usize, usize) {
+        (self.side.min(height), self.side.min(width))
+    }
+}
+
+/// `int(size * factor)`.
+fn share(size: usize, factor: f64) -> usize {
+    (size as f64 * factor) as usize
+}
+
+/// The results of tiles, blended and joined in their order.
+#[derive(Debug)]
+pub struct Mosaic {
+    tiling: Tiling,
+    columns: usize,
+    rows: usize,
+    /// Lower edges of the last tiles: of those above the ones to come, then of those to the left.
+    lower_edges: VecDeque<Tensor>,
+    /// Right edge of the tile before, in the same row.
+    right_edge: Option<Tensor>,
+    /// What the row under way gives.
+    row: Vec<Tensor>,
+    /// Whole rows.
+    joined: Vec<Tensor>,
+}
+
+impl Mosaic {
+    /// Of a picture of this size.
+    pub fn new(tiling: Tiling, height: usize, width: usize) -> Self {
+        let (rows, columns) = (height.div_ceil(tiling.stride), width.div_ceil(tiling.stride));
+        Self {
+            tiling,
+            columns,
+            rows,
+            lower_edges: VecDeque::with_capacity(columns + 1),
+            right_edge: None,
+            row: Vec::with_capacity(columns),
+            joined: Vec::with_capacity(rows),
+        }
+    }
+
+    /// Takes the result `[b, c, h, w]` of the next tile; the whole result once it was the last.
+    pub fn push(&mut self, tile: Tensor) -> Result<Option<Tensor>> {
+        let Tiling { blend, keep, .. } = self.tiling;
+        let mut tile = tile;
+        // The edges of neighbours are those of blended tiles: diffusers blends in place.
+        if !self.joined.is_empty() {
+            let above = self.lower_edges.pop_front().expect("a tile above left its edge: this is a bug");
+            tile = blended(&above, &tile, 2, blend)?;
+        }
+        if let Some(left) = self.right_edge.take() {
+            tile = blended(&left, &tile, 3, blend)?;
+        }
+        self.lower_edges.push_back(edge(&tile, 2, blend)?);
+        self.right_edge = Some(edge(&tile, 3, blend)?);
+        let (height, width) = (tile.dim(2)?.min(keep), tile.dim(3)?.min(keep));
+        self.row.push(tile.narrow(2, 0, height)?.narrow(3, 0, width)?.force_contiguous()?);
+        if self.row.len() < self.columns {
+            return Ok(None);
+        }
+        self.right_edge = None;
+        self.joined.push(Tensor::cat(&std::mem::take(&mut self.row), 3)?);
+        if self.joined.len() < self.rows {
+            return Ok(None);
+        }
+        Ok(Some(Tensor::cat(&std::mem::take(&mut self.joined), 2)?))
+    }
+}
+
+/// The last `extent` rows (`dim` 2) or columns (3) of a tile. A copy: a view would keep the tile alive.
+fn edge(tile: &Tensor, dim: usize, extent: usize) -> Result<Tensor> {
+    let (len, extent) = (tile.dim(dim)?, extent.min(tile.dim(dim)?));
+    Ok(tile.narrow(dim, len - extent, extent)?.force_contiguous()?)
+}
+
+/// `tile`, whose first rows (`dim` 2) or columns (3) pass over from the last ones of `before`.
+fn blended(before: &Tensor, tile: &Tensor, dim: usize, extent: usize) -> Result<Tensor> {
+    let (before_len, len) = (before.dim(dim)?, tile.dim(dim)?);
+    let extent = extent.min(before_len).min(len);
+    if extent == 0 {
+        return Ok(tile.clone());
+    }
+    let mut shape = [1; 4];
+    shape[dim] = extent;
+    let weights = |weight: fn(f64) -> f64| {
+        let values: Vec<f32> = (0..extent).map(|i| weight(i as f64 / extent as f64) as f32).collect();
+        Tensor::from_vec(values, &shape[..], tile.device())
+    };
+    let old = before.narrow(dim, before_len - extent, extent)?.broadcast_mul(&weights(|share| 1.0 - share)?)?;
+    let new = tile.narrow(dim, 0, extent)?.broadcast_mul(&weights(|share| share)?)?;
+    Ok(Tensor::cat(&[(old + new)?, tile.narrow(dim, extent, len - extent)?], dim)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    /// `tile_sample_min_size` 512 and 8 pixels per latent: the numbers that the reference names in its comments.
+    #[test]
+    fn tiles_are_those_of_the_reference() {
+        let tiling = Tiling::of_latents(64, 512).expect("fits");
+        assert_eq!(tiling, Tiling { side: 64, stride: 48, blend: 128, keep: 384 });
+        assert!(!tiling.splits(64, 64) && tiling.splits(64, 65) && tiling.splits(65, 1));
+        assert_eq!(tiling.count(128, 97), 3 * 3);
+        assert_eq!(tiling.window(128, 97, 0), Window { top: 0, left: 0, height: 64, width: 64 });
+        assert_eq!(tiling.window(128, 97, 4), Window { top: 48, left: 48, height: 64, width: 49 });
+        assert_eq!(tiling.window(128, 97, 8), Window { top: 96, left: 96, height: 32, width: 1 });
+        assert_eq!(tiling.largest(128, 32), (64, 32));
+    }
+
+    #[test]
+    fn sizes_whose_overlaps_do_not_meet_have_no_tiles() {
+        for (latents, pixels) in [(125, 1000), (1, 8), (0, 8), (12, 100), (6, 48)] {
+            assert_eq!(Tiling::of_latents(latents, pixels), None, "{latents} latents, {pixels} pixels");
+        }
+        assert!(Tiling::of_latents(4, 32).is_some());
+    }
+
+    /// Tiles cut from one picture blend to that picture again, whatever its size.
+    #[test]
+    fn tiles_of_one_picture_join_to_it() {
+        let tiling = Tiling::of_latents(8, 8).expect("fits");
+        for (height, width) in [(8, 9), (9, 8), (20, 13), (13, 20), (12, 12), (25, 31)] {
+            let picture = Tensor::rand(-1f32, 1f32, (1, 2, height, width), &Device::Cpu).expect("a picture");
+            let mut mosaic = Mosaic::new(tiling, height, width);
+            let count = tiling.count(height, width);
+            for index in 0..count {
+                let window = tiling.window(height, width, index);
+                let tile = picture
+                    .narrow(2, window.top, window.height)
+                    .and_then(|rows| rows.narrow(3, window.left, window.width));
+                let whole = mosaic.push(tile.expect("inside")).expect("joined");
+                assert_eq!(whole.is_some(), index + 1 == count);
+                let Some(whole) = whole else { continue };
+                assert_eq!(whole.dims(), picture.dims());
+                let error = (whole - &picture).and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>()).expect("a number");
+                assert!(error < 1e-6, "{height}x{width}: {error}");
+            }
+        }
+    }
+
+    /// Two tiles of one value each: the seam passes from the first to the second in steps of a blended row.
+    #[test]
+    fn a_seam_passes_over_evenly() {
+        let tiling = Tiling::of_latents(8, 16).expect("fits");
+        let mut mosaic = Mosaic::new(tiling, 9, 6);
+        let tile = |value: f32, height: usize| Tensor::full(value, (1, 1, height, 12), &Device::Cpu).expect("a tile");
+        assert!(mosaic.push(tile(0.0, 16)).expect("joined").is_none());
+        let whole = mosaic.push(tile(8.0, 6)).expect("joined").expect("the last tile");
+        let column: Vec<f32> = whole.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("values");
+        let column: Vec<f32> = column.chunks(12).map(|row| row[5]).collect();
+        // 12 rows of the first tile; then its last four are blended with the first four of the second, which has six.
+        assert_eq!(column, [[0.0; 12].as_slice(), &[0.0, 2.0, 4.0, 6.0, 8.0, 8.0]].concat());
+    }
+}
