@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{AttentionOptions, Shape, rows_of_heads};
+use super::{AttentionOptions, Shape, flash_attn, rows_of_heads};
 use crate::gpu::{Launch, address, module, output};
 
 module!(ATTENTION, "attention");
@@ -17,6 +17,9 @@ pub(super) fn attention(
     let dtype = q.dtype();
     if k.dtype() != dtype || v.dtype() != dtype {
         bail!("attention: q, k and v of different dtypes, {dtype:?}, {:?} and {:?}", k.dtype(), v.dtype());
+    }
+    if let Some(y) = flash_attn::attention([q, k, v], options, shape)? {
+        return Ok(y);
     }
     if dtype != DType::F32 && !shape.d.is_multiple_of(VALUES_PER_CHUNK) {
         // Rows that no 16-byte access can follow: multiply-adds in f32 read any.
@@ -147,7 +150,7 @@ impl Inputs {
 }
 
 /// Heads of 16-bit values are read in 16-byte chunks: a layout without them is copied.
-fn readable(x: &Tensor) -> Result<Tensor> {
+pub(super) fn readable(x: &Tensor) -> Result<Tensor> {
     let x = rows_of_heads(x)?;
     let aligned = || -> Result<bool> {
         let rows =
