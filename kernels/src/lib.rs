@@ -20,6 +20,7 @@ mod flash;
 #[cfg(gpu)]
 mod gpu;
 mod group_norm;
+mod layout;
 mod linear;
 mod math;
 mod norm;
@@ -31,6 +32,7 @@ mod rope;
 mod row;
 mod sample;
 mod simd;
+mod sum;
 #[cfg(test)]
 mod testing;
 mod upsample;
@@ -43,6 +45,7 @@ pub use conv::{CausalOptions, CausalPadding, ConvOptions, causal_conv3d, conv_we
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
 pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
+pub use layout::{cat, transpose};
 pub use linear::{embedding, linear};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
 pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
@@ -50,4 +53,5 @@ pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use sample::{Choice, Draw, Penalties, sample};
 pub use simd::{Isa, isa};
+pub use sum::{sum, sum_channels};
 pub use upsample::upsample_nearest2d;

@@ -129,6 +129,11 @@ impl Placement {
         }
     }
 
+    /// Whether this is a GPU, or host memory that stands for one.
+    pub fn is_gpu(&self) -> bool {
+        matches!(self.matrices, Matrices::Compute)
+    }
+
     /// The same place for a network that computes in another dtype.
     pub fn computing_in(&self, compute_dtype: DType) -> Self {
         Self { compute_dtype, ..self.clone() }

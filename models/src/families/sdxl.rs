@@ -29,9 +29,11 @@ use crate::work::StepWork;
 
 pub mod config;
 pub mod original;
+pub mod recorded;
 pub mod unet;
 
 use config::UNetConfig;
+use recorded::DenoiseRecordings;
 use unet::{UNet, UNetInput};
 
 const PIPELINE: &str = "StableDiffusionXLPipeline";
@@ -66,13 +68,13 @@ impl Family for Sdxl {
         let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
+            resident_bytes: model.recordings_bytes(),
             runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
-            resident_bytes: 0,
         })
     }
 }
 
-/// All parts of an SDXL checkpoint. Immutable once loaded.
+/// All parts of an SDXL checkpoint. Immutable once loaded, but for steps that were recorded.
 #[derive(Debug)]
 pub struct SdxlModel {
     card: DiffusionCard,
@@ -82,6 +84,7 @@ pub struct SdxlModel {
     tokenizer_2: Tokenizer,
     text_encoder_2: ClipTextEncoder,
     unet: UNet,
+    recordings: DenoiseRecordings,
     vae: KlDecoder,
     placement: Placement,
 }
@@ -125,9 +128,21 @@ impl SdxlModel {
                 sizes.text_encoder_2.clone(),
             )?,
             unet: UNet::load(&open("unet")?, sizes.unet.clone())?,
+            recordings: DenoiseRecordings::default(),
             vae: KlDecoder::load(&open("vae")?, &sizes.vae)?,
             sizes,
         })
+    }
+}
+
+impl SdxlModel {
+    /// Most bytes that recorded steps keep.
+    fn recordings_bytes(&self) -> usize {
+        if !self.placement.is_gpu() {
+            return 0;
+        }
+        let one = self.sizes.unet.forward_bytes(recorded::MAX_POSITIONS, self.placement.compute_dtype);
+        recorded::MAX_RECORDINGS * one
     }
 }
 
@@ -313,13 +328,14 @@ impl DiffusionModel for SdxlModel {
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
         let time_ids: Vec<[f32; 6]> = rows.iter().map(|row| time_ids(row.request)).collect();
-        let prediction = self.unet.forward(&UNetInput {
+        let input = UNetInput {
             latents: &stack(|row| row.latents.clone())?,
             timesteps: &timesteps,
             prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
             pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
             time_ids: &time_ids,
-        })?;
+        };
+        let prediction = self.recordings.forward(&self.unet, &input)?;
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
     }
 

@@ -6,7 +6,9 @@
 //! ones read here. Shapes: `b` rows, `c` channels, `h` and `w` latents, `l` tokens of text.
 
 use candle_core::{DType, Tensor};
-use tale_kernels::{AttentionOptions, Gelu, attention, geglu, silu, upsample_nearest2d};
+use tale_kernels::{
+    AttentionOptions, Gelu, attention, cat, geglu, silu, sum, sum_channels, transpose, upsample_nearest2d,
+};
 
 use crate::error::Result;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
@@ -97,9 +99,33 @@ impl UNet {
 
     /// The prediction `[b, out_channels, h, w]`, f32.
     pub fn forward(&self, input: &UNetInput<'_>) -> Result<Tensor> {
-        let time = silu(&self.embed_time(input)?)?;
-        let context = Context { time: &time, text: &input.prompt_embeds.to_dtype(self.compute_dtype)? };
-        let mut x = self.conv_in.forward(&input.latents.to_dtype(self.compute_dtype)?)?;
+        Ok(self.compute(&self.prepare(input)?)?.to_dtype(DType::F32)?)
+    }
+
+    /// Takes everything to the device, in the compute dtype.
+    pub(super) fn prepare(&self, input: &UNetInput<'_>) -> Result<PreparedInput> {
+        let device = input.latents.device();
+        let sizes: Vec<f32> = input.time_ids.iter().flatten().copied().collect();
+        let sizes = sinusoidal(&sizes, self.config.addition_time_embed_dim, device)?; // [6 b, dim]
+        let sizes = sizes.reshape((input.time_ids.len(), ()))?;
+        let added = Tensor::cat(&[&input.pooled_prompt_embeds.to_dtype(DType::F32)?, &sizes], 1)?;
+        let time = sinusoidal(input.timesteps, self.config.block_out_channels[0], device)?;
+        let dtype = self.compute_dtype;
+        Ok(PreparedInput {
+            latents: input.latents.to_dtype(dtype)?.contiguous()?,
+            time: time.to_dtype(dtype)?,
+            added: added.to_dtype(dtype)?,
+            text: input.prompt_embeds.to_dtype(dtype)?.contiguous()?,
+        })
+    }
+
+    /// The prediction `[b, out_channels, h, w]` in the compute dtype, from what is on the device: nothing but launches, so
+    /// that they can be recorded.
+    pub(super) fn compute(&self, input: &PreparedInput) -> Result<Tensor> {
+        // The timestep, and the pooled prompt with the sizes of the picture: [b, time_embed_dim].
+        let time = sum(&self.time_embedding.forward(&input.time)?, &self.add_embedding.forward(&input.added)?)?;
+        let context = Context { time: &silu(&time)?, text: &input.text };
+        let mut x = self.conv_in.forward(&input.latents)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
             x = block.forward(x, &context, &mut skips)?;
@@ -110,18 +136,26 @@ impl UNet {
         for block in &self.up_blocks {
             x = block.forward(x, &context, &mut skips)?;
         }
-        Ok(self.conv_out.forward(&self.conv_norm_out.activated(&x)?)?.to_dtype(DType::F32)?)
+        self.conv_out.forward(&self.conv_norm_out.activated(&x)?)
     }
+}
 
-    /// `[b, time_embed_dim]`: the timestep, and the pooled prompt with the sizes of the picture.
-    fn embed_time(&self, input: &UNetInput<'_>) -> Result<Tensor> {
-        let device = input.latents.device();
-        let time = sinusoidal(input.timesteps, self.config.block_out_channels[0], device)?;
-        let sizes: Vec<f32> = input.time_ids.iter().flatten().copied().collect();
-        let sizes = sinusoidal(&sizes, self.config.addition_time_embed_dim, device)?; // [6 b, dim]
-        let sizes = sizes.reshape((input.time_ids.len(), ()))?;
-        let added = Tensor::cat(&[&input.pooled_prompt_embeds.to_dtype(DType::F32)?, &sizes], 1)?;
-        Ok((self.time_embedding.forward(&time)? + self.add_embedding.forward(&added)?)?)
+/// A [`UNetInput`] on its device, in the compute dtype, contiguous.
+#[derive(Debug)]
+pub(super) struct PreparedInput {
+    /// `[b, in_channels, h, w]`.
+    latents: Tensor,
+    /// Sinusoids of the timesteps, `[b, block_out_channels[0]]`.
+    time: Tensor,
+    /// Pooled prompt and sinusoids of the sizes, `[b, projection_class_embeddings_input_dim]`.
+    added: Tensor,
+    /// `[b, l, cross_attention_dim]`.
+    text: Tensor,
+}
+
+impl PreparedInput {
+    pub(super) fn tensors(&self) -> [&Tensor; 4] {
+        [&self.latents, &self.time, &self.added, &self.text]
     }
 }
 
@@ -263,7 +297,7 @@ impl UpBlock {
     fn forward(&self, mut x: Tensor, context: &Context<'_>, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         for layer in &self.layers {
             let skip = skips.pop().expect("as many skips as layers that take one: this is a bug");
-            x = layer.forward(&Tensor::cat(&[&x, &skip], 1)?, context)?;
+            x = layer.forward(&cat(&[&x, &skip], 1)?, context)?;
         }
         let (Some(conv), Some(next)) = (&self.upsampler, skips.last()) else { return Ok(x) };
         conv.forward(&upsample_to(&x, next)?)
@@ -275,10 +309,11 @@ impl UpBlock {
 fn upsample_to(x: &Tensor, like: &Tensor) -> Result<Tensor> {
     let ((_, _, h, w), (_, _, wanted_h, wanted_w)) = (x.dims4()?, like.dims4()?);
     let x = upsample_nearest2d(x)?;
-    match (wanted_h, wanted_w) == (2 * h, 2 * w) {
-        true => Ok(x),
-        false => Ok(x.narrow(2, 0, wanted_h)?.narrow(3, 0, wanted_w)?.contiguous()?),
+    if (wanted_h, wanted_w) == (2 * h, 2 * w) {
+        return Ok(x);
     }
+    let x = cat(&[&x.narrow(2, 0, wanted_h)?], 2)?;
+    Ok(cat(&[&x.narrow(3, 0, wanted_w)?], 3)?)
 }
 
 /// `ResnetBlock2D`: two convolutions with the time between them.
@@ -314,12 +349,12 @@ impl Resnet {
     /// `x [b, c, h, w]`, `time [b, time_embed_dim]` (activated).
     fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
         let y = self.conv1.forward(&self.norm1.activated(x)?)?;
-        let time = self.time_emb_proj.forward(time)?.unsqueeze(2)?.unsqueeze(3)?; // [b, c, 1, 1]
-        let y = self.norm2.activated(&y.broadcast_add(&time)?)?;
+        let time = self.time_emb_proj.forward(time)?; // [b, c]
+        let y = self.norm2.activated(&sum_channels(&y, &time)?)?;
         let y = self.conv2.forward(&y)?;
         match &self.conv_shortcut {
-            Some(conv) => Ok((conv.forward(x)? + y)?),
-            None => Ok((x + y)?),
+            Some(conv) => Ok(sum(&conv.forward(x)?, &y)?),
+            None => Ok(sum(x, &y)?),
         }
     }
 }
@@ -360,13 +395,13 @@ impl Transformer {
     /// `x [b, c, h, w]`, `text [b, l, cross_attention_dim]`.
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
-        let tokens = self.norm.forward(x)?.reshape((b, c, h * w))?.transpose(1, 2)?.contiguous()?; // [b, hw, c]
+        let tokens = transpose(&self.norm.forward(x)?.reshape((b, c, h * w))?)?; // [b, hw, c]
         let mut tokens = self.proj_in.forward(&tokens)?;
         for block in &self.blocks {
             tokens = block.forward(&tokens, text)?;
         }
-        let y = self.proj_out.forward(&tokens)?.transpose(1, 2)?.contiguous()?;
-        Ok((x + y.reshape((b, c, h, w))?)?)
+        let y = transpose(&self.proj_out.forward(&tokens)?)?;
+        Ok(sum(x, &y.reshape((b, c, h, w))?)?)
     }
 }
 
@@ -409,11 +444,11 @@ impl Block {
     /// `x [b, hw, c]`, `text [b, l, cross_attention_dim]`.
     fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
         let y = self.norm1.forward(x)?;
-        let x = (x + self.attn1.forward(&y, &y)?)?;
-        let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
+        let x = sum(x, &self.attn1.forward(&y, &y)?)?;
+        let x = sum(&x, &self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
         // Two statements: the widest tensor of the block is freed before the second product.
         let inner = geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?, Gelu::Erf)?;
-        Ok((x + self.ff_out.forward(&inner)?)?)
+        Ok(sum(&x, &self.ff_out.forward(&inner)?)?)
     }
 }
 
