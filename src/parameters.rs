@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 use tale_models::card::DiffusionOptions;
-use tale_models::request::DiffusionRequest;
+use tale_models::request::{Acceleration, DiffusionRequest};
 
 /// Keyword of the PNG text that holds them.
 pub const KEYWORD: &str = "parameters";
@@ -24,6 +24,12 @@ pub struct PictureParameters {
     pub height: usize,
     pub num_inference_steps: usize,
     pub guidance_scale: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub true_cfg_scale: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance_interval: Option<[f64; 2]>,
+    #[serde(default)]
+    pub acceleration: Acceleration,
     pub scheduler: String,
     pub max_sequence_length: usize,
     pub vae_tiling: bool,
@@ -41,6 +47,10 @@ impl PictureParameters {
             height: request.height,
             num_inference_steps: request.num_inference_steps,
             guidance_scale: request.guidance_scale,
+            true_cfg_scale: request.true_cfg_scale,
+            // Without a negative prediction there is no part of the steps to speak of.
+            guidance_interval: request.negative_prompt.is_some().then_some(request.guidance_interval),
+            acceleration: request.acceleration,
             scheduler: request.scheduler.name.to_owned(),
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
@@ -64,6 +74,9 @@ impl PictureParameters {
             fps: None,
             num_inference_steps: Some(self.num_inference_steps),
             guidance_scale: Some(self.guidance_scale),
+            true_cfg_scale: self.true_cfg_scale,
+            guidance_interval: self.guidance_interval,
+            acceleration: Some(self.acceleration),
             scheduler: Some(self.scheduler),
             seed: Some(self.seed),
             max_sequence_length: Some(self.max_sequence_length),

@@ -18,7 +18,8 @@ async fn pictures_come_with_their_effective_parameters() {
     let effective = json!({
         "model": "pictures", "output_format": "png", "size": "96x48", "width": 96, "height": 48,
         "num_inference_steps": 4, "guidance_scale": 0.0, "scheduler": "EulerDiscreteScheduler",
-        "max_sequence_length": 64, "seed": 250,
+        "true_cfg_scale": 1.0, "guidance_interval": null, "max_sequence_length": 64, "seed": 250,
+        "acceleration": "none",
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&answer[name], value, "{name}");
@@ -31,8 +32,26 @@ async fn pictures_come_with_their_effective_parameters() {
         assert_eq!(picture.dimensions(), (96, 48));
         let seed = 250 + index as u64;
         assert_eq!(image["seed"], seed);
+        assert_eq!(image["skipped_passes"], json!(null), "nothing may be skipped");
         assert_eq!(picture.get_pixel(95, 47).0, [(95 * 255 / 96) as u8, (47 * 255 / 48) as u8, (seed % 256) as u8]);
     }
+}
+
+#[tokio::test]
+async fn true_guidance_its_interval_and_acceleration_are_echoed() {
+    let server = server().await;
+    let body = json!({
+        "model": "pictures", "prompt": "a boat", "negative_prompt": "", "true_cfg_scale": 4,
+        "guidance_interval": [0.25, 0.5], "acceleration": "fast",
+    });
+    let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+    let effective = json!({
+        "negative_prompt": "", "true_cfg_scale": 4.0, "guidance_interval": [0.25, 0.5], "acceleration": "fast",
+    });
+    for (name, value) in effective.as_object().expect("fields") {
+        assert_eq!(&answer[name], value, "{name}");
+    }
+    assert_eq!(answer["data"][0]["skipped_passes"], 0);
 }
 
 #[tokio::test]

@@ -31,7 +31,14 @@ async fn wait_for(server: &Server, id: &str, status: &str) -> Value {
 #[tokio::test]
 async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     let server = server().await;
-    let fields = [("model", "clips"), ("prompt", "a boat"), ("seconds", "4"), ("size", "96x64"), ("seed", "5")];
+    let fields = [
+        ("model", "clips"),
+        ("prompt", "a boat"),
+        ("seconds", "4"),
+        ("size", "96x64"),
+        ("seed", "5"),
+        ("guidance_interval", "[0, 0.5]"),
+    ];
     let parts = fields
         .map(|(name, value)| format!("--b\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n"));
     let form = parts.concat() + "--b--\r\n";
@@ -45,7 +52,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     let effective = json!({
         "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4", "num_frames": 33, "fps": 8, "seed": 5,
         "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": null, "max_sequence_length": 64,
-        "output_format": "mp4",
+        "output_format": "mp4", "guidance_interval": [0.0, 0.5], "acceleration": "none",
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&created[name], value, "{name}");

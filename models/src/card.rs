@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
 use crate::memory::VaeTiling;
-use crate::request::{DiffusionRequest, NegativePrompt, SamplingParams, TextRequest};
+use crate::request::{Acceleration, DiffusionRequest, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::solver::schedulers::Schedulers;
 use crate::tokenizer::Tokenizer;
 
@@ -202,6 +202,17 @@ pub struct DiffusionCard {
     pub vae_tiling: Option<VaeTiling>,
     /// Bytes that the device has for work beside all weights; no bound until whoever loads the models says so.
     pub room_bytes: usize,
+    /// What `acceleration` means; `None` where nothing can be skipped.
+    pub acceleration: Option<CacheThresholds>,
+}
+
+/// Of a first-block cache: how much of what the first block adds may be new in a pass whose other blocks are skipped
+/// ([`BlockCache`](crate::runner::diffusion::block_cache::BlockCache)).
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[allow(missing_docs)]
+pub struct CacheThresholds {
+    pub safe: f64,
+    pub fast: f64,
 }
 
 /// What a diffusion model makes.
@@ -216,12 +227,22 @@ pub enum Medium {
 /// How `guidance_scale` enters a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Guidance {
-    /// Not at all (timestep-distilled models): only 0 is accepted, no negative prompt.
+    /// Not at all (timestep-distilled models): only 0 is accepted. A negative prompt is heard at `true_cfg_scale`.
     None,
-    /// As an input of the transformer; no negative prompt.
+    /// As an input of the transformer. A negative prompt is heard at `true_cfg_scale`.
     Embedded,
     /// By a second, negative prediction when the scale is above 1.
     ClassifierFree,
+}
+
+impl Guidance {
+    /// The field that scales the negative prediction.
+    fn cfg_field(self) -> &'static str {
+        match self {
+            Self::None | Self::Embedded => "true_cfg_scale",
+            Self::ClassifierFree => "guidance_scale",
+        }
+    }
 }
 
 /// Defaults of a diffusion model. Units as in [`DiffusionRequest`].
@@ -250,6 +271,9 @@ pub struct DiffusionOptions {
     pub num_inference_steps: Option<usize>,
     pub guidance_scale: Option<f64>,
     pub scheduler: Option<String>,
+    pub true_cfg_scale: Option<f64>,
+    pub guidance_interval: Option<[f64; 2]>,
+    pub acceleration: Option<Acceleration>,
     pub seed: Option<u64>,
     pub max_sequence_length: Option<usize>,
     /// Whether the VAE works in tiles; absent: where the memory plan needs them.
@@ -275,6 +299,9 @@ impl DiffusionCard {
             num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps),
             guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
             scheduler: self.schedulers.choose(options.scheduler.as_deref())?,
+            true_cfg_scale: self.true_cfg_scale(options.true_cfg_scale)?,
+            guidance_interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),
+            acceleration: options.acceleration.unwrap_or_default(),
             seed: options.seed.unwrap_or(fallback_seed),
             max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
             prompt: options.prompt,
@@ -286,8 +313,21 @@ impl DiffusionCard {
         self.check_time(&request)?;
         check_range("num_inference_steps", request.num_inference_steps, 1, MAX_INFERENCE_STEPS)?;
         check_range("max_sequence_length", request.max_sequence_length, 1, self.max_sequence_length)?;
+        if request.acceleration != Acceleration::None && self.acceleration.is_none() {
+            return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
+        }
         let vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
         self.with_checked_guidance(DiffusionRequest { vae_tiling, ..request })
+    }
+
+    /// Of the first-block cache of each of the request's branches, if it has one.
+    pub fn cache_threshold(&self, request: &DiffusionRequest) -> Option<f64> {
+        let thresholds = self.acceleration?;
+        match request.acceleration {
+            Acceleration::None => None,
+            Acceleration::Safe => Some(thresholds.safe),
+            Acceleration::Fast => Some(thresholds.fast),
+        }
     }
 
     fn check_size(&self, request: &DiffusionRequest) -> Result<()> {
@@ -343,16 +383,63 @@ impl DiffusionCard {
                 "this model was distilled without guidance; only 0 is allowed",
             ));
         }
-        if self.guidance != Guidance::ClassifierFree && request.negative_prompt.is_some() {
-            return Err(Error::invalid("negative_prompt", "this model has no classifier-free guidance; leave it out"));
+        let has_text = request.negative_prompt.is_some();
+        match (self.guidance, request.cfg_scale() > 1.0) {
+            (guidance, false) if has_text => {
+                let problem = format!("has no effect unless {} is above 1; leave it out", guidance.cfg_field());
+                return Err(Error::invalid("negative_prompt", problem));
+            }
+            (Guidance::ClassifierFree, true) => {
+                request.negative_prompt.get_or_insert(NegativePrompt::Absent);
+            }
+            // diffusers ignores the scale then; nothing is ignored here.
+            (Guidance::None | Guidance::Embedded, true) if !has_text => {
+                let problem = "has no effect without a negative_prompt; give one, possibly the empty one";
+                return Err(Error::invalid("true_cfg_scale", problem));
+            }
+            _ => (),
         }
-        let guided = self.guidance == Guidance::ClassifierFree && request.guidance_scale > 1.0;
-        if guided {
-            request.negative_prompt.get_or_insert(NegativePrompt::Absent);
-        } else if request.negative_prompt.is_some() {
-            return Err(Error::invalid("negative_prompt", "has no effect with guidance_scale <= 1; leave it out"));
-        }
+        self.check_interval(&request)?;
         Ok(request)
+    }
+
+    /// Off (1) where the client says nothing; `None` for models that are guided by `guidance_scale`.
+    fn true_cfg_scale(&self, asked: Option<f64>) -> Result<Option<f64>> {
+        match (self.guidance, asked) {
+            (Guidance::ClassifierFree, None) => Ok(None),
+            (Guidance::ClassifierFree, Some(_)) => {
+                Err(Error::invalid("true_cfg_scale", "this model is guided by guidance_scale; leave it out"))
+            }
+            (Guidance::None | Guidance::Embedded, asked) => {
+                let scale = asked.unwrap_or(1.0);
+                check_range("true_cfg_scale", scale, 1.0, MAX_GUIDANCE_SCALE)?;
+                Ok(Some(scale))
+            }
+        }
+    }
+
+    /// Refused where it means nothing: a negative prediction that is never made, or an interval of none.
+    fn check_interval(&self, request: &DiffusionRequest) -> Result<()> {
+        let (interval @ [start, end], steps) = (request.guidance_interval, request.steps_made());
+        let refuse = |problem: String| Err(Error::invalid("guidance_interval", problem));
+        // Written so that NaN fails.
+        if !(start >= 0.0 && start < end && end <= 1.0) {
+            return refuse(format!("is [{start}, {end}]; allowed: [start, end] with 0 <= start < end <= 1"));
+        }
+        if interval == WHOLE_INTERVAL {
+            return Ok(());
+        }
+        if request.negative_prompt.is_none() {
+            let field = self.guidance.cfg_field();
+            return refuse(format!("has no effect unless {field} is above 1; leave it out"));
+        }
+        if !(0..steps).any(|index| request.is_guided_at(index, steps)) {
+            return refuse(format!(
+                "holds none of the {steps} steps, the first of which are at 0 and {}",
+                1.0 / steps as f64
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -391,6 +478,7 @@ mod tests {
             schedulers: crate::testing::flow_schedulers(),
             vae_tiling: None,
             room_bytes: usize::MAX,
+            acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
         }
     }
 
@@ -406,17 +494,19 @@ mod tests {
         assert_eq!((request.seed, request.negative_prompt), (7, Some(NegativePrompt::Absent)));
     }
 
-    #[test]
-    fn what_is_out_of_range_is_named_with_what_is_allowed() {
-        let check = |card: DiffusionCard, options: DiffusionOptions, field: &str, allowed: &str| match card
-            .resolve(options, 0)
-        {
+    #[track_caller]
+    fn check(card: DiffusionCard, options: DiffusionOptions, field: &str, allowed: &str) {
+        match card.resolve(options, 0) {
             Err(Error::InvalidRequest { field: found, problem }) => {
                 assert_eq!(found, field);
                 assert!(problem.contains(allowed), "expected `{allowed}` in: {problem}");
             }
             other => panic!("{field}: {other:?}"),
-        };
+        }
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_named_with_what_is_allowed() {
         let options = DiffusionOptions::default;
         check(
             clip_card(),
@@ -488,11 +578,84 @@ mod tests {
     #[test]
     fn a_negative_prompt_without_effect_is_refused() {
         let options = || DiffusionOptions { negative_prompt: Some("blur".into()), ..DiffusionOptions::default() };
-        assert!(picture_card(Guidance::Embedded).resolve(options(), 0).is_err());
         let unguided = DiffusionOptions { guidance_scale: Some(1.0), ..options() };
         assert!(clip_card().resolve(unguided, 0).is_err());
         assert!(clip_card().resolve(options(), 0).is_ok());
         let unguided = DiffusionOptions { guidance_scale: Some(1.0), ..DiffusionOptions::default() };
         assert_eq!(clip_card().resolve(unguided, 0).expect("valid").negative_prompt, None);
+        let scale = DiffusionOptions { true_cfg_scale: Some(4.0), ..options() };
+        check(clip_card(), scale, "true_cfg_scale", "guided by guidance_scale");
+    }
+
+    /// FLUX.1: `guidance_scale` says nothing about the negative prompt, and an absent one is no empty one.
+    #[test]
+    fn true_guidance_takes_a_scale_and_a_negative_prompt() {
+        for guidance in [Guidance::None, Guidance::Embedded] {
+            let of = |scale, negative: Option<&str>| DiffusionOptions {
+                true_cfg_scale: scale,
+                negative_prompt: negative.map(str::to_owned),
+                ..DiffusionOptions::default()
+            };
+            check(picture_card(guidance), of(None, Some("blur")), "negative_prompt", "true_cfg_scale is above 1");
+            check(picture_card(guidance), of(Some(1.0), Some("")), "negative_prompt", "true_cfg_scale is above 1");
+            check(picture_card(guidance), of(Some(4.0), None), "true_cfg_scale", "without a negative_prompt");
+            check(picture_card(guidance), of(Some(0.5), None), "true_cfg_scale", "1 to 100");
+            let resolve = |options| picture_card(guidance).resolve(options, 0).expect("valid");
+            let guided = resolve(of(Some(4.0), Some("")));
+            assert_eq!((guided.cfg_scale(), guided.negative_prompt), (4.0, Some(NegativePrompt::Text(String::new()))));
+            assert_eq!(resolve(of(None, None)).true_cfg_scale, Some(1.0));
+        }
+        assert_eq!(clip_card().resolve(DiffusionOptions::default(), 0).expect("valid").cfg_scale(), 5.0);
+    }
+
+    #[test]
+    fn acceleration_is_off_unless_asked_for_and_refused_where_there_is_none() {
+        let options = |acceleration| DiffusionOptions { acceleration, ..DiffusionOptions::default() };
+        let (card, without) = (clip_card(), DiffusionCard { acceleration: None, ..clip_card() });
+        let asked = [(None, None), (Some(Acceleration::Safe), Some(0.1)), (Some(Acceleration::Fast), Some(0.2))];
+        for (acceleration, threshold) in asked {
+            let request = card.resolve(options(acceleration), 0).expect("valid");
+            assert_eq!(request.acceleration, acceleration.unwrap_or(Acceleration::None));
+            assert_eq!(card.cache_threshold(&request), threshold);
+        }
+        check(without.clone(), options(Some(Acceleration::Safe)), "acceleration", "allowed: none");
+        assert!(without.resolve(options(Some(Acceleration::None)), 0).is_ok());
+    }
+
+    #[test]
+    fn an_interval_holds_the_steps_from_its_start_to_before_its_end() {
+        let resolve = |interval, num_inference_steps| {
+            let (guidance_interval, num_inference_steps) = (Some(interval), Some(num_inference_steps));
+            clip_card().resolve(DiffusionOptions { guidance_interval, num_inference_steps, ..Default::default() }, 0)
+        };
+        for (interval, steps, guided) in [
+            ([0.0, 1.0], 4, vec![0, 1, 2, 3]),
+            ([0.0, 0.5], 4, vec![0, 1]),
+            ([0.25, 0.75], 4, vec![1, 2]),
+            ([0.24, 0.51], 4, vec![1, 2]),
+            ([0.3, 0.4], 10, vec![3]),
+            ([0.7, 1.0], 10, vec![7, 8, 9]),
+            ([0.0, 1e-9], 1, vec![0]),
+        ] {
+            let request = resolve(interval, steps).expect("holds steps");
+            let found: Vec<usize> = (0..steps).filter(|step| request.is_guided_at(*step, steps)).collect();
+            assert_eq!(found, guided, "{interval:?} of {steps}");
+        }
+        let refused = |interval, steps| match resolve(interval, steps) {
+            Err(Error::InvalidRequest { field, problem }) => format!("{field}: {problem}"),
+            other => panic!("{interval:?} of {steps}: {other:?}"),
+        };
+        for interval in [[0.5, 0.5], [0.6, 0.5], [-0.1, 1.0], [0.0, 1.1], [f64::NAN, 1.0], [0.0, f64::NAN]] {
+            assert!(refused(interval, 4).contains("0 <= start < end <= 1"));
+        }
+        assert!(refused([0.3, 0.4], 4).contains("holds none of the 4 steps"));
+        let unguided = DiffusionOptions {
+            guidance_scale: Some(1.0),
+            guidance_interval: Some([0.0, 0.5]),
+            ..DiffusionOptions::default()
+        };
+        check(clip_card(), unguided, "guidance_interval", "guidance_scale is above 1");
+        let interval = DiffusionOptions { guidance_interval: Some([0.0, 0.5]), ..DiffusionOptions::default() };
+        check(picture_card(Guidance::Embedded), interval, "guidance_interval", "true_cfg_scale is above 1");
     }
 }

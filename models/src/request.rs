@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Error;
 use crate::solver::schedulers::Scheduler;
 
@@ -87,10 +89,17 @@ pub struct DiffusionRequest {
     pub fps: usize,
     /// Denoising steps.
     pub num_inference_steps: usize,
-    /// As in diffusers: embedded guidance (FLUX.1-dev) or classifier-free guidance (Wan).
+    /// As in diffusers: embedded guidance (FLUX.1-dev) or classifier-free guidance (SDXL, Wan).
     pub guidance_scale: f64,
     /// How the latents move from one timestep to the next.
     pub scheduler: &'static Scheduler,
+    /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1), as in diffusers: the scale of a
+    /// second, negative prediction.
+    pub true_cfg_scale: Option<f64>,
+    /// Fractions of the steps between which the negative prediction is made; see [`DiffusionRequest::is_guided_at`].
+    pub guidance_interval: [f64; 2],
+    /// Whether steps may take the place of ones before them.
+    pub acceleration: Acceleration,
     /// Seed of `torch.Generator("cpu")`.
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.
@@ -112,6 +121,66 @@ pub struct Edit {
     pub strength: f64,
     /// Steps of the schedule that are left out, as follows from `strength`; fewer than there are.
     pub first_step: usize,
+}
+
+/// How much of the denoising may be left out. What it means is the card's affair
+/// ([`CacheThresholds`](crate::card::CacheThresholds)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Acceleration {
+    /// Everything is computed.
+    #[default]
+    None,
+    /// Where hardly anybody sees it.
+    Safe,
+    /// Where it shows in details.
+    Fast,
+}
+
+impl Acceleration {
+    /// Its name on the wire and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Safe => "safe",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+impl std::str::FromStr for Acceleration {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        [Self::None, Self::Safe, Self::Fast]
+            .into_iter()
+            .find(|acceleration| acceleration.as_str() == name)
+            .ok_or_else(|| Error::invalid("acceleration", "is not known; allowed: none, safe, fast"))
+    }
+}
+
+/// Every step is guided.
+pub const WHOLE_INTERVAL: [f64; 2] = [0.0, 1.0];
+
+impl DiffusionRequest {
+    /// Denoising steps that are made: those of the schedule but for the ones that a picture to begin from leaves out.
+    pub fn steps_made(&self) -> usize {
+        self.num_inference_steps - self.edit.as_ref().map_or(0, |edit| edit.first_step)
+    }
+
+    /// How far the negative prediction, where there is one, is left behind.
+    pub fn cfg_scale(&self) -> f64 {
+        self.true_cfg_scale.unwrap_or(self.guidance_scale)
+    }
+
+    /// Whether step `index` (from 0 on) of `steps` makes a negative prediction: those with `start <= index / steps < end`.
+    /// The others take the prediction for the prompt as it is, as a pipeline of diffusers does whose callback has
+    /// switched guidance off.
+    pub fn is_guided_at(&self, index: usize, steps: usize) -> bool {
+        let [start, end] = self.guidance_interval;
+        let fraction = index as f64 / steps as f64;
+        self.negative_prompt.is_some() && start <= fraction && fraction < end
+    }
 }
 
 /// What the second branch of classifier-free guidance is told.
@@ -175,13 +244,15 @@ pub enum FinishReason {
     Complete,
 }
 
-/// Tokens that a text session used.
+/// What a session used, and what it did not need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
     /// Tokens generated, the end-of-sequence token included.
     pub completion_tokens: usize,
+    /// Of a picture or clip: predictions that the acceleration took from ones before them.
+    pub skipped_passes: usize,
 }
 
 /// One picture, or one frame of a clip: 8-bit RGB, rows top to bottom, no padding.
@@ -247,7 +318,7 @@ pub enum Event {
     Finished {
         /// Why.
         reason: FinishReason,
-        /// Tokens used; zeros for pictures and clips.
+        /// Tokens used, or passes skipped.
         usage: Usage,
     },
     /// The session failed and is gone from the runner.

@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard};
+use crate::card::{
+    CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard,
+};
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
@@ -112,6 +114,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
         vae_tiling: None,
         room_bytes: usize::MAX,
+        acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
     }
 }
 
@@ -249,7 +252,7 @@ fn advance_text(
     let start = request.sampling.seed as usize % ANSWER.len();
     let byte = ANSWER.as_bytes()[(start + *done - 1) % ANSWER.len()];
     emit(Event::Text { tokens: vec![u32::from(byte)], text: char::from(byte).to_string() });
-    let usage = Usage { prompt_tokens: request.prompt.len(), completion_tokens: *done };
+    let usage = Usage { prompt_tokens: request.prompt.len(), completion_tokens: *done, ..Usage::default() };
     if *done == ANSWER.len() && !request.ignore_eos {
         return Some((FinishReason::Stop, usage));
     }

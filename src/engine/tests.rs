@@ -7,7 +7,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use tale_models::request::{DiffusionRequest, SamplingParams, TextRequest};
+use tale_models::request::{Acceleration, DiffusionRequest, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use tale_models::runner::RunnerStatus;
 use tale_models::solver::schedulers::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
@@ -35,6 +35,9 @@ fn clip(num_inference_steps: usize) -> Request {
         num_inference_steps,
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").unwrap(),
+        true_cfg_scale: None,
+        guidance_interval: WHOLE_INTERVAL,
+        acceleration: Acceleration::None,
         seed: 0,
         max_sequence_length: 8,
         edit: None,

@@ -26,6 +26,8 @@ const MAX_OVERTAKEN: usize = 64;
 
 /// What handles ask of the device thread.
 #[derive(Debug)]
+// Most commands are the large one, and each is moved twice.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Command {
     /// Begin a session.
     Submit {

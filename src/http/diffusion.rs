@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Deserializer};
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::request::DiffusionRequest;
 use tale_models::{DiffusionCard, ModelCard};
@@ -49,6 +50,39 @@ impl Size {
             SizeField::Size => error.within("width", "size").within("height", "size"),
         }
     }
+}
+
+/// Two fractions: a JSON list, or the text of one, as a form has it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Interval(pub(super) [f64; 2]);
+
+impl<'de> Deserialize<'de> for Interval {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct IntervalVisitor;
+
+        impl<'de> serde::de::Visitor<'de> for IntervalVisitor {
+            type Value = Interval;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list of two numbers")
+            }
+
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, list: A) -> Result<Interval, A::Error> {
+                <[f64; 2]>::deserialize(serde::de::value::SeqAccessDeserializer::new(list)).map(Interval)
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Interval, E> {
+                serde_json::from_str(text).map(Interval).map_err(|_| E::custom("must be a list of two numbers"))
+            }
+        }
+
+        deserializer.deserialize_any(IntervalVisitor)
+    }
+}
+
+/// The interval, where guidance has one to speak of.
+pub(super) fn interval(request: &DiffusionRequest) -> Option<[f64; 2]> {
+    request.negative_prompt.is_some().then_some(request.guidance_interval)
 }
 
 /// The card of a model that makes `medium`, or the error that names the right endpoint.

@@ -9,10 +9,10 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use tale_models::Event;
 use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
 use tokio::task::spawn_blocking;
 
-use super::diffusion::{self, Size, saturate};
+use super::diffusion::{self, Interval, Size, saturate};
 use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::engine::Session;
@@ -39,6 +39,9 @@ struct ImageBody {
     num_inference_steps: Option<u64>,
     guidance_scale: Option<f64>,
     scheduler: Option<String>,
+    true_cfg_scale: Option<f64>,
+    guidance_interval: Option<Interval>,
+    acceleration: Option<Acceleration>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
     metadata: Option<bool>,
@@ -109,6 +112,9 @@ pub(super) struct Images {
 struct Image {
     b64_json: String,
     seed: u64,
+    /// Predictions that the acceleration took from ones before them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    skipped_passes: Option<usize>,
 }
 
 pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Json<Images>, ApiError> {
@@ -127,8 +133,10 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
         seeds.iter().map(|&seed| engine.submit(&model, with_seed(seed))).collect::<Result<_, _>>()?;
     let mut data = Vec::with_capacity(n);
     for (mut session, seed) in sessions.into_iter().zip(seeds) {
-        let picture = picture(&mut session).await?;
-        data.push(Image { b64_json: encoding.encode(picture, parameters.with_seed(seed)).await?, seed });
+        let (picture, usage) = picture(&mut session).await?;
+        let skipped_passes = (request.acceleration != Acceleration::None).then_some(usage.skipped_passes);
+        let b64_json = encoding.encode(picture, parameters.with_seed(seed)).await?;
+        data.push(Image { b64_json, seed, skipped_passes });
     }
     Ok(Json(Images {
         created,
@@ -193,6 +201,9 @@ impl ImageBody {
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
             scheduler: self.scheduler,
+            true_cfg_scale: self.true_cfg_scale,
+            guidance_interval: self.guidance_interval.map(|Interval(interval)| interval),
+            acceleration: self.acceleration,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
             vae_tiling: self.vae_tiling.and_then(VaeTiling::asked),
@@ -201,14 +212,15 @@ impl ImageBody {
     }
 }
 
-/// The picture of a session, once it is whole.
-async fn picture(session: &mut Session) -> Result<Frame, ApiError> {
+/// The picture of a session, once it is whole, and what it did not need.
+async fn picture(session: &mut Session) -> Result<(Frame, Usage), ApiError> {
     let mut picture = None;
     loop {
         match session.recv().await {
             Some(Event::Frames(frames)) => picture = frames.into_iter().next_back(),
-            Some(Event::Finished { .. }) => {
-                return picture.ok_or_else(|| ApiError::internal("the model finished without a picture"));
+            Some(Event::Finished { usage, .. }) => {
+                let picture = picture.ok_or_else(|| ApiError::internal("the model finished without a picture"))?;
+                return Ok((picture, usage));
             }
             Some(Event::Failed(error)) => return Err(error.into()),
             Some(Event::Started | Event::Progress { .. } | Event::Text { .. }) => (),

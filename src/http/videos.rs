@@ -8,10 +8,10 @@ use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Deserializer, Serialize};
 use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::request::DiffusionRequest;
+use tale_models::request::{Acceleration, DiffusionRequest};
 use tale_models::{DiffusionCard, ModelCard};
 
-use super::diffusion::{self, Size, saturate};
+use super::diffusion::{self, Interval, Size, saturate};
 use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::job::drive::drive;
@@ -55,6 +55,8 @@ struct VideoBody {
     num_inference_steps: Option<u64>,
     guidance_scale: Option<f64>,
     scheduler: Option<String>,
+    guidance_interval: Option<Interval>,
+    acceleration: Option<Acceleration>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
 }
@@ -127,6 +129,9 @@ impl VideoBody {
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
             scheduler: self.scheduler,
+            true_cfg_scale: None,
+            guidance_interval: self.guidance_interval.map(|Interval(interval)| interval),
+            acceleration: self.acceleration,
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
             vae_tiling: None,
@@ -184,6 +189,9 @@ pub(super) struct WireVideo {
     num_inference_steps: usize,
     guidance_scale: f64,
     scheduler: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guidance_interval: Option<[f64; 2]>,
+    acceleration: Acceleration,
     seed: u64,
     max_sequence_length: usize,
     output_format: &'static str,
@@ -216,6 +224,7 @@ pub(super) fn status(state: &JobState) -> &'static str {
 impl From<&Job> for WireVideo {
     fn from(job: &Job) -> Self {
         let request = job.request.clone();
+        let guidance_interval = diffusion::interval(&request);
         let is_completed = matches!(job.state, JobState::Completed(_));
         Self {
             id: job.id.to_string(),
@@ -238,6 +247,8 @@ impl From<&Job> for WireVideo {
             num_inference_steps: request.num_inference_steps,
             guidance_scale: request.guidance_scale,
             scheduler: request.scheduler.name,
+            guidance_interval,
+            acceleration: request.acceleration,
             seed: request.seed,
             max_sequence_length: request.max_sequence_length,
             output_format: job.format.as_str(),

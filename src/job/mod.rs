@@ -214,6 +214,7 @@ impl Job {
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tale_models::request::{Acceleration, WHOLE_INTERVAL};
     use tale_models::solver::schedulers::Scheduler;
 
     pub(crate) fn job() -> Job {
@@ -227,6 +228,9 @@ pub(crate) mod tests {
             num_inference_steps: 4,
             guidance_scale: 1.0,
             scheduler: Scheduler::named("flow_euler").unwrap(),
+            true_cfg_scale: None,
+            guidance_interval: WHOLE_INTERVAL,
+            acceleration: Acceleration::None,
             seed: 0,
             max_sequence_length: 8,
             edit: None,

@@ -230,6 +230,7 @@ impl Sizes {
             schedulers,
             vae_tiling: self.vae.vae_tiling(dtype),
             room_bytes: usize::MAX,
+            acceleration: None,
         }
     }
 

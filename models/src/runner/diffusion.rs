@@ -11,7 +11,9 @@ use candle_core::{DType, Tensor};
 use crate::card::DiffusionCard;
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
-use crate::request::{DiffusionRequest, Event, Events, FinishReason, Frame, Mask, Phase, Request, SessionId, Usage};
+use crate::request::{
+    Acceleration, DiffusionRequest, Event, Events, FinishReason, Frame, Mask, Phase, Request, SessionId, Usage,
+};
 use crate::rng::TorchGenerator;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::Solver;
@@ -19,11 +21,13 @@ use crate::vae::Posterior;
 use crate::work::StepWork;
 
 pub mod batcher;
+pub mod block_cache;
 pub mod start;
 #[cfg(test)]
 mod tests;
 
 use batcher::{Batcher, Input, PictureInput, ShapeKey, StepKey};
+use block_cache::BlockCache;
 use start::{Encoded, Repaint, Start, start};
 
 /// Most sessions that one runner holds, whatever memory there is.
@@ -75,6 +79,22 @@ pub trait DiffusionModel: Send {
     /// One forward pass over a batch of rows that share a shape but nothing else: row i has latents `[1, ...]`, its own
     /// timestep (in the solver's unit), its own conditioning and request. Returns the prediction of each row, f32.
     fn predict(&self, rows: &[DenoiseRow<'_, Self::Conditioning>]) -> Result<Vec<Tensor>>;
+
+    /// As [`DiffusionModel::predict`], with the first-block cache of each row. Asked only of models whose card has
+    /// thresholds for it.
+    fn predict_cached(
+        &self,
+        _rows: &[DenoiseRow<'_, Self::Conditioning>],
+        _caches: &mut [&mut BlockCache],
+    ) -> Result<Vec<Tensor>> {
+        unreachable!("the card allows no acceleration: this is a bug")
+    }
+
+    /// Least work of [`DiffusionModel::predict_cached`] over `computed` rows that go through all blocks and `skipping` ones
+    /// that may leave out all but the first.
+    fn predict_cached_work(&self, _request: &DiffusionRequest, _computed: usize, _skipping: usize) -> StepWork {
+        unreachable!("the card allows no acceleration: this is a bug")
+    }
 
     /// Begins to turn final latents into pixels.
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Self::Decoding>;
@@ -139,6 +159,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
 struct Session<M: DiffusionModel> {
     request: DiffusionRequest,
     started: bool,
+    /// Predictions that came from caches, once denoising is done.
+    skipped_passes: usize,
     stage: Stage<M>,
 }
 
@@ -164,6 +186,8 @@ struct Denoising<M: DiffusionModel> {
     /// The latents as the solver wants the model to see them.
     model_input: Tensor,
     solver: Box<dyn Solver>,
+    /// One per guidance branch; none without acceleration.
+    caches: Vec<BlockCache>,
     /// The request's own: the solver goes on where the initial noise left off.
     generator: TorchGenerator,
     /// Where the loop began in the solver's timesteps.
@@ -252,17 +276,46 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     /// The guided prediction of each session. More rows than fit one forward pass (a guided session where one row is
     /// allowed) are computed one pass after the other.
-    fn predict(&self, ids: &[SessionId]) -> Result<Vec<Tensor>> {
+    fn predict(&mut self, ids: &[SessionId]) -> Result<Vec<Tensor>> {
+        let mut caches: Vec<_> = ids.iter().map(|id| self.take_caches(*id)).collect();
         let sessions: Vec<&Session<M>> = ids.iter().map(|id| self.session(*id)).collect();
         let rows: Vec<_> = sessions.iter().flat_map(|session| session.rows()).collect();
+        let of_rows =
+            sessions.iter().zip(&mut caches).map(|(session, caches)| caches.iter_mut().take(session.num_rows()));
+        let mut caches_of_rows: Vec<&mut BlockCache> = of_rows.flatten().collect();
+        let mut caches_of_passes = caches_of_rows.chunks_mut(self.max_rows);
         let mut predictions = Vec::with_capacity(rows.len());
         for pass in rows.chunks(self.max_rows) {
-            let found = self.model.predict(pass)?;
+            let found = match caches_of_passes.next() {
+                None => self.model.predict(pass)?,
+                Some(caches) => self.model.predict_cached(pass, caches)?,
+            };
             assert_eq!(found.len(), pass.len(), "one prediction per row: this is a bug of the family");
             predictions.extend(found);
         }
         let mut predictions = predictions.into_iter();
-        sessions.iter().map(|session| session.guided(&mut predictions)).collect()
+        let guided = sessions.iter().map(|session| session.guided(&mut predictions)).collect();
+        for (id, caches) in ids.iter().zip(caches) {
+            self.session_mut(*id).denoising_mut().caches = caches;
+        }
+        guided
+    }
+
+    /// The caches of a session, which it gets back after its step: rows are read while caches are written.
+    fn take_caches(&mut self, id: SessionId) -> Vec<BlockCache> {
+        std::mem::take(&mut self.session_mut(id).denoising_mut().caches)
+    }
+
+    /// Least work of a denoising step of these sessions.
+    fn denoise_work(&self, ids: &[SessionId]) -> StepWork {
+        let rows: Vec<bool> = ids.iter().flat_map(|id| self.session(*id).rows_that_may_skip()).collect();
+        let request = &self.session(ids[0]).request;
+        let is_cached = self.model.card().cache_threshold(request).is_some();
+        let pass = |rows: &[bool]| match rows.iter().filter(|may_skip| **may_skip).count() {
+            skipping if is_cached => self.model.predict_cached_work(request, rows.len() - skipping, skipping),
+            _ => self.model.predict_work(request, rows.len()),
+        };
+        rows.chunks(self.max_rows).map(pass).sum()
     }
 
     /// The next chunk of pixels of one session.
@@ -286,12 +339,22 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// Queues a session for its next step, or lets it go with its last event.
     fn settle(&mut self, id: SessionId, outcome: Outcome, events: &mut Events) {
         let last = match outcome {
-            Outcome::GoesOn => return self.batcher.enqueue(id, self.session(id).step_key(id)),
-            Outcome::Complete => Event::Finished { reason: FinishReason::Complete, usage: Usage::default() },
+            Outcome::GoesOn => return self.enqueue(id),
+            Outcome::Complete => {
+                let skipped_passes = self.session(id).skipped_passes;
+                let usage = Usage { skipped_passes, ..Usage::default() };
+                Event::Finished { reason: FinishReason::Complete, usage }
+            }
             Outcome::Failed(error) => Event::Failed(error),
         };
         self.sessions.remove(&id);
         events.emit(id, last);
+    }
+
+    fn enqueue(&mut self, id: SessionId) {
+        let session = self.session(id);
+        let (key, rows) = (session.step_key(id), session.num_rows());
+        self.batcher.enqueue(id, key, rows);
     }
 
     fn announce(&mut self, events: &mut Events) {
@@ -305,6 +368,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     fn session(&self, id: SessionId) -> &Session<M> {
         self.sessions.get(&id).expect(MEMBERS_EXIST)
+    }
+
+    fn session_mut(&mut self, id: SessionId) -> &mut Session<M> {
+        self.sessions.get_mut(&id).expect(MEMBERS_EXIST)
     }
 }
 
@@ -331,9 +398,9 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
             return Err(Error::invalid("image", "this model does not begin from a picture"));
         }
         let new = Session::new(request, &self.model);
-        self.batcher.enqueue(session, new.step_key(session));
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
+        self.enqueue(session);
         Ok(())
     }
 
@@ -352,11 +419,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         let first = self.session(batch.sessions[0]);
         match &first.stage {
             Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &first.request),
-            Stage::Denoise(_) => {
-                let rows: usize = batch.sessions.iter().map(|id| self.session(*id).rows().count()).sum();
-                let passes = (0..rows).step_by(self.max_rows).map(|start| self.max_rows.min(rows - start));
-                passes.map(|rows| self.model.predict_work(&first.request, rows)).sum()
-            }
+            Stage::Denoise(_) => self.denoise_work(&batch.sessions),
             Stage::Latents(_) => self.model.decode_work(&first.request, 0),
             Stage::Decode { done, .. } => self.model.decode_work(&first.request, *done),
         }
@@ -398,7 +461,7 @@ impl<M: DiffusionModel> Session<M> {
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
         let inputs = prompts.into_iter().flatten().chain(pictures.into_iter().map(Input::Picture)).collect();
         let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new() };
-        Self { request, started: false, stage: Stage::Encode { inputs, encoded } }
+        Self { request, started: false, skipped_passes: 0, stage: Stage::Encode { inputs, encoded } }
     }
 
     fn step_key(&self, id: SessionId) -> StepKey {
@@ -410,7 +473,7 @@ impl<M: DiffusionModel> Session<M> {
                 height: request.height,
                 num_frames: request.num_frames,
                 max_sequence_length: request.max_sequence_length,
-                guided: request.negative_prompt.is_some(),
+                is_cached: request.acceleration != Acceleration::None,
             }),
             Stage::Latents(_) | Stage::Decode { .. } => StepKey::VaeDecode(id),
         }
@@ -447,11 +510,15 @@ impl<M: DiffusionModel> Session<M> {
         let solver = model.solver(&self.request)?;
         let Start { latents, first_step, repaint } =
             start(model, &self.request, &encoded.pictures, &*solver, &mut generator)?;
+        let threshold = model.card().cache_threshold(&self.request);
+        let caches = threshold
+            .map_or(Vec::new(), |threshold| encoded.prompts.iter().map(|_| BlockCache::new(threshold)).collect());
         self.stage = Stage::Denoise(Denoising {
             conditioning: std::mem::take(&mut encoded.prompts),
             model_input: solver.scale_model_input(first_step, &latents)?,
             latents,
             solver,
+            caches,
             generator,
             first_step,
             index: first_step,
@@ -465,11 +532,29 @@ impl<M: DiffusionModel> Session<M> {
         denoising
     }
 
-    /// Rows of the next denoising step: the positive branch, then the negative one.
+    fn denoising_mut(&mut self) -> &mut Denoising<M> {
+        let Stage::Denoise(denoising) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
+        denoising
+    }
+
+    /// For each row of the next denoising step, whether its cache may answer.
+    fn rows_that_may_skip(&self) -> impl Iterator<Item = bool> {
+        let caches = &self.denoising().caches;
+        (0..self.num_rows()).map(|branch| caches.get(branch).is_some_and(BlockCache::may_skip))
+    }
+
+    /// Rows that the next step adds to a denoising batch; none where it is of another kind.
+    fn num_rows(&self) -> usize {
+        let Stage::Denoise(denoising) = &self.stage else { return 0 };
+        let (first, steps) = (denoising.first_step, denoising.solver.timesteps().len());
+        1 + usize::from(self.request.is_guided_at(denoising.index - first, steps - first))
+    }
+
+    /// Rows of the next denoising step: the positive branch, then the negative one if the step is guided.
     fn rows(&self) -> impl Iterator<Item = DenoiseRow<'_, M::Conditioning>> {
         let denoising = self.denoising();
         let timestep = denoising.solver.timesteps()[denoising.index];
-        denoising.conditioning.iter().map(move |conditioning| DenoiseRow {
+        denoising.conditioning.iter().take(self.num_rows()).map(move |conditioning| DenoiseRow {
             latents: &denoising.model_input,
             timestep,
             conditioning: &**conditioning,
@@ -481,17 +566,17 @@ impl<M: DiffusionModel> Session<M> {
     fn guided(&self, predictions: &mut impl Iterator<Item = Tensor>) -> Result<Tensor> {
         let mut next = || predictions.next().expect("one prediction per row: this is a bug");
         let positive = next();
-        if self.denoising().conditioning.len() == 1 {
+        if self.num_rows() == 1 {
             return Ok(positive);
         }
         let negative = next();
-        Ok((&negative + ((positive - &negative)? * self.request.guidance_scale)?)?)
+        Ok((&negative + ((positive - &negative)? * self.request.cfg_scale())?)?)
     }
 
     /// Moves the latents one timestep on: steps done, and steps in all. After the last one only the latents are kept.
     fn advance(&mut self, prediction: &Tensor) -> Result<(usize, usize)> {
         let Stage::Denoise(denoising) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let Denoising { latents, model_input, solver, generator, first_step, index, repaint, .. } = denoising;
+        let Denoising { latents, model_input, solver, generator, first_step, index, repaint, caches, .. } = denoising;
         *latents = solver.step(*index, prediction, latents, generator)?;
         *index += 1;
         if let Some(repaint) = repaint {
@@ -499,6 +584,7 @@ impl<M: DiffusionModel> Session<M> {
         }
         let (done, total) = (*index - *first_step, solver.timesteps().len() - *first_step);
         if done == total {
+            self.skipped_passes = caches.iter().map(BlockCache::skipped).sum();
             self.stage = Stage::Latents(latents.clone());
         } else {
             *model_input = solver.scale_model_input(*index, latents)?;

@@ -244,7 +244,7 @@ impl Session {
 
     fn usage(&self) -> Usage {
         let prompt_tokens = self.num_prompt_tokens;
-        Usage { prompt_tokens, completion_tokens: self.tokens.len() - prompt_tokens }
+        Usage { prompt_tokens, completion_tokens: self.tokens.len() - prompt_tokens, ..Usage::default() }
     }
 }
 

@@ -7,6 +7,7 @@
 mod chats;
 mod flux;
 mod gpu;
+mod guidance;
 mod noise_solvers;
 mod rng;
 mod sdxl;

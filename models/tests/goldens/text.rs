@@ -83,7 +83,7 @@ fn greedy_tokens_and_text_equal_the_reference() {
             assert_eq!(expected.len(), GREEDY_TOKENS);
             assert_eq!(answer.tokens, expected, "{case} greedy.{index}");
             assert_eq!(Some(answer.text.as_str()), texts[index].as_str(), "{case} greedy_text {index}");
-            let usage = Usage { prompt_tokens, completion_tokens: GREEDY_TOKENS };
+            let usage = Usage { prompt_tokens, completion_tokens: GREEDY_TOKENS, ..Usage::default() };
             assert_eq!(answer.end, Some((FinishReason::Length, usage)));
         }
     }
@@ -198,7 +198,7 @@ fn an_end_of_sequence_token_ends_the_answer() {
     let request = TextRequest { ignore_eos: false, ..greedy(prompt.clone()) };
     let answer = server.answer_alone(request);
     assert_eq!((answer.tokens, answer.text.as_str()), (vec![first], ""));
-    let usage = Usage { prompt_tokens: prompt.len(), completion_tokens: 1 };
+    let usage = Usage { prompt_tokens: prompt.len(), completion_tokens: 1, ..Usage::default() };
     assert_eq!(answer.end, Some((FinishReason::Stop, usage)));
 
     let answer = server.answer_alone(greedy(prompt));

@@ -1,8 +1,9 @@
 //! What pictures and clips share: the prompt's arguments, and following a session to its frames.
 
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::{Acceleration, DiffusionRequest, Frame};
 use tale_models::{Event, ModelCard, Request};
 
 use super::{CliError, Generator, wrong_medium};
@@ -24,7 +25,7 @@ pub struct DiffusionArgs {
     #[arg(long, value_name = "TEXT", group = SUBJECT)]
     prompt: Option<String>,
 
-    /// What to steer away from, for models with classifier-free guidance
+    /// What to steer away from; needs classifier-free guidance: a guidance scale, or of FLUX.1 a true CFG scale, above 1
     #[arg(long, value_name = "TEXT")]
     negative_prompt: Option<String>,
 
@@ -47,6 +48,18 @@ pub struct DiffusionArgs {
     /// Solver: euler, dpmpp_2m_karras, ..., or diffusers' class name [default: the checkpoint's own]
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
+
+    /// FLUX.1: how strongly the prompt steers away from the negative one; 1 is off
+    #[arg(long, value_name = "X")]
+    true_cfg_scale: Option<f64>,
+
+    /// The part of the steps in which the negative prompt is heard, such as 0,0.4 [default: 0,1]
+    #[arg(long, value_name = "START,END", value_parser = interval)]
+    guidance_interval: Option<[f64; 2]>,
+
+    /// Let steps that hardly differ from ones before them skip most of the network: none, safe or fast [default: none]
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(["none", "safe", "fast"]).try_map(|name| name.parse::<Acceleration>()))]
+    acceleration: Option<Acceleration>,
 
     /// As for torch.Generator("cpu"): the same seed gives the picture that diffusers gives [default: drawn]
     #[arg(long, value_name = "N")]
@@ -90,12 +103,21 @@ impl DiffusionArgs {
             fps: base.fps,
             num_inference_steps: self.num_inference_steps.or(base.num_inference_steps),
             guidance_scale: self.guidance_scale.or(base.guidance_scale),
+            true_cfg_scale: self.true_cfg_scale.or(base.true_cfg_scale),
+            guidance_interval: self.guidance_interval.or(base.guidance_interval),
+            acceleration: self.acceleration.or(base.acceleration),
             scheduler: self.scheduler.or(base.scheduler),
             seed: self.seed.or(base.seed),
             max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
             vae_tiling: self.vae_tiling.map_or(base.vae_tiling, VaeTiling::asked),
         }
     }
+}
+
+fn interval(text: &str) -> Result<[f64; 2], String> {
+    let ends =
+        text.split_once(',').and_then(|(start, end)| Some([start.trim().parse().ok()?, end.trim().parse().ok()?]));
+    ends.ok_or_else(|| "expected two numbers, such as 0,0.4".to_owned())
 }
 
 /// The card of a model that makes `medium`.

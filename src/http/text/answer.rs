@@ -130,7 +130,7 @@ struct WireUsage {
 
 impl From<Usage> for WireUsage {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, completion_tokens } = usage;
+        let Usage { prompt_tokens, completion_tokens, skipped_passes: _ } = usage;
         Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
     }
 }
@@ -154,7 +154,7 @@ pub(super) async fn whole(head: Head, sessions: Vec<Session>, prompt_tokens: usi
         answers.push(collect(&mut session).await?);
     }
     let completion_tokens = answers.iter().map(|(_, _, tokens)| tokens).sum();
-    let usage = Usage { prompt_tokens, completion_tokens };
+    let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
     let choices = answers.iter().enumerate();
     let choices: Vec<_> =
         choices.map(|(index, (text, reason, _))| Choice::whole(head.shape, index, text, reason)).collect();
@@ -183,7 +183,7 @@ pub(super) fn stream(head: Head, sessions: Vec<Session>, prompt_tokens: usize, i
     let mut stream = AnswerStream {
         head,
         open: sessions.into_iter().map(Some).collect(),
-        usage: Usage { prompt_tokens, completion_tokens: 0 },
+        usage: Usage { prompt_tokens, ..Usage::default() },
         include_usage,
         buffer: Vec::new(),
         keep_alive: KeepAlive::default(),

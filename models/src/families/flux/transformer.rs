@@ -14,6 +14,7 @@ use tale_kernels::{
 use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Linear, RmsNorm};
+use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, linear_flops};
 
@@ -87,6 +88,16 @@ impl FluxTransformerConfig {
             + linear_flops(image_len, (self.in_channels + self.predicted_channels()) * dim)
     }
 
+    /// Operations of a forward pass whose other blocks than the first are skipped.
+    pub fn first_block_flops(&self, text_len: usize, image_len: usize) -> f64 {
+        Self { num_layers: 1, num_single_layers: 0, ..self.clone() }.flops(text_len, image_len)
+    }
+
+    /// Whether there is a first block of two streams, and another one that could be skipped.
+    pub fn can_skip_blocks(&self) -> bool {
+        self.num_layers > 0 && self.num_layers + self.num_single_layers > 1
+    }
+
     /// Channels of the latents before packing.
     pub fn latent_channels(&self) -> usize {
         self.in_channels / (PACK * PACK)
@@ -153,6 +164,8 @@ pub struct FluxTransformer {
     compute_dtype: DType,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
+    /// Of these, bytes of the blocks after the first.
+    other_block_bytes: usize,
 }
 
 impl FluxTransformer {
@@ -161,16 +174,23 @@ impl FluxTransformer {
         let dim = config.inner_dim();
         let double = weights.pp("transformer_blocks");
         let single = weights.pp("single_transformer_blocks");
+        let mut transformer_blocks = Vec::with_capacity(config.num_layers);
+        let mut bytes_after_first = 0;
+        for i in 0..config.num_layers {
+            transformer_blocks.push(DoubleBlock::load(&double.pp(i), &config)?);
+            if i == 0 {
+                bytes_after_first = weights.streamed_bytes();
+            }
+        }
+        let single_transformer_blocks =
+            (0..config.num_single_layers).map(|i| SingleBlock::load(&single.pp(i), &config)).collect::<Result<_>>()?;
         Ok(Self {
+            transformer_blocks,
+            single_transformer_blocks,
+            other_block_bytes: weights.streamed_bytes() - bytes_after_first,
             x_embedder: Linear::load(&weights.pp("x_embedder"), config.in_channels, dim)?,
             context_embedder: Linear::load(&weights.pp("context_embedder"), config.joint_attention_dim, dim)?,
             time_text_embed: TimeTextEmbed::load(&weights.pp("time_text_embed"), &config)?,
-            transformer_blocks: (0..config.num_layers)
-                .map(|i| DoubleBlock::load(&double.pp(i), &config))
-                .collect::<Result<_>>()?,
-            single_transformer_blocks: (0..config.num_single_layers)
-                .map(|i| SingleBlock::load(&single.pp(i), &config))
-                .collect::<Result<_>>()?,
             norm_out: Modulation::load(&weights.pp("norm_out"), dim)?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
             compute_dtype: weights.placement().compute_dtype,
@@ -185,6 +205,15 @@ impl FluxTransformer {
         StepWork { flops, bytes: self.weight_bytes as f64 }
     }
 
+    /// Least work of a forward pass over `computed` rows that go through all blocks and `skipping` ones that may leave out
+    /// all but the first.
+    pub fn cached_work(&self, computed: usize, skipping: usize, text_len: usize, image_len: usize) -> StepWork {
+        let flops = computed as f64 * self.config.flops(text_len, image_len)
+            + skipping as f64 * self.config.first_block_flops(text_len, image_len);
+        let bytes = if computed > 0 { self.weight_bytes } else { self.weight_bytes - self.other_block_bytes };
+        StepWork { flops, bytes: bytes as f64 }
+    }
+
     /// The configuration.
     pub fn config(&self) -> &FluxTransformerConfig {
         &self.config
@@ -192,23 +221,66 @@ impl FluxTransformer {
 
     /// The velocity of each row, packed as the latents: f32 `[b, li, in_channels]`.
     pub fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
-        let condition = silu(&self.time_text_embed.forward(input)?)?; // [b, dim]
-        let mut image = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?; // [b, li, dim]
-        let mut text = self.context_embedder.forward(input.prompt_embeds)?; // [b, lt, dim]
-        let text_len = text.dim(1)?;
-        let rope = Rope::new(&self.config.axes_dims_rope, text_len, input.grid, image.device())?;
-        for block in &self.transformer_blocks {
-            (text, image) = block.forward(&text, &image, &condition, &rope)?;
+        let Entered { text, image, condition, rope } = self.enter(input)?;
+        let image = self.blocks_from(0, text, image, &condition, &rope)?;
+        self.leave(&image, &condition)
+    }
+
+    /// As [`FluxTransformer::forward`], where the rows that their caches let go skip all blocks but the first.
+    pub fn forward_cached(&self, input: &FluxInput<'_>, caches: &mut [&mut BlockCache]) -> Result<Tensor> {
+        let Entered { text, image, condition, rope } = self.enter(input)?;
+        let (text, after) = self.transformer_blocks[0].forward(&text, &image, &condition, &rope)?;
+        let image = through_blocks(caches, &image, &after, |rows| {
+            self.blocks_from(1, select(&text, rows)?, select(&after, rows)?, &select(&condition, rows)?, &rope)
+        })?;
+        self.leave(&image, &condition)
+    }
+
+    fn enter(&self, input: &FluxInput<'_>) -> Result<Entered> {
+        let condition = silu(&self.time_text_embed.forward(input)?)?;
+        let image = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?;
+        let text = self.context_embedder.forward(input.prompt_embeds)?;
+        let rope = Rope::new(&self.config.axes_dims_rope, text.dim(1)?, input.grid, image.device())?;
+        Ok(Entered { text, image, condition, rope })
+    }
+
+    /// `text [b, lt, dim]` and `image [b, li, dim]` through the double blocks from number `first` on and all single ones:
+    /// the image, `[b, li, dim]`.
+    fn blocks_from(
+        &self,
+        first: usize,
+        mut text: Tensor,
+        mut image: Tensor,
+        condition: &Tensor,
+        rope: &Rope,
+    ) -> Result<Tensor> {
+        for block in &self.transformer_blocks[first..] {
+            (text, image) = block.forward(&text, &image, condition, rope)?;
         }
+        let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let mut joint = Tensor::cat(&[text, image], 1)?; // [b, l, dim]
         for block in &self.single_transformer_blocks {
-            joint = block.forward(&joint, &condition, &rope)?;
+            joint = block.forward(&joint, condition, rope)?;
         }
-        let image = joint.narrow(1, text_len, joint.dim(1)? - text_len)?.contiguous()?;
-        // The last norm alone has its scale before its shift.
-        let [scale, shift] = self.norm_out.forward(&condition)?;
-        Ok(self.proj_out.forward(&modulated(&image, &shift, &scale)?)?.to_dtype(DType::F32)?)
+        Ok(joint.narrow(1, text_len, image_len)?.contiguous()?)
     }
+
+    fn leave(&self, image: &Tensor, condition: &Tensor) -> Result<Tensor> {
+        // The last norm alone has its scale before its shift.
+        let [scale, shift] = self.norm_out.forward(condition)?;
+        Ok(self.proj_out.forward(&modulated(image, &shift, &scale)?)?.to_dtype(DType::F32)?)
+    }
+}
+
+/// What the blocks get.
+struct Entered {
+    /// `[b, lt, dim]`.
+    text: Tensor,
+    /// `[b, li, dim]`.
+    image: Tensor,
+    /// `[b, dim]`.
+    condition: Tensor,
+    rope: Rope,
 }
 
 /// Timestep, guidance and pooled text as one vector.

@@ -64,8 +64,8 @@ pub struct ShapeKey {
     pub num_frames: usize,
     /// Tokens of the prompt.
     pub max_sequence_length: usize,
-    /// Whether each session has a second row, for the negative prompt.
-    pub guided: bool,
+    /// Whether each row has a first-block cache.
+    pub is_cached: bool,
 }
 
 impl StepKey {
@@ -75,14 +75,6 @@ impl StepKey {
             StepKey::Encode(input) => input.phase(),
             StepKey::Denoise(_) => Phase::Denoise,
             StepKey::VaeDecode(_) => Phase::VaeDecode,
-        }
-    }
-
-    /// Rows that one session adds to a denoising batch. Other steps do the same work for one session as for many.
-    fn rows(&self) -> usize {
-        match self {
-            StepKey::Denoise(shape) => 1 + usize::from(shape.guided),
-            _ => 0,
         }
     }
 }
@@ -99,8 +91,15 @@ pub struct Batch {
 /// The queue of sessions that wait for their next step.
 #[derive(Debug)]
 pub struct Batcher {
-    queue: VecDeque<(SessionId, StepKey)>,
+    queue: VecDeque<Waiting>,
     max_rows: usize,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    session: SessionId,
+    key: StepKey,
+    rows: usize,
 }
 
 impl Batcher {
@@ -110,29 +109,36 @@ impl Batcher {
         Self { queue: VecDeque::new(), max_rows }
     }
 
-    /// Puts a session that is not in the queue at its back.
-    pub fn enqueue(&mut self, session: SessionId, key: StepKey) {
-        self.queue.push_back((session, key));
+    /// Puts a session that is not in the queue at its back. `rows` is what it adds to a denoising batch: one, and one more
+    /// where its next step is guided; other steps do the same work for one session as for many and add none.
+    pub fn enqueue(&mut self, session: SessionId, key: StepKey, rows: usize) {
+        self.queue.push_back(Waiting { session, key, rows });
     }
 
     /// Takes a session out, wherever it stands.
     pub fn remove(&mut self, session: SessionId) {
-        self.queue.retain(|(waiting, _)| *waiting != session);
+        self.queue.retain(|waiting| waiting.session != session);
     }
 
     /// What [`Batcher::take`] would give.
     pub fn peek(&self) -> Option<Batch> {
-        let (_, key) = self.queue.front()?;
-        let rows = key.rows();
-        let room = self.max_rows.checked_div(rows).map_or(usize::MAX, |sessions| sessions.max(1));
-        let joined = self.queue.iter().filter(|(_, other)| other == key).take(room);
-        Some(Batch { key: key.clone(), sessions: joined.map(|(session, _)| *session).collect() })
+        let front = self.queue.front()?;
+        let mut sessions = vec![front.session];
+        let mut room = self.max_rows.saturating_sub(front.rows);
+        for waiting in self.queue.iter().skip(1).filter(|waiting| waiting.key == front.key) {
+            // One of two rows that does not fit leaves its place to one of one row behind it.
+            if let Some(left) = room.checked_sub(waiting.rows) {
+                sessions.push(waiting.session);
+                room = left;
+            }
+        }
+        Some(Batch { key: front.key.clone(), sessions })
     }
 
     /// Takes the next step's sessions out of the queue; the caller enqueues those that go on.
     pub fn take(&mut self) -> Option<Batch> {
         let batch = self.peek()?;
-        self.queue.retain(|(waiting, _)| !batch.sessions.contains(waiting));
+        self.queue.retain(|waiting| !batch.sessions.contains(&waiting.session));
         Some(batch)
     }
 }
@@ -145,18 +151,26 @@ mod tests {
 
     use super::*;
 
-    fn shape(width: usize, guided: bool) -> StepKey {
-        StepKey::Denoise(ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, guided })
+    /// A key and the rows that come with it.
+    type Step = (StepKey, usize);
+
+    fn shape(width: usize, guided: bool) -> Step {
+        let shape = ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, is_cached: false };
+        (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
 
-    fn encode(prompt: &str) -> StepKey {
-        StepKey::Encode(Input::Prompt { text: Some(prompt.into()), max_sequence_length: 8 })
+    fn encode(prompt: &str) -> Step {
+        (StepKey::Encode(Input::Prompt { text: Some(prompt.into()), max_sequence_length: 8 }), 0)
     }
 
-    fn check(max_rows: usize, waiting: &[StepKey], expected: &[u64]) {
+    fn decode(id: u64) -> Step {
+        (StepKey::VaeDecode(SessionId(id)), 0)
+    }
+
+    fn check(max_rows: usize, waiting: &[Step], expected: &[u64]) {
         let mut batcher = Batcher::new(max_rows);
-        for (id, key) in waiting.iter().enumerate() {
-            batcher.enqueue(SessionId(id as u64), key.clone());
+        for (id, (key, rows)) in waiting.iter().enumerate() {
+            batcher.enqueue(SessionId(id as u64), key.clone(), *rows);
         }
         let found: Vec<u64> = batcher.peek().into_iter().flat_map(|b| b.sessions).map(|s| s.0).collect();
         assert_eq!(found, expected, "{max_rows} rows, {waiting:?}");
@@ -168,8 +182,14 @@ mod tests {
         check(4, &[shape(64, false), shape(128, false), shape(64, false)], &[0, 2]);
         check(2, &[shape(64, false), shape(64, false), shape(64, false)], &[0, 1]);
         check(4, &[shape(64, true), shape(64, true), shape(64, true)], &[0, 1]);
-        check(4, &[shape(64, true), shape(64, false)], &[0]);
         check(3, &[shape(64, true), shape(64, true)], &[0]);
+    }
+
+    #[test]
+    fn guided_and_unguided_steps_share_a_pass_as_far_as_the_rows_go() {
+        check(4, &[shape(64, true), shape(64, false), shape(64, false), shape(64, false)], &[0, 1, 2]);
+        check(3, &[shape(64, false), shape(64, false), shape(64, true), shape(64, false)], &[0, 1, 3]);
+        check(3, &[shape(64, false), shape(64, true), shape(64, false)], &[0, 1]);
     }
 
     #[test]
@@ -184,11 +204,12 @@ mod tests {
 
     #[test]
     fn decoding_is_done_alone() {
-        check(4, &[StepKey::VaeDecode(SessionId(0)), StepKey::VaeDecode(SessionId(1))], &[0]);
+        check(4, &[decode(0), decode(1)], &[0]);
     }
 
     /// A session of the simulation: what it still has to do, and how many steps of others it may have to wait for.
     struct Simulated {
+        /// Guided in every step, or in every second one.
         guided: bool,
         width: usize,
         remaining: [usize; 3],
@@ -196,11 +217,11 @@ mod tests {
     }
 
     impl Simulated {
-        fn key(&self, id: u64) -> Option<StepKey> {
+        fn next(&self, id: u64) -> Option<Step> {
             match self.remaining.iter().position(|left| *left > 0)? {
                 0 => Some(encode(["a", "b"][self.remaining[0] % 2])),
-                1 => Some(shape(self.width, self.guided)),
-                _ => Some(StepKey::VaeDecode(SessionId(id))),
+                1 => Some(shape(self.width, self.guided || self.remaining[1].is_multiple_of(2))),
+                _ => Some(decode(id)),
             }
         }
 
@@ -233,7 +254,8 @@ mod tests {
         assert_eq!(promised, batch);
         assert_eq!(batch.is_none(), sessions.is_empty(), "there is a step as long as there is a session");
         let Some(batch) = batch else { return };
-        let rows = batch.sessions.len() * batch.key.rows();
+        let steps = batch.sessions.iter().filter_map(|id| sessions[&id.0].next(id.0));
+        let rows: usize = steps.map(|(_, rows)| rows).sum();
         assert!(rows <= max_rows || batch.sessions.len() == 1, "{rows} rows of {max_rows}");
         for (id, session) in sessions.iter_mut().filter(|(id, _)| !batch.sessions.contains(&SessionId(**id))) {
             assert!(session.patience > 0, "session {id} starves");
@@ -242,11 +264,11 @@ mod tests {
         let others = sessions.len() - 1;
         for id in batch.sessions {
             let session = sessions.get_mut(&id.0).expect("only sessions that were not cancelled are stepped");
-            assert_eq!(session.key(id.0).as_ref(), Some(&batch.key));
+            assert_eq!(session.next(id.0).map(|(key, _)| key).as_ref(), Some(&batch.key));
             session.advance();
             session.patience = others;
-            match session.key(id.0) {
-                Some(key) => batcher.enqueue(id, key),
+            match session.next(id.0) {
+                Some((key, rows)) => batcher.enqueue(id, key, rows),
                 None => drop(sessions.remove(&id.0)),
             }
         }
@@ -262,7 +284,8 @@ mod tests {
                 match op {
                     Op::Submit { guided, width, work } => {
                         let session = Simulated { guided, width, remaining: work, patience: sessions.len() };
-                        batcher.enqueue(SessionId(id), session.key(id).expect("new sessions have work"));
+                        let (key, rows) = session.next(id).expect("new sessions have work");
+                        batcher.enqueue(SessionId(id), key, rows);
                         sessions.insert(id, session);
                     }
                     Op::Cancel(nth) => {

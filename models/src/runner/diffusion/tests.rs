@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
-use crate::request::{Edit, NegativePrompt, SamplingParams, TextRequest};
+use crate::request::{Acceleration, Edit, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::solver::schedulers::Scheduler;
 use crate::testing::flow_schedulers;
 use crate::work::StepWork;
@@ -64,6 +64,7 @@ impl Toy {
             schedulers: flow_schedulers(),
             vae_tiling: None,
             room_bytes: usize::MAX,
+            acceleration: None,
         };
         Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default(), takes_pictures: true }
     }
@@ -235,6 +236,9 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         num_inference_steps: 3,
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").expect("known"),
+        true_cfg_scale: None,
+        guidance_interval: WHOLE_INTERVAL,
+        acceleration: Acceleration::None,
         seed,
         max_sequence_length: 8,
         edit: None,
@@ -369,6 +373,35 @@ fn guidance_extrapolates_from_the_negative_prediction() {
     }
 }
 
+/// The steps outside of the interval take the positive prediction alone, and no row is computed for more.
+#[test]
+fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
+    let steps = 4;
+    let request =
+        DiffusionRequest { guidance_interval: [0.25, 0.75], num_inference_steps: steps, ..guided("123456", "12") };
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, request);
+    (0..2).for_each(|_| drop(step(&mut runner)));
+    let mut works = Vec::new();
+    for _ in 0..steps {
+        works.push(runner.next_work().flops);
+        step(&mut runner);
+    }
+    assert_eq!(works, [100.0, 200.0, 200.0, 100.0]);
+    assert_eq!(*runner.model().passes.lock().expect("lock"), [1, 2, 2, 1]);
+    let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
+    let expected = TorchGenerator::new(1).randn(4).into_iter().map(|mut x| {
+        for (index, timestep) in [1.0, 0.75, 0.5, 0.25].into_iter().enumerate() {
+            let (positive, negative) = (6.0 - x * timestep, 2.0 - x * timestep);
+            let guided = (1..3).contains(&index);
+            x += 0.5 * if guided { negative + 3.0 * (positive - negative) } else { positive };
+        }
+        x
+    });
+    let found = found.flatten_all().and_then(|x| x.to_vec1::<f32>()).expect("read");
+    assert!(found.into_iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-5));
+}
+
 #[test]
 fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
     let requests = [
@@ -378,6 +411,8 @@ fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
         guided("four four", "never"),
         DiffusionRequest { num_frames: 1, ..request("five", 3) },
         DiffusionRequest { num_inference_steps: 7, ..request("two two", 4) },
+        DiffusionRequest { guidance_interval: [0.0, 0.5], num_inference_steps: 6, ..guided("six", "no") },
+        DiffusionRequest { true_cfg_scale: Some(2.0), ..guided("seven", "no") },
     ];
     for max_rows in 1..6 {
         let mut runner = DiffusionRunner::new(Toy::new(), max_rows);

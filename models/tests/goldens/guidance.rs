@@ -1,0 +1,343 @@
+//! True CFG, the guidance interval and the first-block cache, on the checkpoints of the families.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use serde_json::Value;
+use tale_models::card::DiffusionOptions;
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::families::flux::FluxModel;
+use tale_models::families::wan::WanModel;
+use tale_models::family::LoadOptions;
+use tale_models::manifest::Manifest;
+use tale_models::request::{Acceleration, DiffusionRequest, Event, Events, Phase, Request, SessionId};
+use tale_models::rng::TorchGenerator;
+use tale_models::runner::Runner;
+use tale_models::runner::diffusion::block_cache::{BlockCache, MAX_CONSECUTIVE_SKIPS};
+use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
+use tale_models::{DiffusionCard, ModelCard};
+use tempfile::TempDir;
+
+use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+
+const MIN_PSNR: f64 = 50.0;
+/// The cache itself costs about 50 dB: a wrong one must not pass for a right one.
+const MIN_PSNR_OF_CACHE: f64 = 65.0;
+
+/// Through the runner, from the request to the bytes.
+#[test]
+fn pictures_and_clips_are_the_reference_ones() {
+    let tensors = golden_tensors("guidance");
+    for (i, run) in runs().iter().enumerate() {
+        let name = format!("run {i} ({})", run["checkpoint"]);
+        let checkpoint = Checkpoint::of(run);
+        let (card, mut runner) = load(&checkpoint.path, 4);
+        let request = request(run, &card);
+        let answer = &answers(&mut *runner, std::slice::from_ref(&request))[0];
+        let expected: Vec<u8> = tensors[&format!("run{i}.pixels")].flatten_all().unwrap().to_vec1().unwrap();
+        let found = psnr(&answer.pixels, &expected);
+        let wanted = if request.acceleration == Acceleration::None { MIN_PSNR } else { MIN_PSNR_OF_CACHE };
+        assert!(found >= wanted, "{name}: {found:.1} dB");
+        let skips: usize = patterns(run).iter().map(|pattern| pattern.matches('-').count()).sum();
+        assert_eq!(answer.skipped_passes, skips, "{name}: passes skipped");
+    }
+}
+
+#[test]
+fn the_cache_skips_the_passes_that_the_reference_skips() {
+    assert_eq!(golden_json("guidance")["max_consecutive_skips"], MAX_CONSECUTIVE_SKIPS);
+    let mut checked = 0;
+    for run in runs().iter().filter(|run| !run["skips"].is_null()) {
+        let checkpoint = Checkpoint::of(run);
+        let found = match run["checkpoint"].as_str().unwrap() {
+            "wan-b" => skips(&wan(&checkpoint.path), run),
+            _ => skips(&flux(&checkpoint.path), run),
+        };
+        assert_eq!(found, patterns(run), "{run}");
+        checked += found.len();
+    }
+    assert!(checked >= 7, "{checked} branches");
+}
+
+/// The loop of the runner, one row at a time: for each branch `x` where a pass was computed and `-` where it was skipped.
+fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
+    let request = request(run, model.card());
+    let threshold = model.card().cache_threshold(&request).unwrap();
+    let mut branches = vec![model.encode(&request.prompt, &request).unwrap()];
+    if let Some(negative) = &request.negative_prompt {
+        branches.push(model.encode(negative.text().unwrap(), &request).unwrap());
+    }
+    let mut caches: Vec<BlockCache> = branches.iter().map(|_| BlockCache::new(threshold)).collect();
+    let mut found = vec![String::new(); branches.len()];
+    let mut generator = TorchGenerator::new(request.seed);
+    let mut latents = model.initial_latents(&request, &mut generator).unwrap();
+    let mut solver = model.solver(&request).unwrap();
+    let steps = request.num_inference_steps;
+    for step in 0..steps {
+        let timestep = solver.timesteps()[step];
+        let guided = request.is_guided_at(step, steps);
+        let mut predict = |branch: usize| {
+            let (conditioning, cache) = (&branches[branch], &mut caches[branch]);
+            let row = DenoiseRow { latents: &latents, timestep, conditioning, request: &request };
+            let before = cache.skipped();
+            let prediction = model.predict_cached(&[row], &mut [&mut *cache]).unwrap().remove(0);
+            found[branch].push(if cache.skipped() > before { '-' } else { 'x' });
+            prediction
+        };
+        let positive = predict(0);
+        let prediction = match guided {
+            false => positive,
+            true => {
+                let negative = predict(1);
+                (&negative + ((positive - &negative).unwrap() * request.cfg_scale()).unwrap()).unwrap()
+            }
+        };
+        latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
+    }
+    found
+}
+
+#[test]
+fn at_threshold_0_the_cache_changes_no_bit() {
+    for case in ["flux-dev", "flux-schnell"] {
+        check_threshold_0(case, &flux(&case_dir(case).join("checkpoint")));
+    }
+    check_threshold_0("wan-b", &wan(&case_dir("wan-b").join("checkpoint")));
+}
+
+fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
+    let request = small_request(model.card(), DiffusionOptions::default());
+    let conditioning = model.encode(&request.prompt, &request).unwrap();
+    let mut cache = BlockCache::new(0.0);
+    let mut generator = TorchGenerator::new(3);
+    let latents = model.initial_latents(&request, &mut generator).unwrap();
+    // The same input again and again: nothing could be more alike.
+    for timestep in [900.0, 900.0, 450.5, 450.5] {
+        let row = || [DenoiseRow { latents: &latents, timestep, conditioning: &conditioning, request: &request }];
+        let plain = model.predict(&row()).unwrap();
+        let cached = model.predict_cached(&row(), &mut [&mut cache]).unwrap();
+        assert_eq!(values(&plain[0]), values(&cached[0]), "{case} at {timestep}");
+    }
+    assert_eq!(cache.skipped(), 0);
+}
+
+/// Sessions of other seeds, step counts, prompts, thresholds and intervals in shared passes, each deciding for itself.
+#[test]
+fn accelerated_sessions_of_a_batch_give_the_pictures_of_lone_ones() {
+    let run = &runs().into_iter().find(|run| !run["scaled"].is_null()).unwrap();
+    let checkpoint = Checkpoint::of(run);
+    let (card, mut runner) = load(&checkpoint.path, 4);
+    let variants: Vec<DiffusionRequest> = (0..5)
+        .map(|i| {
+            let guided = i % 2 == 1;
+            let options = DiffusionOptions {
+                prompt: format!("A boat and {i} more"),
+                negative_prompt: guided.then(|| "Rain".to_owned()),
+                true_cfg_scale: guided.then_some(2.0),
+                guidance_interval: (i == 3).then_some([0.0, 0.5]),
+                acceleration: Some([Acceleration::Safe, Acceleration::Fast, Acceleration::None][i % 3]),
+                seed: Some(100 + i as u64),
+                num_inference_steps: Some(14 + 2 * i),
+                ..Default::default()
+            };
+            small_request(&card, options)
+        })
+        .collect();
+    let alone: Vec<Answer> =
+        variants.iter().map(|request| answers(&mut *runner, std::slice::from_ref(request)).remove(0)).collect();
+    for (i, (together, alone)) in answers(&mut *runner, &variants).iter().zip(&alone).enumerate() {
+        let found = psnr(&together.pixels, &alone.pixels);
+        assert!(found >= MIN_PSNR_OF_CACHE, "session {i}: {found:.1} dB against itself alone");
+        assert_eq!(together.skipped_passes, alone.skipped_passes, "session {i}");
+        assert_eq!(alone.skipped_passes > 0, variants[i].acceleration != Acceleration::None, "session {i}");
+    }
+}
+
+/// Planned are the blocks that cannot be skipped: all of a first pass and of one that follows too many skips.
+#[test]
+fn work_is_what_a_pass_does_at_least_and_memory_what_the_caches_keep() {
+    let run =
+        &runs().into_iter().find(|run| run["skips"]["cond"].as_str().is_some_and(|s| s.contains("---x"))).unwrap();
+    let checkpoint = Checkpoint::of(run);
+    let (card, mut runner) = load(&checkpoint.path, 4);
+    let request = request(run, &card);
+    runner.submit(SessionId(1), Request::Diffusion(request.clone())).unwrap();
+    let mut works = Vec::new();
+    while let Some(plan) = runner.next() {
+        if plan.phase == Phase::Denoise {
+            works.push(runner.next_work());
+        }
+        runner.step(&mut Events::default()).unwrap();
+    }
+    let (whole, first) = (works[0], works[1]);
+    assert!(first.flops < 0.6 * whole.flops && first.bytes < 0.6 * whole.bytes, "{first:?} of {whole:?}");
+    let pattern = &patterns(run)[0];
+    for (step, work) in works.iter().enumerate() {
+        let must = step == 0 || pattern[..step].ends_with("---");
+        assert_eq!(*work, if must { whole } else { first }, "step {step} of {pattern}");
+    }
+    let plain = DiffusionRequest { acceleration: Acceleration::None, ..request.clone() };
+    let bytes = |request: DiffusionRequest| {
+        let plan = runner.plan(&Request::Diffusion(request));
+        plan.phases().iter().find(|phase| phase.phase == Phase::Denoise).unwrap().bytes
+    };
+    // Three vectors of 36 values for each of 4 x 3 tokens.
+    assert_eq!(bytes(request) - bytes(plain), 3 * 36 * 12 * 4);
+}
+
+#[test]
+fn where_nothing_can_be_skipped_acceleration_is_refused() {
+    let (card, _) = load(&case_dir("sdxl-a").join("checkpoint"), 1);
+    let options = DiffusionOptions { prompt: "x".into(), acceleration: Some(Acceleration::Safe), ..Default::default() };
+    let refused = card.resolve(options, 0).unwrap_err().to_string();
+    assert!(refused.starts_with("acceleration: ") && refused.contains("allowed: none"), "{refused}");
+}
+
+fn runs() -> Vec<Value> {
+    golden_json("guidance")["runs"].as_array().unwrap().clone()
+}
+
+/// Of the positive branch, then the negative one.
+fn patterns(run: &Value) -> Vec<String> {
+    let branches = ["cond", "uncond"].iter().filter_map(|branch| run["skips"][*branch].as_str());
+    branches.map(str::to_owned).collect()
+}
+
+fn request(run: &Value, card: &DiffusionCard) -> DiffusionRequest {
+    let size = |field: &str| run[field].as_u64().map(|value| value as usize);
+    let interval = |interval: &Vec<Value>| [interval[0].as_f64().unwrap(), interval[1].as_f64().unwrap()];
+    let options = DiffusionOptions {
+        prompt: run["prompt"].as_str().unwrap().to_owned(),
+        negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
+        width: size("width"),
+        height: size("height"),
+        num_frames: size("num_frames"),
+        num_inference_steps: size("steps"),
+        guidance_scale: run["guidance_scale"].as_f64(),
+        true_cfg_scale: run["true_cfg_scale"].as_f64(),
+        guidance_interval: run["guidance_interval"].as_array().map(interval),
+        acceleration: run["acceleration"].as_str().map(|name| name.parse().unwrap()),
+        seed: run["seed"].as_u64(),
+        max_sequence_length: size("max_sequence_length"),
+        ..Default::default()
+    };
+    card.resolve(options, 0).unwrap()
+}
+
+fn small_request(card: &DiffusionCard, options: DiffusionOptions) -> DiffusionRequest {
+    let (width, height, max_sequence_length) = (Some(64), Some(32), Some(16));
+    let num_frames = (card.defaults.num_frames > 1).then_some(5);
+    card.resolve(DiffusionOptions { width, height, num_frames, max_sequence_length, ..options }, 0).unwrap()
+}
+
+/// A committed checkpoint, or a copy of it with some tensors of the transformer scaled.
+struct Checkpoint {
+    path: PathBuf,
+    _dir: Option<TempDir>,
+}
+
+impl Checkpoint {
+    fn of(run: &Value) -> Self {
+        let path = case_dir(run["checkpoint"].as_str().unwrap()).join("checkpoint");
+        let Some(scaled) = run["scaled"].as_object() else { return Self { path, _dir: None } };
+        let dir = tempfile::tempdir().unwrap();
+        copy_folder(&path, dir.path());
+        for (tensor, factor) in scaled {
+            scale(&dir.path().join("transformer"), tensor, factor.as_f64().unwrap());
+        }
+        Self { path: dir.path().to_owned(), _dir: Some(dir) }
+    }
+}
+
+/// Rewrites the file of `folder` that holds the tensor.
+fn scale(folder: &Path, tensor: &str, factor: f64) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let file = entry.unwrap().path();
+        if file.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+        if let Some(found) = tensors.get_mut(tensor) {
+            *found = (&*found * factor).unwrap();
+            return candle_core::safetensors::save(&tensors, &file).unwrap();
+        }
+    }
+    panic!("{}: no tensor {tensor}", folder.display());
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+fn placement() -> Placement {
+    Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap()
+}
+
+fn load(checkpoint: &Path, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn Runner>) {
+    let options = LoadOptions { max_denoise_rows, ..Default::default() };
+    let loaded = tale_models::load(checkpoint, &placement(), &options, &mut |_| ()).unwrap();
+    let ModelCard::Diffusion(card) = loaded.card else { panic!("makes pictures or clips") };
+    (card, loaded.runner)
+}
+
+fn flux(checkpoint: &Path) -> FluxModel {
+    let (manifest, placement) = (Manifest::read(checkpoint).unwrap(), placement());
+    FluxModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+}
+
+fn wan(checkpoint: &Path) -> WanModel {
+    let (manifest, placement) = (Manifest::read(checkpoint).unwrap(), placement());
+    WanModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+}
+
+/// What came of a session.
+#[derive(Default)]
+struct Answer {
+    /// Of all frames, in order.
+    pixels: Vec<u8>,
+    skipped_passes: usize,
+}
+
+/// Runs sessions to their end, each submitted one step after the one before.
+fn answers(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Answer> {
+    let mut waiting = requests.iter().cloned().enumerate();
+    let mut answers: HashMap<SessionId, Answer> = HashMap::new();
+    let mut finished = 0;
+    loop {
+        if let Some((id, request)) = waiting.next() {
+            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
+        }
+        if runner.next().is_none() {
+            break;
+        }
+        let mut events = Events::default();
+        runner.step(&mut events).unwrap();
+        for (id, event) in events.drain() {
+            let answer = answers.entry(id).or_default();
+            match event {
+                Event::Frames(frames) => answer.pixels.extend(frames.iter().flat_map(|frame| &frame.rgb)),
+                Event::Finished { usage, .. } => {
+                    answer.skipped_passes = usage.skipped_passes;
+                    finished += 1;
+                }
+                Event::Failed(error) => panic!("session {id:?}: {error}"),
+                _ => (),
+            }
+        }
+    }
+    assert_eq!(finished, requests.len());
+    (0..requests.len()).map(|id| answers.remove(&SessionId(id as u64)).unwrap()).collect()
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
