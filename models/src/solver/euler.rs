@@ -42,7 +42,7 @@ impl EulerConfig {
             ("interpolation_type", fields.interpolation_type != "linear", "only \"linear\" is supported"),
             ("timestep_type", fields.timestep_type != "discrete", "only \"discrete\" is supported"),
         ])?;
-        Ok(Self { schedule: NoiseSchedule::new(file, Defaults::LINSPACE)? })
+        Ok(Self { schedule: NoiseSchedule::new(file, Defaults::SIGMAS)? })
     }
 }
 

@@ -6,10 +6,16 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 
 pub mod config;
+pub mod ddim;
+pub mod dpm;
 pub mod euler;
+pub mod euler_ancestral;
 pub mod flow_match_euler;
+mod history;
+pub mod lcm;
 pub mod noise_schedule;
 pub mod schedulers;
+pub mod tcd;
 pub mod unipc;
 
 /// The state of one session's denoising loop.
@@ -45,4 +51,9 @@ pub trait Solver: Send {
         sample: &Tensor,
         generator: &mut TorchGenerator,
     ) -> Result<Tensor>;
+}
+
+/// Standard normal noise in the shape of `sample`, as diffusers' `randn_tensor` draws it.
+fn noise_like(sample: &Tensor, generator: &mut TorchGenerator) -> Result<Tensor> {
+    Ok(Tensor::from_vec(generator.randn(sample.elem_count()), sample.shape(), sample.device())?)
 }

@@ -126,12 +126,27 @@ pub struct Defaults {
     beta_end: f64,
     beta_schedule: BetaSchedule,
     spacing: Spacing,
+    /// Whether the class has fields for other spacings of sigmas (Karras and its like) and for the last one. One that
+    /// has none ignores what another class left in the file.
+    spaces_sigmas: bool,
 }
 
 impl Defaults {
-    /// Of most classes.
-    pub const LINSPACE: Self =
-        Self { beta_start: 0.0001, beta_end: 0.02, beta_schedule: BetaSchedule::Linear, spacing: Spacing::Linspace };
+    /// Of Euler, DPM-Solver and UniPC.
+    pub const SIGMAS: Self = Self {
+        beta_start: 0.0001,
+        beta_end: 0.02,
+        beta_schedule: BetaSchedule::Linear,
+        spacing: Spacing::Linspace,
+        spaces_sigmas: true,
+    };
+    /// Of Euler ancestral.
+    pub const EULER_ANCESTRAL: Self = Self { spaces_sigmas: false, ..Self::SIGMAS };
+    /// Of DDIM.
+    pub const DDIM: Self = Self { spacing: Spacing::Leading, ..Self::EULER_ANCESTRAL };
+    /// Of LCM and TCD.
+    pub const CONSISTENCY: Self =
+        Self { beta_start: 0.00085, beta_end: 0.012, beta_schedule: BetaSchedule::ScaledLinear, ..Self::DDIM };
 }
 
 /// Noise levels of training and the rules by which an inference walks through them.
@@ -145,6 +160,8 @@ pub struct NoiseSchedule {
     /// Limits of the Karras schedule when the file gives them: least and most noise.
     karras: Option<(Option<f64>, Option<f64>)>,
     zero_terminal_snr: bool,
+    /// Whether betas follow a squared cosine.
+    is_cosine: bool,
     /// Share of the signal's variance that is left at each timestep of training.
     alphas_cumprod: Vec<f32>,
 }
@@ -152,7 +169,11 @@ pub struct NoiseSchedule {
 impl NoiseSchedule {
     /// The schedule that the file describes; a value that is not computed here is refused by the field's name.
     pub fn new(file: &SchedulerConfig, defaults: Defaults) -> Result<Self> {
-        let config: NoiseScheduleConfig = file.fields()?;
+        let mut config: NoiseScheduleConfig = file.fields()?;
+        if !defaults.spaces_sigmas {
+            (config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas) = (None, None, None);
+            config.final_sigmas_type = FinalSigma::Zero;
+        }
         let prediction = Prediction::of(config.prediction_type);
         file.refuse(&[
             ("prediction_type", prediction.is_none(), "this solver is not for flow-matching models"),
@@ -173,6 +194,7 @@ impl NoiseSchedule {
             final_sigma: config.final_sigmas_type,
             karras: (config.use_karras_sigmas == Some(true)).then_some((config.sigma_min, config.sigma_max)),
             zero_terminal_snr: config.rescale_betas_zero_snr,
+            is_cosine: config.beta_schedule.unwrap_or(defaults.beta_schedule) == BetaSchedule::SquaredCosine,
             alphas_cumprod: cumulative_product(betas.iter().map(|beta| 1.0 - beta)),
         })
     }
@@ -190,6 +212,26 @@ impl NoiseSchedule {
     /// Whether the sigmas of an inference are spaced by the rule of Karras et al.
     pub fn is_karras(&self) -> bool {
         self.karras.is_some()
+    }
+
+    /// Whether betas follow a squared cosine.
+    pub fn is_cosine(&self) -> bool {
+        self.is_cosine
+    }
+
+    /// Timesteps of training.
+    pub fn num_train_timesteps(&self) -> usize {
+        self.num_train_timesteps
+    }
+
+    /// Share of the signal's variance that is left at a timestep of training: 0 at the last one with zero SNR.
+    pub fn alpha_cumprod(&self, timestep: usize) -> f64 {
+        f64::from(self.alphas_cumprod[timestep])
+    }
+
+    /// Signal and noise at a timestep of training.
+    pub fn level(&self, timestep: usize) -> Level {
+        Level::from_variance(self.alpha_cumprod(timestep))
     }
 
     /// Noise relative to signal at each timestep of training, never infinite.
@@ -222,6 +264,31 @@ impl NoiseSchedule {
                 (0..n).map(|k| (start + k as f64 * difference).round_ties_even() - 1.0).collect()
             }
         }
+    }
+
+    /// Most steps for which all timesteps are different ones of training.
+    pub fn max_steps(&self, grid: Grid) -> usize {
+        let train = self.num_train_timesteps;
+        let points = |n: usize| n + usize::from(grid == Grid::Intervals);
+        let highest = |n: usize| match self.spacing {
+            Spacing::Leading => (points(n) - 1) * (train / points(n)) + self.steps_offset,
+            Spacing::Linspace | Spacing::Trailing => train - 1,
+        };
+        let distinct = |n: usize| if self.spacing == Spacing::Trailing { n <= train } else { points(n) <= train };
+        (1..=train).take_while(|n| distinct(*n) && highest(*n) < train).count()
+    }
+
+    /// Timesteps of `n` steps between `n + 1` points, and their sigmas without the one that the last step leads to. With
+    /// Karras sigmas the timesteps are fractions; how they are rounded is the solver's affair.
+    pub fn intervals(&self, n: usize) -> (Vec<f64>, Vec<f64>) {
+        if self.is_karras() {
+            let falling: Vec<f64> = self.training_sigmas().iter().rev().map(|sigma| f64::from(*sigma)).collect();
+            let (sigmas, logs) = (self.karras_sigmas(&falling, n), self.log_training_sigmas());
+            return (sigmas.iter().map(|sigma| self.timestep_of(*sigma, &logs)).collect(), sigmas);
+        }
+        let timesteps = self.timesteps(n, Grid::Intervals).into_iter().map(f64::round_ties_even).collect::<Vec<_>>();
+        let sigmas = self.sigmas_at(&timesteps);
+        (timesteps, sigmas)
     }
 
     /// The sigmas of `timesteps`, between those of training.
@@ -352,6 +419,16 @@ impl Level {
         Self { alpha, sigma: ratio * alpha }
     }
 
+    /// The level whose variance is 1 and whose signal has the variance `alpha_cumprod`.
+    pub fn from_variance(alpha_cumprod: f64) -> Self {
+        Self { alpha: alpha_cumprod.sqrt(), sigma: (1.0 - alpha_cumprod).sqrt() }
+    }
+
+    /// Half the logarithm of the signal-to-noise ratio; infinite without noise.
+    pub fn lambda(&self) -> f64 {
+        self.alpha.ln() - self.sigma.ln()
+    }
+
     /// `x0` with this much `noise`.
     pub fn mix(&self, x0: &Tensor, noise: &Tensor) -> Result<Tensor> {
         Ok(((x0 * self.alpha)? + (noise * self.sigma)?)?)
@@ -386,6 +463,16 @@ impl Prediction {
             Self::Sample => Ok(output),
         }
     }
+
+    /// The noise, from the output for `sample` at `level`, whose variance is 1. In f32.
+    pub fn noise(self, output: &Tensor, sample: &Tensor, level: Level) -> Result<Tensor> {
+        let (output, sample) = (output.to_dtype(DType::F32)?, sample.to_dtype(DType::F32)?);
+        match self {
+            Self::Epsilon => Ok(output),
+            Self::VPrediction => Ok(((output * level.alpha)? + (sample * level.sigma)?)?),
+            Self::Sample => Ok(((sample - (output * level.alpha)?)? / level.sigma)?),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -396,7 +483,7 @@ mod tests {
     /// SDXL's schedule with these fields.
     fn schedule(extra: &str) -> Result<NoiseSchedule> {
         let sdxl = r#""beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear""#;
-        NoiseSchedule::new(&read(&format!("{{{sdxl}{extra}}}"))?, Defaults::LINSPACE)
+        NoiseSchedule::new(&read(&format!("{{{sdxl}{extra}}}"))?, Defaults::SIGMAS)
     }
 
     #[test]
@@ -435,6 +522,27 @@ mod tests {
         assert_eq!(offset.timesteps(2, Grid::Points), [501.0, 1.0]);
     }
 
+    #[test]
+    fn more_steps_than_training_has_are_told_in_advance() {
+        for (extra, points, intervals) in [
+            (r#", "timestep_spacing": "linspace""#, 1000, 999),
+            (r#", "timestep_spacing": "trailing""#, 1000, 1000),
+            (r#", "timestep_spacing": "leading""#, 1000, 999),
+            (r#", "timestep_spacing": "leading", "steps_offset": 1"#, 999, 998),
+            // From 200 steps on a fifth of 1000 and the offset are past the end.
+            (r#", "timestep_spacing": "leading", "steps_offset": 5"#, 199, 198),
+        ] {
+            let schedule = schedule(extra).expect("a schedule");
+            for (grid, expected) in [(Grid::Points, points), (Grid::Intervals, intervals)] {
+                assert_eq!(schedule.max_steps(grid), expected, "{extra} {grid:?}");
+                for n in [1, 2, 3, 50, expected] {
+                    let timesteps = schedule.timesteps(n, grid);
+                    assert!(timesteps[0] <= 999.0 && timesteps.windows(2).all(|pair| pair[0] > pair[1]), "{extra} {n}");
+                }
+            }
+        }
+    }
+
     /// numpy's rounding gives the reference one more here.
     #[test]
     fn trailing_has_as_many_timesteps_as_are_asked_for() {
@@ -470,7 +578,7 @@ mod tests {
 
     /// Whatever the model predicts, a true prediction gives back what the sample was mixed from.
     #[test]
-    fn true_predictions_give_back_the_picture() {
+    fn true_predictions_give_back_the_picture_and_the_noise() {
         let row = |values: &[f32]| Tensor::new(values, &candle_core::Device::Cpu).expect("a tensor");
         let (x0, noise) = (row(&[1.0, -0.5, 0.25]), row(&[0.3, 2.0, -1.0]));
         let level = Level::from_ratio(1.75);
@@ -479,9 +587,13 @@ mod tests {
         for (prediction, output) in
             [(Prediction::Epsilon, &noise), (Prediction::VPrediction, &velocity), (Prediction::Sample, &x0)]
         {
-            let found = prediction.x0(output, &sample, level).expect("x0");
-            let error = (found - &x0).and_then(|d| d.abs()?.max(0)?.to_scalar::<f32>()).expect("a number");
-            assert!(error < 1e-6, "{prediction:?}: {error}");
+            for (found, expected) in
+                [(prediction.x0(output, &sample, level), &x0), (prediction.noise(output, &sample, level), &noise)]
+            {
+                let difference = (found.expect("computed") - expected).expect("one shape");
+                let error = difference.abs().and_then(|d| d.max(0)?.to_scalar::<f32>()).expect("a number");
+                assert!(error < 1e-6, "{prediction:?}: {error}");
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
-//! UniPC: a multistep predictor and corrector (Zhao et al. 2023, <https://arxiv.org/abs/2302.04867>) for flow matching.
+//! UniPC: a multistep predictor and corrector (Zhao et al. 2023, <https://arxiv.org/abs/2302.04867>), for flow matching
+//! and for discrete noise schedules.
 //!
 //! Owns: the flow sigmas and timesteps, the coefficients, the history of predictions. Does not know: models, guidance.
-//! Of diffusers' `UniPCMultistepScheduler` this is what flow-matching checkpoints use (`use_flow_sigmas`,
-//! `flow_prediction`, `predict_x0`); the rest is refused when the configuration is read.
+//! Of diffusers' `UniPCMultistepScheduler` this is what predicts pictures (`predict_x0`); the rest is refused when the
+//! configuration is read.
 //! Source: diffusers `schedulers/scheduling_unipc_multistep.py`. Coefficients are computed here in f64, there in f32.
 
 use std::collections::VecDeque;
@@ -14,7 +15,8 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
-use crate::solver::noise_schedule::Level;
+use crate::solver::history::Update;
+use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule};
 
 /// Highest `solver_order` that is held against the reference.
 const MAX_ORDER: usize = 3;
@@ -24,11 +26,23 @@ const FIRST_SIGMA_GAP: f64 = 1e-6;
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
 pub struct UniPcConfig {
-    num_train_timesteps: usize,
+    schedule: Schedule,
     solver_order: usize,
     solver_type: SolverType,
     disable_corrector: Vec<usize>,
-    flow_shift: f64,
+}
+
+#[derive(Debug, Clone)]
+enum Schedule {
+    Flow {
+        num_train_timesteps: usize,
+        shift: f64,
+    },
+    Noise {
+        schedule: NoiseSchedule,
+        /// Whether the last step leads to the least noise instead of none.
+        ends_in_sigma_min: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -92,43 +106,110 @@ impl UniPcConfig {
     /// From the fields of the file; the error names the field that is not supported.
     pub fn new(config: &SchedulerConfig) -> Result<Self> {
         let file: File = config.fields()?;
+        let is_flow_model = file.prediction_type == "flow_prediction";
         config.refuse(&[
-            ("use_flow_sigmas", !file.use_flow_sigmas, "only true is supported"),
-            ("prediction_type", file.prediction_type != "flow_prediction", "only \"flow_prediction\" is supported"),
+            ("use_flow_sigmas", is_flow_model && !file.use_flow_sigmas, "only true is supported of a flow model"),
+            ("prediction_type", file.use_flow_sigmas && !is_flow_model, "only \"flow_prediction\" has flow sigmas"),
             ("predict_x0", !file.predict_x0, "only true is supported"),
-            ("final_sigmas_type", file.final_sigmas_type != "zero", "only \"zero\" is supported"),
             ("solver_order", !(1..=MAX_ORDER).contains(&file.solver_order), "supported are 1, 2 and 3"),
             // A last step to sigma 0 divides by an infinite distance when its order is above 1: NaN in the reference.
             ("lower_order_final", !file.lower_order_final && file.solver_order > 1, "only true is supported"),
-            ("num_train_timesteps", file.num_train_timesteps == 0, "must be positive"),
-            ("flow_shift", file.flow_shift.is_nan() || file.flow_shift <= 0.0, "must be positive"),
             ("thresholding", file.thresholding, "only false is supported"),
-            ("use_karras_sigmas", file.use_karras_sigmas, "only false is supported"),
-            ("use_exponential_sigmas", file.use_exponential_sigmas, "only false is supported"),
-            ("use_beta_sigmas", file.use_beta_sigmas, "only false is supported"),
             ("use_dynamic_shifting", file.use_dynamic_shifting, "only false is supported"),
             ("solver_p", file.solver_p.is_some(), "only null is supported"),
             ("shift_terminal", file.shift_terminal.is_some(), "only null is supported"),
         ])?;
+        let schedule = if is_flow_model {
+            file.flow_schedule(config)?
+        } else {
+            let schedule = NoiseSchedule::new(config, Defaults::SIGMAS)?;
+            Schedule::Noise { schedule, ends_in_sigma_min: file.final_sigmas_type == "sigma_min" }
+        };
         Ok(Self {
-            num_train_timesteps: file.num_train_timesteps,
+            schedule,
             solver_order: file.solver_order,
             solver_type: file.solver_type,
             disable_corrector: file.disable_corrector,
-            flow_shift: file.flow_shift,
         })
+    }
+
+    /// Whether it is for a flow-matching model.
+    pub fn is_flow(&self) -> bool {
+        matches!(self.schedule, Schedule::Flow { .. })
+    }
+
+    /// Most steps of a loop: two equal sigmas would be no distance to divide by.
+    pub fn max_steps(&self) -> usize {
+        match &self.schedule {
+            Schedule::Noise { schedule, .. } if !schedule.is_karras() => schedule.max_steps(Grid::Intervals),
+            _ => usize::MAX,
+        }
+    }
+}
+
+impl File {
+    fn flow_schedule(&self, config: &SchedulerConfig) -> Result<Schedule> {
+        config.refuse(&[
+            ("final_sigmas_type", self.final_sigmas_type != "zero", "only \"zero\" is supported"),
+            ("num_train_timesteps", self.num_train_timesteps == 0, "must be positive"),
+            ("flow_shift", self.flow_shift.is_nan() || self.flow_shift <= 0.0, "must be positive"),
+            ("use_karras_sigmas", self.use_karras_sigmas, "only false is supported"),
+            ("use_exponential_sigmas", self.use_exponential_sigmas, "only false is supported"),
+            ("use_beta_sigmas", self.use_beta_sigmas, "only false is supported"),
+        ])?;
+        Ok(Schedule::Flow { num_train_timesteps: self.num_train_timesteps, shift: self.flow_shift })
+    }
+}
+
+impl Schedule {
+    /// Whole timesteps of the steps and their sigmas, with the one that the last step leads to. Rounded to f32, as the
+    /// reference keeps them.
+    fn steps(&self, n: usize) -> (Vec<f64>, Vec<f64>) {
+        let (timesteps, mut sigmas): (Vec<f64>, Vec<f64>) = match self {
+            Self::Flow { num_train_timesteps, shift } => {
+                let sigmas = flow_sigmas(*shift, *num_train_timesteps, n);
+                // Timesteps are rounded down: with many steps two of them can be equal.
+                (sigmas.iter().map(|sigma| (sigma * *num_train_timesteps as f64).trunc()).collect(), sigmas)
+            }
+            Self::Noise { schedule, .. } => {
+                let (timesteps, sigmas) = schedule.intervals(n);
+                (timesteps.into_iter().map(f64::round_ties_even).collect(), sigmas)
+            }
+        };
+        sigmas.push(match self {
+            // Unlike the other solvers, UniPC takes the last Karras sigma for the least.
+            Self::Noise { schedule, ends_in_sigma_min: true } if schedule.is_karras() => sigmas[n - 1],
+            Self::Noise { schedule, .. } => f64::from(schedule.final_sigma()),
+            Self::Flow { .. } => 0.0,
+        });
+        (timesteps, sigmas.into_iter().map(|sigma| f64::from(sigma as f32)).collect())
+    }
+
+    /// Signal and noise at a sigma: of flow matching they add up to 1, otherwise their squares do.
+    fn level(&self, sigma: f64) -> Level {
+        match self {
+            Self::Flow { .. } => Level { alpha: 1.0 - sigma, sigma },
+            Self::Noise { .. } => Level::from_ratio(sigma),
+        }
+    }
+
+    fn x0(&self, output: &Tensor, sample: &Tensor, level: Level) -> Result<Tensor> {
+        match self {
+            Self::Flow { .. } => Ok((sample - (output.to_dtype(DType::F32)? * level.sigma)?)?),
+            Self::Noise { schedule, .. } => schedule.prediction().x0(output, sample, level),
+        }
     }
 }
 
 /// The state of one denoising loop.
 ///
-/// Names as in the paper: at noise level sigma the sample is `alpha x0 + sigma noise` with `alpha = 1 - sigma`, and
-/// `lambda = ln(alpha / sigma)`.
+/// Names as in the paper: at a noise level the sample is `alpha x0 + sigma noise`, and `lambda = ln(alpha / sigma)`.
 pub struct UniPc {
     config: UniPcConfig,
     timesteps: Vec<f64>,
-    /// One more than timesteps; the last is 0. Rounded to f32, as the reference keeps them.
+    /// One more than timesteps.
     sigmas: Vec<f64>,
+    levels: Vec<Level>,
     /// Predicted `x0` of the last steps, newest first; at most `solver_order`.
     predictions: VecDeque<Tensor>,
     /// Sample from which the last prediction step set out, and that step's order.
@@ -136,14 +217,11 @@ pub struct UniPc {
 }
 
 impl UniPc {
-    /// The loop over `num_inference_steps` (at least 1) steps.
+    /// The loop over `num_inference_steps` steps, from 1 to [`UniPcConfig::max_steps`].
     pub fn new(config: &UniPcConfig, num_inference_steps: usize) -> Self {
-        let (mut sigmas, train) = (flow_sigmas(config, num_inference_steps), config.num_train_timesteps as f64);
-        // Timesteps are whole numbers, rounded down: with many steps two of them can be equal.
-        let timesteps = sigmas.iter().map(|sigma| (sigma * train).trunc()).collect();
-        sigmas.push(0.0);
-        let sigmas = sigmas.into_iter().map(|sigma| f64::from(sigma as f32)).collect();
-        Self { config: config.clone(), timesteps, sigmas, predictions: VecDeque::new(), last: None }
+        let (timesteps, sigmas) = config.schedule.steps(num_inference_steps);
+        let levels = sigmas.iter().map(|sigma| config.schedule.level(*sigma)).collect();
+        Self { config: config.clone(), timesteps, sigmas, levels, predictions: VecDeque::new(), last: None }
     }
 
     /// Noise levels from the first step's to the final 0, one more than there are timesteps.
@@ -179,19 +257,18 @@ impl UniPc {
 
     /// The step from `anchor` to the noise level after it, seen by an update of `order`.
     fn interval(&self, anchor: usize, order: usize) -> Interval {
-        let lambda = |index: usize| (1.0 - self.sigmas[index]).ln() - self.sigmas[index].ln();
-        let (sigma_s, sigma_t) = (self.sigmas[anchor], self.sigmas[anchor + 1]);
+        let lambda = |index: usize| self.levels[index].lambda();
+        let (from, to) = (self.levels[anchor], self.levels[anchor + 1]);
         let h = lambda(anchor + 1) - lambda(anchor);
         let phi_1 = (-h).exp_m1();
         let b_h = match self.config.solver_type {
             SolverType::Bh1 => -h,
             SolverType::Bh2 => phi_1,
         };
-        let alpha_t = 1.0 - sigma_t;
         Interval {
-            ratio: sigma_t / sigma_s,
-            alpha_phi_1: alpha_t * phi_1,
-            alpha_b_h: alpha_t * b_h,
+            ratio: to.sigma / from.sigma,
+            alpha_phi_1: to.alpha * phi_1,
+            alpha_b_h: to.alpha * b_h,
             distances: (1..order).map(|back| (lambda(anchor - back) - lambda(anchor)) / h).collect(),
             moments: moments(-h, b_h, order),
         }
@@ -204,14 +281,13 @@ impl Solver for UniPc {
     }
 
     fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        let sigma = self.sigmas[index];
-        Level { alpha: 1.0 - sigma, sigma }.mix(sample, noise)
+        self.levels[index].mix(sample, noise)
     }
 
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
-        let (sample, output) = (sample.to_dtype(DType::F32)?, model_output.to_dtype(DType::F32)?);
+        let sample = sample.to_dtype(DType::F32)?;
         // From the sample as it was predicted, not as it is corrected below.
-        let x0 = (&sample - (output * self.sigmas[index])?)?;
+        let x0 = self.config.schedule.x0(model_output, &sample, self.levels[index])?;
         let sample = self.correct(index, &x0)?.unwrap_or(sample);
         self.predictions.truncate(self.config.solver_order - 1);
         self.predictions.push_front(x0);
@@ -225,8 +301,8 @@ impl Solver for UniPc {
 }
 
 /// Sigmas of the steps in f64, without the final 0.
-fn flow_sigmas(config: &UniPcConfig, num_inference_steps: usize) -> Vec<f64> {
-    let (shift, last) = (config.flow_shift, 1.0 / config.num_train_timesteps as f64);
+fn flow_sigmas(shift: f64, num_train_timesteps: usize, num_inference_steps: usize) -> Vec<f64> {
+    let last = 1.0 / num_train_timesteps as f64;
     let stride = (last - 1.0) / num_inference_steps as f64;
     let mut sigmas: Vec<f64> = (0..num_inference_steps)
         .map(|step| step as f64 * stride + 1.0)
@@ -280,22 +356,6 @@ impl Interval {
             predictions.push(weight);
         }
         Update { sample: self.ratio, predictions }
-    }
-}
-
-/// A linear combination of a sample and the latest predictions, newest first.
-struct Update {
-    sample: f64,
-    predictions: Vec<f64>,
-}
-
-impl Update {
-    fn apply(&self, sample: &Tensor, predictions: &VecDeque<Tensor>) -> Result<Tensor> {
-        let mut sum = (sample * self.sample)?;
-        for (weight, prediction) in self.predictions.iter().zip(predictions) {
-            sum = (sum + (prediction * *weight)?)?;
-        }
-        Ok(sum)
     }
 }
 
