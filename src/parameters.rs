@@ -31,6 +31,8 @@ pub struct PictureParameters {
     #[serde(default)]
     pub acceleration: Acceleration,
     pub scheduler: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta: Option<f64>,
     pub max_sequence_length: usize,
     pub vae_tiling: bool,
     pub seed: u64,
@@ -52,6 +54,7 @@ impl PictureParameters {
             guidance_interval: request.negative_prompt.is_some().then_some(request.guidance_interval),
             acceleration: request.acceleration,
             scheduler: request.scheduler.name.to_owned(),
+            eta: request.eta,
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
             seed: request.seed,
@@ -78,6 +81,7 @@ impl PictureParameters {
             guidance_interval: self.guidance_interval,
             acceleration: Some(self.acceleration),
             scheduler: Some(self.scheduler),
+            eta: self.eta,
             seed: Some(self.seed),
             max_sequence_length: Some(self.max_sequence_length),
             vae_tiling: Some(self.vae_tiling),

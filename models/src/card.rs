@@ -9,7 +9,7 @@ use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
 use crate::memory::VaeTiling;
 use crate::request::{Acceleration, DiffusionRequest, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
-use crate::solver::schedulers::Schedulers;
+use crate::solver::schedulers::{Scheduler, Schedulers};
 use crate::tokenizer::Tokenizer;
 
 /// Card of a loaded model.
@@ -271,6 +271,7 @@ pub struct DiffusionOptions {
     pub num_inference_steps: Option<usize>,
     pub guidance_scale: Option<f64>,
     pub scheduler: Option<String>,
+    pub eta: Option<f64>,
     pub true_cfg_scale: Option<f64>,
     pub guidance_interval: Option<[f64; 2]>,
     pub acceleration: Option<Acceleration>,
@@ -291,6 +292,7 @@ impl DiffusionCard {
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {
         let defaults = &self.defaults;
+        let (scheduler, max_steps) = self.schedulers.choose(options.scheduler.as_deref())?;
         let request = DiffusionRequest {
             width: options.width.unwrap_or(defaults.width),
             height: options.height.unwrap_or(defaults.height),
@@ -298,7 +300,8 @@ impl DiffusionCard {
             fps: options.fps.unwrap_or(defaults.fps),
             num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps),
             guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
-            scheduler: self.schedulers.choose(options.scheduler.as_deref())?,
+            scheduler,
+            eta: eta(scheduler, options.eta)?,
             true_cfg_scale: self.true_cfg_scale(options.true_cfg_scale)?,
             guidance_interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),
             acceleration: options.acceleration.unwrap_or_default(),
@@ -311,7 +314,7 @@ impl DiffusionCard {
         };
         self.check_size(&request)?;
         self.check_time(&request)?;
-        check_range("num_inference_steps", request.num_inference_steps, 1, MAX_INFERENCE_STEPS)?;
+        check_range("num_inference_steps", request.num_inference_steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
         check_range("max_sequence_length", request.max_sequence_length, 1, self.max_sequence_length)?;
         if request.acceleration != Acceleration::None && self.acceleration.is_none() {
             return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
@@ -443,6 +446,21 @@ impl DiffusionCard {
     }
 }
 
+/// What diffusers' pipelines hand to steps that have an `eta`.
+const DEFAULT_ETA: f64 = 0.0;
+
+fn eta(scheduler: &Scheduler, asked: Option<f64>) -> Result<Option<f64>> {
+    if !scheduler.takes_eta() {
+        return match asked {
+            None => Ok(None),
+            Some(_) => Err(Error::invalid("eta", format!("has no effect with scheduler {}", scheduler.name))),
+        };
+    }
+    let eta = asked.unwrap_or(DEFAULT_ETA);
+    check_range("eta", eta, 0.0, 1.0)?;
+    Ok(Some(eta))
+}
+
 fn check_range<T: PartialOrd + std::fmt::Display + Copy>(field: &str, value: T, min: T, max: T) -> Result<()> {
     // Written so that NaN fails.
     if value >= min && value <= max {
@@ -572,6 +590,32 @@ mod tests {
         for name in ["euler", "EulerDiscreteScheduler", "UNIPC", "flux", ""] {
             let error = clip_card().resolve(ask(name), 0).expect_err(name).to_string();
             assert!(error.contains("scheduler") && error.contains("unipc, flow_euler"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_scheduler_limits_the_steps_and_says_whether_there_is_an_eta() {
+        let card = DiffusionCard {
+            schedulers: crate::testing::discrete_schedulers(),
+            ..picture_card(Guidance::ClassifierFree)
+        };
+        let resolve = |name: &str, num_inference_steps: usize, eta: Option<f64>| {
+            let (scheduler, num_inference_steps) = (Some(name.to_owned()), Some(num_inference_steps));
+            card.resolve(DiffusionOptions { scheduler, num_inference_steps, eta, ..DiffusionOptions::default() }, 0)
+        };
+        assert_eq!(resolve("lcm", 50, None).expect("as many as there are").eta, None);
+        assert_eq!(resolve("ddim", 1000, None).expect("as many as there are").eta, Some(0.0));
+        assert_eq!(resolve("TCDScheduler", 4, Some(0.3)).expect("it has one").eta, Some(0.3));
+        for (name, steps, eta, expected) in [
+            ("lcm", 51, None, "num_inference_steps"),
+            ("TCDScheduler", 51, None, "num_inference_steps"),
+            ("dpmpp_2m", 1000, None, "1 to 999"),
+            ("euler", 4, Some(0.5), "eta"),
+            ("ddim", 4, Some(1.5), "eta"),
+            ("ddim", 4, Some(f64::NAN), "eta"),
+        ] {
+            let error = resolve(name, steps, eta).expect_err(name).to_string();
+            assert!(error.contains(expected), "{name} {steps} {eta:?}: {error}");
         }
     }
 

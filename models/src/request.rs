@@ -93,6 +93,8 @@ pub struct DiffusionRequest {
     pub guidance_scale: f64,
     /// How the latents move from one timestep to the next.
     pub scheduler: &'static Scheduler,
+    /// Share of fresh noise in the steps of DDIM and TCD, 0 to 1; `None` for the other schedulers.
+    pub eta: Option<f64>,
     /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1), as in diffusers: the scale of a
     /// second, negative prediction.
     pub true_cfg_scale: Option<f64>,

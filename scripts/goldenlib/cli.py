@@ -5,7 +5,7 @@ import importlib
 import os
 import time
 
-GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "guidance"]
+GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "guidance", "schedulers"]
 
 
 def main(arguments) -> int:

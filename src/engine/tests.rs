@@ -35,6 +35,7 @@ fn clip(num_inference_steps: usize) -> Request {
         num_inference_steps,
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").unwrap(),
+        eta: None,
         true_cfg_scale: None,
         guidance_interval: WHOLE_INTERVAL,
         acceleration: Acceleration::None,

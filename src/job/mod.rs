@@ -228,6 +228,7 @@ pub(crate) mod tests {
             num_inference_steps: 4,
             guidance_scale: 1.0,
             scheduler: Scheduler::named("flow_euler").unwrap(),
+            eta: None,
             true_cfg_scale: None,
             guidance_interval: WHOLE_INTERVAL,
             acceleration: Acceleration::None,

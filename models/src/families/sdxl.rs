@@ -45,8 +45,9 @@ const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
 const MAX_SIDE: usize = 4096;
 /// Four times the area that the model was made for; beyond it pictures fall apart.
 const MAX_PIXELS: usize = 2048 * 2048;
-/// Copies of the latents in f32: the sample, what the model sees of it, what a step makes of them, and two predictions.
-const LATENT_COPIES: usize = 6;
+/// Copies of the latents in f32: the sample, what the model sees of it, what a step makes of them, two predictions of the
+/// model, and up to four that a multistep solver remembers.
+const LATENT_COPIES: usize = 10;
 
 /// SDXL.
 pub struct Sdxl;

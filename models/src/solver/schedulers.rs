@@ -11,8 +11,13 @@ use crate::manifest::{Layout, Manifest};
 use crate::request::DiffusionRequest;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
+use crate::solver::ddim::{Ddim, DdimConfig};
+use crate::solver::dpm::{Dpm, DpmConfig};
 use crate::solver::euler::{Euler, EulerConfig};
+use crate::solver::euler_ancestral::{EulerAncestral, EulerAncestralConfig};
 use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use crate::solver::lcm::{Lcm, LcmConfig};
+use crate::solver::tcd::{Tcd, TcdConfig};
 use crate::solver::unipc::{UniPc, UniPcConfig};
 
 /// A name by which a request chooses its solver.
@@ -21,22 +26,67 @@ pub struct Scheduler {
     /// As requests and answers spell it.
     pub name: &'static str,
     class: Class,
+    /// What the name sets whatever the checkpoint's configuration says.
+    settings: &'static [(&'static str, Setting)],
+}
+
+/// A value of `scheduler_config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Setting {
+    Flag(bool),
+    Count(usize),
+    Word(&'static str),
 }
 
 /// Every name: short ones, and diffusers' class names, which take the checkpoint's configuration as it is.
-pub static SCHEDULERS: [Scheduler; 6] = [
-    Scheduler { name: "euler", class: Class::Euler },
-    Scheduler { name: "unipc", class: Class::UniPc },
-    Scheduler { name: "flow_euler", class: Class::FlowMatchEuler },
-    Scheduler { name: "EulerDiscreteScheduler", class: Class::Euler },
-    Scheduler { name: "UniPCMultistepScheduler", class: Class::UniPc },
-    Scheduler { name: "FlowMatchEulerDiscreteScheduler", class: Class::FlowMatchEuler },
+pub static SCHEDULERS: [Scheduler; 19] = [
+    Scheduler { name: "euler", class: Class::Euler, settings: &[] },
+    Scheduler { name: "euler_a", class: Class::EulerAncestral, settings: &[] },
+    Scheduler { name: "ddim", class: Class::Ddim, settings: &[] },
+    Scheduler { name: "dpmpp_2m", class: Class::Dpm, settings: &dpmpp_2m("dpmsolver++", false) },
+    Scheduler { name: "dpmpp_2m_karras", class: Class::Dpm, settings: &dpmpp_2m("dpmsolver++", true) },
+    Scheduler { name: "dpmpp_2m_sde", class: Class::Dpm, settings: &dpmpp_2m("sde-dpmsolver++", false) },
+    Scheduler { name: "dpmpp_2m_sde_karras", class: Class::Dpm, settings: &dpmpp_2m("sde-dpmsolver++", true) },
+    Scheduler { name: "unipc", class: Class::UniPc, settings: &[] },
+    Scheduler { name: "lcm", class: Class::Lcm, settings: &[] },
+    Scheduler { name: "tcd", class: Class::Tcd, settings: &[] },
+    Scheduler { name: "flow_euler", class: Class::FlowMatchEuler, settings: &[] },
+    Scheduler { name: "EulerDiscreteScheduler", class: Class::Euler, settings: &[] },
+    Scheduler { name: "EulerAncestralDiscreteScheduler", class: Class::EulerAncestral, settings: &[] },
+    Scheduler { name: "DDIMScheduler", class: Class::Ddim, settings: &[] },
+    Scheduler { name: "DPMSolverMultistepScheduler", class: Class::Dpm, settings: &[] },
+    Scheduler { name: "UniPCMultistepScheduler", class: Class::UniPc, settings: &[] },
+    Scheduler { name: "LCMScheduler", class: Class::Lcm, settings: &[] },
+    Scheduler { name: "TCDScheduler", class: Class::Tcd, settings: &[] },
+    Scheduler { name: "FlowMatchEulerDiscreteScheduler", class: Class::FlowMatchEuler, settings: &[] },
 ];
+
+const fn dpmpp_2m(algorithm_type: &'static str, karras: bool) -> [(&'static str, Setting); 3] {
+    [
+        ("algorithm_type", Setting::Word(algorithm_type)),
+        ("solver_order", Setting::Count(2)),
+        ("use_karras_sigmas", Setting::Flag(karras)),
+    ]
+}
 
 impl Scheduler {
     /// The scheduler with this name.
     pub fn named(name: &str) -> Option<&'static Self> {
         SCHEDULERS.iter().find(|scheduler| scheduler.name == name)
+    }
+
+    /// Whether its steps have an `eta`.
+    pub fn takes_eta(&self) -> bool {
+        matches!(self.class, Class::Ddim | Class::Tcd)
+    }
+
+    fn settings(&self) -> impl Iterator<Item = (&'static str, Value)> {
+        let value = |setting: &Setting| match *setting {
+            Setting::Flag(flag) => json!(flag),
+            Setting::Count(count) => json!(count),
+            Setting::Word(word) => json!(word),
+        };
+        self.settings.iter().map(move |(field, setting)| (*field, value(setting)))
     }
 }
 
@@ -44,7 +94,12 @@ impl Scheduler {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Class {
     Euler,
+    EulerAncestral,
+    Ddim,
+    Dpm,
     UniPc,
+    Lcm,
+    Tcd,
     FlowMatchEuler,
 }
 
@@ -62,7 +117,9 @@ pub enum Training {
 impl Training {
     fn classes(self) -> &'static [Class] {
         match self {
-            Self::Discrete => &[Class::Euler],
+            Self::Discrete => {
+                &[Class::Euler, Class::EulerAncestral, Class::Ddim, Class::Dpm, Class::UniPc, Class::Lcm, Class::Tcd]
+            }
             Self::Flow => &[Class::UniPc, Class::FlowMatchEuler],
             Self::FlowWithMu => &[Class::FlowMatchEuler],
         }
@@ -88,7 +145,12 @@ impl Training {
 #[derive(Debug, Clone)]
 enum SolverConfig {
     Euler(EulerConfig),
+    EulerAncestral(EulerAncestralConfig),
+    Ddim(DdimConfig),
+    Dpm(DpmConfig),
     UniPc(UniPcConfig),
+    Lcm(LcmConfig),
+    Tcd(TcdConfig),
     FlowMatchEuler(FlowMatchEulerConfig),
 }
 
@@ -96,7 +158,17 @@ impl SolverConfig {
     fn new(class: Class, file: &SchedulerConfig, training: Training) -> Result<Self> {
         Ok(match class {
             Class::Euler => Self::Euler(EulerConfig::new(file)?),
-            Class::UniPc => Self::UniPc(UniPcConfig::new(file)?),
+            Class::EulerAncestral => Self::EulerAncestral(EulerAncestralConfig::new(file)?),
+            Class::Ddim => Self::Ddim(DdimConfig::new(file)?),
+            Class::Dpm => Self::Dpm(DpmConfig::new(file)?),
+            Class::Lcm => Self::Lcm(LcmConfig::new(file)?),
+            Class::Tcd => Self::Tcd(TcdConfig::new(file)?),
+            Class::UniPc => {
+                let config = UniPcConfig::new(file)?;
+                let is_other_kind = config.is_flow() == (training == Training::Discrete);
+                file.refuse(&[("prediction_type", is_other_kind, "is not that of this family's models")])?;
+                Self::UniPc(config)
+            }
             Class::FlowMatchEuler => {
                 let config = FlowMatchEulerConfig::new(file)?;
                 let lacks_mu = config.use_dynamic_shifting && training != Training::FlowWithMu;
@@ -106,6 +178,33 @@ impl SolverConfig {
             }
         })
     }
+
+    /// Most steps of a loop.
+    fn max_steps(&self) -> usize {
+        match self {
+            Self::Ddim(config) => config.max_steps(),
+            Self::Dpm(config) => config.max_steps(),
+            Self::UniPc(config) => config.max_steps(),
+            Self::Lcm(config) => config.max_steps(),
+            Self::Tcd(config) => config.max_steps(),
+            Self::Euler(_) | Self::EulerAncestral(_) | Self::FlowMatchEuler(_) => usize::MAX,
+        }
+    }
+}
+
+/// The fields as an instance of `class` keeps them: diffusers replaces names of another class's solvers when it makes one,
+/// and what is made from that one reads the replacement.
+fn as_kept(class: Class, file: &SchedulerConfig) -> SchedulerConfig {
+    let replaced = |field: &str, names: &[&str], by: &'static str| {
+        let found = file.get(field).and_then(Value::as_str).is_some_and(|name| names.contains(&name));
+        found.then(|| json!(by))
+    };
+    let settings = match class {
+        Class::Dpm => vec![("solver_type", replaced("solver_type", &["logrho", "bh1", "bh2"], "midpoint"))],
+        Class::UniPc => vec![("solver_type", replaced("solver_type", &["midpoint", "heun", "logrho"], "bh2"))],
+        _ => Vec::new(),
+    };
+    file.with(settings.into_iter().filter_map(|(field, value)| Some((field, value?))))
 }
 
 /// The schedulers that a checkpoint can be sampled with.
@@ -140,9 +239,11 @@ impl Schedulers {
     /// All names under which `file`, written for the class of `own`, makes sense. An error where it makes none under its
     /// own.
     pub fn new(own: &'static Scheduler, file: &SchedulerConfig, training: Training) -> Result<Self> {
+        let file = as_kept(own.class, file);
         let mut choices = Vec::new();
         for scheduler in SCHEDULERS.iter().filter(|scheduler| training.classes().contains(&scheduler.class)) {
-            let file = file.with(training.settings(own.class, scheduler.class, file));
+            let settings = training.settings(own.class, scheduler.class, &file);
+            let file = file.with(settings.into_iter().chain(scheduler.settings()));
             match SolverConfig::new(scheduler.class, &file, training) {
                 Ok(config) => choices.push((scheduler, config)),
                 Err(error) if scheduler == own => return Err(error),
@@ -152,13 +253,15 @@ impl Schedulers {
         Ok(Self { own, choices })
     }
 
-    /// The scheduler that a request asks for, or the checkpoint's own.
-    pub fn choose(&self, asked: Option<&str>) -> Result<&'static Scheduler> {
-        let Some(asked) = asked else { return Ok(self.own) };
-        self.iter().find(|scheduler| scheduler.name == asked).ok_or_else(|| {
+    /// The scheduler that a request asks for, or the checkpoint's own, and the most steps that it can take.
+    pub fn choose(&self, asked: Option<&str>) -> Result<(&'static Scheduler, usize)> {
+        let asked = asked.unwrap_or(self.own.name);
+        let choice = self.choices.iter().find(|(scheduler, _)| scheduler.name == asked);
+        let (scheduler, config) = choice.ok_or_else(|| {
             let names: Vec<&str> = self.iter().map(|scheduler| scheduler.name).collect();
             Error::invalid("scheduler", format!("is none of this model's; allowed: {}", names.join(", ")))
-        })
+        })?;
+        Ok((scheduler, config.max_steps()))
     }
 
     /// All that a request may ask for.
@@ -169,16 +272,73 @@ impl Schedulers {
     /// The solver of a request, its timesteps set. `image_seq_len`: tokens of the picture, where the pipeline hands over
     /// sigmas and `mu` ([`Training::FlowWithMu`]).
     pub fn solver(&self, request: &DiffusionRequest, image_seq_len: Option<usize>) -> Box<dyn Solver> {
-        let choice = self.choices.iter().find(|(scheduler, _)| *scheduler == request.scheduler);
-        let (_, config) = choice.expect("the card has checked the request: this is a bug");
-        let steps = request.num_inference_steps;
+        let eta = request.eta.unwrap_or_default();
+        self.start(request.scheduler, request.num_inference_steps, eta, image_seq_len)
+    }
+
+    /// The solver of a loop over `steps` steps, no more than [`Schedulers::choose`] says.
+    pub fn start(
+        &self,
+        scheduler: &Scheduler,
+        steps: usize,
+        eta: f64,
+        image_seq_len: Option<usize>,
+    ) -> Box<dyn Solver> {
+        let choice = self.choices.iter().find(|(choice, _)| *choice == scheduler);
+        let (_, config) = choice.expect("the card has checked the scheduler: this is a bug");
         match config {
             SolverConfig::Euler(config) => Box::new(Euler::new(config, steps)),
+            SolverConfig::EulerAncestral(config) => Box::new(EulerAncestral::new(config, steps)),
+            SolverConfig::Ddim(config) => Box::new(Ddim::new(config, steps, eta)),
+            SolverConfig::Dpm(config) => Box::new(Dpm::new(config, steps)),
             SolverConfig::UniPc(config) => Box::new(UniPc::new(config, steps)),
+            SolverConfig::Lcm(config) => Box::new(Lcm::new(config, steps)),
+            SolverConfig::Tcd(config) => Box::new(Tcd::new(config, steps, eta)),
             SolverConfig::FlowMatchEuler(config) => Box::new(match image_seq_len {
                 Some(tokens) => FlowMatchEuler::new(config, &linear_sigmas(steps), config.mu(tokens)),
                 None => FlowMatchEuler::new(config, &config.own_sigmas(steps), 0.0),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{discrete_schedulers, repository};
+
+    #[test]
+    fn names_are_told_apart_and_documented() {
+        let docs = std::fs::read_to_string(repository().join("docs/http-api.md")).expect("docs/http-api.md is there");
+        let first_column = |line: &str| line.split('|').nth(1).unwrap_or_default().to_owned();
+        let documented: Vec<String> = docs.lines().map(first_column).collect();
+        for scheduler in &SCHEDULERS {
+            assert_eq!(Scheduler::named(scheduler.name), Some(scheduler), "{}", scheduler.name);
+            let name = format!("`{}`", scheduler.name);
+            assert!(documented.iter().any(|names| names.contains(&name)), "docs/http-api.md lacks {name}");
+        }
+    }
+
+    #[test]
+    fn without_a_name_the_checkpoints_own_class_is_chosen() {
+        let schedulers = discrete_schedulers();
+        assert_eq!(schedulers.choose(None).expect("its own").0.name, "EulerDiscreteScheduler");
+        let error = schedulers.choose(Some("flow_euler")).expect_err("not for this model").to_string();
+        assert!(error.contains("euler, euler_a, ddim") && !error.contains("FlowMatch"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_its_own_class_cannot_compute_is_refused_although_another_one_could() {
+        let own = Scheduler::named("DPMSolverMultistepScheduler").expect("known");
+        let file = SchedulerConfig::default().with([("algorithm_type", json!("dpmsolver"))]);
+        let error = Schedulers::new(own, &file, Training::Discrete).expect_err("not computed").to_string();
+        assert!(error.contains("`algorithm_type`"), "{error}");
+    }
+
+    #[test]
+    fn a_flow_matching_family_refuses_a_file_of_a_model_that_predicts_noise() {
+        let own = Scheduler::named("UniPCMultistepScheduler").expect("known");
+        let error = Schedulers::new(own, &SchedulerConfig::default(), Training::Flow).expect_err("another kind");
+        assert!(error.to_string().contains("`prediction_type`"), "{error}");
     }
 }

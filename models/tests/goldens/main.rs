@@ -10,6 +10,7 @@ mod gpu;
 mod guidance;
 mod noise_solvers;
 mod rng;
+mod schedulers;
 mod sdxl;
 mod support;
 mod text;

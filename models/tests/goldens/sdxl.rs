@@ -17,7 +17,7 @@ use tale_models::vae::kl::{KlConfig, KlDecoder};
 use tale_models::weights::Weights;
 use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, psnr};
 
 const CASES: [&str; 2] = ["sdxl-a", "sdxl-b"];
 /// f32 on both sides, other orders of summation.
@@ -197,18 +197,6 @@ fn parts_that_do_not_fit_are_refused_by_name() {
         let refused = tale_models::load(dir.path(), &placement, &LoadOptions::default(), &mut |_| ());
         let error = refused.err().expect("the configuration is wrong").to_string();
         assert!(error.contains(expected) && error.contains(".json"), "{file} {field}: {error}");
-    }
-}
-
-fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_folder(&entry.path(), &target),
-            false => drop(std::fs::copy(entry.path(), target).unwrap()),
-        }
     }
 }
 

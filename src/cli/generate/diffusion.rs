@@ -49,6 +49,9 @@ pub struct DiffusionArgs {
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
 
+    /// Share of fresh noise in the steps of ddim and tcd, 0 to 1 [default: 0]
+    #[arg(long, value_name = "X")]
+    eta: Option<f64>,
     /// FLUX.1: how strongly the prompt steers away from the negative one; 1 is off
     #[arg(long, value_name = "X")]
     true_cfg_scale: Option<f64>,
@@ -103,6 +106,8 @@ impl DiffusionArgs {
             fps: base.fps,
             num_inference_steps: self.num_inference_steps.or(base.num_inference_steps),
             guidance_scale: self.guidance_scale.or(base.guidance_scale),
+            // An `eta` belongs to its scheduler.
+            eta: self.eta.or(base.eta.filter(|_| self.scheduler.is_none())),
             true_cfg_scale: self.true_cfg_scale.or(base.true_cfg_scale),
             guidance_interval: self.guidance_interval.or(base.guidance_interval),
             acceleration: self.acceleration.or(base.acceleration),

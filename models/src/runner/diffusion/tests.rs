@@ -236,6 +236,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         num_inference_steps: 3,
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").expect("known"),
+        eta: None,
         true_cfg_scale: None,
         guidance_interval: WHOLE_INTERVAL,
         acceleration: Acceleration::None,
