@@ -44,15 +44,17 @@ const SMALL_CHANGE_BYTES: usize = 1 << 20;
 fn sessions_take_at_most_their_footprint() {
     // Scratch memory belongs to threads, not to sessions: with two of them it is small change on every machine.
     rayon::ThreadPoolBuilder::new().num_threads(2).build_global().expect("the first use of the pool");
-    for (case, width, height, num_frames) in [
-        ("wan-a", Some(256), Some(160), Some(5)),
-        ("wan-b", Some(128), Some(128), Some(13)),
-        ("wan-b", Some(64), Some(64), Some(49)),
-        ("flux-dev", Some(256), Some(192), None),
-        ("sdxl-a", Some(256), Some(192), None),
-        ("sdxl-b", Some(128), Some(160), None),
+    for (case, width, height, num_frames, vae_tiling) in [
+        ("wan-a", Some(256), Some(160), Some(5), None),
+        ("wan-b", Some(128), Some(128), Some(13), None),
+        ("wan-b", Some(64), Some(64), Some(49), None),
+        ("flux-dev", Some(256), Some(192), None, None),
+        ("sdxl-a", Some(256), Some(192), None, None),
+        ("sdxl-b", Some(128), Some(160), None, None),
+        ("flux-dev", Some(768), Some(512), None, Some(true)),
     ] {
-        let options = DiffusionOptions { prompt: "A cat".to_owned(), width, height, num_frames, ..Default::default() };
+        let prompt = "A cat".to_owned();
+        let options = DiffusionOptions { prompt, width, height, num_frames, vae_tiling, ..Default::default() };
         let (footprint, peak) = run(case, DiffusionOptions { num_inference_steps: Some(3), ..options });
         eprintln!("{case} {width:?}x{height:?}x{num_frames:?}: footprint {footprint}, peak {peak} bytes");
         assert!(peak <= footprint + SMALL_CHANGE_BYTES, "{case}: {peak} bytes at the peak, {footprint} planned");

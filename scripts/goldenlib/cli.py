@@ -6,6 +6,7 @@ import os
 import time
 
 GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "guidance", "schedulers"]
+GROUPS += ["tiling"]
 
 
 def main(arguments) -> int:

@@ -191,10 +191,11 @@ impl KlConfig {
         let Some(tiling) = self.tiles(latents, tiled) else { return self.decode_bytes(whole, dtype) };
         let (height, width) = tiling.largest(latents.0, latents.1);
         let pixels = self.out_channels * size_of::<f32>();
-        // Beside the tile: its pixels while they are blended; those kept so far, once more when they are joined.
+        // Beside the tile: its pixels while they are blended; those kept so far, once more when they are joined, and as
+        // bytes.
         self.decode_bytes(height * width * square, dtype)
             + TILE_COPIES * height * width * square * pixels
-            + 2 * whole * pixels
+            + whole * (2 * pixels + self.out_channels)
     }
 
     /// Bytes that decoding one picture of `pixels` as a whole needs where its neighbours compute in `dtype`, at its peak:

@@ -14,5 +14,6 @@ mod schedulers;
 mod sdxl;
 mod support;
 mod text;
+mod tiling;
 mod tokenizers;
 mod wan;

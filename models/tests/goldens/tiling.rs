@@ -1,0 +1,84 @@
+//! Pictures whose VAE works in tiles.
+
+use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::family::LoadOptions;
+use tale_models::request::{DiffusionRequest, Frame, Phase};
+use tale_models::runner::Runner;
+use tale_models::{Event, Events, ModelCard, Request, SessionId};
+
+use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+
+const MIN_PSNR: f64 = 50.0;
+
+/// The picture, and the tiles that were told.
+fn picture(runner: &mut dyn Runner, request: DiffusionRequest) -> (Frame, usize) {
+    runner.submit(SessionId(1), Request::Diffusion(request)).expect("accepted");
+    let (mut events, mut picture, mut tiles) = (Events::default(), None, 0);
+    while runner.next().is_some() {
+        runner.step(&mut events).expect("a step");
+        for (_, event) in events.drain() {
+            match event {
+                Event::Frames(frames) => picture = frames.into_iter().next(),
+                Event::Progress { phase: Phase::VaeDecode, done, total } => {
+                    tiles += 1;
+                    assert_eq!((done, picture.is_some()), (tiles, done == total));
+                }
+                Event::Failed(error) => panic!("{error}"),
+                _ => (),
+            }
+        }
+    }
+    (picture.expect("a picture"), tiles)
+}
+
+#[test]
+fn pictures_in_tiles_are_the_reference_ones() {
+    let (golden, tensors) = (golden_json("tiling"), golden_tensors("tiling"));
+    for (run, facts) in golden["runs"].as_array().expect("runs").iter().enumerate() {
+        let (card, mut runner) = load(facts["checkpoint"].as_str().expect("a case"));
+        let number = |field: &str| facts[field].as_u64().map(|value| value as usize);
+        let options = |vae_tiling| DiffusionOptions {
+            prompt: facts["prompt"].as_str().expect("a prompt").to_owned(),
+            width: number("width"),
+            height: number("height"),
+            num_inference_steps: number("num_inference_steps"),
+            guidance_scale: facts["guidance_scale"].as_f64(),
+            seed: facts["seed"].as_u64(),
+            vae_tiling,
+            ..Default::default()
+        };
+        let asked = card.resolve(options(Some(true)), 0).expect("valid");
+        let expected: Vec<u8> =
+            tensors[&format!("run{run}.image")].flatten_all().and_then(|x| x.to_vec1()).expect("a picture");
+        let (found, tiles) = picture(&mut *runner, asked.clone());
+        let distance = psnr(&found.rgb, &expected);
+        println!("tiling run {run}: {distance:.1} dB in {tiles} tiles");
+        assert!(distance >= MIN_PSNR, "run {run}: {distance:.1} dB");
+        assert_eq!(Some(tiles), number("tiles"), "run {run}");
+
+        // Where there is room for the whole picture nobody asks for tiles; where there is none the plan does.
+        let whole = card.resolve(options(None), 0).expect("valid");
+        assert!(!whole.vae_tiling);
+        let (untiled, steps) = picture(&mut *runner, whole.clone());
+        assert_eq!(steps, 1);
+        assert!(psnr(&untiled.rgb, &expected) < 45.0, "run {run}: tiles make no difference");
+        let bytes = |request: &DiffusionRequest| {
+            let plan = runner.plan(&Request::Diffusion(request.clone()));
+            plan.phases().iter().find(|of| of.phase == Phase::VaeDecode).map(|of| of.bytes).expect("is planned")
+        };
+        assert!(bytes(&asked) < bytes(&whole), "run {run}: {} and {} bytes", bytes(&asked), bytes(&whole));
+        let ModelCard::Diffusion(small) = ModelCard::Diffusion(card.clone()).with_room(bytes(&asked)) else {
+            panic!("makes pictures")
+        };
+        assert_eq!(small.resolve(options(None), 0).expect("valid"), asked);
+    }
+}
+
+fn load(case: &str) -> (DiffusionCard, Box<dyn Runner>) {
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU");
+    let path = case_dir(case).join("checkpoint");
+    let loaded = tale_models::load(&path, &placement, &LoadOptions::default(), &mut |_| ()).expect("loads");
+    let ModelCard::Diffusion(card) = loaded.card else { panic!("{case} makes pictures") };
+    (card, loaded.runner)
+}
