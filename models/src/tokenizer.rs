@@ -90,6 +90,11 @@ impl Tokenizer {
         Ok(Padded { ids, num_tokens })
     }
 
+    /// The ids of [`Tokenizer::encode_padded`] for each of `texts`.
+    pub fn encode_padded_rows(&self, texts: &[&str], max_length: usize) -> Result<Vec<Vec<u32>>> {
+        texts.iter().map(|text| Ok(self.encode_padded(text, max_length)?.ids)).collect()
+    }
+
     /// Text of `ids`, special tokens left out. Ids outside the vocabulary have no text.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         let text = self.0.tokenizer.decode(ids, true).map_err(|e| Error::invalid("tokens", e))?;

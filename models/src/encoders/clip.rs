@@ -136,9 +136,9 @@ impl ClipTextEncoder {
         })
     }
 
-    /// Least work of a forward pass over `l` tokens through all layers.
-    pub fn work(&self, l: usize) -> StepWork {
-        StepWork { flops: self.config.flops(l), bytes: self.weight_bytes as f64 }
+    /// Least work of a forward pass over so many rows of `l` tokens through all layers.
+    pub fn work(&self, rows: usize, l: usize) -> StepWork {
+        StepWork { flops: rows as f64 * self.config.flops(l), bytes: self.weight_bytes as f64 }
     }
 
     /// The configuration.
@@ -146,11 +146,13 @@ impl ClipTextEncoder {
         &self.config
     }
 
-    /// `hidden_states[0]` `[1, l, hidden_size]` of at most `max_position_embeddings` ids.
-    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        let positions = self.position_embedding.narrow(0, 0, ids.len())?;
-        let ids = Tensor::from_slice(ids, ids.len(), self.position_embedding.device())?;
-        Ok((self.token_embedding.forward(&ids)? + positions)?.unsqueeze(0)?)
+    /// `hidden_states[0]` `[b, l, hidden_size]` of b rows of equally many ids, at most `max_position_embeddings`.
+    pub fn embed(&self, rows: &[&[u32]]) -> Result<Tensor> {
+        let (b, l) = (rows.len(), rows.first().map_or(0, |ids| ids.len()));
+        assert!(rows.iter().all(|ids| ids.len() == l), "rows are padded to one length: this is a bug");
+        let positions = self.position_embedding.narrow(0, 0, l)?;
+        let ids = Tensor::from_vec(rows.concat(), b * l, self.position_embedding.device())?;
+        Ok(self.token_embedding.forward(&ids)?.reshape((b, l, ()))?.broadcast_add(&positions)?)
     }
 
     /// Runs some of the layers: from `hidden_states[range.start]` to `hidden_states[range.end]`, without the final
@@ -159,29 +161,32 @@ impl ClipTextEncoder {
         self.layers[range].iter().try_fold(hidden_states, |x, layer| layer.forward(&x))
     }
 
-    /// `pooler_output` `[1, hidden_size]` from the last layer's hidden states: the end-of-sequence token, normed.
-    pub fn pool(&self, last_hidden_states: &Tensor, ids: &[u32]) -> Result<Tensor> {
-        let position = self.end_position(ids);
-        self.final_layer_norm.forward(&last_hidden_states.narrow(1, position, 1)?.squeeze(1)?.contiguous()?)
+    /// `pooler_output` `[b, hidden_size]` from the last layer's hidden states: the end-of-sequence tokens, normed.
+    pub fn pool(&self, last_hidden_states: &Tensor, rows: &[&[u32]]) -> Result<Tensor> {
+        let mut ends = Vec::with_capacity(rows.len());
+        for (row, ids) in rows.iter().enumerate() {
+            ends.push(last_hidden_states.narrow(0, row, 1)?.narrow(1, self.end_position(ids), 1)?.squeeze(1)?);
+        }
+        self.final_layer_norm.forward(&Tensor::cat(&ends, 0)?.contiguous()?)
     }
 
-    /// `pooler_output` `[1, hidden_size]` of `ids`.
-    pub fn pooled(&self, ids: &[u32]) -> Result<Tensor> {
-        let last = self.run(self.embed(ids)?, 0..self.layers.len())?;
-        self.pool(&last, ids)
+    /// `pooler_output` `[b, hidden_size]` of b rows of equally many ids.
+    pub fn pooled(&self, rows: &[&[u32]]) -> Result<Tensor> {
+        let last = self.run(self.embed(rows)?, 0..self.layers.len())?;
+        self.pool(&last, rows)
     }
 
-    /// `hidden_states[-2]` `[1, l, hidden_size]`: what the last but one layer leaves, without the final norm.
-    pub fn penultimate(&self, ids: &[u32]) -> Result<Tensor> {
-        self.run(self.embed(ids)?, 0..self.layers.len() - 1)
+    /// `hidden_states[-2]` `[b, l, hidden_size]`: what the last but one layer leaves, without the final norm.
+    pub fn penultimate(&self, rows: &[&[u32]]) -> Result<Tensor> {
+        self.run(self.embed(rows)?, 0..self.layers.len() - 1)
     }
 
-    /// `hidden_states[-2]` as above and `text_embeds` `[1, projection_dim]`: the pooled vector, projected where the
+    /// `hidden_states[-2]` as above and `text_embeds` `[b, projection_dim]`: the pooled vectors, projected where the
     /// encoder was loaded with a projection.
-    pub fn penultimate_and_text_embeds(&self, ids: &[u32]) -> Result<(Tensor, Tensor)> {
+    pub fn penultimate_and_text_embeds(&self, rows: &[&[u32]]) -> Result<(Tensor, Tensor)> {
         let layers = self.layers.len();
-        let penultimate = self.penultimate(ids)?;
-        let pooled = self.pool(&self.run(penultimate.clone(), layers - 1..layers)?, ids)?;
+        let penultimate = self.penultimate(rows)?;
+        let pooled = self.pool(&self.run(penultimate.clone(), layers - 1..layers)?, rows)?;
         let text_embeds = match &self.text_projection {
             Some(projection) => projection.forward(&pooled)?,
             None => pooled,

@@ -1,8 +1,8 @@
 //! T5 and UMT5 encoders: token ids to hidden states.
 //!
 //! Owns: the encoder stack and its relative position bias (one table for all layers in T5, one per layer in UMT5). Does
-//! not know: tokenizers, padding (a masked key changes nothing for the other tokens, so callers pass the tokens that
-//! count and no more), decoders.
+//! not know: tokenizers, decoders, padding (a masked key changes nothing for the other tokens, so callers pass the tokens
+//! that count and no more; rows of one pass may have different lengths).
 //! Source: transformers `models/t5/modeling_t5.py`, `models/umt5/modeling_umt5.py`.
 
 use candle_core::{DType, Device, Tensor};
@@ -10,6 +10,7 @@ use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
 
 use crate::device::Placement;
+use crate::encoders::rows_of;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
@@ -148,25 +149,32 @@ impl T5Encoder {
         })
     }
 
-    /// Least work of a forward pass over `l` tokens.
-    pub fn work(&self, l: usize) -> StepWork {
-        StepWork { flops: self.config.flops(l), bytes: self.weight_bytes as f64 }
+    /// Least work of a forward pass over rows of so many tokens.
+    pub fn work(&self, lens: &[usize]) -> StepWork {
+        StepWork { flops: lens.iter().map(|l| self.config.flops(*l)).sum(), bytes: self.weight_bytes as f64 }
     }
 
-    /// Hidden states `[1, l, d_model]`, in the compute dtype, of the tokens `ids`; every token sees every other one.
+    /// Hidden states `[1, l, d_model]` of each row's l tokens, in the compute dtype; every token sees every other one of
+    /// its row.
     ///
     /// A reference that pads and masks gives the same states for the tokens before the padding.
-    pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
-        let ids = Tensor::from_slice(ids, ids.len(), self.device())?;
-        let mut x = self.shared.forward(&ids)?.unsqueeze(0)?; // [1, l, d_model]
+    pub fn forward(&self, rows: &[&[u32]]) -> Result<Vec<Tensor>> {
+        let lens: Vec<usize> = rows.iter().map(|ids| ids.len()).collect();
+        let (b, l) = (rows.len(), lens.iter().copied().max().unwrap_or(0));
+        // What stands in the place of absent tokens does not matter: nobody looks at it.
+        let padded = rows.iter().flat_map(|ids| ids.iter().copied().chain(std::iter::repeat(0)).take(l));
+        let ids = Tensor::from_vec(padded.collect(), b * l, self.device())?;
+        let mut x = self.shared.forward(&ids)?.reshape((b, l, ()))?; // [b, l, d_model]
+        let key_lens = lens.iter().any(|len| *len < l).then_some(&lens[..]);
         let mut bias = None;
         for block in &self.block {
             if let Some(table) = &block.relative_attention_bias {
-                bias = Some(self.buckets.bias(table, ids.dim(0)?)?);
+                bias = Some(self.buckets.bias(table, l)?);
             }
-            x = block.forward(&x, bias.as_ref())?;
+            x = block.forward(&x, bias.as_ref(), key_lens)?;
         }
-        Ok(self.final_layer_norm.forward(&x)?.to_dtype(self.compute_dtype)?)
+        let x = self.final_layer_norm.forward(&x)?.to_dtype(self.compute_dtype)?;
+        rows_of(&x)?.iter().zip(&lens).map(|(row, len)| Ok(row.narrow(1, 0, *len)?.contiguous()?)).collect()
     }
 
     fn device(&self) -> &Device {
@@ -209,19 +217,19 @@ impl Block {
         })
     }
 
-    /// `x [1, l, d_model]`, `bias [heads, l, l]`.
-    fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let x = (x + self.attend(&self.attention_norm.forward(x)?, bias)?)?;
+    /// `x [b, l, d_model]`, `bias [heads, l, l]`, `key_lens` the tokens of each row where they are not all l.
+    fn forward(&self, x: &Tensor, bias: Option<&Tensor>, key_lens: Option<&[usize]>) -> Result<Tensor> {
+        let x = (x + self.attend(&self.attention_norm.forward(x)?, bias, key_lens)?)?;
         let y = self.feed_forward.forward(&self.feed_forward_norm.forward(&x)?)?;
         Ok((x + y)?)
     }
 
-    fn attend(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    fn attend(&self, x: &Tensor, bias: Option<&Tensor>, key_lens: Option<&[usize]>) -> Result<Tensor> {
         let (b, l, _) = x.dims3()?;
-        let heads = |y: Tensor| y.reshape((b, l, self.num_heads, ())); // [1, l, heads, d_kv]
+        let heads = |y: Tensor| y.reshape((b, l, self.num_heads, ())); // [b, l, heads, d_kv]
         let (q, k, v) = (heads(self.q.forward(x)?)?, heads(self.k.forward(x)?)?, heads(self.v.forward(x)?)?);
         // T5 was trained without the usual 1/sqrt(d): its initialisation absorbs it.
-        let options = AttentionOptions { scale: Some(1.0), bias, ..Default::default() };
+        let options = AttentionOptions { scale: Some(1.0), bias, key_lens, ..Default::default() };
         self.o.forward(&attention(&q, &k, &v, &options)?.reshape((b, l, ()))?)
     }
 }

@@ -9,6 +9,7 @@ use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, M
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
+use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::manifest::Manifest;
@@ -269,27 +270,30 @@ impl DiffusionModel for FluxModel {
             None => 0,
         };
         MemoryPlan::new([
-            (Phase::Encode, conditioning + encode),
+            (Phase::Encode, conditioning + branches * encode),
             (Phase::Denoise, conditioning + latents + denoise + caches),
             (Phase::VaeDecode, latents + decode),
         ])
     }
 
-    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<FluxConditioning> {
+    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<FluxConditioning>> {
         let clip_len = self.text_encoder.config().max_position_embeddings;
-        let clip_ids = self.tokenizer.encode_padded(prompt, clip_len)?.ids;
+        let clip_ids = self.tokenizer.encode_padded_rows(prompts, clip_len)?;
         // The padding is not masked: the model was trained to see it.
-        let t5_ids = self.tokenizer_2.encode_padded(prompt, request.max_sequence_length)?.ids;
-        Ok(FluxConditioning {
-            prompt_embeds: self.text_encoder_2.forward(&t5_ids)?,
-            pooled_prompt_embeds: self.text_encoder.pooled(&clip_ids)?,
-        })
+        let t5_ids = self.tokenizer_2.encode_padded_rows(prompts, request.max_sequence_length)?;
+        let prompt_embeds = self.text_encoder_2.forward(&slices(&t5_ids))?;
+        let pooled = rows_of(&self.text_encoder.pooled(&slices(&clip_ids))?)?;
+        let parts = prompt_embeds.into_iter().zip(pooled);
+        Ok(parts
+            .map(|(prompt_embeds, pooled_prompt_embeds)| FluxConditioning { prompt_embeds, pooled_prompt_embeds })
+            .collect())
     }
 
-    fn encode_work(&self, _prompt: &str, request: &DiffusionRequest) -> StepWork {
+    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
         // Padding is not masked, so it is computed too.
         let clip_len = self.text_encoder.config().max_position_embeddings;
-        self.text_encoder.work(clip_len) + self.text_encoder_2.work(request.max_sequence_length)
+        let t5_lens = vec![request.max_sequence_length; prompts.len()];
+        self.text_encoder.work(prompts.len(), clip_len) + self.text_encoder_2.work(&t5_lens)
     }
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {

@@ -13,6 +13,7 @@ use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard}
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
+use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::manifest::Manifest;
@@ -253,7 +254,7 @@ impl Sizes {
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
         MemoryPlan::new([
-            (Phase::Encode, 2 * conditioning + encode),
+            (Phase::Encode, 2 * conditioning + rows * encode),
             // Of each prompt, and of all rows side by side.
             (Phase::Denoise, 2 * conditioning + latents + denoise),
             (Phase::VaeDecode, latents + decode),
@@ -273,18 +274,24 @@ impl DiffusionModel for SdxlModel {
         self.sizes.plan(request, self.placement.compute_dtype)
     }
 
-    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<SdxlConditioning> {
+    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
         let length = request.max_sequence_length;
-        let one = self.text_encoder.penultimate(&self.tokenizer.encode_padded(prompt, length)?.ids)?;
-        let ids = self.tokenizer_2.encode_padded(prompt, length)?.ids;
-        let (two, pooled_prompt_embeds) = self.text_encoder_2.penultimate_and_text_embeds(&ids)?;
-        Ok(SdxlConditioning { prompt_embeds: Tensor::cat(&[one, two], 2)?, pooled_prompt_embeds })
+        let ids = self.tokenizer.encode_padded_rows(prompts, length)?;
+        let one = self.text_encoder.penultimate(&slices(&ids))?;
+        let ids = self.tokenizer_2.encode_padded_rows(prompts, length)?;
+        let (two, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&slices(&ids))?;
+        let prompt_embeds = rows_of(&Tensor::cat(&[one, two], 2)?)?;
+        let parts = prompt_embeds.into_iter().zip(rows_of(&pooled)?);
+        Ok(parts
+            .map(|(prompt_embeds, pooled_prompt_embeds)| SdxlConditioning { prompt_embeds, pooled_prompt_embeds })
+            .collect())
+    }
+
+    fn absent_is_empty(&self) -> bool {
+        !self.sizes.force_zeros_for_empty_prompt
     }
 
     fn encode_absent(&self, request: &DiffusionRequest) -> Result<SdxlConditioning> {
-        if !self.sizes.force_zeros_for_empty_prompt {
-            return self.encode("", request);
-        }
         let zeros = |shape: &[usize]| Tensor::zeros(shape, self.placement.compute_dtype, &self.placement.device);
         Ok(SdxlConditioning {
             prompt_embeds: zeros(&[1, request.max_sequence_length, self.sizes.unet.text_dim()])?,
@@ -292,16 +299,9 @@ impl DiffusionModel for SdxlModel {
         })
     }
 
-    fn encode_work(&self, _prompt: &str, request: &DiffusionRequest) -> StepWork {
-        let length = request.max_sequence_length;
-        self.text_encoder.work(length) + self.text_encoder_2.work(length)
-    }
-
-    fn encode_absent_work(&self, request: &DiffusionRequest) -> StepWork {
-        match self.sizes.force_zeros_for_empty_prompt {
-            true => StepWork::default(),
-            false => self.encode_work("", request),
-        }
+    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
+        let (rows, length) = (prompts.len(), request.max_sequence_length);
+        self.text_encoder.work(rows, length) + self.text_encoder_2.work(rows, length)
     }
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {

@@ -30,7 +30,7 @@ use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Padded, Tokenizer};
 use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, linear_flops};
@@ -292,7 +292,7 @@ impl Sizes {
         let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text, dtype) + caches);
         let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
         MemoryPlan::new([
-            (Phase::Encode, conditioning + self.text_encoder.forward_bytes(text, placement)),
+            (Phase::Encode, conditioning + rows * self.text_encoder.forward_bytes(text, placement)),
             (Phase::Denoise, conditioning + solver + denoise),
             (Phase::VaeDecode, latents + decode),
         ])
@@ -319,6 +319,13 @@ impl WanConfig {
     }
 }
 
+impl WanModel {
+    fn tokenized(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Padded>> {
+        let length = request.max_sequence_length;
+        prompts.iter().map(|prompt| self.tokenizer.encode_padded(&prompt_clean(prompt), length)).collect()
+    }
+}
+
 fn lcm(a: usize, b: usize) -> usize {
     let gcd = |mut a: usize, mut b: usize| {
         while b != 0 {
@@ -342,16 +349,18 @@ impl DiffusionModel for WanModel {
         self.sizes.plan(request, &self.placement)
     }
 
-    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Tensor> {
-        let padded = self.tokenizer.encode_padded(&prompt_clean(prompt), request.max_sequence_length)?;
-        let hidden = self.text_encoder.forward(&padded.ids[..padded.num_tokens])?; // [1, num_tokens, text_dim]
-        Ok(hidden.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)
+    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Tensor>> {
+        let padded = self.tokenized(prompts, request)?;
+        let tokens: Vec<&[u32]> = padded.iter().map(|padded| &padded.ids[..padded.num_tokens]).collect();
+        let hidden = self.text_encoder.forward(&tokens)?; // each [1, num_tokens, text_dim]
+        let hidden = hidden.iter().zip(&padded);
+        hidden.map(|(x, padded)| Ok(x.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)).collect()
     }
 
-    fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork {
+    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
         // A prompt that cannot be tokenized fails in its step.
-        let padded = self.tokenizer.encode_padded(&prompt_clean(prompt), request.max_sequence_length);
-        self.text_encoder.work(padded.map_or(0, |padded| padded.num_tokens))
+        let padded = self.tokenized(prompts, request).unwrap_or_default();
+        self.text_encoder.work(&padded.iter().map(|padded| padded.num_tokens).collect::<Vec<_>>())
     }
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {

@@ -26,7 +26,7 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, Input, PictureInput, ShapeKey, StepKey};
+use batcher::{Batcher, Input, MAX_ENCODE_ROWS, PictureInput, Prompts, ShapeKey, StepKey, distinct_texts};
 use block_cache::BlockCache;
 use start::{Encoded, Repaint, Start, start};
 
@@ -46,22 +46,22 @@ pub trait DiffusionModel: Send {
     /// Bytes that one session needs beside the weights in each phase (latents, conditioning, activations, pixels).
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan;
 
-    /// Encodes one prompt: the positive or the negative one. Of the request only `max_sequence_length` may matter,
-    /// since sessions that agree in both share the result.
-    fn encode(&self, prompt: &str, request: &DiffusionRequest) -> Result<Self::Conditioning>;
+    /// Encodes prompts, positive or negative ones of several sessions, in one forward pass whose rows know nothing of each
+    /// other. Of the request only `max_sequence_length` may matter, since sessions that agree in it share the pass.
+    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Self::Conditioning>>;
 
-    /// What stands for a negative prompt that the client did not give; the empty text unless a family says otherwise.
-    fn encode_absent(&self, request: &DiffusionRequest) -> Result<Self::Conditioning> {
-        self.encode("", request)
+    /// Whether a negative prompt that the client did not give is the empty text.
+    fn absent_is_empty(&self) -> bool {
+        true
+    }
+
+    /// What stands for an absent negative prompt where that is not the empty text; computes next to nothing.
+    fn encode_absent(&self, _request: &DiffusionRequest) -> Result<Self::Conditioning> {
+        unreachable!("the family says that an absent prompt is the empty one: this is a bug")
     }
 
     /// Least work of [`DiffusionModel::encode`].
-    fn encode_work(&self, prompt: &str, request: &DiffusionRequest) -> StepWork;
-
-    /// Least work of [`DiffusionModel::encode_absent`].
-    fn encode_absent_work(&self, request: &DiffusionRequest) -> StepWork {
-        self.encode_work("", request)
-    }
+    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork;
 
     /// Least work of [`DiffusionModel::predict`] over so many rows.
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork;
@@ -145,8 +145,8 @@ pub struct DenoiseRow<'a, C> {
     pub request: &'a DiffusionRequest,
 }
 
-/// Drives the sessions of one diffusion model: one encoding per prompt, one batched prediction per denoising step, one
-/// chunk of pixels per decoding step.
+/// Drives the sessions of one diffusion model: one encoding of all prompts that wait, one batched prediction per
+/// denoising step, one chunk of pixels per decoding step.
 pub struct DiffusionRunner<M: DiffusionModel> {
     model: M,
     max_rows: usize,
@@ -166,7 +166,7 @@ struct Session<M: DiffusionModel> {
 
 enum Stage<M: DiffusionModel> {
     Encode {
-        /// Not yet encoded, at least one: the prompt, the negative one, then pictures.
+        /// Not yet encoded, at least one: the prompts, then pictures.
         inputs: VecDeque<Input>,
         encoded: Encoded<M::Conditioning>,
     },
@@ -197,9 +197,10 @@ struct Denoising<M: DiffusionModel> {
     repaint: Option<Repaint>,
 }
 
-/// What becomes of an input, shared by the sessions that waited for it.
-enum EncodedInput<C> {
-    Prompt(Arc<C>),
+/// What became of the inputs of a step, shared by the sessions that waited for them.
+enum EncodedInputs<C> {
+    /// By text.
+    Prompts(HashMap<Option<String>, Arc<C>>),
     Picture(Arc<Posterior>),
 }
 
@@ -222,12 +223,18 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         &self.model
     }
 
-    /// One text or picture, for all sessions that wait for it.
+    /// The texts of all members in one pass, or a picture for all that wait for it.
     fn encode(&mut self, input: &Input, ids: &[SessionId], events: &mut Events) -> Result<()> {
-        let result = self.encode_input(input, &self.session(ids[0]).request)?;
+        let results = match input {
+            Input::Prompts(_) => EncodedInputs::Prompts(self.encode_prompts(ids)?),
+            Input::Picture(input) => {
+                let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
+                EncodedInputs::Picture(Arc::new(family.encode(input)?))
+            }
+        };
         for id in ids {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
-            let (done, total) = session.take_encoded(&result);
+            let (done, total) = session.take_encoded(&results);
             if session.next_input().is_none() {
                 session.begin_denoising(&self.model)?;
             }
@@ -237,21 +244,38 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Ok(())
     }
 
-    fn encode_input(&self, input: &Input, request: &DiffusionRequest) -> Result<EncodedInput<M::Conditioning>> {
-        Ok(match input {
-            Input::Prompt { text: Some(text), .. } => EncodedInput::Prompt(Arc::new(self.model.encode(text, request)?)),
-            Input::Prompt { text: None, .. } => EncodedInput::Prompt(Arc::new(self.model.encode_absent(request)?)),
-            Input::Picture(input) => {
-                let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
-                EncodedInput::Picture(Arc::new(family.encode(input)?))
-            }
+    /// What the members' texts become, each of them once.
+    fn encode_prompts(&self, ids: &[SessionId]) -> Result<HashMap<Option<String>, Arc<M::Conditioning>>> {
+        let request = &self.session(ids[0]).request;
+        let texts = distinct_texts(self.prompts(ids));
+        let mut found = HashMap::new();
+        // A lone session may have more of them than a pass takes.
+        for pass in texts.chunks(MAX_ENCODE_ROWS) {
+            let encoded = self.model.encode(pass, request)?;
+            assert_eq!(encoded.len(), pass.len(), "one answer per text: this is a bug of the family");
+            found.extend(pass.iter().map(|text| Some((*text).to_owned())).zip(encoded.into_iter().map(Arc::new)));
+        }
+        if self.prompts(ids).any(|prompts| prompts.texts.contains(&None)) {
+            found.insert(None, Arc::new(self.model.encode_absent(request)?));
+        }
+        Ok(found)
+    }
+
+    /// The texts that these sessions wait for.
+    fn prompts(&self, ids: &[SessionId]) -> impl Iterator<Item = &Prompts> {
+        ids.iter().filter_map(|id| match self.session(*id).next_input() {
+            Some(Input::Prompts(prompts)) => Some(prompts),
+            _ => None,
         })
     }
 
-    fn encode_work(&self, input: &Input, request: &DiffusionRequest) -> StepWork {
+    fn encode_work(&self, input: &Input, ids: &[SessionId]) -> StepWork {
         match input {
-            Input::Prompt { text: Some(text), .. } => self.model.encode_work(text, request),
-            Input::Prompt { text: None, .. } => self.model.encode_absent_work(request),
+            Input::Prompts(_) => {
+                let request = &self.session(ids[0]).request;
+                let texts = distinct_texts(self.prompts(ids));
+                texts.chunks(MAX_ENCODE_ROWS).map(|pass| self.model.encode_work(pass, request)).sum()
+            }
             Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_work(input),
         }
     }
@@ -418,7 +442,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         let Some(batch) = self.batcher.peek() else { return StepWork::default() };
         let first = self.session(batch.sessions[0]);
         match &first.stage {
-            Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &first.request),
+            Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &batch.sessions),
             Stage::Denoise(_) => self.denoise_work(&batch.sessions),
             Stage::Latents(_) => self.model.decode_work(&first.request, 0),
             Stage::Decode { done, .. } => self.model.decode_work(&first.request, *done),
@@ -455,11 +479,14 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 
 impl<M: DiffusionModel> Session<M> {
     fn new(request: DiffusionRequest, model: &M) -> Self {
-        let max_sequence_length = request.max_sequence_length;
-        let prompt = |text: Option<&str>| Input::Prompt { text: text.map(str::to_owned), max_sequence_length };
-        let prompts = [Some(prompt(Some(&request.prompt))), request.negative_prompt.as_ref().map(|n| prompt(n.text()))];
+        let mut texts = vec![Some(request.prompt.clone())];
+        texts.extend(request.negative_prompt.as_ref().map(|negative| match negative.text() {
+            None if model.absent_is_empty() => Some(String::new()),
+            text => text.map(str::to_owned),
+        }));
+        let prompts = Input::Prompts(Prompts { texts, max_sequence_length: request.max_sequence_length });
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
-        let inputs = prompts.into_iter().flatten().chain(pictures.into_iter().map(Input::Picture)).collect();
+        let inputs = std::iter::once(prompts).chain(pictures.into_iter().map(Input::Picture)).collect();
         let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new() };
         Self { request, started: false, skipped_passes: 0, stage: Stage::Encode { inputs, encoded } }
     }
@@ -488,20 +515,21 @@ impl<M: DiffusionModel> Session<M> {
     }
 
     /// What became of the next input. Inputs of its kind that are encoded, and those there are in all.
-    fn take_encoded(&mut self, result: &EncodedInput<M::Conditioning>) -> (usize, usize) {
+    fn take_encoded(&mut self, results: &EncodedInputs<M::Conditioning>) -> (usize, usize) {
         let Stage::Encode { inputs, encoded } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let phase = inputs.pop_front().expect(STAGE_FITS).phase();
-        let done = match result {
-            EncodedInput::Prompt(conditioning) => {
-                encoded.prompts.push(conditioning.clone());
-                encoded.prompts.len()
+        let input = inputs.pop_front().expect(STAGE_FITS);
+        let done = match (&input, results) {
+            (Input::Prompts(prompts), EncodedInputs::Prompts(by_text)) => {
+                encoded.prompts.extend(prompts.texts.iter().map(|text| by_text[text].clone()));
+                1
             }
-            EncodedInput::Picture(posterior) => {
+            (Input::Picture(_), EncodedInputs::Picture(posterior)) => {
                 encoded.pictures.push(posterior.clone());
                 encoded.pictures.len()
             }
+            _ => unreachable!("{STAGE_FITS}"),
         };
-        (done, done + inputs.iter().filter(|input| input.phase() == phase).count())
+        (done, done + inputs.iter().filter(|waiting| waiting.phase() == input.phase()).count())
     }
 
     fn begin_denoising(&mut self, model: &M) -> Result<()> {
@@ -619,12 +647,17 @@ fn to_frames(pixels: &Tensor, request: &DiffusionRequest) -> Result<Option<Vec<F
     let (width, height) = (request.width, request.height);
     let (_, channels, found_height, found_width) = pixels.dims4()?;
     assert_eq!((channels, found_height, found_width), (3, height, width), "pixels fit the request: this is a bug");
-    let values = pixels.permute((0, 2, 3, 1))?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    // Channels are gathered here and not by `permute`, which would take the pixels' memory once more.
+    let values = pixels.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     if values.iter().any(|value| !value.is_finite()) {
         return Ok(None);
     }
-    let frames = values.chunks_exact(height * width * 3);
-    Ok(Some(frames.map(|frame| Frame { width, height, rgb: frame.iter().copied().map(to_byte).collect() }).collect()))
+    let plane = height * width;
+    let frames = values.chunks_exact(3 * plane).map(|frame| {
+        let pixel = |at: usize| [frame[at], frame[plane + at], frame[2 * plane + at]].map(to_byte);
+        Frame { width, height, rgb: (0..plane).flat_map(pixel).collect() }
+    });
+    Ok(Some(frames.collect()))
 }
 
 /// `numpy.round` rounds halves to even.

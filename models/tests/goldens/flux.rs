@@ -68,7 +68,7 @@ fn every_stage_is_the_reference_one() {
         let tensors = golden_tensors(case);
         for (run, request) in requests(case, model.card()).into_iter().enumerate() {
             let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
-            let conditioning = model.encode(&request.prompt, &request).unwrap();
+            let conditioning = model.encode(&[&request.prompt], &request).unwrap().remove(0);
             golden.check("pooled_prompt_embeds", &conditioning.pooled_prompt_embeds, TEXT_TOLERANCE);
             golden.check("prompt_embeds", &conditioning.prompt_embeds, TEXT_TOLERANCE);
 
@@ -398,4 +398,20 @@ fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame
 fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
     Tensor::new(values, &Device::Cpu).unwrap()
+}
+
+/// Prompts of several sessions go through the encoders as rows of one pass.
+#[test]
+fn prompts_encoded_together_have_the_bits_of_lone_ones() {
+    for case in ["flux-dev", "flux-schnell"] {
+        let model = load_model(case);
+        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
+        let together = model.encode(&prompts, &request).unwrap();
+        for (prompt, together) in prompts.iter().zip(&together) {
+            let alone = model.encode(&[prompt], &request).unwrap().remove(0);
+            assert_close(prompt, &together.prompt_embeds, &alone.prompt_embeds, 0.0);
+            assert_close(prompt, &together.pooled_prompt_embeds, &alone.pooled_prompt_embeds, 0.0);
+        }
+    }
 }

@@ -64,9 +64,9 @@ fn the_cache_skips_the_passes_that_the_reference_skips() {
 fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
     let request = request(run, model.card());
     let threshold = model.card().cache_threshold(&request).unwrap();
-    let mut branches = vec![model.encode(&request.prompt, &request).unwrap()];
+    let mut branches = vec![model.encode(&[&request.prompt], &request).unwrap().remove(0)];
     if let Some(negative) = &request.negative_prompt {
-        branches.push(model.encode(negative.text().unwrap(), &request).unwrap());
+        branches.push(model.encode(&[negative.text().unwrap()], &request).unwrap().remove(0));
     }
     let mut caches: Vec<BlockCache> = branches.iter().map(|_| BlockCache::new(threshold)).collect();
     let mut found = vec![String::new(); branches.len()];
@@ -108,7 +108,7 @@ fn at_threshold_0_the_cache_changes_no_bit() {
 
 fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
     let request = small_request(model.card(), DiffusionOptions::default());
-    let conditioning = model.encode(&request.prompt, &request).unwrap();
+    let conditioning = model.encode(&[&request.prompt], &request).unwrap().remove(0);
     let mut cache = BlockCache::new(0.0);
     let mut generator = TorchGenerator::new(3);
     let latents = model.initial_latents(&request, &mut generator).unwrap();

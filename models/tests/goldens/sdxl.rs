@@ -237,10 +237,11 @@ fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn R
 
 /// The positive branch, and the negative one where there is guidance.
 fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioning> {
-    let mut branches = vec![model.encode(&request.prompt, request).unwrap()];
+    let mut branches = vec![model.encode(&[&request.prompt], request).unwrap().remove(0)];
     if let Some(negative) = &request.negative_prompt {
         branches.push(match negative.text() {
-            Some(text) => model.encode(text, request).unwrap(),
+            Some(text) => model.encode(&[text], request).unwrap().remove(0),
+            None if model.absent_is_empty() => model.encode(&[""], request).unwrap().remove(0),
             None => model.encode_absent(request).unwrap(),
         });
     }
@@ -294,4 +295,20 @@ fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame
 fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
     Tensor::new(values, &Device::Cpu).unwrap()
+}
+
+/// Prompts of several sessions go through the encoders as rows of one pass.
+#[test]
+fn prompts_encoded_together_have_the_bits_of_lone_ones() {
+    for case in CASES {
+        let model = open_model(case);
+        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
+        let together = model.encode(&prompts, &request).unwrap();
+        for (prompt, together) in prompts.iter().zip(&together) {
+            let alone = model.encode(&[prompt], &request).unwrap().remove(0);
+            assert_close(prompt, &together.prompt_embeds, &alone.prompt_embeds, 0.0);
+            assert_close(prompt, &together.pooled_prompt_embeds, &alone.pooled_prompt_embeds, 0.0);
+        }
+    }
 }

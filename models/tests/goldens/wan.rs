@@ -90,13 +90,13 @@ fn every_stage_is_that_of_the_reference() {
             let close = |what: &str, found: &Tensor, tolerance: f64| {
                 assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
             };
-            let prompt_embeds = model.encode(&request.prompt, &request).unwrap();
+            let prompt_embeds = model.encode(&[&request.prompt], &request).unwrap().remove(0);
             close("prompt_embeds", &prompt_embeds, 1e-4);
             let mut branches = vec![prompt_embeds];
             if let Some(negative_prompt) = &request.negative_prompt {
                 branches.push(match negative_prompt.text() {
-                    Some(text) => model.encode(text, &request).unwrap(),
-                    None => model.encode_absent(&request).unwrap(),
+                    Some(text) => model.encode(&[text], &request).unwrap().remove(0),
+                    None => model.encode(&[""], &request).unwrap().remove(0),
                 });
                 close("negative_prompt_embeds", &branches[1], 1e-4);
             }
@@ -316,4 +316,18 @@ fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionReque
 fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
     Tensor::new(values, &candle_core::Device::Cpu).expect("values make a row")
+}
+
+/// Prompts of several sessions go through the encoder as rows of one pass, cut to their own lengths.
+#[test]
+fn prompts_encoded_together_have_the_bits_of_lone_ones() {
+    for case in ["wan-a", "wan-b"] {
+        let model = open_model(case);
+        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
+        let together = model.encode(&prompts, &request).unwrap();
+        for (prompt, together) in prompts.iter().zip(&together) {
+            assert_close(prompt, together, &model.encode(&[prompt], &request).unwrap()[0], 0.0);
+        }
+    }
 }

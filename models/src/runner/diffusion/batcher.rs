@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use crate::request::{Frame, Mask, Phase, SessionId};
 
-/// Sessions with equal keys may share a step.
+/// Most texts of one encoding step: more wait for the next one, so that a step stays bounded.
+pub const MAX_ENCODE_ROWS: usize = 8;
+
+/// What decides about who may share a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StepKey {
-    /// One input to encode: sessions that wait for an equal one share the result.
+    /// Inputs to encode: prompts of several sessions in one pass, equal ones once; a picture for those that wait for it.
     Encode(Input),
     /// One prediction per row, at timesteps that may differ.
     Denoise(ShapeKey),
@@ -24,14 +27,30 @@ pub enum StepKey {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
     /// For the text encoders.
-    Prompt {
-        /// The text; `None` for a negative prompt that the client did not give.
-        text: Option<String>,
-        /// Tokens that it is padded or cut to.
-        max_sequence_length: usize,
-    },
+    Prompts(Prompts),
     /// For the VAE.
     Picture(PictureInput),
+}
+
+/// All texts of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompts {
+    /// The prompt, then the negative one where there is guidance; `None` where the client gave none and that is not the
+    /// same as the empty text.
+    pub texts: Vec<Option<String>>,
+    /// Tokens that they are padded or cut to.
+    pub max_sequence_length: usize,
+}
+
+/// Each text once, in the order in which they first come.
+pub fn distinct_texts<'a>(prompts: impl IntoIterator<Item = &'a Prompts>) -> Vec<&'a str> {
+    let mut distinct = Vec::new();
+    for text in prompts.into_iter().flat_map(|prompts| prompts.texts.iter().flatten()) {
+        if !distinct.contains(&text.as_str()) {
+            distinct.push(text);
+        }
+    }
+    distinct
 }
 
 /// A picture for the VAE.
@@ -47,7 +66,7 @@ impl Input {
     /// Kind of the step that encodes it.
     pub fn phase(&self) -> Phase {
         match self {
-            Input::Prompt { .. } => Phase::Encode,
+            Input::Prompts(_) => Phase::Encode,
             Input::Picture(_) => Phase::VaeEncode,
         }
     }
@@ -77,12 +96,29 @@ impl StepKey {
             StepKey::VaeDecode(_) => Phase::VaeDecode,
         }
     }
+
+    /// Whether a session with this key may take a step that one with the key `leader` leads.
+    fn joins(&self, leader: &StepKey) -> bool {
+        match (self, leader) {
+            (StepKey::Encode(Input::Prompts(own)), StepKey::Encode(Input::Prompts(leader))) => {
+                own.max_sequence_length == leader.max_sequence_length
+            }
+            _ => self == leader,
+        }
+    }
+
+    fn prompts(&self) -> Option<&Prompts> {
+        match self {
+            StepKey::Encode(Input::Prompts(prompts)) => Some(prompts),
+            _ => None,
+        }
+    }
 }
 
 /// Sessions that take one step together, in the order in which they waited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// Of every member.
+    /// Of the first member, which the others join.
     pub key: StepKey,
     /// At least one.
     pub sessions: Vec<SessionId>,
@@ -103,8 +139,8 @@ struct Waiting {
 }
 
 impl Batcher {
-    /// `max_rows`: most rows of one denoising step. A session that alone has more rows than that still gets its step
-    /// (alone); the runner then computes its rows one after the other.
+    /// `max_rows`: most rows of one denoising step. A session that alone has more rows than a step may have still gets its
+    /// step (alone); the runner then computes its rows one after the other.
     pub fn new(max_rows: usize) -> Self {
         Self { queue: VecDeque::new(), max_rows }
     }
@@ -123,16 +159,22 @@ impl Batcher {
     /// What [`Batcher::take`] would give.
     pub fn peek(&self) -> Option<Batch> {
         let front = self.queue.front()?;
-        let mut sessions = vec![front.session];
-        let mut room = self.max_rows.saturating_sub(front.rows);
-        for waiting in self.queue.iter().skip(1).filter(|waiting| waiting.key == front.key) {
+        let mut batch = vec![front];
+        for waiting in self.queue.iter().skip(1).filter(|waiting| waiting.key.joins(&front.key)) {
             // One of two rows that does not fit leaves its place to one of one row behind it.
-            if let Some(left) = room.checked_sub(waiting.rows) {
-                sessions.push(waiting.session);
-                room = left;
+            batch.push(waiting);
+            if !self.fits(&batch) {
+                batch.pop();
             }
         }
-        Some(Batch { key: front.key.clone(), sessions })
+        Some(Batch { key: front.key.clone(), sessions: batch.iter().map(|waiting| waiting.session).collect() })
+    }
+
+    /// Whether so many rows may take one step; other steps than encoding and denoising have none.
+    fn fits(&self, batch: &[&Waiting]) -> bool {
+        let texts = distinct_texts(batch.iter().filter_map(|waiting| waiting.key.prompts()));
+        let rows: usize = batch.iter().map(|waiting| waiting.rows).sum();
+        texts.len() <= MAX_ENCODE_ROWS && rows <= self.max_rows
     }
 
     /// Takes the next step's sessions out of the queue; the caller enqueues those that go on.
@@ -160,7 +202,12 @@ mod tests {
     }
 
     fn encode(prompt: &str) -> Step {
-        (StepKey::Encode(Input::Prompt { text: Some(prompt.into()), max_sequence_length: 8 }), 0)
+        prompts(&[prompt], 8)
+    }
+
+    fn prompts(texts: &[&str], max_sequence_length: usize) -> Step {
+        let texts = texts.iter().map(|text| Some((*text).to_owned())).collect();
+        (StepKey::Encode(Input::Prompts(Prompts { texts, max_sequence_length })), 0)
     }
 
     fn decode(id: u64) -> Step {
@@ -198,8 +245,28 @@ mod tests {
     }
 
     #[test]
-    fn equal_texts_are_encoded_once() {
-        check(1, &[encode("a"), encode("b"), encode("a"), encode("a")], &[0, 2, 3]);
+    fn texts_of_one_length_are_encoded_together_and_equal_ones_count_once() {
+        check(1, &[encode("a"), encode("b"), encode("a"), shape(64, false)], &[0, 1, 2]);
+        check(1, &[encode("a"), prompts(&["b"], 9), prompts(&["c", "a"], 8)], &[0, 2]);
+        let many: Vec<String> = (0..MAX_ENCODE_ROWS).map(|i| i.to_string()).collect();
+        let mut keys: Vec<Step> = many.iter().map(|text| prompts(&[text, "0"], 8)).collect();
+        keys.push(encode("one too many"));
+        keys.push(encode("3"));
+        let all_but_one: Vec<u64> = (0..keys.len() as u64).filter(|id| *id != MAX_ENCODE_ROWS as u64).collect();
+        check(1, &keys, &all_but_one);
+    }
+
+    #[test]
+    fn a_session_with_more_texts_than_a_step_takes_has_one_alone() {
+        let many: Vec<String> = (0..=MAX_ENCODE_ROWS).map(|i| i.to_string()).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        check(1, &[prompts(&many, 8), encode("other")], &[0]);
+    }
+
+    #[test]
+    fn an_absent_text_takes_no_row() {
+        let absent = Prompts { texts: vec![Some("a".into()), None], max_sequence_length: 8 };
+        assert_eq!(distinct_texts([&absent, &absent]), ["a"]);
     }
 
     #[test]
@@ -264,7 +331,7 @@ mod tests {
         let others = sessions.len() - 1;
         for id in batch.sessions {
             let session = sessions.get_mut(&id.0).expect("only sessions that were not cancelled are stepped");
-            assert_eq!(session.next(id.0).map(|(key, _)| key).as_ref(), Some(&batch.key));
+            assert!(session.next(id.0).is_some_and(|(key, _)| key.joins(&batch.key)));
             session.advance();
             session.patience = others;
             match session.next(id.0) {

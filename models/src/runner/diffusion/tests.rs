@@ -25,6 +25,7 @@ struct Toy {
     /// Prompts, and pictures as `picture` and the first value.
     encoded: Arc<Mutex<Vec<String>>>,
     takes_pictures: bool,
+    absent_is_empty: bool,
 }
 
 struct Counted {
@@ -66,7 +67,14 @@ impl Toy {
             room_bytes: usize::MAX,
             acceleration: None,
         };
-        Self { card, alive: Arc::default(), passes: Arc::default(), encoded: Arc::default(), takes_pictures: true }
+        Self {
+            card,
+            alive: Arc::default(),
+            passes: Arc::default(),
+            encoded: Arc::default(),
+            takes_pictures: true,
+            absent_is_empty: true,
+        }
     }
 
     fn counted(&self, value: f32, prompt: &str) -> Counted {
@@ -117,14 +125,25 @@ impl DiffusionModel for Toy {
         MemoryPlan::new([(Phase::Denoise, request.width * request.height * 4)])
     }
 
-    fn encode(&self, prompt: &str, _request: &DiffusionRequest) -> Result<Counted> {
-        self.encoded.lock().expect("lock").push(prompt.to_owned());
-        let value = factor(prompt, "encode")? * prompt.len() as f64;
-        Ok(self.counted(value as f32, prompt))
+    fn encode(&self, prompts: &[&str], _request: &DiffusionRequest) -> Result<Vec<Counted>> {
+        self.encoded.lock().expect("lock").push(prompts.join(", "));
+        let encode = |prompt: &&str| {
+            let value = factor(prompt, "encode")? * prompt.len() as f64;
+            Ok(self.counted(value as f32, prompt))
+        };
+        prompts.iter().map(encode).collect()
     }
 
-    fn encode_work(&self, prompt: &str, _request: &DiffusionRequest) -> StepWork {
-        StepWork { flops: prompt.len() as f64, bytes: 1.0 }
+    fn encode_work(&self, prompts: &[&str], _request: &DiffusionRequest) -> StepWork {
+        StepWork { flops: prompts.iter().map(|prompt| prompt.len() as f64).sum(), bytes: 1.0 }
+    }
+
+    fn absent_is_empty(&self) -> bool {
+        self.absent_is_empty
+    }
+
+    fn encode_absent(&self, _request: &DiffusionRequest) -> Result<Counted> {
+        Ok(self.counted(-1.0, "absent"))
     }
 
     fn predict_work(&self, _request: &DiffusionRequest, rows: usize) -> StepWork {
@@ -313,8 +332,7 @@ fn session_tells_its_whole_story_in_order() {
     let story: Vec<&str> = events.iter().map(|event| event.split(" [").next().unwrap_or_default()).collect();
     let expected = [
         "started",
-        "encode 1/2",
-        "encode 2/2",
+        "encode 1/1",
         "denoise 1/3",
         "denoise 2/3",
         "denoise 3/3",
@@ -340,7 +358,7 @@ fn tiles_are_steps_and_the_picture_comes_last() {
     assert_empty(&runner);
 }
 
-/// The work of each step before it is done: two prompts, guided predictions in passes of at most three rows, two chunks.
+/// The work of each step before it is done: two prompts in one pass, guided predictions in passes of at most three rows, two chunks.
 #[test]
 fn work_is_that_of_the_step_that_comes_next() {
     let mut runner = DiffusionRunner::new(Toy::new(), 3);
@@ -351,12 +369,12 @@ fn work_is_that_of_the_step_that_comes_next() {
         works.push(runner.next_work());
         step(&mut runner);
     }
-    let expected = [(6.0, 1.0), (2.0, 1.0), (200.0, 10.0), (1000.0, 100.0), (1001.0, 100.0)];
+    let expected = [(8.0, 1.0), (200.0, 10.0), (1000.0, 100.0), (1001.0, 100.0)];
     assert_eq!(works, expected.map(|(flops, bytes)| StepWork { flops, bytes }));
     // More rows than one pass takes: the weights are read once for each pass.
     let mut narrow = DiffusionRunner::new(Toy::new(), 1);
     submit(&mut narrow, 1, guided("123456", "12"));
-    (0..2).for_each(|_| drop(step(&mut narrow)));
+    step(&mut narrow);
     assert_eq!(narrow.next_work(), StepWork { flops: 200.0, bytes: 20.0 });
 }
 
@@ -364,7 +382,7 @@ fn work_is_that_of_the_step_that_comes_next() {
 fn guidance_extrapolates_from_the_negative_prediction() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
     submit(&mut runner, 1, DiffusionRequest { num_inference_steps: 1, ..guided("123456", "12") });
-    (0..3).for_each(|_| drop(step(&mut runner)));
+    (0..2).for_each(|_| drop(step(&mut runner)));
     let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
     // At timestep 1000 the branches predict 6 - x and 2 - x; 2 - x + 3 * 4 = 14 - x; x + (14 - x) / 2.
     let noise = TorchGenerator::new(1).randn(4);
@@ -444,6 +462,33 @@ fn one_prompt_of_many_sessions_is_encoded_once() {
     assert_eq!(*runner.model().encoded.lock().expect("lock"), ["same"]);
 }
 
+/// Positive and negative ones of all that wait, up to the bound; an absent one is the empty text unless the family says
+/// otherwise, and other lengths wait for a pass of their own.
+#[test]
+fn prompts_that_wait_are_encoded_in_one_pass() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 0, guided("a fox", "rain"));
+    submit(&mut runner, 1, DiffusionRequest { max_sequence_length: 7, ..request("shorter", 1) });
+    submit(&mut runner, 2, guided("rain", "a fox"));
+    submit(&mut runner, 3, DiffusionRequest { negative_prompt: Some(NegativePrompt::Absent), ..guided("a boat", "") });
+    submit(&mut runner, 4, guided("", "a boat"));
+    (5..10).for_each(|id| submit(&mut runner, id, request(&format!("number {id}"), id)));
+    let all = run(&mut runner);
+    let expected = ["a fox, rain, a boat, , number 5, number 6, number 7, number 8", "shorter", "number 9"];
+    assert_eq!(*runner.model().encoded.lock().expect("lock"), expected);
+    assert_eq!(all[&2], alone(guided("rain", "a fox")));
+}
+
+#[test]
+fn a_family_may_have_its_own_idea_of_an_absent_prompt() {
+    let toy = Toy { absent_is_empty: false, ..Toy::new() };
+    let mut runner = DiffusionRunner::new(toy, 4);
+    submit(&mut runner, 1, DiffusionRequest { negative_prompt: Some(NegativePrompt::Absent), ..guided("a boat", "") });
+    assert_eq!(runner.next_work().flops, 6.0);
+    run(&mut runner);
+    assert_eq!(*runner.model().encoded.lock().expect("lock"), ["a boat"]);
+}
+
 #[test]
 fn a_picture_is_encoded_after_the_prompts_and_left_out_steps_are_not_counted() {
     let events = alone(edit([9; 4], None, 1));
@@ -521,11 +566,11 @@ fn pictures_are_refused_where_none_are_taken() {
 
 #[test]
 fn cancel_at_any_step_leaves_nothing() {
-    for steps in 0..8 {
+    for steps in 0..7 {
         let mut runner = DiffusionRunner::new(Toy::new(), 4);
         submit(&mut runner, 1, guided("a fox", "rain"));
         (0..steps).for_each(|_| drop(step(&mut runner)));
-        assert_eq!(runner.status().running + runner.status().waiting, usize::from(steps < 7));
+        assert_eq!(runner.status().running + runner.status().waiting, usize::from(steps < 6));
         runner.cancel(SessionId(1));
         assert_empty(&runner);
     }
@@ -548,11 +593,13 @@ fn cancelled_session_takes_no_further_part() {
 #[test]
 fn failing_step_fails_its_own_sessions() {
     for how in ["error", "panic"] {
-        for (phase, others_in_the_step) in [("encode", false), ("denoise", true), ("decode", false)] {
+        for (phase, others_in_the_step) in [("encode", true), ("denoise", true), ("decode", false)] {
             let mut runner = DiffusionRunner::new(Toy::new(), 2);
             submit(&mut runner, 1, request(&format!("{how} in {phase}"), 1));
             submit(&mut runner, 2, request("beside it", 2));
-            submit(&mut runner, 3, DiffusionRequest { width: 2, num_inference_steps: 6, ..guided("else", "where") });
+            // Its prompts have another length, and so a pass of their own.
+            let other = DiffusionRequest { max_sequence_length: 7, num_inference_steps: 6, ..guided("else", "where") };
+            submit(&mut runner, 3, other);
             let all = run(&mut runner);
             let ends = |id: u64| all[&id].last().map(String::as_str).unwrap_or_default().to_owned();
             assert!(ends(1).starts_with("failed"), "{how} {phase}: {all:?}");
