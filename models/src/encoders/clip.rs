@@ -8,15 +8,12 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, attention, gelu_erf, quick_gelu};
 
+use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, linear_flops};
-
-/// Bound on what a configuration may claim.
-const MAX_LAYERS: usize = 1 << 10;
+use crate::work::StepWork;
 
 /// `config.json` of a CLIP text encoder. Defaults are those of transformers.
 #[derive(Debug, Clone, Deserialize)]
@@ -54,42 +51,34 @@ fn default_projection_dim() -> usize {
 impl ClipTextConfig {
     /// Operations of a forward pass over `l` tokens through all layers; a token looks at those before it and at itself.
     pub fn flops(&self, l: usize) -> f64 {
-        let hidden = self.hidden_size;
-        let matrices = hidden * (4 * hidden + 2 * self.intermediate_size);
-        let layer = linear_flops(l, matrices) + attention_flops((l * (l + 1) / 2) as f64, hidden);
-        self.num_hidden_layers as f64 * layer
+        self.num_hidden_layers as f64 * self.layer().flops(l)
     }
 
     /// Refuses sizes that contradict each other. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
-        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
-        if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
-            return Err(Error::checkpoint(path, format!("hidden_size {hidden} is no multiple of {heads} heads")));
-        }
-        if self.max_position_embeddings == 0 || self.num_hidden_layers > MAX_LAYERS {
-            let problem = format!("needs a position at least, and at most {MAX_LAYERS} layers");
-            return Err(Error::checkpoint(path, problem));
+        self.layer().check(self.num_hidden_layers, path)?;
+        if self.max_position_embeddings == 0 {
+            return Err(Error::checkpoint(path, "max_position_embeddings is 0; at least one position is needed"));
         }
         Ok(())
     }
 
-    /// Bytes that encoding `l` ids needs at its peak in `dtype`: the scores of one layer's heads or its inner vectors, and
-    /// the residual with its normed copy.
-    pub fn forward_bytes(&self, l: usize, dtype: DType) -> usize {
-        let inner = (2 * self.intermediate_size).max(5 * self.hidden_size);
-        l * (3 * self.hidden_size + inner) * dtype.size_in_bytes()
+    /// Of each of its layers.
+    fn layer(&self) -> ClipLayerConfig {
+        ClipLayerConfig {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_attention_heads: self.num_attention_heads,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+            causal: true,
+        }
     }
-}
 
-/// `hidden_act`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ClipActivation {
-    /// `x * sigmoid(1.702 x)`, OpenAI's CLIP.
-    #[default]
-    QuickGelu,
-    /// The exact one, OpenCLIP.
-    Gelu,
+    /// Bytes that encoding `l` ids needs at its peak in `dtype`.
+    pub fn forward_bytes(&self, l: usize, dtype: DType) -> usize {
+        self.layer().forward_bytes(l, dtype)
+    }
 }
 
 /// A text transformer whose layers are run as far as the caller wants.
@@ -99,7 +88,7 @@ pub struct ClipTextEncoder {
     token_embedding: Embedding,
     /// `[max_position_embeddings, hidden_size]`.
     position_embedding: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<ClipLayer>,
     final_layer_norm: LayerNorm,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
@@ -127,7 +116,7 @@ impl ClipTextEncoder {
             token_embedding: Embedding::load(&embeddings.pp("token_embedding"), config.vocab_size, hidden)?,
             position_embedding: embeddings.pp("position_embedding").get(&position_shape, "weight")?,
             layers: (0..config.num_hidden_layers)
-                .map(|layer| Layer::load(&layers.pp(layer), &config))
+                .map(|layer| ClipLayer::load(&layers.pp(layer), &config.layer()))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&weights.pp("final_layer_norm"), hidden, config.layer_norm_eps)?,
             weight_bytes: weights.streamed_bytes(),
@@ -213,59 +202,6 @@ fn load_projection(weights: &Weights, config: &ClipTextConfig) -> Result<Linear>
         return Ok(Linear::new(transposed.t()?.contiguous()?, None));
     }
     Linear::load_no_bias(&weights.pp("text_projection"), hidden, projected)
-}
-
-#[derive(Debug, Clone)]
-struct Layer {
-    layer_norm1: LayerNorm,
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    out_proj: Linear,
-    layer_norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-    num_heads: usize,
-    activation: ClipActivation,
-}
-
-impl Layer {
-    fn load(weights: &Weights, config: &ClipTextConfig) -> Result<Self> {
-        let (hidden, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let (attention, mlp) = (weights.pp("self_attn"), weights.pp("mlp"));
-        let projection = |name: &str| Linear::load(&attention.pp(name), hidden, hidden);
-        Ok(Self {
-            layer_norm1: LayerNorm::load(&weights.pp("layer_norm1"), hidden, eps)?,
-            q_proj: projection("q_proj")?,
-            k_proj: projection("k_proj")?,
-            v_proj: projection("v_proj")?,
-            out_proj: projection("out_proj")?,
-            layer_norm2: LayerNorm::load(&weights.pp("layer_norm2"), hidden, eps)?,
-            fc1: Linear::load(&mlp.pp("fc1"), hidden, inner)?,
-            fc2: Linear::load(&mlp.pp("fc2"), inner, hidden)?,
-            num_heads: config.num_attention_heads,
-            activation: config.hidden_act,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = (x + self.attention(&self.layer_norm1.forward(x)?)?)?;
-        let inner = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        let inner = match self.activation {
-            ClipActivation::QuickGelu => quick_gelu(&inner)?,
-            ClipActivation::Gelu => gelu_erf(&inner)?,
-        };
-        Ok((x + self.fc2.forward(&inner)?)?)
-    }
-
-    fn attention(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, l, hidden) = x.dims3()?;
-        let heads = |x: Tensor| x.reshape((b, l, self.num_heads, hidden / self.num_heads));
-        let (q, k, v) =
-            (heads(self.q_proj.forward(x)?)?, heads(self.k_proj.forward(x)?)?, heads(self.v_proj.forward(x)?)?);
-        let y = attention(&q, &k, &v, &AttentionOptions { causal: true, ..Default::default() })?;
-        self.out_proj.forward(&y.reshape((b, l, hidden))?)
-    }
 }
 
 #[cfg(test)]

@@ -1,10 +1,13 @@
-//! Text encoders shared by picture and video families.
+//! Encoders of texts and pictures, shared by picture and video families.
 
 use candle_core::Tensor;
 
 use crate::error::Result;
 
 pub mod clip;
+pub mod clip_layer;
+pub mod clip_vision;
+pub mod image_processor;
 pub mod prompt_clean;
 pub mod t5;
 

@@ -29,6 +29,7 @@ use crate::weights::Weights;
 use crate::work::StepWork;
 
 pub mod config;
+pub mod ip_adapter;
 pub mod original;
 pub mod recorded;
 pub mod unet;
@@ -306,7 +307,7 @@ impl DiffusionModel for SdxlModel {
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
         let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.unet.work(rows, request.max_sequence_length, (height, width))
+        self.unet.work(rows, request.max_sequence_length, 0, (height, width))
     }
 
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
@@ -336,6 +337,7 @@ impl DiffusionModel for SdxlModel {
             prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
             pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
             time_ids: &time_ids,
+            references: None,
         };
         let prediction = self.recordings.forward(&self.unet, &input)?;
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()

@@ -22,6 +22,7 @@ use crate::work::StepWork;
 
 pub mod batcher;
 pub mod block_cache;
+pub mod references;
 pub mod start;
 #[cfg(test)]
 mod tests;

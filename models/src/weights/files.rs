@@ -35,8 +35,11 @@ struct ShardIndex {
     weight_map: WeightMap,
 }
 
-/// The weight files of a folder and, for a sharded set, its index (else empty).
+/// The weight files of a folder and, for a sharded set, its index (else empty); a file is its own.
 pub(super) fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
+    if dir.is_file() {
+        return Ok((vec![dir.to_path_buf()], WeightMap::new()));
+    }
     for stem in STEMS {
         for variant in VARIANTS {
             let single = dir.join(format!("{stem}{variant}.safetensors"));

@@ -93,7 +93,7 @@ impl std::fmt::Debug for Weights {
 }
 
 impl Weights {
-    /// Maps all weight files of the folder `dir` and checks their headers.
+    /// Maps all weight files of the folder `dir`, or the file of this name, and checks their headers.
     ///
     /// Errors name the file: no safetensors file at all (pickles are refused), a shard that the index names and the
     /// folder lacks, a header that is truncated or lies about sizes and offsets, a tensor that the index places in a
@@ -178,6 +178,11 @@ impl Weights {
     /// Number of dimensions of a tensor, if the files hold it.
     pub fn rank(&self, name: &str) -> Option<usize> {
         self.source.published().get(&self.full_name(name)).map(|located| located.shape.len())
+    }
+
+    /// Shape of a tensor, if the files hold it.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.source.published().get(&self.full_name(name)).map(|located| located.shape.as_slice())
     }
 
     /// A vector, norm weight, bias, convolution kernel or table, in the compute dtype.

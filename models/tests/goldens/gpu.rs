@@ -166,6 +166,7 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
                     prompt_embeds: &noise(&[2, 7, text]),
                     pooled_prompt_embeds: &noise(&[2, pooled]),
                     time_ids: &[[64.0, 64.0, 0.0, 0.0, 64.0, 64.0], [32.0, 32.0, 0.0, step as f32, 32.0, 32.0]],
+                    references: None,
                 };
                 let (found, expected) = (recordings.forward(&unet, &input).unwrap(), unet.forward(&input).unwrap());
                 assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);

@@ -8,6 +8,7 @@ mod chats;
 mod flux;
 mod gpu;
 mod guidance;
+mod ip_adapter;
 mod noise_solvers;
 mod rng;
 mod schedulers;

@@ -5,12 +5,14 @@
 //! `models/transformers/transformer_2d.py`, `models/attention.py` (`BasicTransformerBlock`), whose tensor names are the
 //! ones read here. Shapes: `b` rows, `c` channels, `h` and `w` latents, `l` tokens of text.
 
+use std::path::Path;
+
 use candle_core::{DType, Tensor};
 use tale_kernels::{
-    AttentionOptions, Gelu, attention, cat, geglu, silu, sum, sum_channels, transpose, upsample_nearest2d,
+    AttentionOptions, Gelu, attention, cat, gated_sum, geglu, silu, sum, sum_channels, transpose, upsample_nearest2d,
 };
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear};
 use crate::weights::Weights;
@@ -37,6 +39,17 @@ pub struct UNetInput<'a> {
     pub pooled_prompt_embeds: &'a Tensor,
     /// Original height and width, top and left of the crop, target height and width, in pixels; one per row.
     pub time_ids: &'a [[f32; 6]],
+    /// Of a network with image attention, where the rows have reference pictures.
+    pub references: Option<ReferenceInput<'a>>,
+}
+
+/// What image attention looks at.
+#[derive(Clone, Copy)]
+pub struct ReferenceInput<'a> {
+    /// Tokens of the reference pictures, `[b, m, cross_attention_dim]`.
+    pub tokens: &'a Tensor,
+    /// How much of what is seen in them is added; one per row.
+    pub scales: &'a [f32],
 }
 
 /// `UNet2DConditionModel` with `text_time` conditioning.
@@ -46,6 +59,8 @@ pub struct UNet {
     compute_dtype: DType,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
+    /// Bytes of the image attention's, where there is one.
+    image_weight_bytes: Option<usize>,
     conv_in: Conv2d,
     time_embedding: ConditionEmbedder,
     add_embedding: ConditionEmbedder,
@@ -83,8 +98,35 @@ impl UNet {
             )?,
             conv_out: Conv2d::load(&conv_out, first, config.out_channels, kernel_out, kernel_out / 2)?,
             weight_bytes: weights.streamed_bytes(),
+            image_weight_bytes: None,
             config,
         })
+    }
+
+    /// With image attention beside each attention over the text: tensors `{index}.to_k_ip.weight`, `{index}.to_v_ip.weight`
+    /// of an IP-Adapter. The index counts all attentions, every second of which is one over the text, in the order of
+    /// `UNet2DConditionModel.attn_processors`, which has the middle last. `path` is named in the error.
+    pub fn with_image_attention(mut self, weights: &Weights, path: &Path) -> Result<Self> {
+        let text_dim = self.config.text_dim();
+        let mut index = 1;
+        for attention in self.attentions_over_text() {
+            attention.image = Some(ImageAttention::load(&weights.pp(index), text_dim, attention.channels)?);
+            index += 2;
+        }
+        if weights.contains_below(&index.to_string()) {
+            let problem =
+                format!("is for a UNet with more than the {} attentions over the text of this one", index / 2);
+            return Err(Error::checkpoint(path, problem));
+        }
+        self.image_weight_bytes = Some(weights.streamed_bytes());
+        Ok(self)
+    }
+
+    fn attentions_over_text(&mut self) -> impl Iterator<Item = &mut Attention> {
+        let down = self.down_blocks.iter_mut().flat_map(|block| &mut block.layers);
+        let up = self.up_blocks.iter_mut().flat_map(|block| &mut block.layers);
+        let layers = down.chain(up).chain(self.mid_block.as_mut().map(|block| &mut block.before));
+        layers.filter_map(|layer| layer.transformer.as_mut()).flat_map(|x| &mut x.blocks).map(|block| &mut block.attn2)
     }
 
     /// The configuration.
@@ -92,9 +134,13 @@ impl UNet {
         &self.config
     }
 
-    /// Least work of a pass over `rows` rows with `text` tokens and latents of this height and width.
-    pub fn work(&self, rows: usize, text: usize, latents: (usize, usize)) -> StepWork {
-        StepWork { flops: rows as f64 * self.config.flops(text, latents), bytes: self.weight_bytes as f64 }
+    /// Least work of a pass over `rows` rows with `text` tokens, `references` tokens of reference pictures, and latents of
+    /// this height and width.
+    pub fn work(&self, rows: usize, text: usize, references: usize, latents: (usize, usize)) -> StepWork {
+        // A token of a picture costs what one of the text does.
+        let flops = rows as f64 * self.config.flops(text + references, latents);
+        let image_weights = if references > 0 { self.image_weight_bytes.unwrap_or(0) } else { 0 };
+        StepWork { flops, bytes: (self.weight_bytes + image_weights) as f64 }
     }
 
     /// The prediction `[b, out_channels, h, w]`, f32.
@@ -116,7 +162,18 @@ impl UNet {
             time: time.to_dtype(dtype)?,
             added: added.to_dtype(dtype)?,
             text: input.prompt_embeds.to_dtype(dtype)?.contiguous()?,
+            references: input.references.map(|references| self.prepare_references(&references)).transpose()?,
         })
+    }
+
+    fn prepare_references(&self, references: &ReferenceInput<'_>) -> Result<PreparedReferences> {
+        let (tokens, rows) = (references.tokens.to_dtype(self.compute_dtype)?.contiguous()?, references.scales.len());
+        let scales = Tensor::from_slice(references.scales, (rows, 1, 1), tokens.device())?.to_dtype(tokens.dtype())?;
+        let mut widths = self.config.block_out_channels.clone();
+        widths.sort_unstable();
+        widths.dedup();
+        let gate = |width| Ok(scales.broadcast_as((rows, 1, width))?.contiguous()?);
+        Ok(PreparedReferences { gates: widths.into_iter().map(gate).collect::<Result<_>>()?, tokens })
     }
 
     /// The prediction `[b, out_channels, h, w]` in the compute dtype, from what is on the device: nothing but launches, so
@@ -124,7 +181,7 @@ impl UNet {
     pub(super) fn compute(&self, input: &PreparedInput) -> Result<Tensor> {
         // The timestep, and the pooled prompt with the sizes of the picture: [b, time_embed_dim].
         let time = sum(&self.time_embedding.forward(&input.time)?, &self.add_embedding.forward(&input.added)?)?;
-        let context = Context { time: &silu(&time)?, text: &input.text };
+        let context = Context { time: &silu(&time)?, text: &input.text, references: input.references.as_ref() };
         let mut x = self.conv_in.forward(&input.latents)?;
         let mut skips = vec![x.clone()];
         for block in &self.down_blocks {
@@ -151,11 +208,32 @@ pub(super) struct PreparedInput {
     added: Tensor,
     /// `[b, l, cross_attention_dim]`.
     text: Tensor,
+    references: Option<PreparedReferences>,
+}
+
+/// A [`ReferenceInput`] likewise.
+#[derive(Debug)]
+struct PreparedReferences {
+    /// `[b, m, cross_attention_dim]`.
+    tokens: Tensor,
+    /// The scales of the rows in every width of the network, `[b, 1, c]`.
+    gates: Vec<Tensor>,
+}
+
+impl PreparedReferences {
+    fn gate(&self, channels: usize) -> &Tensor {
+        let gate = self.gates.iter().find(|gate| gate.dims()[2] == channels);
+        gate.expect("there is a gate for every width of the network: this is a bug")
+    }
 }
 
 impl PreparedInput {
-    pub(super) fn tensors(&self) -> [&Tensor; 4] {
-        [&self.latents, &self.time, &self.added, &self.text]
+    /// All of them, in one order.
+    pub(super) fn tensors(&self) -> Vec<&Tensor> {
+        let always = [&self.latents, &self.time, &self.added, &self.text];
+        let references =
+            self.references.iter().flat_map(|references| references.gates.iter().chain([&references.tokens]));
+        always.into_iter().chain(references).collect()
     }
 }
 
@@ -165,6 +243,7 @@ struct Context<'a> {
     time: &'a Tensor,
     /// `[b, l, cross_attention_dim]`.
     text: &'a Tensor,
+    references: Option<&'a PreparedReferences>,
 }
 
 /// Residual blocks, each with its transformer where the block has them.
@@ -178,7 +257,7 @@ impl Layer {
     fn forward(&self, x: &Tensor, context: &Context<'_>) -> Result<Tensor> {
         let x = self.resnet.forward(x, context.time)?;
         match &self.transformer {
-            Some(transformer) => transformer.forward(&x, context.text),
+            Some(transformer) => transformer.forward(&x, context),
             None => Ok(x),
         }
     }
@@ -392,13 +471,13 @@ impl Transformer {
         })
     }
 
-    /// `x [b, c, h, w]`, `text [b, l, cross_attention_dim]`.
-    fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+    /// `x [b, c, h, w]`.
+    fn forward(&self, x: &Tensor, context: &Context<'_>) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
         let tokens = transpose(&self.norm.forward(x)?.reshape((b, c, h * w))?)?; // [b, hw, c]
         let mut tokens = self.proj_in.forward(&tokens)?;
         for block in &self.blocks {
-            tokens = block.forward(&tokens, text)?;
+            tokens = block.forward(&tokens, context)?;
         }
         let y = transpose(&self.proj_out.forward(&tokens)?)?;
         Ok(sum(x, &y.reshape((b, c, h, w))?)?)
@@ -441,24 +520,26 @@ impl Block {
         })
     }
 
-    /// `x [b, hw, c]`, `text [b, l, cross_attention_dim]`.
-    fn forward(&self, x: &Tensor, text: &Tensor) -> Result<Tensor> {
+    /// `x [b, hw, c]`.
+    fn forward(&self, x: &Tensor, context: &Context<'_>) -> Result<Tensor> {
         let y = self.norm1.forward(x)?;
-        let x = sum(x, &self.attn1.forward(&y, &y)?)?;
-        let x = sum(&x, &self.attn2.forward(&self.norm2.forward(&x)?, text)?)?;
+        let x = sum(x, &self.attn1.forward(&y, &y, None)?)?;
+        let x = sum(&x, &self.attn2.forward(&self.norm2.forward(&x)?, context.text, context.references)?)?;
         // Two statements: the widest tensor of the block is freed before the second product.
         let inner = geglu(&self.ff_in.forward(&self.norm3.forward(&x)?)?, Gelu::Erf)?;
         Ok(sum(&x, &self.ff_out.forward(&inner)?)?)
     }
 }
 
-/// Attention of `x` over itself or over the text.
+/// Attention of `x` over itself, or over the text and, beside it, over reference pictures.
 #[derive(Debug, Clone)]
 struct Attention {
     to_q: Linear,
     to_k: Linear,
     to_v: Linear,
     to_out: Linear,
+    image: Option<ImageAttention>,
+    channels: usize,
     num_heads: usize,
 }
 
@@ -470,21 +551,47 @@ impl Attention {
             to_k: Linear::load_no_bias(&weights.pp("to_k"), context_dim, channels)?,
             to_v: Linear::load_no_bias(&weights.pp("to_v"), context_dim, channels)?,
             to_out: Linear::load(&weights.pp("to_out.0"), channels, channels)?,
+            image: None,
+            channels,
             num_heads: shape.heads,
         })
     }
 
-    /// `x [b, n, c]` looks at `context [b, m, d]`.
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// `x [b, n, c]` looks at `context [b, l, d]` and at `references`. What it sees in them is added before the output
+    /// projection (`IPAdapterAttnProcessor2_0`).
+    fn forward(&self, x: &Tensor, context: &Tensor, references: Option<&PreparedReferences>) -> Result<Tensor> {
         let q = self.heads(&self.to_q.forward(x)?)?;
-        let (k, v) = (self.heads(&self.to_k.forward(context)?)?, self.heads(&self.to_v.forward(context)?)?);
-        let y = attention(&q, &k, &v, &AttentionOptions::default())?; // [b, n, heads, head_dim]
-        self.to_out.forward(&y.flatten_from(2)?)
+        let mut y = self.look(&q, (&self.to_k, &self.to_v), context)?;
+        if let (Some(image), Some(references)) = (&self.image, references) {
+            let seen = self.look(&q, (&image.to_k_ip, &image.to_v_ip), &references.tokens)?;
+            y = gated_sum(&y, references.gate(self.channels), &seen)?;
+        }
+        self.to_out.forward(&y)
+    }
+
+    /// `q [b, n, heads, head_dim]` looks at `context [b, m, d]`: `[b, n, c]`.
+    fn look(&self, q: &Tensor, (to_k, to_v): (&Linear, &Linear), context: &Tensor) -> Result<Tensor> {
+        let (k, v) = (self.heads(&to_k.forward(context)?)?, self.heads(&to_v.forward(context)?)?);
+        Ok(attention(q, &k, &v, &AttentionOptions::default())?.flatten_from(2)?)
     }
 
     /// `[b, n, c]` to `[b, n, heads, head_dim]`.
     fn heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, _) = x.dims3()?;
         Ok(x.reshape((b, n, self.num_heads, ()))?)
+    }
+}
+
+/// Keys and values of reference pictures, whose queries are those of the text.
+#[derive(Debug, Clone)]
+struct ImageAttention {
+    to_k_ip: Linear,
+    to_v_ip: Linear,
+}
+
+impl ImageAttention {
+    fn load(weights: &Weights, context_dim: usize, channels: usize) -> Result<Self> {
+        let projection = |name: &str| Linear::load_no_bias(&weights.pp(name), context_dim, channels);
+        Ok(Self { to_k_ip: projection("to_k_ip")?, to_v_ip: projection("to_v_ip")? })
     }
 }

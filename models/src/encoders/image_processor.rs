@@ -1,0 +1,346 @@
+//! Pictures of any size to what CLIP's vision encoder sees: resized, cropped in the middle, normalised.
+//!
+//! Owns: `preprocessor_config.json` and the arithmetic of the reference, to the byte where it is in bytes. Does not know:
+//! files, encoders. Source: transformers `CLIPImageProcessor` (`image_transforms.py`: `get_resize_output_image_size`,
+//! `center_crop`) and Pillow's `Resample.c`, whose bicubic filter rounds to bytes after each of its two passes.
+
+use std::ops::Range;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+
+use crate::config::read_json;
+use crate::error::{Error, Result};
+use crate::request::Frame;
+
+const FILE_NAME: &str = "preprocessor_config.json";
+/// Names that the class has had.
+const CLASSES: [&str; 3] = ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"];
+/// Pillow's number of the bicubic filter.
+const BICUBIC: u32 = 3;
+/// What a side may be.
+const MAX_SIDE: usize = 1 << 12;
+
+/// `CLIPImageProcessor`, ready to use.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClipImageProcessor {
+    size: Size,
+    /// Height and width of what comes out.
+    crop: (usize, usize),
+    rescale_factor: f64,
+    mean: [f32; 3],
+    std: [f32; 3],
+}
+
+/// What a picture is resized to before it is cropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    ShortestEdge(usize),
+    Exactly { height: usize, width: usize },
+}
+
+/// `preprocessor_config.json`; absent fields have the class's defaults.
+#[derive(Deserialize)]
+#[serde(default)]
+struct Config {
+    #[serde(alias = "feature_extractor_type")]
+    image_processor_type: String,
+    do_resize: bool,
+    do_center_crop: bool,
+    do_rescale: bool,
+    do_normalize: bool,
+    size: Edges,
+    crop_size: Edges,
+    resample: u32,
+    rescale_factor: f64,
+    image_mean: [f32; 3],
+    image_std: [f32; 3],
+}
+
+/// One number, or numbers by name.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(untagged)]
+enum Edges {
+    One(usize),
+    Shortest { shortest_edge: usize },
+    Both { height: usize, width: usize },
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            image_processor_type: CLASSES[0].to_owned(),
+            do_resize: true,
+            do_center_crop: true,
+            do_rescale: true,
+            do_normalize: true,
+            size: Edges::One(224),
+            crop_size: Edges::One(224),
+            resample: BICUBIC,
+            rescale_factor: 1.0 / 255.0,
+            image_mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+            image_std: [0.268_629_54, 0.261_302_6, 0.275_777_1],
+        }
+    }
+}
+
+impl ClipImageProcessor {
+    /// Reads `preprocessor_config.json` of a folder, for an encoder of pictures of this side.
+    pub fn read(dir: &Path, image_size: usize) -> Result<Self> {
+        let path = dir.join(FILE_NAME);
+        Self::new(&read_json(&path)?, image_size).map_err(|problem| Error::checkpoint(path, problem))
+    }
+
+    /// As [`ClipImageProcessor::read`], with what diffusers takes where there is no file: the class's defaults with the
+    /// encoder's own size.
+    pub fn read_or_default(dir: &Path, image_size: usize) -> Result<Self> {
+        if dir.join(FILE_NAME).exists() {
+            return Self::read(dir, image_size);
+        }
+        let side = Edges::One(image_size);
+        let config = Config { size: side, crop_size: side, ..Config::default() };
+        Self::new(&config, image_size).map_err(|problem| Error::checkpoint(dir.join("config.json"), problem))
+    }
+
+    fn new(config: &Config, image_size: usize) -> std::result::Result<Self, String> {
+        if !CLASSES.contains(&config.image_processor_type.as_str()) {
+            return Err(format!("is of a {}; supported is CLIPImageProcessor", config.image_processor_type));
+        }
+        let stages = [
+            ("do_resize", config.do_resize),
+            ("do_center_crop", config.do_center_crop),
+            ("do_rescale", config.do_rescale),
+            ("do_normalize", config.do_normalize),
+        ];
+        if let Some((field, _)) = stages.into_iter().find(|(_, wanted)| !wanted) {
+            return Err(format!("{field} is false; only true is supported"));
+        }
+        if config.resample != BICUBIC {
+            return Err(format!("resample is {}; only {BICUBIC} (bicubic) is supported", config.resample));
+        }
+        let size = match config.size {
+            Edges::One(edge) | Edges::Shortest { shortest_edge: edge } => Size::ShortestEdge(edge),
+            Edges::Both { height, width } => Size::Exactly { height, width },
+        };
+        let crop = match config.crop_size {
+            Edges::One(side) => (side, side),
+            Edges::Both { height, width } => (height, width),
+            Edges::Shortest { .. } => return Err("crop_size has no height and width".to_owned()),
+        };
+        if crop != (image_size, image_size) {
+            let (height, width) = crop;
+            return Err(format!("crop_size is {height}x{width}, but image_size of the encoder is {image_size}"));
+        }
+        let (Size::ShortestEdge(a) | Size::Exactly { height: a, .. }) = size;
+        let (Size::ShortestEdge(b) | Size::Exactly { width: b, .. }) = size;
+        if [a, b, image_size].into_iter().any(|side| !(1..=MAX_SIDE).contains(&side)) {
+            return Err(format!("a size is not in 1 to {MAX_SIDE}"));
+        }
+        let (mean, std) = (config.image_mean, config.image_std);
+        Ok(Self { size, crop, rescale_factor: config.rescale_factor, mean, std })
+    }
+
+    /// `pixel_values [1, 3, height, width]`, f32.
+    pub fn pixel_values(&self, picture: &Frame, device: &Device) -> Result<Tensor> {
+        let (height, width) = self.crop;
+        let bytes = self.cropped(picture);
+        let mut values = Vec::with_capacity(bytes.len());
+        for (mean, std) in self.mean.iter().zip(self.std) {
+            let channel = values.len() / (height * width);
+            let bytes = bytes.iter().skip(channel).step_by(3);
+            values.extend(bytes.map(|byte| ((f64::from(*byte) * self.rescale_factor) as f32 - mean) / std));
+        }
+        Ok(Tensor::from_vec(values, (1, 3, height, width), device)?)
+    }
+
+    /// RGB bytes of the crop, row by row. Of the resized picture only what the crop shows is computed, so that a very long
+    /// one costs no more than its own pixels.
+    fn cropped(&self, picture: &Frame) -> Vec<u8> {
+        let (crop_height, crop_width) = self.crop;
+        let (height, width) = self.resized(picture.height, picture.width);
+        let columns = Axis::new(picture.width, width, crop_width);
+        let rows = Axis::new(picture.height, height, crop_height);
+        // Each pass rounds, so that their order shows. Pillow 13 goes down first where that shortens the picture by over
+        // twice as many pixels as going across narrows it.
+        let (lost_across, lost_down) = (picture.width as i64 - width as i64, picture.height as i64 - height as i64);
+        match lost_down > 0 && lost_down > 2 * lost_across {
+            true => columns.across(&rows.down(&picture.rgb, 3 * picture.width), picture.width),
+            false => {
+                let read = rows.read();
+                let seen = &picture.rgb[3 * picture.width * read.start..3 * picture.width * read.end];
+                rows.after(read.start).down(&columns.across(seen, picture.width), 3 * crop_width)
+            }
+        }
+    }
+
+    /// Height and width before the crop; the longer side is rounded down.
+    fn resized(&self, height: usize, width: usize) -> (usize, usize) {
+        match self.size {
+            Size::Exactly { height, width } => (height, width),
+            Size::ShortestEdge(edge) if width <= height => (edge * height / width, edge),
+            Size::ShortestEdge(edge) => (edge, edge * width / height),
+        }
+    }
+}
+
+/// How the outputs along one axis come from the inputs along it.
+struct Axis {
+    outputs: Vec<Taps>,
+}
+
+/// Inputs that make one output: from `first` on, with weights of `PRECISION_BITS` fractional bits.
+struct Taps {
+    first: usize,
+    weights: Vec<i32>,
+}
+
+/// As in Pillow: 32 bits less those of a byte and two for sums beyond it.
+const PRECISION_BITS: u32 = 32 - 8 - 2;
+/// Half the width of the bicubic filter.
+const SUPPORT: f64 = 2.0;
+
+impl Axis {
+    /// The `crop` outputs in the middle of `resized` ones; zeros around them where there are fewer.
+    fn new(inputs: usize, resized: usize, crop: usize) -> Self {
+        let start = (resized as isize - crop as isize).div_euclid(2);
+        let taps = |output: usize| match usize::try_from(start + output as isize) {
+            Ok(at) if at < resized => Taps::new(inputs, resized, at),
+            _ => Taps { first: 0, weights: Vec::new() },
+        };
+        Self { outputs: (0..crop).map(taps).collect() }
+    }
+
+    /// Inputs that any output reads.
+    fn read(&self) -> Range<usize> {
+        let reading = || self.outputs.iter().filter(|taps| !taps.weights.is_empty());
+        let start = reading().map(|taps| taps.first).min().unwrap_or(0);
+        start..reading().map(|taps| taps.first + taps.weights.len()).max().unwrap_or(start)
+    }
+
+    /// The same outputs of the inputs without the first `skipped` ones, which none of them reads.
+    fn after(mut self, skipped: usize) -> Self {
+        self.outputs.iter_mut().for_each(|taps| taps.first = taps.first.saturating_sub(skipped));
+        self
+    }
+
+    /// Of rows of `width` pixels: rows of as many pixels as there are outputs.
+    fn across(&self, rgb: &[u8], width: usize) -> Vec<u8> {
+        let mut narrow = Vec::with_capacity(rgb.len() / width * self.outputs.len());
+        for row in rgb.chunks_exact(3 * width) {
+            for taps in &self.outputs {
+                narrow.extend((0..3).map(|channel| taps.sum(|at| row[3 * at + channel])));
+            }
+        }
+        narrow
+    }
+
+    /// Of rows of `stride` bytes: as many rows as there are outputs.
+    fn down(&self, rgb: &[u8], stride: usize) -> Vec<u8> {
+        let mut low = Vec::with_capacity(stride * self.outputs.len());
+        for taps in &self.outputs {
+            low.extend((0..stride).map(|x| taps.sum(|at| rgb[at * stride + x])));
+        }
+        low
+    }
+}
+
+impl Taps {
+    /// `precompute_coeffs` and `normalize_coeffs_8bpc` for output `at` of `outputs`.
+    fn new(inputs: usize, outputs: usize, at: usize) -> Self {
+        let scale = inputs as f64 / outputs as f64;
+        // A picture that shrinks is smoothed by a filter as much wider.
+        let filter_scale = scale.max(1.0);
+        let support = SUPPORT * filter_scale;
+        let center = (at as f64 + 0.5) * scale;
+        // Casts cut off the fraction and stop at zero.
+        let first = (center - support + 0.5) as usize;
+        let end = ((center + support + 0.5) as usize).min(inputs);
+        let inverse = 1.0 / filter_scale;
+        let weights: Vec<f64> = (first..end).map(|x| bicubic((x as f64 - center + 0.5) * inverse)).collect();
+        let sum: f64 = weights.iter().sum();
+        let fixed = |weight: f64| {
+            let scaled = weight / sum * f64::from(1 << PRECISION_BITS);
+            (scaled + 0.5f64.copysign(scaled)) as i32
+        };
+        Self { first, weights: weights.into_iter().map(fixed).collect() }
+    }
+
+    /// The output, of the inputs that `input` gives by their place.
+    fn sum(&self, input: impl Fn(usize) -> u8) -> u8 {
+        let products = self.weights.iter().enumerate().map(|(i, weight)| weight * i32::from(input(self.first + i)));
+        let sum = products.fold(1 << (PRECISION_BITS - 1), |sum, product| sum + product);
+        (sum >> PRECISION_BITS).clamp(0, 255) as u8
+    }
+}
+
+/// Keys' cubic with a = -0.5.
+fn bicubic(x: f64) -> f64 {
+    const A: f64 = -0.5;
+    let x = x.abs();
+    if x < 1.0 {
+        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
+    } else if x < 2.0 {
+        (((x - 5.0) * x + 8.0) * x - 4.0) * A
+    } else {
+        0.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn processor(config: Value, image_size: usize) -> std::result::Result<ClipImageProcessor, String> {
+        ClipImageProcessor::new(&serde_json::from_value(config).expect("a configuration"), image_size)
+    }
+
+    #[test]
+    fn sizes_are_read_in_all_spellings() {
+        let (shortest, both) = (json!({"shortest_edge": 30}), json!({"height": 30, "width": 30}));
+        let expected = processor(json!({"size": 30, "crop_size": 30}), 30).expect("numbers");
+        assert_eq!(processor(json!({"size": shortest, "crop_size": both}), 30).expect("names"), expected);
+        assert_eq!(expected.resized(37, 53), (30, 42));
+        assert_eq!(expected.resized(53, 37), (42, 30));
+        let exactly = processor(json!({"size": both, "crop_size": both}), 30).expect("names");
+        assert_eq!(exactly.resized(37, 53), (30, 30));
+    }
+
+    #[test]
+    fn what_is_not_computed_is_refused_by_name() {
+        let check = |config: Value, image_size: usize, expected: &str| {
+            let error = processor(config, image_size).expect_err("is refused");
+            assert!(error.contains(expected), "expected `{expected}` in: {error}");
+        };
+        check(json!({}), 336, "crop_size is 224x224, but image_size of the encoder is 336");
+        check(json!({"resample": 2}), 224, "resample is 2");
+        check(json!({"do_center_crop": false}), 224, "do_center_crop");
+        check(json!({"image_processor_type": "SiglipImageProcessor"}), 224, "SiglipImageProcessor");
+        check(json!({"size": 0}), 224, "a size");
+    }
+
+    /// `center_crop` of transformers: a picture that is smaller than the crop lies in the middle of zeros, the odd row
+    /// above it.
+    #[test]
+    fn small_pictures_are_padded_with_zeros() {
+        let small = processor(json!({"size": 2, "crop_size": 5}), 5).expect("sound");
+        let picture = Frame { width: 2, height: 2, rgb: vec![200; 12] };
+        let rows: Vec<Vec<u8>> =
+            small.cropped(&picture).chunks(15).map(|row| row.iter().step_by(3).copied().collect()).collect();
+        let (empty, full) = (vec![0; 5], vec![0, 0, 200, 200, 0]);
+        assert_eq!(rows, [empty.clone(), empty.clone(), full.clone(), full, empty]);
+    }
+
+    /// A crop of one pixel's row of a picture thousands of times as wide as high reads what it shows, and no more.
+    #[test]
+    fn a_long_picture_costs_what_its_crop_shows() {
+        let processor = processor(json!({}), 224).expect("sound");
+        let picture = Frame { width: 60_000, height: 2, rgb: vec![77; 60_000 * 2 * 3] };
+        assert_eq!(processor.resized(2, 60_000), (224, 6_720_000));
+        let columns = Axis::new(60_000, 6_720_000, 224);
+        assert!(columns.read().len() < 10, "{:?}", columns.read());
+        assert!(processor.cropped(&picture).iter().all(|byte| *byte == 77));
+    }
+}
