@@ -57,10 +57,11 @@ impl T5Config {
         self.num_layers as f64 * (linear_flops(l, matrices) + attention_flops((l * l) as f64, inner))
     }
 
-    /// Bytes that a forward pass over `l` tokens keeps at its peak: the position bias, and in the feed-forward the
-    /// residual, its normed copy and three inner vectors per token.
-    pub fn forward_bytes(&self, l: usize, placement: &Placement) -> usize {
-        let values = self.num_heads * l * l + l * (2 * self.d_model + 3 * self.d_ff.max(self.num_heads * self.d_kv));
+    /// Bytes that a forward pass over so many rows of `l` tokens keeps at its peak: the position bias, once more while it is
+    /// put in order, and in the feed-forward the residual, its normed copy and three inner vectors per token.
+    pub fn forward_bytes(&self, rows: usize, l: usize, placement: &Placement) -> usize {
+        let bias = 2 * self.num_heads * l * l;
+        let values = bias + rows * l * (2 * self.d_model + 3 * self.d_ff.max(self.num_heads * self.d_kv));
         values * own_dtype(placement.compute_dtype).size_in_bytes()
     }
 }

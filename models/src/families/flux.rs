@@ -260,9 +260,9 @@ impl DiffusionModel for FluxModel {
         let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
         let branches = 1 + usize::from(request.negative_prompt.is_some());
         let conditioning = branches * text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
-        // The sample, and a prediction of each branch.
-        let latents = (1 + branches) * image_len * transformer.in_channels * size_of::<f32>();
-        let encode = self.t5_config.forward_bytes(text_len, &self.placement);
+        // The sample; of each branch what the model sees of it and predicts, in the batch and by itself.
+        let latents = (1 + 3 * branches) * image_len * transformer.in_channels * size_of::<f32>();
+        let encode = self.t5_config.forward_bytes(branches, text_len, &self.placement);
         let denoise = branches * (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
         let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
         let caches = match self.card.cache_threshold(request) {
@@ -270,7 +270,7 @@ impl DiffusionModel for FluxModel {
             None => 0,
         };
         MemoryPlan::new([
-            (Phase::Encode, conditioning + branches * encode),
+            (Phase::Encode, conditioning + encode),
             (Phase::Denoise, conditioning + latents + denoise + caches),
             (Phase::VaeDecode, latents + decode),
         ])
