@@ -33,8 +33,9 @@ pub const MAX_MODEL_NAME_LEN: usize = 128;
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// A checkpoint (a folder or a single file) and the name that clients use for it; may be given several times. What
-    /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks
-    #[arg(long = "model", value_name = "NAME=PATH[,base=DIR]", value_parser = parse_model)]
+    /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; ip_adapter=PATH and
+    /// image_encoder=DIR, for reference pictures
+    #[arg(long = "model", value_name = "NAME=PATH[,KEY=PATH]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelSpec>,
 

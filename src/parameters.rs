@@ -85,6 +85,8 @@ impl PictureParameters {
             seed: Some(self.seed),
             max_sequence_length: Some(self.max_sequence_length),
             vae_tiling: Some(self.vae_tiling),
+            reference_images: Vec::new(),
+            ip_adapter_scale: None,
         }
     }
 

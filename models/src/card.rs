@@ -3,12 +3,16 @@
 //! A card turns what a client asked for (all fields optional) into a validated request; everything that a client can
 //! get wrong is found here, before the device thread hears of it.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
 use crate::memory::VaeTiling;
-use crate::request::{Acceleration, DiffusionRequest, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
+use crate::request::{
+    Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
+};
 use crate::solver::schedulers::{Scheduler, Schedulers};
 use crate::tokenizer::Tokenizer;
 
@@ -200,6 +204,8 @@ pub struct DiffusionCard {
     pub schedulers: Schedulers,
     /// When the VAE works in tiles; `None` where it has none.
     pub vae_tiling: Option<VaeTiling>,
+    /// Whether it follows reference pictures.
+    pub has_ip_adapter: bool,
     /// Bytes that the device has for work beside all weights; no bound until whoever loads the models says so.
     pub room_bytes: usize,
     /// What `acceleration` means; `None` where nothing can be skipped.
@@ -279,12 +285,19 @@ pub struct DiffusionOptions {
     pub max_sequence_length: Option<usize>,
     /// Whether the VAE works in tiles; absent: where the memory plan needs them.
     pub vae_tiling: Option<bool>,
+    /// Pictures whose look is followed, in any sizes.
+    pub reference_images: Vec<Arc<Frame>>,
+    pub ip_adapter_scale: Option<f64>,
 }
 
 /// Most denoising steps of one request.
 pub const MAX_INFERENCE_STEPS: usize = 1000;
 /// Largest guidance scale.
 pub const MAX_GUIDANCE_SCALE: f64 = 100.0;
+/// Most reference pictures of one request.
+pub const MAX_REFERENCE_IMAGES: usize = 8;
+/// As diffusers loads an adapter.
+pub const DEFAULT_IP_ADAPTER_SCALE: f64 = 1.0;
 /// Highest frame rate.
 pub const MAX_FPS: usize = 120;
 
@@ -310,6 +323,7 @@ impl DiffusionCard {
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
             edit: None,
+            references: self.references(options.reference_images, options.ip_adapter_scale)?,
             vae_tiling: false,
         };
         self.check_size(&request)?;
@@ -331,6 +345,28 @@ impl DiffusionCard {
             Acceleration::Safe => Some(thresholds.safe),
             Acceleration::Fast => Some(thresholds.fast),
         }
+    }
+
+    fn references(&self, images: Vec<Arc<Frame>>, scale: Option<f64>) -> Result<Option<References>> {
+        if !self.has_ip_adapter && (!images.is_empty() || scale.is_some()) {
+            let field = if images.is_empty() { "ip_adapter_scale" } else { "reference_images" };
+            return Err(Error::invalid(field, "this model is served without an IP-Adapter; leave it out"));
+        }
+        if images.is_empty() {
+            return match scale {
+                None => Ok(None),
+                Some(_) => {
+                    Err(Error::invalid("ip_adapter_scale", "has no effect without reference_images; leave it out"))
+                }
+            };
+        }
+        if images.len() > MAX_REFERENCE_IMAGES {
+            let problem = format!("are {}; allowed: 1 to {MAX_REFERENCE_IMAGES}", images.len());
+            return Err(Error::invalid("reference_images", problem));
+        }
+        let scale = scale.unwrap_or(DEFAULT_IP_ADAPTER_SCALE);
+        check_range("ip_adapter_scale", scale, 0.0, 1.0)?;
+        Ok(Some(References { images, scale }))
     }
 
     fn check_size(&self, request: &DiffusionRequest) -> Result<()> {
@@ -495,6 +531,7 @@ mod tests {
             guidance: Guidance::ClassifierFree,
             schedulers: crate::testing::flow_schedulers(),
             vae_tiling: None,
+            has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
         }
@@ -617,6 +654,34 @@ mod tests {
             let error = resolve(name, steps, eta).expect_err(name).to_string();
             assert!(error.contains(expected), "{name} {steps} {eta:?}: {error}");
         }
+    }
+
+    #[test]
+    fn reference_pictures_are_for_models_with_an_adapter() {
+        let check = |has_ip_adapter: bool, images: usize, ip_adapter_scale: Option<f64>| {
+            let card = DiffusionCard { has_ip_adapter, ..picture_card(Guidance::Embedded) };
+            let picture = Arc::new(Frame { width: 1, height: 1, rgb: vec![0; 3] });
+            let options = DiffusionOptions {
+                reference_images: vec![picture; images],
+                ip_adapter_scale,
+                ..DiffusionOptions::default()
+            };
+            let scale = card.resolve(options, 0).map(|request| request.references.map(|references| references.scale));
+            scale.map_err(|error| error.to_string())
+        };
+        let refused = |found: Result<Option<f64>, String>, expected: &str| {
+            assert!(found.as_ref().is_err_and(|error| error.starts_with(expected)), "{expected}: {found:?}");
+        };
+        assert_eq!(check(true, 2, None), Ok(Some(1.0)));
+        assert_eq!(check(true, 1, Some(0.0)), Ok(Some(0.0)));
+        assert_eq!(check(true, 0, None), Ok(None));
+        assert_eq!(check(false, 0, None), Ok(None));
+        refused(check(false, 1, None), "reference_images: this model is served without an IP-Adapter");
+        refused(check(false, 0, Some(1.0)), "ip_adapter_scale: this model is served without");
+        refused(check(true, 0, Some(1.0)), "ip_adapter_scale: has no effect without reference_images");
+        refused(check(true, 1, Some(1.5)), "ip_adapter_scale: is 1.5; allowed: 0 to 1");
+        refused(check(true, 1, Some(f64::NAN)), "ip_adapter_scale");
+        refused(check(true, MAX_REFERENCE_IMAGES + 1, None), "reference_images: are 9; allowed: 1 to 8");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The table of model families, and the way from a checkpoint folder to a loaded model.
 
+use std::path::Path;
+
 use crate::card::ModelCard;
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -44,6 +46,7 @@ enum Mode {
 
 /// Opens a component's weights by folder name and reports progress; remembers them for [`inspect`].
 pub struct OpenWeights<'a> {
+    source: &'a ModelSource,
     placement: &'a Placement,
     mode: Mode,
     format: LoadFormat,
@@ -65,6 +68,25 @@ impl OpenWeights<'_> {
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
+    }
+
+    /// The weights in a folder or file that goes with the checkpoint, by the name under which they are reported.
+    pub fn beside(&mut self, name: &str, path: &Path) -> Result<Weights> {
+        if self.format == LoadFormat::Dummy {
+            return Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"));
+        }
+        (self.on_component)(name);
+        let weights = match self.mode {
+            Mode::Load => Weights::open(path, self.placement)?,
+            Mode::Inspect => Weights::open_dry(path, self.placement)?,
+        };
+        self.opened.push((name.to_owned(), weights.clone()));
+        Ok(weights)
+    }
+
+    /// Where the model lies, and what goes with it.
+    pub fn source(&self) -> &ModelSource {
+        self.source
     }
 
     /// Where tensors will live.
@@ -166,11 +188,12 @@ pub fn load(
     options: &LoadOptions,
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel> {
-    let manifest = Manifest::read(source)?;
+    let source = source.into();
+    let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
-    let format = options.load_format;
-    let mut open = OpenWeights { placement, mode: Mode::Load, format, on_component, opened: Vec::new() };
-    let mut model = family.load(&manifest, &mut open, options)?;
+    let (source, mode, format) = (&source, Mode::Load, options.load_format);
+    let mut open = OpenWeights { source, placement, mode, format, on_component, opened: Vec::new() };
+    let mut model = load_with(family, &manifest, &mut open, options)?;
     for (component, weights) in &open.opened {
         let report = weights.report();
         model.resident_bytes += report.resident_bytes;
@@ -198,11 +221,12 @@ pub fn plan(
     placement: &Placement,
     options: &LoadOptions,
 ) -> Result<(Inspection, Option<LoadedModel>)> {
-    let manifest = Manifest::read(source)?;
+    let source = source.into();
+    let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
-    let (mode, format) = (Mode::Inspect, options.load_format);
-    let mut open = OpenWeights { placement, mode, format, on_component: &mut |_| (), opened: Vec::new() };
-    let (model, problem) = match family.load(&manifest, &mut open, options) {
+    let (source, mode, format) = (&source, Mode::Inspect, options.load_format);
+    let mut open = OpenWeights { source, placement, mode, format, on_component: &mut |_| (), opened: Vec::new() };
+    let (model, problem) = match load_with(family, &manifest, &mut open, options) {
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),
     };
@@ -210,6 +234,25 @@ pub fn plan(
     let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
     let inspection = Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem };
     Ok((inspection, model))
+}
+
+/// Builds the model, and sees to it that nothing of its source is left lying.
+fn load_with(
+    family: &dyn Family,
+    manifest: &Manifest,
+    open: &mut OpenWeights<'_>,
+    options: &LoadOptions,
+) -> Result<LoadedModel> {
+    let model = family.load(manifest, open, options)?;
+    let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
+    let ModelSource { ip_adapter, image_encoder, .. } = open.source;
+    match (ip_adapter, image_encoder) {
+        (Some(path), _) if !has_ip_adapter => {
+            Err(Error::checkpoint(path, format!("models of family {} take no IP-Adapter", family.name())))
+        }
+        (None, Some(path)) => Err(Error::checkpoint(path, "is an image encoder without an `ip_adapter` to serve")),
+        _ => Ok(model),
+    }
 }
 
 fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
@@ -223,7 +266,6 @@ fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::path::Path;
 
     use super::*;
     use crate::device::{DeviceSpec, WeightDtype};

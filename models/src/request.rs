@@ -110,6 +110,17 @@ pub struct DiffusionRequest {
     pub vae_tiling: bool,
     /// The picture to begin from; without it the loop begins from noise alone.
     pub edit: Option<Edit>,
+    /// Pictures whose look is followed.
+    pub references: Option<References>,
+}
+
+/// Pictures that an IP-Adapter follows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct References {
+    /// In any sizes, at least one.
+    pub images: Vec<Arc<Frame>>,
+    /// How much of them is followed: diffusers' scale of the adapter.
+    pub scale: f64,
 }
 
 /// A picture that is made into another one.
@@ -211,7 +222,7 @@ pub enum Phase {
     Prefill,
     /// Language: one token per sequence.
     Decode,
-    /// Diffusion: text encoders.
+    /// Diffusion: text encoders, and the vision encoder of reference pictures.
     Encode,
     /// Diffusion: an input picture to latents.
     VaeEncode,

@@ -14,6 +14,12 @@ pub struct ModelSource {
     /// components that are not in it).
     #[serde(default)]
     pub base: Option<PathBuf>,
+    /// The IP-Adapter for reference pictures: its safetensors file, or a folder that holds just one.
+    #[serde(default)]
+    pub ip_adapter: Option<PathBuf>,
+    /// The folder of the IP-Adapter's vision encoder; without it `image_encoder` beside the adapter's file.
+    #[serde(default)]
+    pub image_encoder: Option<PathBuf>,
 }
 
 impl ModelSource {
@@ -23,8 +29,8 @@ impl ModelSource {
     }
 
     /// The paths beside the checkpoint, each with the key under which configurations and command lines name it.
-    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 1] {
-        [("base", &mut self.base)]
+    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 3] {
+        [("base", &mut self.base), ("ip_adapter", &mut self.ip_adapter), ("image_encoder", &mut self.image_encoder)]
     }
 
     /// Reads relative paths as relative to `folder`.

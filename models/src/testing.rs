@@ -113,6 +113,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
         vae_tiling: None,
+        has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
     }

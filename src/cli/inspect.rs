@@ -26,6 +26,14 @@ pub struct InspectArgs {
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
 
+    /// For reference pictures: an IP-Adapter's .safetensors file, or a folder that holds just one
+    #[arg(long, value_name = "PATH")]
+    ip_adapter: Option<PathBuf>,
+
+    /// The IP-Adapter's vision encoder [default: image_encoder beside the adapter's file]
+    #[arg(long, value_name = "DIR", requires = "ip_adapter")]
+    image_encoder: Option<PathBuf>,
+
     /// Print one JSON object, with every unused tensor
     #[arg(long)]
     json: bool,
@@ -55,7 +63,8 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     }
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
-    let source = ModelSource { base: args.base.clone(), ..ModelSource::at(&args.path) };
+    let (ip_adapter, image_encoder) = (args.ip_adapter.clone(), args.image_encoder.clone());
+    let source = ModelSource { base: args.base.clone(), ip_adapter, image_encoder, ..ModelSource::at(&args.path) };
     let (inspection, model) = family::plan(source, &placement, &options)?;
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let report = Report::new(args, inspection, request);

@@ -42,6 +42,7 @@ fn clip(num_inference_steps: usize) -> Request {
         seed: 0,
         max_sequence_length: 8,
         edit: None,
+        references: None,
         vae_tiling: false,
     })
 }

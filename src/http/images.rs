@@ -209,6 +209,8 @@ impl ImageBody {
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
             vae_tiling: self.vae_tiling.and_then(VaeTiling::asked),
+            reference_images: Vec::new(),
+            ip_adapter_scale: None,
         };
         diffusion::resolve(card, options, size)
     }

@@ -137,6 +137,8 @@ impl VideoBody {
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
             vae_tiling: None,
+            reference_images: Vec::new(),
+            ip_adapter_scale: None,
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })

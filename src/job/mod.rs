@@ -235,6 +235,7 @@ pub(crate) mod tests {
             seed: 0,
             max_sequence_length: 8,
             edit: None,
+            references: None,
             vae_tiling: false,
         };
         Job::new("clips".into(), request, ClipFormat::Mp4)

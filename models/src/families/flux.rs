@@ -241,6 +241,7 @@ fn card(
         guidance,
         schedulers,
         vae_tiling: vae.vae_tiling(placement.compute_dtype),
+        has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
     }

@@ -20,6 +20,7 @@ use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
+use crate::runner::diffusion::references::ReferenceModel;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -35,8 +36,9 @@ pub mod recorded;
 pub mod unet;
 
 use config::UNetConfig;
+use ip_adapter::{IpAdapter, IpAdapterFiles};
 use recorded::DenoiseRecordings;
-use unet::{UNet, UNetInput};
+use unet::{ReferenceInput, UNet, UNetInput};
 
 const PIPELINE: &str = "StableDiffusionXLPipeline";
 /// Latents on each side of a picture of default size where the UNet's `sample_size` is absent.
@@ -69,6 +71,15 @@ impl Family for Sdxl {
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        let model = match open.source().ip_adapter.clone() {
+            None => model,
+            Some(path) => {
+                let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
+                let adapter = open.beside("ip_adapter", &files.adapter)?;
+                let image_encoder = open.beside("image_encoder", &files.image_encoder)?;
+                model.with_ip_adapter(&files, manifest, &adapter, &image_encoder)?
+            }
+        };
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
             resident_bytes: model.recordings_bytes(),
@@ -89,6 +100,7 @@ pub struct SdxlModel {
     unet: UNet,
     recordings: DenoiseRecordings,
     vae: KlDecoder,
+    ip_adapter: Option<IpAdapter>,
     placement: Placement,
 }
 
@@ -133,12 +145,37 @@ impl SdxlModel {
             unet: UNet::load(&open("unet")?, sizes.unet.clone())?,
             recordings: DenoiseRecordings::default(),
             vae: KlDecoder::load(&open("vae")?, &sizes.vae)?,
+            ip_adapter: None,
             sizes,
         })
+    }
+
+    /// With the adapter in `files`, whose weights `adapter` and `image_encoder` are. Pictures are processed as the
+    /// pipeline's own `feature_extractor` says, or else as the image encoder's folder does.
+    pub fn with_ip_adapter(
+        self,
+        files: &IpAdapterFiles,
+        manifest: &Manifest,
+        adapter: &Weights,
+        image_encoder: &Weights,
+    ) -> Result<Self> {
+        let feature_extractor = manifest.root.join("feature_extractor");
+        let preprocessor = if feature_extractor.is_dir() { &feature_extractor } else { &files.image_encoder };
+        let text_dim = self.sizes.unet.text_dim();
+        let ip_adapter = IpAdapter::load(files, preprocessor, adapter, image_encoder, text_dim)?;
+        let unet = self.unet.with_image_attention(&adapter.pp("ip_adapter"), &files.adapter)?;
+        let card = DiffusionCard { has_ip_adapter: true, ..self.card };
+        Ok(Self { card, unet, ip_adapter: Some(ip_adapter), ..self })
     }
 }
 
 impl SdxlModel {
+    /// Tokens of all reference pictures of a request.
+    fn reference_tokens(&self, request: &DiffusionRequest) -> usize {
+        let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
+        pictures * self.ip_adapter.as_ref().map_or(0, IpAdapter::num_tokens)
+    }
+
     /// Most bytes that recorded steps keep.
     fn recordings_bytes(&self) -> usize {
         if !self.placement.is_gpu() {
@@ -232,6 +269,7 @@ impl Sizes {
             guidance: Guidance::ClassifierFree,
             schedulers,
             vae_tiling: self.vae.vae_tiling(dtype),
+            has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,
         }
@@ -244,14 +282,17 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, dtype: DType) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> MemoryPlan {
         let rows = 1 + usize::from(request.negative_prompt.is_some());
         let text = request.max_sequence_length;
         let (_, channels, height, width) = self.latent_shape(request);
-        let conditioning = rows * (text * self.unet.text_dim() + self.text_encoder_2.projection_dim);
+        let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
+        let tokens = text + pictures * ip_adapter.map_or(0, IpAdapter::num_tokens);
+        let conditioning = rows * (tokens * self.unet.text_dim() + self.text_encoder_2.projection_dim);
         let conditioning = conditioning * dtype.size_in_bytes();
         let latents = LATENT_COPIES * channels * height * width * size_of::<f32>();
         let encode = self.text_encoder.forward_bytes(text, dtype).max(self.text_encoder_2.forward_bytes(text, dtype));
+        let encode = encode.max(ip_adapter.filter(|_| pictures > 0).map_or(0, IpAdapter::encode_bytes));
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
         MemoryPlan::new([
@@ -272,7 +313,7 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, self.placement.compute_dtype)
+        self.sizes.plan(request, self.ip_adapter.as_ref(), self.placement.compute_dtype)
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
@@ -305,9 +346,13 @@ impl DiffusionModel for SdxlModel {
         self.text_encoder.work(rows, length) + self.text_encoder_2.work(rows, length)
     }
 
+    fn reference_model(&self) -> Option<&dyn ReferenceModel> {
+        self.ip_adapter.as_ref().map(|adapter| adapter as &dyn ReferenceModel)
+    }
+
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
         let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.unet.work(rows, request.max_sequence_length, 0, (height, width))
+        self.unet.work(rows, request.max_sequence_length, self.reference_tokens(request), (height, width))
     }
 
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
@@ -331,13 +376,18 @@ impl DiffusionModel for SdxlModel {
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
         let time_ids: Vec<[f32; 6]> = rows.iter().map(|row| time_ids(row.request)).collect();
+        // The rows of a batch have equally many, or none.
+        let tokens: Option<Vec<&Tensor>> = rows.iter().map(|row| row.references).collect();
+        let tokens = tokens.map(|tokens| Tensor::cat(&tokens, 0)).transpose()?;
+        let scales = rows.iter().filter_map(|row| row.request.references.as_ref());
+        let scales: Vec<f32> = scales.map(|references| references.scale as f32).collect();
         let input = UNetInput {
             latents: &stack(|row| row.latents.clone())?,
             timesteps: &timesteps,
             prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
             pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
             time_ids: &time_ids,
-            references: None,
+            references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
         };
         let prediction = self.recordings.forward(&self.unet, &input)?;
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()

@@ -266,6 +266,7 @@ impl Sizes {
             guidance: Guidance::ClassifierFree,
             schedulers,
             vae_tiling: None,
+            has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
         }

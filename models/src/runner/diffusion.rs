@@ -27,8 +27,11 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, Input, MAX_ENCODE_ROWS, PictureInput, Prompts, ShapeKey, StepKey, distinct_texts};
+use batcher::{
+    Batcher, Input, MAX_ENCODE_ROWS, PictureInput, Prompts, ReferenceInput, ShapeKey, StepKey, distinct_texts,
+};
 use block_cache::BlockCache;
+use references::{ReferenceModel, ReferenceTokens};
 use start::{Encoded, Repaint, Start, start};
 
 /// Most sessions that one runner holds, whatever memory there is.
@@ -111,6 +114,11 @@ pub trait DiffusionModel: Send {
     fn picture_model(&self) -> Option<&dyn PictureModel> {
         None
     }
+
+    /// What it adds to follow reference pictures, if it does.
+    fn reference_model(&self) -> Option<&dyn ReferenceModel> {
+        None
+    }
 }
 
 /// What a family adds whose loop may begin from a picture. Requests with an [`crate::request::Edit`] are for it alone.
@@ -142,6 +150,8 @@ pub struct DenoiseRow<'a, C> {
     pub timestep: f64,
     /// Of this row's prompt.
     pub conditioning: &'a C,
+    /// What this row sees of the session's reference pictures, `[1, tokens, width]`; rows of one batch have equally many.
+    pub references: Option<&'a Tensor>,
     /// Of this row's session.
     pub request: &'a DiffusionRequest,
 }
@@ -167,7 +177,7 @@ struct Session<M: DiffusionModel> {
 
 enum Stage<M: DiffusionModel> {
     Encode {
-        /// Not yet encoded, at least one: the prompts, then pictures.
+        /// Not yet encoded, at least one: the prompts, then the reference pictures, then pictures to begin from.
         inputs: VecDeque<Input>,
         encoded: Encoded<M::Conditioning>,
     },
@@ -183,6 +193,7 @@ enum Stage<M: DiffusionModel> {
 struct Denoising<M: DiffusionModel> {
     /// One per guidance branch, the positive one first.
     conditioning: Vec<Arc<M::Conditioning>>,
+    references: Option<Arc<ReferenceTokens>>,
     latents: Tensor,
     /// The latents as the solver wants the model to see them.
     model_input: Tensor,
@@ -203,6 +214,7 @@ enum EncodedInputs<C> {
     /// By text.
     Prompts(HashMap<Option<String>, Arc<C>>),
     Picture(Arc<Posterior>),
+    References(Arc<ReferenceTokens>),
 }
 
 /// What becomes of a session after a step.
@@ -231,6 +243,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             Input::Picture(input) => {
                 let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
                 EncodedInputs::Picture(Arc::new(family.encode(input)?))
+            }
+            Input::References(ReferenceInput { pictures, guided }) => {
+                let family = self.model.reference_model().expect(PICTURES_ARE_TAKEN);
+                EncodedInputs::References(Arc::new(family.encode(pictures, *guided)?))
             }
         };
         for id in ids {
@@ -278,6 +294,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
                 texts.chunks(MAX_ENCODE_ROWS).map(|pass| self.model.encode_work(pass, request)).sum()
             }
             Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_work(input),
+            Input::References(ReferenceInput { pictures, guided }) => {
+                self.model.reference_model().expect(PICTURES_ARE_TAKEN).encode_work(pictures.len(), *guided)
+            }
         }
     }
 
@@ -422,6 +441,9 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         if request.edit.is_some() && self.model.picture_model().is_none() {
             return Err(Error::invalid("image", "this model does not begin from a picture"));
         }
+        if request.references.is_some() && self.model.reference_model().is_none() {
+            return Err(Error::invalid("reference_images", "this model follows no reference pictures"));
+        }
         let new = Session::new(request, &self.model);
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
@@ -487,8 +509,12 @@ impl<M: DiffusionModel> Session<M> {
         }));
         let prompts = Input::Prompts(Prompts { texts, max_sequence_length: request.max_sequence_length });
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
-        let inputs = std::iter::once(prompts).chain(pictures.into_iter().map(Input::Picture)).collect();
-        let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new() };
+        let references = request.references.as_ref().map(|references| {
+            let (pictures, guided) = (references.images.clone(), request.negative_prompt.is_some());
+            Input::References(ReferenceInput { pictures, guided })
+        });
+        let inputs = [prompts].into_iter().chain(references).chain(pictures.into_iter().map(Input::Picture)).collect();
+        let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new(), references: None };
         Self { request, started: false, skipped_passes: 0, stage: Stage::Encode { inputs, encoded } }
     }
 
@@ -502,6 +528,7 @@ impl<M: DiffusionModel> Session<M> {
                 num_frames: request.num_frames,
                 max_sequence_length: request.max_sequence_length,
                 is_cached: request.acceleration != Acceleration::None,
+                num_references: request.references.as_ref().map_or(0, |references| references.images.len()),
             }),
             Stage::Latents(_) | Stage::Decode { .. } => StepKey::VaeDecode(id),
         }
@@ -528,6 +555,11 @@ impl<M: DiffusionModel> Session<M> {
                 encoded.pictures.push(posterior.clone());
                 encoded.pictures.len()
             }
+            (Input::References(_), EncodedInputs::References(tokens)) => {
+                encoded.references = Some(tokens.clone());
+                // After the prompts.
+                2
+            }
             _ => unreachable!("{STAGE_FITS}"),
         };
         (done, done + inputs.iter().filter(|waiting| waiting.phase() == input.phase()).count())
@@ -544,6 +576,7 @@ impl<M: DiffusionModel> Session<M> {
             .map_or(Vec::new(), |threshold| encoded.prompts.iter().map(|_| BlockCache::new(threshold)).collect());
         self.stage = Stage::Denoise(Denoising {
             conditioning: std::mem::take(&mut encoded.prompts),
+            references: encoded.references.take(),
             model_input: solver.scale_model_input(first_step, &latents)?,
             latents,
             solver,
@@ -583,10 +616,12 @@ impl<M: DiffusionModel> Session<M> {
     fn rows(&self) -> impl Iterator<Item = DenoiseRow<'_, M::Conditioning>> {
         let denoising = self.denoising();
         let timestep = denoising.solver.timesteps()[denoising.index];
-        denoising.conditioning.iter().take(self.num_rows()).map(move |conditioning| DenoiseRow {
+        let branches = denoising.conditioning.iter().take(self.num_rows()).enumerate();
+        branches.map(move |(branch, conditioning)| DenoiseRow {
             latents: &denoising.model_input,
             timestep,
             conditioning: &**conditioning,
+            references: denoising.references.as_ref().map(|tokens| tokens.of_branch(branch)),
             request: &self.request,
         })
     }

@@ -165,7 +165,13 @@ fn rows_of_a_batch_predict_what_they_predict_alone() {
         let rows: Vec<_> = latents
             .iter()
             .zip(timesteps)
-            .map(|(latents, timestep)| DenoiseRow { latents, timestep, conditioning: &conditioning, request: &request })
+            .map(|(latents, timestep)| DenoiseRow {
+                latents,
+                timestep,
+                conditioning: &conditioning,
+                references: None,
+                request: &request,
+            })
             .collect();
         let batched = model.predict(&rows).unwrap();
         for (row, batched) in rows.iter().zip(batched) {
@@ -362,7 +368,7 @@ fn predict_one(
     conditioning: &FluxConditioning,
     request: &DiffusionRequest,
 ) -> Tensor {
-    model.predict(&[DenoiseRow { latents, timestep, conditioning, request }]).unwrap().remove(0)
+    model.predict(&[DenoiseRow { latents, timestep, conditioning, references: None, request }]).unwrap().remove(0)
 }
 
 /// Runs sessions to their end, each submitted one step after the one before, and checks what they tell.

@@ -79,7 +79,7 @@ fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
         let guided = request.is_guided_at(step, steps);
         let mut predict = |branch: usize| {
             let (conditioning, cache) = (&branches[branch], &mut caches[branch]);
-            let row = DenoiseRow { latents: &latents, timestep, conditioning, request: &request };
+            let row = DenoiseRow { latents: &latents, timestep, conditioning, references: None, request: &request };
             let before = cache.skipped();
             let prediction = model.predict_cached(&[row], &mut [&mut *cache]).unwrap().remove(0);
             found[branch].push(if cache.skipped() > before { '-' } else { 'x' });
@@ -114,7 +114,15 @@ fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
     let latents = model.initial_latents(&request, &mut generator).unwrap();
     // The same input again and again: nothing could be more alike.
     for timestep in [900.0, 900.0, 450.5, 450.5] {
-        let row = || [DenoiseRow { latents: &latents, timestep, conditioning: &conditioning, request: &request }];
+        let row = || {
+            [DenoiseRow {
+                latents: &latents,
+                timestep,
+                conditioning: &conditioning,
+                references: None,
+                request: &request,
+            }]
+        };
         let plain = model.predict(&row()).unwrap();
         let cached = model.predict_cached(&row(), &mut [&mut cache]).unwrap();
         assert_eq!(values(&plain[0]), values(&cached[0]), "{case} at {timestep}");

@@ -270,7 +270,7 @@ fn predict(
     timestep: f64,
     branches: &[Tensor],
 ) -> Vec<Tensor> {
-    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, request };
+    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, references: None, request };
     model.predict(&branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
 }
 

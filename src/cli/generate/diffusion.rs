@@ -115,6 +115,8 @@ impl DiffusionArgs {
             seed: self.seed.or(base.seed),
             max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
             vae_tiling: self.vae_tiling.map_or(base.vae_tiling, VaeTiling::asked),
+            reference_images: base.reference_images,
+            ip_adapter_scale: base.ip_adapter_scale,
         }
     }
 }

@@ -47,6 +47,14 @@ struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
 
+    /// For reference pictures: an IP-Adapter's .safetensors file, or a folder that holds just one
+    #[arg(long, value_name = "PATH")]
+    ip_adapter: Option<PathBuf>,
+
+    /// The IP-Adapter's vision encoder [default: image_encoder beside the adapter's file]
+    #[arg(long, value_name = "DIR", requires = "ip_adapter")]
+    image_encoder: Option<PathBuf>,
+
     /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
@@ -67,7 +75,8 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn source(&self) -> ModelSource {
-        ModelSource { base: self.base.clone(), ..ModelSource::at(&self.model) }
+        let (ip_adapter, image_encoder) = (self.ip_adapter.clone(), self.image_encoder.clone());
+        ModelSource { base: self.base.clone(), ip_adapter, image_encoder, ..ModelSource::at(&self.model) }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::request::Frame;
-use crate::runner::diffusion::references::{FromReferences, ReferenceTokens};
+use crate::runner::diffusion::references::{ReferenceModel, ReferenceTokens};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, linear_flops};
 
@@ -153,7 +153,7 @@ impl IpAdapter {
     }
 }
 
-impl FromReferences for IpAdapter {
+impl ReferenceModel for IpAdapter {
     /// The pictures, one after the other, are more to look at; their order is nothing to the UNet.
     fn encode(&self, pictures: &[Arc<Frame>], guided: bool) -> Result<ReferenceTokens> {
         let mut tokens = Vec::with_capacity(pictures.len());

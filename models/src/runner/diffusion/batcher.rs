@@ -30,6 +30,17 @@ pub enum Input {
     Prompts(Prompts),
     /// For the VAE.
     Picture(PictureInput),
+    /// For the vision encoder.
+    References(ReferenceInput),
+}
+
+/// All reference pictures of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReferenceInput {
+    /// In any sizes.
+    pub pictures: Vec<Arc<Frame>>,
+    /// Whether there is a negative branch.
+    pub guided: bool,
 }
 
 /// All texts of a session.
@@ -66,7 +77,7 @@ impl Input {
     /// Kind of the step that encodes it.
     pub fn phase(&self) -> Phase {
         match self {
-            Input::Prompts(_) => Phase::Encode,
+            Input::Prompts(_) | Input::References(_) => Phase::Encode,
             Input::Picture(_) => Phase::VaeEncode,
         }
     }
@@ -85,6 +96,8 @@ pub struct ShapeKey {
     pub max_sequence_length: usize,
     /// Whether each row has a first-block cache.
     pub is_cached: bool,
+    /// Reference pictures of each row.
+    pub num_references: usize,
 }
 
 impl StepKey {
@@ -197,7 +210,8 @@ mod tests {
     type Step = (StepKey, usize);
 
     fn shape(width: usize, guided: bool) -> Step {
-        let shape = ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, is_cached: false };
+        let (is_cached, num_references) = (false, 0);
+        let shape = ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, is_cached, num_references };
         (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
 

@@ -8,12 +8,12 @@ use crate::error::Result;
 use crate::request::Frame;
 use crate::work::StepWork;
 
-/// Encodes reference pictures. Requests that have some are for families with this alone.
-pub trait FromReferences {
+/// Encodes reference pictures. Requests with [`crate::request::References`] are for models with this alone.
+pub trait ReferenceModel {
     /// All pictures of a request; `guided` says whether it has a negative branch.
     fn encode(&self, pictures: &[Arc<Frame>], guided: bool) -> Result<ReferenceTokens>;
 
-    /// Least work of [`FromReferences::encode`].
+    /// Least work of [`ReferenceModel::encode`].
     fn encode_work(&self, pictures: usize, guided: bool) -> StepWork;
 }
 

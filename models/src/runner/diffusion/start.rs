@@ -9,6 +9,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::DiffusionModel;
+use super::references::ReferenceTokens;
 use crate::error::Result;
 use crate::request::{DiffusionRequest, Edit};
 use crate::rng::TorchGenerator;
@@ -21,6 +22,8 @@ pub struct Encoded<C> {
     pub prompts: Vec<Arc<C>>,
     /// As listed by [`super::PictureModel::inputs`].
     pub pictures: Vec<Arc<Posterior>>,
+    /// Of the reference pictures, where there are some.
+    pub references: Option<Arc<ReferenceTokens>>,
 }
 
 /// What the loop begins from.

@@ -64,6 +64,7 @@ impl Toy {
             guidance: Guidance::ClassifierFree,
             schedulers: flow_schedulers(),
             vae_tiling: None,
+            has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,
         };
@@ -262,6 +263,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         seed,
         max_sequence_length: 8,
         edit: None,
+        references: None,
         vae_tiling: false,
     }
 }
