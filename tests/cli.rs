@@ -308,6 +308,50 @@ fn inspect_plans_the_memory_of_a_request() {
     );
 }
 
+#[test]
+fn inspect_says_by_which_schedulers_a_checkpoint_can_be_sampled() {
+    let of = |case: &str| -> Value {
+        let report = succeed(&["inspect", &Golden::read(case).checkpoint, "--json"]);
+        serde_json::from_str::<Value>(&report).unwrap()["request"].take()
+    };
+    let sdxl = of("sdxl-a");
+    assert_eq!(
+        (&sdxl["scheduler"], &sdxl["schedulers"][4]),
+        (&json!("EulerDiscreteScheduler"), &json!("dpmpp_2m_karras"))
+    );
+    assert_eq!(of("flux-dev")["schedulers"], json!(["flow_euler", "FlowMatchEulerDiscreteScheduler"]));
+    let text = succeed(&["inspect", &Golden::read("wan-a").checkpoint]);
+    let schedulers = "sampled by UniPCMultistepScheduler, or by unipc, flow_euler, FlowMatchEulerDiscreteScheduler.";
+    assert!(text.contains(schedulers), "{text}");
+}
+
+/// A picture by another scheduler than the checkpoint's own, whose seeds reach the noise of its steps.
+#[test]
+fn a_named_scheduler_makes_the_picture_of_the_reference() {
+    let golden = Golden::read("sdxl-schedulers");
+    let (checkpoint, dir) = (Golden::read("sdxl-a").checkpoint, tempfile::tempdir().unwrap());
+    let output = dir.path().join("picture.png").display().to_string();
+    for run in [3, 7] {
+        let fields = &golden.json["runs"][run];
+        let mut flags = vec![format!("--scheduler={}", fields["scheduler"].as_str().unwrap())];
+        flags.extend(fields["eta"].as_f64().map(|eta| format!("--eta={eta}")));
+        for name in ["prompt", "negative_prompt", "width", "height", "guidance_scale"] {
+            let value = &golden.json["request"][name];
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            flags.push(format!("--{}={value}", name.replace('_', "-")));
+        }
+        for name in ["num_inference_steps", "seed"] {
+            flags.push(format!("--{}={}", name.replace('_', "-"), fields[name]));
+        }
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        succeed(&[&["generate", "image", "--model", &checkpoint, "--output", &output][..], &flags].concat());
+        let found = psnr(&decode(Path::new(&output)), &golden.pixels(&format!("run{run}.image")));
+        assert!(found >= 50.0, "run {run}: {found:.1} dB");
+        let said: Value = serde_json::from_str(&succeed(&["inspect", &output])).unwrap();
+        assert_eq!((&said["scheduler"], said["eta"].as_f64()), (&fields["scheduler"], fields["eta"].as_f64()));
+    }
+}
+
 /// Copies a checkpoint so that a test may damage it.
 fn copy_of(case: &str) -> (TempDir, PathBuf) {
     let dir = tempdir().unwrap();

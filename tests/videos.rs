@@ -38,6 +38,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
         ("size", "96x64"),
         ("seed", "5"),
         ("guidance_interval", "[0, 0.5]"),
+        ("scheduler", "unipc"),
     ];
     let parts = fields
         .map(|(name, value)| format!("--b\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n"));
@@ -52,7 +53,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     let effective = json!({
         "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4", "num_frames": 33, "fps": 8, "seed": 5,
         "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": null, "max_sequence_length": 64,
-        "output_format": "mp4", "guidance_interval": [0.0, 0.5], "acceleration": "none",
+        "output_format": "mp4", "guidance_interval": [0.0, 0.5], "acceleration": "none", "scheduler": "unipc",
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&created[name], value, "{name}");

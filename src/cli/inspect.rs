@@ -113,6 +113,10 @@ struct RequestReport {
     width: usize,
     height: usize,
     num_frames: usize,
+    /// The checkpoint's own, which samples it unless a request names another one.
+    scheduler: &'static str,
+    /// All that a request may name.
+    schedulers: Vec<&'static str>,
     /// Whether the VAE works in tiles.
     vae_tiling: bool,
     phases: Vec<PhaseReport>,
@@ -136,13 +140,15 @@ impl RequestReport {
         };
         let request = card.resolve(DiffusionOptions::default(), 0)?;
         let (width, height, num_frames) = (request.width, request.height, request.num_frames);
-        let vae_tiling = request.vae_tiling;
+        let (scheduler, vae_tiling) = (request.scheduler.name, request.vae_tiling);
         let plan = model.runner.plan(&Request::Diffusion(request));
         let phases = plan.phases().iter();
         Ok(Some(Self {
             width,
             height,
             num_frames,
+            scheduler,
+            schedulers: card.schedulers.iter().map(|scheduler| scheduler.name).collect(),
             vae_tiling,
             phases: phases.map(|of| PhaseReport { phase: of.phase.as_str(), memory_bytes: of.bytes }).collect(),
             memory_bytes: plan.peak_bytes(),
@@ -243,6 +249,8 @@ impl Display for RequestReport {
         for PhaseReport { phase, memory_bytes } in &self.phases {
             writeln!(f, "  {phase:<18} {:>25}", ByteSize(*memory_bytes).to_string())?;
         }
+        let others: Vec<_> = self.schedulers.iter().copied().filter(|name| *name != self.scheduler).collect();
+        writeln!(f, "It is sampled by {}, or by {}.", self.scheduler, others.join(", "))?;
         let Some(free_bytes) = self.free_bytes else { return Ok(()) };
         let fits = if self.memory_bytes <= free_bytes { "It fits" } else { "It does not fit" };
         writeln!(f, "{fits}: {} are free beside the weights.", ByteSize(free_bytes))
