@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use tale_models::card::DiffusionOptions;
 use tale_models::request::{Acceleration, DiffusionRequest};
+use tale_models::solver::noise_schedule::Spacing;
 
 /// Keyword of the PNG text that holds them.
 pub const KEYWORD: &str = "parameters";
@@ -32,6 +33,8 @@ pub struct PictureParameters {
     pub acceleration: Acceleration,
     pub scheduler: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestep_spacing: Option<Spacing>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta: Option<f64>,
     pub max_sequence_length: usize,
     pub vae_tiling: bool,
@@ -54,6 +57,7 @@ impl PictureParameters {
             guidance_interval: request.negative_prompt.is_some().then_some(request.guidance_interval),
             acceleration: request.acceleration,
             scheduler: request.scheduler.name.to_owned(),
+            timestep_spacing: request.timestep_spacing,
             eta: request.eta,
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
@@ -81,6 +85,7 @@ impl PictureParameters {
             guidance_interval: self.guidance_interval,
             acceleration: Some(self.acceleration),
             scheduler: Some(self.scheduler),
+            timestep_spacing: self.timestep_spacing,
             eta: self.eta,
             seed: Some(self.seed),
             max_sequence_length: Some(self.max_sequence_length),

@@ -38,18 +38,19 @@ async fn pictures_come_with_their_effective_parameters() {
 }
 
 #[tokio::test]
-async fn the_scheduler_that_was_asked_for_is_echoed_with_its_eta() {
+async fn the_scheduler_that_was_asked_for_is_echoed_with_what_is_its_own() {
     let server = server().await;
     for (asked, effective) in [
-        (json!({"scheduler": "dpmpp_2m_sde_karras"}), json!(["dpmpp_2m_sde_karras", null])),
-        (json!({"scheduler": "LCMScheduler"}), json!(["LCMScheduler", null])),
-        (json!({"scheduler": "ddim"}), json!(["ddim", 0.0])),
-        (json!({"scheduler": "tcd", "eta": 0.3}), json!(["tcd", 0.3])),
+        (json!({"scheduler": "dpmpp_2m_sde_karras"}), json!(["dpmpp_2m_sde_karras", null, null])),
+        (json!({"scheduler": "LCMScheduler"}), json!(["LCMScheduler", null, null])),
+        (json!({"scheduler": "ddim"}), json!(["ddim", "leading", 0.0])),
+        (json!({"scheduler": "euler", "timestep_spacing": "trailing"}), json!(["euler", "trailing", null])),
+        (json!({"scheduler": "tcd", "eta": 0.3}), json!(["tcd", null, 0.3])),
     ] {
         let mut body = json!({"model": "pictures", "prompt": "a boat"});
         body.as_object_mut().expect("fields").extend(asked.as_object().expect("fields").clone());
         let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
-        assert_eq!(json!([answer["scheduler"], answer["eta"]]), effective, "{body}");
+        assert_eq!(json!([answer["scheduler"], answer["timestep_spacing"], answer["eta"]]), effective, "{body}");
     }
 }
 

@@ -119,6 +119,8 @@ async fn wrong_fields_of_a_picture_are_named() {
         (json!({"scheduler": "flow_euler"}), (400, "scheduler", invalid)),
         (json!({"scheduler": 2}), (400, "scheduler", invalid)),
         (json!({"scheduler": "lcm", "num_inference_steps": 51}), (400, "num_inference_steps", invalid)),
+        (json!({"timestep_spacing": SECRET}), (400, "timestep_spacing", invalid)),
+        (json!({"scheduler": "lcm", "timestep_spacing": "trailing"}), (400, "timestep_spacing", invalid)),
         (json!({"eta": 0.5}), (400, "eta", invalid)),
         (json!({"scheduler": "ddim", "eta": 1.01}), (400, "eta", invalid)),
         (json!({"negative_prompt": SECRET}), (400, "negative_prompt", invalid)),

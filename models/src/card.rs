@@ -13,7 +13,8 @@ use crate::memory::VaeTiling;
 use crate::request::{
     Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
 };
-use crate::solver::schedulers::{Scheduler, Schedulers};
+use crate::solver::noise_schedule::Spacing;
+use crate::solver::schedulers::{Chosen, Scheduler, Schedulers};
 use crate::tokenizer::Tokenizer;
 
 /// Card of a loaded model.
@@ -277,6 +278,7 @@ pub struct DiffusionOptions {
     pub num_inference_steps: Option<usize>,
     pub guidance_scale: Option<f64>,
     pub scheduler: Option<String>,
+    pub timestep_spacing: Option<Spacing>,
     pub eta: Option<f64>,
     pub true_cfg_scale: Option<f64>,
     pub guidance_interval: Option<[f64; 2]>,
@@ -305,7 +307,8 @@ impl DiffusionCard {
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {
         let defaults = &self.defaults;
-        let (scheduler, max_steps) = self.schedulers.choose(options.scheduler.as_deref())?;
+        let Chosen { scheduler, timestep_spacing, max_steps } =
+            self.schedulers.choose(options.scheduler.as_deref(), options.timestep_spacing)?;
         let request = DiffusionRequest {
             width: options.width.unwrap_or(defaults.width),
             height: options.height.unwrap_or(defaults.height),
@@ -314,6 +317,7 @@ impl DiffusionCard {
             num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps),
             guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
             scheduler,
+            timestep_spacing,
             eta: eta(scheduler, options.eta)?,
             true_cfg_scale: self.true_cfg_scale(options.true_cfg_scale)?,
             guidance_interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::solver::noise_schedule::Spacing;
 use crate::solver::schedulers::Scheduler;
 
 /// Names one running generation inside one process.
@@ -93,6 +94,8 @@ pub struct DiffusionRequest {
     pub guidance_scale: f64,
     /// How the latents move from one timestep to the next.
     pub scheduler: &'static Scheduler,
+    /// Which timesteps of training the scheduler visits, where that is its choice.
+    pub timestep_spacing: Option<Spacing>,
     /// Share of fresh noise in the steps of DDIM and TCD, 0 to 1; `None` for the other schedulers.
     pub eta: Option<f64>,
     /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1), as in diffusers: the scale of a

@@ -57,7 +57,7 @@ PICTURE = {
     "height": 64,
     "guidance_scale": 3.0,
 }
-# Name, eta, steps, seed.
+# Name with its spacing, if that is not the file's, eta, steps, seed.
 PICTURES = [
     ("euler", None, 4, 11),
     ("euler_a", None, 4, 12),
@@ -71,6 +71,9 @@ PICTURES = [
     ("lcm", None, 4, 19),
     ("tcd", None, 4, 20),
     ("tcd", 0.3, 4, 20),
+    # As distilled models want it.
+    (("euler", "trailing"), None, 4, 21),
+    (("dpmpp_2m_sde", "linspace"), None, 4, 22),
 ]
 # Checkpoints of other classes, sampled as they say and by another name.
 OWN_PICTURES = [
@@ -92,7 +95,9 @@ def scheduler_of(own: str, file: dict, name: str | None):
     own = getattr(diffusers, own).from_config(file)
     if name is None:
         return own
+    name, spacing = name if isinstance(name, tuple) else (name, None)
     class_name, settings = NAMES[name]
+    settings = settings | ({"timestep_spacing": spacing} if spacing else {})
     return getattr(diffusers, class_name).from_config(own.config, **settings, **flow_settings(own, class_name))
 
 
@@ -339,9 +344,10 @@ def make_pictures() -> None:
         pipeline.scheduler = scheduler_of(OWN, file, "euler" if i else "ddim")
         require_moved(what, "another scheduler", image, record(pipeline, steps, seed, None)[1], 45.0)
         tensors |= {f"run{i}.latents": final, f"run{i}.image": image}
+        name, spacing = name if isinstance(name, tuple) else (name, None)
         facts.append(
-            {"own": own, "config": config if own else None, "scheduler": name, "eta": eta}
-            | {"num_inference_steps": steps, "seed": seed}
+            {"own": own, "config": config if own else None, "scheduler": name, "timestep_spacing": spacing}
+            | {"eta": eta, "num_inference_steps": steps, "seed": seed}
         )
         images.append(image)
     for a, b in itertools.combinations(range(len(runs)), 2):

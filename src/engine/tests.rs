@@ -36,6 +36,7 @@ fn clip(num_inference_steps: usize) -> Request {
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").unwrap(),
         eta: None,
+        timestep_spacing: None,
         true_cfg_scale: None,
         guidance_interval: WHOLE_INTERVAL,
         acceleration: Acceleration::None,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tale_models::Event;
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
+use tale_models::solver::noise_schedule::Spacing;
 use tokio::task::spawn_blocking;
 
 use super::diffusion::{self, Interval, Size, saturate};
@@ -39,6 +40,7 @@ struct ImageBody {
     num_inference_steps: Option<u64>,
     guidance_scale: Option<f64>,
     scheduler: Option<String>,
+    timestep_spacing: Option<Spacing>,
     eta: Option<f64>,
     true_cfg_scale: Option<f64>,
     guidance_interval: Option<Interval>,
@@ -202,6 +204,7 @@ impl ImageBody {
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
             scheduler: self.scheduler,
+            timestep_spacing: self.timestep_spacing,
             eta: self.eta,
             true_cfg_scale: self.true_cfg_scale,
             guidance_interval: self.guidance_interval.map(|Interval(interval)| interval),

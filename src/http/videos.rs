@@ -129,7 +129,8 @@ impl VideoBody {
             num_inference_steps: self.num_inference_steps.map(saturate),
             guidance_scale: self.guidance_scale,
             scheduler: self.scheduler,
-            // No scheduler of a clip model has one.
+            // No scheduler of a clip model has these.
+            timestep_spacing: None,
             eta: None,
             true_cfg_scale: None,
             guidance_interval: self.guidance_interval.map(|Interval(interval)| interval),

@@ -16,7 +16,7 @@ use crate::solver::{Solver, noise_like};
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
 pub struct DdimConfig {
-    schedule: NoiseSchedule,
+    pub(super) schedule: NoiseSchedule,
     /// Predicted pictures are cut to `-range..=range`.
     clip: Option<f64>,
     set_alpha_to_one: bool,

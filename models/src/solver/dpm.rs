@@ -24,7 +24,7 @@ const SHORT_LOOP: usize = 15;
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
 pub struct DpmConfig {
-    schedule: NoiseSchedule,
+    pub(super) schedule: NoiseSchedule,
     solver_order: usize,
     solver_type: SolverType,
     is_stochastic: bool,

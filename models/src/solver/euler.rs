@@ -17,7 +17,7 @@ use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule, Predic
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
 pub struct EulerConfig {
-    schedule: NoiseSchedule,
+    pub(super) schedule: NoiseSchedule,
 }
 
 /// The fields that only this class has.

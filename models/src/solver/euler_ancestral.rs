@@ -17,7 +17,7 @@ use crate::solver::{Solver, noise_like};
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
 pub struct EulerAncestralConfig {
-    schedule: NoiseSchedule,
+    pub(super) schedule: NoiseSchedule,
 }
 
 impl EulerAncestralConfig {

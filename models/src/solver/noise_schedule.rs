@@ -7,9 +7,9 @@
 //! f64, as numpy does there.
 
 use candle_core::{DType, Tensor};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::solver::config::SchedulerConfig;
 
 /// `alphas_cumprod` of the last training timestep after rescaling to zero SNR, where a solver divides by it.
@@ -89,7 +89,7 @@ pub enum PredictionType {
 }
 
 /// Which timesteps of training an inference visits (Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, table 2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Spacing {
     /// Evenly from the last to the first.
@@ -98,6 +98,29 @@ pub enum Spacing {
     Leading,
     /// Every k-th, counted from the last.
     Trailing,
+}
+
+impl Spacing {
+    /// Its name in files, on the wire and on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Linspace => "linspace",
+            Self::Leading => "leading",
+            Self::Trailing => "trailing",
+        }
+    }
+}
+
+impl std::str::FromStr for Spacing {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let known = [Self::Linspace, Self::Leading, Self::Trailing];
+        known
+            .into_iter()
+            .find(|spacing| spacing.as_str() == name)
+            .ok_or_else(|| Error::invalid("timestep_spacing", "is not known; allowed: linspace, leading, trailing"))
+    }
 }
 
 /// Where the last step leads.
@@ -207,6 +230,11 @@ impl NoiseSchedule {
     /// See [`Spacing`].
     pub fn spacing(&self) -> Spacing {
         self.spacing
+    }
+
+    /// The same with another spacing.
+    pub fn set_spacing(&mut self, spacing: Spacing) {
+        self.spacing = spacing;
     }
 
     /// Whether the sigmas of an inference are spaced by the rule of Karras et al.

@@ -17,6 +17,7 @@ use crate::solver::euler::{Euler, EulerConfig};
 use crate::solver::euler_ancestral::{EulerAncestral, EulerAncestralConfig};
 use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
 use crate::solver::lcm::{Lcm, LcmConfig};
+use crate::solver::noise_schedule::{NoiseSchedule, Spacing};
 use crate::solver::tcd::{Tcd, TcdConfig};
 use crate::solver::unipc::{UniPc, UniPcConfig};
 
@@ -73,6 +74,11 @@ impl Scheduler {
     /// The scheduler with this name.
     pub fn named(name: &str) -> Option<&'static Self> {
         SCHEDULERS.iter().find(|scheduler| scheduler.name == name)
+    }
+
+    /// Whether it is diffusers' name of the class, as in `model_index.json`.
+    fn is_class_name(&self) -> bool {
+        self.name.ends_with("Scheduler")
     }
 
     /// Whether its steps have an `eta`.
@@ -179,6 +185,19 @@ impl SolverConfig {
         })
     }
 
+    /// The schedule whose spacing decides about the timesteps. That of Karras sigmas over all of training decides nothing,
+    /// and distilled models have timesteps of their own.
+    fn spaced(&mut self) -> Option<&mut NoiseSchedule> {
+        match self {
+            Self::Euler(config) => Some(&mut config.schedule),
+            Self::EulerAncestral(config) => Some(&mut config.schedule),
+            Self::Ddim(config) => Some(&mut config.schedule),
+            Self::Dpm(config) => Some(&mut config.schedule).filter(|schedule| !schedule.is_karras()),
+            Self::UniPc(config) => config.schedule_mut().filter(|schedule| !schedule.is_karras()),
+            Self::Lcm(_) | Self::Tcd(_) | Self::FlowMatchEuler(_) => None,
+        }
+    }
+
     /// Most steps of a loop.
     fn max_steps(&self) -> usize {
         match self {
@@ -207,6 +226,30 @@ fn as_kept(class: Class, file: &SchedulerConfig) -> SchedulerConfig {
     file.with(settings.into_iter().filter_map(|(field, value)| Some((field, value?))))
 }
 
+/// What a request has chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chosen {
+    /// The solver.
+    pub scheduler: &'static Scheduler,
+    /// Where it decides about the timesteps.
+    pub timestep_spacing: Option<Spacing>,
+    /// Most steps of a loop.
+    pub max_steps: usize,
+}
+
+/// What a loop needs to know beside its scheduler.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Loop {
+    /// At least 1.
+    pub steps: usize,
+    /// Another than the checkpoint's.
+    pub timestep_spacing: Option<Spacing>,
+    /// Of DDIM and TCD.
+    pub eta: Option<f64>,
+    /// Tokens of the picture, where the pipeline hands over sigmas and `mu` ([`Training::FlowWithMu`]).
+    pub image_seq_len: Option<usize>,
+}
+
 /// The schedulers that a checkpoint can be sampled with.
 #[derive(Debug, Clone)]
 pub struct Schedulers {
@@ -222,13 +265,9 @@ impl Schedulers {
             Layout::Diffusers { components, .. } => components.get("scheduler").map_or("absent", String::as_str),
             Layout::Transformers { .. } => "absent",
         };
-        let classes = training.classes();
-        // The class names stand last.
-        let own = SCHEDULERS.iter().rev().find(|s| s.name == class_name && classes.contains(&s.class));
-        let own = own.ok_or_else(|| {
-            let supported: Vec<_> =
-                classes.iter().filter_map(|class| SCHEDULERS.iter().rfind(|s| s.class == *class)).collect();
-            let supported: Vec<&str> = supported.iter().map(|scheduler| scheduler.name).collect();
+        let supported = || SCHEDULERS.iter().filter(|s| s.is_class_name() && training.classes().contains(&s.class));
+        let own = supported().find(|scheduler| scheduler.name == class_name).ok_or_else(|| {
+            let supported: Vec<&str> = supported().map(|scheduler| scheduler.name).collect();
             let problem = format!("`scheduler` is {class_name}; supported: {}", supported.join(", "));
             Error::checkpoint(manifest.root.join("model_index.json"), problem)
         })?;
@@ -253,15 +292,25 @@ impl Schedulers {
         Ok(Self { own, choices })
     }
 
-    /// The scheduler that a request asks for, or the checkpoint's own, and the most steps that it can take.
-    pub fn choose(&self, asked: Option<&str>) -> Result<(&'static Scheduler, usize)> {
+    /// The scheduler that a request asks for, or the checkpoint's own; likewise its spacing.
+    pub fn choose(&self, asked: Option<&str>, timestep_spacing: Option<Spacing>) -> Result<Chosen> {
         let asked = asked.unwrap_or(self.own.name);
         let choice = self.choices.iter().find(|(scheduler, _)| scheduler.name == asked);
         let (scheduler, config) = choice.ok_or_else(|| {
             let names: Vec<&str> = self.iter().map(|scheduler| scheduler.name).collect();
             Error::invalid("scheduler", format!("is none of this model's; allowed: {}", names.join(", ")))
         })?;
-        Ok((scheduler, config.max_steps()))
+        let mut config = config.clone();
+        match (config.spaced(), timestep_spacing) {
+            (Some(schedule), Some(spacing)) => schedule.set_spacing(spacing),
+            (None, Some(_)) => {
+                let problem = format!("has no effect with scheduler {}; leave it out", scheduler.name);
+                return Err(Error::invalid("timestep_spacing", problem));
+            }
+            (_, None) => (),
+        }
+        let timestep_spacing = config.spaced().map(|schedule| schedule.spacing());
+        Ok(Chosen { scheduler, timestep_spacing, max_steps: config.max_steps() })
     }
 
     /// All that a request may ask for.
@@ -272,21 +321,20 @@ impl Schedulers {
     /// The solver of a request, its timesteps set. `image_seq_len`: tokens of the picture, where the pipeline hands over
     /// sigmas and `mu` ([`Training::FlowWithMu`]).
     pub fn solver(&self, request: &DiffusionRequest, image_seq_len: Option<usize>) -> Box<dyn Solver> {
-        let eta = request.eta.unwrap_or_default();
-        self.start(request.scheduler, request.num_inference_steps, eta, image_seq_len)
+        let DiffusionRequest { scheduler, timestep_spacing, eta, .. } = request;
+        let steps = request.num_inference_steps;
+        self.start(scheduler, &Loop { steps, timestep_spacing: *timestep_spacing, eta: *eta, image_seq_len })
     }
 
-    /// The solver of a loop over `steps` steps, no more than [`Schedulers::choose`] says.
-    pub fn start(
-        &self,
-        scheduler: &Scheduler,
-        steps: usize,
-        eta: f64,
-        image_seq_len: Option<usize>,
-    ) -> Box<dyn Solver> {
+    /// The solver of a loop whose steps and spacing [`Schedulers::choose`] allows.
+    pub fn start(&self, scheduler: &Scheduler, the_loop: &Loop) -> Box<dyn Solver> {
         let choice = self.choices.iter().find(|(choice, _)| *choice == scheduler);
-        let (_, config) = choice.expect("the card has checked the scheduler: this is a bug");
-        match config {
+        let mut config = choice.expect("the card has checked the scheduler: this is a bug").1.clone();
+        if let (Some(schedule), Some(spacing)) = (config.spaced(), the_loop.timestep_spacing) {
+            schedule.set_spacing(spacing);
+        }
+        let (steps, eta) = (the_loop.steps, the_loop.eta.unwrap_or_default());
+        match &config {
             SolverConfig::Euler(config) => Box::new(Euler::new(config, steps)),
             SolverConfig::EulerAncestral(config) => Box::new(EulerAncestral::new(config, steps)),
             SolverConfig::Ddim(config) => Box::new(Ddim::new(config, steps, eta)),
@@ -294,7 +342,7 @@ impl Schedulers {
             SolverConfig::UniPc(config) => Box::new(UniPc::new(config, steps)),
             SolverConfig::Lcm(config) => Box::new(Lcm::new(config, steps)),
             SolverConfig::Tcd(config) => Box::new(Tcd::new(config, steps, eta)),
-            SolverConfig::FlowMatchEuler(config) => Box::new(match image_seq_len {
+            SolverConfig::FlowMatchEuler(config) => Box::new(match the_loop.image_seq_len {
                 Some(tokens) => FlowMatchEuler::new(config, &linear_sigmas(steps), config.mu(tokens)),
                 None => FlowMatchEuler::new(config, &config.own_sigmas(steps), 0.0),
             }),
@@ -322,9 +370,31 @@ mod tests {
     #[test]
     fn without_a_name_the_checkpoints_own_class_is_chosen() {
         let schedulers = discrete_schedulers();
-        assert_eq!(schedulers.choose(None).expect("its own").0.name, "EulerDiscreteScheduler");
-        let error = schedulers.choose(Some("flow_euler")).expect_err("not for this model").to_string();
+        assert_eq!(schedulers.choose(None, None).expect("its own").scheduler.name, "EulerDiscreteScheduler");
+        let error = schedulers.choose(Some("flow_euler"), None).expect_err("not for this model").to_string();
         assert!(error.contains("euler, euler_a, ddim") && !error.contains("FlowMatch"), "{error}");
+    }
+
+    #[test]
+    fn a_spacing_is_taken_where_it_decides_about_the_timesteps() {
+        let schedulers = discrete_schedulers();
+        for name in ["euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] {
+            let own = schedulers.choose(Some(name), None).expect("offered");
+            assert!(own.timestep_spacing.is_some(), "{name}");
+            for timestep_spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace].map(Some) {
+                let chosen = schedulers.choose(Some(name), timestep_spacing).expect("taken");
+                assert_eq!(chosen.timestep_spacing, timestep_spacing, "{name}");
+                let solver =
+                    schedulers.start(chosen.scheduler, &Loop { steps: 4, timestep_spacing, ..Loop::default() });
+                let begins_last = timestep_spacing != Some(Spacing::Leading);
+                assert_eq!(solver.timesteps()[0] == 999.0, begins_last, "{name} {timestep_spacing:?}");
+            }
+        }
+        for name in ["dpmpp_2m_karras", "dpmpp_2m_sde_karras", "lcm", "tcd"] {
+            assert_eq!(schedulers.choose(Some(name), None).expect("offered").timestep_spacing, None);
+            let error = schedulers.choose(Some(name), Some(Spacing::Trailing)).expect_err(name).to_string();
+            assert!(error.contains("timestep_spacing") && error.contains("no effect"), "{error}");
+        }
     }
 
     #[test]

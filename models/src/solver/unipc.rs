@@ -133,6 +133,14 @@ impl UniPcConfig {
         })
     }
 
+    /// The schedule of a model that was trained on discrete timesteps.
+    pub(super) fn schedule_mut(&mut self) -> Option<&mut NoiseSchedule> {
+        match &mut self.schedule {
+            Schedule::Noise { schedule, .. } => Some(schedule),
+            Schedule::Flow { .. } => None,
+        }
+    }
+
     /// Whether it is for a flow-matching model.
     pub fn is_flow(&self) -> bool {
         matches!(self.schedule, Schedule::Flow { .. })

@@ -12,7 +12,7 @@ use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::solver::Solver;
 use tale_models::solver::config::SchedulerConfig;
-use tale_models::solver::schedulers::{SCHEDULERS, Scheduler, Schedulers, Training};
+use tale_models::solver::schedulers::{Chosen, Loop, SCHEDULERS, Scheduler, Schedulers, Training};
 use tale_models::{DiffusionCard, Event, Events, ModelCard, Request, SessionId};
 
 use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, psnr};
@@ -48,7 +48,7 @@ struct Case<'a> {
     schedulers: Schedulers,
     scheduler: &'static Scheduler,
     steps: usize,
-    eta: f64,
+    eta: Option<f64>,
     tolerance: f64,
     noise: Tensor,
     model: Tensor,
@@ -68,7 +68,8 @@ impl<'a> Case<'a> {
         let file = file(if case["base"] == true { base } else { &Value::Null }, change);
         let schedulers = Schedulers::new(Scheduler::named(own).unwrap(), &file, training).unwrap();
         let (seed, steps) = (case["seed"].as_u64().unwrap(), case["steps"].as_u64().unwrap() as usize);
-        let (scheduler, max_steps) = schedulers.choose(Some(name)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let chosen = schedulers.choose(Some(name), None).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let Chosen { scheduler, max_steps, .. } = chosen;
         assert!(steps <= max_steps, "{what}: {max_steps} steps");
         let mut generator = TorchGenerator::new(seed);
         let noise = Tensor::from_vec(generator.randn(SIZE), (1, SIZE), &Device::Cpu).unwrap();
@@ -79,7 +80,7 @@ impl<'a> Case<'a> {
             schedulers,
             scheduler,
             steps,
-            eta: case["eta"].as_f64().unwrap_or_default(),
+            eta: case["eta"].as_f64(),
             tolerance: if change["rescale_betas_zero_snr"] == true { ZERO_SNR_TOLERANCE } else { TOLERANCE },
             noise,
             model: Tensor::from_vec(model, (steps, SIZE), &Device::Cpu).unwrap(),
@@ -89,7 +90,7 @@ impl<'a> Case<'a> {
     }
 
     fn start(&self) -> Box<dyn Solver> {
-        self.schedulers.start(self.scheduler, self.steps, self.eta, None)
+        self.schedulers.start(self.scheduler, &Loop { steps: self.steps, eta: self.eta, ..Loop::default() })
     }
 
     /// The whole loop, and one that is entered in the middle.
@@ -234,6 +235,7 @@ fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest 
         guidance_scale: base["guidance_scale"].as_f64(),
         num_inference_steps: size(&run["num_inference_steps"]),
         scheduler: text(&run["scheduler"]),
+        timestep_spacing: run["timestep_spacing"].as_str().map(|spacing| spacing.parse().unwrap()),
         eta: run["eta"].as_f64(),
         seed: run["seed"].as_u64(),
         ..Default::default()

@@ -4,6 +4,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::request::{Acceleration, DiffusionRequest, Frame};
+use tale_models::solver::noise_schedule::Spacing;
 use tale_models::{Event, ModelCard, Request};
 
 use super::{CliError, Generator, wrong_medium};
@@ -48,6 +49,10 @@ pub struct DiffusionArgs {
     /// Solver: euler, dpmpp_2m_karras, ..., or diffusers' class name [default: the checkpoint's own]
     #[arg(long, value_name = "NAME")]
     scheduler: Option<String>,
+
+    /// Which timesteps of training the scheduler visits: leading, trailing or linspace [default: as the checkpoint says]
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(["leading", "trailing", "linspace"]).try_map(|name| name.parse::<Spacing>()))]
+    timestep_spacing: Option<Spacing>,
 
     /// Share of fresh noise in the steps of ddim and tcd, 0 to 1 [default: 0]
     #[arg(long, value_name = "X")]
@@ -106,7 +111,8 @@ impl DiffusionArgs {
             fps: base.fps,
             num_inference_steps: self.num_inference_steps.or(base.num_inference_steps),
             guidance_scale: self.guidance_scale.or(base.guidance_scale),
-            // An `eta` belongs to its scheduler.
+            // Spacing and `eta` belong to their scheduler.
+            timestep_spacing: self.timestep_spacing.or(base.timestep_spacing.filter(|_| self.scheduler.is_none())),
             eta: self.eta.or(base.eta.filter(|_| self.scheduler.is_none())),
             true_cfg_scale: self.true_cfg_scale.or(base.true_cfg_scale),
             guidance_interval: self.guidance_interval.or(base.guidance_interval),

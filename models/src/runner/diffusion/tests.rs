@@ -257,6 +257,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         guidance_scale: 1.0,
         scheduler: Scheduler::named("flow_euler").expect("known"),
         eta: None,
+        timestep_spacing: None,
         true_cfg_scale: None,
         guidance_interval: WHOLE_INTERVAL,
         acceleration: Acceleration::None,
