@@ -180,6 +180,28 @@ fn a_picture_is_the_one_that_diffusers_makes() {
     assert_eq!(names(dir.path()), ["out.jpg", "out.png", "out.webp"]);
 }
 
+/// The transformer is a file of its own; everything else is in the folder of its base.
+#[test]
+fn a_single_file_takes_what_it_lacks_from_its_base() {
+    let golden = Golden::read("flux-schnell");
+    let file = format!("{}/transformer/diffusion_pytorch_model.safetensors", golden.checkpoint);
+    let report: Value =
+        serde_json::from_str(&succeed(&["inspect", &file, "--base", &golden.checkpoint, "--json"])).unwrap();
+    assert_eq!((&report["family"], &report["loads"]), (&json!("flux"), &json!(true)));
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("out.png");
+    let flags = golden.flags(0);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let from_file = ["generate", "image", "--model", &file, "--base", &golden.checkpoint, "--output"];
+    succeed(&[&from_file[..], &[path.to_str().unwrap()], &flags].concat());
+    let psnr = psnr(&decode(&path), &golden.pixels("run0.image"));
+    assert!(psnr >= 50.0, "{psnr:.1} dB");
+
+    check_failure(&["inspect", &file], 1, &["holds FLUX.1's transformer and needs a base", "FluxPipeline"]);
+    let with_base = ["inspect", &golden.checkpoint, "--base", &golden.checkpoint];
+    check_failure(&with_base, 1, &["a base goes with a single file"]);
+}
+
 #[test]
 fn a_picture_is_made_again_from_its_own_file() {
     let golden = Golden::read("flux-schnell");

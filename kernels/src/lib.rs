@@ -1,7 +1,7 @@
 //! One function per operation on tensors; the CPU version is the specification.
 //!
 //! Owns: matrix products, attention, norms, rotary embeddings, activations, convolutions. Does not know: models,
-//! requests, checkpoints. Activations are f32 on the CPU; weight matrices may be f32, bf16 or f16. Every function
+//! requests, checkpoints. Activations are f32 on the CPU; weight matrices may be f32, bf16, f16 or quantised. Every function
 //! checks its shapes and names the operation in its error.
 //!
 //! Rows are independent and computed in one order: row i of a result has the same bits whatever else is in the batch.
@@ -46,7 +46,7 @@ pub use conv::{CausalOptions, CausalPadding, ConvOptions, causal_conv3d, conv_we
 pub use gpu::emulated;
 pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
 pub use layout::{cat, transpose};
-pub use linear::{embedding, linear};
+pub use linear::{QuantisedMatrix, embedding, linear, linear_quantised};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
 pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};

@@ -15,6 +15,9 @@ use crate::view::{View, tensor, vector, with_values};
 
 #[cfg(gpu)]
 mod launch;
+mod quantised;
+
+pub use quantised::{QuantisedMatrix, linear_quantised};
 
 /// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`. On a
 /// GPU x has the dtype of the weight.

@@ -104,6 +104,16 @@ enum Matrices {
 }
 
 impl Placement {
+    /// Most bytes that a product with a quantised matrix of so many values takes for a moment: on a GPU the matrix in the
+    /// compute dtype and, where that has 16 bits, in f16 on the way; on the CPU a slab that its caches hold.
+    pub(crate) fn dequantised_bytes(&self, values: usize) -> usize {
+        let on_the_way = if self.compute_dtype == DType::F32 { 0 } else { DType::F16.size_in_bytes() };
+        match self.matrices {
+            Matrices::Compute => values.saturating_mul(self.compute_dtype.size_in_bytes() + on_the_way),
+            Matrices::Own(_) => 0,
+        }
+    }
+
     /// Opens the device, on the thread that will use it. Errors are one line that begins with the device's name.
     pub fn open(spec: DeviceSpec, dtype: WeightDtype) -> Result<Self> {
         let placement = Self::in_host_memory(spec, dtype);

@@ -59,12 +59,9 @@ impl OpenWeights<'_> {
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
         (self.on_component)(name);
-        let (dir, placement) = (&component.dir, self.placement);
-        let weights = match (self.format, self.mode) {
-            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, placement)?,
-            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, placement)?,
-            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, placement)?,
-            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, placement)?,
+        let weights = match self.of_single_file(manifest, name) {
+            Some(weights) => weights,
+            None => self.of_folder(&component.dir)?,
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
@@ -87,6 +84,26 @@ impl OpenWeights<'_> {
     /// Where the model lies, and what goes with it.
     pub fn source(&self) -> &ModelSource {
         self.source
+    }
+
+    fn of_single_file(&self, manifest: &Manifest, name: &str) -> Option<Weights> {
+        let file = manifest.single_file.as_ref().filter(|_| self.format == LoadFormat::Auto)?;
+        file.weights(name, self.placement, self.mode == Mode::Inspect)
+    }
+
+    fn of_folder(&self, dir: &Path) -> Result<Weights> {
+        match (self.format, self.mode) {
+            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, self.placement),
+            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, self.placement),
+            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, self.placement),
+            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, self.placement),
+        }
+    }
+
+    /// Whether the networks took all of the files that must fit them.
+    fn check_fit(&self, manifest: &Manifest) -> Result<()> {
+        let config = |component: &str| manifest.root.join(component).join("config.json");
+        self.opened.iter().try_for_each(|(component, weights)| weights.check_fit(&config(component)))
     }
 
     /// Where tensors will live.
@@ -244,6 +261,7 @@ fn load_with(
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
     let model = family.load(manifest, open, options)?;
+    open.check_fit(manifest)?;
     let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
     let ModelSource { ip_adapter, image_encoder, .. } = open.source;
     match (ip_adapter, image_encoder) {

@@ -22,6 +22,7 @@ pub mod request;
 pub mod rng;
 pub mod runner;
 pub mod sampler;
+pub mod single_file;
 pub mod solver;
 pub mod source;
 pub mod testing;

@@ -1,4 +1,4 @@
-//! What lies in a checkpoint folder: the layout in which it was published and its components.
+//! What a checkpoint is: the layout in which it was published and its components.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,19 @@ use serde_json::Value;
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::single_file::SingleFile;
 use crate::source::ModelSource;
 use crate::weights::Weights;
 
-/// A checkpoint folder, recognised but not loaded.
+/// A checkpoint, recognised but not loaded.
 #[derive(Debug, Clone)]
 pub struct Manifest {
-    /// The folder.
+    /// The folder; of a single file its base.
     pub root: PathBuf,
     /// How it is laid out.
     pub layout: Layout,
+    /// The file whose weights take the place of those in the folder.
+    pub single_file: Option<SingleFile>,
 }
 
 /// The layouts in which open weights are published.
@@ -43,25 +46,39 @@ impl Manifest {
     pub fn read(source: impl Into<ModelSource>) -> Result<Self> {
         let source = source.into();
         let path = source.path.as_path();
-        if path.is_dir() && source.base.is_some() {
-            return Err(Error::checkpoint(path, "is a folder; a base goes with a single file"));
+        if path.is_file() {
+            return Self::read_file(path, source.base);
+        }
+        if source.base.is_some() {
+            return Err(Error::checkpoint(path, "is not a file; a base goes with a single file"));
         }
         if !path.is_dir() {
             return Err(Error::checkpoint(
                 path,
-                "is not a folder; a checkpoint is a folder with config.json or model_index.json",
+                "is neither a folder nor a file; a checkpoint is a folder with config.json or model_index.json, or one file",
             ));
         }
         let root = path.to_path_buf();
         let index = path.join("model_index.json");
         if index.exists() {
-            return Ok(Self { root, layout: read_model_index(&index)? });
+            return Ok(Self { root, layout: read_model_index(&index)?, single_file: None });
         }
         let config = path.join("config.json");
         if config.exists() {
-            return Ok(Self { root, layout: Layout::Transformers { config: read_json(&config)? } });
+            let layout = Layout::Transformers { config: read_json(&config)? };
+            return Ok(Self { root, layout, single_file: None });
         }
         Err(Error::checkpoint(path, "has neither config.json nor model_index.json"))
+    }
+
+    /// Of the single file at `path`, with the pipeline of its base.
+    fn read_file(path: &Path, base: Option<PathBuf>) -> Result<Self> {
+        let file = SingleFile::open(path)?;
+        let root = file.base(base)?;
+        let layout = read_model_index(&root.join("model_index.json"))?;
+        let manifest = Self { root, layout, single_file: Some(file.clone()) };
+        file.check_base(&manifest.root, manifest.architecture())?;
+        Ok(manifest)
     }
 
     /// What the checkpoint says it is: the pipeline class, or the first of `architectures`, or `model_type`.

@@ -197,6 +197,8 @@ impl ClipTextEncoder {
 /// OpenCLIP keeps the matrix transposed and calls it by its bare name.
 fn load_projection(weights: &Weights, config: &ClipTextConfig) -> Result<Linear> {
     let (hidden, projected) = (config.hidden_size, config.projection_dim);
+    // What CLIP was trained to compare with: files of OpenCLIP carry it.
+    weights.ignore("logit_scale");
     if weights.contains("text_projection") {
         let transposed = weights.matrix(hidden, projected, "text_projection")?;
         return Ok(Linear::new(transposed.t()?.contiguous()?, None));

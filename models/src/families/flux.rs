@@ -1,4 +1,4 @@
-//! FLUX.1 (dev and schnell) in the diffusers layout: CLIP and T5 prompts, one transformer, flow-matching Euler, KL-VAE.
+//! FLUX.1 (dev and schnell): CLIP and T5 prompts, one transformer, flow-matching Euler, KL-VAE.
 //!
 //! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
 //! Source: diffusers `pipelines/flux/pipeline_flux.py`. Noise is drawn in f32, as diffusers does for an f32 pipeline.
@@ -22,12 +22,14 @@ use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
+use crate::vae::original::KlNames;
 use crate::weights::Weights;
 use crate::work::StepWork;
 
 pub mod original;
 pub mod transformer;
 
+use original::FluxNames;
 use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig};
 
 /// Side of the square of latent positions that one image token holds.
@@ -120,8 +122,8 @@ impl FluxModel {
             placement: text_encoder.placement().clone(),
             text_encoder: ClipTextEncoder::load(&text_encoder, clip_config)?,
             text_encoder_2: T5Encoder::load(&open("text_encoder_2")?, &t5_config)?,
-            transformer: FluxTransformer::load(&open("transformer")?, transformer_config)?,
-            vae: KlDecoder::load(&open("vae")?, &vae_config)?,
+            transformer: FluxTransformer::load(&open("transformer")?.or_original(|| FluxNames), transformer_config)?,
+            vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&vae_config)), &vae_config)?,
             t5_config,
             vae_config,
         })
@@ -272,7 +274,7 @@ impl DiffusionModel for FluxModel {
         };
         MemoryPlan::new([
             (Phase::Encode, conditioning + encode),
-            (Phase::Denoise, conditioning + latents + denoise + caches),
+            (Phase::Denoise, conditioning + latents + denoise + caches + self.transformer.dequantised_bytes()),
             (Phase::VaeDecode, latents + decode),
         ])
     }

@@ -26,6 +26,7 @@ use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
+use crate::vae::original::KlNames;
 use crate::weights::Weights;
 use crate::work::StepWork;
 
@@ -37,6 +38,7 @@ pub mod unet;
 
 use config::UNetConfig;
 use ip_adapter::{IpAdapter, IpAdapterFiles};
+use original::{OpenClipNames, UNetNames};
 use recorded::DenoiseRecordings;
 use unet::{ReferenceInput, UNet, UNetInput};
 
@@ -139,12 +141,12 @@ impl SdxlModel {
             placement: text_encoder.placement().clone(),
             text_encoder: ClipTextEncoder::load(&text_encoder, sizes.text_encoder.clone())?,
             text_encoder_2: ClipTextEncoder::load_with_projection(
-                &open("text_encoder_2")?,
+                &open("text_encoder_2")?.or_original(|| OpenClipNames),
                 sizes.text_encoder_2.clone(),
             )?,
-            unet: UNet::load(&open("unet")?, sizes.unet.clone())?,
+            unet: UNet::load(&open("unet")?.or_original(|| UNetNames::new(&sizes.unet)), sizes.unet.clone())?,
             recordings: DenoiseRecordings::default(),
-            vae: KlDecoder::load(&open("vae")?, &sizes.vae)?,
+            vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&sizes.vae)), &sizes.vae)?,
             ip_adapter: None,
             sizes,
         })

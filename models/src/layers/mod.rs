@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, conv_weight};
 
 use crate::error::Result;
-use crate::weights::Weights;
+use crate::weights::{Matrix, Weights};
 
 pub mod decoder;
 pub mod rope;
@@ -13,7 +13,7 @@ pub mod timesteps;
 /// `y = x Wᵀ + b`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
 }
 
@@ -21,27 +21,34 @@ impl Linear {
     /// Tensors `weight [out, in]` and `bias [out]`.
     pub fn load(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
         let bias = weights.get(&[out_features], "bias")?;
-        Ok(Self { weight: weights.matrix(out_features, in_features, "weight")?, bias: Some(bias) })
+        Ok(Self { weight: weights.projection(out_features, in_features, "weight")?, bias: Some(bias) })
     }
 
     /// Tensor `weight [out, in]`.
     pub fn load_no_bias(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
-        Ok(Self { weight: weights.matrix(out_features, in_features, "weight")?, bias: None })
+        Ok(Self { weight: weights.projection(out_features, in_features, "weight")?, bias: None })
     }
 
     /// From tensors at hand: `weight [out, in]`, `bias [out]`.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight: Matrix::Dense(weight), bias }
     }
 
     /// Bytes of the matrix.
     pub fn weight_bytes(&self) -> usize {
-        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
+        match &self.weight {
+            Matrix::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
+            Matrix::Quantised(weight) => weight.size_in_bytes(),
+        }
     }
 
     /// `[..., in]` to `[..., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::linear(x, &self.weight, self.bias.as_ref())?)
+        let bias = self.bias.as_ref();
+        Ok(match &self.weight {
+            Matrix::Dense(weight) => tale_kernels::linear(x, weight, bias)?,
+            Matrix::Quantised(weight) => tale_kernels::linear_quantised(x, weight, bias)?,
+        })
     }
 }
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use crate::error::{Error, Result};
 use crate::manifest::{Layout, Manifest};
 use crate::request::DiffusionRequest;
+use crate::single_file::SingleFile;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
 use crate::solver::ddim::{Ddim, DdimConfig};
@@ -272,6 +273,7 @@ impl Schedulers {
             Error::checkpoint(manifest.root.join("model_index.json"), problem)
         })?;
         let file = SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?;
+        let file = file.with(manifest.single_file.iter().flat_map(SingleFile::schedule_settings));
         Self::new(own, &file, training)
     }
 

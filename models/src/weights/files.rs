@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
 use super::Located;
+use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};
 
@@ -97,7 +98,8 @@ pub(super) fn read_header(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(
     let base = mmap.as_ptr() as usize;
     let located = |view: &TensorView| {
         let start = view.data().as_ptr() as usize - base;
-        Located { file, dtype: view.dtype(), shape: view.shape().to_vec(), bytes: start..start + view.data().len() }
+        let bytes = start..start + view.data().len();
+        Located { file, stored: Stored::Plain(view.dtype()), shape: view.shape().to_vec(), bytes }
     };
     Ok(header.iter().map(|(name, view)| (name.to_owned(), located(&view))).collect())
 }

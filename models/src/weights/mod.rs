@@ -1,26 +1,37 @@
-//! Tensors of a checkpoint component by name: memory-mapped safetensors files, checked before use, copied once.
+//! Tensors of a checkpoint component by name: memory-mapped files, checked before use, copied once.
 //!
-//! Owns: the view by name, dtype conversion, and the record of which tensors were used (`files` finds and checks,
-//! `dummy` makes random ones where there are no files). Does not know: any architecture. A *dry* view answers every
-//! request with a tensor that takes no memory and records what is missing, so that `tale inspect` runs the very code
-//! that loads.
+//! Owns: the view by name, dtype conversion, and the record of which tensors were used (`files` finds and checks
+//! safetensors files, `gguf` checks GGUF files, `single` gives components of a file that holds several, `dummy` makes
+//! random tensors where there are no files). Does not know: any architecture. A *dry* view answers every request with a
+//! tensor that takes no memory and records what is missing, so that `tale inspect` runs the very code that loads.
+//!
+//! A network asks for tensors by diffusers' names. Where a file has those of the original implementation, a map
+//! (`names`) says where in the file a tensor lies, which may be some rows of one that is larger.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
+use tale_kernels::QuantisedMatrix;
 
+use self::names::{Names, Part, Place};
+use self::stored::Stored;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 
 mod dummy;
 mod files;
+mod gguf;
 pub mod names;
+pub mod single;
+mod stored;
 
 /// Bytes of a tensor that are converted at a time; whole elements of every dtype.
 const PIECE_BYTES: usize = 4 << 20;
@@ -31,6 +42,8 @@ pub struct Weights {
     source: Arc<Source>,
     placement: Placement,
     prefix: String,
+    /// Where tensors lie, if the files do not have the network's names.
+    names: Option<Arc<dyn Names>>,
 }
 
 struct Source {
@@ -40,6 +53,15 @@ struct Source {
     record: Mutex<Record>,
 }
 
+/// A weight matrix as it is kept.
+#[derive(Debug, Clone)]
+pub enum Matrix {
+    /// One number per value, `[rows, columns]`.
+    Dense(Tensor),
+    /// Blocks of a row's values.
+    Quantised(QuantisedMatrix),
+}
+
 /// Where tensors come from.
 enum Origin {
     Files(Files),
@@ -47,21 +69,38 @@ enum Origin {
     Dummy(DType),
 }
 
-/// The weight files of a folder.
+/// The weight files of a folder, or a component's part of a single file.
 struct Files {
-    files: Vec<(PathBuf, Mmap)>,
+    files: Arc<Vec<(PathBuf, Mmap)>>,
     tensors: BTreeMap<String, Located>,
+    /// What all names of the component begin with.
+    beginning: String,
+    /// Whether the names are those of the original implementation.
+    are_original: bool,
+    /// Whether every tensor below `beginning` must have its place in the network.
+    must_fit: bool,
 }
 
+#[derive(Clone)]
 struct Located {
     file: usize,
-    dtype: Dtype,
+    stored: Stored,
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
 
+/// Values of a file's tensor that are a tensor of the network: pieces of the file one after the other.
+struct Slice {
+    file: usize,
+    stored: Stored,
+    pieces: Vec<Range<usize>>,
+}
+
 #[derive(Default)]
 struct Record {
+    /// By the network's names.
+    loaded: BTreeSet<String>,
+    /// By the names in the files.
     used: BTreeSet<String>,
     problems: Vec<Error>,
     /// Elements of the used tensors.
@@ -69,6 +108,8 @@ struct Record {
     resident_bytes: usize,
     /// Of these, bytes of tables.
     table_bytes: usize,
+    /// Most bytes that a product with one of the matrices takes for a moment.
+    dequantised_bytes: usize,
 }
 
 /// What loading a component used, and what it would have needed.
@@ -124,7 +165,7 @@ impl Weights {
 
     fn open_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {
         let (paths, index) = files::find(dir)?;
-        let mut files = Vec::with_capacity(paths.len());
+        let mut files: Vec<(PathBuf, Mmap)> = Vec::with_capacity(paths.len());
         let mut tensors = BTreeMap::new();
         for (position, path) in paths.into_iter().enumerate() {
             let mmap = files::map(&path)?;
@@ -142,11 +183,22 @@ impl Weights {
                 return Err(Error::checkpoint(dir.join(shard), problem));
             }
         }
-        Ok(Self::over(Source::new(dir, Origin::Files(Files { files, tensors }), dry), placement))
+        let files =
+            Files { files: Arc::new(files), tensors, beginning: String::new(), are_original: false, must_fit: false };
+        Ok(Self::over(Source::new(dir, Origin::Files(files), dry), placement))
     }
 
     fn over(source: Source, placement: &Placement) -> Self {
-        Self { source: Arc::new(source), placement: placement.clone(), prefix: String::new() }
+        Self { source: Arc::new(source), placement: placement.clone(), prefix: String::new(), names: None }
+    }
+
+    /// The same view with the names that the network's tensors have in the original implementation, if it is that
+    /// whose names the files have. Called before any [`Weights::pp`].
+    pub fn or_original<N: Names + 'static>(self, names: impl FnOnce() -> N) -> Self {
+        match &self.source.origin {
+            Origin::Files(files) if files.are_original => Self { names: Some(Arc::new(names())), ..self },
+            _ => self,
+        }
     }
 
     /// The view one level down: names get `prefix.segment.` in front.
@@ -166,23 +218,23 @@ impl Weights {
 
     /// Whether the files hold a tensor of this name under the prefix.
     pub fn contains(&self, name: &str) -> bool {
-        self.source.published().contains_key(&self.full_name(name))
+        self.source.published().contains_key(&self.place(&self.full_name(name)).name)
     }
 
     /// Whether the files hold any tensor below `segment.`.
     pub fn contains_below(&self, segment: &str) -> bool {
-        let below = format!("{}{segment}.", self.prefix);
+        let Some(below) = self.below(segment) else { return false };
         self.source.published().range(below.clone()..).next().is_some_and(|(name, _)| name.starts_with(&below))
     }
 
     /// Number of dimensions of a tensor, if the files hold it.
     pub fn rank(&self, name: &str) -> Option<usize> {
-        self.source.published().get(&self.full_name(name)).map(|located| located.shape.len())
+        self.source.published().get(&self.place(&self.full_name(name)).name).map(|located| located.shape.len())
     }
 
     /// Shape of a tensor, if the files hold it.
     pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.source.published().get(&self.full_name(name)).map(|located| located.shape.as_slice())
+        self.source.published().get(&self.place(&self.full_name(name)).name).map(|located| located.shape.as_slice())
     }
 
     /// A vector, norm weight, bias, convolution kernel or table, in the compute dtype.
@@ -193,6 +245,27 @@ impl Weights {
     /// A weight matrix in the dtype in which [`Placement`] keeps matrices.
     pub fn matrix(&self, rows: usize, cols: usize, name: &str) -> Result<Tensor> {
         self.load(&[rows, cols], name, Placement::matrix_dtype)
+    }
+
+    /// A weight matrix that is only multiplied with: as [`Weights::matrix`], but quantised where the file's is.
+    pub fn projection(&self, rows: usize, cols: usize, name: &str) -> Result<Matrix> {
+        let full_name = self.full_name(name);
+        let place = self.place(&full_name);
+        let Ok(Found::InFiles(files, slice)) = self.source.find(&place, &[rows, cols]) else {
+            return self.matrix(rows, cols, name).map(Matrix::Dense);
+        };
+        let Stored::Blocks(dtype) = slice.stored else { return self.matrix(rows, cols, name).map(Matrix::Dense) };
+        self.note_use(&full_name, &place.name, rows.saturating_mul(cols), slice.len());
+        let dequantised = self.placement.dequantised_bytes(rows.saturating_mul(cols));
+        let most = self.record().dequantised_bytes.max(dequantised);
+        self.record().dequantised_bytes = most;
+        let device = &self.placement.device;
+        if self.source.dry {
+            return placeholder(&[rows, cols], self.placement.compute_dtype, device).map(Matrix::Dense);
+        }
+        let matrix = QuantisedMatrix::new(&files.blocks(&slice), dtype, (rows, cols), device)?;
+        files.drop_pages(&slice);
+        Ok(Matrix::Quantised(matrix))
     }
 
     /// As [`Weights::matrix`], for a table of which a pass reads the rows that it looks up and no others.
@@ -206,12 +279,12 @@ impl Weights {
 
     /// Marks a tensor as known and deliberately not loaded, so that it is not reported as unused.
     pub fn ignore(&self, name: &str) {
-        self.record().used.insert(self.full_name(name));
+        self.record().used.insert(self.place(&self.full_name(name)).name);
     }
 
     /// As [`Weights::ignore`], for all tensors below `segment.`.
     pub fn ignore_below(&self, segment: &str) {
-        let below = format!("{}{segment}.", self.prefix);
+        let Some(below) = self.below(segment) else { return };
         let names = self.source.published().range(below.clone()..).map(|(name, _)| name);
         self.record().used.extend(names.take_while(|name| name.starts_with(&below)).cloned());
     }
@@ -222,7 +295,7 @@ impl Weights {
         let mut record = self.record();
         let mut dtypes = BTreeMap::new();
         for tensor in source.published().values() {
-            *dtypes.entry(format!("{:?}", tensor.dtype)).or_insert(0) += elements(&tensor.shape);
+            *dtypes.entry(tensor.stored.to_string()).or_insert(0) += elements(&tensor.shape);
         }
         if let Origin::Dummy(dtype) = source.origin {
             dtypes.insert(format!("{dtype:?}"), record.used_elements);
@@ -242,33 +315,62 @@ impl Weights {
         record.resident_bytes - record.table_bytes
     }
 
+    /// The tensors of the files, all below the component's beginning, that have no place in the network; an error where
+    /// all must have one.
+    pub fn check_fit(&self, config: &Path) -> Result<()> {
+        let Origin::Files(files) = &self.source.origin else { return Ok(()) };
+        let record = self.record();
+        let is_left = |name: &&String| name.starts_with(&files.beginning) && !record.used.contains(*name);
+        let left: Vec<&String> = files.tensors.keys().filter(is_left).collect();
+        match left.first() {
+            Some(first) if files.must_fit => Err(Error::checkpoint(
+                &self.source.root,
+                format!(
+                    "has {} tensors, such as `{first}`, that the network of {} has not: another base is needed",
+                    left.len(),
+                    config.display()
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Most bytes that a product with one of the quantised matrices takes for a moment beside weights and activations.
+    pub fn dequantised_bytes(&self) -> usize {
+        self.record().dequantised_bytes
+    }
+
     fn load(&self, shape: &[usize], name: &str, dtype: impl Fn(&Placement, DType) -> DType) -> Result<Tensor> {
         let full_name = self.full_name(name);
+        let place = self.place(&full_name);
         let (source, placement) = (&*self.source, &self.placement);
-        let found = match source.find(&full_name, shape) {
+        let found = match source.find(&place, shape) {
             Ok(found) => found,
             Err(problem) if source.dry => {
-                self.record().problems.push(problem);
-                self.record().used.insert(full_name);
+                // Other parts of the same tensor have the same problem.
+                let mut record = self.record();
+                if record.used.insert(place.name) {
+                    record.problems.push(problem);
+                }
                 return placeholder(shape, dtype(placement, DType::F32), &placement.device);
             }
             Err(problem) => return Err(problem),
         };
         let dtype = dtype(placement, found.published_dtype());
-        self.note_use(&full_name, shape, dtype);
+        let elements = elements(shape);
+        self.note_use(&full_name, &place.name, elements, elements.saturating_mul(dtype.size_in_bytes()));
         match found {
             _ if source.dry => placeholder(shape, dtype, &placement.device),
-            Found::InFiles(files, located) => files.read(located, dtype, &placement.device),
+            Found::InFiles(files, slice) => files.read(&slice, shape, dtype, &placement.device),
             Found::Dummy(_) => dummy::tensor(&full_name, shape, dtype, &placement.device),
         }
     }
 
-    fn note_use(&self, full_name: &str, shape: &[usize], dtype: DType) {
+    fn note_use(&self, full_name: &str, name_in_files: &str, elements: usize, bytes: usize) {
         let mut record = self.record();
-        if record.used.insert(full_name.to_owned()) {
-            let elements = elements(shape);
+        record.used.insert(name_in_files.to_owned());
+        if record.loaded.insert(full_name.to_owned()) {
             record.used_elements = record.used_elements.saturating_add(elements);
-            let bytes = elements.saturating_mul(dtype.size_in_bytes());
             record.resident_bytes = record.resident_bytes.saturating_add(bytes);
         }
     }
@@ -280,12 +382,30 @@ impl Weights {
     fn full_name(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
     }
+
+    /// Where the tensor lies that the network calls `full_name`.
+    fn place(&self, full_name: &str) -> Place {
+        let beginning = self.source.beginning();
+        let place = self.names.as_ref().and_then(|names| names.place(full_name));
+        let Place { name, part } = place.unwrap_or_else(|| Place::whole(full_name));
+        Place { name: format!("{beginning}{name}"), part }
+    }
+
+    /// What the names in the files begin with of all tensors below `segment.`.
+    fn below(&self, segment: &str) -> Option<String> {
+        let below = format!("{}{segment}.", self.prefix);
+        let below = match &self.names {
+            Some(names) => names.below(&below)?,
+            None => below,
+        };
+        Some(format!("{}{below}", self.source.beginning()))
+    }
 }
 
 /// A tensor that was asked for.
 enum Found<'a> {
     /// It lies in a file, in the shape that was asked for.
-    InFiles(&'a Files, &'a Located),
+    InFiles(&'a Files, Slice),
     /// It is made up, as if published in this dtype.
     Dummy(DType),
 }
@@ -293,7 +413,7 @@ enum Found<'a> {
 impl Found<'_> {
     fn published_dtype(&self) -> DType {
         match self {
-            Self::InFiles(_, located) => candle_dtype(located.dtype),
+            Self::InFiles(_, slice) => slice.stored.dtype(),
             Self::Dummy(dtype) => *dtype,
         }
     }
@@ -313,18 +433,62 @@ impl Source {
         }
     }
 
-    fn find(&self, name: &str, shape: &[usize]) -> Result<Found<'_>> {
+    fn beginning(&self) -> &str {
+        match &self.origin {
+            Origin::Files(files) => &files.beginning,
+            Origin::Dummy(_) => "",
+        }
+    }
+
+    /// The tensor of this shape at `place`; errors name the whole that it would be part of.
+    fn find(&self, place: &Place, shape: &[usize]) -> Result<Found<'_>> {
         let files = match &self.origin {
             Origin::Files(files) => files,
             Origin::Dummy(dtype) => return Ok(Found::Dummy(*dtype)),
         };
-        let located = files.tensors.get(name).ok_or_else(|| Error::MissingTensor {
+        let whole = whole_shape(place.part, shape);
+        let located = files.tensors.get(&place.name).ok_or_else(|| Error::MissingTensor {
             path: self.root.clone(),
-            tensor: name.to_owned(),
-            expected: shape.to_vec(),
+            tensor: place.name.clone(),
+            expected: whole.clone(),
         })?;
-        files.check(name, located, shape)?;
-        Ok(Found::InFiles(files, located))
+        files.check(&place.name, located, &whole)?;
+        Ok(Found::InFiles(files, Slice::new(located, place.part)))
+    }
+}
+
+/// Shape of the file's tensor of which a tensor of this shape is the part.
+fn whole_shape(part: Part, shape: &[usize]) -> Vec<usize> {
+    let mut whole = shape.to_vec();
+    if let (Part::Rows(rows), Some(first)) = (part, whole.first_mut()) {
+        *first = first.saturating_mul(rows.of) / rows.count;
+    }
+    whole
+}
+
+impl Slice {
+    /// `located` has been checked to have the shape of the whole, so that its rows divide as `part` says.
+    fn new(located: &Located, part: Part) -> Self {
+        let Range { start, end } = located.bytes;
+        let mut pieces = Vec::with_capacity(2);
+        match part {
+            Part::Whole => pieces.push(start..end),
+            Part::Rows(rows) => {
+                let share = (end - start) / rows.of;
+                let first = start + rows.first * share;
+                pieces.push(first..first + rows.count * share);
+            }
+            Part::SwappedHalves => {
+                let middle = start + (end - start) / 2;
+                pieces.extend([middle..end, start..middle]);
+            }
+        }
+        Self { file: located.file, stored: located.stored, pieces }
+    }
+
+    /// Bytes.
+    fn len(&self) -> usize {
+        self.pieces.iter().map(Range::len).sum()
     }
 }
 
@@ -339,52 +503,98 @@ impl Files {
                 expected: shape.to_vec(),
             });
         }
-        if !matches!(located.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let problem = format!("tensor `{name}` has dtype {:?}; read are F32, F16 and BF16", located.dtype);
-            return Err(Error::checkpoint(path, problem));
+        match located.stored {
+            Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) | Stored::Blocks(_) => Ok(()),
+            Stored::Plain(other) => {
+                let problem = format!("tensor `{name}` has dtype {other:?}; read are F32, F16 and BF16");
+                Err(Error::checkpoint(path, problem))
+            }
         }
-        Ok(())
     }
 
     /// Copies the tensor out of the map.
-    fn read(&self, located: &Located, dtype: DType, device: &Device) -> Result<Tensor> {
+    fn read(&self, slice: &Slice, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let published = match slice.stored {
+            Stored::Plain(published) => published,
+            Stored::Blocks(blocks) => return self.dequantise(slice, blocks, shape, dtype, device),
+        };
         match dtype {
-            DType::BF16 => self.read_as(located, to_bf16, device),
-            DType::F16 => self.read_as(located, to_f16, device),
-            DType::F32 => self.read_as(located, to_f32, device),
+            DType::BF16 => self.read_as(slice, published, shape, to_bf16, device),
+            DType::F16 => self.read_as(slice, published, shape, to_f16, device),
+            DType::F32 => self.read_as(slice, published, shape, to_f32, device),
             other => Err(Error::Device(format!("nothing is computed in {other:?}"))),
+        }
+    }
+
+    /// A tensor of quantised rows that is not only multiplied with.
+    fn dequantise(
+        &self,
+        slice: &Slice,
+        blocks: GgmlDType,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let columns = shape.last().copied().unwrap_or(1);
+        let rows = elements(shape) / columns.max(1);
+        let matrix = QuantisedMatrix::new(&self.blocks(slice), blocks, (rows, columns), &Device::Cpu)?;
+        self.drop_pages(slice);
+        Ok(matrix.dequantise(dtype)?.reshape(shape)?.to_device(device)?)
+    }
+
+    /// The bytes of a slice as one.
+    fn blocks(&self, slice: &Slice) -> Cow<'_, [u8]> {
+        let mmap = &self.files[slice.file].1;
+        match &slice.pieces[..] {
+            [piece] => Cow::Borrowed(&mmap[piece.clone()]),
+            pieces => Cow::Owned(pieces.iter().flat_map(|piece| &mmap[piece.clone()]).copied().collect()),
         }
     }
 
     /// To another memory than the host's, values of the right dtype go as they lie in the file. On the host the pages
     /// of a piece are dropped before the next one is read, so that a tensor is never there twice.
-    fn read_as<T: WithDType>(&self, located: &Located, convert: Convert<T>, device: &Device) -> Result<Tensor> {
-        let shape = located.shape.as_slice();
-        let bytes = &self.files[located.file].1[located.bytes.clone()];
-        let in_place = (T::DTYPE == candle_dtype(located.dtype) && !device.is_cpu()).then(|| as_values::<T>(bytes));
-        let Some(values) = in_place.flatten() else {
-            return Ok(Tensor::from_vec(self.convert(located, convert), shape, device)?);
+    fn read_as<T: WithDType>(
+        &self,
+        slice: &Slice,
+        published: Dtype,
+        shape: &[usize],
+        convert: Convert<T>,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let in_place = match &slice.pieces[..] {
+            [piece] if T::DTYPE == slice.stored.dtype() && !device.is_cpu() => {
+                as_values::<T>(&self.files[slice.file].1[piece.clone()])
+            }
+            _ => None,
+        };
+        let Some(values) = in_place else {
+            return Ok(Tensor::from_vec(self.convert(slice, published, convert), shape, device)?);
         };
         let tensor = Tensor::from_slice(values, shape, device)?;
-        self.drop_pages(located.file, located.bytes.clone());
+        self.drop_pages(slice);
         Ok(tensor)
     }
 
     /// Converts a tensor piece by piece and lets the kernel drop the pages of each piece: an embedding is a fifth of
     /// some models, and as a whole it would be in memory twice.
-    fn convert<T>(&self, located: &Located, convert: Convert<T>) -> Vec<T> {
-        let mmap = &self.files[located.file].1;
-        let end = located.bytes.end;
-        let mut elements = Vec::with_capacity(located.shape.iter().product());
-        for start in located.bytes.clone().step_by(PIECE_BYTES) {
-            let piece = start..end.min(start + PIECE_BYTES);
-            elements.extend(convert(located.dtype, &mmap[piece.clone()]));
-            self.drop_pages(located.file, piece);
+    fn convert<T>(&self, slice: &Slice, published: Dtype, convert: Convert<T>) -> Vec<T> {
+        let mmap = &self.files[slice.file].1;
+        let mut elements = Vec::with_capacity(slice.len() * 8 / published.bitsize());
+        for whole in &slice.pieces {
+            for start in whole.clone().step_by(PIECE_BYTES) {
+                let piece = start..whole.end.min(start + PIECE_BYTES);
+                elements.extend(convert(published, &mmap[piece.clone()]));
+                self.drop_pages_of(slice.file, piece);
+            }
         }
         elements
     }
 
-    fn drop_pages(&self, file: usize, bytes: Range<usize>) {
+    fn drop_pages(&self, slice: &Slice) {
+        slice.pieces.iter().for_each(|piece| self.drop_pages_of(slice.file, piece.clone()));
+    }
+
+    fn drop_pages_of(&self, file: usize, bytes: Range<usize>) {
         let (path, mmap) = &self.files[file];
         // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if touched.
         let advised = unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
@@ -415,14 +625,6 @@ fn as_values<T: WithDType>(bytes: &[u8]) -> Option<&[T]> {
 
 fn placeholder(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
     Ok(Tensor::zeros((), dtype, device)?.broadcast_as(shape)?)
-}
-
-fn candle_dtype(dtype: Dtype) -> DType {
-    match dtype {
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        _ => DType::F32,
-    }
 }
 
 fn to_f32(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {

@@ -13,6 +13,7 @@ mod noise_solvers;
 mod rng;
 mod schedulers;
 mod sdxl;
+mod single_files;
 mod support;
 mod text;
 mod tiling;

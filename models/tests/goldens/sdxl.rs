@@ -249,7 +249,7 @@ fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioni
 }
 
 /// The runs of a case as the server would resolve them.
-fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
+pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
     let golden = golden_json(case);
     let size = |value: &serde_json::Value| value.as_u64().map(|value| value as usize);
     let request = |run: &serde_json::Value| {

@@ -164,6 +164,8 @@ pub struct FluxTransformer {
     compute_dtype: DType,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
+    /// Bytes that the largest of its quantised matrices takes for a moment.
+    dequantised_bytes: usize,
     /// Of these, bytes of the blocks after the first.
     other_block_bytes: usize,
 }
@@ -195,6 +197,7 @@ impl FluxTransformer {
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
             compute_dtype: weights.placement().compute_dtype,
             weight_bytes: weights.streamed_bytes(),
+            dequantised_bytes: weights.dequantised_bytes(),
             config,
         })
     }
@@ -212,6 +215,11 @@ impl FluxTransformer {
             + skipping as f64 * self.config.first_block_flops(text_len, image_len);
         let bytes = if computed > 0 { self.weight_bytes } else { self.weight_bytes - self.other_block_bytes };
         StepWork { flops, bytes: bytes as f64 }
+    }
+
+    /// Most bytes that a forward pass takes for a moment to multiply with a quantised matrix.
+    pub fn dequantised_bytes(&self) -> usize {
+        self.dequantised_bytes
     }
 
     /// The configuration.

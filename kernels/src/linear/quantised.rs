@@ -1,0 +1,249 @@
+//! Products with matrices whose rows are blocks of small integers with common scales, as GGUF files have them.
+//!
+//! Activations are not rounded: a product is, bit for bit on the CPU, that of the dequantised matrix. On the CPU a slab
+//! of rows is dequantised at a time, into memory that the cache holds, and multiplied as any other matrix; what that costs
+//! is shared by the rows of `x`. On a GPU the whole matrix is dequantised into the dtype of the activations (candle's
+//! kernels) before cuBLAS multiplies it, which is what diffusers does too.
+
+use std::sync::Arc;
+
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0,
+};
+use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use super::{add_to_rows, matmul_transposed};
+#[cfg(gpu)]
+use crate::gpu;
+use crate::parallel::{Shared, for_each};
+use crate::view::{View, tensor, vector};
+
+/// Values of a slab: 8 MiB in f32.
+const SLAB_VALUES: usize = 2 << 20;
+
+/// A matrix `[out, in]` of quantised rows. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct QuantisedMatrix {
+    tensor: Arc<QTensor>,
+    rows: usize,
+    columns: usize,
+}
+
+impl QuantisedMatrix {
+    /// Whether matrices of this type can be multiplied with. (Q8_1 and Q8K are types of activations, not of files.)
+    pub fn takes(dtype: GgmlDType) -> bool {
+        !matches!(dtype, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::Q8_1 | GgmlDType::Q8K)
+    }
+
+    /// From blocks as they lie in a file, row by row.
+    pub fn new(blocks: &[u8], dtype: GgmlDType, (rows, columns): (usize, usize), device: &Device) -> Result<Self> {
+        let (block_values, block_bytes) = (dtype.block_size(), dtype.type_size());
+        if !Self::takes(dtype) {
+            bail!("quantised matrix: type {dtype:?} is not one of quantised weights");
+        }
+        let needed = (columns / block_values).checked_mul(block_bytes).and_then(|row| row.checked_mul(rows));
+        if !columns.is_multiple_of(block_values) || needed != Some(blocks.len()) {
+            let len = blocks.len();
+            bail!(
+                "quantised matrix: {len} bytes are not [{rows}, {columns}] in blocks of {block_values} {dtype:?} values"
+            );
+        }
+        // Scales are f16, so that blocks have to lie at even addresses.
+        let words: Vec<u16>;
+        let blocks = if blocks.as_ptr().addr().is_multiple_of(align_of::<u16>()) {
+            blocks
+        } else {
+            words = blocks.as_chunks().0.iter().map(|word| u16::from_ne_bytes(*word)).collect();
+            // SAFETY: every u16 is two bytes.
+            unsafe { words.align_to().1 }
+        };
+        let storage = QStorage::from_data(blocks.into(), device, dtype)?;
+        Ok(Self { tensor: Arc::new(QTensor::new(storage, (rows, columns))?), rows, columns })
+    }
+
+    /// Rows and columns.
+    pub fn dims(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// Bytes of the blocks.
+    pub fn size_in_bytes(&self) -> usize {
+        self.tensor.storage_size_in_bytes()
+    }
+
+    /// All values `[out, in]` in `dtype`, where the matrix is.
+    pub fn dequantise(&self, dtype: DType) -> Result<Tensor> {
+        let device = self.tensor.device();
+        match (dtype, &device) {
+            // Half the memory on the way: what the blocks hold is an f16 times a small integer.
+            (DType::F16 | DType::BF16, Device::Cuda(_)) => self.tensor.dequantize_f16(&device)?.to_dtype(dtype),
+            _ => self.tensor.dequantize(&device)?.to_dtype(dtype),
+        }
+    }
+}
+
+/// `x [..., in]` (f32, on a GPU in any dtype) times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`.
+pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (out, inner) = weight.dims();
+    let mut shape = x.dims().to_vec();
+    if shape.pop() != Some(inner) {
+        bail!("linear: x {:?} does not fit quantised weight [{out}, {inner}]", x.shape());
+    }
+    shape.push(out);
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return super::launch::linear(x, &weight.dequantise(x.dtype())?, bias, shape);
+    }
+    let x = x.contiguous()?;
+    let x = View::contiguous("linear", &x)?;
+    let mut y = vec![0f32; shape.iter().product()];
+    if !y.is_empty() {
+        by_slabs(x.f32()?, weight, &mut y)?;
+    }
+    if let Some(bias) = bias {
+        let bias = vector("linear", "bias", bias, out)?;
+        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
+    }
+    tensor(y, shape)
+}
+
+/// `y [m, out] = x [m, in] · wᵀ`, some rows of `w` at a time.
+fn by_slabs(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
+    let (out, inner) = weight.dims();
+    let slab_rows = (SLAB_VALUES / inner).max(1).min(out);
+    let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
+    let row_bytes = blocks.len() / out;
+    let mut slab = vec![0f32; slab_rows * inner];
+    let mut part = vec![0f32; x.len() / inner * slab_rows];
+    for first in (0..out).step_by(slab_rows) {
+        let rows = slab_rows.min(out - first);
+        let slab = &mut slab[..rows * inner];
+        dequantise_rows(dtype, &blocks[first * row_bytes..][..rows * row_bytes], inner, slab);
+        let part = &mut part[..x.len() / inner * rows];
+        matmul_transposed(x, slab, inner, part);
+        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
+            y[first..first + rows].copy_from_slice(part);
+        }
+    }
+    Ok(())
+}
+
+fn dequantise_rows(dtype: GgmlDType, blocks: &[u8], inner: usize, values: &mut [f32]) {
+    let rows = values.len() / inner;
+    let row_bytes = blocks.len() / rows;
+    let len = values.len();
+    let values = Shared::new(values);
+    for_each(rows, len, |row| {
+        let blocks = &blocks[row * row_bytes..][..row_bytes];
+        // SAFETY: every task has its own row.
+        let values = unsafe { values.slice(row * inner, inner) };
+        match dtype {
+            GgmlDType::Q4_0 => to_float::<BlockQ4_0>(blocks, values),
+            GgmlDType::Q4_1 => to_float::<BlockQ4_1>(blocks, values),
+            GgmlDType::Q5_0 => to_float::<BlockQ5_0>(blocks, values),
+            GgmlDType::Q5_1 => to_float::<BlockQ5_1>(blocks, values),
+            GgmlDType::Q8_0 => to_float::<BlockQ8_0>(blocks, values),
+            GgmlDType::Q2K => to_float::<BlockQ2K>(blocks, values),
+            GgmlDType::Q3K => to_float::<BlockQ3K>(blocks, values),
+            GgmlDType::Q4K => to_float::<BlockQ4K>(blocks, values),
+            GgmlDType::Q5K => to_float::<BlockQ5K>(blocks, values),
+            GgmlDType::Q6K => to_float::<BlockQ6K>(blocks, values),
+            other => unreachable!("`new` refuses {other:?}: this is a bug"),
+        }
+    });
+}
+
+fn to_float<B: GgmlType>(blocks: &[u8], values: &mut [f32]) {
+    // SAFETY: a block is numbers without padding, for which all bits are valid.
+    let (before, blocks, after) = unsafe { blocks.align_to::<B>() };
+    assert!(before.is_empty() && after.is_empty(), "candle keeps whole, aligned blocks: this is a bug");
+    B::to_float(blocks, values);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::linear;
+    use crate::testing::{On, bits, for_each_device, random};
+
+    const TYPES: [GgmlDType; 10] = [
+        GgmlDType::Q4_0,
+        GgmlDType::Q4_1,
+        GgmlDType::Q5_0,
+        GgmlDType::Q5_1,
+        GgmlDType::Q8_0,
+        GgmlDType::Q2K,
+        GgmlDType::Q3K,
+        GgmlDType::Q4K,
+        GgmlDType::Q5K,
+        GgmlDType::Q6K,
+    ];
+
+    fn quantised(dtype: GgmlDType, rows: usize, columns: usize, device: &Device) -> QuantisedMatrix {
+        let made = QTensor::quantize(&random(&[rows, columns], 2), dtype).expect("quantised");
+        QuantisedMatrix::new(&made.data().expect("on the CPU"), dtype, (rows, columns), device).expect("is sound")
+    }
+
+    #[test]
+    fn products_are_those_of_the_dequantised_matrix_bit_for_bit() {
+        for dtype in TYPES {
+            let weight = quantised(dtype, 37, 512, &Device::Cpu);
+            let dense = weight.dequantise(DType::F32).expect("dequantised");
+            let bias = random(&[37], 3);
+            for rows in [1, 7, 70] {
+                let x = random(&[rows, 512], 1);
+                let found = linear_quantised(&x, &weight, Some(&bias)).expect("computed");
+                assert_eq!(bits(&found), bits(&linear(&x, &dense, Some(&bias)).expect("computed")), "{dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn more_rows_than_a_slab_holds_come_in_their_order() {
+        let columns = SLAB_VALUES / 64;
+        let weight = quantised(GgmlDType::Q8_0, 150, columns, &Device::Cpu);
+        let dense = weight.dequantise(DType::F32).expect("dequantised");
+        let x = random(&[3, columns], 1);
+        let found = linear_quantised(&x, &weight, None).expect("computed");
+        assert_eq!(bits(&found), bits(&linear(&x, &dense, None).expect("computed")));
+    }
+
+    #[test]
+    fn blocks_at_odd_addresses_are_read() {
+        let made = QTensor::quantize(&random(&[2, 64], 2), GgmlDType::Q8_0).expect("quantised");
+        let blocks = made.data().expect("on the CPU");
+        let mut odd = vec![0u8; blocks.len() + 2];
+        let start = odd.as_ptr().align_offset(2) + 1;
+        odd[start..start + blocks.len()].copy_from_slice(&blocks);
+        let odd = &odd[start..start + blocks.len()];
+        let read = |blocks| QuantisedMatrix::new(blocks, GgmlDType::Q8_0, (2, 64), &Device::Cpu).expect("is sound");
+        let values = |matrix: QuantisedMatrix| bits(&matrix.dequantise(DType::F32).expect("dequantised"));
+        assert_eq!(values(read(odd)), values(read(&blocks)));
+    }
+
+    for_each_device!(a_device_multiplies_with_what_it_dequantises, |on: &On| {
+        for dtype in [GgmlDType::Q8_0, GgmlDType::Q4K] {
+            let x = random(&[5, 256], 1);
+            let dense = quantised(dtype, 24, 256, &Device::Cpu).dequantise(DType::F32).expect("dequantised");
+            let expected = linear(&on.rounded(&x), &on.rounded(&dense), None).expect("computed");
+            let x = on.tensor(&x);
+            let weight = quantised(dtype, 24, 256, x.device());
+            on.assert_close(&on.run(|| linear_quantised(&x, &weight, None)), &expected, 256);
+        }
+    });
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let error = |blocks: &[u8], dtype, dims| {
+            QuantisedMatrix::new(blocks, dtype, dims, &Device::Cpu).expect_err("does not fit").to_string()
+        };
+        assert!(error(&[0; 34], GgmlDType::Q8_0, (1, 33)).contains("[1, 33] in blocks of 32 Q8_0 values"));
+        assert!(error(&[0; 33], GgmlDType::Q8_0, (1, 32)).contains("33 bytes are not [1, 32]"));
+        assert!(error(&[0; 34], GgmlDType::Q8_0, (usize::MAX, 32)).contains("34 bytes"));
+        assert!(error(&[0; 4], GgmlDType::F32, (1, 1)).contains("F32"));
+        let weight = quantised(GgmlDType::Q8_0, 4, 64, &Device::Cpu);
+        let error = linear_quantised(&random(&[2, 32], 1), &weight, None).unwrap_err().to_string();
+        assert!(error.contains("[2, 32]") && error.contains("[4, 64]"), "{error}");
+    }
+}

@@ -1,0 +1,233 @@
+//! Single files as they are shared: what kind one is, by the tensors that it holds, and which of them are which component.
+//!
+//! Owns: the table of kinds. Does not know: how a network is built. What a file lacks comes from its base, a folder in
+//! diffusers' layout: configurations, tokenizers, scheduler, and every component whose weights are not in the file.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::weights::Weights;
+use crate::weights::single::{PartOfFile, WeightFile};
+
+/// A kind of single file.
+struct Kind {
+    /// In words.
+    name: &'static str,
+    /// Classes of the pipelines that a base may have.
+    pipelines: &'static [&'static str],
+    /// The network that every file of this kind holds, by its folder in the base.
+    denoiser: &'static str,
+    /// What the names of its tensors may begin with.
+    beginnings: &'static [&'static str],
+    /// Tensors that no other kind has together, after the beginning.
+    marks: &'static [&'static str],
+    /// Whether names are those of the original implementation.
+    is_original: bool,
+    /// The other components that a file may hold: folder in the base, and what their names may begin with.
+    others: &'static [(&'static str, &'static [&'static str])],
+    /// Files beside it that belong to it, where they exist: folder in the base, and file name.
+    companions: &'static [(&'static str, &'static str)],
+}
+
+const SDXL_PIPELINES: &[&str] =
+    &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"];
+const FLUX_PIPELINES: &[&str] = &["FluxPipeline"];
+/// As files of whole pipelines have it, and as files of the network alone.
+const DENOISER_BEGINNINGS: &[&str] = &["model.diffusion_model.", ""];
+
+const KINDS: &[Kind] = &[
+    Kind {
+        name: "SDXL",
+        pipelines: SDXL_PIPELINES,
+        denoiser: "unet",
+        beginnings: DENOISER_BEGINNINGS,
+        marks: &["input_blocks.0.0.weight", "label_emb.0.0.weight"],
+        is_original: true,
+        others: &[
+            ("text_encoder", &["conditioner.embedders.0.transformer."]),
+            // The refiner has this one alone.
+            ("text_encoder_2", &["conditioner.embedders.1.model.", "conditioner.embedders.0.model."]),
+            ("vae", &["first_stage_model.", "vae."]),
+        ],
+        companions: &[],
+    },
+    Kind {
+        name: "SDXL's UNet",
+        pipelines: SDXL_PIPELINES,
+        denoiser: "unet",
+        beginnings: &[""],
+        marks: &["conv_in.weight", "add_embedding.linear_1.weight", "conv_norm_out.weight"],
+        is_original: false,
+        others: &[],
+        companions: &[],
+    },
+    Kind {
+        name: "FLUX.1",
+        pipelines: FLUX_PIPELINES,
+        denoiser: "transformer",
+        beginnings: DENOISER_BEGINNINGS,
+        marks: &["double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight"],
+        is_original: true,
+        others: &[
+            ("text_encoder", &["text_encoders.clip_l.transformer."]),
+            ("text_encoder_2", &["text_encoders.t5xxl.transformer."]),
+            ("vae", &["vae.", "first_stage_model."]),
+        ],
+        companions: &[("vae", "ae.safetensors")],
+    },
+    Kind {
+        name: "FLUX.1's transformer",
+        pipelines: FLUX_PIPELINES,
+        denoiser: "transformer",
+        beginnings: &[""],
+        marks: &["transformer_blocks.0.norm1_context.linear.weight", "single_transformer_blocks.0.proj_mlp.weight"],
+        is_original: false,
+        others: &[],
+        companions: &[],
+    },
+];
+
+/// Names of tensors that say something without being weights.
+const MARKERS: [&str; 2] = ["v_pred", "ztsnr"];
+/// Markers of models with a noise schedule that is not SDXL's.
+const FOREIGN_SCHEDULES: [&str; 3] = ["edm_mean", "edm_std", "edm_vpred.sigma_max"];
+/// Architecture of GGUF files that are read. Some converters give none.
+const GGUF_ARCHITECTURE: &str = "flux";
+
+/// A single file, recognised but not loaded.
+#[derive(Clone)]
+pub struct SingleFile {
+    file: WeightFile,
+    kind: &'static Kind,
+    /// Its components, by their folders in the base; the network that gives the kind its name is the first.
+    parts: Vec<(&'static str, PartOfFile)>,
+    /// Components in other files beside it.
+    companions: Vec<(&'static str, WeightFile)>,
+}
+
+impl std::fmt::Debug for SingleFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SingleFile").field("file", &self.file).field("kind", &self.kind.name).finish_non_exhaustive()
+    }
+}
+
+impl SingleFile {
+    /// Opens the file at `path` and recognises it by the names of its tensors.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = WeightFile::open(path)?;
+        if let Some(other) = file.architecture().filter(|name| *name != GGUF_ARCHITECTURE) {
+            let problem = format!("is a GGUF file of architecture `{other}`; read are those of `{GGUF_ARCHITECTURE}`");
+            return Err(Error::checkpoint(path, problem));
+        }
+        let found = KINDS.iter().find_map(|kind| Some((kind, kind.beginning(&file)?)));
+        let Some((kind, beginning)) = found else { return Err(unknown(&file)) };
+        if let Some(marker) = FOREIGN_SCHEDULES.iter().find(|marker| file.contains(marker)) {
+            let problem =
+                format!("holds `{marker}`: a model with another noise schedule than SDXL's, which is not supported");
+            return Err(Error::checkpoint(path, problem));
+        }
+        let denoiser = PartOfFile { beginning: beginning.to_owned(), is_original: kind.is_original, must_fit: true };
+        let mut parts = vec![(kind.denoiser, denoiser)];
+        for (component, beginnings) in kind.others {
+            let beginning = beginnings.iter().find(|beginning| file.contains_below(beginning));
+            parts.extend(beginning.map(|beginning| (*component, part(beginning))));
+        }
+        let mut companions = Vec::new();
+        for (component, name) in kind.companions {
+            let path = path.with_file_name(name);
+            let is_there = parts.iter().any(|(there, _)| there == component);
+            if !is_there && path.exists() {
+                companions.push((*component, WeightFile::open(&path)?));
+            }
+        }
+        Ok(Self { file, kind, parts, companions })
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The folder of its base: the given one, or its own if that is in diffusers' layout.
+    pub fn base(&self, given: Option<PathBuf>) -> Result<PathBuf> {
+        let path = self.path();
+        let own = || path.parent().map(|folder| if folder == Path::new("") { Path::new(".") } else { folder });
+        match (given, own()) {
+            (Some(base), _) if base.is_dir() => Ok(base),
+            (Some(base), _) => Err(Error::checkpoint(base, "is not a folder, as the base of a single file must be")),
+            (None, Some(folder)) if folder.join("model_index.json").exists() => Ok(folder.to_owned()),
+            (None, _) => {
+                let (kind, pipeline) = (self.kind.name, self.kind.pipelines[0]);
+                let problem = format!(
+                    "holds {kind} and needs a base for what it lacks: a folder of a {pipeline} in diffusers' layout (its \
+                     configurations, tokenizers and scheduler at least); give one, or put the file into it"
+                );
+                Err(Error::checkpoint(path, problem))
+            }
+        }
+    }
+
+    /// Refuses a base of another pipeline.
+    pub fn check_base(&self, base: &Path, class_name: &str) -> Result<()> {
+        let Kind { name, pipelines, .. } = self.kind;
+        if pipelines.contains(&class_name) {
+            return Ok(());
+        }
+        let path = self.path().display();
+        let problem = format!("is a {class_name}, but {path} holds {name}; its base is a {}", pipelines.join(" or "));
+        Err(Error::checkpoint(base, problem))
+    }
+
+    /// The weights of the component in the folder `name` of a base, if they are in the file or in one beside it.
+    pub fn weights(&self, name: &str, placement: &Placement, dry: bool) -> Option<Weights> {
+        if let Some((_, companion)) = self.companions.iter().find(|(component, _)| *component == name) {
+            return Some(companion.weights(&part(""), |_| false, placement, dry));
+        }
+        let (_, part) = self.parts.iter().find(|(component, _)| *component == name)?;
+        // What is nobody's is reported with the network that the file is named after.
+        let is_left = |tensor: &str| name == self.kind.denoiser && self.is_left(tensor);
+        Some(self.file.weights(part, is_left, placement, dry))
+    }
+
+    /// Fields of `scheduler_config.json` that the file decides, whatever its base says: velocity models carry a tensor
+    /// `v_pred`, and those of them whose noise schedule ends in noise alone also `ztsnr` (as ComfyUI reads them).
+    pub fn schedule_settings(&self) -> Vec<(&'static str, Value)> {
+        let mut settings = Vec::new();
+        if self.file.contains("v_pred") {
+            settings.push(("prediction_type", json!("v_prediction")));
+            settings.extend(self.file.contains("ztsnr").then(|| ("rescale_betas_zero_snr", json!(true))));
+        }
+        settings
+    }
+
+    fn is_left(&self, tensor: &str) -> bool {
+        !MARKERS.contains(&tensor) && !self.parts.iter().any(|(_, part)| tensor.starts_with(&part.beginning))
+    }
+}
+
+impl Kind {
+    /// What the names of the denoiser's tensors begin with, if the file is of this kind.
+    fn beginning(&self, file: &WeightFile) -> Option<&'static str> {
+        let fits = |beginning: &&&str| self.marks.iter().all(|mark| file.contains(&format!("{beginning}{mark}")));
+        self.beginnings.iter().find(fits).copied()
+    }
+}
+
+/// A component beside the denoiser. Tensors of it that nobody asks for are reported and do no harm.
+fn part(beginning: &str) -> PartOfFile {
+    PartOfFile { beginning: beginning.to_owned(), is_original: true, must_fit: false }
+}
+
+fn unknown(file: &WeightFile) -> Error {
+    let kinds = KINDS.iter().map(|kind| kind.name).collect::<Vec<_>>().join(", ");
+    let is_lora = |name: &str| name.contains("lora_") || name.contains(".lora.");
+    let found = match file.names().next() {
+        None => "holds no tensor".to_owned(),
+        Some(_) if file.names().any(is_lora) => "is a LoRA and not a model".to_owned(),
+        Some(first) => format!("holds {} tensors, such as `{first}`, of no model that is known", file.names().count()),
+    };
+    Error::checkpoint(file.path(), format!("{found}; single files are read of {kinds}"))
+}

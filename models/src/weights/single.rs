@@ -1,0 +1,125 @@
+//! One file that holds a network or several: opened once, and given away component by component.
+//!
+//! Owns: what kind of file it is, its checked header, the part of each component. Does not know: which components there
+//! are; `single_file.rs` recognises them by their names.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use super::{Files, Located, Origin, Source, Weights, files, gguf};
+use crate::device::Placement;
+use crate::error::{Error, Result};
+
+/// A safetensors or GGUF file, mapped and checked. Cheap to clone.
+#[derive(Clone)]
+pub struct WeightFile {
+    path: PathBuf,
+    files: Arc<Vec<(PathBuf, Mmap)>>,
+    tensors: Arc<BTreeMap<String, Located>>,
+    architecture: Option<String>,
+}
+
+/// Which tensors of a file are a component's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartOfFile {
+    /// What their names begin with.
+    pub beginning: String,
+    /// Whether the rest of a name is that of the original implementation.
+    pub is_original: bool,
+    /// Whether every one of them must have its place in the network.
+    pub must_fit: bool,
+}
+
+impl std::fmt::Debug for WeightFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WeightFile").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl WeightFile {
+    /// Maps the file and checks its header. What kind of file it is is told by its content.
+    pub fn open(path: &Path) -> Result<Self> {
+        let length = std::fs::metadata(path).map_err(|e| Error::checkpoint(path, e))?.len();
+        if length == 0 {
+            return Err(Error::checkpoint(path, "is empty"));
+        }
+        let mmap = files::map(path)?;
+        let (tensors, architecture) = if mmap.starts_with(gguf::MAGIC) {
+            let header = gguf::read_header(path, &mmap)?;
+            (header.tensors, header.architecture)
+        } else if looks_like_safetensors(&mmap) {
+            (files::read_header(path, &mmap, 0)?, None)
+        } else if looks_like_pickle(&mmap) {
+            let problem =
+                "is a pickle (.ckpt, .pt, .bin), which can run code when read; only safetensors and GGUF files are";
+            return Err(Error::checkpoint(path, problem));
+        } else {
+            return Err(Error::checkpoint(path, "is not a checkpoint: neither a safetensors nor a GGUF file"));
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            files: Arc::new(vec![(path.to_owned(), mmap)]),
+            tensors: Arc::new(tensors.into_iter().collect()),
+            architecture,
+        })
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `general.architecture` of a GGUF file.
+    pub fn architecture(&self) -> Option<&str> {
+        self.architecture.as_deref()
+    }
+
+    /// Whether it holds a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Names of all tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether the name of any tensor begins so.
+    pub fn contains_below(&self, beginning: &str) -> bool {
+        let next = self.tensors.range(beginning.to_owned()..).next();
+        next.is_some_and(|(name, _)| name.starts_with(beginning))
+    }
+
+    /// The weights of one component: those of its part, and those whose names `is_left` says belong to no component.
+    pub fn weights(
+        &self,
+        part: &PartOfFile,
+        is_left: impl Fn(&str) -> bool,
+        placement: &Placement,
+        dry: bool,
+    ) -> Weights {
+        let is_mine = |name: &str| name.starts_with(&part.beginning) || is_left(name);
+        let mine = self.tensors.iter().filter(|(name, _)| is_mine(name));
+        let files = Files {
+            files: self.files.clone(),
+            tensors: mine.map(|(name, located)| (name.clone(), located.clone())).collect(),
+            beginning: part.beginning.clone(),
+            are_original: part.is_original,
+            must_fit: part.must_fit,
+        };
+        Weights::over(Source::new(&self.path, Origin::Files(files), dry), placement)
+    }
+}
+
+/// Eight bytes of length, then JSON. Whether the length is right is for the reader of the header to say.
+fn looks_like_safetensors(bytes: &[u8]) -> bool {
+    bytes.get(8) == Some(&b'{')
+}
+
+/// What `torch.save` writes: a zip archive, or a bare pickle of one of the protocols that are in use.
+fn looks_like_pickle(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"PK\x03\x04") || matches!(bytes, [0x80, 2..=5, ..])
+}

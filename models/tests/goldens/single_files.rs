@@ -1,0 +1,536 @@
+//! Checkpoints as single files: SDXL and FLUX.1 in the layouts of their original implementations, and GGUF files.
+//!
+//! The files are made here from the folders of the other cases, as `single-files/*.names` says, which diffusers has read
+//! to the same tensors. `published-files/*.txt` are names and shapes of the files that everybody downloads.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::families::flux::original::FluxNames;
+use tale_models::families::flux::transformer::{FluxTransformer, FluxTransformerConfig};
+use tale_models::family::{self, Inspection, LoadOptions, LoadedModel};
+use tale_models::presets::{Configurations, Preset};
+use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SessionId};
+use tale_models::single_file::SingleFile;
+use tale_models::vae::kl::{KlConfig, KlDecoder};
+use tale_models::vae::original::KlNames;
+use tale_models::{ModelCard, ModelSource};
+
+use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+use crate::{flux, sdxl};
+
+const MIN_PSNR: f64 = 50.0;
+
+// --- published files -------------------------------------------------------------------------------------------------
+
+/// Every tensor of `sd_xl_base_1.0.safetensors` has its place in the networks of the published configurations, and the
+/// networks ask for no other.
+#[test]
+fn the_published_sdxl_file_fits_the_published_configurations() {
+    let (dir, base) = (tempfile::tempdir().unwrap(), preset("sdxl"));
+    let path = dir.path().join("anything.safetensors");
+    write_empty(&path, &published("sd_xl_base_1.0"));
+    let inspection = inspect(&path, Some(base.path()));
+    assert_clean(&inspection);
+    let parameters: BTreeMap<&str, usize> =
+        inspection.components.iter().map(|(name, report)| (name.as_str(), report.num_parameters)).collect();
+    assert_eq!(parameters["unet"], 2_567_463_684);
+    // Beside its parameters CLIP's file has 77 positions, OpenCLIP's the scale of its logits.
+    assert_eq!(parameters["text_encoder"], 123_060_480 + 77);
+    assert_eq!(parameters["text_encoder_2"], 694_659_840 + 1);
+    assert_eq!(parameters["vae"], 83_653_863);
+}
+
+/// The same of `flux1-dev.safetensors` and the `ae.safetensors` beside it.
+#[test]
+fn the_published_flux_files_fit_the_published_configurations() {
+    let (dir, base) = (tempfile::tempdir().unwrap(), preset("flux.1-dev"));
+    let path = dir.path().join("anything.safetensors");
+    write_empty(&path, &published("flux1-dev"));
+    write_empty(&dir.path().join("ae.safetensors"), &published("ae"));
+    let file = SingleFile::open(&path).unwrap();
+    let weights = |component| file.weights(component, &cpu(), true).expect("is there");
+
+    let transformer = weights("transformer").or_original(|| FluxNames);
+    let config: FluxTransformerConfig = read_config(base.path(), "transformer");
+    FluxTransformer::load(&transformer, config).unwrap();
+    let report = transformer.report();
+    assert!(report.problems.is_empty() && report.unused.is_empty(), "{:?} {:?}", report.problems, report.unused);
+    assert_eq!(report.num_parameters, 11_901_408_320);
+    transformer.check_fit(base.path()).unwrap();
+
+    let config: KlConfig = read_config(base.path(), "vae");
+    let vae = weights("vae").or_original(|| KlNames::new(&config));
+    KlDecoder::load(&vae, &config).unwrap();
+    let report = vae.report();
+    assert!(report.problems.is_empty() && report.unused.is_empty(), "{:?} {:?}", report.problems, report.unused);
+    assert!(file.weights("text_encoder", &cpu(), true).is_none());
+}
+
+fn preset(name: &str) -> Configurations {
+    Configurations::of_preset(name.parse::<&Preset>().unwrap()).unwrap()
+}
+
+fn read_config<T: serde::de::DeserializeOwned>(base: &Path, component: &str) -> T {
+    serde_json::from_slice(&std::fs::read(base.join(component).join("config.json")).unwrap()).unwrap()
+}
+
+/// Names and shapes of a published file: one line each, or one for several whose names count, as in `a.{0-18}.b 64x64`.
+fn published(name: &str) -> BTreeMap<String, Vec<usize>> {
+    let text = std::fs::read_to_string(case_dir("published-files").join(format!("{name}.txt"))).unwrap();
+    let mut tensors = BTreeMap::new();
+    for line in text.lines() {
+        let (names, shape) = line.split_once(' ').unwrap();
+        let shape: Vec<usize> =
+            shape.split('x').filter(|dim| *dim != "scalar").map(|dim| dim.parse().unwrap()).collect();
+        for name in counted(names) {
+            assert!(tensors.insert(name, shape.clone()).is_none(), "{line}: a name is there twice");
+        }
+    }
+    tensors
+}
+
+fn counted(names: &str) -> Vec<String> {
+    let Some((before, rest)) = names.split_once('{') else { return vec![names.to_owned()] };
+    let (range, after) = rest.split_once('}').unwrap();
+    let (first, last) = range.split_once('-').unwrap();
+    let numbers: Range<usize> = first.parse().unwrap()..last.parse::<usize>().unwrap() + 1;
+    let after = counted(after);
+    numbers.flat_map(|number| after.iter().map(move |after| format!("{before}{number}{after}"))).collect()
+}
+
+/// A file with this header and a hole where its data would be.
+fn write_empty(path: &Path, tensors: &BTreeMap<String, Vec<usize>>) {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, shape) in tensors {
+        let start = end;
+        end += 2 * shape.iter().product::<usize>();
+        header.insert(name.clone(), json!({"dtype": "F16", "shape": shape, "data_offsets": [start, end]}));
+    }
+    let header = Value::Object(header).to_string();
+    let mut file = File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len((8 + header.len() + end) as u64).unwrap();
+}
+
+// --- SDXL ------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn sdxl_files_make_the_pictures_of_their_folders() {
+    for case in ["sdxl-a", "sdxl-b"] {
+        let dir = tempfile::tempdir().unwrap();
+        // The base has no weights: all are in the file.
+        let base = Configurations::of_folder(&checkpoint(case)).unwrap();
+        let path = dir.path().join("finetune.safetensors");
+        write_file(&path, assemble(case, case));
+        assert_clean(&inspect(&path, Some(base.path())));
+        let mut model = load(&path, Some(base.path()), WeightDtype::Auto);
+        let golden = golden_tensors(case);
+        for (run, request) in sdxl::requests(case, card(&model)).into_iter().enumerate() {
+            assert_picture(
+                &format!("{case} run {run}"),
+                &picture(&mut model, request),
+                &golden[&format!("run{run}.image")],
+            );
+        }
+    }
+}
+
+/// Beside the file's own tensors other files often lack some, and have some that are nobody's.
+#[test]
+fn what_an_sdxl_file_lacks_comes_from_its_base() {
+    for lacks in ["conditioner.", "first_stage_model."] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut tensors = assemble("sdxl-b", "sdxl-b");
+        tensors.retain(|name, _| !name.starts_with(lacks));
+        tensors.insert("model_ema.decay".to_owned(), Tensor::new(&[0.5f32], &Device::Cpu).unwrap());
+        write_file(&path, tensors);
+        let inspection = inspect(&path, Some(&checkpoint("sdxl-b")));
+        assert!(inspection.problem.is_none() && inspection.components.len() == 4, "{:?}", inspection.problem);
+        let unused: Vec<_> = inspection.components.iter().flat_map(|(_, report)| &report.unused).collect();
+        assert_eq!(unused, ["model_ema.decay"]);
+        let mut model = load(&path, Some(&checkpoint("sdxl-b")), WeightDtype::Auto);
+        let request = sdxl::requests("sdxl-b", card(&model)).remove(0);
+        assert_picture(lacks, &picture(&mut model, request), &golden_tensors("sdxl-b")["run0.image"]);
+    }
+}
+
+/// Velocity models say so by tensors that hold nothing.
+#[test]
+fn markers_choose_what_the_network_predicts() {
+    let golden = golden_tensors("single-files");
+    for (markers, expected) in
+        [(&["v_pred", "ztsnr"][..], "v_prediction.image"), (&["v_pred"][..], "v_prediction_alone.image")]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut tensors = assemble("sdxl-b", "sdxl-b");
+        for marker in markers {
+            tensors.insert((*marker).to_owned(), Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap());
+        }
+        write_file(&path, tensors);
+        assert_clean(&inspect(&path, Some(&checkpoint("sdxl-b"))));
+        let mut model = load(&path, Some(&checkpoint("sdxl-b")), WeightDtype::Auto);
+        let request = request("v_prediction", card(&model));
+        assert_picture(expected, &picture(&mut model, request), &golden[expected]);
+    }
+}
+
+// --- FLUX.1 ----------------------------------------------------------------------------------------------------------
+
+/// As published: the transformer and the VAE in two files, here inside the folder of their base and elsewhere.
+#[test]
+fn flux_files_make_the_pictures_of_their_folder() {
+    let golden = golden_tensors("flux-dev");
+    for prefix in ["", "model.diffusion_model."] {
+        let base = tempfile::tempdir().unwrap();
+        copy_folder(&checkpoint("flux-dev"), base.path());
+        for component in ["transformer", "vae"] {
+            remove_weights(&base.path().join(component));
+        }
+        let path = base.path().join("flux1-dev.safetensors");
+        let tensors = assemble("flux-dev", "flux-dev");
+        write_file(&path, tensors.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)).collect());
+        write_file(&base.path().join("ae.safetensors"), assemble("flux-dev", "flux-dev-ae"));
+        assert_clean(&inspect(&path, None));
+        let mut model = load(&path, None, WeightDtype::Auto);
+        for (run, request) in flux::requests("flux-dev", card(&model)).into_iter().enumerate() {
+            let found = picture(&mut model, request);
+            assert_picture(&format!("flux-dev {prefix} run {run}"), &found, &golden[&format!("run{run}.image")]);
+        }
+    }
+}
+
+/// The transformer's own file of a diffusers folder, alone.
+#[test]
+fn a_transformer_alone_may_have_its_names_of_today() {
+    let source = ModelSource {
+        base: Some(checkpoint("flux-schnell")),
+        ..ModelSource::at(checkpoint("flux-schnell").join("transformer/diffusion_pytorch_model.safetensors"))
+    };
+    let mut model = tale_models::load(source, &cpu(), &LoadOptions::default(), &mut |_| ()).unwrap();
+    let request = flux::requests("flux-schnell", card(&model)).remove(0);
+    assert_picture("flux-schnell", &picture(&mut model, request), &golden_tensors("flux-schnell")["run0.image"]);
+}
+
+// --- GGUF ------------------------------------------------------------------------------------------------------------
+
+/// diffusers computes with what gguf dequantises from the same file.
+#[test]
+fn gguf_files_make_the_pictures_of_their_dequantised_weights() {
+    let base = gguf_base();
+    assert_clean(&inspect(&gguf_file(), Some(base.path())));
+    let mut model = load(&gguf_file(), Some(base.path()), WeightDtype::Auto);
+    let request = request("gguf", card(&model));
+    let expected = &golden_tensors("single-files")["gguf.image"];
+    assert_picture("gguf", &picture(&mut model, request.clone()), expected);
+
+    // In a batch as alone.
+    let others = [1, 2].map(|seed| DiffusionRequest { seed, ..request.clone() });
+    let alone: Vec<Frame> = others.iter().map(|other| picture(&mut model, other.clone())).collect();
+    assert!(psnr(&alone[0].rgb, &alone[1].rgb) < 35.0, "the sessions are the same picture");
+    for (together, alone) in pictures(&mut model, &others).iter().zip(&alone) {
+        assert!(psnr(&together.rgb, &alone.rgb) >= MIN_PSNR);
+    }
+}
+
+#[test]
+fn gguf_weights_stay_quantised() {
+    let base = gguf_base();
+    let inspection = inspect(&gguf_file(), Some(base.path()));
+    let (_, report) = inspection.components.iter().find(|(name, _)| name == "transformer").unwrap();
+    let on_disk = std::fs::metadata(gguf_file()).unwrap().len() as usize;
+    assert!(report.resident_bytes <= on_disk && report.resident_bytes > on_disk / 2, "{}", report.resident_bytes);
+    for dtype in ["Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32"] {
+        assert!(report.dtypes.contains_key(dtype), "{dtype}: {:?}", report.dtypes);
+    }
+    for dtype in [WeightDtype::Auto, WeightDtype::F32] {
+        let source = ModelSource { base: Some(base.path().to_owned()), ..ModelSource::at(gguf_file()) };
+        let placement = Placement::open(DeviceSpec::Cpu, dtype).unwrap();
+        let inspected = family::inspect(&source, &placement, &LoadOptions::default()).unwrap().resident_bytes();
+        assert_eq!(load(&gguf_file(), Some(base.path()), dtype).resident_bytes, inspected);
+    }
+}
+
+/// On a GPU a matrix is dequantised for the moment of its product, which the plan of a request counts.
+#[test]
+fn the_largest_matrix_is_dequantised_for_a_moment() {
+    let (base, file) = (gguf_base(), SingleFile::open(&gguf_file()).unwrap());
+    for (dtype, bytes_per_value) in [(WeightDtype::Auto, 2 + 2), (WeightDtype::F32, 4)] {
+        let on_gpu = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
+        let weights = file.weights("transformer", &on_gpu, true).unwrap().or_original(|| FluxNames);
+        let transformer = FluxTransformer::load(&weights, read_config(base.path(), "transformer")).unwrap();
+        // A modulation of a double block, [6 * 64, 64]; 16 bits come by way of f16.
+        assert_eq!(transformer.dequantised_bytes(), 6 * 64 * 64 * bytes_per_value);
+    }
+}
+
+fn gguf_file() -> PathBuf {
+    case_dir("single-files").join("transformer.gguf")
+}
+
+/// `flux-schnell` with the configuration of another transformer.
+fn gguf_base() -> tempfile::TempDir {
+    let base = tempfile::tempdir().unwrap();
+    copy_folder(&checkpoint("flux-schnell"), base.path());
+    remove_weights(&base.path().join("transformer"));
+    let config = case_dir("single-files").join("gguf-transformer/config.json");
+    std::fs::copy(config, base.path().join("transformer/config.json")).unwrap();
+    base
+}
+
+// --- refusals --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_base_that_does_not_fit_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    write_file(&path, assemble("sdxl-b", "sdxl-b"));
+    check_refused(&path, None, &["holds SDXL and needs a base", "StableDiffusionXLPipeline"]);
+    check_refused(&path, Some(&checkpoint("flux-dev")), &["is a FluxPipeline", "holds SDXL"]);
+    check_refused(&path, Some(&path), &["is not a folder"]);
+    // Names and shapes are those of the file.
+    let wider = &["`conditioner.embedders.0.transformer.text_model.", "has shape [", "expected ["];
+    check_refused(&path, Some(&checkpoint("sdxl-a")), wider);
+
+    let path = dir.path().join("flux.safetensors");
+    write_file(&path, assemble("flux-dev", "flux-dev"));
+    let with = |field: &str, value: Value| {
+        let base = tempfile::tempdir().unwrap();
+        copy_folder(&checkpoint("flux-dev"), base.path());
+        let config = base.path().join("transformer/config.json");
+        let mut fields: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        fields[field] = value;
+        std::fs::write(config, fields.to_string()).unwrap();
+        base
+    };
+    let deeper = with("num_layers", json!(3));
+    check_refused(
+        &path,
+        Some(deeper.path()),
+        &["`double_blocks.2.img_mod.lin.bias` is missing, expected with shape [216]"],
+    );
+    let flatter = with("num_single_layers", json!(2));
+    check_refused(&path, Some(flatter.path()), &["such as `single_blocks.2.linear1.bias`", "another base"]);
+    let unguided = with("guidance_embeds", json!(false));
+    check_refused(&path, Some(unguided.path()), &["has 4 tensors, such as `guidance_in."]);
+    let narrower = with("num_attention_heads", json!(2));
+    check_refused(
+        &path,
+        Some(narrower.path()),
+        &["flux.safetensors: tensor `double_blocks.0.img_mod.lin.bias` has shape [216], expected [144]"],
+    );
+}
+
+#[test]
+fn what_is_no_model_is_refused_in_its_own_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let one = |name: &str| HashMap::from([(name.to_owned(), Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap())]);
+    std::fs::write(path("zip.ckpt"), b"PK\x03\x04 and more").unwrap();
+    check_refused(&path("zip.ckpt"), None, &["zip.ckpt: is a pickle"]);
+    // Whatever it is called.
+    std::fs::write(path("old.safetensors"), b"\x80\x02}q\x00.").unwrap();
+    check_refused(&path("old.safetensors"), None, &["is a pickle"]);
+    std::fs::write(path("empty.safetensors"), b"").unwrap();
+    check_refused(&path("empty.safetensors"), None, &["is empty"]);
+    std::fs::write(path("text.safetensors"), "not a model at all").unwrap();
+    check_refused(&path("text.safetensors"), None, &["neither a safetensors nor a GGUF file"]);
+    write_file(&path("lora.safetensors"), one("lora_unet_input_blocks_4_1_proj_in.lora_down.weight"));
+    check_refused(&path("lora.safetensors"), None, &["is a LoRA and not a model"]);
+    write_file(&path("other.safetensors"), one("model.embed_tokens.weight"));
+    check_refused(&path("other.safetensors"), None, &["such as `model.embed_tokens.weight`", "FLUX.1"]);
+    let mut edm = assemble("sdxl-b", "sdxl-b");
+    edm.extend(one("edm_mean"));
+    write_file(&path("edm.safetensors"), edm);
+    check_refused(&path("edm.safetensors"), Some(&checkpoint("sdxl-b")), &["holds `edm_mean`"]);
+
+    let mut gguf = std::fs::read(gguf_file()).unwrap();
+    let at = gguf.windows(4).position(|bytes| bytes == b"flux").unwrap();
+    gguf[at..at + 4].copy_from_slice(b"qwen");
+    std::fs::write(path("words.gguf"), &gguf).unwrap();
+    check_refused(&path("words.gguf"), None, &["is a GGUF file of architecture `qwen`"]);
+    gguf[at..at + 4].copy_from_slice(b"flux");
+    gguf.truncate(gguf.len() - 100);
+    std::fs::write(path("cut.gguf"), &gguf).unwrap();
+    check_refused(&path("cut.gguf"), None, &["is not a sound GGUF file", "the file ends before"]);
+    check_refused(&path("absent.gguf"), None, &["is neither a folder nor a file"]);
+}
+
+/// By the inspection, or by its report; and by the load in the same words.
+#[track_caller]
+fn check_refused(path: &Path, base: Option<&Path>, expected: &[&str]) {
+    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
+    let inspected = match family::inspect(&source, &cpu(), &LoadOptions::default()) {
+        Err(error) => error.to_string(),
+        Ok(inspection) => {
+            let of_components = inspection.components.iter().flat_map(|(_, report)| &report.problems);
+            let problems: Vec<String> = of_components.chain(&inspection.problem).map(ToString::to_string).collect();
+            problems.join("\n")
+        }
+    };
+    let loaded = tale_models::load(&source, &cpu(), &LoadOptions::default(), &mut |_| ());
+    let loaded = loaded.err().expect("is refused").to_string();
+    for part in expected {
+        assert!(inspected.contains(part), "inspected: expected `{part}` in: {inspected}");
+        assert!(loaded.contains(part), "loaded: expected `{part}` in: {loaded}");
+    }
+}
+
+// --- making files and pictures ---------------------------------------------------------------------------------------
+
+fn checkpoint(case: &str) -> PathBuf {
+    case_dir(case).join("checkpoint")
+}
+
+/// The tensors of a single file from those of a case's folder, as `single-files/{names}.names` says.
+fn assemble(case: &str, names: &str) -> HashMap<String, Tensor> {
+    let mut components: HashMap<String, HashMap<String, Tensor>> = HashMap::new();
+    let text = std::fs::read_to_string(case_dir("single-files").join(format!("{names}.names"))).unwrap();
+    let mut tensors = HashMap::new();
+    for line in text.lines() {
+        let (name, expression) = line.split_once(" = ").unwrap();
+        let (change, parts) = match expression.split_once(' ') {
+            Some((change @ ("transposed" | "swapped"), part)) => (change, part),
+            _ => ("", expression),
+        };
+        let parts: Vec<Tensor> = parts
+            .split(" + ")
+            .map(|part| {
+                let (component, tensor) = part.split_once('/').unwrap();
+                let read = || read_component(&checkpoint(case).join(component));
+                components.entry(component.to_owned()).or_insert_with(read)[tensor].clone()
+            })
+            .collect();
+        let tensor = Tensor::cat(&parts, 0).unwrap();
+        let tensor = match change {
+            "transposed" => tensor.t().unwrap().contiguous().unwrap(),
+            "swapped" => {
+                let half = tensor.dim(0).unwrap() / 2;
+                Tensor::cat(&[tensor.narrow(0, half, half).unwrap(), tensor.narrow(0, 0, half).unwrap()], 0).unwrap()
+            }
+            _ => tensor,
+        };
+        tensors.insert(name.to_owned(), tensor);
+    }
+    tensors
+}
+
+fn read_component(folder: &Path) -> HashMap<String, Tensor> {
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
+    files.flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap()).collect()
+}
+
+fn write_file(path: &Path, tensors: HashMap<String, Tensor>) {
+    candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+fn remove_weights(folder: &Path) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.to_string_lossy().contains(".safetensors") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+fn cpu() -> Placement {
+    Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap()
+}
+
+fn inspect(path: &Path, base: Option<&Path>) -> Inspection {
+    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
+    family::inspect(source, &cpu(), &LoadOptions::default()).unwrap()
+}
+
+#[track_caller]
+fn assert_clean(inspection: &Inspection) {
+    assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
+    for (component, report) in &inspection.components {
+        assert!(report.problems.is_empty(), "{component}: {:?}", report.problems);
+        assert!(report.unused.is_empty(), "{component}: unused {:?}", report.unused);
+    }
+}
+
+fn load(path: &Path, base: Option<&Path>, dtype: WeightDtype) -> LoadedModel {
+    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
+    let placement = Placement::open(DeviceSpec::Cpu, dtype).unwrap();
+    tale_models::load(source, &placement, &LoadOptions::default(), &mut |_| ()).unwrap()
+}
+
+fn card(model: &LoadedModel) -> &DiffusionCard {
+    match &model.card {
+        ModelCard::Diffusion(card) => card,
+        ModelCard::Text(_) => panic!("makes pictures"),
+    }
+}
+
+/// A run of `single-files/golden.json`.
+fn request(run: &str, card: &DiffusionCard) -> DiffusionRequest {
+    let run = &golden_json("single-files")[run];
+    let size = |field: &str| run[field].as_u64().map(|value| value as usize);
+    let options = DiffusionOptions {
+        prompt: run["prompt"].as_str().unwrap().to_owned(),
+        negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
+        width: size("width"),
+        height: size("height"),
+        num_inference_steps: size("num_inference_steps"),
+        guidance_scale: run["guidance_scale"].as_f64(),
+        seed: run["seed"].as_u64(),
+        max_sequence_length: size("max_sequence_length"),
+        ..Default::default()
+    };
+    card.resolve(options, 0).unwrap()
+}
+
+#[track_caller]
+fn assert_picture(what: &str, found: &Frame, expected: &Tensor) {
+    let found = psnr(&found.rgb, &expected.flatten_all().unwrap().to_vec1::<u8>().unwrap());
+    println!("{what}: {found:.1} dB");
+    assert!(found >= MIN_PSNR, "{what}: {found:.1} dB");
+}
+
+fn picture(model: &mut LoadedModel, request: DiffusionRequest) -> Frame {
+    pictures(model, &[request]).remove(0)
+}
+
+/// All requests at once.
+fn pictures(model: &mut LoadedModel, requests: &[DiffusionRequest]) -> Vec<Frame> {
+    for (id, request) in requests.iter().enumerate() {
+        model.runner.submit(SessionId(id as u64), Request::Diffusion(request.clone())).unwrap();
+    }
+    let (mut events, mut frames) = (Events::default(), HashMap::new());
+    while model.runner.next().is_some() {
+        model.runner.step(&mut events).unwrap();
+        for (id, event) in events.drain() {
+            match event {
+                Event::Frames(mut new) => drop(frames.insert(id, new.remove(0))),
+                Event::Failed(error) => panic!("session {id:?}: {error}"),
+                _ => (),
+            }
+        }
+    }
+    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
+}
