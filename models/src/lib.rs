@@ -15,6 +15,7 @@ pub mod families;
 pub mod family;
 pub mod kv;
 pub mod layers;
+pub mod lora;
 pub mod manifest;
 pub mod memory;
 pub mod presets;

@@ -201,7 +201,7 @@ fn load_projection(weights: &Weights, config: &ClipTextConfig) -> Result<Linear>
     weights.ignore("logit_scale");
     if weights.contains("text_projection") {
         let transposed = weights.matrix(hidden, projected, "text_projection")?;
-        return Ok(Linear::new(transposed.t()?.contiguous()?, None));
+        return Linear::named(transposed.t()?.contiguous()?, None, &weights.pp("text_projection"));
     }
     Linear::load_no_bias(&weights.pp("text_projection"), hidden, projected)
 }

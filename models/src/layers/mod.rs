@@ -1,37 +1,50 @@
 //! Layers shared by families: weights in, one kernel call out. All take and give the compute dtype.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, conv_weight};
 
 use crate::error::Result;
+use crate::lora::{LayerShape, Slot};
 use crate::weights::{Matrix, Weights};
 
 pub mod decoder;
 pub mod rope;
 pub mod timesteps;
 
-/// `y = x Wᵀ + b`.
+/// `y = x Wᵀ + b`, and the term of an adapter where one is active.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
+    slot: Option<Arc<Slot>>,
 }
 
 impl Linear {
     /// Tensors `weight [out, in]` and `bias [out]`.
     pub fn load(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
         let bias = weights.get(&[out_features], "bias")?;
-        Ok(Self { weight: weights.projection(out_features, in_features, "weight")?, bias: Some(bias) })
+        Ok(Self { bias: Some(bias), ..Self::load_no_bias(weights, in_features, out_features)? })
     }
 
     /// Tensor `weight [out, in]`.
     pub fn load_no_bias(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
-        Ok(Self { weight: weights.projection(out_features, in_features, "weight")?, bias: None })
+        let weight = weights.projection(out_features, in_features, "weight")?;
+        let slot = weights.slot(LayerShape::Linear { in_features, out_features });
+        Ok(Self { weight, bias: None, slot })
     }
 
-    /// From tensors at hand: `weight [out, in]`, `bias [out]`.
+    /// From tensors at hand: `weight [out, in]`, `bias [out]`. No adapter reaches it.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight: Matrix::Dense(weight), bias }
+        Self { weight: Matrix::Dense(weight), bias, slot: None }
+    }
+
+    /// As [`Linear::new`]; adapters reach it by the name of this view.
+    pub fn named(weight: Tensor, bias: Option<Tensor>, weights: &Weights) -> Result<Self> {
+        let (out_features, in_features) = weight.dims2()?;
+        let slot = weights.slot(LayerShape::Linear { in_features, out_features });
+        Ok(Self { slot, ..Self::new(weight, bias) })
     }
 
     /// Bytes of the matrix.
@@ -45,10 +58,14 @@ impl Linear {
     /// `[..., in]` to `[..., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref();
-        Ok(match &self.weight {
+        let y = match &self.weight {
             Matrix::Dense(weight) => tale_kernels::linear(x, weight, bias)?,
             Matrix::Quantised(weight) => tale_kernels::linear_quantised(x, weight, bias)?,
-        })
+        };
+        match &self.slot {
+            Some(slot) => slot.add_linear(y, x),
+            None => Ok(y),
+        }
     }
 }
 
@@ -163,12 +180,13 @@ impl GroupNorm {
     }
 }
 
-/// 2-D convolution with zeros on all four sides.
+/// 2-D convolution with zeros on all four sides, and the term of an adapter where one is active.
 #[derive(Debug, Clone)]
 pub struct Conv2d {
     weight: Tensor,
     bias: Tensor,
     options: ConvOptions,
+    slot: Option<Arc<Slot>>,
 }
 
 impl Conv2d {
@@ -181,7 +199,12 @@ impl Conv2d {
         padding: usize,
     ) -> Result<Self> {
         let weight = conv_weight(&weights.get(&[out_channels, in_channels, kernel, kernel], "weight")?)?;
-        Ok(Self { weight, bias: weights.get(&[out_channels], "bias")?, options: ConvOptions::padded(padding) })
+        Ok(Self {
+            weight,
+            bias: weights.get(&[out_channels], "bias")?,
+            options: ConvOptions::padded(padding),
+            slot: weights.slot(LayerShape::Conv2d { in_channels, out_channels, kernel }),
+        })
     }
 
     /// The convolution of pictures that are first upsampled by 2, to the nearest value.
@@ -198,10 +221,15 @@ impl Conv2d {
 
     /// `[b, in, h, w]` to `[b, out, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.options)?)
+        let y = tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.options)?;
+        match &self.slot {
+            Some(slot) => slot.add_conv2d(y, x, self.options),
+            None => Ok(y),
+        }
     }
 
-    /// Each frame by itself: `[b, in, t, h, w]` to `[b, out, t, h', w']`.
+    /// Each frame by itself: `[b, in, t, h, w]` to `[b, out, t, h', w']`. Only decoders of clips do this, which adapters
+    /// do not reach.
     pub fn forward_frames(&self, x: &Tensor) -> Result<Tensor> {
         Ok(tale_kernels::conv3d(x, &self.weight.unsqueeze(2)?, Some(&self.bias), self.options)?)
     }

@@ -25,6 +25,7 @@ use self::names::{Names, Part, Place};
 use self::stored::Stored;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::lora::{LayerShape, Sites, Slot};
 
 mod dummy;
 mod files;
@@ -44,6 +45,8 @@ pub struct Weights {
     prefix: String,
     /// Where tensors lie, if the files do not have the network's names.
     names: Option<Arc<dyn Names>>,
+    /// Where layers note that they take adapters, if they do.
+    sites: Option<Arc<Sites>>,
 }
 
 struct Source {
@@ -189,7 +192,8 @@ impl Weights {
     }
 
     fn over(source: Source, placement: &Placement) -> Self {
-        Self { source: Arc::new(source), placement: placement.clone(), prefix: String::new(), names: None }
+        let (source, placement) = (Arc::new(source), placement.clone());
+        Self { source, placement, prefix: String::new(), names: None, sites: None }
     }
 
     /// The same view with the names that the network's tensors have in the original implementation, if it is that
@@ -209,6 +213,17 @@ impl Weights {
     /// The same view for a network that computes in another dtype.
     pub fn computing_in(&self, dtype: DType) -> Self {
         Self { placement: self.placement.computing_in(dtype), ..self.clone() }
+    }
+
+    /// The same view for a network whose layers take adapters: they enter themselves in `sites` as they load.
+    pub fn noting(&self, sites: &Arc<Sites>) -> Self {
+        Self { sites: Some(sites.clone()), ..self.clone() }
+    }
+
+    /// The place for adapters of the layer that has this view's name, where the network takes any.
+    pub fn slot(&self, shape: LayerShape) -> Option<Arc<Slot>> {
+        let layer = self.prefix.strip_suffix('.').unwrap_or(&self.prefix);
+        self.sites.as_ref().map(|sites| sites.enter(layer, shape))
     }
 
     /// Where the tensors will live and in which dtypes.

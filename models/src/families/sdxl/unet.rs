@@ -487,7 +487,7 @@ impl Transformer {
 /// A convolution of one position is a matrix: `[c, c, 1, 1]`.
 fn load_pointwise(weights: &Weights, channels: usize) -> Result<Linear> {
     let kernel = weights.get(&[channels, channels, 1, 1], "weight")?;
-    Ok(Linear::new(kernel.reshape((channels, channels))?, Some(weights.get(&[channels], "bias")?)))
+    Linear::named(kernel.reshape((channels, channels))?, Some(weights.get(&[channels], "bias")?), weights)
 }
 
 /// `BasicTransformerBlock`: attention over the picture, over the text, and a feed-forward network.
