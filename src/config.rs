@@ -33,8 +33,8 @@ pub const MAX_MODEL_NAME_LEN: usize = 128;
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// A checkpoint (a folder or a single file) and the name that clients use for it; may be given several times. What
-    /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; ip_adapter=PATH and
-    /// image_encoder=DIR, for reference pictures
+    /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; loras=DIR, the
+    /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures
     #[arg(long = "model", value_name = "NAME=PATH[,KEY=PATH]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelSpec>,
@@ -81,6 +81,11 @@ pub struct Settings {
     /// Most rows (pictures or clips times guidance branches) of one denoising step [default: 4]
     #[arg(long, value_name = "N")]
     pub max_denoise_rows: Option<NonZeroUsize>,
+
+    /// Memory for LoRA files that no request uses, of each model with a folder of them, such as 4GiB [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub lora_cache: Option<ByteSize>,
 
     /// Most requests that may wait for one model; more are refused with 429 [default: 256]
     #[arg(long, value_name = "N")]
@@ -222,6 +227,7 @@ impl Settings {
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
+            lora_cache: self.lora_cache.or(file.lora_cache),
             max_queued: self.max_queued.or(file.max_queued),
             max_requests: self.max_requests.or(file.max_requests),
             max_active_jobs: self.max_active_jobs.or(file.max_active_jobs),
@@ -244,6 +250,7 @@ impl Settings {
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
+                lora_cache_bytes: self.lora_cache.map_or(load.lora_cache_bytes, |size| size.0),
             },
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
@@ -451,6 +458,7 @@ mod tests {
         assert_eq!(config.engine.load.max_batch_tokens, 1024);
         assert_eq!(config.engine.load.max_batch_sequences, 32);
         assert_eq!(config.engine.load.max_denoise_rows, 2);
+        assert_eq!(config.engine.load.lora_cache_bytes, 2 << 30);
         assert_eq!(config.engine.max_queued_sessions, 100);
         assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
         assert_eq!(config.server.max_requests, 500);
@@ -486,6 +494,7 @@ mod tests {
             ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
             ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
             ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
+            ("lora_cache", gib(engine.load.lora_cache_bytes)),
             ("max_queued", engine.max_queued_sessions.to_string()),
             ("max_requests", server.max_requests.to_string()),
             ("max_active_jobs", server.retention.max_active_jobs.to_string()),

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 use tale_models::card::DiffusionOptions;
+use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest};
 use tale_models::solver::noise_schedule::Spacing;
 
@@ -39,6 +40,29 @@ pub struct PictureParameters {
     pub max_sequence_length: usize,
     pub vae_tiling: bool,
     pub seed: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub loras: Vec<LoraParameter>,
+}
+
+/// One LoRA of a picture.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraParameter {
+    /// Its file without `.safetensors`.
+    pub name: String,
+    /// 1 is what its author meant.
+    #[serde(default = "one")]
+    pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl From<LoraParameter> for LoraOption {
+    fn from(LoraParameter { name, weight }: LoraParameter) -> Self {
+        Self { name, weight }
+    }
 }
 
 impl PictureParameters {
@@ -62,6 +86,7 @@ impl PictureParameters {
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
             seed: request.seed,
+            loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
         }
     }
 
@@ -92,6 +117,7 @@ impl PictureParameters {
             vae_tiling: Some(self.vae_tiling),
             reference_images: Vec::new(),
             ip_adapter_scale: None,
+            loras: self.loras.into_iter().map(LoraOption::from).collect(),
         }
     }
 

@@ -231,6 +231,59 @@ fn a_picture_is_made_again_from_its_own_file() {
 }
 
 #[test]
+fn a_picture_with_loras_is_the_one_that_diffusers_makes() {
+    let (golden, checkpoint) = (Golden::read("lora"), Golden::read("sdxl-a").checkpoint);
+    let run = golden.json["runs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .position(|run| run["files"] == "sdxl" && run["loras"].as_array().is_some_and(|loras| loras.len() == 2));
+    let run = run.unwrap();
+    let folder = format!("{}/sdxl", checkpoint.replace("sdxl-a/checkpoint", "lora"));
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (first, again) = (path("a.png"), path("b.png"));
+    let mut fields = golden.json["runs"][run].clone();
+    let loras = fields.as_object_mut().unwrap().remove("loras").unwrap();
+    let of_golden = Golden { json: json!({"runs": [fields]}), ..golden };
+    let flags: Vec<String> = of_golden
+        .flags(0)
+        .into_iter()
+        .filter(|flag| !flag.starts_with("--checkpoint") && !flag.starts_with("--files"))
+        .chain(
+            loras
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|lora| format!("--lora={}:{}", lora["name"].as_str().unwrap(), lora["weight"])),
+        )
+        .collect();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let image = ["generate", "image", "--model", &checkpoint, "--loras", &folder, "--output"];
+    succeed(&[&image[..], &[&first], &flags].concat());
+    let psnr = psnr(&decode(Path::new(&first)), &of_golden.pixels(&format!("run{run}.image")));
+    assert!(psnr >= 50.0, "{psnr:.1} dB");
+    let said: Value = serde_json::from_str(&succeed(&["inspect", &first])).unwrap();
+    assert_eq!(said["loras"], loras);
+    succeed(&[&image[..], &[&again, "--parameters-from", &first]].concat());
+    assert_eq!(std::fs::read(&again).unwrap(), std::fs::read(&first).unwrap());
+
+    let refuse = |lora: &str, parts: &[&str]| {
+        check_failure(&[&image[..], &[&again, "--prompt", "x", "--lora", lora]].concat(), 2, parts);
+    };
+    refuse("nobody", &["--lora: is not known; there are: before-peft, kohya"]);
+    refuse("peft:11", &["--lora: is 11; allowed: -10 to 10"]);
+    let unfit = run_image_with_flux_lora(&checkpoint, &folder.replace("lora/sdxl", "lora/flux"), &again);
+    assert!(unfit.contains("--lora: `kohya` is not for this model: ") && unfit.contains("lora_unet_"), "{unfit}");
+}
+
+/// What it says on stderr.
+fn run_image_with_flux_lora(checkpoint: &str, folder: &str, output: &str) -> String {
+    let args = ["generate", "image", "--model", checkpoint, "--loras", folder, "--output", output, "--prompt", "x"];
+    String::from_utf8(run(&[&args[..], &["--lora", "kohya"]].concat()).stderr).unwrap()
+}
+
+#[test]
 fn a_clip_is_the_one_that_diffusers_makes() {
     let golden = Golden::read("wan-a");
     let dir = tempdir().unwrap();

@@ -27,9 +27,13 @@ async fn server() -> Server {
     let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")].map(|(name, golden)| {
         ModelSpec { name: name.into(), source: ModelSource::at(case(golden).join("checkpoint")) }
     });
+    serve(models.into()).await
+}
+
+async fn serve(models: Vec<ModelSpec>) -> Server {
     let load = LoadOptions { kv_cache_bytes: 64 << 20, ..LoadOptions::default() };
     let options = EngineOptions { load, ..EngineOptions::default() };
-    let loading = tokio::task::spawn_blocking(move || Engine::load(models.into(), options, |_, _| ()));
+    let loading = tokio::task::spawn_blocking(move || Engine::load(models, options, |_, _| ()));
     let engine = loading.await.expect("no panic").expect("sound checkpoints");
     let state = AppState::new(ServerOptions::default()).expect("a temporary folder can be made");
     state.set_engine(engine.clone());
@@ -82,11 +86,54 @@ async fn check_pictures(server: &Server) {
     let tensors = std::fs::read(case("flux-schnell").join("golden.safetensors")).expect("committed");
     let tensors = SafeTensors::deserialize(&tensors).expect("sound");
     let answer = server.post("/v1/images/generations", &order("pictures", &golden["runs"][0])).await.expect(200).json();
+    let found = psnr(&decode(&answer), tensors.tensor("run0.image").expect("recorded").data());
+    assert!(found >= 50.0, "PSNR {found} dB");
+}
+
+fn decode(answer: &Value) -> Vec<u8> {
     let bytes = answer["data"][0]["b64_json"].as_str().expect("text");
     let bytes = base64::engine::general_purpose::STANDARD.decode(bytes).expect("base64");
-    let picture = image::load_from_memory(&bytes).expect("a picture").to_rgb8();
-    let found = psnr(picture.as_raw(), tensors.tensor("run0.image").expect("recorded").data());
-    assert!(found >= 50.0, "PSNR {found} dB");
+    image::load_from_memory(&bytes).expect("a picture").to_rgb8().into_raw()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_with_different_loras_share_a_model() {
+    let loras = Some(case("lora").join("sdxl"));
+    let source = ModelSource { loras, ..ModelSource::at(case("sdxl-a").join("checkpoint")) };
+    let server = serve(vec![ModelSpec { name: "pictures".into(), source }]).await;
+    let tensors = std::fs::read(case("lora").join("golden.safetensors")).expect("committed");
+    let tensors = SafeTensors::deserialize(&tensors).expect("sound");
+    let golden = golden("lora");
+    let runs = golden["runs"].as_array().expect("a list").iter().enumerate();
+    let check = async |index: usize, run: &Value| {
+        let mut body = order("pictures", run);
+        for field in ["checkpoint", "files"] {
+            body.as_object_mut().expect("fields").remove(field);
+        }
+        let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
+        assert_eq!(answer["loras"], run["loras"]);
+        let image = tensors.tensor(&format!("run{index}.image")).expect("recorded");
+        let found = psnr(&decode(&answer), image.data());
+        assert!(found >= 50.0, "{}: PSNR {found} dB", run["loras"]);
+    };
+    let mut of_sdxl = runs.filter(|(_, run)| run["files"] == "sdxl" && run["image_of_run"].is_null());
+    let mut next = || of_sdxl.next().expect("enough runs");
+    let (a, b, c) = (next(), next(), next());
+    tokio::join!(check(a.0, a.1), check(b.0, b.1), check(c.0, c.1));
+    for (loras, param) in [
+        (json!([{"name": "nobody"}]), "loras[0].name"),
+        (json!([{"name": "peft"}, {"name": "peft"}]), "loras[1].name"),
+        (json!([{"name": "../sdxl/peft"}]), "loras[0].name"),
+        (json!([{"name": "peft", "weight": 11}]), "loras[0].weight"),
+        (json!([{"name": "peft", "strength": 1}]), "loras[0].strength"),
+        (json!([{"weight": 1}]), "loras[0].name"),
+        (json!("peft"), "loras"),
+    ] {
+        let body = json!({"model": "pictures", "prompt": "x", "loras": loras});
+        let answer = server.post("/v1/images/generations", &body).await.expect(400).json();
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+    }
+    server.wait_until_empty().await;
 }
 
 async fn check_clips(server: &Server) {

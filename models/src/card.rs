@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::error::{Error, Result};
+use crate::lora::{LoraOption, LoraSupport};
 use crate::memory::VaeTiling;
 use crate::request::{
     Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
@@ -201,6 +202,8 @@ pub struct DiffusionCard {
     pub max_sequence_length: usize,
     /// How guidance enters.
     pub guidance: Guidance,
+    /// Which LoRAs there are to choose from.
+    pub loras: LoraSupport,
     /// The solvers that the checkpoint can be sampled with.
     pub schedulers: Schedulers,
     /// When the VAE works in tiles; `None` where it has none.
@@ -290,6 +293,7 @@ pub struct DiffusionOptions {
     /// Pictures whose look is followed, in any sizes.
     pub reference_images: Vec<Arc<Frame>>,
     pub ip_adapter_scale: Option<f64>,
+    pub loras: Vec<LoraOption>,
 }
 
 /// Most denoising steps of one request.
@@ -324,6 +328,7 @@ impl DiffusionCard {
             acceleration: options.acceleration.unwrap_or_default(),
             seed: options.seed.unwrap_or(fallback_seed),
             max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
+            loras: self.loras.resolve(&options.loras)?,
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
             edit: None,
@@ -533,6 +538,7 @@ mod tests {
             frames_multiple: 4,
             max_sequence_length: 512,
             guidance: Guidance::ClassifierFree,
+            loras: LoraSupport::Unsupported,
             schedulers: crate::testing::flow_schedulers(),
             vae_tiling: None,
             has_ip_adapter: false,

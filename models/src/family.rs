@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::card::ModelCard;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::lora::LoraSupport;
 use crate::manifest::Manifest;
 use crate::runner::Runner;
 use crate::source::ModelSource;
@@ -152,6 +153,8 @@ pub struct LoadOptions {
     pub max_batch_sequences: usize,
     /// Most rows (sessions times guidance branches) of one denoising step.
     pub max_denoise_rows: usize,
+    /// Bytes of device memory for LoRA files that no request uses, for each model that has a folder of them.
+    pub lora_cache_bytes: usize,
 }
 
 impl Default for LoadOptions {
@@ -162,6 +165,7 @@ impl Default for LoadOptions {
             max_batch_tokens: 512,
             max_batch_sequences: 64,
             max_denoise_rows: 4,
+            lora_cache_bytes: 1 << 30,
         }
     }
 }
@@ -263,7 +267,11 @@ fn load_with(
     let model = family.load(manifest, open, options)?;
     open.check_fit(manifest)?;
     let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
-    let ModelSource { ip_adapter, image_encoder, .. } = open.source;
+    let takes_loras = matches!(&model.card, ModelCard::Diffusion(card) if matches!(card.loras, LoraSupport::Folder(_)));
+    let ModelSource { ip_adapter, image_encoder, loras, .. } = open.source;
+    if let Some(folder) = loras.as_ref().filter(|_| !takes_loras) {
+        return Err(Error::checkpoint(folder, format!("models of family {} take no LoRA", family.name())));
+    }
     match (ip_adapter, image_encoder) {
         (Some(path), _) if !has_ip_adapter => {
             Err(Error::checkpoint(path, format!("models of family {} take no IP-Adapter", family.name())))

@@ -25,6 +25,12 @@ impl MemoryPlan {
         Self(phases.into_iter().map(|(phase, bytes)| PhaseBytes { phase, bytes }).collect())
     }
 
+    /// The same with so many bytes more in every phase, for what a session holds all along.
+    pub fn holding(mut self, bytes: usize) -> Self {
+        self.0.iter_mut().for_each(|phase| phase.bytes += bytes);
+        self
+    }
+
     /// Phases in their order.
     pub fn phases(&self) -> &[PhaseBytes] {
         &self.0
@@ -70,6 +76,7 @@ mod tests {
         let plan = MemoryPlan::new([(Phase::Encode, 5), (Phase::Denoise, 7), (Phase::VaeDecode, 7)]);
         assert_eq!(plan.peak(), Some(PhaseBytes { phase: Phase::Denoise, bytes: 7 }));
         assert_eq!(plan.phases().len(), 3);
+        assert_eq!(plan.clone().holding(3).peak_bytes(), 10);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::lora::LoraUse;
 use crate::solver::noise_schedule::Spacing;
 use crate::solver::schedulers::Scheduler;
 
@@ -109,6 +110,8 @@ pub struct DiffusionRequest {
     pub seed: u64,
     /// Tokens that the T5-class encoder's prompt is padded or cut to.
     pub max_sequence_length: usize,
+    /// Low-rank terms that are added to the model's layers for this request alone.
+    pub loras: Vec<LoraUse>,
     /// Whether the VAE works on tiles of the picture, where that is larger than one.
     pub vae_tiling: bool,
     /// The picture to begin from; without it the loop begins from noise alone.

@@ -20,6 +20,9 @@ pub struct ModelSource {
     /// The folder of the IP-Adapter's vision encoder; without it `image_encoder` beside the adapter's file.
     #[serde(default)]
     pub image_encoder: Option<PathBuf>,
+    /// The folder of LoRA files that requests may name.
+    #[serde(default)]
+    pub loras: Option<PathBuf>,
 }
 
 impl ModelSource {
@@ -29,8 +32,13 @@ impl ModelSource {
     }
 
     /// The paths beside the checkpoint, each with the key under which configurations and command lines name it.
-    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 3] {
-        [("base", &mut self.base), ("ip_adapter", &mut self.ip_adapter), ("image_encoder", &mut self.image_encoder)]
+    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 4] {
+        [
+            ("base", &mut self.base),
+            ("loras", &mut self.loras),
+            ("ip_adapter", &mut self.ip_adapter),
+            ("image_encoder", &mut self.image_encoder),
+        ]
     }
 
     /// Reads relative paths as relative to `folder`.

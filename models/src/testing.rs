@@ -12,6 +12,7 @@ use crate::card::{
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
+use crate::lora::LoraSupport;
 use crate::memory::MemoryPlan;
 use crate::request::{
     DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
@@ -111,6 +112,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         frames_multiple: if is_clip { 4 } else { 1 },
         max_sequence_length: 128,
         guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
+        loras: LoraSupport::Unsupported,
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
         vae_tiling: None,
         has_ip_adapter: false,

@@ -105,9 +105,12 @@ impl From<EngineError> for CliError {
 }
 
 impl From<tale_models::Error> for CliError {
-    /// Request fields are flags here.
+    /// Request fields are flags here; an element of `loras` is a `--lora`.
     fn from(error: tale_models::Error) -> Self {
         match error {
+            tale_models::Error::InvalidRequest { field, problem } if field.starts_with("loras") => {
+                Self::Argument(format!("--lora: {problem}"))
+            }
             tale_models::Error::InvalidRequest { field, problem } => {
                 Self::Argument(format!("--{}: {problem}", field.replace('_', "-")))
             }

@@ -45,6 +45,7 @@ fn clip(num_inference_steps: usize) -> Request {
         edit: None,
         references: None,
         vae_tiling: false,
+        loras: Vec::new(),
     })
 }
 

@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use tale_models::Event;
 use tale_models::card::{DiffusionOptions, Medium};
+use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
 use tale_models::solver::noise_schedule::Spacing;
 use tokio::task::spawn_blocking;
@@ -18,7 +19,7 @@ use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::engine::Session;
 use crate::media::{PictureFormat, encode_picture};
-use crate::parameters::{self, PictureParameters};
+use crate::parameters::{self, LoraParameter, PictureParameters};
 
 /// Most pictures of one request.
 pub const MAX_IMAGES: usize = 10;
@@ -47,6 +48,7 @@ struct ImageBody {
     acceleration: Option<Acceleration>,
     seed: Option<u64>,
     max_sequence_length: Option<u64>,
+    loras: Option<Vec<LoraParameter>>,
     metadata: Option<bool>,
     vae_tiling: Option<VaeTiling>,
 }
@@ -126,7 +128,9 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
     let card = diffusion::card(&state, &body.model, Medium::Picture)?;
     let (n, encoding) = (body.count()?, body.encoding()?);
     let model = body.model.clone();
-    let request = body.resolve(&card)?;
+    // The files of LoRAs are looked at, which may take a disk's time.
+    let resolved = spawn_blocking(move || body.resolve(&card)).await;
+    let request = resolved.map_err(|_| ApiError::internal("a request could not be resolved"))??;
     let parameters = PictureParameters::new(&model, &request);
     let engine = state.engine()?;
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
@@ -214,6 +218,7 @@ impl ImageBody {
             vae_tiling: self.vae_tiling.and_then(VaeTiling::asked),
             reference_images: Vec::new(),
             ip_adapter_scale: None,
+            loras: self.loras.unwrap_or_default().into_iter().map(LoraOption::from).collect(),
         };
         diffusion::resolve(card, options, size)
     }

@@ -140,6 +140,7 @@ impl VideoBody {
             vae_tiling: None,
             reference_images: Vec::new(),
             ip_adapter_scale: None,
+            loras: Vec::new(),
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })

@@ -238,6 +238,7 @@ pub(crate) mod tests {
             edit: None,
             references: None,
             vae_tiling: false,
+            loras: Vec::new(),
         };
         Job::new("clips".into(), request, ClipFormat::Mp4)
     }

@@ -3,6 +3,8 @@
 //! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
 //! Source: diffusers `pipelines/flux/pipeline_flux.py`. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
@@ -12,6 +14,7 @@ use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Phase};
@@ -26,6 +29,7 @@ use crate::vae::original::KlNames;
 use crate::weights::Weights;
 use crate::work::StepWork;
 
+mod lora;
 pub mod original;
 pub mod transformer;
 
@@ -63,11 +67,12 @@ impl Family for Flux {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = FluxModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        let mut model = FluxModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
+            resident_bytes: model.adapters.cache_bytes(),
             runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
-            resident_bytes: 0,
         })
     }
 }
@@ -84,6 +89,7 @@ pub struct FluxModel {
     transformer: FluxTransformer,
     vae: KlDecoder,
     vae_config: KlConfig,
+    adapters: Adapters,
     placement: Placement,
 }
 
@@ -109,20 +115,27 @@ impl FluxModel {
         vae_config.check(&config_path(manifest, "vae"))?;
         check_parts_fit(manifest, &clip_config, &t5_config, &transformer_config, &vae_config)?;
 
-        let text_encoder = open("text_encoder")?;
+        let [transformer_sites, clip_sites] = [Arc::<Sites>::default(), Arc::default()];
+        let clip = open("text_encoder")?.noting(&clip_sites);
+        let placement = clip.placement().clone();
+        let text_encoder = ClipTextEncoder::load(&clip, clip_config)?;
+        let text_encoder_2 = T5Encoder::load(&open("text_encoder_2")?, &t5_config)?;
+        let transformer_weights = open("transformer")?.or_original(|| FluxNames).noting(&transformer_sites);
+        let transformer = FluxTransformer::load(&transformer_weights, transformer_config)?;
         Ok(Self {
             card: card(
-                &transformer_config,
+                transformer.config(),
                 &vae_config,
                 Schedulers::read(manifest, Training::FlowWithMu)?,
-                text_encoder.placement(),
+                &placement,
             ),
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
-            placement: text_encoder.placement().clone(),
-            text_encoder: ClipTextEncoder::load(&text_encoder, clip_config)?,
-            text_encoder_2: T5Encoder::load(&open("text_encoder_2")?, &t5_config)?,
-            transformer: FluxTransformer::load(&open("transformer")?.or_original(|| FluxNames), transformer_config)?,
+            adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), &placement),
+            placement,
+            text_encoder,
+            text_encoder_2,
+            transformer,
             vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&vae_config)), &vae_config)?,
             t5_config,
             vae_config,
@@ -241,6 +254,7 @@ fn card(
         frames_multiple: 1,
         max_sequence_length,
         guidance,
+        loras: LoraSupport::NoFolder,
         schedulers,
         vae_tiling: vae.vae_tiling(placement.compute_dtype),
         has_ip_adapter: false,
@@ -255,6 +269,10 @@ impl DiffusionModel for FluxModel {
 
     fn card(&self) -> &DiffusionCard {
         &self.card
+    }
+
+    fn adapters(&self) -> Option<&Adapters> {
+        Some(&self.adapters)
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {

@@ -5,6 +5,7 @@
 //! is drawn in f32, as diffusers does for an f32 pipeline.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
@@ -16,6 +17,7 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Phase};
@@ -72,19 +74,17 @@ impl Family for Sdxl {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
-        let model = match open.source().ip_adapter.clone() {
-            None => model,
-            Some(path) => {
-                let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
-                let adapter = open.beside("ip_adapter", &files.adapter)?;
-                let image_encoder = open.beside("image_encoder", &files.image_encoder)?;
-                model.with_ip_adapter(&files, manifest, &adapter, &image_encoder)?
-            }
-        };
+        let mut model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        if let Some(path) = open.source().ip_adapter.clone() {
+            let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
+            let adapter = open.beside("ip_adapter", &files.adapter)?;
+            let image_encoder = open.beside("image_encoder", &files.image_encoder)?;
+            model = model.with_ip_adapter(&files, manifest, &adapter, &image_encoder)?;
+        }
+        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
-            resident_bytes: model.recordings_bytes(),
+            resident_bytes: model.recordings_bytes() + model.adapters.cache_bytes(),
             runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
         })
     }
@@ -103,6 +103,7 @@ pub struct SdxlModel {
     recordings: DenoiseRecordings,
     vae: KlDecoder,
     ip_adapter: Option<IpAdapter>,
+    adapters: Adapters,
     placement: Placement,
 }
 
@@ -133,18 +134,28 @@ impl SdxlModel {
         let schedulers = Schedulers::read(manifest, Training::Discrete)?;
         let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
         let (tokenizer, tokenizer_2) = (tokenizer("tokenizer")?, tokenizer("tokenizer_2")?);
-        let text_encoder = open("text_encoder")?;
+        let [one, two, net] = [Arc::<Sites>::default(), Arc::default(), Arc::default()];
+        let weights = open("text_encoder")?.noting(&one);
+        let placement = weights.placement().clone();
+        let text_encoder = ClipTextEncoder::load(&weights, sizes.text_encoder.clone())?;
+        let weights = open("text_encoder_2")?.or_original(|| OpenClipNames).noting(&two);
+        let text_encoder_2 = ClipTextEncoder::load_with_projection(&weights, sizes.text_encoder_2.clone())?;
+        let weights = open("unet")?.or_original(|| UNetNames::new(&sizes.unet)).noting(&net);
+        let unet = UNet::load(&weights, sizes.unet.clone())?;
+        let names = LoraNames::new(vec![
+            NetworkNames::denoiser(&net, &UNetNames::new(&sizes.unet), []),
+            NetworkNames::first_text_encoder(&one),
+            NetworkNames::second_text_encoder(&two),
+        ]);
         Ok(Self {
-            card: sizes.card(schedulers, text_encoder.placement().compute_dtype),
+            card: sizes.card(schedulers, placement.compute_dtype),
             tokenizer,
             tokenizer_2,
-            placement: text_encoder.placement().clone(),
-            text_encoder: ClipTextEncoder::load(&text_encoder, sizes.text_encoder.clone())?,
-            text_encoder_2: ClipTextEncoder::load_with_projection(
-                &open("text_encoder_2")?.or_original(|| OpenClipNames),
-                sizes.text_encoder_2.clone(),
-            )?,
-            unet: UNet::load(&open("unet")?.or_original(|| UNetNames::new(&sizes.unet)), sizes.unet.clone())?,
+            adapters: Adapters::new(names, &placement),
+            placement,
+            text_encoder,
+            text_encoder_2,
+            unet,
             recordings: DenoiseRecordings::default(),
             vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&sizes.vae)), &sizes.vae)?,
             ip_adapter: None,
@@ -269,6 +280,7 @@ impl Sizes {
             frames_multiple: 1,
             max_sequence_length,
             guidance: Guidance::ClassifierFree,
+            loras: LoraSupport::NoFolder,
             schedulers,
             vae_tiling: self.vae.vae_tiling(dtype),
             has_ip_adapter: false,
@@ -312,6 +324,10 @@ impl DiffusionModel for SdxlModel {
 
     fn card(&self) -> &DiffusionCard {
         &self.card
+    }
+
+    fn adapters(&self) -> Option<&Adapters> {
+        Some(&self.adapters)
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
@@ -391,7 +407,11 @@ impl DiffusionModel for SdxlModel {
             time_ids: &time_ids,
             references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
         };
-        let prediction = self.recordings.forward(&self.unet, &input)?;
+        // A recording holds the layers as they were, without terms.
+        let prediction = match self.adapters.is_active() {
+            true => self.unet.forward(&input)?,
+            false => self.recordings.forward(&self.unet, &input)?,
+        };
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
     }
 

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
+use crate::lora::LoraSupport;
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::request::{Acceleration, DiffusionRequest, Phase};
@@ -264,6 +265,7 @@ impl Sizes {
             frames_multiple: temporal,
             max_sequence_length: MAX_SEQUENCE_LENGTH,
             guidance: Guidance::ClassifierFree,
+            loras: LoraSupport::Unsupported,
             schedulers,
             vae_tiling: None,
             has_ip_adapter: false,

@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 
 use crate::card::DiffusionCard;
 use crate::error::{Error, Result};
+use crate::lora::{AdapterSet, Adapters, LoraKey};
 use crate::memory::MemoryPlan;
 use crate::request::{
     Acceleration, DiffusionRequest, Event, Events, FinishReason, Frame, Mask, Phase, Request, SessionId, Usage,
@@ -46,6 +47,12 @@ pub trait DiffusionModel: Send {
 
     /// Limits and defaults.
     fn card(&self) -> &DiffusionCard;
+
+    /// The layers that take LoRA, where the family has any. The runner activates those of a step before it, and counts
+    /// their bytes.
+    fn adapters(&self) -> Option<&Adapters> {
+        None
+    }
 
     /// Bytes that one session needs beside the weights in each phase (latents, conditioning, activations, pixels).
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan;
@@ -172,6 +179,8 @@ struct Session<M: DiffusionModel> {
     started: bool,
     /// Predictions that came from caches, once denoising is done.
     skipped_passes: usize,
+    /// The terms of its request, on the device from its first step on; `None` before that, and where it has none.
+    adapters: Option<Arc<AdapterSet>>,
     stage: Stage<M>,
 }
 
@@ -239,7 +248,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The texts of all members in one pass, or a picture for all that wait for it.
     fn encode(&mut self, input: &Input, ids: &[SessionId], events: &mut Events) -> Result<()> {
         let results = match input {
-            Input::Prompts(_) => EncodedInputs::Prompts(self.encode_prompts(ids)?),
+            Input::Prompts(_) => {
+                self.activate(ids)?;
+                EncodedInputs::Prompts(self.encode_prompts(ids)?)
+            }
+            // The VAE takes no adapters, and sessions with other ones may share its work.
             Input::Picture(input) => {
                 let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
                 EncodedInputs::Picture(Arc::new(family.encode(input)?))
@@ -302,6 +315,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     /// One denoising step of every member.
     fn denoise(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
+        self.activate(ids)?;
         let predictions = self.predict(ids)?;
         for (id, prediction) in ids.iter().zip(predictions) {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
@@ -316,6 +330,26 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             self.settle(*id, outcome, events);
         }
         Ok(())
+    }
+
+    /// Puts the terms of these sessions into the model's layers: the members of a step have the same ones.
+    fn activate(&mut self, ids: &[SessionId]) -> Result<()> {
+        let Some(adapters) = self.model.adapters() else { return Ok(()) };
+        let set = adapters.prepare(&self.session(ids[0]).request.loras)?;
+        adapters.activate(set.as_ref());
+        for id in ids {
+            self.sessions.get_mut(id).expect(MEMBERS_EXIST).adapters.clone_from(&set);
+        }
+        Ok(())
+    }
+
+    /// Forgets a session; what it alone held is free afterwards.
+    fn forget(&mut self, id: SessionId) -> bool {
+        let was_there = self.sessions.remove(&id).is_some();
+        if let Some(adapters) = self.model.adapters() {
+            adapters.release_unused();
+        }
+        was_there
     }
 
     /// The guided prediction of each session. More rows than fit one forward pass (a guided session where one row is
@@ -391,7 +425,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             }
             Outcome::Failed(error) => Event::Failed(error),
         };
-        self.sessions.remove(&id);
+        self.forget(id);
         events.emit(id, last);
     }
 
@@ -426,7 +460,10 @@ const STAGE_FITS: &str = "a session is in the stage that its step key names: thi
 impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     fn plan(&self, request: &Request) -> MemoryPlan {
         match request {
-            Request::Diffusion(request) => self.model.plan(request),
+            Request::Diffusion(request) => {
+                let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
+                self.model.plan(request).holding(adapters)
+            }
             Request::Text(_) => MemoryPlan::default(),
         }
     }
@@ -453,7 +490,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 
     fn cancel(&mut self, session: SessionId) {
         self.batcher.remove(session);
-        self.sessions.remove(&session);
+        self.forget(session);
     }
 
     fn next(&self) -> Option<StepPlan> {
@@ -489,7 +526,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     fn evict_step(&mut self) -> Vec<SessionId> {
         let mut members = std::mem::take(&mut self.in_step);
         // Those that ended within the step before it failed have had their last event.
-        members.retain(|id| self.sessions.remove(id).is_some());
+        members.retain(|id| self.forget(*id));
         members.iter().for_each(|id| self.batcher.remove(*id));
         members
     }
@@ -507,7 +544,8 @@ impl<M: DiffusionModel> Session<M> {
             None if model.absent_is_empty() => Some(String::new()),
             text => text.map(str::to_owned),
         }));
-        let prompts = Input::Prompts(Prompts { texts, max_sequence_length: request.max_sequence_length });
+        let (max_sequence_length, loras) = (request.max_sequence_length, LoraKey::of(&request.loras));
+        let prompts = Input::Prompts(Prompts { texts, max_sequence_length, loras });
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
         let references = request.references.as_ref().map(|references| {
             let (pictures, guided) = (references.images.clone(), request.negative_prompt.is_some());
@@ -515,7 +553,8 @@ impl<M: DiffusionModel> Session<M> {
         });
         let inputs = [prompts].into_iter().chain(references).chain(pictures.into_iter().map(Input::Picture)).collect();
         let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new(), references: None };
-        Self { request, started: false, skipped_passes: 0, stage: Stage::Encode { inputs, encoded } }
+        let stage = Stage::Encode { inputs, encoded };
+        Self { request, started: false, adapters: None, skipped_passes: 0, stage }
     }
 
     fn step_key(&self, id: SessionId) -> StepKey {
@@ -529,6 +568,7 @@ impl<M: DiffusionModel> Session<M> {
                 max_sequence_length: request.max_sequence_length,
                 is_cached: request.acceleration != Acceleration::None,
                 num_references: request.references.as_ref().map_or(0, |references| references.images.len()),
+                loras: LoraKey::of(&request.loras),
             }),
             Stage::Latents(_) | Stage::Decode { .. } => StepKey::VaeDecode(id),
         }

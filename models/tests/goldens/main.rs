@@ -9,6 +9,7 @@ mod flux;
 mod gpu;
 mod guidance;
 mod ip_adapter;
+mod lora;
 mod noise_solvers;
 mod rng;
 mod schedulers;

@@ -123,6 +123,7 @@ impl DiffusionArgs {
             vae_tiling: self.vae_tiling.map_or(base.vae_tiling, VaeTiling::asked),
             reference_images: base.reference_images,
             ip_adapter_scale: base.ip_adapter_scale,
+            loras: base.loras,
         }
     }
 }

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use tale_models::ModelSource;
 use tale_models::card::{DiffusionOptions, Medium};
+use tale_models::lora::LoraOption;
 use tale_models::request::{DiffusionRequest, Frame};
 
 use super::diffusion::{DiffusionArgs, SUBJECT, card_for, follow, subject};
@@ -34,6 +36,14 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE", group = SUBJECT)]
     parameters_from: Option<PathBuf>,
 
+    /// Folder of LoRA files for --lora
+    #[arg(long, value_name = "DIR")]
+    loras: Option<PathBuf>,
+
+    /// A LoRA of that folder and how much of it, such as sketch:0.8; may be given several times [default weight: 1]
+    #[arg(long, value_name = "NAME[:WEIGHT]", value_parser = parse_lora)]
+    lora: Vec<LoraOption>,
+
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     diffusion: DiffusionArgs,
@@ -45,11 +55,18 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         return Err(CliError::Argument("--output-compression: png is lossless; leave it out".into()));
     }
     check_folder(&args.output)?;
-    let base = match &args.parameters_from {
+    let mut base = match &args.parameters_from {
         Some(path) => read_parameters(path)?.into_options(),
         None => DiffusionOptions::default(),
     };
-    let mut generator = Generator::load(&args.model, EngineOptions::default())?;
+    if !args.lora.is_empty() {
+        base.loras = args.lora;
+    }
+    let mut options = EngineOptions::default();
+    // There is no second request to keep anything for.
+    options.load.lora_cache_bytes = 0;
+    let source = ModelSource { loras: args.loras, ..args.model.source() };
+    let mut generator = Generator::load_from(source, &args.model, options)?;
     let card = generator.card.clone();
     let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options_over(base), random_seed())?;
     let parameters = PictureParameters::new(&folder_name(&args.model.model), &request);
@@ -67,6 +84,17 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
     let picture = picture.ok_or(CliError::EngineGone)?;
     let text = (!args.no_metadata).then(|| (parameters::KEYWORD, parameters.to_json()));
     write(&args.output, &encode_picture(&picture, format, args.output_compression, text)?)
+}
+
+/// `NAME`, or `NAME:WEIGHT`.
+fn parse_lora(argument: &str) -> Result<LoraOption, String> {
+    let (name, weight) = argument.rsplit_once(':').unwrap_or((argument, "1"));
+    let weight =
+        weight.parse().map_err(|_| format!("`{weight}` is not a weight; expected NAME:WEIGHT, such as sketch:0.8"))?;
+    if name.is_empty() {
+        return Err("the name is empty; expected NAME:WEIGHT, such as sketch:0.8".to_owned());
+    }
+    Ok(LoraOption { name: name.to_owned(), weight })
 }
 
 /// What the parameters of a picture call a model that nobody has named.

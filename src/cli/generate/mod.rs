@@ -102,12 +102,17 @@ struct Generator {
 }
 
 impl Generator {
-    fn load(args: &ModelArgs, mut options: EngineOptions) -> Result<Self, CliError> {
+    fn load(args: &ModelArgs, options: EngineOptions) -> Result<Self, CliError> {
+        Self::load_from(args.source(), args, options)
+    }
+
+    /// From a source that has more than `args` says.
+    fn load_from(source: ModelSource, args: &ModelArgs, mut options: EngineOptions) -> Result<Self, CliError> {
         options.load.load_format = args.load_format;
         let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
-        let model = ModelSpec { name: MODEL.into(), source: args.source() };
+        let model = ModelSpec { name: MODEL.into(), source };
         let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use crate::lora::LoraKey;
 use crate::request::{Frame, Mask, Phase, SessionId};
 
 /// Most texts of one encoding step: more wait for the next one, so that a step stays bounded.
@@ -51,6 +52,8 @@ pub struct Prompts {
     pub texts: Vec<Option<String>>,
     /// Tokens that they are padded or cut to.
     pub max_sequence_length: usize,
+    /// What is added to the text encoders' layers.
+    pub loras: LoraKey,
 }
 
 /// Each text once, in the order in which they first come.
@@ -83,8 +86,8 @@ impl Input {
     }
 }
 
-/// What the rows of one denoising batch have in common, so that their tensors stack.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the rows of one denoising batch have in common, so that their tensors stack and one network serves them.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShapeKey {
     /// Pixels.
     pub width: usize,
@@ -98,6 +101,8 @@ pub struct ShapeKey {
     pub is_cached: bool,
     /// Reference pictures of each row.
     pub num_references: usize,
+    /// What is added to the network's layers.
+    pub loras: LoraKey,
 }
 
 impl StepKey {
@@ -114,7 +119,7 @@ impl StepKey {
     fn joins(&self, leader: &StepKey) -> bool {
         match (self, leader) {
             (StepKey::Encode(Input::Prompts(own)), StepKey::Encode(Input::Prompts(leader))) => {
-                own.max_sequence_length == leader.max_sequence_length
+                own.max_sequence_length == leader.max_sequence_length && own.loras == leader.loras
             }
             _ => self == leader,
         }
@@ -210,8 +215,15 @@ mod tests {
     type Step = (StepKey, usize);
 
     fn shape(width: usize, guided: bool) -> Step {
-        let (is_cached, num_references) = (false, 0);
-        let shape = ShapeKey { width, height: 64, num_frames: 1, max_sequence_length: 8, is_cached, num_references };
+        let shape = ShapeKey {
+            width,
+            height: 64,
+            num_frames: 1,
+            max_sequence_length: 8,
+            is_cached: false,
+            num_references: 0,
+            loras: LoraKey::default(),
+        };
         (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
 
@@ -221,7 +233,7 @@ mod tests {
 
     fn prompts(texts: &[&str], max_sequence_length: usize) -> Step {
         let texts = texts.iter().map(|text| Some((*text).to_owned())).collect();
-        (StepKey::Encode(Input::Prompts(Prompts { texts, max_sequence_length })), 0)
+        (StepKey::Encode(Input::Prompts(Prompts { texts, max_sequence_length, loras: LoraKey::default() })), 0)
     }
 
     fn decode(id: u64) -> Step {
@@ -235,6 +247,25 @@ mod tests {
         }
         let found: Vec<u64> = batcher.peek().into_iter().flat_map(|b| b.sessions).map(|s| s.0).collect();
         assert_eq!(found, expected, "{max_rows} rows, {waiting:?}");
+    }
+
+    #[test]
+    fn sessions_with_other_loras_share_no_step() {
+        let with = |file: u64, (key, rows): Step| {
+            let loras = LoraKey::of_file(file);
+            match key {
+                StepKey::Encode(Input::Prompts(prompts)) => {
+                    (StepKey::Encode(Input::Prompts(Prompts { loras, ..prompts })), rows)
+                }
+                StepKey::Denoise(shape) => (StepKey::Denoise(ShapeKey { loras, ..shape }), rows),
+                other => (other, rows),
+            }
+        };
+        for step in [encode("a"), shape(64, false)] {
+            let waiting = [with(1, step.clone()), step.clone(), with(2, step.clone()), with(1, step.clone())];
+            check(4, &waiting, &[0, 3]);
+            check(4, &waiting[1..], &[0]);
+        }
     }
 
     #[test]
@@ -279,7 +310,7 @@ mod tests {
 
     #[test]
     fn an_absent_text_takes_no_row() {
-        let absent = Prompts { texts: vec![Some("a".into()), None], max_sequence_length: 8 };
+        let absent = Prompts { texts: vec![Some("a".into()), None], max_sequence_length: 8, loras: LoraKey::default() };
         assert_eq!(distinct_texts([&absent, &absent]), ["a"]);
     }
 

@@ -8,6 +8,7 @@ use candle_core::{Device, Tensor};
 
 use super::*;
 use crate::card::{DiffusionDefaults, Guidance, Medium};
+use crate::lora::LoraSupport;
 use crate::request::{Acceleration, Edit, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::solver::schedulers::Scheduler;
 use crate::testing::flow_schedulers;
@@ -67,6 +68,7 @@ impl Toy {
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,
+            loras: LoraSupport::Unsupported,
         };
         Self {
             card,
@@ -266,6 +268,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         edit: None,
         references: None,
         vae_tiling: false,
+        loras: Vec::new(),
     }
 }
 

@@ -1,0 +1,300 @@
+//! One LoRA file: its header, checked against a model, and its matrices, read when they are needed.
+//!
+//! A file is read by position and never mapped: its folder is written to while the server runs, and a map of a file that
+//! somebody cuts short ends the process.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+use tale_kernels::conv_weight;
+
+use super::names::{LoraNames, Mismatch, Part, Term};
+use super::slot::LayerShape;
+use crate::device::Placement;
+use crate::error::{Error, Result};
+
+/// Longest header that is read; one of a thousand layers has about a third of a megabyte.
+const MAX_HEADER_BYTES: u64 = 64 << 20;
+/// Where diffusers writes what it knew of an adapter, as JSON.
+const ADAPTER_METADATA: &str = "lora_adapter_metadata";
+
+/// Why a file cannot be used.
+#[derive(Debug)]
+pub enum Refusal {
+    /// It cannot be read, or is no safetensors file.
+    Unreadable(String),
+    /// It is for another model, or no LoRA.
+    Mismatch(Mismatch),
+}
+
+/// A file whose tensors all belong to layers of one model, in shapes that fit.
+pub struct LoraFile {
+    /// Unlike that of every other file that this process has opened.
+    id: u64,
+    path: PathBuf,
+    file: File,
+    tensors: BTreeMap<String, Located>,
+    terms: Vec<ScaledTerm>,
+    device_bytes: usize,
+}
+
+#[derive(Debug, Clone)]
+struct Located {
+    dtype: DType,
+    shape: Vec<usize>,
+    start: u64,
+    len: usize,
+}
+
+/// A term, and what its file multiplies it with.
+#[derive(Debug)]
+struct ScaledTerm {
+    term: Term,
+    scale: f64,
+}
+
+/// A term's matrices where and as the model computes.
+#[derive(Debug, Clone)]
+pub struct LoadedTerm {
+    /// Position of the network, and name of the layer.
+    pub network: usize,
+    /// See `network`.
+    pub layer: String,
+    /// As in [`super::Delta`].
+    pub down: Tensor,
+    /// As in [`super::Delta`].
+    pub up: Tensor,
+    /// Without the request's weight.
+    pub scale: f64,
+}
+
+impl std::fmt::Debug for LoraFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoraFile").field("id", &self.id).field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl LoraFile {
+    /// Reads the header of an opened file and takes its names for layers of the model. `placement` is where the model
+    /// computes.
+    pub fn read(path: &Path, file: File, names: &LoraNames, placement: &Placement) -> Result<Self, Refusal> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let (tensors, metadata) = read_header(&file).map_err(Refusal::Unreadable)?;
+        let shapes = tensors.iter().map(|(name, located)| (name.clone(), located.shape.clone())).collect();
+        let terms = names.terms(&shapes).map_err(Refusal::Mismatch)?;
+        let mut lora = Self {
+            id: NEXT_ID.fetch_add(1, Relaxed),
+            path: path.to_owned(),
+            file,
+            tensors,
+            terms: Vec::new(),
+            device_bytes: 0,
+        };
+        let metadata = metadata.as_deref().map(AdapterMetadata::parse).transpose()?.unwrap_or_default();
+        for term in terms {
+            let scale = lora.scale(&term, &metadata, names)?;
+            lora.device_bytes += lora.bytes(&term, placement);
+            lora.terms.push(ScaledTerm { term, scale });
+        }
+        Ok(lora)
+    }
+
+    /// LoraNames the file among all that were opened.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Bytes of the matrices on the model's device; those that several layers share count for each.
+    pub fn device_bytes(&self) -> usize {
+        self.device_bytes
+    }
+
+    /// Reads all matrices onto the device.
+    pub fn load(&self, placement: &Placement) -> Result<Vec<LoadedTerm>> {
+        let mut downs: HashMap<&str, Tensor> = HashMap::new();
+        let mut loaded = Vec::with_capacity(self.terms.len());
+        for ScaledTerm { term, scale } in &self.terms {
+            let down = match downs.get(term.down.as_str()) {
+                Some(shared) => shared.clone(),
+                None => {
+                    let down = self.matrix(&term.down, term.shape, Half::Down, placement)?;
+                    downs.insert(&term.down, down.clone());
+                    down
+                }
+            };
+            let up = self.matrix(&term.up, term.shape, Half::Up(&term.part), placement)?;
+            loaded.push(LoadedTerm { network: term.network, layer: term.part.layer.clone(), down, up, scale: *scale });
+        }
+        Ok(loaded)
+    }
+
+    fn matrix(&self, name: &str, shape: LayerShape, half: Half<'_>, placement: &Placement) -> Result<Tensor> {
+        let located = &self.tensors[name];
+        let values = Tensor::from_raw_buffer(&self.bytes_of(located)?, located.dtype, &located.shape, &Device::Cpu)?;
+        let values = match half {
+            Half::Down => values,
+            Half::Up(part) => own_rows(&values, part)?,
+        };
+        let (dtype, rank_of_weight) = match shape {
+            LayerShape::Linear { .. } => (placement.matrix_dtype(located.dtype), 2),
+            LayerShape::Conv2d { .. } => (placement.compute_dtype, 4),
+        };
+        let values = match (values.rank(), rank_of_weight) {
+            (4, 2) => values.flatten_from(1)?,
+            _ => values,
+        };
+        let values = values.to_dtype(dtype)?.to_device(&placement.device)?;
+        if rank_of_weight == 4 { Ok(conv_weight(&values)?) } else { Ok(values) }
+    }
+
+    fn bytes_of(&self, located: &Located) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; located.len];
+        let read = self.file.read_exact_at(&mut bytes, located.start);
+        read.map_err(|error| Error::checkpoint(&self.path, format!("cannot be read any more: {error}")))?;
+        Ok(bytes)
+    }
+
+    /// `alpha / rank`.
+    fn scale(&self, term: &Term, metadata: &AdapterMetadata, names: &LoraNames) -> Result<f64, Refusal> {
+        let Some(alpha) = &term.alpha else {
+            return Ok(metadata.scale(term, names));
+        };
+        let located = &self.tensors[alpha];
+        if located.shape.iter().product::<usize>() != 1 {
+            let (shape, name) = (&located.shape, alpha);
+            return Err(Refusal::Mismatch(Mismatch(format!("`{name}` has shape {shape:?} and should be one number"))));
+        }
+        let number = || -> Result<f64> {
+            let value = Tensor::from_raw_buffer(&self.bytes_of(located)?, located.dtype, &[], &Device::Cpu)?;
+            Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
+        };
+        let alpha = number().map_err(|error| Refusal::Unreadable(error.to_string()))?;
+        Ok(alpha / term.rank as f64)
+    }
+
+    fn bytes(&self, term: &Term, placement: &Placement) -> usize {
+        let elements = |name: &str| self.tensors[name].shape[1..].iter().product::<usize>();
+        let dtype = match term.shape {
+            LayerShape::Linear { .. } => placement.matrix_dtype(self.tensors[&term.down].dtype),
+            LayerShape::Conv2d { .. } => placement.compute_dtype,
+        };
+        (term.rank * elements(&term.down) + term.part.rows.len() * elements(&term.up)) * dtype.size_in_bytes()
+    }
+}
+
+/// Which of a term's matrices.
+enum Half<'a> {
+    Down,
+    Up(&'a Part),
+}
+
+/// The outputs that are the layer's own, in its own order, as a copy: a view would keep the others in memory.
+fn own_rows(up: &Tensor, part: &Part) -> Result<Tensor> {
+    let rows = up.narrow(0, part.rows.start, part.rows.len())?;
+    if !part.swap_halves {
+        return Ok(rows.force_contiguous()?);
+    }
+    let half = part.rows.len() / 2;
+    Ok(Tensor::cat(&[rows.narrow(0, half, part.rows.len() - half)?, rows.narrow(0, 0, half)?], 0)?)
+}
+
+/// Tensors by name, and the metadata of an adapter; the error is in words.
+fn read_header(file: &File) -> Result<(BTreeMap<String, Located>, Option<String>), String> {
+    let unsound = |reason: &str| format!("is not a sound safetensors file: {reason}");
+    let file_len = file.metadata().map_err(|error| error.to_string())?.len();
+    let mut len = [0; 8];
+    file.read_exact_at(&mut len, 0).map_err(|_| unsound("it is shorter than a header"))?;
+    let header_len = u64::from_le_bytes(len);
+    if header_len > MAX_HEADER_BYTES || header_len + 8 > file_len {
+        return Err(unsound("its header length points past the end of the file"));
+    }
+    let mut header = vec![0; header_len as usize];
+    file.read_exact_at(&mut header, 8).map_err(|error| error.to_string())?;
+    // Reading checks every offset and size against the others, and that nothing overlaps.
+    let header: Metadata = serde_json::from_slice(&header).map_err(|error| unsound(&error.to_string()))?;
+    let (data_start, data_len) = (8 + header_len, header.data_len() as u64);
+    if data_start + data_len != file_len {
+        let has = file_len - data_start;
+        return Err(unsound(&format!("its tensors have {data_len} bytes, the file has {has} for them")));
+    }
+    let mut tensors = BTreeMap::new();
+    for (name, info) in header.tensors() {
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            Dtype::F64 if info.shape.is_empty() => DType::F64,
+            Dtype::I64 if info.shape.is_empty() => DType::I64,
+            other => return Err(format!("tensor `{name}` has dtype {other:?}; read are F32, F16 and BF16")),
+        };
+        let (start, end) = info.data_offsets;
+        let located = Located { dtype, shape: info.shape.clone(), start: data_start + start as u64, len: end - start };
+        tensors.insert(name, located);
+    }
+    let metadata = header.metadata().as_ref().and_then(|metadata| metadata.get(ADAPTER_METADATA).cloned());
+    Ok((tensors, metadata))
+}
+
+/// What diffusers writes beside an adapter that PEFT made: fields of a `LoraConfig`, below the name of each network.
+#[derive(Debug, Default)]
+struct AdapterMetadata(BTreeMap<String, PeftConfig>);
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct PeftConfig {
+    r: Option<f64>,
+    lora_alpha: Option<f64>,
+    alpha_pattern: HashMap<String, f64>,
+    use_rslora: bool,
+    use_dora: bool,
+}
+
+impl AdapterMetadata {
+    fn parse(json: &str) -> Result<Self, Refusal> {
+        let unreadable = |error: serde_json::Error| Refusal::Unreadable(format!("its {ADAPTER_METADATA}: {error}"));
+        let fields: BTreeMap<String, serde_json::Value> = serde_json::from_str(json).map_err(unreadable)?;
+        let mut networks: BTreeMap<String, serde_json::Map<String, serde_json::Value>> = BTreeMap::new();
+        for (key, value) in fields {
+            let Some((network, field)) = key.split_once('.') else { continue };
+            if ["r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"].contains(&field) && !value.is_null() {
+                networks.entry(network.to_owned()).or_default().insert(field.to_owned(), value);
+            }
+        }
+        let config = |fields| serde_json::from_value::<PeftConfig>(fields).map_err(unreadable);
+        let networks: BTreeMap<_, _> = networks
+            .into_iter()
+            .map(|(network, fields)| Ok((network, config(fields.into())?)))
+            .collect::<Result<_, Refusal>>()?;
+        if networks.values().any(|config| config.use_dora) {
+            return Err(Refusal::Mismatch(Mismatch("it is DoRA (use_dora); only LoRA is supported".into())));
+        }
+        Ok(Self(networks))
+    }
+
+    /// As `LoraLayer.update_layer` of PEFT: the layer's own alpha or the common one, over its rank or the root of that;
+    /// 1 where nothing is said.
+    fn scale(&self, term: &Term, names: &LoraNames) -> f64 {
+        let config = self.0.iter().find(|(network, _)| names.is_prefix_of(term.network, network));
+        let Some((_, config)) = config else { return 1.0 };
+        let own = config.alpha_pattern.iter().find(|(pattern, _)| is_pattern_of(pattern, &term.part.layer));
+        let Some(alpha) = own.map(|(_, alpha)| *alpha).or(config.lora_alpha) else { return 1.0 };
+        let rank = term.rank as f64;
+        alpha / if config.use_rslora { rank.sqrt() } else { rank }
+    }
+}
+
+/// PEFT takes a pattern for a regular expression at the end of a layer's name, after a dot or at its beginning; as
+/// diffusers writes them they are names, with a `^` in front of whole ones.
+fn is_pattern_of(pattern: &str, layer: &str) -> bool {
+    if let Some(whole) = pattern.strip_prefix('^') {
+        return whole == layer;
+    }
+    layer.strip_suffix(pattern).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
