@@ -149,6 +149,11 @@ impl Placement {
         Self { compute_dtype, ..self.clone() }
     }
 
+    /// The same dtypes, in host memory.
+    pub fn in_memory_of_the_host(&self) -> Self {
+        Self { device: Device::Cpu, ..self.clone() }
+    }
+
     /// Dtype in which a matrix published as `published` is kept.
     pub fn matrix_dtype(&self, published: DType) -> DType {
         match (self.matrices, published) {
@@ -172,6 +177,13 @@ impl Placement {
             Device::Cpu => Ok(None),
             device => cuda::memory(device).map(Some),
         }
+    }
+
+    /// Bytes that this process could take on an opened GPU for a moment: those that nobody holds, and those that were freed
+    /// and kept. `None` on the CPU, as above.
+    pub fn spare_bytes(&self) -> Result<Option<usize>> {
+        let Some(memory) = self.memory()? else { return Ok(None) };
+        Ok(Some(memory.usable_bytes() + cuda::kept_bytes(&self.device)?))
     }
 }
 
@@ -330,6 +342,31 @@ mod cuda {
         Ok(DeviceMemory { free_bytes, total_bytes })
     }
 
+    /// Bytes of freed blocks that stay with this process.
+    pub(super) fn kept_bytes(device: &Device) -> Result<usize> {
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let context = stream.context();
+        if !context.has_async_alloc() {
+            return Ok(0);
+        }
+        let attribute = |attribute| {
+            let mut bytes = 0u64;
+            // SAFETY: the device is open; the attributes asked for are a u64 each, written before the call returns.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(context.cu_device())?;
+                sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut bytes).cast()).result()?;
+            }
+            Ok::<u64, DriverError>(bytes)
+        };
+        let kept = || {
+            let reserved = attribute(PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+            let used = attribute(PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+            Ok::<u64, DriverError>(reserved.saturating_sub(used))
+        };
+        let kept = kept().map_err(|error| Error::Device(format!("kept memory: {}", words(error))))?;
+        Ok(usize::try_from(kept).unwrap_or(usize::MAX))
+    }
+
     /// Asks the driver. An error is one of a driver that works and yet does not answer.
     fn facts(ordinal: usize) -> Result<CudaFacts, DriverError> {
         let mut facts = CudaFacts::default();
@@ -390,7 +427,15 @@ mod cuda {
     }
 
     pub(super) fn memory(device: &Device) -> Result<DeviceMemory> {
-        Err(Error::Device(format!("{:?}: this build of Tale has no CUDA", device.location())))
+        Err(absent(device))
+    }
+
+    pub(super) fn kept_bytes(device: &Device) -> Result<usize> {
+        Err(absent(device))
+    }
+
+    fn absent(device: &Device) -> Error {
+        Error::Device(format!("{:?}: this build of Tale has no CUDA", device.location()))
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use candle_core::DType;
+
 use crate::card::ModelCard;
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -49,6 +51,8 @@ enum Mode {
 pub struct OpenWeights<'a> {
     source: &'a ModelSource,
     placement: &'a Placement,
+    /// Components that are read; all others are dry. `None`: all are alike.
+    only: Option<&'a [&'a str]>,
     mode: Mode,
     format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
@@ -60,9 +64,10 @@ impl OpenWeights<'_> {
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
         (self.on_component)(name);
-        let weights = match self.of_single_file(manifest, name) {
+        let (mode, placement) = self.how(name);
+        let weights = match self.of_single_file(manifest, name, mode, &placement) {
             Some(weights) => weights,
-            None => self.of_folder(&component.dir)?,
+            None => self.of_folder(&component.dir, mode, &placement)?,
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
@@ -74,9 +79,10 @@ impl OpenWeights<'_> {
             return Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"));
         }
         (self.on_component)(name);
-        let weights = match self.mode {
-            Mode::Load => Weights::open(path, self.placement)?,
-            Mode::Inspect => Weights::open_dry(path, self.placement)?,
+        let (mode, placement) = self.how(name);
+        let weights = match mode {
+            Mode::Load => Weights::open(path, &placement)?,
+            Mode::Inspect => Weights::open_dry(path, &placement)?,
         };
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
@@ -87,17 +93,17 @@ impl OpenWeights<'_> {
         self.source
     }
 
-    fn of_single_file(&self, manifest: &Manifest, name: &str) -> Option<Weights> {
+    fn of_single_file(&self, manifest: &Manifest, name: &str, mode: Mode, placement: &Placement) -> Option<Weights> {
         let file = manifest.single_file.as_ref().filter(|_| self.format == LoadFormat::Auto)?;
-        file.weights(name, self.placement, self.mode == Mode::Inspect)
+        file.weights(name, placement, mode == Mode::Inspect)
     }
 
-    fn of_folder(&self, dir: &Path) -> Result<Weights> {
-        match (self.format, self.mode) {
-            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, self.placement),
-            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, self.placement),
-            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, self.placement),
-            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, self.placement),
+    fn of_folder(&self, dir: &Path, mode: Mode, placement: &Placement) -> Result<Weights> {
+        match (self.format, mode) {
+            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, placement),
+            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, placement),
+            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, placement),
+            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, placement),
         }
     }
 
@@ -105,6 +111,20 @@ impl OpenWeights<'_> {
     fn check_fit(&self, manifest: &Manifest) -> Result<()> {
         let config = |component: &str| manifest.root.join(component).join("config.json");
         self.opened.iter().try_for_each(|(component, weights)| weights.check_fit(&config(component)))
+    }
+
+    /// How the component of this name is opened. What is left out is not even shaped on the device.
+    fn how(&self, name: &str) -> (Mode, Placement) {
+        match self.only.is_some_and(|names| !names.contains(&name)) {
+            true => (Mode::Inspect, self.placement.in_memory_of_the_host()),
+            false => (self.mode, self.placement.clone()),
+        }
+    }
+
+    /// For whoever may want to read parts of the model once more.
+    pub fn reread(&self, manifest: &Manifest) -> Reread {
+        let (source, manifest) = (self.source.clone(), manifest.clone());
+        Reread { source, manifest, placement: self.placement.clone(), format: self.format }
     }
 
     /// Where tensors will live.
@@ -115,6 +135,59 @@ impl OpenWeights<'_> {
     /// Whether this is an inspection: tensors take no memory, so nothing large may be computed from them.
     pub fn is_dry(&self) -> bool {
         self.mode != Mode::Load
+    }
+}
+
+/// Where a model was read from, to read parts of it in f32 later.
+pub struct Reread {
+    source: ModelSource,
+    manifest: Manifest,
+    placement: Placement,
+    format: LoadFormat,
+}
+
+/// What makes a model of the weights that are opened for it.
+type Build<M> = fn(&Manifest, &mut OpenWeights<'_>) -> Result<M>;
+
+impl Reread {
+    /// A model whose components of these names are read in f32. The others are dry: they take no memory, and nothing may be
+    /// computed from them.
+    pub fn in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<M> {
+        Ok(self.built(self.placement.computing_in(DType::F32), Mode::Load, components, build)?.0)
+    }
+
+    /// The same, wholly dry, and the bytes of the weights that would be read.
+    pub fn dry_in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<(M, usize)> {
+        let placement = self.placement.computing_in(DType::F32).in_memory_of_the_host();
+        let (model, opened) = self.built(placement, Mode::Inspect, components, build)?;
+        let of_components = opened.iter().filter(|(name, _)| components.contains(&name.as_str()));
+        Ok((model, of_components.map(|(_, weights)| weights.report().resident_bytes).sum()))
+    }
+
+    /// See [`Placement::spare_bytes`].
+    pub fn spare_bytes(&self) -> Result<Option<usize>> {
+        self.placement.spare_bytes()
+    }
+
+    fn built<M>(
+        &self,
+        placement: Placement,
+        mode: Mode,
+        components: &[&str],
+        build: Build<M>,
+    ) -> Result<(M, Vec<(String, Weights)>)> {
+        let (format, opened) = (self.format, Vec::new());
+        let mut open = OpenWeights {
+            source: &self.source,
+            placement: &placement,
+            only: Some(components),
+            mode,
+            format,
+            on_component: &mut |_| (),
+            opened,
+        };
+        let model = build(&self.manifest, &mut open)?;
+        Ok((model, open.opened))
     }
 }
 
@@ -213,7 +286,7 @@ pub fn load(
     let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
     let (source, mode, format) = (&source, Mode::Load, options.load_format);
-    let mut open = OpenWeights { source, placement, mode, format, on_component, opened: Vec::new() };
+    let mut open = OpenWeights { source, placement, only: None, mode, format, on_component, opened: Vec::new() };
     let mut model = load_with(family, &manifest, &mut open, options)?;
     for (component, weights) in &open.opened {
         let report = weights.report();
@@ -246,7 +319,8 @@ pub fn plan(
     let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
     let (source, mode, format) = (&source, Mode::Inspect, options.load_format);
-    let mut open = OpenWeights { source, placement, mode, format, on_component: &mut |_| (), opened: Vec::new() };
+    let mut open =
+        OpenWeights { source, placement, only: None, mode, format, on_component: &mut |_| (), opened: Vec::new() };
     let (model, problem) = match load_with(family, &manifest, &mut open, options) {
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),

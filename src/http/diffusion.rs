@@ -68,7 +68,9 @@ impl<'de> Deserialize<'de> for Interval {
             }
 
             fn visit_seq<A: serde::de::SeqAccess<'de>>(self, list: A) -> Result<Interval, A::Error> {
-                <[f64; 2]>::deserialize(serde::de::value::SeqAccessDeserializer::new(list)).map(Interval)
+                let numbers = Vec::deserialize(serde::de::value::SeqAccessDeserializer::new(list))?;
+                let numbers: Result<[f64; 2], Vec<f64>> = numbers.try_into();
+                numbers.map(Interval).map_err(|numbers| serde::de::Error::invalid_length(numbers.len(), &self))
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Interval, E> {

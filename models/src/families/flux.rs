@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
 use crate::device::Placement;
@@ -20,6 +20,7 @@ use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::BlockCache;
+use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -67,14 +68,19 @@ impl Family for Flux {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = FluxModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
+        let in_f32 = reread_in_f32(open.reread(manifest), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
             resident_bytes: model.adapters.cache_bytes(),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
         })
     }
+}
+
+fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<FluxModel> {
+    FluxModel::load(manifest, &mut |component| open.component(manifest, component))
 }
 
 /// All parts of a FLUX.1 checkpoint. Immutable once loaded.
@@ -131,7 +137,8 @@ impl FluxModel {
             ),
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
-            adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), &placement),
+            // Of a second try in f32 the transformer alone is on the device.
+            adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), transformer_weights.placement()),
             placement,
             text_encoder,
             text_encoder_2,
@@ -160,6 +167,8 @@ impl FluxModel {
         rows: &[DenoiseRow<'_, FluxConditioning>],
         forward: impl FnOnce(&FluxInput<'_>) -> Result<T>,
     ) -> Result<T> {
+        // Of another dtype only where another model has encoded the prompt.
+        let dtype = self.placement.compute_dtype;
         let stack = |part: fn(&DenoiseRow<'_, FluxConditioning>) -> Tensor| {
             Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
         };
@@ -167,8 +176,8 @@ impl FluxModel {
         let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance_scale as f32).collect();
         forward(&FluxInput {
             latents: &stack(|row| row.latents.clone())?,
-            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
-            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
+            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
+            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?.to_dtype(dtype)?,
             timesteps: &timesteps,
             guidance_scales: &guidance_scales,
             grid: self.grid(rows[0].request),
@@ -353,6 +362,15 @@ impl DiffusionModel for FluxModel {
         caches: &mut [&mut BlockCache],
     ) -> Result<Vec<Tensor>> {
         split(&self.with_input(rows, |input| self.transformer.forward_cached(input, caches))?)
+    }
+
+    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
+        let dtype = self.placement.compute_dtype;
+        match phase {
+            Phase::Denoise if dtype != DType::F32 => &["transformer"],
+            Phase::VaeDecode if self.vae_config.own_dtype(dtype) != DType::F32 => &["vae"],
+            _ => &[],
+        }
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {

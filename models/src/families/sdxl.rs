@@ -23,6 +23,7 @@ use crate::memory::MemoryPlan;
 use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::references::ReferenceModel;
+use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -74,20 +75,24 @@ impl Family for Sdxl {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
-        if let Some(path) = open.source().ip_adapter.clone() {
-            let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
-            let adapter = open.beside("ip_adapter", &files.adapter)?;
-            let image_encoder = open.beside("image_encoder", &files.image_encoder)?;
-            model = model.with_ip_adapter(&files, manifest, &adapter, &image_encoder)?;
-        }
+        let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
+        let in_f32 = reread_in_f32(open.reread(manifest), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
             resident_bytes: model.recordings_bytes() + model.adapters.cache_bytes(),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
         })
     }
+}
+
+fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
+    let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+    let Some(path) = open.source().ip_adapter.clone() else { return Ok(model) };
+    let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
+    let adapter = open.beside("ip_adapter", &files.adapter)?;
+    let image_encoder = open.beside("image_encoder", &files.image_encoder)?;
+    model.with_ip_adapter(&files, manifest, &adapter, &image_encoder)
 }
 
 /// All parts of an SDXL checkpoint. Immutable once loaded, but for steps that were recorded.
@@ -151,7 +156,8 @@ impl SdxlModel {
             card: sizes.card(schedulers, placement.compute_dtype),
             tokenizer,
             tokenizer_2,
-            adapters: Adapters::new(names, &placement),
+            // Of a second try in f32 the UNet alone is on the device.
+            adapters: Adapters::new(names, weights.placement()),
             placement,
             text_encoder,
             text_encoder_2,
@@ -389,6 +395,8 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {
+        // Of another dtype only where another model has encoded the prompt.
+        let dtype = self.placement.compute_dtype;
         let stack = |part: fn(&DenoiseRow<'_, SdxlConditioning>) -> Tensor| {
             Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
         };
@@ -396,14 +404,14 @@ impl DiffusionModel for SdxlModel {
         let time_ids: Vec<[f32; 6]> = rows.iter().map(|row| time_ids(row.request)).collect();
         // The rows of a batch have equally many, or none.
         let tokens: Option<Vec<&Tensor>> = rows.iter().map(|row| row.references).collect();
-        let tokens = tokens.map(|tokens| Tensor::cat(&tokens, 0)).transpose()?;
+        let tokens = tokens.map(|tokens| Tensor::cat(&tokens, 0)?.to_dtype(dtype)).transpose()?;
         let scales = rows.iter().filter_map(|row| row.request.references.as_ref());
         let scales: Vec<f32> = scales.map(|references| references.scale as f32).collect();
         let input = UNetInput {
             latents: &stack(|row| row.latents.clone())?,
             timesteps: &timesteps,
-            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?,
-            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?,
+            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
+            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?.to_dtype(dtype)?,
             time_ids: &time_ids,
             references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
         };
@@ -413,6 +421,15 @@ impl DiffusionModel for SdxlModel {
             false => self.recordings.forward(&self.unet, &input)?,
         };
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
+    }
+
+    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
+        let dtype = self.placement.compute_dtype;
+        match phase {
+            Phase::Denoise if dtype != DType::F32 => &["unet", "ip_adapter"],
+            Phase::VaeDecode if self.sizes.vae.own_dtype(dtype) != DType::F32 => &["vae"],
+            _ => &[],
+        }
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {

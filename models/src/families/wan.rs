@@ -28,6 +28,7 @@ use crate::memory::MemoryPlan;
 use crate::request::{Acceleration, DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
+use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -84,13 +85,18 @@ impl Family for Wan {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = WanModel::load(manifest, &mut |component| open.component(manifest, component))?;
+        let model = build(manifest, open)?;
+        let in_f32 = reread_in_f32(open.reread(manifest), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card.clone()),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows)),
+            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
             resident_bytes: 0,
         })
     }
+}
+
+fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<WanModel> {
+    WanModel::load(manifest, &mut |component| open.component(manifest, component))
 }
 
 /// `transformer/config.json`.
@@ -388,18 +394,27 @@ impl DiffusionModel for WanModel {
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
-        let Inputs { latents, timesteps, text } = Inputs::new(rows)?;
+        let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
         split(&self.transformer.forward(&latents, &timesteps, &text)?)
     }
 
     fn predict_cached(&self, rows: &[DenoiseRow<'_, Tensor>], caches: &mut [&mut BlockCache]) -> Result<Vec<Tensor>> {
-        let Inputs { latents, timesteps, text } = Inputs::new(rows)?;
+        let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
         split(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
     }
 
     fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
         let [_, _, frames, height, width] = self.sizes.latent_shape(request);
         self.transformer.cached_work(computed, skipping, frames * height * width, request.max_sequence_length)
+    }
+
+    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
+        match phase {
+            _ if self.placement.compute_dtype == DType::F32 => &[],
+            Phase::Denoise => &["transformer"],
+            Phase::VaeDecode => &["vae"],
+            _ => &[],
+        }
     }
 
     fn begin_decode(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<WanDecoding> {
@@ -423,11 +438,12 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(rows: &[DenoiseRow<'_, Tensor>]) -> Result<Self> {
+    /// `dtype`: of the transformer; the text has another one only where another model has encoded it.
+    fn new(rows: &[DenoiseRow<'_, Tensor>], dtype: DType) -> Result<Self> {
         Ok(Self {
             latents: Tensor::cat(&rows.iter().map(|row| row.latents).collect::<Vec<_>>(), 0)?,
             timesteps: rows.iter().map(|row| row.timestep as f32).collect(),
-            text: Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?,
+            text: Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?.to_dtype(dtype)?,
         })
     }
 }

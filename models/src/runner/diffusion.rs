@@ -24,6 +24,7 @@ use crate::work::StepWork;
 pub mod batcher;
 pub mod block_cache;
 pub mod references;
+pub mod retry;
 pub mod start;
 #[cfg(test)]
 mod tests;
@@ -33,6 +34,7 @@ use batcher::{
 };
 use block_cache::BlockCache;
 use references::{ReferenceModel, ReferenceTokens};
+use retry::{InF32, are_finite};
 use start::{Encoded, Repaint, Start, start};
 
 /// Most sessions that one runner holds, whatever memory there is.
@@ -107,6 +109,12 @@ pub trait DiffusionModel: Send {
         unreachable!("the card allows no acceleration: this is a bug")
     }
 
+    /// Components of the checkpoint whose networks do the work of `phase` in fewer than 32 bits, so that f32 may help where
+    /// it is not finite; none where it computes in f32 anyway.
+    fn narrow_components(&self, _phase: Phase) -> &'static [&'static str] {
+        &[]
+    }
+
     /// Begins to turn final latents into pixels.
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Self::Decoding>;
 
@@ -167,6 +175,8 @@ pub struct DenoiseRow<'a, C> {
 /// denoising step, one chunk of pixels per decoding step.
 pub struct DiffusionRunner<M: DiffusionModel> {
     model: M,
+    /// Reads a second one where this one is too narrow.
+    in_f32: Option<InF32<M>>,
     max_rows: usize,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session<M>>,
@@ -194,6 +204,8 @@ enum Stage<M: DiffusionModel> {
     /// Final latents; decoding has not begun.
     Latents(Tensor),
     Decode {
+        /// Final ones.
+        latents: Tensor,
         decoding: M::Decoding,
         done: usize,
     },
@@ -237,7 +249,19 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// `max_denoise_rows`: most rows (sessions times guidance branches) of one prediction, at least 1.
     pub fn new(model: M, max_denoise_rows: usize) -> Self {
         let max_rows = max_denoise_rows.max(1);
-        Self { model, max_rows, batcher: Batcher::new(max_rows), sessions: HashMap::new(), in_step: Vec::new() }
+        Self {
+            model,
+            in_f32: None,
+            max_rows,
+            batcher: Batcher::new(max_rows),
+            sessions: HashMap::new(),
+            in_step: Vec::new(),
+        }
+    }
+
+    /// Work that is not finite is done once more by the model that `in_f32` reads.
+    pub fn retrying(self, in_f32: InF32<M>) -> Self {
+        Self { in_f32: Some(in_f32), ..self }
     }
 
     /// The model that is driven.
@@ -317,16 +341,16 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn denoise(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
         self.activate(ids)?;
         let predictions = self.predict(ids)?;
+        let predictions = self.mended(ids, predictions)?;
         for (id, prediction) in ids.iter().zip(predictions) {
-            let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
-            let (done, total) = session.advance(&prediction)?;
-            let outcome = match session.latents_are_finite()? {
-                true => Outcome::GoesOn,
-                false => Outcome::Failed(Error::NotFinite { phase: Phase::Denoise.as_str() }),
+            let outcome = match prediction {
+                Err(error) => Outcome::Failed(error),
+                Ok(prediction) => {
+                    let (done, total) = self.session_mut(*id).advance(&prediction)?;
+                    events.emit(*id, Event::Progress { phase: Phase::Denoise, done, total });
+                    Outcome::GoesOn
+                }
             };
-            if matches!(outcome, Outcome::GoesOn) {
-                events.emit(*id, Event::Progress { phase: Phase::Denoise, done, total });
-            }
             self.settle(*id, outcome, events);
         }
         Ok(())
@@ -350,6 +374,56 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             adapters.release_unused();
         }
         was_there
+    }
+
+    /// Predictions that are not finite are made once more in f32; where that does not help either, they are the errors of
+    /// their sessions, and of those alone.
+    fn mended(&mut self, ids: &[SessionId], predictions: Vec<Tensor>) -> Result<Vec<Result<Tensor>>> {
+        let finite = are_finite(&predictions)?;
+        let broken: Vec<SessionId> =
+            ids.iter().zip(&finite).filter(|(_, finite)| !**finite).map(|(id, _)| *id).collect();
+        let mut again = self.predict_in_f32(&broken).into_iter();
+        let mended = predictions.into_iter().zip(finite).map(|(prediction, finite)| match finite {
+            true => Ok(prediction),
+            false => again.next().expect("one for each that is broken: this is a bug"),
+        });
+        Ok(mended.collect())
+    }
+
+    fn predict_in_f32(&mut self, ids: &[SessionId]) -> Vec<Result<Tensor>> {
+        // The one with the most rows needs the most memory.
+        let Some(largest) = ids.iter().max_by_key(|id| self.session(**id).num_rows()) else { return Vec::new() };
+        let request = &self.session(*largest).request;
+        let model = self.read_in_f32(Phase::Denoise, request).and_then(|model| {
+            // The members of a step have the same ones.
+            if let Some(adapters) = model.adapters() {
+                adapters.activate(adapters.prepare(&request.loras)?.as_ref());
+            }
+            Ok(model)
+        });
+        let model = match model {
+            Ok(model) => model,
+            Err(error) => return ids.iter().map(|_| Err(error.restate())).collect(),
+        };
+        ids.iter()
+            .map(|id| {
+                // What is kept may be what is not finite.
+                self.session_mut(*id).denoising_mut().caches.iter_mut().for_each(BlockCache::forget);
+                self.session(*id).predict_alone(&model, self.max_rows)
+            })
+            .collect()
+    }
+
+    /// A model whose networks of `phase` compute in f32; an error where this one's do so already.
+    fn read_in_f32(&self, phase: Phase, request: &DiffusionRequest) -> Result<M> {
+        let components = self.model.narrow_components(phase);
+        match &self.in_f32 {
+            Some(read) if !components.is_empty() => {
+                tracing::warn!(phase = phase.as_str(), "a value is not finite; computing once more in f32");
+                read(components, phase, request)
+            }
+            _ => Err(Error::NotFinite { phase: phase.as_str() }),
+        }
     }
 
     /// The guided prediction of each session. More rows than fit one forward pass (a guided session where one row is
@@ -403,14 +477,38 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let total = self.model.num_decode_steps(&session.request);
         if let Some(pixels) = pixels {
             let Some(frames) = to_frames(&pixels, &session.request)? else {
-                let failed = Outcome::Failed(Error::NotFinite { phase: Phase::VaeDecode.as_str() });
-                self.settle(id, failed, events);
+                let outcome =
+                    self.decode_in_f32(id, done - 1, events).map_or_else(Outcome::Failed, |()| Outcome::Complete);
+                self.settle(id, outcome, events);
                 return Ok(());
             };
             events.emit(id, Event::Frames(frames));
         }
         events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
         self.settle(id, if done < total { Outcome::GoesOn } else { Outcome::Complete }, events);
+        Ok(())
+    }
+
+    /// All pixels once more, in f32 and at once: a chunk depends on those before it, which were narrow too. Frames of the
+    /// first `told` chunks are out already.
+    fn decode_in_f32(&self, id: SessionId, told: usize, events: &mut Events) -> Result<()> {
+        let session = self.session(id);
+        let Stage::Decode { latents, .. } = &session.stage else { unreachable!("{STAGE_FITS}") };
+        let model = self.read_in_f32(Phase::VaeDecode, &session.request)?;
+        let mut decoding = model.begin_decode(latents, &session.request)?;
+        let total = model.num_decode_steps(&session.request);
+        for done in 1..=total {
+            let pixels = model.decode_next(&mut decoding)?;
+            if done <= told {
+                continue;
+            }
+            if let Some(pixels) = pixels {
+                let frames = to_frames(&pixels, &session.request)?;
+                let frames = frames.ok_or(Error::NotFinite { phase: Phase::VaeDecode.as_str() })?;
+                events.emit(id, Event::Frames(frames));
+            }
+            events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
+        }
         Ok(())
     }
 
@@ -666,6 +764,20 @@ impl<M: DiffusionModel> Session<M> {
         })
     }
 
+    /// The guided prediction of this session by another model, if it is finite.
+    fn predict_alone(&self, model: &M, max_rows: usize) -> Result<Tensor> {
+        let rows: Vec<_> = self.rows().collect();
+        let mut predictions = Vec::with_capacity(rows.len());
+        for pass in rows.chunks(max_rows) {
+            predictions.extend(model.predict(pass)?);
+        }
+        let prediction = self.guided(&mut predictions.into_iter())?;
+        match are_finite(std::slice::from_ref(&prediction))?[..] {
+            [true] => Ok(prediction),
+            _ => Err(Error::NotFinite { phase: Phase::Denoise.as_str() }),
+        }
+    }
+
     /// Takes this session's predictions and merges them: `negative + scale * (positive - negative)`.
     fn guided(&self, predictions: &mut impl Iterator<Item = Tensor>) -> Result<Tensor> {
         let mut next = || predictions.next().expect("one prediction per row: this is a bug");
@@ -696,21 +808,13 @@ impl<M: DiffusionModel> Session<M> {
         Ok((done, total))
     }
 
-    fn latents_are_finite(&self) -> Result<bool> {
-        let latents = match &self.stage {
-            Stage::Latents(latents) => latents,
-            _ => &self.denoising().latents,
-        };
-        // Zero times what is finite is zero, and NaN otherwise: one number leaves the device, not all of them.
-        Ok(latents.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
-    }
-
     /// The next pixels, if frames are whole with this chunk, and how many chunks are done with it.
     fn decode_next(&mut self, model: &M) -> Result<(Option<Tensor>, usize)> {
         if let Stage::Latents(latents) = &self.stage {
-            self.stage = Stage::Decode { decoding: model.begin_decode(latents, &self.request)?, done: 0 };
+            let (latents, decoding) = (latents.clone(), model.begin_decode(latents, &self.request)?);
+            self.stage = Stage::Decode { latents, decoding, done: 0 };
         }
-        let Stage::Decode { decoding, done } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
+        let Stage::Decode { decoding, done, .. } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
         let pixels = model.decode_next(decoding)?;
         *done += 1;
         Ok((pixels, *done))

@@ -236,12 +236,12 @@ impl Gpu {
 }
 
 #[cfg(feature = "emulator")]
-fn emulated<R>(body: impl FnOnce() -> R) -> R {
+pub fn emulated<R>(body: impl FnOnce() -> R) -> R {
     tale_kernels::emulated(body)
 }
 
 #[cfg(not(feature = "emulator"))]
-fn emulated<R>(_: impl FnOnce() -> R) -> R {
+pub fn emulated<R>(_: impl FnOnce() -> R) -> R {
     unreachable!("nothing is emulated in this build")
 }
 

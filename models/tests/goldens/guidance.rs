@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde_json::Value;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
@@ -19,7 +19,7 @@ use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::{DiffusionCard, ModelCard};
 use tempfile::TempDir;
 
-use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr};
 
 const MIN_PSNR: f64 = 50.0;
 /// The cache itself costs about 50 dB: a wrong one must not pass for a right one.
@@ -252,37 +252,10 @@ impl Checkpoint {
         let dir = tempfile::tempdir().unwrap();
         copy_folder(&path, dir.path());
         for (tensor, factor) in scaled {
-            scale(&dir.path().join("transformer"), tensor, factor.as_f64().unwrap());
+            let factor = factor.as_f64().unwrap();
+            edit_tensors(&dir.path().join("transformer"), tensor, |x| (x * factor).unwrap());
         }
         Self { path: dir.path().to_owned(), _dir: Some(dir) }
-    }
-}
-
-/// Rewrites the file of `folder` that holds the tensor.
-fn scale(folder: &Path, tensor: &str, factor: f64) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let file = entry.unwrap().path();
-        if file.extension().is_none_or(|extension| extension != "safetensors") {
-            continue;
-        }
-        let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
-        if let Some(found) = tensors.get_mut(tensor) {
-            *found = (&*found * factor).unwrap();
-            return candle_core::safetensors::save(&tensors, &file).unwrap();
-        }
-    }
-    panic!("{}: no tensor {tensor}", folder.display());
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_folder(&entry.path(), &target),
-            false => drop(std::fs::copy(entry.path(), target).unwrap()),
-        }
     }
 }
 

@@ -11,6 +11,7 @@ mod guidance;
 mod ip_adapter;
 mod lora;
 mod noise_solvers;
+mod overflow;
 mod rng;
 mod schedulers;
 mod sdxl;

@@ -1,7 +1,7 @@
 //! Reading goldens and comparing with them.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use tale_models::testing::repository;
@@ -63,4 +63,22 @@ pub fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
             false => drop(std::fs::copy(entry.path(), target).unwrap()),
         }
     }
+}
+
+/// Rewrites the tensors of a component's folder whose names begin with `prefix`; there must be some.
+pub fn edit_tensors(folder: &Path, prefix: &str, change: impl Fn(&Tensor) -> Tensor) {
+    let mut edited = 0;
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let file = entry.expect("readable").path();
+        if file.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).expect("a file of tensors");
+        for (_, tensor) in tensors.iter_mut().filter(|(name, _)| name.starts_with(prefix)) {
+            *tensor = change(tensor);
+            edited += 1;
+        }
+        candle_core::safetensors::save(&tensors, &file).expect("written");
+    }
+    assert!(edited > 0, "{}: no tensor {prefix}", folder.display());
 }

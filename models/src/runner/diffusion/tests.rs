@@ -16,7 +16,7 @@ use crate::work::StepWork;
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
 /// contains one of `encode`, `denoise`, `decode` goes wrong in that phase, in the way that it also contains: `error`,
-/// `panic` or `nan`.
+/// `panic`, `nan`, or `overflow`, which is NaN where the model is not wide. A `late` wrong is that of the last chunk alone.
 struct Toy {
     card: DiffusionCard,
     /// Conditioning and decoding values alive.
@@ -27,6 +27,7 @@ struct Toy {
     encoded: Arc<Mutex<Vec<String>>>,
     takes_pictures: bool,
     absent_is_empty: bool,
+    is_wide: bool,
 }
 
 struct Counted {
@@ -77,6 +78,19 @@ impl Toy {
             encoded: Arc::default(),
             takes_pictures: true,
             absent_is_empty: true,
+            is_wide: false,
+        }
+    }
+
+    fn wide() -> Self {
+        Self { is_wide: true, ..Self::new() }
+    }
+
+    /// 1, or what the prompt wants to go wrong in this phase.
+    fn factor(&self, prompt: &str, phase: &'static str) -> Result<f64> {
+        match prompt.contains(phase) && prompt.contains("overflow") {
+            true => Ok(if self.is_wide { 1.0 } else { f64::NAN }),
+            false => factor(prompt, phase),
         }
     }
 
@@ -170,10 +184,14 @@ impl DiffusionModel for Toy {
     fn predict(&self, rows: &[DenoiseRow<'_, Counted>]) -> Result<Vec<Tensor>> {
         self.passes.lock().expect("lock").push(rows.len());
         let predict = |row: &DenoiseRow<'_, Counted>| -> Result<Tensor> {
-            let wanted = factor(&row.conditioning.prompt, "denoise")? * f64::from(row.conditioning.value);
+            let wanted = self.factor(&row.conditioning.prompt, "denoise")? * f64::from(row.conditioning.value);
             Ok(((row.latents * (-row.timestep / 1000.0))? + wanted)?)
         };
         rows.iter().map(predict).collect()
+    }
+
+    fn narrow_components(&self, _phase: Phase) -> &'static [&'static str] {
+        if self.is_wide { &[] } else { &["net"] }
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<(Counted, usize)> {
@@ -187,7 +205,9 @@ impl DiffusionModel for Toy {
 
     fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Option<Tensor>> {
         *left = left.checked_sub(1).expect("no more chunks than promised");
-        let value = f64::from(mean.value) * 0.01 * factor(&mean.prompt, "decode")?;
+        let is_right = mean.prompt.contains("late") && *left > 0;
+        let factor = if is_right { 1.0 } else { self.factor(&mean.prompt, "decode")? };
+        let value = f64::from(mean.value) * 0.01 * factor;
         if mean.prompt.contains("tiles") && *left > 0 {
             return Ok(None);
         }
@@ -630,6 +650,53 @@ fn values_that_are_not_finite_fail_that_session_alone() {
         assert!(last.contains("not finite") && last.contains(phase), "{last}");
         assert!(!all[&1].iter().any(|event| event.starts_with("frames")));
         assert_eq!(all[&2], alone(request("beside it", 2)));
+    }
+}
+
+/// A session that overflows is what it would be if it did not, one that is not finite in f32 either fails, and whoever
+/// shares their steps hears nothing of it.
+#[test]
+fn what_overflows_is_done_once_more_in_f32() {
+    for (wrong, phase, reads) in
+        [("denoise", Phase::Denoise, 3), ("decode", Phase::VaeDecode, 1), ("late decode", Phase::VaeDecode, 1)]
+    {
+        let read = Arc::new(AtomicUsize::new(0));
+        let count = read.clone();
+        let mut runner = DiffusionRunner::new(Toy::new(), 4).retrying(Box::new(move |components, of, _| {
+            assert_eq!((components, of), (&["net"][..], phase));
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(Toy::wide())
+        }));
+        let overflowing = format!("overflow in {wrong}");
+        submit(&mut runner, 1, request(&overflowing, 1));
+        submit(&mut runner, 2, request("beside it", 2));
+        let all = run(&mut runner);
+        let mut wide = DiffusionRunner::new(Toy::wide(), 4);
+        submit(&mut wide, 1, request(&overflowing, 1));
+        assert_eq!(all[&1], run(&mut wide)[&1], "{wrong}");
+        assert_eq!(all[&2], alone(request("beside it", 2)), "{wrong}");
+        assert_eq!(read.load(Ordering::Relaxed), reads, "{wrong}: one for each step that needs it");
+        submit(&mut runner, 3, request(&format!("nan in {wrong}"), 3));
+        submit(&mut runner, 4, request("beside it", 2));
+        let all = run(&mut runner);
+        let last = all[&3].last().expect("events");
+        assert!(last.contains("not finite") && last.contains(phase.as_str()), "{last}");
+        assert_eq!(all[&4], alone(request("beside it", 2)), "{wrong}");
+    }
+}
+
+#[test]
+fn without_the_memory_for_f32_a_session_fails_with_the_figures() {
+    for wrong in ["denoise", "decode"] {
+        let mut runner = DiffusionRunner::new(Toy::new(), 4).retrying(Box::new(|_, phase, _| {
+            Err(Error::OutOfMemory { phase: Some(phase), needed_bytes: 77, free_bytes: 66 })
+        }));
+        submit(&mut runner, 1, request(&format!("overflow in {wrong}"), 1));
+        submit(&mut runner, 2, request("beside it", 2));
+        let all = run(&mut runner);
+        let last = all[&1].last().expect("events");
+        assert!(last.contains("77 bytes needed") && last.contains("66 free"), "{last}");
+        assert_eq!(all[&2], alone(request("beside it", 2)), "{wrong}");
     }
 }
 
