@@ -16,12 +16,12 @@ use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
-use crate::{flux, text, wan};
+use crate::{flux, sdxl, text, wan};
 
 /// Of pictures in f32, as on the CPU.
 const MIN_PSNR_F32: f64 = 50.0;
-/// Of pictures in bf16, whose 8 bits of mantissa are rounded at every layer of every step.
-const MIN_PSNR_BF16: f64 = 30.0;
+/// Of pictures in 16 bits, whose mantissa is rounded at every layer of every step.
+const MIN_PSNR_16_BITS: f64 = 30.0;
 
 #[test]
 fn flux_pictures_are_the_reference_ones() {
@@ -30,6 +30,25 @@ fn flux_pictures_are_the_reference_ones() {
             let golden = golden_tensors(case);
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
             for (run, request) in flux::requests(case, diffusion_card(&model)).into_iter().enumerate() {
+                let expected: Vec<u8> = golden[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
+                let frames = gpu.run(|| frames(&mut model, request));
+                gpu.assert_picture(&format!("{case} run {run}"), &frames[0].rgb, &expected);
+            }
+        }
+    });
+}
+
+/// In f16 too, where the VAE computes in f32.
+#[test]
+fn sdxl_pictures_are_the_reference_ones() {
+    on_every_gpu_in(&[WeightDtype::F32, WeightDtype::Bf16, WeightDtype::F16], |gpu| {
+        for case in gpu.some_of(&["sdxl-b", "sdxl-a"]) {
+            let golden = golden_tensors(case);
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            let mut requests: Vec<_> = sdxl::requests(case, diffusion_card(&model)).into_iter().enumerate().collect();
+            // The least work first.
+            requests.sort_by_key(|(_, request)| request.width * request.height * request.num_inference_steps);
+            for (run, request) in gpu.some_of(&requests).iter().cloned() {
                 let expected: Vec<u8> = golden[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
                 let frames = gpu.run(|| frames(&mut model, request));
                 gpu.assert_picture(&format!("{case} run {run}"), &frames[0].rgb, &expected);
@@ -197,14 +216,17 @@ struct Gpu {
 }
 
 fn on_every_gpu(body: impl Fn(&Gpu)) {
-    let dtypes = [WeightDtype::F32, WeightDtype::Bf16];
+    on_every_gpu_in(&[WeightDtype::F32, WeightDtype::Bf16], body);
+}
+
+fn on_every_gpu_in(dtypes: &[WeightDtype], body: impl Fn(&Gpu)) {
     if cfg!(feature = "emulator") {
-        for dtype in dtypes {
+        for dtype in dtypes.iter().copied() {
             let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
             body(&Gpu { name: format!("emulator {dtype:?}"), placement, dtype, is_emulated: true });
         }
     }
-    for dtype in dtypes {
+    for dtype in dtypes.iter().copied() {
         match Placement::open(DeviceSpec::Cuda(0), dtype) {
             Ok(placement) => body(&Gpu { name: format!("cuda:0 {dtype:?}"), placement, dtype, is_emulated: false }),
             Err(problem) => eprintln!("NOT RUN on a GPU: {problem}"),
@@ -228,7 +250,7 @@ impl Gpu {
 
     #[track_caller]
     fn assert_picture(&self, what: &str, found: &[u8], expected: &[u8]) {
-        let wanted = if self.dtype == WeightDtype::F32 { MIN_PSNR_F32 } else { MIN_PSNR_BF16 };
+        let wanted = if self.dtype == WeightDtype::F32 { MIN_PSNR_F32 } else { MIN_PSNR_16_BITS };
         let found = psnr(found, expected);
         println!("{} {what}: {found:.1} dB", self.name);
         assert!(found >= wanted, "{} {what}: {found:.1} dB, wanted are {wanted}", self.name);
