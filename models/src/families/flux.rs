@@ -51,6 +51,10 @@ const CACHE_THRESHOLDS: CacheThresholds = CacheThresholds { safe: 0.08, fast: 0.
 /// added; and, while the others are computed, what came out of the first.
 const CACHED_WIDTHS: usize = 3;
 
+/// Copies of the latents in f32 that a session with two branches holds: the sample; of each branch what the model sees of
+/// it and predicts, in the batch and by itself.
+const LATENT_COPIES: usize = 7;
+
 /// FLUX.1.
 pub struct Flux;
 
@@ -265,7 +269,7 @@ fn card(
         guidance,
         loras: LoraSupport::NoFolder,
         schedulers,
-        vae_tiling: vae.vae_tiling(placement.compute_dtype),
+        vae_tiling: vae.vae_tiling(placement.compute_dtype, LATENT_COPIES),
         has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),

@@ -288,7 +288,7 @@ impl Sizes {
             guidance: Guidance::ClassifierFree,
             loras: LoraSupport::NoFolder,
             schedulers,
-            vae_tiling: self.vae.vae_tiling(dtype),
+            vae_tiling: self.vae.vae_tiling(dtype, LATENT_COPIES),
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,

@@ -164,12 +164,14 @@ impl KlConfig {
         Tiling::of_latents(self.sample_size / self.vae_scale_factor(), self.sample_size)
     }
 
-    /// When pictures are decoded in tiles, where neighbours compute in `dtype`.
-    pub fn vae_tiling(&self, dtype: DType) -> Option<VaeTiling> {
+    /// When pictures are decoded in tiles, where neighbours compute in `dtype` and a session meanwhile holds its latents at
+    /// most so many times.
+    pub fn vae_tiling(&self, dtype: DType, latent_copies: usize) -> Option<VaeTiling> {
         self.tiling()?;
         // Whole squares of latents, so that no level is rounded.
         let square = self.vae_scale_factor().pow(2);
-        let bytes_per_pixel = self.decode_bytes(square, dtype).div_ceil(square);
+        let held = latent_copies * self.latent_channels * size_of::<f32>();
+        let bytes_per_pixel = (self.decode_bytes(square, dtype) + held).div_ceil(square);
         Some(VaeTiling { tile_side: self.sample_size, bytes_per_pixel })
     }
 
