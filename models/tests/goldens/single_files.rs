@@ -210,6 +210,28 @@ fn flux_files_make_the_pictures_of_their_folder() {
     }
 }
 
+/// Some files hold everything, each network below a name of its own; the base then needs no weights.
+#[test]
+fn a_flux_file_may_hold_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = Configurations::of_folder(&checkpoint("flux-dev")).unwrap();
+    let path = dir.path().join("all.safetensors");
+    let parts = [
+        ("model.diffusion_model.", assemble("flux-dev", "flux-dev")),
+        ("vae.", assemble("flux-dev", "flux-dev-ae")),
+        ("text_encoders.clip_l.transformer.", read_component(&checkpoint("flux-dev").join("text_encoder"))),
+        ("text_encoders.t5xxl.transformer.", read_component(&checkpoint("flux-dev").join("text_encoder_2"))),
+    ];
+    let below = |(beginning, tensors): (&str, HashMap<String, Tensor>)| -> Vec<(String, Tensor)> {
+        tensors.into_iter().map(|(name, tensor)| (format!("{beginning}{name}"), tensor)).collect()
+    };
+    write_file(&path, parts.into_iter().flat_map(below).collect());
+    assert_clean(&inspect(&path, Some(base.path())));
+    let mut model = load(&path, Some(base.path()), WeightDtype::Auto);
+    let request = flux::requests("flux-dev", card(&model)).remove(0);
+    assert_picture("flux-dev", &picture(&mut model, request), &golden_tensors("flux-dev")["run0.image"]);
+}
+
 /// The transformer's own file of a diffusers folder, alone.
 #[test]
 fn a_transformer_alone_may_have_its_names_of_today() {
@@ -349,6 +371,10 @@ fn what_is_no_model_is_refused_in_its_own_words() {
     check_refused(&path("lora.safetensors"), None, &["is a LoRA and not a model"]);
     write_file(&path("other.safetensors"), one("model.embed_tokens.weight"));
     check_refused(&path("other.safetensors"), None, &["such as `model.embed_tokens.weight`", "FLUX.1"]);
+    // A header of 0x280 bytes makes a file begin as a pickle of protocol 2 does.
+    let header = format!("{:<640}", json!({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).to_string());
+    std::fs::write(path("640.safetensors"), [&640u64.to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat()).unwrap();
+    check_refused(&path("640.safetensors"), None, &["such as `x`, of no model that is known"]);
     let mut edm = assemble("sdxl-b", "sdxl-b");
     edm.extend(one("edm_mean"));
     write_file(&path("edm.safetensors"), edm);
