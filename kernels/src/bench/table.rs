@@ -132,6 +132,7 @@ impl<'a> Bench<'a> {
     pub fn run(&mut self) -> Result<()> {
         self.norms()?;
         self.gates_and_rotations()?;
+        self.joints()?;
         self.products()?;
         self.attentions()?;
         self.paged()?;
@@ -179,6 +180,21 @@ impl<'a> Bench<'a> {
             self.measure("norm_rope", model, Work::Bytes(bytes), || {
                 crate::norm_rope(&x, Some(&norm), &angles, &angles, RopeLayout::Interleaved)
             })?;
+        }
+        Ok(())
+    }
+
+    /// What lies between the blocks of SDXL's UNet at 1024 x 1024, two rows.
+    fn joints(&mut self) -> Result<()> {
+        for (channels, published) in [(320, 128), (640, 64)] {
+            let side = self.sizes.side(published);
+            let x = self.random(&[2, channels, side, side])?;
+            let (per_channel, tokens) = (self.random(&[2, channels])?, x.flatten_from(2)?);
+            let (shape, bytes) = (format!("sdxl, 2 x {channels} x {side} x {side}"), self.bytes(x.elem_count()));
+            self.measure("cat", &shape, Work::Bytes(4.0 * bytes), || crate::cat(&[&x, &x], 1))?;
+            self.measure("transpose", &shape, Work::Bytes(2.0 * bytes), || crate::transpose(&tokens))?;
+            self.measure("sum", &shape, Work::Bytes(3.0 * bytes), || crate::sum(&x, &x))?;
+            self.measure("sum_channels", &shape, Work::Bytes(2.0 * bytes), || crate::sum_channels(&x, &per_channel))?;
         }
         Ok(())
     }
