@@ -249,7 +249,6 @@ struct AdapterMetadata(BTreeMap<String, PeftConfig>);
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct PeftConfig {
-    r: Option<f64>,
     lora_alpha: Option<f64>,
     alpha_pattern: HashMap<String, f64>,
     use_rslora: bool,
@@ -263,7 +262,7 @@ impl AdapterMetadata {
         let mut networks: BTreeMap<String, serde_json::Map<String, serde_json::Value>> = BTreeMap::new();
         for (key, value) in fields {
             let Some((network, field)) = key.split_once('.') else { continue };
-            if ["r", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora"].contains(&field) && !value.is_null() {
+            if ["lora_alpha", "alpha_pattern", "use_rslora", "use_dora"].contains(&field) && !value.is_null() {
                 networks.entry(network.to_owned()).or_default().insert(field.to_owned(), value);
             }
         }
@@ -297,4 +296,48 @@ fn is_pattern_of(pattern: &str, layer: &str) -> bool {
         return whole == layer;
     }
     layer.strip_suffix(pattern).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_of_metadata_are_ends_of_names() {
+        for (pattern, layer, expected) in [
+            ("to_q", "blocks.0.attn.to_q", true),
+            ("attn.to_q", "blocks.0.attn.to_q", true),
+            ("to_q", "to_q", true),
+            ("o_q", "blocks.0.attn.to_q", false),
+            ("^attn.to_q", "blocks.0.attn.to_q", false),
+            ("^blocks.0.attn.to_q", "blocks.0.attn.to_q", true),
+        ] {
+            assert_eq!(is_pattern_of(pattern, layer), expected, "{pattern} of {layer}");
+        }
+    }
+
+    #[test]
+    fn metadata_says_what_a_term_counts() {
+        use crate::lora::{NetworkNames, Sites};
+        let sites = std::sync::Arc::<Sites>::default();
+        let shape = LayerShape::Linear { in_features: 4, out_features: 4 };
+        sites.enter("a.to_q", shape);
+        let names =
+            LoraNames::new(vec![NetworkNames::denoiser(&sites, &crate::families::flux::original::FluxNames, [])]);
+        let part = Part { layer: "a.to_q".into(), rows: 0..4, swap_halves: false };
+        let term = Term { network: 0, part, shape, down: "d".into(), up: "u".into(), alpha: None, rank: 4 };
+        for (json, expected) in [
+            ("{}", 1.0),
+            (r#"{"unet.lora_alpha": 8}"#, 2.0),
+            (r#"{"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.lora_dropout": 0.1}"#, 2.0),
+            (r#"{"unet.lora_alpha": 8, "unet.use_rslora": true}"#, 4.0),
+            (r#"{"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}}"#, 0.5),
+            (r#"{"text_encoder.lora_alpha": 8}"#, 1.0),
+        ] {
+            let metadata = AdapterMetadata::parse(json).expect("JSON");
+            assert_eq!(metadata.scale(&term, &names), expected, "{json}");
+        }
+        assert!(AdapterMetadata::parse(r#"{"unet.use_dora": true}"#).is_err());
+        assert!(AdapterMetadata::parse("[").is_err());
+    }
 }
