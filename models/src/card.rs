@@ -8,9 +8,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
+use crate::encoders::clip_chunks::ChunkRule;
 use crate::error::{Error, Result};
 use crate::lora::{LoraOption, LoraSupport};
 use crate::memory::VaeTiling;
+use crate::prompt::plain_text;
 use crate::request::{
     Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
 };
@@ -156,6 +158,7 @@ impl TextCard {
 
     fn sampling(&self, options: &TextOptions, fallback_seed: u64) -> Result<SamplingParams> {
         let defaults = &self.defaults;
+        let max_sequence_length = self.prompt_length(&options)?;
         // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);
         let default_temperature = if greedy_by_default { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
@@ -200,6 +203,8 @@ pub struct DiffusionCard {
     pub frames_multiple: usize,
     /// Largest `max_sequence_length`.
     pub max_sequence_length: usize,
+    /// What the text encoders make of prompts.
+    pub prompts: Prompts,
     /// How guidance enters.
     pub guidance: Guidance,
     /// Which LoRAs there are to choose from.
@@ -232,6 +237,15 @@ pub enum Medium {
     Picture,
     /// Frames in time.
     Clip,
+}
+
+/// What a model's text encoders make of prompts.
+#[derive(Debug, Clone)]
+pub enum Prompts {
+    /// Text, padded or cut to `max_sequence_length`; weights are refused.
+    Plain,
+    /// Text with weights, in as many chunks as it fills where the client gave no `max_sequence_length`.
+    Chunked(ChunkRule),
 }
 
 /// How `guidance_scale` enters a model.
@@ -327,7 +341,7 @@ impl DiffusionCard {
             guidance_interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),
             acceleration: options.acceleration.unwrap_or_default(),
             seed: options.seed.unwrap_or(fallback_seed),
-            max_sequence_length: options.max_sequence_length.unwrap_or(defaults.max_sequence_length),
+            max_sequence_length,
             loras: self.loras.resolve(&options.loras)?,
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
@@ -376,6 +390,21 @@ impl DiffusionCard {
         let scale = scale.unwrap_or(DEFAULT_IP_ADAPTER_SCALE);
         check_range("ip_adapter_scale", scale, 0.0, 1.0)?;
         Ok(Some(References { images, scale }))
+    }
+
+    /// Reads the prompts, and says at how many tokens they are encoded.
+    fn prompt_length(&self, options: &DiffusionOptions) -> Result<usize> {
+        let negative = options.negative_prompt.as_deref().map(|text| ("negative_prompt", text));
+        let prompts = std::iter::once(("prompt", options.prompt.as_str())).chain(negative);
+        match &self.prompts {
+            Prompts::Chunked(rule) => rule.length(options.max_sequence_length, prompts),
+            Prompts::Plain => {
+                for (field, text) in prompts {
+                    plain_text(field, text)?;
+                }
+                Ok(options.max_sequence_length.unwrap_or(self.defaults.max_sequence_length))
+            }
+        }
     }
 
     fn check_size(&self, request: &DiffusionRequest) -> Result<()> {
@@ -537,6 +566,7 @@ mod tests {
             max_frames: 161,
             frames_multiple: 4,
             max_sequence_length: 512,
+            prompts: Prompts::Plain,
             guidance: Guidance::ClassifierFree,
             loras: LoraSupport::Unsupported,
             schedulers: crate::testing::flow_schedulers(),
@@ -692,6 +722,19 @@ mod tests {
         refused(check(true, 1, Some(1.5)), "ip_adapter_scale: is 1.5; allowed: 0 to 1");
         refused(check(true, 1, Some(f64::NAN)), "ip_adapter_scale");
         refused(check(true, MAX_REFERENCE_IMAGES + 1, None), "reference_images: are 9; allowed: 1 to 8");
+    }
+
+    #[test]
+    fn weights_are_refused_where_encoders_know_none() {
+        let ask = |prompt: &str, negative: &str| {
+            let negative_prompt = Some(negative.to_owned());
+            let options =
+                DiffusionOptions { prompt: prompt.to_owned(), negative_prompt, ..DiffusionOptions::default() };
+            clip_card().resolve(options, 0)
+        };
+        assert_eq!(ask("a (b) \\(16:9\\)", "").expect("text").prompt, "a (b) \\(16:9\\)");
+        assert!(ask("a (b:1.2)", "").expect_err("weighed").to_string().contains("prompt"));
+        assert!(ask("a", "(b:1.2)").expect_err("weighed").to_string().contains("negative_prompt"));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod lora;
 pub mod manifest;
 pub mod memory;
 pub mod presets;
+pub mod prompt;
 pub mod request;
 pub mod rng;
 pub mod runner;

@@ -108,7 +108,7 @@ pub struct DiffusionRequest {
     pub acceleration: Acceleration,
     /// Seed of `torch.Generator("cpu")`.
     pub seed: u64,
-    /// Tokens that the T5-class encoder's prompt is padded or cut to.
+    /// Tokens that prompts are padded or cut to; with CLIP encoders alone a multiple of their positions where it is more.
     pub max_sequence_length: usize,
     /// Low-rank terms that are added to the model's layers for this request alone.
     pub loras: Vec<LoraUse>,

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::card::{
-    CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, SamplingDefaults, TextCard,
+    CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts, SamplingDefaults, TextCard,
 };
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
@@ -111,6 +111,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         max_frames: if is_clip { 81 } else { 1 },
         frames_multiple: if is_clip { 4 } else { 1 },
         max_sequence_length: 128,
+        prompts: Prompts::Plain,
         guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
         loras: LoraSupport::Unsupported,
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },

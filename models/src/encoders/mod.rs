@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 
 pub mod clip;
+pub mod clip_chunks;
 pub mod clip_layer;
 pub mod clip_vision;
 pub mod image_processor;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
@@ -17,6 +17,7 @@ use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
+use crate::prompt::plain_text;
 use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::BlockCache;
@@ -266,6 +267,7 @@ fn card(
         max_frames: 1,
         frames_multiple: 1,
         max_sequence_length,
+        prompts: Prompts::Plain,
         guidance,
         loras: LoraSupport::NoFolder,
         schedulers,
@@ -312,9 +314,11 @@ impl DiffusionModel for FluxModel {
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<FluxConditioning>> {
         let clip_len = self.text_encoder.config().max_position_embeddings;
-        let clip_ids = self.tokenizer.encode_padded_rows(prompts, clip_len)?;
+        let plain = prompts.iter().map(|prompt| plain_text("prompt", prompt)).collect::<Result<Vec<_>>>()?;
+        let prompts: Vec<&str> = plain.iter().map(String::as_str).collect();
+        let clip_ids = self.tokenizer.encode_padded_rows(&prompts, clip_len)?;
         // The padding is not masked: the model was trained to see it.
-        let t5_ids = self.tokenizer_2.encode_padded_rows(prompts, request.max_sequence_length)?;
+        let t5_ids = self.tokenizer_2.encode_padded_rows(&prompts, request.max_sequence_length)?;
         let prompt_embeds = self.text_encoder_2.forward(&slices(&t5_ids))?;
         let pooled = rows_of(&self.text_encoder.pooled(&slices(&clip_ids))?)?;
         let parts = prompt_embeds.into_iter().zip(pooled);

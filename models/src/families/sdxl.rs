@@ -10,16 +10,18 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
-use crate::encoders::{rows_of, slices};
+use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
+use crate::encoders::rows_of;
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
+use crate::prompt::Prompt;
 use crate::request::{DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::references::ReferenceModel;
@@ -153,7 +155,7 @@ impl SdxlModel {
             NetworkNames::second_text_encoder(&two),
         ]);
         Ok(Self {
-            card: sizes.card(schedulers, placement.compute_dtype),
+            card: sizes.card(schedulers, vec![tokenizer.clone(), tokenizer_2.clone()], placement.compute_dtype),
             tokenizer,
             tokenizer_2,
             // Of a second try in f32 the UNet alone is on the device.
@@ -264,9 +266,9 @@ impl Sizes {
     }
 
     /// `dtype` is that of activations.
-    fn card(&self, schedulers: Schedulers, dtype: DType) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers, tokenizers: Vec<Tokenizer>, dtype: DType) -> DiffusionCard {
         let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
-        let max_sequence_length = self.text_encoder.max_position_embeddings;
+        let chunks = ChunkRule { tokenizers, positions: self.text_encoder.max_position_embeddings };
         DiffusionCard {
             family: Sdxl.name(),
             medium: Medium::Picture,
@@ -277,14 +279,15 @@ impl Sizes {
                 fps: 0,
                 num_inference_steps: DEFAULT_STEPS,
                 guidance_scale: DEFAULT_GUIDANCE_SCALE,
-                max_sequence_length,
+                max_sequence_length: chunks.positions,
             },
             size_multiple: self.vae.vae_scale_factor(),
             max_side: MAX_SIDE,
             max_pixels: MAX_PIXELS,
             max_frames: 1,
             frames_multiple: 1,
-            max_sequence_length,
+            max_sequence_length: chunks.max_length(),
+            prompts: Prompts::Chunked(chunks),
             guidance: Guidance::ClassifierFree,
             loras: LoraSupport::NoFolder,
             schedulers,
@@ -341,13 +344,24 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
-        let length = request.max_sequence_length;
-        let ids = self.tokenizer.encode_padded_rows(prompts, length)?;
-        let one = self.text_encoder.penultimate(&slices(&ids))?;
-        let ids = self.tokenizer_2.encode_padded_rows(prompts, length)?;
-        let (two, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&slices(&ids))?;
-        let prompt_embeds = rows_of(&Tensor::cat(&[one, two], 2)?)?;
-        let parts = prompt_embeds.into_iter().zip(rows_of(&pooled)?);
+        let (positions, length) = (self.sizes.text_encoder.max_position_embeddings, request.max_sequence_length);
+        let prompts = prompts.iter().map(|prompt| Prompt::parse("prompt", prompt)).collect::<Result<Vec<_>>>()?;
+        let chunks_of = |tokenizer: &Tokenizer| -> Result<Vec<Chunk>> {
+            let chunks = prompts.iter().map(|prompt| chunks(tokenizer, prompt, positions, length));
+            Ok(chunks.collect::<Result<Vec<_>>>()?.concat())
+        };
+        let rows = |chunks: &[Chunk], hidden: Tensor| -> Result<Tensor> {
+            Ok(weigh(hidden, chunks)?.reshape((prompts.len(), length, ()))?)
+        };
+        let chunks = chunks_of(&self.tokenizer)?;
+        let one = rows(&chunks, self.text_encoder.penultimate(&ids(&chunks))?)?;
+        let chunks = chunks_of(&self.tokenizer_2)?;
+        let (hidden, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&ids(&chunks))?;
+        let two = rows(&chunks, hidden)?;
+        // The first chunk speaks for the whole prompt where one vector has to (as in compel and ComfyUI; the community
+        // pipeline takes the last one, which may be all padding).
+        let pooled = rows_of(&pooled)?.into_iter().step_by(chunks.len() / prompts.len());
+        let parts = rows_of(&Tensor::cat(&[one, two], 2)?)?.into_iter().zip(pooled);
         Ok(parts
             .map(|(prompt_embeds, pooled_prompt_embeds)| SdxlConditioning { prompt_embeds, pooled_prompt_embeds })
             .collect())
@@ -366,7 +380,8 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        let (rows, length) = (prompts.len(), request.max_sequence_length);
+        let length = request.max_sequence_length.min(self.sizes.text_encoder.max_position_embeddings);
+        let rows = prompts.len() * (request.max_sequence_length / length);
         self.text_encoder.work(rows, length) + self.text_encoder_2.work(rows, length)
     }
 

@@ -13,7 +13,7 @@ use tale_kernels::{
     AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
 };
 
-use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard};
+use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::prompt_clean::prompt_clean;
@@ -25,6 +25,7 @@ use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::lora::LoraSupport;
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
+use crate::prompt::plain_text;
 use crate::request::{Acceleration, DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
@@ -270,6 +271,7 @@ impl Sizes {
             max_frames: MAX_FRAMES.min((positions - 1) * temporal + 1),
             frames_multiple: temporal,
             max_sequence_length: MAX_SEQUENCE_LENGTH,
+            prompts: Prompts::Plain,
             guidance: Guidance::ClassifierFree,
             loras: LoraSupport::Unsupported,
             schedulers,
@@ -333,7 +335,8 @@ impl WanConfig {
 impl WanModel {
     fn tokenized(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Padded>> {
         let length = request.max_sequence_length;
-        prompts.iter().map(|prompt| self.tokenizer.encode_padded(&prompt_clean(prompt), length)).collect()
+        let clean = |prompt: &str| -> Result<String> { Ok(prompt_clean(&plain_text("prompt", prompt)?)) };
+        prompts.iter().map(|prompt| self.tokenizer.encode_padded(&clean(prompt)?, length)).collect()
     }
 }
 

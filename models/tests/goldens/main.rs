@@ -15,6 +15,7 @@ mod overflow;
 mod rng;
 mod schedulers;
 mod sdxl;
+mod sdxl_prompts;
 mod single_files;
 mod support;
 mod text;

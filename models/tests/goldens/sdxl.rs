@@ -154,7 +154,7 @@ fn no_negative_prompt_is_not_the_empty_one_where_the_checkpoint_says_zeros() {
 fn card_carries_the_pipelines_defaults_and_limits() {
     let a = open_model("sdxl-a").card().clone();
     assert_eq!((a.defaults.width, a.defaults.num_inference_steps, a.defaults.guidance_scale), (128, 50, 5.0));
-    assert_eq!((a.size_multiple, a.max_sequence_length), (8, 77));
+    assert_eq!((a.size_multiple, a.defaults.max_sequence_length, a.max_sequence_length), (8, 77, 4 * 77));
     // Three levels of the VAE, 12 latents to a side.
     let b = open_model("sdxl-b").card().clone();
     assert_eq!((b.defaults.width, b.size_multiple), (48, 4));
@@ -221,13 +221,13 @@ impl Golden<'_> {
     }
 }
 
-fn open_model(case: &str) -> SdxlModel {
+pub fn open_model(case: &str) -> SdxlModel {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).unwrap();
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
     SdxlModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
 }
 
-fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn Runner>) {
+pub fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn Runner>) {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
     let options = LoadOptions { max_denoise_rows, ..Default::default() };
     let loaded = tale_models::load(&case_dir(case).join("checkpoint"), &placement, &options, &mut |_| ()).unwrap();
@@ -236,7 +236,7 @@ fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn R
 }
 
 /// The positive branch, and the negative one where there is guidance.
-fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioning> {
+pub fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioning> {
     let mut branches = vec![model.encode(&[&request.prompt], request).unwrap().remove(0)];
     if let Some(negative) = &request.negative_prompt {
         branches.push(match negative.text() {
@@ -261,6 +261,8 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
             num_inference_steps: size(&run["num_inference_steps"]),
             guidance_scale: run["guidance_scale"].as_f64(),
             seed: run["seed"].as_u64(),
+            // As the pipeline, which cuts prompts.
+            max_sequence_length: Some(card.defaults.max_sequence_length),
             ..Default::default()
         };
         card.resolve(options, 0).unwrap()
@@ -269,7 +271,7 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
 }
 
 /// Runs sessions to their end, each submitted one step after the one before.
-fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
+pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
     let mut waiting = requests.iter().cloned().enumerate();
     let mut frames: HashMap<SessionId, Frame> = HashMap::new();
     loop {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::card::{DiffusionDefaults, Guidance, Medium};
+use crate::card::{DiffusionDefaults, Guidance, Medium, Prompts};
 use crate::lora::LoraSupport;
 use crate::request::{Acceleration, Edit, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::solver::schedulers::Scheduler;
@@ -63,6 +63,7 @@ impl Toy {
             max_frames: 8,
             frames_multiple: 1,
             max_sequence_length: 8,
+            prompts: Prompts::Plain,
             guidance: Guidance::ClassifierFree,
             schedulers: flow_schedulers(),
             vae_tiling: None,
