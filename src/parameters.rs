@@ -118,6 +118,7 @@ impl PictureParameters {
             reference_images: Vec::new(),
             ip_adapter_scale: None,
             loras: self.loras.into_iter().map(LoraOption::from).collect(),
+            partial_images: None,
         }
     }
 

@@ -21,6 +21,18 @@ async fn a_dropped_stream_stops_its_work() {
 }
 
 #[tokio::test]
+async fn a_dropped_stream_of_previews_stops_its_work() {
+    let server = server().await;
+    server.hold.store(true, Relaxed);
+    let body = json!({"model": "pictures", "prompt": "x", "stream": true, "num_inference_steps": 1000}).to_string();
+    let response = server.send(request("POST", "/v1/images/generations", "application/json", body)).await;
+    assert_eq!(response.status(), 200);
+    server.wait_for_live(1).await;
+    drop(response);
+    server.wait_until_empty().await;
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_wait_for_the_whole_answer_stops_its_work() {
     let server = server().await;
     server.hold.store(true, Relaxed);

@@ -1,5 +1,7 @@
 //! Pictures.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use base64::Engine;
 use serde_json::{Value, json};
 use tale::media::read_png_text;
@@ -115,4 +117,78 @@ async fn a_file_says_nothing_when_asked_not_to() {
     assert_eq!(read_png_text(&file, "parameters").expect("a PNG"), None);
     assert_eq!(answer["metadata"], false);
     assert!(!file.windows(6).any(|bytes| bytes == b"secret"));
+}
+
+/// Events of a stream: name and data.
+fn events(text: &str) -> Vec<(String, Value)> {
+    let event = |block: &str| {
+        let (name, data) = block.strip_prefix("event: ")?.split_once("\ndata: ")?;
+        Some((name.to_owned(), serde_json::from_str(data).expect("JSON")))
+    };
+    text.split("\n\n").filter_map(event).collect()
+}
+
+#[tokio::test]
+async fn a_stream_has_previews_and_ends_with_the_picture() {
+    let server = server().await;
+    let body = json!({"model": "pictures", "prompt": "a boat", "seed": 9, "size": "96x48", "num_inference_steps": 6});
+    let plain = server.post("/v1/images/generations", &body).await.expect(200).json();
+    for (partial_images, format, kind) in [
+        (0, "png", image::ImageFormat::Png),
+        (2, "png", image::ImageFormat::Png),
+        (3, "jpeg", image::ImageFormat::Jpeg),
+    ] {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        body["partial_images"] = json!(partial_images);
+        body["output_format"] = json!(format);
+        let answer = server.post("/v1/images/generations", &body).await.expect(200);
+        assert!(answer.headers["content-type"].to_str().expect("text").starts_with("text/event-stream"));
+        let events = events(answer.text());
+        assert_eq!(events.len(), partial_images + 1, "{events:?}");
+        for (index, (name, event)) in events.iter().enumerate() {
+            let is_last = index == partial_images;
+            let expected = if is_last { "image_generation.completed" } else { "image_generation.partial_image" };
+            assert_eq!((name.as_str(), &event["type"]), (expected, &json!(expected)));
+            assert_eq!((&event["size"], &event["output_format"]), (&json!("96x48"), &json!(format)));
+            assert_eq!((&event["quality"], &event["background"]), (&json!("auto"), &json!("opaque")));
+            assert!(event["created_at"].as_u64().is_some_and(|seconds| seconds > 1_700_000_000));
+            let file = decode(event);
+            assert_eq!(image::guess_format(&file).expect("known"), kind);
+            let picture = image::load_from_memory(&file).expect("a picture").to_rgb8();
+            assert_eq!(picture.dimensions(), (96, 48));
+            // The blue of the scripted model is the seed, in previews too.
+            assert!(picture.get_pixel(50, 20).0[2].abs_diff(9) <= 4, "{:?}", picture.get_pixel(50, 20));
+            if !is_last {
+                assert_eq!(event["partial_image_index"], json!(index));
+                assert!(event.get("usage").is_none() && event.get("seed").is_none());
+            }
+        }
+        let last = &events[partial_images].1;
+        assert_eq!(
+            (&last["seed"], &last["partial_images"], &last["usage"]["total_tokens"]),
+            (&json!(9), &json!(partial_images), &json!(0))
+        );
+        if format == "png" {
+            assert_eq!(last["b64_json"], plain["data"][0]["b64_json"], "the picture is the one without a stream");
+        }
+    }
+    server.wait_until_empty().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_fails_ends_with_its_error() {
+    let server = server().await;
+    server.hold.store(true, Relaxed);
+    let body = json!({"model": "pictures", "prompt": "x", "stream": true, "num_inference_steps": 1000});
+    let (answer, ()) = tokio::join!(server.post("/v1/images/generations", &body), async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        server.fail.store(true, Relaxed);
+        server.hold.store(false, Relaxed);
+    });
+    let text = answer.expect(200).text().to_owned();
+    let last = text.rsplit("\n\n").find(|block| block.starts_with("data: ")).expect("an event");
+    let error: Value = serde_json::from_str(&last["data: ".len()..]).expect("JSON");
+    assert_eq!(error["error"]["code"], "not_finite", "{text}");
+    server.wait_until_empty().await;
 }

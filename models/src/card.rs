@@ -16,6 +16,7 @@ use crate::prompt::plain_text;
 use crate::request::{
     Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
 };
+use crate::runner::diffusion::previews::MAX_PREVIEWS;
 use crate::solver::noise_schedule::Spacing;
 use crate::solver::schedulers::{Chosen, Scheduler, Schedulers};
 use crate::tokenizer::Tokenizer;
@@ -158,7 +159,6 @@ impl TextCard {
 
     fn sampling(&self, options: &TextOptions, fallback_seed: u64) -> Result<SamplingParams> {
         let defaults = &self.defaults;
-        let max_sequence_length = self.prompt_length(&options)?;
         // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);
         let default_temperature = if greedy_by_default { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
@@ -302,6 +302,7 @@ pub struct DiffusionOptions {
     pub acceleration: Option<Acceleration>,
     pub seed: Option<u64>,
     pub max_sequence_length: Option<usize>,
+    pub partial_images: Option<usize>,
     /// Whether the VAE works in tiles; absent: where the memory plan needs them.
     pub vae_tiling: Option<bool>,
     /// Pictures whose look is followed, in any sizes.
@@ -324,6 +325,7 @@ pub const MAX_FPS: usize = 120;
 impl DiffusionCard {
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {
+        let max_sequence_length = self.prompt_length(&options)?;
         let defaults = &self.defaults;
         let Chosen { scheduler, timestep_spacing, max_steps } =
             self.schedulers.choose(options.scheduler.as_deref(), options.timestep_spacing)?;
@@ -348,6 +350,7 @@ impl DiffusionCard {
             edit: None,
             references: self.references(options.reference_images, options.ip_adapter_scale)?,
             vae_tiling: false,
+            partial_images: self.partial_images(options.partial_images)?,
         };
         self.check_size(&request)?;
         self.check_time(&request)?;
@@ -358,6 +361,18 @@ impl DiffusionCard {
         }
         let vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
         self.with_checked_guidance(DiffusionRequest { vae_tiling, ..request })
+    }
+
+    fn partial_images(&self, asked: Option<usize>) -> Result<usize> {
+        let asked = asked.unwrap_or(0);
+        check_range("partial_images", asked, 0, MAX_PREVIEWS)?;
+        if asked > 0 && self.medium == Medium::Clip {
+            return Err(Error::invalid(
+                "partial_images",
+                "this model makes clips, which have no previews; leave it out",
+            ));
+        }
+        Ok(asked)
     }
 
     /// Of the first-block cache of each of the request's branches, if it has one.
@@ -722,6 +737,17 @@ mod tests {
         refused(check(true, 1, Some(1.5)), "ip_adapter_scale: is 1.5; allowed: 0 to 1");
         refused(check(true, 1, Some(f64::NAN)), "ip_adapter_scale");
         refused(check(true, MAX_REFERENCE_IMAGES + 1, None), "reference_images: are 9; allowed: 1 to 8");
+    }
+
+    #[test]
+    fn previews_are_of_pictures_and_three_at_most() {
+        let ask =
+            |partial_images| DiffusionOptions { partial_images: Some(partial_images), ..DiffusionOptions::default() };
+        let pictures = picture_card(Guidance::None);
+        assert_eq!(pictures.resolve(ask(3), 0).expect("allowed").partial_images, 3);
+        assert!(pictures.resolve(ask(4), 0).expect_err("too many").to_string().contains("0 to 3"));
+        assert!(clip_card().resolve(ask(1), 0).expect_err("a clip").to_string().contains("partial_images"));
+        assert_eq!(clip_card().resolve(ask(0), 0).expect("none").partial_images, 0);
     }
 
     #[test]

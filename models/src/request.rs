@@ -114,6 +114,8 @@ pub struct DiffusionRequest {
     pub loras: Vec<LoraUse>,
     /// Whether the VAE works on tiles of the picture, where that is larger than one.
     pub vae_tiling: bool,
+    /// Previews on the way; they change nothing in the picture.
+    pub partial_images: usize,
     /// The picture to begin from; without it the loop begins from noise alone.
     pub edit: Option<Edit>,
     /// Pictures whose look is followed.
@@ -330,6 +332,14 @@ pub enum Event {
         done: usize,
         /// Steps in all.
         total: usize,
+    },
+    /// How far a picture has come: a rough, small version of it. At most
+    /// [`MAX_PREVIEWS`](crate::runner::diffusion::previews::MAX_PREVIEWS) of one session.
+    Preview {
+        /// From 0.
+        index: usize,
+        /// Smaller than the picture will be.
+        frame: Frame,
     },
     /// Decoded frames, in order of time; a picture is one frame.
     Frames(Vec<Frame>),

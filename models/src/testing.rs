@@ -17,6 +17,7 @@ use crate::memory::MemoryPlan;
 use crate::request::{
     DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
 };
+use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::config::SchedulerConfig;
 use crate::solver::schedulers::{Scheduler, Schedulers, Training};
@@ -275,6 +276,12 @@ fn advance_diffusion(
         _ => (request.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
     };
     emit(Event::Progress { phase: *phase, done: *done, total });
+    if *phase == Phase::Denoise {
+        // An eighth of the size, as from latents.
+        let small = DiffusionRequest { width: request.width / 8, height: request.height / 8, ..request.clone() };
+        let index = due_preview(*done, total, request.partial_images);
+        index.into_iter().for_each(|index| emit(Event::Preview { index, frame: gradient(&small, 0) }));
+    }
     if *phase == Phase::VaeDecode {
         let first = (*done - 1) * FRAMES_PER_DECODE;
         let last = (first + FRAMES_PER_DECODE).min(request.num_frames);

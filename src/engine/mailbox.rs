@@ -1,7 +1,8 @@
 //! The way of one session's events from the device thread to whoever reads them.
 //!
 //! The device thread never waits for a reader, and a slow reader never makes a queue grow: what it has not taken yet is
-//! joined (text is appended, progress replaced, frames appended), so that a mailbox holds a handful of events and at
+//! joined (text is appended, progress replaced, frames appended), so that a mailbox holds a handful of events (a picture has
+//! three small previews at most, with progress between them) and at
 //! most the bytes of the answer itself: `max_tokens` tokens or the frames of one clip. Joining also means that a reader
 //! that comes late takes all that is ready at once.
 

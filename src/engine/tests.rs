@@ -46,6 +46,7 @@ fn clip(num_inference_steps: usize) -> Request {
         references: None,
         vae_tiling: false,
         loras: Vec::new(),
+        partial_images: 0,
     })
 }
 

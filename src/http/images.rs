@@ -1,9 +1,12 @@
 //! `POST /v1/images/generations`.
 
+mod stream;
+
 use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
@@ -18,7 +21,7 @@ use super::diffusion::{self, Interval, Size, saturate};
 use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::engine::Session;
-use crate::media::{PictureFormat, encode_picture};
+use crate::media::{PictureFormat, encode_picture, enlarge};
 use crate::parameters::{self, LoraParameter, PictureParameters};
 
 /// Most pictures of one request.
@@ -51,6 +54,8 @@ struct ImageBody {
     loras: Option<Vec<LoraParameter>>,
     metadata: Option<bool>,
     vae_tiling: Option<VaeTiling>,
+    stream: Option<bool>,
+    partial_images: Option<u64>,
 }
 
 /// Whether the VAE works in tiles: as asked, or where memory is too short for the whole picture.
@@ -122,17 +127,24 @@ struct Image {
     skipped_passes: Option<usize>,
 }
 
-pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Json<Images>, ApiError> {
+pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let body: ImageBody = body::json(request).await?;
     let created = unix_seconds(SystemTime::now());
     let card = diffusion::card(&state, &body.model, Medium::Picture)?;
-    let (n, encoding) = (body.count()?, body.encoding()?);
+    let (n, encoding, is_stream) = (body.count()?, body.encoding()?, body.is_stream()?);
     let model = body.model.clone();
     // The files of LoRAs are looked at, which may take a disk's time.
     let resolved = spawn_blocking(move || body.resolve(&card)).await;
     let request = resolved.map_err(|_| ApiError::internal("a request could not be resolved"))??;
     let parameters = PictureParameters::new(&model, &request);
     let engine = state.engine()?;
+    if is_stream {
+        let partial_images = request.partial_images;
+        let session = engine.submit(&model, tale_models::Request::Diffusion(request))?;
+        let head =
+            stream::Head { names: stream::GENERATION, created_at: created, encoding, parameters, partial_images };
+        return stream::respond(head, session).await;
+    }
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
     let with_seed = |seed| tale_models::Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
     // All are submitted before the first is awaited; an error drops them, which cancels them.
@@ -141,21 +153,39 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
     let mut data = Vec::with_capacity(n);
     for (mut session, seed) in sessions.into_iter().zip(seeds) {
         let (picture, usage) = picture(&mut session).await?;
-        let skipped_passes = (request.acceleration != Acceleration::None).then_some(usage.skipped_passes);
+        let skipped_passes = skipped_passes(&parameters, usage);
         let b64_json = encoding.encode(picture, parameters.with_seed(seed)).await?;
         data.push(Image { b64_json, seed, skipped_passes });
     }
-    Ok(Json(Images {
+    let images = Images {
         created,
         data,
         output_format: encoding.format.as_str(),
         size: format!("{}x{}", request.width, request.height),
         metadata: encoding.metadata,
         parameters,
-    }))
+    };
+    Ok(Json(images).into_response())
+}
+
+/// Predictions that an acceleration, where one was asked for, took from ones before them.
+fn skipped_passes(parameters: &PictureParameters, usage: Usage) -> Option<usize> {
+    (parameters.acceleration != Acceleration::None).then_some(usage.skipped_passes)
 }
 
 impl ImageBody {
+    /// Whether the answer is a stream, which has one picture and may have previews.
+    fn is_stream(&self) -> Result<bool, ApiError> {
+        let is_stream = self.stream.unwrap_or(false);
+        if is_stream && self.n.unwrap_or(1) != 1 {
+            return Err(ApiError::field("n", "must be 1 with stream"));
+        }
+        if !is_stream && self.partial_images.unwrap_or(0) > 0 {
+            return Err(ApiError::field("partial_images", "needs stream to be true"));
+        }
+        Ok(is_stream)
+    }
+
     fn count(&self) -> Result<usize, ApiError> {
         let n = saturate(self.n.unwrap_or(1));
         if n == 0 || n > MAX_IMAGES {
@@ -219,6 +249,7 @@ impl ImageBody {
             reference_images: Vec::new(),
             ip_adapter_scale: None,
             loras: self.loras.unwrap_or_default().into_iter().map(LoraOption::from).collect(),
+            partial_images: self.partial_images.map(saturate),
         };
         diffusion::resolve(card, options, size)
     }
@@ -235,12 +266,15 @@ async fn picture(session: &mut Session) -> Result<(Frame, Usage), ApiError> {
                 return Ok((picture, usage));
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Text { .. }) => (),
-            None => {
-                return Err(ApiError::unready("shutting_down", "the server shut down before the picture was whole"));
-            }
+            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Text { .. }) => (),
+            None => return Err(cut_off()),
         }
     }
+}
+
+/// Why a session has no more events before its end.
+fn cut_off() -> ApiError {
+    ApiError::unready("shutting_down", "the server shut down before the picture was whole")
 }
 
 /// How pictures become files.
@@ -257,6 +291,15 @@ impl Encoding {
         let encoded = spawn_blocking(move || {
             let text = self.metadata.then(|| (parameters::KEYWORD, parameters.to_json()));
             encode_picture(&picture, self.format, self.compression, text).map(|bytes| BASE64.encode(bytes))
+        });
+        Ok(encoded.await.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+    }
+
+    /// A preview in the size that the picture will have; it says nothing of how it was made.
+    async fn encode_preview(self, preview: Frame, (width, height): (usize, usize)) -> Result<String, ApiError> {
+        let encoded = spawn_blocking(move || {
+            let preview = enlarge(&preview, width, height)?;
+            encode_picture(&preview, self.format, self.compression, None).map(|bytes| BASE64.encode(bytes))
         });
         Ok(encoded.await.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
     }

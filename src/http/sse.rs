@@ -9,7 +9,11 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use serde::Serialize;
+use tale_models::Event;
 use tokio::time::{Instant, Sleep, sleep};
+
+use super::error::ApiError;
+use crate::engine::Session;
 
 /// The end of an OpenAI stream.
 pub(super) const DONE: &[u8] = b"data: [DONE]\n\n";
@@ -17,6 +21,9 @@ pub(super) const DONE: &[u8] = b"data: [DONE]\n\n";
 pub(super) const COMMENT: &[u8] = b": still working\n\n";
 /// Silence after which a comment is sent, so that nothing between here and the client closes the connection.
 pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// How long a stream waits for its first event before its status is sent: work that fails at once fails with a status.
+const FIRST_EVENT_GRACE: Duration = Duration::from_millis(50);
 
 /// `data: {json}`.
 pub(super) fn write_data(buffer: &mut Vec<u8>, data: &impl Serialize) {
@@ -29,6 +36,22 @@ pub(super) fn write_data(buffer: &mut Vec<u8>, data: &impl Serialize) {
 pub(super) fn write_event(buffer: &mut Vec<u8>, id: usize, name: &str, data: &impl Serialize) {
     buffer.extend_from_slice(format!("id: {id}\nevent: {name}\n").as_bytes());
     write_data(buffer, data);
+}
+
+/// `event:` and `data:`.
+pub(super) fn write_named(buffer: &mut Vec<u8>, name: &str, data: &impl Serialize) {
+    buffer.extend_from_slice(format!("event: {name}\n").as_bytes());
+    write_data(buffer, data);
+}
+
+/// Waits a moment for a session to begin or fail. `Started` comes first and streams do not tell it.
+pub(super) async fn first_event(session: &mut Session) -> Result<(), ApiError> {
+    match tokio::time::timeout(FIRST_EVENT_GRACE, session.recv()).await {
+        Ok(Some(Event::Failed(error))) => Err(error.into()),
+        Ok(None) => Err(ApiError::unready("shutting_down", "the server is shutting down")),
+        Ok(Some(Event::Started)) | Err(_) => Ok(()),
+        Ok(Some(_)) => Err(ApiError::internal("the answer began before its session")),
+    }
 }
 
 /// A response whose body is a stream of events; nobody on the way may keep or collect it.

@@ -141,6 +141,7 @@ impl VideoBody {
             reference_images: Vec::new(),
             ip_adapter_scale: None,
             loras: Vec::new(),
+            partial_images: None,
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })

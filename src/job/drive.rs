@@ -56,6 +56,8 @@ impl Work {
                 Some(Event::Frames(frames)) => self.encoder.push(frames).await,
                 Some(Event::Finished { .. }) => return self.encoder.finish().await,
                 Some(Event::Failed(error)) => return Err(failure(&error)),
+                // A clip has none.
+                Some(Event::Preview { .. }) => (),
                 Some(Event::Text { .. }) => return Err(internal("a clip model answered with text")),
                 None => return Err(Failure { code: "shutdown", message: "the server was shut down".into() }),
             }

@@ -239,6 +239,7 @@ pub(crate) mod tests {
             references: None,
             vae_tiling: false,
             loras: Vec::new(),
+            partial_images: 0,
         };
         Job::new("clips".into(), request, ClipFormat::Mp4)
     }

@@ -17,7 +17,7 @@ use tale_models::request::Frame;
 
 pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
-pub use picture::{PictureFormat, encode_picture, read_png_text};
+pub use picture::{PictureFormat, encode_picture, enlarge, read_png_text};
 
 /// What can go wrong between frames and a file.
 #[derive(Debug, thiserror::Error)]

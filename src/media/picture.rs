@@ -141,6 +141,16 @@ fn write_png(frame: &Frame, text: Option<(&str, String)>, bytes: &mut Vec<u8>) -
     })
 }
 
+/// The same picture in another size, smooth between its pixels.
+pub fn enlarge(frame: &Frame, width: usize, height: usize) -> Result<Frame> {
+    check_frame(frame)?;
+    let (from, to) = (size_u32(frame)?, size_u32(&Frame { width, height, rgb: Vec::new() })?);
+    let small =
+        image::RgbImage::from_raw(from.0, from.1, frame.rgb.clone()).expect("its bytes were counted: this is a bug");
+    let large = image::imageops::resize(&small, to.0, to.1, image::imageops::FilterType::Triangle);
+    Ok(Frame { width, height, rgb: large.into_raw() })
+}
+
 /// What a PNG file says under `keyword`, whichever kind of text chunk says it; `None` when it says nothing.
 pub fn read_png_text(bytes: &[u8], keyword: &str) -> Result<Option<String>> {
     let read = || {

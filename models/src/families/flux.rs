@@ -18,11 +18,11 @@ use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
-use crate::request::{DiffusionRequest, Phase};
+use crate::request::{DiffusionRequest, Frame, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::BlockCache;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, to_byte};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
@@ -305,9 +305,13 @@ impl DiffusionModel for FluxModel {
             Some(_) => branches * CACHED_WIDTHS * image_len * transformer.inner_dim() * dtype.size_in_bytes(),
             None => 0,
         };
+        let preview = if request.partial_images > 0 { self.vae_config.preview_bytes(dtype) } else { 0 };
         MemoryPlan::new([
             (Phase::Encode, conditioning + encode),
-            (Phase::Denoise, conditioning + latents + denoise + caches + self.transformer.dequantised_bytes()),
+            (
+                Phase::Denoise,
+                conditioning + latents + (denoise + caches + self.transformer.dequantised_bytes()).max(preview),
+            ),
             (Phase::VaeDecode, latents + decode),
         ])
     }
@@ -379,6 +383,11 @@ impl DiffusionModel for FluxModel {
             Phase::VaeDecode if self.vae_config.own_dtype(dtype) != DType::F32 => &["vae"],
             _ => &[],
         }
+    }
+
+    fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Option<Frame>> {
+        let (width, height, rgb) = self.vae.preview(&self.unpack(latents, self.grid(request))?)?;
+        Ok(Some(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() }))
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {

@@ -22,11 +22,11 @@ use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::Prompt;
-use crate::request::{DiffusionRequest, Phase};
+use crate::request::{DiffusionRequest, Frame, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::references::ReferenceModel;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, to_byte};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
@@ -318,10 +318,11 @@ impl Sizes {
         let encode = encode.max(ip_adapter.filter(|_| pictures > 0).map_or(0, IpAdapter::encode_bytes));
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
+        let preview = if request.partial_images > 0 { self.vae.preview_bytes(dtype) } else { 0 };
         MemoryPlan::new([
             (Phase::Encode, 2 * conditioning + rows * encode),
             // Of each prompt, and of all rows side by side.
-            (Phase::Denoise, 2 * conditioning + latents + denoise),
+            (Phase::Denoise, 2 * conditioning + latents + denoise.max(preview)),
             (Phase::VaeDecode, latents + decode),
         ])
     }
@@ -445,6 +446,11 @@ impl DiffusionModel for SdxlModel {
             Phase::VaeDecode if self.sizes.vae.own_dtype(dtype) != DType::F32 => &["vae"],
             _ => &[],
         }
+    }
+
+    fn preview(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Option<Frame>> {
+        let (width, height, rgb) = self.vae.preview(latents)?;
+        Ok(Some(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() }))
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {

@@ -23,6 +23,7 @@ use crate::work::StepWork;
 
 pub mod batcher;
 pub mod block_cache;
+pub mod previews;
 pub mod references;
 pub mod retry;
 pub mod start;
@@ -33,6 +34,7 @@ use batcher::{
     Batcher, Input, MAX_ENCODE_ROWS, PictureInput, Prompts, ReferenceInput, ShapeKey, StepKey, distinct_texts,
 };
 use block_cache::BlockCache;
+use previews::due_preview;
 use references::{ReferenceModel, ReferenceTokens};
 use retry::{InF32, are_finite};
 use start::{Encoded, Repaint, Start, start};
@@ -113,6 +115,12 @@ pub trait DiffusionModel: Send {
     /// it is not finite; none where it computes in f32 anyway.
     fn narrow_components(&self, _phase: Phase) -> &'static [&'static str] {
         &[]
+    }
+
+    /// A rough picture of latents on their way, cheap beside a step and as small as it likes; `None` where a family knows
+    /// none, as for clips.
+    fn preview(&self, _latents: &Tensor, _request: &DiffusionRequest) -> Result<Option<Frame>> {
+        Ok(None)
     }
 
     /// Begins to turn final latents into pixels.
@@ -346,8 +354,16 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             let outcome = match prediction {
                 Err(error) => Outcome::Failed(error),
                 Ok(prediction) => {
-                    let (done, total) = self.session_mut(*id).advance(&prediction)?;
+                    let session = self.session_mut(*id);
+                    let preview = match session.due_preview() {
+                        Some(index) => Some((index, session.predict_clean(&prediction)?)),
+                        None => None,
+                    };
+                    let (done, total) = session.advance(&prediction)?;
                     events.emit(*id, Event::Progress { phase: Phase::Denoise, done, total });
+                    if let Some(preview) = preview {
+                        self.show(*id, preview, events);
+                    }
                     Outcome::GoesOn
                 }
             };
@@ -423,6 +439,16 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
                 read(components, phase, request)
             }
             _ => Err(Error::NotFinite { phase: phase.as_str() }),
+        }
+    }
+
+    /// A preview by its number and the latents that it is of. The picture does not depend on it: a preview that cannot be
+    /// made is left out.
+    fn show(&self, id: SessionId, (index, latents): (usize, Tensor), events: &mut Events) {
+        match self.model.preview(&latents, &self.session(id).request) {
+            Ok(Some(frame)) => events.emit(id, Event::Preview { index, frame }),
+            Ok(None) => (),
+            Err(error) => tracing::warn!(%error, "a preview could not be made"),
         }
     }
 
@@ -808,6 +834,19 @@ impl<M: DiffusionModel> Session<M> {
         Ok((done, total))
     }
 
+    /// The number of the preview that the coming step shows, if it shows one.
+    fn due_preview(&self) -> Option<usize> {
+        let Denoising { solver, first_step, index, .. } = self.denoising();
+        let (done, total) = (index + 1 - first_step, solver.timesteps().len() - first_step);
+        due_preview(done, total, self.request.partial_images)
+    }
+
+    /// The picture that the coming step heads for.
+    fn predict_clean(&self, prediction: &Tensor) -> Result<Tensor> {
+        let Denoising { solver, index, latents, .. } = self.denoising();
+        solver.predict_clean(*index, prediction, latents)
+    }
+
     /// The next pixels, if frames are whole with this chunk, and how many chunks are done with it.
     fn decode_next(&mut self, model: &M) -> Result<(Option<Tensor>, usize)> {
         if let Stage::Latents(latents) = &self.stage {
@@ -841,6 +880,6 @@ fn to_frames(pixels: &Tensor, request: &DiffusionRequest) -> Result<Option<Vec<F
 }
 
 /// `numpy.round` rounds halves to even.
-fn to_byte(value: f32) -> u8 {
+pub(crate) fn to_byte(value: f32) -> u8 {
     ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8
 }

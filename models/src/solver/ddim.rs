@@ -102,6 +102,10 @@ impl Solver for Ddim {
         self.level(index).mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        clipped(self.config.schedule.prediction().x0(model_output, sample, self.level(index))?, self.config.clip)
+    }
+
     fn step(
         &mut self,
         index: usize,
@@ -111,7 +115,7 @@ impl Solver for Ddim {
     ) -> Result<Tensor> {
         let sample = sample.to_dtype(DType::F32)?;
         let (level, prediction) = (self.level(index), self.config.schedule.prediction());
-        let x0 = clipped(prediction.x0(model_output, &sample, level)?, self.config.clip)?;
+        let x0 = self.predict_clean(index, model_output, &sample)?;
         // Of the picture before it was cut, as in the reference.
         let noise = prediction.noise(model_output, &sample, level)?;
         let (before, after) = (level.alpha * level.alpha, self.alpha_cumprod_after(index));

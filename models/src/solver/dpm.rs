@@ -206,6 +206,10 @@ impl Solver for Dpm {
         self.levels[index].mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        self.config.schedule.prediction().x0(model_output, sample, self.levels[index])
+    }
+
     fn step(
         &mut self,
         index: usize,
@@ -214,7 +218,7 @@ impl Solver for Dpm {
         generator: &mut TorchGenerator,
     ) -> Result<Tensor> {
         let sample = sample.to_dtype(DType::F32)?;
-        let x0 = self.config.schedule.prediction().x0(model_output, &sample, self.levels[index])?;
+        let x0 = self.predict_clean(index, model_output, &sample)?;
         self.predictions.truncate(self.config.solver_order - 1);
         self.predictions.push_front(x0);
         let next = self.update(index, self.order(index)).apply(&sample, &self.predictions)?;

@@ -83,6 +83,10 @@ impl Solver for Euler {
         self.ladder.add_noise(index, sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        self.ladder.predict_clean(index, self.prediction, model_output, sample)
+    }
+
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         let sample = sample.to_dtype(DType::F32)?;
         let slope = self.ladder.slope(index, self.prediction, model_output, &sample)?;
@@ -131,6 +135,19 @@ impl Ladder {
 
     pub(super) fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor> {
         Level { alpha: 1.0, sigma: self.sigma(index) }.mix(sample, noise)
+    }
+
+    /// Where the slope leads at sigma 0.
+    pub(super) fn predict_clean(
+        &self,
+        index: usize,
+        prediction: Prediction,
+        output: &Tensor,
+        sample: &Tensor,
+    ) -> Result<Tensor> {
+        let sample = sample.to_dtype(DType::F32)?;
+        let slope = self.slope(index, prediction, output, &sample)?;
+        Ok((sample - (slope * self.sigma(index))?)?)
     }
 
     /// How the sample changes with sigma: the predicted noise.

@@ -63,6 +63,10 @@ impl Solver for EulerAncestral {
         self.ladder.add_noise(index, sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        self.ladder.predict_clean(index, self.prediction, model_output, sample)
+    }
+
     fn step(
         &mut self,
         index: usize,

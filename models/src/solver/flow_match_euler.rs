@@ -159,6 +159,11 @@ impl Solver for FlowMatchEuler {
         Level { alpha: 1.0 - sigma, sigma }.mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        let noise = (model_output.to_dtype(DType::F32)? * f64::from(self.sigmas[index]))?;
+        Ok((sample.to_dtype(DType::F32)? - noise)?)
+    }
+
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         let dt = self.sigmas[index + 1] - self.sigmas[index];
         Ok((sample.to_dtype(DType::F32)? + (model_output.to_dtype(DType::F32)? * f64::from(dt))?)?)

@@ -117,6 +117,10 @@ impl Solver for Lcm {
         self.level(index).mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        self.config.schedule.prediction().x0(model_output, sample, self.level(index))
+    }
+
     fn step(
         &mut self,
         index: usize,
@@ -125,7 +129,7 @@ impl Solver for Lcm {
         generator: &mut TorchGenerator,
     ) -> Result<Tensor> {
         let sample = sample.to_dtype(DType::F32)?;
-        let x0 = self.config.schedule.prediction().x0(model_output, &sample, self.level(index))?;
+        let x0 = self.predict_clean(index, model_output, &sample)?;
         let (skip, out) = self.boundary(index);
         let denoised = ((clipped(x0, self.config.clip)? * out)? + (&sample * skip)?)?;
         if index + 1 == self.timesteps.len() {

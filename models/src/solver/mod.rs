@@ -41,6 +41,9 @@ pub trait Solver: Send {
     /// `timesteps()[index]`: diffusers' `scheduler.add_noise`, of flow matching `scheduler.scale_noise`.
     fn add_noise(&self, index: usize, sample: &Tensor, noise: &Tensor) -> Result<Tensor>;
 
+    /// The clean sample that `model_output` means for `sample` at `timesteps()[index]`: what previews show. In f32.
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor>;
+
     /// Advances `sample` from `timesteps()[index]` to the next one. The index rises by one from call to call; the first
     /// one may be any (diffusers' `scheduler.set_begin_index`). Noise that a step needs is drawn from the session's
     /// own `generator`, as `randn_tensor` of diffusers draws it. Computes and returns f32.

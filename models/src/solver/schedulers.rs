@@ -354,8 +354,11 @@ impl Schedulers {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{Device, Tensor};
+
     use super::*;
-    use crate::testing::{discrete_schedulers, repository};
+    use crate::rng::TorchGenerator;
+    use crate::testing::{discrete_schedulers, flow_schedulers, repository};
 
     #[test]
     fn names_are_told_apart_and_documented() {
@@ -412,5 +415,34 @@ mod tests {
         let own = Scheduler::named("UniPCMultistepScheduler").expect("known");
         let error = Schedulers::new(own, &SchedulerConfig::default(), Training::Flow).expect_err("another kind");
         assert!(error.to_string().contains("`prediction_type`"), "{error}");
+    }
+
+    /// Of a sample with known noise and a model that knows it, every solver finds the clean sample at every step.
+    #[test]
+    fn what_a_right_model_predicts_is_the_clean_sample() {
+        let tensor = |seed| {
+            let values = TorchGenerator::new(seed).randn(8);
+            Tensor::from_vec(values, (1, 8), &Device::Cpu).expect("values")
+        };
+        let (clean, noise) = (tensor(1), tensor(2));
+        let (discrete, flow) = (discrete_schedulers(), flow_schedulers());
+        for (schedulers, is_flow) in [(&discrete, false), (&flow, true)] {
+            for (scheduler, _) in &schedulers.choices {
+                let solver = schedulers.start(scheduler, &Loop { steps: 6, ..Loop::default() });
+                // DDIM cuts the clean sample at 1 where it is configured so, as by default.
+                let clean = match scheduler.class {
+                    Class::Ddim => clean.clamp(-1f32, 1f32).expect("cut"),
+                    _ => clean.clone(),
+                };
+                let output = if is_flow { (&noise - &clean).expect("flow") } else { noise.clone() };
+                for index in 0..solver.timesteps().len() {
+                    let sample = solver.add_noise(index, &clean, &noise).expect("noisy");
+                    let found = solver.predict_clean(index, &output, &sample).expect("clean");
+                    let error = (found - &clean).expect("difference").abs().expect("abs").max_all().expect("largest");
+                    let error = error.to_scalar::<f32>().expect("a number");
+                    assert!(error < 2e-3, "{} at {index}: off by {error}", scheduler.name);
+                }
+            }
+        }
     }
 }

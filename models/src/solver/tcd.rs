@@ -84,6 +84,11 @@ impl Solver for Tcd {
         self.config.schedule.level(self.timesteps[index] as usize).mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        let level = self.config.schedule.level(self.timesteps[index] as usize);
+        self.config.schedule.prediction().x0(model_output, sample, level)
+    }
+
     fn step(
         &mut self,
         index: usize,

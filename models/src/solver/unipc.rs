@@ -292,6 +292,10 @@ impl Solver for UniPc {
         self.levels[index].mix(sample, noise)
     }
 
+    fn predict_clean(&self, index: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        self.config.schedule.x0(model_output, &sample.to_dtype(DType::F32)?, self.levels[index])
+    }
+
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         let sample = sample.to_dtype(DType::F32)?;
         // From the sample as it was predicted, not as it is corrected below.

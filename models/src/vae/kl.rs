@@ -4,6 +4,7 @@
 //! Source: diffusers `models/autoencoders/{autoencoder_kl,vae}.py`, `models/unets/unet_2d_blocks.py`.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Deserializer};
@@ -12,6 +13,7 @@ use tale_kernels::{AttentionOptions, attention};
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::memory::VaeTiling;
+use crate::vae::preview::{FIT_SIDE, LatentRgb};
 use crate::vae::tiling::{Mosaic, Tiling};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
@@ -200,6 +202,11 @@ impl KlConfig {
             + whole * (2 * pixels + self.out_channels)
     }
 
+    /// Bytes that the first preview of a model needs at its peak.
+    pub fn preview_bytes(&self, dtype: DType) -> usize {
+        self.peak_decode_bytes((FIT_SIDE, FIT_SIDE), false, dtype)
+    }
+
     /// Bytes that decoding one picture of `pixels` as a whole needs where its neighbours compute in `dtype`, at its peak:
     /// in the widest level, the input of a block and its normed and convolved copies.
     fn decode_bytes(&self, pixels: usize, dtype: DType) -> usize {
@@ -236,6 +243,8 @@ pub struct KlDecoder {
     config: KlConfig,
     /// Bytes of the weights that a pass reads.
     weight_bytes: usize,
+    /// Fitted when the first preview is asked for.
+    latent_rgb: OnceLock<LatentRgb>,
 }
 
 impl KlDecoder {
@@ -271,6 +280,7 @@ impl KlDecoder {
             conv_out: Conv2d::load(&decoder.pp("conv_out"), first, config.out_channels, 3, 1)?,
             config: config.clone(),
             weight_bytes: weights.streamed_bytes(),
+            latent_rgb: OnceLock::new(),
         })
     }
 
@@ -303,6 +313,20 @@ impl KlDecoder {
         *done += 1;
         let tile = latents.narrow(2, window.top, window.height)?.narrow(3, window.left, window.width)?;
         mosaic.push(self.decode(&tile.contiguous()?)?)
+    }
+
+    /// A rough picture of scaled f32 `latents [1, latent_channels, h, w]`: width, height and RGB in about -1..=1, one value
+    /// for each latent position. The first one decodes a few random latents to learn their colours.
+    pub fn preview(&self, latents: &Tensor) -> Result<(usize, usize, Vec<f32>)> {
+        let latent_rgb = match self.latent_rgb.get() {
+            Some(fitted) => fitted,
+            None => {
+                let samples = LatentRgb::samples(self.config.latent_channels, latents.device())?;
+                let fitted = LatentRgb::fit(&samples, &self.decode(&samples)?)?;
+                self.latent_rgb.get_or_init(|| fitted)
+            }
+        };
+        latent_rgb.colours(latents)
     }
 
     /// Scaled f32 `latents [b, latent_channels, h, w]` (as a solver leaves them) to f32 pixels `[b, 3, H, W]` in about

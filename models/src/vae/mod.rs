@@ -7,6 +7,7 @@ use crate::rng::TorchGenerator;
 
 pub mod kl;
 pub mod original;
+pub mod preview;
 pub mod tiling;
 pub mod wan;
 

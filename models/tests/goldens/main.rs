@@ -12,6 +12,7 @@ mod ip_adapter;
 mod lora;
 mod noise_solvers;
 mod overflow;
+mod previews;
 mod rng;
 mod schedulers;
 mod sdxl;

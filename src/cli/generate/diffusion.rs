@@ -102,6 +102,9 @@ impl VaeTiling {
 impl DiffusionArgs {
     /// What was said, and `base` for the rest.
     pub fn options_over(self, base: DiffusionOptions) -> DiffusionOptions {
+        // A length belongs to its prompts: it would cut longer ones.
+        let has_base_prompts = self.prompt.is_none() && self.negative_prompt.is_none();
+        let base_length = base.max_sequence_length.filter(|_| has_base_prompts);
         DiffusionOptions {
             prompt: self.prompt.unwrap_or(base.prompt),
             negative_prompt: self.negative_prompt.or(base.negative_prompt),
@@ -119,11 +122,13 @@ impl DiffusionArgs {
             acceleration: self.acceleration.or(base.acceleration),
             scheduler: self.scheduler.or(base.scheduler),
             seed: self.seed.or(base.seed),
-            max_sequence_length: self.max_sequence_length.or(base.max_sequence_length),
+            max_sequence_length: self.max_sequence_length.or(base_length),
             vae_tiling: self.vae_tiling.map_or(base.vae_tiling, VaeTiling::asked),
             reference_images: base.reference_images,
             ip_adapter_scale: base.ip_adapter_scale,
             loras: base.loras,
+            // Nobody would see them.
+            partial_images: None,
         }
     }
 }

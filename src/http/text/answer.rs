@@ -171,7 +171,7 @@ async fn collect(session: &mut Session) -> Result<(String, &'static str, usize),
                 return Ok((answer, reason_name(reason), usage.completion_tokens));
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Frames(_)) => (),
+            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
             None => return Err(cut_off()),
         }
     }
@@ -225,7 +225,9 @@ impl AnswerStream {
                 self.write_choice(Choice::part(shape, index, None, Some(reason_name(reason))));
             }
             Event::Failed(error) => self.write_error(&error.into()),
-            Event::Started | Event::Text { .. } | Event::Progress { .. } | Event::Frames(_) => (),
+            // Nothing that a reader of text would see.
+            Event::Started | Event::Text { .. } | Event::Progress { .. } => (),
+            Event::Preview { .. } | Event::Frames(_) => (),
         }
     }
 

@@ -1,21 +1,20 @@
 //! `POST /v1/chat/completions` and `POST /v1/completions`.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::card::TextOptions;
 use tale_models::chat_template::ChatMessage;
 use tale_models::request::TextRequest;
-use tale_models::{Event, ModelCard, TextCard};
+use tale_models::{ModelCard, TextCard};
 use tokio::task::spawn_blocking;
 
 use self::answer::{Head, Shape};
 use self::wire::{AnswerOptions, ChatBody, CompletionBody, MAX_CHOICES, Prompt};
 use super::error::ApiError;
-use super::{AppState, body, random_seed};
-use crate::engine::{Engine, Session};
+use super::{AppState, body, random_seed, sse};
+use crate::engine::Engine;
 
 mod answer;
 pub mod wire;
@@ -23,8 +22,6 @@ pub mod wire;
 /// Prompts of more bytes are turned into tokens on a thread that may block; for shorter ones the way there is longer
 /// than the work.
 const MAX_INLINE_PROMPT_BYTES: usize = 4096;
-/// How long a stream waits for its first event before its status is sent: work that fails at once fails with a status.
-const FIRST_EVENT_GRACE: Duration = Duration::from_millis(50);
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
@@ -85,7 +82,9 @@ impl Order<'_> {
         if !self.answer.stream {
             return answer::whole(head, sessions, prompt_tokens).await;
         }
-        first_event(&mut sessions).await?;
+        if let Some(first) = sessions.first_mut() {
+            sse::first_event(first).await?;
+        }
         Ok(answer::stream(head, sessions, prompt_tokens, self.answer.include_usage))
     }
 }
@@ -95,17 +94,6 @@ fn with_seed(request: &TextRequest, seed: u64, choice: usize) -> tale_models::Re
     let mut request = request.clone();
     request.sampling.seed = seed.wrapping_add(choice as u64);
     tale_models::Request::Text(request)
-}
-
-/// Waits a moment for the first session to begin or fail. `Started` comes first and streams do not tell it.
-async fn first_event(sessions: &mut [Session]) -> Result<(), ApiError> {
-    let Some(first) = sessions.first_mut() else { return Ok(()) };
-    match tokio::time::timeout(FIRST_EVENT_GRACE, first.recv()).await {
-        Ok(Some(Event::Failed(error))) => Err(error.into()),
-        Ok(None) => Err(ApiError::unready("shutting_down", "the server is shutting down")),
-        Ok(Some(Event::Started)) | Err(_) => Ok(()),
-        Ok(Some(_)) => Err(ApiError::internal("the answer began before its session")),
-    }
 }
 
 fn text_card(state: &AppState, model: &str) -> Result<Arc<ModelCard>, ApiError> {

@@ -125,6 +125,10 @@ impl Solver for Halving {
         Ok((sample + (noise * (self.0[index] / 1000.0))?)?)
     }
 
+    fn predict_clean(&self, _: usize, model_output: &Tensor, sample: &Tensor) -> Result<Tensor> {
+        Ok((sample + model_output)?)
+    }
+
     fn step(&mut self, index: usize, model_output: &Tensor, sample: &Tensor, _: &mut TorchGenerator) -> Result<Tensor> {
         assert!(index < self.0.len());
         Ok((sample + (model_output * 0.5)?)?)
@@ -193,6 +197,12 @@ impl DiffusionModel for Toy {
 
     fn narrow_components(&self, _phase: Phase) -> &'static [&'static str] {
         if self.is_wide { &[] } else { &["net"] }
+    }
+
+    /// One pixel: the mean of the latents times ten.
+    fn preview(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Option<Frame>> {
+        let mean = latents.mean_all()?.to_scalar::<f32>()?;
+        Ok(Some(Frame { width: 1, height: 1, rgb: vec![(mean * 10.0).round() as u8; 3] }))
     }
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<(Counted, usize)> {
@@ -290,6 +300,7 @@ fn request(prompt: &str, seed: u64) -> DiffusionRequest {
         references: None,
         vae_tiling: false,
         loras: Vec::new(),
+        partial_images: 0,
     }
 }
 
@@ -322,6 +333,7 @@ fn describe(event: &Event) -> String {
     match event {
         Event::Started => "started".into(),
         Event::Progress { phase, done, total } => format!("{} {done}/{total}", phase.as_str()),
+        Event::Preview { index, frame } => format!("preview {index} of {}", frame.rgb[0]),
         Event::Frames(frames) => format!("frames {:?}", frames.iter().map(|f| f.rgb[0]).collect::<Vec<_>>()),
         Event::Finished { .. } => "finished".into(),
         Event::Failed(error) => format!("failed: {error}"),
@@ -724,4 +736,30 @@ fn bytes_round_as_numpy_does() {
     for (value, byte) in [(-7.0, 0), (-1.0, 0), (1.0, 255), (3.0, 255), (0.0, 128), (-1.0 + 1.2 / 127.5, 1)] {
         assert_eq!(to_byte(value), byte, "{value}");
     }
+}
+
+#[test]
+fn previews_show_where_the_steps_lead_and_change_nothing() {
+    let plain = alone(request("twelve chars", 3));
+    let with = alone(DiffusionRequest { partial_images: 2, ..request("twelve chars", 3) });
+    let previews: Vec<&String> = with.iter().filter(|event| event.starts_with("preview")).collect();
+    assert_eq!(previews.len(), 2);
+    let place = |wanted: &str| with.iter().position(|event| event.starts_with(wanted)).expect("it is there");
+    assert_eq!(place("preview 0"), place("denoise 1/3") + 1);
+    assert_eq!(place("preview 1"), place("denoise 2/3") + 1);
+    let others: Vec<String> = with.iter().filter(|event| !event.starts_with("preview")).cloned().collect();
+    assert_eq!(others, plain);
+    // The toy's clean sample after its first step: the wanted value, whatever the noise was.
+    assert_eq!(previews[0], "preview 0 of 120");
+}
+
+/// A session beside it that asks for none pays nothing and gets none.
+#[test]
+fn only_those_that_ask_get_previews() {
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, DiffusionRequest { partial_images: 1, ..request("one", 1) });
+    submit(&mut runner, 2, request("one", 2));
+    let events = run(&mut runner);
+    let previews = |id: u64| events[&id].iter().filter(|event| event.starts_with("preview")).count();
+    assert_eq!((previews(1), previews(2)), (1, 0));
 }
