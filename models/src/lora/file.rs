@@ -175,8 +175,11 @@ impl LoraFile {
             let value = Tensor::from_raw_buffer(&self.bytes_of(located)?, located.dtype, &[], &Device::Cpu)?;
             Ok(value.to_dtype(DType::F64)?.to_scalar::<f64>()?)
         };
-        let alpha = number().map_err(|error| Refusal::Unreadable(error.to_string()))?;
-        Ok(alpha / term.rank as f64)
+        let value = number().map_err(|error| Refusal::Unreadable(error.to_string()))?;
+        if !value.is_finite() {
+            return Err(Refusal::Mismatch(Mismatch(format!("`{alpha}` is not a finite number"))));
+        }
+        Ok(value / term.rank as f64)
     }
 
     fn bytes(&self, term: &Term, placement: &Placement) -> usize {

@@ -118,6 +118,10 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
     save("twice", &[(down, &[2, 36]), (up, &[36, 2]), (&fused_down, &[2, 36]), (&fused_up, &[108, 2])]);
     save("alpha", &[(down, &[2, 36]), (up, &[36, 2]), (&format!("{block}.alpha"), &[2])]);
     save("other", &[("model.layers.0.weight", &[2, 2])]);
+    let infinite = Tensor::new(f32::INFINITY, &Device::Cpu).unwrap();
+    let infinite = [(down, tensor(&[2, 36])), (up, tensor(&[36, 2])), (&*format!("{block}.alpha"), infinite)];
+    let infinite: HashMap<&str, Tensor> = infinite.into_iter().collect();
+    candle_core::safetensors::save(&infinite, dir.path().join("infinite.safetensors")).unwrap();
     std::fs::write(dir.path().join("short.safetensors"), b"\xff\0\0\0").unwrap();
     std::fs::write(dir.path().join("text.txt"), "no LoRA").unwrap();
     let source =
@@ -135,6 +139,7 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
         ("bias", ["biases", "lora_B.bias", "only LoRA"]),
         ("twice", ["two terms for layer transformer_blocks.0.attn.to_q", "qkv", block]),
         ("alpha", ["alpha", "[2]", "one number"]),
+        ("infinite", ["alpha", "is not a finite number", "`infinite`"]),
         ("other", ["1 of its 1 tensors are not LoRA's", "model.layers.0.weight", "`other`"]),
         ("short", ["cannot be used", "not a sound safetensors file", "`short`"]),
         ("nobody", ["is not known", "there are: alpha, bias,", "more"]),
