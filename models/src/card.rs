@@ -14,8 +14,10 @@ use crate::lora::{LoraOption, LoraSupport};
 use crate::memory::VaeTiling;
 use crate::prompt::plain_text;
 use crate::request::{
-    Acceleration, DiffusionRequest, Frame, NegativePrompt, References, SamplingParams, TextRequest, WHOLE_INTERVAL,
+    Acceleration, DiffusionRequest, Edit, Frame, Mask, NegativePrompt, References, SamplingParams, TextRequest,
+    WHOLE_INTERVAL,
 };
+use crate::resample::Filter;
 use crate::runner::diffusion::previews::MAX_PREVIEWS;
 use crate::solver::noise_schedule::Spacing;
 use crate::solver::schedulers::{Chosen, Scheduler, Schedulers};
@@ -219,6 +221,8 @@ pub struct DiffusionCard {
     pub room_bytes: usize,
     /// What `acceleration` means; `None` where nothing can be skipped.
     pub acceleration: Option<CacheThresholds>,
+    /// How it makes pictures from pictures.
+    pub edits: Edits,
 }
 
 /// Of a first-block cache: how much of what the first block adds may be new in a pass whose other blocks are skipped
@@ -228,6 +232,46 @@ pub struct DiffusionCard {
 pub struct CacheThresholds {
     pub safe: f64,
     pub fast: f64,
+}
+
+/// How a model makes pictures from pictures; by default not at all.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Edits {
+    /// From a whole picture.
+    pub image_to_image: Option<EditDefaults>,
+    /// From a picture and a mask.
+    pub inpainting: Option<EditDefaults>,
+    /// How a share of the steps becomes a number of steps.
+    pub rounding: StepRounding,
+}
+
+/// What takes the place of a model's defaults where a picture is given. Units as in [`DiffusionRequest`].
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub struct EditDefaults {
+    pub strength: f64,
+    pub guidance_scale: f64,
+}
+
+/// How `strength` times the steps becomes a number of steps: the pipelines of diffusers differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StepRounding {
+    /// The steps that are taken are cut to a whole number (SDXL).
+    #[default]
+    Taken,
+    /// The steps that are left out are (FLUX.1).
+    LeftOut,
+}
+
+impl StepRounding {
+    /// Of `steps`, how many are left out.
+    fn first_step(self, steps: usize, strength: f64) -> usize {
+        let taken = (steps as f64 * strength).min(steps as f64);
+        match self {
+            Self::Taken => steps - taken as usize,
+            Self::LeftOut => (steps as f64 - taken) as usize,
+        }
+    }
 }
 
 /// What a diffusion model makes.
@@ -309,6 +353,11 @@ pub struct DiffusionOptions {
     pub reference_images: Vec<Arc<Frame>>,
     pub ip_adapter_scale: Option<f64>,
     pub loras: Vec<LoraOption>,
+    /// In any size.
+    pub image: Option<Arc<Frame>>,
+    /// In the size of `image`.
+    pub mask: Option<Arc<Mask>>,
+    pub strength: Option<f64>,
 }
 
 /// Most denoising steps of one request.
@@ -323,13 +372,23 @@ pub const DEFAULT_IP_ADAPTER_SCALE: f64 = 1.0;
 pub const MAX_FPS: usize = 120;
 
 impl DiffusionCard {
-    /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
+    /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none. Resizes an input
+    /// picture, which takes time.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {
         let max_sequence_length = self.prompt_length(&options)?;
-        let defaults = &self.defaults;
+        let edit_defaults = self.edit_defaults(&options)?;
+        let mut defaults = self.defaults;
+        if let (Some(edit), Some(image)) = (edit_defaults, &options.image) {
+            // As diffusers: the picture's own size, down to what the model can do.
+            defaults.width = image.width - image.width % self.size_multiple;
+            defaults.height = image.height - image.height % self.size_multiple;
+            defaults.guidance_scale = edit.guidance_scale;
+        }
+        let (image, mask, is_own_size) =
+            (options.image, options.mask, options.width.is_none() && options.height.is_none());
         let Chosen { scheduler, timestep_spacing, max_steps } =
             self.schedulers.choose(options.scheduler.as_deref(), options.timestep_spacing)?;
-        let request = DiffusionRequest {
+        let mut request = DiffusionRequest {
             width: options.width.unwrap_or(defaults.width),
             height: options.height.unwrap_or(defaults.height),
             num_frames: options.num_frames.unwrap_or(defaults.num_frames),
@@ -352,15 +411,65 @@ impl DiffusionCard {
             vae_tiling: false,
             partial_images: self.partial_images(options.partial_images)?,
         };
-        self.check_size(&request)?;
+        self.check_size(&request).map_err(|error| match &image {
+            Some(image) if is_own_size => {
+                let problem = format!("is {}x{}, a size that this model does not make", image.width, image.height);
+                Error::invalid("image", format!("{problem} ({error}); give width and height"))
+            }
+            _ => error,
+        })?;
         self.check_time(&request)?;
         check_range("num_inference_steps", request.num_inference_steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
         check_range("max_sequence_length", request.max_sequence_length, 1, self.max_sequence_length)?;
         if request.acceleration != Acceleration::None && self.acceleration.is_none() {
             return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
         }
-        let vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
-        self.with_checked_guidance(DiffusionRequest { vae_tiling, ..request })
+        if let (Some(edit), Some(image)) = (edit_defaults, image) {
+            let strength = options.strength.unwrap_or(edit.strength);
+            request.edit = Some(self.edit(&request, &image, mask.as_deref(), strength)?);
+        }
+        request.vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
+        self.with_checked_guidance(request)
+    }
+
+    /// The defaults for what is done with the picture of a request, if it has one.
+    fn edit_defaults(&self, options: &DiffusionOptions) -> Result<Option<EditDefaults>> {
+        let Some(image) = &options.image else {
+            let of_picture = [("mask", options.mask.is_some()), ("strength", options.strength.is_some())];
+            return match of_picture.iter().find(|(_, is_given)| *is_given) {
+                Some((field, _)) => Err(Error::invalid(*field, "has no effect without image; leave it out")),
+                None => Ok(None),
+            };
+        };
+        let Edits { image_to_image, inpainting, .. } = self.edits;
+        let refuse = |field, problem: &str| Err(Error::invalid(field, problem));
+        match (&options.mask, image_to_image, inpainting) {
+            (_, None, None) => refuse("image", "this model does not begin from a picture; leave it out"),
+            (None, None, Some(_)) => refuse("mask", "is missing; this model only fills in parts of a picture"),
+            (Some(_), _, None) => refuse("mask", "this model does not fill in parts of a picture; leave it out"),
+            (Some(mask), _, Some(_)) if (mask.width, mask.height) != (image.width, image.height) => {
+                let of_mask = format!("is {}x{}", mask.width, mask.height);
+                refuse("mask", &format!("{of_mask}, but image is {}x{}; they must be equal", image.width, image.height))
+            }
+            (Some(_), _, edit) | (None, edit, _) => Ok(edit),
+        }
+    }
+
+    fn edit(&self, request: &DiffusionRequest, image: &Frame, mask: Option<&Mask>, strength: f64) -> Result<Edit> {
+        check_range("strength", strength, 0.0, 1.0)?;
+        let steps = request.num_inference_steps;
+        let first_step = self.edits.rounding.first_step(steps, strength);
+        if first_step >= steps {
+            let problem = format!("is {strength}, which leaves no step of num_inference_steps ({steps})");
+            return Err(Error::invalid("strength", problem));
+        }
+        let (width, height) = (request.width, request.height);
+        Ok(Edit {
+            image: Arc::new(image.resized(width, height, Filter::Lanczos)),
+            mask: mask.map(|mask| Arc::new(mask.resized(width, height, Filter::Lanczos))),
+            strength,
+            first_step,
+        })
     }
 
     fn partial_images(&self, asked: Option<usize>) -> Result<usize> {
@@ -589,6 +698,7 @@ mod tests {
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
+            edits: Edits::default(),
         }
     }
 
@@ -671,6 +781,78 @@ mod tests {
         }
         let error = resolved(picture_card(Guidance::Embedded), 64, Some(true)).expect_err("refused").to_string();
         assert!(error.starts_with("vae_tiling: "), "{error}");
+    }
+
+    fn picture(width: usize, height: usize) -> Option<Arc<Frame>> {
+        Some(Arc::new(Frame { width, height, rgb: vec![77; width * height * 3] }))
+    }
+
+    fn mask(width: usize, height: usize) -> Option<Arc<Mask>> {
+        Some(Arc::new(Mask { width, height, grey: vec![255; width * height] }))
+    }
+
+    fn edit_card(rounding: StepRounding) -> DiffusionCard {
+        let defaults = |strength, guidance_scale| Some(EditDefaults { strength, guidance_scale });
+        let edits = Edits { image_to_image: defaults(0.3, 2.0), inpainting: defaults(0.9999, 7.5), rounding };
+        DiffusionCard { edits, ..picture_card(Guidance::ClassifierFree) }
+    }
+
+    #[test]
+    fn a_picture_brings_its_size_and_its_defaults() {
+        let card = edit_card(StepRounding::Taken);
+        let request =
+            card.resolve(DiffusionOptions { image: picture(70, 95), ..Default::default() }, 0).expect("valid");
+        let edit = request.edit.as_ref().expect("an edit");
+        assert_eq!((request.width, request.height, request.guidance_scale), (64, 80, 2.0));
+        assert_eq!((edit.image.width, edit.image.height, edit.strength, edit.first_step), (64, 80, 0.3, 35));
+        let (image, mask) = (picture(70, 95), mask(70, 95));
+        let masked = DiffusionOptions { image, mask, width: Some(32), ..Default::default() };
+        let request = card.resolve(masked, 0).expect("valid");
+        let edit = request.edit.as_ref().expect("an edit");
+        assert_eq!((request.width, request.height, request.guidance_scale), (32, 80, 7.5));
+        let mask = edit.mask.as_ref().expect("a mask");
+        assert_eq!((mask.width, mask.height, edit.strength, edit.first_step), (32, 80, 0.9999, 1));
+    }
+
+    /// diffusers: `int(4 * 0.6)` steps are taken, or `int(4 - 4 * 0.6)` are left out.
+    #[test]
+    fn strength_is_a_share_of_the_steps() {
+        for (rounding, steps, strength, expected) in [
+            (StepRounding::Taken, 4, 0.6, 2),
+            (StepRounding::LeftOut, 4, 0.6, 1),
+            (StepRounding::Taken, 10, 1.0, 0),
+            (StepRounding::LeftOut, 10, 1.0, 0),
+            // 0.7 * 10 is not quite 7 as a product of doubles, nor is 0.29 * 100.
+            (StepRounding::Taken, 100, 0.29, 72),
+            (StepRounding::LeftOut, 1, 0.01, 0),
+        ] {
+            assert_eq!(rounding.first_step(steps, strength), expected, "{rounding:?} {steps} {strength}");
+        }
+    }
+
+    #[test]
+    fn pictures_that_cannot_be_edited_are_refused_by_field() {
+        let options = || DiffusionOptions { image: picture(64, 64), ..Default::default() };
+        let card = || edit_card(StepRounding::Taken);
+        check(card(), DiffusionOptions { mask: mask(64, 64), ..Default::default() }, "mask", "without image");
+        check(card(), DiffusionOptions { strength: Some(0.5), ..Default::default() }, "strength", "without image");
+        check(card(), DiffusionOptions { mask: mask(64, 48), ..options() }, "mask", "is 64x48, but image is 64x64");
+        for strength in [-0.1, 1.01, f64::NAN] {
+            check(card(), DiffusionOptions { strength: Some(strength), ..options() }, "strength", "0 to 1");
+        }
+        let weak = DiffusionOptions { strength: Some(0.3), num_inference_steps: Some(3), ..options() };
+        check(card(), weak, "strength", "leaves no step of num_inference_steps (3)");
+        for (width, height) in [(15, 64), (4000, 64), (2048, 2048)] {
+            let options = DiffusionOptions { image: picture(width, height), ..Default::default() };
+            check(card(), options, "image", "give width and height");
+        }
+        check(picture_card(Guidance::ClassifierFree), options(), "image", "does not begin from a picture");
+        let whole = card();
+        let whole = DiffusionCard { edits: Edits { inpainting: None, ..whole.edits }, ..whole };
+        check(whole, DiffusionOptions { mask: mask(64, 64), ..options() }, "mask", "does not fill in parts");
+        let masked = card();
+        let masked = DiffusionCard { edits: Edits { image_to_image: None, ..masked.edits }, ..masked };
+        check(masked, options(), "mask", "is missing");
     }
 
     #[test]

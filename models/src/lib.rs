@@ -21,6 +21,7 @@ pub mod memory;
 pub mod presets;
 pub mod prompt;
 pub mod request;
+pub mod resample;
 pub mod rng;
 pub mod runner;
 pub mod sampler;

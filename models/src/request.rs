@@ -287,7 +287,10 @@ pub struct Frame {
     pub rgb: Vec<u8>,
 }
 
-/// Which pixels of a picture are made anew: those of 128 and more. Rows top to bottom, no padding.
+/// From this value on a pixel of a mask is made anew (diffusers: not under one half).
+pub const MASK_THRESHOLD: u8 = 128;
+
+/// Which pixels of a picture are made anew: those of [`MASK_THRESHOLD`] and more. Rows top to bottom, no padding.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Mask {
     /// Pixels.

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::card::{
-    CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts, SamplingDefaults, TextCard,
+    CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
+    SamplingDefaults, StepRounding, TextCard,
 };
 use crate::chat_template::ChatTemplate;
 use crate::error::{Error, Result};
@@ -78,7 +79,7 @@ pub fn text_model(script: Script) -> Result<LoadedModel> {
     Ok(loaded(ModelCard::Text(card), script))
 }
 
-/// A picture model: 64x64 by default, four steps, no guidance.
+/// A picture model: 64x64 by default, four steps, no guidance, also from pictures.
 pub fn picture_model(script: Script) -> LoadedModel {
     loaded(ModelCard::Diffusion(diffusion_card(Medium::Picture)), script)
 }
@@ -120,8 +121,15 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
+        edits: if is_clip { Edits::default() } else { EDITS },
     }
 }
+
+/// Both kinds, with half of the steps.
+const EDITS: Edits = {
+    let defaults = EditDefaults { strength: 0.5, guidance_scale: 0.0 };
+    Edits { image_to_image: Some(defaults), inpainting: Some(defaults), rounding: StepRounding::Taken }
+};
 
 /// Those of a clip model without a configuration of its own.
 pub fn flow_schedulers() -> Schedulers {

@@ -4,6 +4,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadFormat, LoadOptions};
 use tale_models::memory::{MemoryPlan, PhaseBytes};
 use tale_models::presets::Configurations;
-use tale_models::request::{Event, Events, Phase, Request, SessionId};
+use tale_models::request::{Event, Events, Frame, Mask, Phase, Request, SessionId};
 use tale_models::runner::{Runner, StepPlan};
 use tale_models::testing::repository;
 use tale_models::{ModelCard, load};
@@ -68,10 +69,22 @@ fn sessions_take_at_most_their_footprint() {
         ("sdxl-b", options(128, 160, None)),
         ("flux-dev", DiffusionOptions { vae_tiling: Some(true), ..options(768, 512, None) }),
     ] {
+        if options.num_frames.is_none() {
+            let edit = from_a_picture(&options);
+            check(&format!("{case} from a picture"), &golden(case), LoadFormat::Auto, edit);
+        }
         check(case, &golden(case), LoadFormat::Auto, options);
     }
     let wide = wide_sdxl();
     check("wide SDXL", wide.path(), LoadFormat::Dummy, options(512, 512, None));
+}
+
+/// The same from a part of a picture.
+fn from_a_picture(options: &DiffusionOptions) -> DiffusionOptions {
+    let (width, height) = (options.width.unwrap_or(0), options.height.unwrap_or(0));
+    let image = Some(Arc::new(Frame { width, height, rgb: vec![99; width * height * 3] }));
+    let mask = Some(Arc::new(Mask { width, height, grey: vec![200; width * height] }));
+    DiffusionOptions { image, mask, strength: Some(0.9), ..options.clone() }
 }
 
 /// Every phase takes at most what the plan says, and the greediest one not much less.

@@ -1,13 +1,17 @@
 //! FLUX.1 (dev and schnell): CLIP and T5 prompts, one transformer, flow-matching Euler, KL-VAE.
 //!
 //! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
-//! Source: diffusers `pipelines/flux/pipeline_flux.py`. Noise is drawn in f32, as diffusers does for an f32 pipeline.
+//! Source: diffusers `pipelines/flux/pipeline_flux.py` and its siblings for image to image and inpainting. Noise is drawn
+//! in f32, as diffusers does for an f32 pipeline.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
+use crate::card::{
+    CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
+    StepRounding,
+};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
@@ -18,15 +22,17 @@ use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
-use crate::request::{DiffusionRequest, Frame, Phase};
+use crate::request::{DiffusionRequest, Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
+use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::block_cache::BlockCache;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, to_byte};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
+use crate::vae::Posterior;
+use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
 use crate::work::StepWork;
@@ -99,6 +105,7 @@ pub struct FluxModel {
     t5_config: T5Config,
     transformer: FluxTransformer,
     vae: KlDecoder,
+    vae_encoder: KlEncoder,
     vae_config: KlConfig,
     adapters: Adapters,
     placement: Placement,
@@ -133,6 +140,7 @@ impl FluxModel {
         let text_encoder_2 = T5Encoder::load(&open("text_encoder_2")?, &t5_config)?;
         let transformer_weights = open("transformer")?.or_original(|| FluxNames).noting(&transformer_sites);
         let transformer = FluxTransformer::load(&transformer_weights, transformer_config)?;
+        let vae = open("vae")?.or_original(|| KlNames::new(&vae_config));
         Ok(Self {
             card: card(
                 transformer.config(),
@@ -148,7 +156,8 @@ impl FluxModel {
             text_encoder,
             text_encoder_2,
             transformer,
-            vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&vae_config)), &vae_config)?,
+            vae: KlDecoder::load(&vae, &vae_config)?,
+            vae_encoder: KlEncoder::load(&vae, &vae_config)?,
             t5_config,
             vae_config,
         })
@@ -248,6 +257,9 @@ fn card(
         true => (28, 3.5, 512, Guidance::Embedded),
         false => (4, 0.0, 256, Guidance::None),
     };
+    // Of `FluxImg2ImgPipeline.__call__` and `FluxInpaintPipeline.__call__`.
+    let edit_guidance_scale = if guidance == Guidance::None { 0.0 } else { 7.0 };
+    let edit = Some(EditDefaults { strength: 0.6, guidance_scale: edit_guidance_scale });
     let side = DEFAULT_SAMPLE_SIZE * vae.vae_scale_factor();
     DiffusionCard {
         family: Flux.name(),
@@ -275,6 +287,7 @@ fn card(
         has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
+        edits: Edits { image_to_image: edit, inpainting: edit, rounding: StepRounding::LeftOut },
     }
 }
 
@@ -306,14 +319,24 @@ impl DiffusionModel for FluxModel {
             None => 0,
         };
         let preview = if request.partial_images > 0 { self.vae_config.preview_bytes(dtype) } else { 0 };
-        MemoryPlan::new([
+        let (picture, begin) = match &request.edit {
+            // Its latents, its noise, its mask.
+            Some(_) => (3 * latents, self.vae_config.encode_bytes(request.width * request.height, dtype)),
+            None => (0, 0),
+        };
+        let phases = [
             (Phase::Encode, conditioning + encode),
+            (Phase::VaeEncode, conditioning + latents + begin),
             (
                 Phase::Denoise,
-                conditioning + latents + (denoise + caches + self.transformer.dequantised_bytes()).max(preview),
+                conditioning
+                    + latents
+                    + picture
+                    + (denoise + caches + self.transformer.dequantised_bytes()).max(preview),
             ),
             (Phase::VaeDecode, latents + decode),
-        ])
+        ];
+        MemoryPlan::new(phases.into_iter().filter(|(phase, _)| *phase != Phase::VaeEncode || request.edit.is_some()))
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<FluxConditioning>> {
@@ -400,6 +423,30 @@ impl DiffusionModel for FluxModel {
 
     fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
         self.vae.decode_next(decoding)
+    }
+
+    fn picture_model(&self) -> Option<&dyn PictureModel> {
+        Some(self)
+    }
+}
+
+impl PictureModel for FluxModel {
+    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
+        self.vae_encoder.encode(&input.picture, input.blanked.as_deref())
+    }
+
+    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
+        self.vae_encoder.work(input.picture.height, input.picture.width)
+    }
+
+    fn picture_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {
+        self.pack(&self.vae_encoder.scaled(sample)?, self.grid(request))
+    }
+
+    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor> {
+        let (grid, channels) = (self.grid(request), self.vae_config.latent_channels);
+        let mask = self.vae_encoder.latent_mask(mask)?.broadcast_as((1, channels, grid.0 * PACK, grid.1 * PACK))?;
+        self.pack(&mask.contiguous()?, grid)
     }
 }
 

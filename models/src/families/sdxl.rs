@@ -1,8 +1,8 @@
 //! SDXL base 1.0 and its fine-tunes: two CLIP prompts, a UNet, steps along a discrete noise schedule, KL-VAE.
 //!
 //! Owns: how the parts fit together, what stands for an absent negative prompt, limits and defaults. Does not know:
-//! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py`. Noise
-//! is drawn in f32, as diffusers does for an f32 pipeline.
+//! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
+//! siblings for image to image and inpainting. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +10,9 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::card::{DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
+use crate::card::{
+    DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts, StepRounding,
+};
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
@@ -22,15 +24,17 @@ use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::Prompt;
-use crate::request::{DiffusionRequest, Frame, Phase};
+use crate::request::{DiffusionRequest, Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
+use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::references::ReferenceModel;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, to_byte};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding};
+use crate::vae::Posterior;
+use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
 use crate::work::StepWork;
@@ -53,6 +57,12 @@ const DEFAULT_SAMPLE_SIZE: usize = 128;
 /// Defaults of `StableDiffusionXLPipeline.__call__`.
 const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
+/// Those of `StableDiffusionXLImg2ImgPipeline.__call__` and `StableDiffusionXLInpaintPipeline.__call__`.
+const EDITS: Edits = Edits {
+    image_to_image: Some(EditDefaults { strength: 0.3, guidance_scale: 5.0 }),
+    inpainting: Some(EditDefaults { strength: 0.9999, guidance_scale: 7.5 }),
+    rounding: StepRounding::Taken,
+};
 const MAX_SIDE: usize = 4096;
 /// Four times the area that the model was made for; beyond it pictures fall apart.
 const MAX_PIXELS: usize = 2048 * 2048;
@@ -111,6 +121,7 @@ pub struct SdxlModel {
     vae: KlDecoder,
     ip_adapter: Option<IpAdapter>,
     adapters: Adapters,
+    vae_encoder: KlEncoder,
     placement: Placement,
 }
 
@@ -154,6 +165,7 @@ impl SdxlModel {
             NetworkNames::first_text_encoder(&one),
             NetworkNames::second_text_encoder(&two),
         ]);
+        let vae = open("vae")?.or_original(|| KlNames::new(&sizes.vae));
         Ok(Self {
             card: sizes.card(schedulers, vec![tokenizer.clone(), tokenizer_2.clone()], placement.compute_dtype),
             tokenizer,
@@ -165,7 +177,8 @@ impl SdxlModel {
             text_encoder_2,
             unet,
             recordings: DenoiseRecordings::default(),
-            vae: KlDecoder::load(&open("vae")?.or_original(|| KlNames::new(&sizes.vae)), &sizes.vae)?,
+            vae: KlDecoder::load(&vae, &sizes.vae)?,
+            vae_encoder: KlEncoder::load(&vae, &sizes.vae)?,
             ip_adapter: None,
             sizes,
         })
@@ -295,13 +308,14 @@ impl Sizes {
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,
+            edits: EDITS,
         }
     }
 
     /// Shape of a request's latents: `[1, channels, height, width]`.
     fn latent_shape(&self, request: &DiffusionRequest) -> (usize, usize, usize, usize) {
         let pixels = self.vae.vae_scale_factor();
-        (1, self.unet.in_channels, request.height / pixels, request.width / pixels)
+        (1, self.vae.latent_channels, request.height / pixels, request.width / pixels)
     }
 
     /// Most bytes that one session keeps alive in each phase.
@@ -319,12 +333,19 @@ impl Sizes {
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
         let preview = if request.partial_images > 0 { self.vae.preview_bytes(dtype) } else { 0 };
-        MemoryPlan::new([
+        let (picture, begin) = match &request.edit {
+            // Its latents, its noise, its mask.
+            Some(_) => (latents, self.vae.encode_bytes(request.width * request.height, dtype)),
+            None => (0, 0),
+        };
+        let phases = [
             (Phase::Encode, 2 * conditioning + rows * encode),
+            (Phase::VaeEncode, 2 * conditioning + latents + begin),
             // Of each prompt, and of all rows side by side.
-            (Phase::Denoise, 2 * conditioning + latents + denoise.max(preview)),
+            (Phase::Denoise, 2 * conditioning + latents + picture + denoise.max(preview)),
             (Phase::VaeDecode, latents + decode),
-        ])
+        ];
+        MemoryPlan::new(phases.into_iter().filter(|(phase, _)| *phase != Phase::VaeEncode || request.edit.is_some()))
     }
 }
 
@@ -464,6 +485,29 @@ impl DiffusionModel for SdxlModel {
 
     fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
         self.vae.decode_next(decoding)
+    }
+
+    fn picture_model(&self) -> Option<&dyn PictureModel> {
+        Some(self)
+    }
+}
+
+impl PictureModel for SdxlModel {
+    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
+        self.vae_encoder.encode(&input.picture, input.blanked.as_deref())
+    }
+
+    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
+        self.vae_encoder.work(input.picture.height, input.picture.width)
+    }
+
+    fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
+        self.vae_encoder.scaled(sample)
+    }
+
+    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor> {
+        let mask = self.vae_encoder.latent_mask(mask)?;
+        Ok(mask.broadcast_as(self.sizes.latent_shape(request))?.contiguous()?)
     }
 }
 

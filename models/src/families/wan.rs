@@ -13,7 +13,7 @@ use tale_kernels::{
     AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
 };
 
-use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Guidance, Medium, ModelCard, Prompts};
+use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, ModelCard, Prompts};
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::prompt_clean::prompt_clean;
@@ -279,6 +279,7 @@ impl Sizes {
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
+            edits: Edits::default(),
         }
     }
 

@@ -219,6 +219,12 @@ impl Conv2d {
         self
     }
 
+    /// With zeros after the last row and column, and none before the first ones.
+    pub fn padded_after(mut self, padding: usize) -> Self {
+        self.options.padding = [0, padding];
+        self
+    }
+
     /// `[b, in, h, w]` to `[b, out, h', w']`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = tale_kernels::conv2d(x, &self.weight, Some(&self.bias), self.options)?;

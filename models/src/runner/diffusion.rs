@@ -147,22 +147,22 @@ pub trait DiffusionModel: Send {
 /// What a family adds whose loop may begin from a picture. Requests with an [`crate::request::Edit`] are for it alone.
 pub trait PictureModel {
     /// The pictures that a request has encoded, in this order.
-    fn inputs(&self, request: &DiffusionRequest) -> Vec<PictureInput> {
+    fn pictures(&self, request: &DiffusionRequest) -> Vec<PictureInput> {
         let picture = |edit: &crate::request::Edit| PictureInput { picture: edit.image.clone(), blanked: None };
         request.edit.iter().map(picture).collect()
     }
 
     /// What the VAE says of one of them.
-    fn encode(&self, input: &PictureInput) -> Result<Posterior>;
+    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior>;
 
-    /// Least work of [`PictureModel::encode`].
-    fn encode_work(&self, input: &PictureInput) -> StepWork;
+    /// Least work of [`PictureModel::encode_picture`].
+    fn encode_picture_work(&self, input: &PictureInput) -> StepWork;
 
     /// A sample of a posterior as `predict` takes latents: scaled, and packed where the family packs.
-    fn latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor>;
+    fn picture_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor>;
 
     /// The mask, for each value of the latents that `predict` takes: 1 where it is made anew, else 0.
-    fn mask(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor>;
+    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor>;
 }
 
 /// One row of a denoising batch.
@@ -287,7 +287,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             // The VAE takes no adapters, and sessions with other ones may share its work.
             Input::Picture(input) => {
                 let family = self.model.picture_model().expect(PICTURES_ARE_TAKEN);
-                EncodedInputs::Picture(Arc::new(family.encode(input)?))
+                EncodedInputs::Picture(Arc::new(family.encode_picture(input)?))
             }
             Input::References(ReferenceInput { pictures, guided }) => {
                 let family = self.model.reference_model().expect(PICTURES_ARE_TAKEN);
@@ -338,7 +338,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
                 let texts = distinct_texts(self.prompts(ids));
                 texts.chunks(MAX_ENCODE_ROWS).map(|pass| self.model.encode_work(pass, request)).sum()
             }
-            Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_work(input),
+            Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_picture_work(input),
             Input::References(ReferenceInput { pictures, guided }) => {
                 self.model.reference_model().expect(PICTURES_ARE_TAKEN).encode_work(pictures.len(), *guided)
             }
@@ -670,7 +670,7 @@ impl<M: DiffusionModel> Session<M> {
         }));
         let (max_sequence_length, loras) = (request.max_sequence_length, LoraKey::of(&request.loras));
         let prompts = Input::Prompts(Prompts { texts, max_sequence_length, loras });
-        let pictures = model.picture_model().map_or_else(Vec::new, |family| family.inputs(&request));
+        let pictures = model.picture_model().map_or_else(Vec::new, |family| family.pictures(&request));
         let references = request.references.as_ref().map(|references| {
             let (pictures, guided) = (references.images.clone(), request.negative_prompt.is_some());
             Input::References(ReferenceInput { pictures, guided })

@@ -1,6 +1,6 @@
-//! The decoder half of `AutoencoderKL`: latents of a picture to its pixels.
+//! `AutoencoderKL`: the decoder, from latents of a picture to its pixels, and what the [`encoder`] shares with it.
 //!
-//! Owns: the decoder, and the latents' scale. Does not know: packing, samplers, bytes. The encoder half is not loaded.
+//! Owns: the configuration, the decoder, the latents' scale. Does not know: packing, samplers, bytes.
 //! Source: diffusers `models/autoencoders/{autoencoder_kl,vae}.py`, `models/unets/unet_2d_blocks.py`.
 
 use std::path::Path;
@@ -18,17 +18,24 @@ use crate::vae::tiling::{Mosaic, Tiling};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
-/// Of every group norm of the decoder; the class does not configure it.
+pub mod encoder;
+
+pub use encoder::KlEncoder;
+use encoder::resnet_flops;
+
+/// Of every group norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
 
-/// `config.json` of an `AutoencoderKL`; what decides about the decoder. Defaults are those of diffusers.
+/// `config.json` of an `AutoencoderKL`. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct KlConfig {
+    pub in_channels: usize,
     pub out_channels: usize,
     pub latent_channels: usize,
     pub block_out_channels: Vec<usize>,
+    pub down_block_types: Vec<String>,
     pub up_block_types: Vec<String>,
     pub layers_per_block: usize,
     pub norm_num_groups: usize,
@@ -43,6 +50,7 @@ pub struct KlConfig {
     pub latents_std: Option<Vec<f64>>,
     /// Whether activations exceed what f16 holds.
     pub force_upcast: bool,
+    pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
     pub mid_block_add_attention: bool,
 }
@@ -50,9 +58,11 @@ pub struct KlConfig {
 impl Default for KlConfig {
     fn default() -> Self {
         Self {
+            in_channels: 3,
             out_channels: 3,
             latent_channels: 4,
             block_out_channels: vec![64],
+            down_block_types: vec![DOWN_BLOCK.to_owned()],
             up_block_types: vec![UP_BLOCK.to_owned()],
             layers_per_block: 1,
             norm_num_groups: 32,
@@ -63,6 +73,7 @@ impl Default for KlConfig {
             latents_mean: None,
             latents_std: None,
             force_upcast: true,
+            use_quant_conv: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
         }
@@ -86,23 +97,28 @@ fn one_or_first<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::
 
 /// Each level doubles the picture's sides.
 const MAX_LEVELS: usize = 8;
+const DOWN_BLOCK: &str = "DownEncoderBlock2D";
 const UP_BLOCK: &str = "UpDecoderBlock2D";
 
 impl KlConfig {
-    /// Refuses what this decoder does not compute. `path` is named in the error.
+    /// Refuses what is not computed here. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
         if self.act_fn != "silu" {
             return refuse(format!("act_fn `{}` is not supported; supported: silu", self.act_fn));
         }
-        if let Some(other) = self.up_block_types.iter().find(|block| *block != UP_BLOCK) {
-            return refuse(format!("up block `{other}` is not supported; supported: {UP_BLOCK}"));
+        for (field, blocks, known) in
+            [("down", &self.down_block_types, DOWN_BLOCK), ("up", &self.up_block_types, UP_BLOCK)]
+        {
+            if let Some(other) = blocks.iter().find(|block| *block != known) {
+                return refuse(format!("{field} block `{other}` is not supported; supported: {known}"));
+            }
+            if blocks.len() != self.block_out_channels.len() {
+                return refuse(format!("{field}_block_types needs one entry per level of block_out_channels"));
+            }
         }
         if self.block_out_channels.is_empty() || self.block_out_channels.len() > MAX_LEVELS {
             return refuse(format!("block_out_channels needs 1 to {MAX_LEVELS} levels"));
-        }
-        if self.up_block_types.len() != self.block_out_channels.len() {
-            return refuse("up_block_types needs one entry per level of block_out_channels".to_owned());
         }
         let groups = self.norm_num_groups;
         if groups == 0
@@ -115,8 +131,10 @@ impl KlConfig {
                 return refuse(format!("`{field}` needs one value per latent channel ({})", self.latent_channels));
             }
         }
-        if self.out_channels != 3 {
-            return refuse(format!("makes pictures of {} channels; supported: 3", self.out_channels));
+        for (field, channels) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
+            if channels != 3 {
+                return refuse(format!("{field} is {channels}; supported: 3"));
+            }
         }
         Ok(())
     }
@@ -131,12 +149,8 @@ impl KlConfig {
     pub fn decode_flops(&self, height: usize, width: usize) -> f64 {
         let channels = &self.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let resnet = |from: usize, to: usize, pixels: usize| {
-            let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, pixels) };
-            conv_flops(from, to, 9, pixels) + conv_flops(to, to, 9, pixels) + shortcut
-        };
         let mut pixels = height * width;
-        let mut flops = conv_flops(self.latent_channels, last, 9, pixels) + 2.0 * resnet(last, last, pixels);
+        let mut flops = conv_flops(self.latent_channels, last, 9, pixels) + 2.0 * resnet_flops(last, last, pixels);
         if self.use_post_quant_conv {
             flops += conv_flops(self.latent_channels, self.latent_channels, 1, pixels);
         }
@@ -145,7 +159,7 @@ impl KlConfig {
         }
         let mut previous = last;
         for (level, to) in channels.iter().copied().rev().enumerate() {
-            flops += resnet(previous, to, pixels) + self.layers_per_block as f64 * resnet(to, to, pixels);
+            flops += resnet_flops(previous, to, pixels) + self.layers_per_block as f64 * resnet_flops(to, to, pixels);
             if level + 1 < channels.len() {
                 pixels *= 4;
                 flops += conv_flops(to, to, 9, pixels);
@@ -155,10 +169,18 @@ impl KlConfig {
         flops + conv_flops(first, self.out_channels, 9, pixels)
     }
 
-    /// The dtype in which the decoder computes where its neighbours compute in `dtype`: the published VAE of SDXL makes
+    /// The dtype in which the VAE computes where its neighbours compute in `dtype`: the published VAE of SDXL makes
     /// black pictures in f16 (diffusers takes it to f32 too, and issue 4325 there says why).
     pub fn own_dtype(&self, dtype: DType) -> DType {
         if self.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
+    }
+
+    /// Bytes that encoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: as of
+    /// decoding, since the levels are the same, but for a block's first half, which has the channels of the level before.
+    pub fn encode_bytes(&self, pixels: usize, dtype: DType) -> usize {
+        let widest =
+            self.block_out_channels.iter().enumerate().map(|(level, channels)| (pixels >> (2 * level)) * channels);
+        LIVE_COPIES * widest.max().unwrap_or(0) * self.own_dtype(dtype).size_in_bytes()
     }
 
     /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
@@ -248,11 +270,10 @@ pub struct KlDecoder {
 }
 
 impl KlDecoder {
-    /// Tensors `decoder.*` and `post_quant_conv.*`; `encoder.*` and `quant_conv.*` are left where they are.
+    /// Tensors `decoder.*` and `post_quant_conv.*`.
     pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
         let weights = &weights.computing_in(config.own_dtype(weights.placement().compute_dtype));
-        weights.ignore_below("encoder");
-        weights.ignore_below("quant_conv");
+        let bytes_before = weights.streamed_bytes();
         let decoder = weights.pp("decoder");
         let groups = config.norm_num_groups;
         let latent = config.latent_channels;
@@ -279,7 +300,7 @@ impl KlDecoder {
             conv_norm_out: GroupNorm::load(&decoder.pp("conv_norm_out"), groups, first, NORM_EPS)?,
             conv_out: Conv2d::load(&decoder.pp("conv_out"), first, config.out_channels, 3, 1)?,
             config: config.clone(),
-            weight_bytes: weights.streamed_bytes(),
+            weight_bytes: weights.streamed_bytes() - bytes_before,
             latent_rgb: OnceLock::new(),
         })
     }
@@ -384,6 +405,14 @@ impl LatentScale {
             Tensor::from_vec(values, (1, config.latent_channels, 1, 1), device)
         };
         Ok(Self::Normed { factor, mean: channels(mean)?, std: channels(std)? })
+    }
+
+    /// Latents of the VAE to those of the network.
+    fn apply(&self, latents: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Shifted { factor, shift } => Ok(((latents - *shift)? * *factor)?),
+            Self::Normed { factor, mean, std } => Ok((latents.broadcast_sub(mean)? * *factor)?.broadcast_div(std)?),
+        }
     }
 
     /// Latents of the network to those of the VAE.

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod chats;
+mod edits;
 mod flux;
 mod gpu;
 mod guidance;

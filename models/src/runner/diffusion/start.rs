@@ -20,7 +20,7 @@ use crate::vae::Posterior;
 pub struct Encoded<C> {
     /// One per guidance branch, the positive one first.
     pub prompts: Vec<Arc<C>>,
-    /// As listed by [`super::PictureModel::inputs`].
+    /// As listed by [`super::PictureModel::pictures`].
     pub pictures: Vec<Arc<Posterior>>,
     /// Of the reference pictures, where there are some.
     pub references: Option<Arc<ReferenceTokens>>,
@@ -68,7 +68,7 @@ pub fn start<M: DiffusionModel>(
         let latents = (model.initial_latents(request, generator)? * solver.init_noise_sigma())?;
         return Ok(Start { latents, first_step: 0, repaint: None });
     };
-    let picture = family.latents(&posterior.sample(generator)?, request)?;
+    let picture = family.picture_latents(&posterior.sample(generator)?, request)?;
     let noise = model.initial_latents(request, generator)?;
     let latents = match begins_from_noise(edit) {
         true => (&noise * solver.init_noise_sigma())?,
@@ -79,7 +79,7 @@ pub fn start<M: DiffusionModel>(
         Some(mask) => {
             // The reference also draws latents of the picture without its masked part, which it then has no use for.
             generator.randn(picture.elem_count());
-            Some(Repaint { mask: family.mask(mask, request)?, picture, noise })
+            Some(Repaint { mask: family.mask_latents(mask, request)?, picture, noise })
         }
     };
     Ok(Start { latents, first_step: edit.first_step, repaint })

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{Device, Tensor};
 
 use super::*;
-use crate::card::{DiffusionDefaults, Guidance, Medium, Prompts};
+use crate::card::{DiffusionDefaults, Edits, Guidance, Medium, Prompts};
 use crate::lora::LoraSupport;
 use crate::request::{Acceleration, Edit, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::solver::schedulers::Scheduler;
@@ -71,6 +71,7 @@ impl Toy {
             room_bytes: usize::MAX,
             acceleration: None,
             loras: LoraSupport::Unsupported,
+            edits: Edits::default(),
         };
         Self {
             card,
@@ -232,7 +233,7 @@ impl DiffusionModel for Toy {
 
 /// Latents are the red values, give or take half; packed they are twice that.
 impl PictureModel for Toy {
-    fn encode(&self, input: &PictureInput) -> Result<Posterior> {
+    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
         let Frame { width, height, rgb } = &*input.picture;
         self.encoded.lock().expect("lock").push(format!("picture {}", rgb[0]));
         let red: Vec<f32> = rgb.iter().step_by(3).map(|value| f32::from(*value)).collect();
@@ -240,15 +241,15 @@ impl PictureModel for Toy {
         Ok(Posterior { std: mean.ones_like()?.affine(0.5, 0.0)?, mean })
     }
 
-    fn encode_work(&self, input: &PictureInput) -> StepWork {
+    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
         StepWork { flops: 7.0 * input.picture.width as f64, bytes: 3.0 }
     }
 
-    fn latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
+    fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
         Ok((sample * 2.0)?)
     }
 
-    fn mask(&self, mask: &Mask, _request: &DiffusionRequest) -> Result<Tensor> {
+    fn mask_latents(&self, mask: &Mask, _request: &DiffusionRequest) -> Result<Tensor> {
         let values: Vec<f32> = mask.grey.iter().map(|value| f32::from(u8::from(*value >= 128))).collect();
         Ok(Tensor::from_vec(values, (1, 1, mask.height, mask.width), &Device::Cpu)?)
     }

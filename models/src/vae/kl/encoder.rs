@@ -1,0 +1,198 @@
+//! The encoder half of `AutoencoderKL`: a picture to what its latents may be.
+//!
+//! Owns: the encoder, and pictures as its input. Does not know: who draws from the answer. Source: diffusers
+//! `models/autoencoders/{autoencoder_kl,vae}.py`, `models/downsampling.py`; `image_processor.py` for the input.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::{Attention, KlConfig, LatentScale, NORM_EPS, Resnet};
+use crate::error::Result;
+use crate::layers::{Conv2d, GroupNorm};
+use crate::request::{Frame, MASK_THRESHOLD, Mask};
+use crate::vae::Posterior;
+use crate::weights::Weights;
+use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
+
+/// Bounds of the logarithm of a variance.
+const LOG_VARIANCE: std::ops::RangeInclusive<f64> = -30.0..=20.0;
+
+/// Pixels to latents.
+#[derive(Debug, Clone)]
+pub struct KlEncoder {
+    scale: LatentScale,
+    dtype: DType,
+    device: Device,
+    conv_in: Conv2d,
+    down_blocks: Vec<DownBlock>,
+    mid_resnets: [Resnet; 2],
+    mid_attention: Option<Attention>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+    quant_conv: Option<Conv2d>,
+    config: KlConfig,
+    /// Bytes of the weights that a pass reads.
+    weight_bytes: usize,
+}
+
+impl KlEncoder {
+    /// Tensors `encoder.*` and `quant_conv.*`.
+    pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
+        let weights = &weights.computing_in(config.own_dtype(weights.placement().compute_dtype));
+        let bytes_before = weights.streamed_bytes();
+        let encoder = weights.pp("encoder");
+        let groups = config.norm_num_groups;
+        let moments = 2 * config.latent_channels;
+        let (first, last) =
+            (config.block_out_channels[0], config.block_out_channels[config.block_out_channels.len() - 1]);
+        let mid = encoder.pp("mid_block");
+        let mid_resnet = |i: usize| Resnet::load(&mid.pp("resnets").pp(i), last, last, groups);
+        Ok(Self {
+            scale: LatentScale::new(config, weights)?,
+            dtype: weights.placement().compute_dtype,
+            device: weights.placement().device.clone(),
+            conv_in: Conv2d::load(&encoder.pp("conv_in"), config.in_channels, first, 3, 1)?,
+            down_blocks: load_down_blocks(&encoder.pp("down_blocks"), config)?,
+            mid_resnets: [mid_resnet(0)?, mid_resnet(1)?],
+            mid_attention: match config.mid_block_add_attention {
+                true => Some(Attention::load(&mid.pp("attentions").pp(0), last, groups)?),
+                false => None,
+            },
+            conv_norm_out: GroupNorm::load(&encoder.pp("conv_norm_out"), groups, last, NORM_EPS)?,
+            conv_out: Conv2d::load(&encoder.pp("conv_out"), last, moments, 3, 1)?,
+            quant_conv: match config.use_quant_conv {
+                true => Some(Conv2d::load(&weights.pp("quant_conv"), moments, moments, 1, 0)?),
+                false => None,
+            },
+            config: config.clone(),
+            weight_bytes: weights.streamed_bytes() - bytes_before,
+        })
+    }
+
+    /// Least work of encoding one picture of this height and width.
+    pub fn work(&self, height: usize, width: usize) -> StepWork {
+        StepWork { flops: self.config.encode_flops(height, width), bytes: self.weight_bytes as f64 }
+    }
+
+    /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers.
+    pub fn encode(&self, picture: &Frame, blanked: Option<&Mask>) -> Result<Posterior> {
+        let pixels = pixels(picture, blanked);
+        let pixels = Tensor::from_vec(pixels, (1, 3, picture.height, picture.width), &self.device)?;
+        let mut x = self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?;
+        for block in &self.down_blocks {
+            x = block.forward(x)?;
+        }
+        x = self.mid_resnets[0].forward(&x)?;
+        if let Some(attention) = &self.mid_attention {
+            x = attention.forward(&x)?;
+        }
+        x = self.conv_norm_out.activated(&self.mid_resnets[1].forward(&x)?)?;
+        x = self.conv_out.forward(&x)?;
+        if let Some(conv) = &self.quant_conv {
+            x = conv.forward(&x)?;
+        }
+        let halves = x.to_dtype(DType::F32)?.chunk(2, 1)?;
+        let log_variance = halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())?;
+        Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
+    }
+
+    /// Latents of the VAE as the denoising network knows them.
+    pub fn scaled(&self, latents: &Tensor) -> Result<Tensor> {
+        self.scale.apply(latents)
+    }
+
+    /// A mask of pixels for the latents `[1, 1, h, w]`: of each square of pixels the first one decides, 1 where it is
+    /// set (diffusers: binarised, then `interpolate` to the nearest).
+    pub fn latent_mask(&self, mask: &Mask) -> Result<Tensor> {
+        let side = self.config.vae_scale_factor();
+        let (height, width) = (mask.height / side, mask.width / side);
+        let set = |i: usize| mask.grey[(i / width * mask.width + i % width) * side] >= MASK_THRESHOLD;
+        let values = (0..height * width).map(|i| f32::from(u8::from(set(i)))).collect();
+        Ok(Tensor::from_vec(values, (1, 1, height, width), &self.device)?)
+    }
+}
+
+/// Channel by channel, in -1..=1.
+fn pixels(picture: &Frame, blanked: Option<&Mask>) -> Vec<f32> {
+    let is_blank = |i: usize| blanked.is_some_and(|mask| mask.grey[i] >= MASK_THRESHOLD);
+    let value = |(i, byte): (usize, &u8)| if is_blank(i) { 0.0 } else { 2.0 * (f32::from(*byte) / 255.0) - 1.0 };
+    (0..3).flat_map(|channel| picture.rgb.iter().skip(channel).step_by(3).enumerate().map(value)).collect()
+}
+
+impl KlConfig {
+    /// Operations of encoding one picture of this height and width. Source of the count: the layers above.
+    pub fn encode_flops(&self, height: usize, width: usize) -> f64 {
+        let channels = &self.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let moments = 2 * self.latent_channels;
+        let mut pixels = height * width;
+        let mut flops = conv_flops(self.in_channels, first, 9, pixels);
+        let mut previous = first;
+        for (level, to) in channels.iter().copied().enumerate() {
+            let further = self.layers_per_block.saturating_sub(1) as f64;
+            flops += resnet_flops(previous, to, pixels) + further * resnet_flops(to, to, pixels);
+            if level + 1 < channels.len() {
+                pixels /= 4;
+                flops += conv_flops(to, to, 9, pixels);
+            }
+            previous = to;
+        }
+        flops += 2.0 * resnet_flops(last, last, pixels) + conv_flops(last, moments, 9, pixels);
+        if self.mid_block_add_attention {
+            flops += linear_flops(pixels, 4 * last * last) + attention_flops((pixels * pixels) as f64, last);
+        }
+        let quant_conv = if self.use_quant_conv { conv_flops(moments, moments, 1, pixels) } else { 0.0 };
+        flops + quant_conv
+    }
+}
+
+/// Of a residual block over so many places.
+pub(super) fn resnet_flops(from: usize, to: usize, pixels: usize) -> f64 {
+    let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, pixels) };
+    conv_flops(from, to, 9, pixels) + conv_flops(to, to, 9, pixels) + shortcut
+}
+
+/// One level: residual blocks, then half the size (but for the last).
+#[derive(Debug, Clone)]
+struct DownBlock {
+    resnets: Vec<Resnet>,
+    downsampler: Option<Conv2d>,
+}
+
+/// Levels from the largest.
+fn load_down_blocks(weights: &Weights, config: &KlConfig) -> Result<Vec<DownBlock>> {
+    let levels = config.block_out_channels.len();
+    let mut previous = config.block_out_channels[0];
+    let mut blocks = Vec::with_capacity(levels);
+    for (level, channels) in config.block_out_channels.iter().copied().enumerate() {
+        let weights = weights.pp(level);
+        let mut resnets = Vec::with_capacity(config.layers_per_block);
+        for i in 0..config.layers_per_block {
+            let in_channels = if i == 0 { previous } else { channels };
+            resnets.push(Resnet::load(&weights.pp("resnets").pp(i), in_channels, channels, config.norm_num_groups)?);
+        }
+        let downsampler = match level + 1 < levels {
+            true => Some(load_downsampler(&weights.pp("downsamplers").pp(0).pp("conv"), channels)?),
+            false => None,
+        };
+        blocks.push(DownBlock { resnets, downsampler });
+        previous = channels;
+    }
+    Ok(blocks)
+}
+
+/// It looks to the right and down: zeros stand after the last row and column only.
+fn load_downsampler(weights: &Weights, channels: usize) -> Result<Conv2d> {
+    Ok(Conv2d::load(weights, channels, channels, 3, 0)?.halving().padded_after(1))
+}
+
+impl DownBlock {
+    fn forward(&self, mut x: Tensor) -> Result<Tensor> {
+        for resnet in &self.resnets {
+            x = resnet.forward(&x)?;
+        }
+        match &self.downsampler {
+            Some(conv) => conv.forward(&x),
+            None => Ok(x),
+        }
+    }
+}
