@@ -1,12 +1,13 @@
 //! Pictures and clips as files.
 //!
 //! Owns: encoding of RGB frames to PNG, JPEG, WebP, MP4, WebM, GIF and to folders of PNG frames, colour conversion
-//! included. Does not know: who made the frames or who asks for them. Everything here is CPU work that blocks: call it
+//! included; decoding of pictures that clients send. Does not know: who made the frames or who asks for them. Everything here is CPU work that blocks: call it
 //! on a thread that may wait.
 
 mod clip;
 mod ffmpeg;
 mod frames;
+mod input;
 mod picture;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use tale_models::request::Frame;
 
 pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
+pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture};
 pub use picture::{PictureFormat, encode_picture, enlarge, read_png_text};
 
 /// What can go wrong between frames and a file.

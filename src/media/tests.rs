@@ -413,3 +413,99 @@ fn a_dropped_folder_leaves_nothing_of_its_own() {
     assert_eq!(std::fs::read_to_string(old.join("frame_0000.png")).unwrap(), "of an earlier clip");
     assert!(matches!(write_frames(&new, []), Err(MediaError::Empty)));
 }
+
+/// Files of other programs, and what PIL makes of them.
+fn input_file(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/edits/files");
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+#[test]
+fn input_pictures_are_read_as_pil_reads_them() {
+    let golden: serde_json::Value = serde_json::from_slice(&input_file("golden.json")).unwrap();
+    let tensors = input_file("golden.safetensors");
+    let tensors = safetensors::SafeTensors::deserialize(&tensors).unwrap();
+    for name in golden["read"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()) {
+        let found = super::decode_picture(&input_file(name)).unwrap_or_else(|error| panic!("{name} {error}"));
+        let expected = tensors.tensor(name).unwrap();
+        assert_eq!([found.frame.height, found.frame.width, 3], expected.shape(), "{name}");
+        let error = found.frame.rgb.iter().zip(expected.data()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+        // Decoders of lossy formats may round their own way.
+        let allowed = if name.ends_with(".jpg") || name.starts_with("lossy") { 4 } else { 0 };
+        assert!(error <= allowed, "{name} is off by {error}");
+        let alpha = tensors.tensor(&format!("{name}.alpha")).ok();
+        assert_eq!(found.alpha.as_deref(), alpha.as_ref().map(|alpha| alpha.data()), "{name}");
+    }
+}
+
+#[test]
+fn input_files_that_are_not_one_picture_are_refused() {
+    for (name, expected) in [
+        ("cmyk.jpg", "is a JPEG in CMYK"),
+        ("still.gif", "is a GIF"),
+        ("animated.gif", "is a GIF"),
+        ("other.bmp", "is a BMP"),
+        ("animated.png", "is animated"),
+        ("animated.webp", "is animated"),
+        ("long.png", "has 65535x1 pixels; at most 16384 on a side"),
+    ] {
+        let error = super::decode_picture(&input_file(name)).expect_err(name).to_string();
+        assert!(error.starts_with(expected), "{name}: {error}");
+    }
+    for bytes in [&b""[..], b"nothing", b"%PDF-1.4", b"<svg xmlns=\"http://www.w3.org/2000/svg\"/>"] {
+        assert_eq!(
+            super::decode_picture(bytes).expect_err("no picture").to_string(),
+            super::InputError::Unknown.to_string()
+        );
+    }
+    // Torn in the middle, or damaged in its header.
+    for name in ["rgb.png", "rgb.jpg", "rgb.webp", "wide.png"] {
+        let whole = input_file(name);
+        for bytes in [&whole[..whole.len() / 2], &whole[..20]] {
+            let error = super::decode_picture(bytes).expect_err(name).to_string();
+            assert!(error.starts_with("cannot be read as"), "{name}: {error}");
+        }
+    }
+}
+
+/// A header is believed before a pixel: sizes that no memory could hold are refused as fast as others.
+#[test]
+fn huge_input_pictures_are_refused_by_their_header() {
+    let mut png = input_file("rgb.png");
+    png[16..24].copy_from_slice(&[0, 0, 0x40, 0, 0, 0, 0x40, 0]);
+    let crc = crc32(&png[12..29]).to_be_bytes();
+    png[29..33].copy_from_slice(&crc);
+    let error = super::decode_picture(&png).expect_err("16384 squared").to_string();
+    assert!(error.starts_with("has 16384x16384 pixels"), "{error}");
+    let mut jpeg = input_file("rgb.jpg");
+    let frame = jpeg.windows(2).position(|bytes| bytes == [0xff, 0xc0]).unwrap();
+    jpeg[frame + 5..frame + 9].fill(0xff);
+    let error = super::decode_picture(&jpeg).expect_err("65535 squared").to_string();
+    assert!(error.starts_with("has 65535x65535 pixels"), "{error}");
+}
+
+/// Of a PNG chunk (ISO 3309).
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
+}
+
+#[test]
+fn a_mask_is_what_is_transparent_or_white() {
+    let mask = |name: &str| super::decode_picture(&input_file(name)).unwrap().into_mask();
+    let opaque_at = |name: &str| super::decode_picture(&input_file(name)).unwrap().alpha.unwrap();
+    let by_alpha = mask("rgba.png").unwrap();
+    let inverted: Vec<u8> = opaque_at("rgba.png").iter().map(|alpha| 255 - alpha).collect();
+    assert_eq!((by_alpha.width, by_alpha.height, by_alpha.grey), (24, 16, inverted));
+    let by_colour = mask("bits.png").unwrap();
+    assert!(by_colour.grey.contains(&255) && by_colour.grey.contains(&0));
+    let transparent = super::decode_picture(&input_file("rgba.png")).unwrap().transparent();
+    assert_eq!(transparent, Some(mask("rgba.png").unwrap()));
+    assert_eq!(super::decode_picture(&input_file("rgb.png")).unwrap().transparent(), None);
+    // Opaque, or black, from edge to edge: nothing to make anew.
+    for alpha in [Some(vec![255; 4]), None] {
+        let nothing = super::InputPicture { frame: flat(2, 2, [0, 0, 0]), alpha };
+        assert_eq!(nothing.transparent(), None);
+        assert!(matches!(nothing.into_mask(), Err(super::InputError::EmptyMask)));
+    }
+}
