@@ -39,6 +39,9 @@ pub struct PictureParameters {
     pub eta: Option<f64>,
     pub max_sequence_length: usize,
     pub vae_tiling: bool,
+    /// Of a picture that was made from another one, which has to be given again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f64>,
     pub seed: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<LoraParameter>,
@@ -85,6 +88,7 @@ impl PictureParameters {
             eta: request.eta,
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
+            strength: request.edit.as_ref().map(|edit| edit.strength),
             seed: request.seed,
             loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
         }
@@ -119,6 +123,9 @@ impl PictureParameters {
             ip_adapter_scale: None,
             loras: self.loras.into_iter().map(LoraOption::from).collect(),
             partial_images: None,
+            image: None,
+            mask: None,
+            strength: self.strength,
         }
     }
 

@@ -284,6 +284,34 @@ fn run_image_with_flux_lora(checkpoint: &str, folder: &str, output: &str) -> Str
 }
 
 #[test]
+fn pictures_are_made_from_a_picture() {
+    let golden = Golden::read("flux-schnell");
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (input, mask, out) = (path("in.png"), path("mask.png"), path("out.png"));
+    image::RgbImage::from_fn(50, 40, |x, y| image::Rgb([x as u8 * 5, y as u8 * 6, 90])).save(&input).unwrap();
+    image::GrayImage::from_fn(50, 40, |x, _| image::Luma([if x < 24 { 255 } else { 0 }])).save(&mask).unwrap();
+    let model = ["generate", "image", "--model", &golden.checkpoint, "--prompt", "a boat", "--output", &out];
+    let edit = ["--image", &input, "--mask", &mask, "--strength", "0.8", "--seed", "7", "--n", "2"];
+    succeed(&[&model[..], &edit].concat());
+    assert_eq!(names(dir.path()), ["in.png", "mask.png", "out-0.png", "out-1.png"]);
+    let said: Value = serde_json::from_str(&succeed(&["inspect", &path("out-1.png")])).unwrap();
+    let expected = (&json!(8), &json!(0.8), &json!(48), &json!(40));
+    assert_eq!((&said["seed"], &said["strength"], &said["width"], &said["height"]), expected);
+    let [first, second] = ["out-0.png", "out-1.png"].map(|name| decode(Path::new(&path(name))));
+    assert!(psnr(&first, &second) < 35.0);
+
+    let refused = |extra: &[&str], parts: &[&str]| check_failure(&[&model[..], extra].concat(), 2, parts);
+    check_failure(&[&model[..], &["--image", &path("none.png")]].concat(), 1, &["none.png"]);
+    refused(&["--image", "Cargo.toml"], &["--image: Cargo.toml must be a PNG, JPEG or WebP picture"]);
+    refused(&["--image", &input, "--mask", &path("out-0.png")], &["--mask: is 48x40, but image is 50x40"]);
+    refused(&["--image", &input, "--strength", "2"], &["--strength: is 2; allowed: 0 to 1"]);
+    assert!(
+        String::from_utf8(run(&[&model[..], &["--mask", &mask]].concat()).stderr).unwrap().contains("--image <FILE>")
+    );
+}
+
+#[test]
 fn a_clip_is_the_one_that_diffusers_makes() {
     let golden = Golden::read("wan-a");
     let dir = tempdir().unwrap();

@@ -1,20 +1,23 @@
 //! From the bytes of a request to a typed body: bounded, timed, and with the path of the field that is wrong.
 
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{FromRequest, Multipart, Request};
 use axum::http::{HeaderMap, header};
-use serde::de::value::MapAccessDeserializer;
+use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::form::FormValue;
 
 /// Most bytes of a body: a prompt of a million tokens has about half of them.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Most bytes of a body with pictures in it.
+pub const MAX_PICTURE_BODY_BYTES: usize = 32 << 20;
 /// Bytes that are read and thrown away after that, so that a client that only then looks for an answer gets it.
 const MAX_DISCARDED_BYTES: usize = 64 << 20;
 /// In this time a body has to arrive.
@@ -25,41 +28,57 @@ pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, Api
     if !has_media_type(request.headers(), "application/json") {
         return Err(ApiError::media_type("application/json"));
     }
-    parse_json(&read(request.into_body()).await?)
+    parse_json(&read(request.into_body(), MAX_BODY_BYTES).await?)
 }
 
-/// A body that is JSON, or a form whose fields mean the same: `numbers` names the fields that are numbers.
-pub(super) async fn json_or_form<T: DeserializeOwned>(request: Request, numbers: &[&str]) -> Result<T, ApiError> {
-    if has_media_type(request.headers(), "application/json") {
-        return json(request).await;
-    }
-    if !has_media_type(request.headers(), "multipart/form-data") {
+/// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same.
+pub(super) async fn json_or_form<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
+    let (is_json, is_form) = (
+        has_media_type(request.headers(), "application/json"),
+        has_media_type(request.headers(), "multipart/form-data"),
+    );
+    if !is_json && !is_form {
         return Err(ApiError::media_type("application/json or multipart/form-data"));
     }
     let (parts, body) = request.into_parts();
-    let body = Body::from(read(body).await?);
-    let mut form = Multipart::from_request(Request::from_parts(parts, body), &())
-        .await
-        .map_err(|_| ApiError::malformed("the form has no boundary"))?;
-    let mut fields = Map::new();
-    let unreadable = |_| ApiError::malformed("the form cannot be read");
-    while let Some(field) = form.next_field().await.map_err(unreadable)? {
-        let Some(name) = field.name().map(str::to_owned) else {
-            return Err(ApiError::malformed("a part of the form has no name"));
-        };
-        let bytes = field.bytes().await.map_err(unreadable)?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| ApiError::field(&name, "is not UTF-8 text"))?;
-        let value = if numbers.contains(&name.as_str()) { number(&name, text)? } else { Value::from(text) };
-        if fields.insert(name.clone(), value).is_some() {
-            return Err(ApiError::field(&name, "is given twice"));
-        }
+    let body = read(body, max_bytes).await?;
+    if is_json {
+        return parse_json(&body);
     }
-    serde_path_to_error::deserialize(Value::Object(fields)).map_err(|error| data_error(&error))
+    let fields = form_fields(Request::from_parts(parts, Body::from(body))).await?;
+    let fields: MapDeserializer<'_, _, serde_json::Error> = MapDeserializer::new(fields.into_iter());
+    serde_path_to_error::deserialize(fields).map_err(|error| data_error(&error))
 }
 
-fn number(name: &str, text: &str) -> Result<Value, ApiError> {
-    let number = serde_json::from_str::<serde_json::Number>(text.trim());
-    number.map(Value::Number).map_err(|_| ApiError::field(name, "must be a number"))
+/// Parts by their names; `name[]` are the members of a list called `name`.
+async fn form_fields(request: Request) -> Result<BTreeMap<String, FormValue>, ApiError> {
+    let mut form =
+        Multipart::from_request(request, &()).await.map_err(|_| ApiError::malformed("the form has no boundary"))?;
+    let mut fields = BTreeMap::new();
+    let unreadable = |_| ApiError::malformed("the form cannot be read");
+    while let Some(part) = form.next_field().await.map_err(unreadable)? {
+        let Some(name) = part.name().map(str::to_owned) else {
+            return Err(ApiError::malformed("a part of the form has no name"));
+        };
+        let is_file = part.file_name().is_some();
+        let bytes = part.bytes().await.map_err(unreadable)?;
+        let value = match (is_file, std::str::from_utf8(&bytes)) {
+            (true, _) => FormValue::File(bytes),
+            (false, Ok(text)) => FormValue::Text(text.to_owned()),
+            (false, Err(_)) => return Err(ApiError::field(&name, "is not UTF-8 text")),
+        };
+        let Some(list) = name.strip_suffix("[]") else {
+            if fields.insert(name.clone(), value).is_some() {
+                return Err(ApiError::field(&name, "is given twice"));
+            }
+            continue;
+        };
+        match fields.entry(list.to_owned()).or_insert_with(|| FormValue::List(Vec::new())) {
+            FormValue::List(values) => values.push(value),
+            _ => return Err(ApiError::field(list, "is given twice")),
+        }
+    }
+    Ok(fields)
 }
 
 fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
@@ -67,18 +86,18 @@ fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
     value.split(';').next().is_some_and(|media_type| media_type.trim().eq_ignore_ascii_case(expected))
 }
 
-async fn read(body: Body) -> Result<Bytes, ApiError> {
-    tokio::time::timeout(BODY_TIMEOUT, collect(body)).await.map_err(|_| ApiError::body_timeout())?
+async fn read(body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
+    tokio::time::timeout(BODY_TIMEOUT, collect(body, max_bytes)).await.map_err(|_| ApiError::body_timeout())?
 }
 
-async fn collect(mut body: Body) -> Result<Bytes, ApiError> {
+async fn collect(mut body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
     let announced = body.size_hint().lower();
-    if announced <= MAX_BODY_BYTES as u64 {
+    if announced <= max_bytes as u64 {
         let mut collected = Vec::with_capacity(announced as usize);
         loop {
             match next_data(&mut body).await? {
                 None => return Ok(collected.into()),
-                Some(data) if collected.len() + data.len() > MAX_BODY_BYTES => break,
+                Some(data) if collected.len() + data.len() > max_bytes => break,
                 Some(data) => collected.extend_from_slice(&data),
             }
         }
@@ -90,7 +109,7 @@ async fn collect(mut body: Body) -> Result<Bytes, ApiError> {
             break;
         }
     }
-    Err(ApiError::too_large(MAX_BODY_BYTES))
+    Err(ApiError::too_large(max_bytes))
 }
 
 async fn next_data(body: &mut Body) -> Result<Option<Bytes>, ApiError> {

@@ -1,7 +1,9 @@
-//! `POST /v1/images/generations`.
+//! `POST /v1/images/generations` and `/v1/images/edits`.
 
 mod stream;
+mod upload;
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Json;
@@ -9,25 +11,32 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::{Deserialize, Serialize};
-use tale_models::Event;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize};
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
 use tale_models::solver::noise_schedule::Spacing;
+use tale_models::{Event, ModelCard};
+use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
+
+use self::upload::{OneOrMany, Upload};
 
 use super::diffusion::{self, Interval, Size, saturate};
 use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::engine::Session;
-use crate::media::{PictureFormat, encode_picture, enlarge};
+use crate::media::{PictureFormat, decode_picture, encode_picture, enlarge};
 use crate::parameters::{self, LoraParameter, PictureParameters};
 
 /// Most pictures of one request.
 pub const MAX_IMAGES: usize = 10;
+/// Most requests whose pictures are decoded at a time: each may take a few hundred megabytes for a moment.
+const MAX_DECODING: usize = 4;
+static DECODING: Semaphore = Semaphore::const_new(MAX_DECODING);
 
-/// The body. `response_format` is `b64_json`: this server has no place from which pictures could be fetched later.
+/// The body of either endpoint. `response_format` is `b64_json`: this server has no place from which pictures could be fetched later.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ImageBody {
@@ -56,19 +65,16 @@ struct ImageBody {
     vae_tiling: Option<VaeTiling>,
     stream: Option<bool>,
     partial_images: Option<u64>,
+    /// This and the rest of edits alone.
+    image: Option<OneOrMany<Upload>>,
+    mask: Option<Upload>,
+    strength: Option<f64>,
 }
 
 /// Whether the VAE works in tiles: as asked, or where memory is too short for the whole picture.
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(untagged, expecting = "must be true, false or \"auto\"")]
+#[derive(Debug, Clone, Copy)]
 enum VaeTiling {
     Asked(bool),
-    Auto(Auto),
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Auto {
     Auto,
 }
 
@@ -76,8 +82,38 @@ impl VaeTiling {
     fn asked(self) -> Option<bool> {
         match self {
             Self::Asked(asked) => Some(asked),
-            Self::Auto(Auto::Auto) => None,
+            Self::Auto => None,
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for VaeTiling {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct VaeTilingVisitor;
+
+        impl Visitor<'_> for VaeTilingVisitor {
+            type Value = VaeTiling;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("true, false or auto")
+            }
+
+            fn visit_bool<E: serde::de::Error>(self, asked: bool) -> Result<VaeTiling, E> {
+                Ok(VaeTiling::Asked(asked))
+            }
+
+            /// Forms spell everything as text.
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<VaeTiling, E> {
+                match text {
+                    "auto" => Ok(VaeTiling::Auto),
+                    "true" => Ok(VaeTiling::Asked(true)),
+                    "false" => Ok(VaeTiling::Asked(false)),
+                    _ => Err(E::custom("must be true, false or \"auto\"")),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(VaeTilingVisitor)
     }
 }
 
@@ -127,22 +163,41 @@ struct Image {
     skipped_passes: Option<usize>,
 }
 
+/// `POST /v1/images/generations`.
 pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let body: ImageBody = body::json(request).await?;
+    let of_edits =
+        [("image", body.image.is_some()), ("mask", body.mask.is_some()), ("strength", body.strength.is_some())];
+    if let Some((field, _)) = of_edits.into_iter().find(|(_, is_given)| *is_given) {
+        return Err(ApiError::field_code(field, "unknown_parameter", "is for /v1/images/edits"));
+    }
+    make(&state, body, stream::GENERATION).await
+}
+
+/// `POST /v1/images/edits`.
+pub(super) async fn edit(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let body: ImageBody = body::json_or_form(request, body::MAX_PICTURE_BODY_BYTES).await?;
+    match &body.image {
+        None => Err(ApiError::field_code("image", "missing_required_parameter", "is missing")),
+        Some(OneOrMany(images)) if images.len() != 1 => {
+            Err(ApiError::field("image", format!("holds {} pictures; must be one", images.len())))
+        }
+        Some(_) => make(&state, body, stream::EDIT).await,
+    }
+}
+
+async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result<Response, ApiError> {
     let created = unix_seconds(SystemTime::now());
-    let card = diffusion::card(&state, &body.model, Medium::Picture)?;
+    let card = diffusion::card(state, &body.model, Medium::Picture)?;
     let (n, encoding, is_stream) = (body.count()?, body.encoding()?, body.is_stream()?);
     let model = body.model.clone();
-    // The files of LoRAs are looked at, which may take a disk's time.
-    let resolved = spawn_blocking(move || body.resolve(&card)).await;
-    let request = resolved.map_err(|_| ApiError::internal("a request could not be resolved"))??;
+    let request = resolve(body, card).await?;
     let parameters = PictureParameters::new(&model, &request);
     let engine = state.engine()?;
     if is_stream {
         let partial_images = request.partial_images;
         let session = engine.submit(&model, tale_models::Request::Diffusion(request))?;
-        let head =
-            stream::Head { names: stream::GENERATION, created_at: created, encoding, parameters, partial_images };
+        let head = stream::Head { names, created_at: created, encoding, parameters, partial_images };
         return stream::respond(head, session).await;
     }
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
@@ -226,8 +281,16 @@ impl ImageBody {
         }
     }
 
-    fn resolve(self, card: &tale_models::ModelCard) -> Result<DiffusionRequest, ApiError> {
+    fn resolve(self, card: &ModelCard) -> Result<DiffusionRequest, ApiError> {
         let size = Size::new(self.size.as_deref(), self.width, self.height)?;
+        let decode =
+            |field, Upload(bytes): &Upload| decode_picture(bytes).map_err(|error| ApiError::field(field, error));
+        let image = self.image.as_ref().and_then(|OneOrMany(images)| images.first());
+        let image = image.map(|image| decode("image", image)).transpose()?;
+        let mask = match &self.mask {
+            Some(mask) => Some(decode("mask", mask)?.into_mask().map_err(|error| ApiError::field("mask", error))?),
+            None => image.as_ref().and_then(|image| image.transparent()),
+        };
         let options = DiffusionOptions {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
@@ -250,9 +313,23 @@ impl ImageBody {
             ip_adapter_scale: None,
             loras: self.loras.unwrap_or_default().into_iter().map(LoraOption::from).collect(),
             partial_images: self.partial_images.map(saturate),
+            image: image.map(|image| Arc::new(image.frame)),
+            mask: mask.map(Arc::new),
+            strength: self.strength,
         };
         diffusion::resolve(card, options, size)
     }
+}
+
+/// The validated request, made on a thread that may wait: pictures are decoded and resized, the files of LoRAs are
+/// looked at.
+async fn resolve(body: ImageBody, card: Arc<ModelCard>) -> Result<DiffusionRequest, ApiError> {
+    let _permit = match body.image {
+        Some(_) => Some(DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?),
+        None => None,
+    };
+    let resolved = spawn_blocking(move || body.resolve(&card)).await;
+    resolved.map_err(|_| ApiError::internal("a request could not be resolved"))?
 }
 
 /// The picture of a session, once it is whole, and what it did not need.

@@ -31,6 +31,7 @@ mod admission;
 mod body;
 mod diffusion;
 mod error;
+mod form;
 mod health;
 mod images;
 mod jobs;
@@ -39,7 +40,7 @@ mod sse;
 mod text;
 mod videos;
 
-pub use body::MAX_BODY_BYTES;
+pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
 pub use images::MAX_IMAGES;
 pub use text::wire::MAX_CHOICES;
 
@@ -146,6 +147,7 @@ pub fn router(state: AppState) -> Router {
         .route("/v1/chat/completions", post(text::chat))
         .route("/v1/completions", post(text::completion))
         .route("/v1/images/generations", post(images::generate))
+        .route("/v1/images/edits", post(images::edit))
         .route_layer(admitted.clone());
     // GET on the same path needs no admission, so the layer sits on the method.
     let videos = Router::new()

@@ -34,10 +34,6 @@ const DEFAULT_POLL_MS: u128 = 1000;
 /// Tells the client of OpenAI when to look again.
 const POLL_HEADER: &str = "openai-poll-after-ms";
 
-/// Fields of a form that are numbers.
-const NUMBERS: [&str; 8] =
-    ["width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "seed", "max_sequence_length"];
-
 /// The body, as JSON or as a form.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -142,6 +138,9 @@ impl VideoBody {
             ip_adapter_scale: None,
             loras: Vec::new(),
             partial_images: None,
+            image: None,
+            mask: None,
+            strength: None,
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })
@@ -276,7 +275,7 @@ fn answer(job: &Job) -> Response {
 
 /// `POST /v1/videos`.
 pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let body: VideoBody = body::json_or_form(request, &NUMBERS).await?;
+    let body: VideoBody = body::json_or_form(request, body::MAX_BODY_BYTES).await?;
     let card = diffusion::card(&state, &body.model, Medium::Clip)?;
     let (model, output_format) = (body.model.clone(), body.output_format);
     let request = body.resolve(&card)?;

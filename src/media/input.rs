@@ -74,7 +74,7 @@ impl InputPicture {
     pub fn transparent(&self) -> Option<Mask> {
         let grey: Vec<u8> = self.alpha.as_ref()?.iter().map(|alpha| 255 - alpha).collect();
         let is_any = grey.iter().any(|value| *value >= MASK_THRESHOLD);
-        is_any.then(|| Mask { width: self.frame.width, height: self.frame.height, grey })
+        is_any.then_some(Mask { width: self.frame.width, height: self.frame.height, grey })
     }
 
     /// The mask that it is: what is transparent is made anew (OpenAI's way), or what is white in a picture without alpha

@@ -19,7 +19,7 @@ use tale_models::family::{self, Inspection, LoadOptions, LoadedModel};
 use tale_models::presets::{Configurations, Preset};
 use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SessionId};
 use tale_models::single_file::SingleFile;
-use tale_models::vae::kl::{KlConfig, KlDecoder};
+use tale_models::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use tale_models::vae::original::KlNames;
 use tale_models::{ModelCard, ModelSource};
 
@@ -69,6 +69,7 @@ fn the_published_flux_files_fit_the_published_configurations() {
     let config: KlConfig = read_config(base.path(), "vae");
     let vae = weights("vae").or_original(|| KlNames::new(&config));
     KlDecoder::load(&vae, &config).unwrap();
+    KlEncoder::load(&vae, &config).unwrap();
     let report = vae.report();
     assert!(report.problems.is_empty() && report.unused.is_empty(), "{:?} {:?}", report.problems, report.unused);
     assert!(file.weights("text_encoder", &cpu(), true).is_none());

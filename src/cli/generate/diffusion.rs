@@ -3,12 +3,13 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
-use tale_models::request::{Acceleration, DiffusionRequest, Frame};
+use tale_models::request::{Acceleration, Frame};
 use tale_models::solver::noise_schedule::Spacing;
-use tale_models::{Event, ModelCard, Request};
+use tale_models::{Event, ModelCard};
 
 use super::{CliError, Generator, wrong_medium};
 use crate::cli::progress::Phases;
+use crate::engine::Session;
 
 /// The group of arguments that say what to show.
 pub const SUBJECT: &str = "subject";
@@ -129,6 +130,9 @@ impl DiffusionArgs {
             loras: base.loras,
             // Nobody would see them.
             partial_images: None,
+            image: base.image,
+            mask: base.mask,
+            strength: base.strength,
         }
     }
 }
@@ -147,14 +151,14 @@ pub fn card_for(medium: Medium, card: &ModelCard) -> Result<&DiffusionCard, CliE
     }
 }
 
-/// Runs the request and hands over the frames as they come.
+/// Follows a session to its end and hands over the frames as they come.
 pub fn follow(
     generator: &mut Generator,
-    request: DiffusionRequest,
+    session: Session,
     mut on_frames: impl FnMut(Vec<Frame>) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
     let mut phases = Phases::new();
-    let mut running = generator.start(Request::Diffusion(request))?;
+    let mut running = generator.run(session);
     loop {
         match running.next()? {
             Event::Progress { phase, done, total } => phases.update(phase, done, total),

@@ -1,17 +1,18 @@
 //! `tale generate image`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
-use tale_models::ModelSource;
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::lora::LoraOption;
 use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::{ModelSource, Request};
 
 use super::diffusion::{DiffusionArgs, SUBJECT, card_for, follow, subject};
 use super::{CliError, Generator, ModelArgs, random_seed};
-use crate::engine::EngineOptions;
-use crate::media::{PictureFormat, encode_picture, read_png_text};
+use crate::engine::{EngineOptions, Session};
+use crate::media::{InputError, InputPicture, PictureFormat, decode_picture, encode_picture, read_png_text};
 use crate::parameters::{self, PictureParameters};
 
 #[derive(Debug, Args)]
@@ -44,10 +45,30 @@ pub struct ImageArgs {
     #[arg(long, value_name = "NAME[:WEIGHT]", value_parser = parse_lora)]
     lora: Vec<LoraOption>,
 
+    /// Pictures to make, with seeds that count up from --seed; more than one are called FILE-0, FILE-1, ...
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_PICTURES))]
+    n: u8,
+
+    /// Picture to begin from: .png, .jpg or .webp
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+
+    /// What to make anew of --image: where this picture is transparent, or white if it has no alpha. A transparent
+    /// part of --image says the same
+    #[arg(long, value_name = "FILE", requires = "image")]
+    mask: Option<PathBuf>,
+
+    /// How far --image is taken back to noise, 0 to 1 [default: that of diffusers' pipeline]
+    #[arg(long, value_name = "X", requires = "image")]
+    strength: Option<f64>,
+
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     diffusion: DiffusionArgs,
 }
+
+/// Most pictures of one command.
+const MAX_PICTURES: i64 = 64;
 
 pub fn run(args: ImageArgs) -> Result<(), CliError> {
     let format = format_of(&args.output)?;
@@ -55,10 +76,11 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         return Err(CliError::Argument("--output-compression: png is lossless; leave it out".into()));
     }
     check_folder(&args.output)?;
-    let mut base = match &args.parameters_from {
+    let base = match &args.parameters_from {
         Some(path) => read_parameters(path)?.into_options(),
         None => DiffusionOptions::default(),
     };
+    let mut base = with_input(base, &args)?;
     if !args.lora.is_empty() {
         base.loras = args.lora;
     }
@@ -76,14 +98,53 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         format!("{width}x{height}, {num_inference_steps} steps of {name}, guidance {guidance_scale}, seed {seed}")
     });
 
-    let mut picture: Option<Frame> = None;
-    follow(&mut generator, request, |frames| {
-        picture = frames.into_iter().next_back();
-        Ok(())
-    })?;
-    let picture = picture.ok_or(CliError::EngineGone)?;
-    let text = (!args.no_metadata).then(|| (parameters::KEYWORD, parameters.to_json()));
-    write(&args.output, &encode_picture(&picture, format, args.output_compression, text)?)
+    // All at once, so that they share steps.
+    let seeds: Vec<u64> = (0..u64::from(args.n)).map(|i| request.seed.wrapping_add(i)).collect();
+    let with_seed = |seed| Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
+    let sessions: Vec<Session> =
+        seeds.iter().map(|seed| generator.submit(with_seed(*seed))).collect::<Result<_, _>>()?;
+    for (i, (session, seed)) in sessions.into_iter().zip(seeds).enumerate() {
+        let mut picture: Option<Frame> = None;
+        follow(&mut generator, session, |frames| {
+            picture = frames.into_iter().next_back();
+            Ok(())
+        })?;
+        let picture = picture.ok_or(CliError::EngineGone)?;
+        let text = (!args.no_metadata).then(|| (parameters::KEYWORD, parameters.with_seed(seed).to_json()));
+        let bytes = encode_picture(&picture, format, args.output_compression, text)?;
+        write(&numbered(&args.output, i, args.n), &bytes)?;
+    }
+    Ok(())
+}
+
+/// `base` with the pictures that the arguments name.
+fn with_input(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptions, CliError> {
+    let Some(path) = &args.image else { return Ok(base) };
+    let image = read_picture("--image", path)?;
+    let mask = match &args.mask {
+        Some(path) => Some(read_picture("--mask", path)?.into_mask().map_err(|error| refused("--mask", path, error))?),
+        None => image.transparent(),
+    };
+    let (image, mask) = (Some(Arc::new(image.frame)), mask.map(Arc::new));
+    Ok(DiffusionOptions { image, mask, strength: args.strength.or(base.strength), ..base })
+}
+
+fn read_picture(argument: &str, path: &Path) -> Result<InputPicture, CliError> {
+    let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
+    decode_picture(&bytes).map_err(|error| refused(argument, path, error))
+}
+
+fn refused(argument: &str, path: &Path, error: InputError) -> CliError {
+    CliError::Argument(format!("{argument}: {} {error}", path.display()))
+}
+
+/// The file of picture `i` of `n`.
+fn numbered(path: &Path, i: usize, n: u8) -> PathBuf {
+    if n == 1 {
+        return path.to_owned();
+    }
+    let part = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+    path.with_file_name(format!("{}-{i}.{}", part(path.file_stem()), part(path.extension())))
 }
 
 /// `NAME`, or `NAME:WEIGHT`.

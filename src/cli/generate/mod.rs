@@ -31,7 +31,7 @@ enum Medium {
     /// Continue a prompt or answer a conversation; the text goes to stdout as it comes
     Text(text::TextArgs),
     /// Make a picture
-    Image(image::ImageArgs),
+    Image(Box<image::ImageArgs>),
     /// Make a clip
     Video(video::VideoArgs),
 }
@@ -84,7 +84,7 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::WARN);
     match args.medium {
         Medium::Text(args) => text::run(args),
-        Medium::Image(args) => image::run(args),
+        Medium::Image(args) => image::run(*args),
         Medium::Video(args) => video::run(args),
     }
 }
@@ -131,9 +131,13 @@ impl Generator {
     }
 
     /// Begins the work. Dropping what comes back ends it within one step.
-    fn start(&mut self, request: Request) -> Result<Running<'_>, CliError> {
-        let session = self.engine.submit(MODEL, request)?;
-        Ok(Running { session, signals: &mut self.signals })
+    fn submit(&self, request: Request) -> Result<Session, CliError> {
+        Ok(self.engine.submit(MODEL, request)?)
+    }
+
+    /// The session, with the signals that end it.
+    fn run(&mut self, session: Session) -> Running<'_> {
+        Running { session, signals: &mut self.signals }
     }
 }
 

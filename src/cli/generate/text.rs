@@ -143,7 +143,8 @@ fn follow(
     request: Request,
     mut on_text: impl FnMut(&[u32], &str) -> Result<(), CliError>,
 ) -> Result<Usage, CliError> {
-    let mut running = generator.start(request)?;
+    let session = generator.submit(request)?;
+    let mut running = generator.run(session);
     loop {
         match running.next()? {
             Event::Text { tokens, text } => on_text(&tokens, &text)?,

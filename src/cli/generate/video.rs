@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use tale_models::Request;
 use tale_models::card::{DiffusionOptions, Medium};
 use tale_models::request::{DiffusionRequest, Frame};
 
@@ -52,7 +53,8 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
     });
 
     let mut output = Output::create(&args.output, target, &request)?;
-    follow(&mut generator, request, |frames| frames.iter().try_for_each(|frame| Ok(output.push(frame)?)))?;
+    let session = generator.submit(Request::Diffusion(request))?;
+    follow(&mut generator, session, |frames| frames.iter().try_for_each(|frame| Ok(output.push(frame)?)))?;
     Ok(output.finish()?)
 }
 

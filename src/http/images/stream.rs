@@ -35,6 +35,9 @@ pub(super) struct Names {
 pub(super) const GENERATION: Names =
     Names { partial_image: "image_generation.partial_image", completed: "image_generation.completed" };
 
+/// Of `/v1/images/edits`.
+pub(super) const EDIT: Names = Names { partial_image: "image_edit.partial_image", completed: "image_edit.completed" };
+
 /// What all events of a stream share.
 pub(super) struct Head {
     pub(super) names: Names,

@@ -75,9 +75,12 @@ impl KlEncoder {
 
     /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers.
     pub fn encode(&self, picture: &Frame, blanked: Option<&Mask>) -> Result<Posterior> {
-        let pixels = pixels(picture, blanked);
-        let pixels = Tensor::from_vec(pixels, (1, 3, picture.height, picture.width), &self.device)?;
-        let mut x = self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?;
+        // The pixels are gone before the first block.
+        let mut x = {
+            let pixels = pixels(picture, blanked);
+            let pixels = Tensor::from_vec(pixels, (1, 3, picture.height, picture.width), &self.device)?;
+            self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?
+        };
         for block in &self.down_blocks {
             x = block.forward(x)?;
         }
