@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::Tensor;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
-use tale_models::families::sdxl::unet::{UNet, UNetInput};
+use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{self, LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCaches};
 use tale_models::layers::decoder::{DecodeRecordings, DecoderInput};
@@ -165,7 +165,8 @@ fn recorded_steps_compute_what_steps_compute() {
     });
 }
 
-/// Three denoising steps of one shape, then one of another: what is replayed has the bits of what is computed.
+/// Three denoising steps of one shape, then one of another, then two with reference pictures, whose tokens and scales go
+/// with the step: what is replayed has the bits of what is computed.
 #[test]
 fn recorded_denoising_steps_compute_what_steps_compute() {
     on_every_gpu(|gpu| {
@@ -173,23 +174,26 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
             let unet = unet_with_heads_of_eight(&gpu.placement);
             let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim().unwrap());
             let recordings = DenoiseRecordings::default();
-            for (step, (height, width)) in [(4, 6), (4, 6), (4, 6), (5, 3)].into_iter().enumerate() {
+            let shapes = [(4, 6, 0), (4, 6, 0), (4, 6, 0), (5, 3, 0), (4, 6, 3), (4, 6, 3)];
+            for (step, (height, width, tokens)) in shapes.into_iter().enumerate() {
                 let mut generator = TorchGenerator::new(step as u64);
                 let mut noise = |dims: &[usize]| {
                     let values = generator.randn(dims.iter().product());
                     Tensor::from_vec(values, dims, &gpu.placement.device).unwrap()
                 };
+                let tokens = (tokens > 0).then(|| noise(&[2, tokens, text]));
+                let scales = [0.125 * step as f32, 1.0];
                 let input = UNetInput {
                     latents: &noise(&[2, 4, height, width]),
                     timesteps: &[900.0 - step as f32, 1.0 + step as f32],
                     prompt_embeds: &noise(&[2, 7, text]),
                     pooled_prompt_embeds: &noise(&[2, pooled]),
                     time_ids: &[[64.0, 64.0, 0.0, 0.0, 64.0, 64.0], [32.0, 32.0, 0.0, step as f32, 32.0, 32.0]],
-                    references: None,
+                    references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
                 };
                 let (found, expected) = (recordings.forward(&unet, &input).unwrap(), unet.forward(&input).unwrap());
                 assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);
-                assert_eq!(recordings.len(), if step < 3 { 1 } else { 2 });
+                assert_eq!(recordings.len(), [1, 1, 1, 2, 3, 3][step]);
             }
         });
     });
@@ -204,7 +208,9 @@ fn unet_with_heads_of_eight(placement: &Placement) -> UNet {
     config["block_out_channels"] = [16, 32].into();
     // The field holds numbers of heads, as in the published configuration.
     config["attention_head_dim"] = [2, 4].into();
-    UNet::load(&Weights::dummy(&folder, placement).unwrap(), serde_json::from_value(config).unwrap()).unwrap()
+    let weights = || Weights::dummy(&folder, placement).unwrap();
+    let unet = UNet::load(&weights(), serde_json::from_value(config).unwrap()).unwrap();
+    unet.with_image_attention(&weights().pp("ip_adapter"), &folder).unwrap()
 }
 
 /// A GPU or its emulator, in one dtype.
