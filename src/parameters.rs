@@ -42,6 +42,9 @@ pub struct PictureParameters {
     /// Of a picture that was made from another one, which has to be given again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strength: Option<f64>,
+    /// Of a picture that followed reference pictures, which have to be given again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip_adapter_scale: Option<f64>,
     pub seed: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<LoraParameter>,
@@ -89,6 +92,7 @@ impl PictureParameters {
             max_sequence_length: request.max_sequence_length,
             vae_tiling: request.vae_tiling,
             strength: request.edit.as_ref().map(|edit| edit.strength),
+            ip_adapter_scale: request.references.as_ref().map(|references| references.scale),
             seed: request.seed,
             loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
         }
@@ -120,7 +124,7 @@ impl PictureParameters {
             max_sequence_length: Some(self.max_sequence_length),
             vae_tiling: Some(self.vae_tiling),
             reference_images: Vec::new(),
-            ip_adapter_scale: None,
+            ip_adapter_scale: self.ip_adapter_scale,
             loras: self.loras.into_iter().map(LoraOption::from).collect(),
             partial_images: None,
             image: None,

@@ -284,6 +284,44 @@ fn run_image_with_flux_lora(checkpoint: &str, folder: &str, output: &str) -> Str
 }
 
 #[test]
+fn a_picture_follows_reference_pictures() {
+    let (golden, sdxl) = (Golden::read("ip-adapter"), Golden::read("sdxl-a").checkpoint);
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/ip-adapter/base");
+    let (adapter, out) = (adapter.to_str().unwrap(), path("out.png"));
+    let facts = &golden.json["runs"][1];
+    assert_eq!((&facts["adapter"], &facts["references"]), (&json!("base"), &json!([1, 3])));
+    for i in [1, 3] {
+        let name = format!("picture{i}");
+        let tensors = SafeTensors::deserialize(&golden.tensors).unwrap();
+        let [height, width, 3] = *tensors.tensor(&name).unwrap().shape() else { panic!("a picture") };
+        let picture = image::RgbImage::from_raw(width as u32, height as u32, golden.pixels(&name)).unwrap();
+        picture.save(path(&format!("{name}.png"))).unwrap();
+    }
+    let model = ["generate", "image", "--model", &sdxl, "--output", &out];
+    let (first, second) = (path("picture1.png"), path("picture3.png"));
+    let follow = ["--ip-adapter", adapter, "--reference", &first, "--reference", &second, "--ip-adapter-scale", "0.5"];
+    let flags = golden.flags(1);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    succeed(&[&model[..], &follow, &flags].concat());
+    let found = psnr(&decode(Path::new(&out)), &golden.pixels("run1.image"));
+    assert!(found >= 50.0, "{found:.1} dB");
+    let said: Value = serde_json::from_str(&succeed(&["inspect", &out])).unwrap();
+    assert_eq!(said["ip_adapter_scale"], 0.5);
+
+    let refused = |extra: &[&str], parts: &[&str]| check_failure(&[&model[..], &flags, extra].concat(), 2, parts);
+    refused(&["--reference", &first], &["served without an IP-Adapter"]);
+    refused(&["--ip-adapter", adapter, "--reference", "Cargo.toml"], &["--reference: Cargo.toml must be a PNG"]);
+    let listed = succeed(&["inspect", &sdxl, "--ip-adapter", adapter, "--json"]);
+    assert!(listed.contains("image_encoder") && listed.contains("ip_adapter"), "{listed}");
+    let flux = Golden::read("flux-schnell").checkpoint;
+    let refused = run(&["inspect", &flux, "--ip-adapter", adapter]);
+    let said = String::from_utf8(refused.stdout).unwrap();
+    assert!(!refused.status.success() && said.contains("models of family flux take no IP-Adapter"), "{said}");
+}
+
+#[test]
 fn pictures_are_made_from_a_picture() {
     let golden = Golden::read("flux-schnell");
     let dir = tempdir().unwrap();

@@ -8,6 +8,7 @@ mod images;
 mod layering;
 mod lifecycle;
 mod published;
+mod references;
 mod refusals;
 mod support;
 mod text;

@@ -366,6 +366,8 @@ pub const MAX_INFERENCE_STEPS: usize = 1000;
 pub const MAX_GUIDANCE_SCALE: f64 = 100.0;
 /// Most reference pictures of one request.
 pub const MAX_REFERENCE_IMAGES: usize = 8;
+/// Most pixels of all of them together.
+pub const MAX_REFERENCE_PIXELS: usize = 1 << 25;
 /// As diffusers loads an adapter.
 pub const DEFAULT_IP_ADAPTER_SCALE: f64 = 1.0;
 /// Highest frame rate.
@@ -509,6 +511,11 @@ impl DiffusionCard {
         }
         if images.len() > MAX_REFERENCE_IMAGES {
             let problem = format!("are {}; allowed: 1 to {MAX_REFERENCE_IMAGES}", images.len());
+            return Err(Error::invalid("reference_images", problem));
+        }
+        let pixels: usize = images.iter().map(|image| image.width * image.height).sum();
+        if pixels > MAX_REFERENCE_PIXELS {
+            let problem = format!("have {pixels} pixels together; at most {MAX_REFERENCE_PIXELS}");
             return Err(Error::invalid("reference_images", problem));
         }
         let scale = scale.unwrap_or(DEFAULT_IP_ADAPTER_SCALE);

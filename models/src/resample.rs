@@ -1,8 +1,10 @@
 //! Pictures in another size, with the bits that PIL gives them.
 //!
 //! Owns: the filters and the fixed-point sums. Does not know: who needs which size. Source: Pillow `src/libImaging/Resample.c`:
-//! every result is a weighted sum of a window of pixels, across first and then down, rounded to bytes after each; when a
+//! every result is a weighted sum of a window of pixels, across and down, rounded to bytes after each; when a
 //! picture shrinks the window grows with it.
+
+use std::ops::Range;
 
 use crate::request::{Frame, Mask};
 
@@ -55,26 +57,63 @@ fn sinc(x: f64) -> f64 {
 impl Frame {
     /// `Image.resize((width, height), filter)`.
     pub fn resized(&self, width: usize, height: usize, filter: Filter) -> Self {
-        Self { width, height, rgb: resize::<3>(&self.rgb, (self.width, self.height), (width, height), filter) }
+        self.resized_part((width, 0..width), (height, 0..height), filter)
+    }
+
+    /// Of the picture that [`Frame::resized`] would make the pixels in these columns and rows: no others are computed.
+    /// Each is the number of all of them and those that are wanted.
+    pub fn resized_part(
+        &self,
+        (width, columns): (usize, Range<usize>),
+        (height, rows): (usize, Range<usize>),
+        filter: Filter,
+    ) -> Self {
+        let columns = Axis { from: self.width, to: width, wanted: columns };
+        let rows = Axis { from: self.height, to: height, wanted: rows };
+        let rgb = resize::<3>(&self.rgb, &columns, &rows, filter);
+        Self { width: columns.wanted.len(), height: rows.wanted.len(), rgb }
     }
 }
 
 impl Mask {
     /// `Image.resize((width, height), filter)` in mode L.
     pub fn resized(&self, width: usize, height: usize, filter: Filter) -> Self {
-        Self { width, height, grey: resize::<1>(&self.grey, (self.width, self.height), (width, height), filter) }
+        let columns = Axis { from: self.width, to: width, wanted: 0..width };
+        let rows = Axis { from: self.height, to: height, wanted: 0..height };
+        Self { width, height, grey: resize::<1>(&self.grey, &columns, &rows, filter) }
     }
 }
 
-/// `pixels` of `CHANNELS` bytes, from one width and height to another.
-fn resize<const CHANNELS: usize>(
-    pixels: &[u8],
-    (width, height): (usize, usize),
-    (to_width, to_height): (usize, usize),
-    filter: Filter,
-) -> Vec<u8> {
-    let across = if width == to_width { pixels.to_vec() } else { across::<CHANNELS>(pixels, width, to_width, filter) };
-    if height == to_height { across } else { down(&across, to_width * CHANNELS, to_height, filter) }
+/// What becomes of a width or a height.
+struct Axis {
+    /// Pixels before.
+    from: usize,
+    /// Pixels after.
+    to: usize,
+    /// Those of them that are computed.
+    wanted: Range<usize>,
+}
+
+impl Axis {
+    fn lost(&self) -> i64 {
+        self.from as i64 - self.to as i64
+    }
+}
+
+/// `pixels` of `CHANNELS` bytes, from one size to another. Each pass rounds, so that their order shows: Pillow goes down
+/// first (since version 13) where that costs a picture more than twice as many rows as going across costs it columns.
+fn resize<const CHANNELS: usize>(pixels: &[u8], columns: &Axis, rows: &Axis, filter: Filter) -> Vec<u8> {
+    let (across_windows, mut down_windows) = (windows(columns, filter), windows(rows, filter));
+    let stride = CHANNELS * columns.from;
+    if rows.lost() > 0 && rows.lost() > 2 * columns.lost() {
+        return across::<CHANNELS>(&down(pixels, stride, &down_windows), columns.from, &across_windows);
+    }
+    // The first pass leaves out the rows that no result of the second one sees.
+    let first = down_windows.iter().map(|window| window.first).min().unwrap_or(0);
+    let end = down_windows.iter().map(|window| window.first + window.weights.len()).max().unwrap_or(first);
+    down_windows.iter_mut().for_each(|window| window.first -= first);
+    let narrow = across::<CHANNELS>(&pixels[stride * first..stride * end], columns.from, &across_windows);
+    down(&narrow, CHANNELS * columns.wanted.len(), &down_windows)
 }
 
 /// One result: the first pixel of its window, and a weight for each pixel of it.
@@ -83,16 +122,19 @@ struct Window {
     weights: Vec<i32>,
 }
 
-/// The windows of `to` results over `from` pixels.
-fn windows(from: usize, to: usize, filter: Filter) -> Vec<Window> {
-    let scale = from as f64 / to as f64;
+/// The windows of the wanted results. Where the size stays, each is the pixel itself.
+fn windows(axis: &Axis, filter: Filter) -> Vec<Window> {
+    let scale = axis.from as f64 / axis.to as f64;
     let stretch = scale.max(1.0);
     let support = filter.support() * stretch;
     let window = |i: usize| {
+        if axis.from == axis.to {
+            return Window { first: i, weights: vec![1 << PRECISION_BITS] };
+        }
         let center = (i as f64 + 0.5) * scale;
         // Conversions to integers go towards zero and stop at it.
         let first = (center - support + 0.5) as usize;
-        let end = ((center + support + 0.5) as usize).min(from);
+        let end = ((center + support + 0.5) as usize).min(axis.from);
         let reciprocal = 1.0 / stretch;
         let mut weights: Vec<f64> =
             (first..end).map(|x| filter.weight((x as f64 - center + 0.5) * reciprocal)).collect();
@@ -102,7 +144,7 @@ fn windows(from: usize, to: usize, filter: Filter) -> Vec<Window> {
         }
         Window { first, weights: weights.into_iter().map(fixed_point).collect() }
     };
-    (0..to).map(window).collect()
+    axis.wanted.clone().map(window).collect()
 }
 
 fn fixed_point(weight: f64) -> i32 {
@@ -117,11 +159,11 @@ fn to_byte(sum: i32) -> u8 {
 
 const HALF: i32 = 1 << (PRECISION_BITS - 1);
 
-fn across<const CHANNELS: usize>(pixels: &[u8], width: usize, to_width: usize, filter: Filter) -> Vec<u8> {
-    let windows = windows(width, to_width, filter);
-    let mut resized = Vec::with_capacity(pixels.len() / width * to_width);
+/// Rows of `width` pixels.
+fn across<const CHANNELS: usize>(pixels: &[u8], width: usize, windows: &[Window]) -> Vec<u8> {
+    let mut resized = Vec::with_capacity(pixels.len() / width * windows.len());
     for row in pixels.chunks_exact(width * CHANNELS) {
-        for Window { first, weights } in &windows {
+        for Window { first, weights } in windows {
             let mut sums = [HALF; CHANNELS];
             for (pixel, weight) in row[first * CHANNELS..].chunks_exact(CHANNELS).zip(weights) {
                 for (sum, value) in sums.iter_mut().zip(pixel) {
@@ -135,10 +177,10 @@ fn across<const CHANNELS: usize>(pixels: &[u8], width: usize, to_width: usize, f
 }
 
 /// Rows of `stride` bytes.
-fn down(pixels: &[u8], stride: usize, to_height: usize, filter: Filter) -> Vec<u8> {
-    let mut resized = Vec::with_capacity(stride * to_height);
+fn down(pixels: &[u8], stride: usize, windows: &[Window]) -> Vec<u8> {
+    let mut resized = Vec::with_capacity(stride * windows.len());
     let mut sums = vec![HALF; stride];
-    for Window { first, weights } in windows(pixels.len() / stride, to_height, filter) {
+    for Window { first, weights } in windows {
         sums.fill(HALF);
         for (row, weight) in pixels[first * stride..].chunks_exact(stride).zip(weights) {
             for (sum, value) in sums.iter_mut().zip(row) {
@@ -164,6 +206,19 @@ mod tests {
     fn the_same_size_is_the_same_picture() {
         let picture = pattern(7, 5);
         assert_eq!(picture.resized(7, 5, Filter::Lanczos), picture);
+    }
+
+    /// Whatever the order of the passes.
+    #[test]
+    fn a_part_is_that_part_of_the_whole() {
+        for (width, height) in [(20, 9), (9, 40), (60, 6), (4, 4), (13, 31)] {
+            let picture = pattern(13, 31);
+            let whole = picture.resized(width, height, Filter::Bicubic);
+            let part = picture.resized_part((width, 1..width - 2), (height, 2..height - 1), Filter::Bicubic);
+            let rows = whole.rgb.chunks_exact(3 * width).skip(2).take(height - 3);
+            let expected: Vec<u8> = rows.flat_map(|row| &row[3..3 * (width - 2)]).copied().collect();
+            assert_eq!(part, Frame { width: width - 3, height: height - 3, rgb: expected }, "{width}x{height}");
+        }
     }
 
     #[test]

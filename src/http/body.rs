@@ -25,10 +25,19 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The JSON body of a request.
 pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
+    json_of_at_most(request, MAX_BODY_BYTES).await
+}
+
+async fn json_of_at_most<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
     if !has_media_type(request.headers(), "application/json") {
         return Err(ApiError::media_type("application/json"));
     }
-    parse_json(&read(request.into_body(), MAX_BODY_BYTES).await?)
+    parse_json(&read(request.into_body(), max_bytes).await?)
+}
+
+/// As [`json`], for bodies that may hold pictures.
+pub(super) async fn json_with_pictures<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
+    json_of_at_most(request, MAX_PICTURE_BODY_BYTES).await
 }
 
 /// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same.

@@ -13,7 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
-use tale_models::card::{DiffusionOptions, Medium};
+use tale_models::card::{DiffusionOptions, MAX_REFERENCE_IMAGES, MAX_REFERENCE_PIXELS, Medium};
 use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
 use tale_models::solver::noise_schedule::Spacing;
@@ -65,6 +65,8 @@ struct ImageBody {
     vae_tiling: Option<VaeTiling>,
     stream: Option<bool>,
     partial_images: Option<u64>,
+    reference_images: Option<OneOrMany<Upload>>,
+    ip_adapter_scale: Option<f64>,
     /// This and the rest of edits alone.
     image: Option<OneOrMany<Upload>>,
     mask: Option<Upload>,
@@ -149,6 +151,8 @@ pub(super) struct Images {
     output_format: &'static str,
     size: String,
     metadata: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_reference_images: Option<usize>,
     /// Of the first picture; picture i has its seed plus i.
     #[serde(flatten)]
     parameters: PictureParameters,
@@ -165,7 +169,7 @@ struct Image {
 
 /// `POST /v1/images/generations`.
 pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let body: ImageBody = body::json(request).await?;
+    let body: ImageBody = body::json_with_pictures(request).await?;
     let of_edits =
         [("image", body.image.is_some()), ("mask", body.mask.is_some()), ("strength", body.strength.is_some())];
     if let Some((field, _)) = of_edits.into_iter().find(|(_, is_given)| *is_given) {
@@ -218,6 +222,7 @@ async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result
         output_format: encoding.format.as_str(),
         size: format!("{}x{}", request.width, request.height),
         metadata: encoding.metadata,
+        num_reference_images: request.references.as_ref().map(|references| references.images.len()),
         parameters,
     };
     Ok(Json(images).into_response())
@@ -291,6 +296,8 @@ impl ImageBody {
             Some(mask) => Some(decode("mask", mask)?.into_mask().map_err(|error| ApiError::field("mask", error))?),
             None => image.as_ref().and_then(|image| image.transparent()),
         };
+        let OneOrMany(references) = self.reference_images.unwrap_or(OneOrMany(Vec::new()));
+        let reference_images = decode_references(&references)?;
         let options = DiffusionOptions {
             prompt: self.prompt,
             negative_prompt: self.negative_prompt,
@@ -309,8 +316,8 @@ impl ImageBody {
             seed: self.seed,
             max_sequence_length: self.max_sequence_length.map(saturate),
             vae_tiling: self.vae_tiling.and_then(VaeTiling::asked),
-            reference_images: Vec::new(),
-            ip_adapter_scale: None,
+            reference_images,
+            ip_adapter_scale: self.ip_adapter_scale,
             loras: self.loras.unwrap_or_default().into_iter().map(LoraOption::from).collect(),
             partial_images: self.partial_images.map(saturate),
             image: image.map(|image| Arc::new(image.frame)),
@@ -321,12 +328,28 @@ impl ImageBody {
     }
 }
 
+/// Reference pictures, in any sizes. Those that are over the card's limits are left to it: no more than that are decoded.
+fn decode_references(files: &[Upload]) -> Result<Vec<Arc<Frame>>, ApiError> {
+    let mut references = Vec::new();
+    let mut pixels = 0;
+    for (i, Upload(bytes)) in files.iter().enumerate().take(MAX_REFERENCE_IMAGES + 1) {
+        let picture =
+            decode_picture(bytes).map_err(|error| ApiError::field(format!("reference_images[{i}]"), error))?;
+        pixels += picture.frame.width * picture.frame.height;
+        references.push(Arc::new(picture.frame));
+        if pixels > MAX_REFERENCE_PIXELS {
+            break;
+        }
+    }
+    Ok(references)
+}
+
 /// The validated request, made on a thread that may wait: pictures are decoded and resized, the files of LoRAs are
 /// looked at.
 async fn resolve(body: ImageBody, card: Arc<ModelCard>) -> Result<DiffusionRequest, ApiError> {
-    let _permit = match body.image {
-        Some(_) => Some(DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?),
-        None => None,
+    let _permit = match body.image.is_some() || body.reference_images.is_some() {
+        true => Some(DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?),
+        false => None,
     };
     let resolved = spawn_blocking(move || body.resolve(&card)).await;
     resolved.map_err(|_| ApiError::internal("a request could not be resolved"))?

@@ -1,8 +1,7 @@
 //! Pictures of any size to what CLIP's vision encoder sees: resized, cropped in the middle, normalised.
 //!
-//! Owns: `preprocessor_config.json` and the arithmetic of the reference, to the byte where it is in bytes. Does not know:
-//! files, encoders. Source: transformers `CLIPImageProcessor` (`image_transforms.py`: `get_resize_output_image_size`,
-//! `center_crop`) and Pillow's `Resample.c`, whose bicubic filter rounds to bytes after each of its two passes.
+//! Owns: `preprocessor_config.json` and the arithmetic of the reference. Does not know: files, encoders, filters. Source:
+//! transformers `CLIPImageProcessor` (`image_transforms.py`: `get_resize_output_image_size`, `center_crop`).
 
 use std::ops::Range;
 use std::path::Path;
@@ -13,6 +12,7 @@ use serde::Deserialize;
 use crate::config::read_json;
 use crate::error::{Error, Result};
 use crate::request::Frame;
+use crate::resample::Filter;
 
 const FILE_NAME: &str = "preprocessor_config.json";
 /// Names that the class has had.
@@ -155,23 +155,18 @@ impl ClipImageProcessor {
     }
 
     /// RGB bytes of the crop, row by row. Of the resized picture only what the crop shows is computed, so that a very long
-    /// one costs no more than its own pixels.
+    /// one costs no more than its own pixels. A picture that is smaller than the crop lies in the middle of zeros.
     fn cropped(&self, picture: &Frame) -> Vec<u8> {
         let (crop_height, crop_width) = self.crop;
         let (height, width) = self.resized(picture.height, picture.width);
-        let columns = Axis::new(picture.width, width, crop_width);
-        let rows = Axis::new(picture.height, height, crop_height);
-        // Each pass rounds, so that their order shows. Pillow 13 goes down first where that shortens the picture by over
-        // twice as many pixels as going across narrows it.
-        let (lost_across, lost_down) = (picture.width as i64 - width as i64, picture.height as i64 - height as i64);
-        match lost_down > 0 && lost_down > 2 * lost_across {
-            true => columns.across(&rows.down(&picture.rgb, 3 * picture.width), picture.width),
-            false => {
-                let read = rows.read();
-                let seen = &picture.rgb[3 * picture.width * read.start..3 * picture.width * read.end];
-                rows.after(read.start).down(&columns.across(seen, picture.width), 3 * crop_width)
-            }
+        let ((columns, left), (rows, top)) = (shown(width, crop_width), shown(height, crop_height));
+        let part = picture.resized_part((width, columns), (height, rows), Filter::Bicubic);
+        let mut cropped = vec![0; 3 * crop_height * crop_width];
+        let targets = cropped.chunks_exact_mut(3 * crop_width).skip(top);
+        for (target, row) in targets.zip(part.rgb.chunks_exact(3 * part.width)) {
+            target[3 * left..][..row.len()].copy_from_slice(row);
         }
+        cropped
     }
 
     /// Height and width before the crop; the longer side is rounded down.
@@ -184,107 +179,11 @@ impl ClipImageProcessor {
     }
 }
 
-/// How the outputs along one axis come from the inputs along it.
-struct Axis {
-    outputs: Vec<Taps>,
-}
-
-/// Inputs that make one output: from `first` on, with weights of `PRECISION_BITS` fractional bits.
-struct Taps {
-    first: usize,
-    weights: Vec<i32>,
-}
-
-/// As in Pillow: 32 bits less those of a byte and two for sums beyond it.
-const PRECISION_BITS: u32 = 32 - 8 - 2;
-/// Half the width of the bicubic filter.
-const SUPPORT: f64 = 2.0;
-
-impl Axis {
-    /// The `crop` outputs in the middle of `resized` ones; zeros around them where there are fewer.
-    fn new(inputs: usize, resized: usize, crop: usize) -> Self {
-        let start = (resized as isize - crop as isize).div_euclid(2);
-        let taps = |output: usize| match usize::try_from(start + output as isize) {
-            Ok(at) if at < resized => Taps::new(inputs, resized, at),
-            _ => Taps { first: 0, weights: Vec::new() },
-        };
-        Self { outputs: (0..crop).map(taps).collect() }
-    }
-
-    /// Inputs that any output reads.
-    fn read(&self) -> Range<usize> {
-        let reading = || self.outputs.iter().filter(|taps| !taps.weights.is_empty());
-        let start = reading().map(|taps| taps.first).min().unwrap_or(0);
-        start..reading().map(|taps| taps.first + taps.weights.len()).max().unwrap_or(start)
-    }
-
-    /// The same outputs of the inputs without the first `skipped` ones, which none of them reads.
-    fn after(mut self, skipped: usize) -> Self {
-        self.outputs.iter_mut().for_each(|taps| taps.first = taps.first.saturating_sub(skipped));
-        self
-    }
-
-    /// Of rows of `width` pixels: rows of as many pixels as there are outputs.
-    fn across(&self, rgb: &[u8], width: usize) -> Vec<u8> {
-        let mut narrow = Vec::with_capacity(rgb.len() / width * self.outputs.len());
-        for row in rgb.chunks_exact(3 * width) {
-            for taps in &self.outputs {
-                narrow.extend((0..3).map(|channel| taps.sum(|at| row[3 * at + channel])));
-            }
-        }
-        narrow
-    }
-
-    /// Of rows of `stride` bytes: as many rows as there are outputs.
-    fn down(&self, rgb: &[u8], stride: usize) -> Vec<u8> {
-        let mut low = Vec::with_capacity(stride * self.outputs.len());
-        for taps in &self.outputs {
-            low.extend((0..stride).map(|x| taps.sum(|at| rgb[at * stride + x])));
-        }
-        low
-    }
-}
-
-impl Taps {
-    /// `precompute_coeffs` and `normalize_coeffs_8bpc` for output `at` of `outputs`.
-    fn new(inputs: usize, outputs: usize, at: usize) -> Self {
-        let scale = inputs as f64 / outputs as f64;
-        // A picture that shrinks is smoothed by a filter as much wider.
-        let filter_scale = scale.max(1.0);
-        let support = SUPPORT * filter_scale;
-        let center = (at as f64 + 0.5) * scale;
-        // Casts cut off the fraction and stop at zero.
-        let first = (center - support + 0.5) as usize;
-        let end = ((center + support + 0.5) as usize).min(inputs);
-        let inverse = 1.0 / filter_scale;
-        let weights: Vec<f64> = (first..end).map(|x| bicubic((x as f64 - center + 0.5) * inverse)).collect();
-        let sum: f64 = weights.iter().sum();
-        let fixed = |weight: f64| {
-            let scaled = weight / sum * f64::from(1 << PRECISION_BITS);
-            (scaled + 0.5f64.copysign(scaled)) as i32
-        };
-        Self { first, weights: weights.into_iter().map(fixed).collect() }
-    }
-
-    /// The output, of the inputs that `input` gives by their place.
-    fn sum(&self, input: impl Fn(usize) -> u8) -> u8 {
-        let products = self.weights.iter().enumerate().map(|(i, weight)| weight * i32::from(input(self.first + i)));
-        let sum = products.fold(1 << (PRECISION_BITS - 1), |sum, product| sum + product);
-        (sum >> PRECISION_BITS).clamp(0, 255) as u8
-    }
-}
-
-/// Keys' cubic with a = -0.5.
-fn bicubic(x: f64) -> f64 {
-    const A: f64 = -0.5;
-    let x = x.abs();
-    if x < 1.0 {
-        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-    } else if x < 2.0 {
-        (((x - 5.0) * x + 8.0) * x - 4.0) * A
-    } else {
-        0.0
-    }
+/// What the middle `crop` of `all` pixels shows, and where in the crop that begins.
+fn shown(all: usize, crop: usize) -> (Range<usize>, usize) {
+    let start = (all as isize - crop as isize).div_euclid(2);
+    let first = start.max(0) as usize;
+    (first..all.min(first + crop), start.min(0).unsigned_abs())
 }
 
 #[cfg(test)]
@@ -339,8 +238,6 @@ mod tests {
         let processor = processor(json!({}), 224).expect("sound");
         let picture = Frame { width: 60_000, height: 2, rgb: vec![77; 60_000 * 2 * 3] };
         assert_eq!(processor.resized(2, 60_000), (224, 6_720_000));
-        let columns = Axis::new(60_000, 6_720_000, 224);
-        assert!(columns.read().len() < 10, "{:?}", columns.read());
         assert!(processor.cropped(&picture).iter().all(|byte| *byte == 77));
     }
 }

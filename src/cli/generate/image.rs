@@ -62,6 +62,14 @@ pub struct ImageArgs {
     #[arg(long, value_name = "X", requires = "image")]
     strength: Option<f64>,
 
+    /// Picture whose look is followed, for models with --ip-adapter: .png, .jpg or .webp; may be given several times
+    #[arg(long = "reference", value_name = "FILE")]
+    references: Vec<PathBuf>,
+
+    /// How much of the reference pictures is followed, 0 to 1 [default: 1]
+    #[arg(long, value_name = "X", requires = "references")]
+    ip_adapter_scale: Option<f64>,
+
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     diffusion: DiffusionArgs,
@@ -119,6 +127,7 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
 
 /// `base` with the pictures that the arguments name.
 fn with_input(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptions, CliError> {
+    let base = with_references(base, args)?;
     let Some(path) = &args.image else { return Ok(base) };
     let image = read_picture("--image", path)?;
     let mask = match &args.mask {
@@ -127,6 +136,14 @@ fn with_input(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptio
     };
     let (image, mask) = (Some(Arc::new(image.frame)), mask.map(Arc::new));
     Ok(DiffusionOptions { image, mask, strength: args.strength.or(base.strength), ..base })
+}
+
+fn with_references(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptions, CliError> {
+    let mut reference_images = Vec::with_capacity(args.references.len());
+    for path in &args.references {
+        reference_images.push(Arc::new(read_picture("--reference", path)?.frame));
+    }
+    Ok(DiffusionOptions { reference_images, ip_adapter_scale: args.ip_adapter_scale.or(base.ip_adapter_scale), ..base })
 }
 
 fn read_picture(argument: &str, path: &Path) -> Result<InputPicture, CliError> {
