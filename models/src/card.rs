@@ -243,6 +243,8 @@ pub struct Edits {
     pub inpainting: Option<EditDefaults>,
     /// How a share of the steps becomes a number of steps.
     pub rounding: StepRounding,
+    /// Whether it makes nothing without a picture.
+    pub is_needed: bool,
 }
 
 /// What takes the place of a model's defaults where a picture is given. Units as in [`DiffusionRequest`].
@@ -437,6 +439,9 @@ impl DiffusionCard {
     /// The defaults for what is done with the picture of a request, if it has one.
     fn edit_defaults(&self, options: &DiffusionOptions) -> Result<Option<EditDefaults>> {
         let Some(image) = &options.image else {
+            if self.edits.is_needed {
+                return Err(Error::invalid("image", "is missing; this model only makes pictures from pictures"));
+            }
             let of_picture = [("mask", options.mask.is_some()), ("strength", options.strength.is_some())];
             return match of_picture.iter().find(|(_, is_given)| *is_given) {
                 Some((field, _)) => Err(Error::invalid(*field, "has no effect without image; leave it out")),
@@ -800,7 +805,8 @@ mod tests {
 
     fn edit_card(rounding: StepRounding) -> DiffusionCard {
         let defaults = |strength, guidance_scale| Some(EditDefaults { strength, guidance_scale });
-        let edits = Edits { image_to_image: defaults(0.3, 2.0), inpainting: defaults(0.9999, 7.5), rounding };
+        let (image_to_image, inpainting) = (defaults(0.3, 2.0), defaults(0.9999, 7.5));
+        let edits = Edits { image_to_image, inpainting, rounding, is_needed: false };
         DiffusionCard { edits, ..picture_card(Guidance::ClassifierFree) }
     }
 
@@ -857,6 +863,9 @@ mod tests {
         let whole = card();
         let whole = DiffusionCard { edits: Edits { inpainting: None, ..whole.edits }, ..whole };
         check(whole, DiffusionOptions { mask: mask(64, 64), ..options() }, "mask", "does not fill in parts");
+        let needed = card();
+        let needed = DiffusionCard { edits: Edits { is_needed: true, ..needed.edits }, ..needed };
+        check(needed, DiffusionOptions::default(), "image", "only makes pictures from pictures");
         let masked = card();
         let masked = DiffusionCard { edits: Edits { image_to_image: None, ..masked.edits }, ..masked };
         check(masked, options(), "mask", "is missing");

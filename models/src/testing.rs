@@ -128,7 +128,12 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
 /// Both kinds, with half of the steps.
 const EDITS: Edits = {
     let defaults = EditDefaults { strength: 0.5, guidance_scale: 0.0 };
-    Edits { image_to_image: Some(defaults), inpainting: Some(defaults), rounding: StepRounding::Taken }
+    Edits {
+        image_to_image: Some(defaults),
+        inpainting: Some(defaults),
+        rounding: StepRounding::Taken,
+        is_needed: false,
+    }
 };
 
 /// Those of a clip model without a configuration of its own.

@@ -287,7 +287,7 @@ fn card(
         has_ip_adapter: false,
         room_bytes: usize::MAX,
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
-        edits: Edits { image_to_image: edit, inpainting: edit, rounding: StepRounding::LeftOut },
+        edits: Edits { image_to_image: edit, inpainting: edit, rounding: StepRounding::LeftOut, is_needed: false },
     }
 }
 

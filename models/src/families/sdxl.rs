@@ -1,4 +1,4 @@
-//! SDXL base 1.0 and its fine-tunes: two CLIP prompts, a UNet, steps along a discrete noise schedule, KL-VAE.
+//! SDXL base 1.0, its fine-tunes and its refiner: two CLIP prompts, a UNet, steps along a discrete noise schedule, KL-VAE.
 //!
 //! Owns: how the parts fit together, what stands for an absent negative prompt, limits and defaults. Does not know:
 //! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
@@ -21,7 +21,7 @@ use crate::encoders::rows_of;
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
-use crate::manifest::Manifest;
+use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::prompt::Prompt;
 use crate::request::{DiffusionRequest, Frame, Mask, Phase};
@@ -45,13 +45,18 @@ pub mod original;
 pub mod recorded;
 pub mod unet;
 
-use config::UNetConfig;
+use config::{SCORE_TIME_IDS, SIZE_TIME_IDS, UNetConfig};
 use ip_adapter::{IpAdapter, IpAdapterFiles};
 use original::{OpenClipNames, UNetNames};
 use recorded::DenoiseRecordings;
 use unet::{ReferenceInput, UNet, UNetInput};
 
 const PIPELINE: &str = "StableDiffusionXLPipeline";
+/// As whose the refiner is published. It has the second text encoder alone.
+const IMAGE_PIPELINE: &str = "StableDiffusionXLImg2ImgPipeline";
+/// Of `StableDiffusionXLImg2ImgPipeline.__call__`: how pleasing the picture is to be, and what the negative prompt is told.
+const AESTHETIC_SCORE: f32 = 6.0;
+const NEGATIVE_AESTHETIC_SCORE: f32 = 2.5;
 /// Latents on each side of a picture of default size where the UNet's `sample_size` is absent.
 const DEFAULT_SAMPLE_SIZE: usize = 128;
 /// Defaults of `StableDiffusionXLPipeline.__call__`.
@@ -62,6 +67,7 @@ const EDITS: Edits = Edits {
     image_to_image: Some(EditDefaults { strength: 0.3, guidance_scale: 5.0 }),
     inpainting: Some(EditDefaults { strength: 0.9999, guidance_scale: 7.5 }),
     rounding: StepRounding::Taken,
+    is_needed: false,
 };
 const MAX_SIDE: usize = 4096;
 /// Four times the area that the model was made for; beyond it pictures fall apart.
@@ -83,7 +89,7 @@ impl Family for Sdxl {
     }
 
     fn detects(&self, manifest: &Manifest) -> bool {
-        manifest.architecture() == PIPELINE
+        [PIPELINE, IMAGE_PIPELINE].contains(&manifest.architecture())
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
@@ -112,8 +118,8 @@ fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
 pub struct SdxlModel {
     card: DiffusionCard,
     sizes: Sizes,
-    tokenizer: Tokenizer,
-    text_encoder: ClipTextEncoder,
+    /// The refiner has none.
+    first: Option<(Tokenizer, ClipTextEncoder)>,
     tokenizer_2: Tokenizer,
     text_encoder_2: ClipTextEncoder,
     unet: UNet,
@@ -128,18 +134,20 @@ pub struct SdxlModel {
 /// The configurations of a checkpoint, read and found to fit together.
 #[derive(Debug, Clone)]
 struct Sizes {
-    text_encoder: ClipTextConfig,
+    text_encoder: Option<ClipTextConfig>,
     text_encoder_2: ClipTextConfig,
     unet: UNetConfig,
     vae: KlConfig,
     /// Whether an absent negative prompt is zeros instead of the encoded empty text.
     force_zeros_for_empty_prompt: bool,
+    /// Whether the UNet is told an aesthetic score in place of the size that is wanted.
+    requires_aesthetics_score: bool,
 }
 
 /// What the UNet needs of one prompt.
 #[derive(Debug)]
 pub struct SdxlConditioning {
-    /// The last but one hidden states of both encoders side by side, `[1, max_sequence_length, cross_attention_dim]`.
+    /// The last but one hidden states of the encoders side by side, `[1, max_sequence_length, cross_attention_dim]`.
     pub prompt_embeds: Tensor,
     /// `text_embeds` of the second encoder, `[1, projection_dim]`.
     pub pooled_prompt_embeds: Tensor,
@@ -151,12 +159,17 @@ impl SdxlModel {
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Discrete)?;
         let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
-        let (tokenizer, tokenizer_2) = (tokenizer("tokenizer")?, tokenizer("tokenizer_2")?);
         let [one, two, net] = [Arc::<Sites>::default(), Arc::default(), Arc::default()];
-        let weights = open("text_encoder")?.noting(&one);
-        let placement = weights.placement().clone();
-        let text_encoder = ClipTextEncoder::load(&weights, sizes.text_encoder.clone())?;
+        let first = match &sizes.text_encoder {
+            None => None,
+            Some(config) => {
+                let encoder = ClipTextEncoder::load(&open("text_encoder")?.noting(&one), config.clone())?;
+                Some((tokenizer("tokenizer")?, encoder))
+            }
+        };
+        let tokenizer_2 = tokenizer("tokenizer_2")?;
         let weights = open("text_encoder_2")?.or_original(|| OpenClipNames).noting(&two);
+        let placement = weights.placement().clone();
         let text_encoder_2 = ClipTextEncoder::load_with_projection(&weights, sizes.text_encoder_2.clone())?;
         let weights = open("unet")?.or_original(|| UNetNames::new(&sizes.unet)).noting(&net);
         let unet = UNet::load(&weights, sizes.unet.clone())?;
@@ -166,14 +179,14 @@ impl SdxlModel {
             NetworkNames::second_text_encoder(&two),
         ]);
         let vae = open("vae")?.or_original(|| KlNames::new(&sizes.vae));
+        let tokenizers = first.iter().map(|(tokenizer, _)| tokenizer).chain([&tokenizer_2]).cloned().collect();
         Ok(Self {
-            card: sizes.card(schedulers, vec![tokenizer.clone(), tokenizer_2.clone()], placement.compute_dtype),
-            tokenizer,
+            card: sizes.card(schedulers, tokenizers, placement.compute_dtype),
+            first,
             tokenizer_2,
             // Of a second try in f32 the UNet alone is on the device.
             adapters: Adapters::new(names, weights.placement()),
             placement,
-            text_encoder,
             text_encoder_2,
             unet,
             recordings: DenoiseRecordings::default(),
@@ -225,6 +238,8 @@ impl SdxlModel {
 struct PipelineConfig {
     #[serde(default = "yes")]
     force_zeros_for_empty_prompt: bool,
+    #[serde(default)]
+    requires_aesthetics_score: bool,
 }
 
 fn yes() -> bool {
@@ -235,11 +250,15 @@ impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
         let pipeline: PipelineConfig = read_json(&manifest.root.join("model_index.json"))?;
         let sizes = Self {
-            text_encoder: manifest.component("text_encoder")?.config()?,
+            text_encoder: match has_component(manifest, "text_encoder") {
+                true => Some(manifest.component("text_encoder")?.config()?),
+                false => None,
+            },
             text_encoder_2: manifest.component("text_encoder_2")?.config()?,
             unet: manifest.component("unet")?.config()?,
             vae: manifest.component("vae")?.config()?,
             force_zeros_for_empty_prompt: pipeline.force_zeros_for_empty_prompt,
+            requires_aesthetics_score: pipeline.requires_aesthetics_score,
         };
         sizes.check(&|component| manifest.root.join(component).join("config.json"))?;
         Ok(sizes)
@@ -247,7 +266,8 @@ impl Sizes {
 
     /// Each part alone, and then whether they belong to each other. `path` names a component's configuration.
     fn check(&self, path: &dyn Fn(&str) -> PathBuf) -> Result<()> {
-        for (component, config) in [("text_encoder", &self.text_encoder), ("text_encoder_2", &self.text_encoder_2)] {
+        let first = self.text_encoder.iter().map(|config| ("text_encoder", config));
+        for (component, config) in first.chain([("text_encoder_2", &self.text_encoder_2)]) {
             config.check(&path(component))?;
             if config.num_hidden_layers == 0 {
                 return Err(Error::checkpoint(path(component), "num_hidden_layers is 0; at least 1 is needed"));
@@ -255,9 +275,10 @@ impl Sizes {
         }
         self.unet.check(&path("unet"))?;
         self.vae.check(&path("vae"))?;
-        let (one, two, unet) = (&self.text_encoder, &self.text_encoder_2, &self.unet);
+        let (one, two, unet) = (self.text_encoder.as_ref(), &self.text_encoder_2, &self.unet);
+        let text_dim = one.map_or(0, |one| one.hidden_size) + two.hidden_size;
         let pairs = [
-            ("text encoders", "hidden_size", one.hidden_size + two.hidden_size, "cross_attention_dim", unet.text_dim()),
+            ("text encoders", "hidden_size", text_dim, "cross_attention_dim", unet.text_dim()),
             ("vae", "latent_channels", self.vae.latent_channels, "in_channels", unet.in_channels),
             ("vae", "latent_channels", self.vae.latent_channels, "out_channels", unet.out_channels),
         ];
@@ -267,12 +288,14 @@ impl Sizes {
                 return refuse(format!("{wanted_by} is {wanted}, but {field} of the {component} is {found}"));
             }
         }
-        if unet.pooled_dim() != Some(two.projection_dim) {
-            let problem =
-                "projection_class_embeddings_input_dim must be six times addition_time_embed_dim and the second";
+        let time_ids = if self.requires_aesthetics_score { SCORE_TIME_IDS } else { SIZE_TIME_IDS };
+        if unet.pooled_dim(time_ids) != Some(two.projection_dim) {
+            let problem = format!(
+                "projection_class_embeddings_input_dim must be {time_ids} times addition_time_embed_dim and the second"
+            );
             return refuse(format!("{problem} text encoder's projection_dim ({})", two.projection_dim));
         }
-        if one.max_position_embeddings != two.max_position_embeddings {
+        if one.is_some_and(|one| one.max_position_embeddings != two.max_position_embeddings) {
             return refuse("the text encoders have different max_position_embeddings".to_owned());
         }
         Ok(())
@@ -281,7 +304,7 @@ impl Sizes {
     /// `dtype` is that of activations.
     fn card(&self, schedulers: Schedulers, tokenizers: Vec<Tokenizer>, dtype: DType) -> DiffusionCard {
         let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
-        let chunks = ChunkRule { tokenizers, positions: self.text_encoder.max_position_embeddings };
+        let chunks = ChunkRule { tokenizers, positions: self.text_encoder_2.max_position_embeddings };
         DiffusionCard {
             family: Sdxl.name(),
             medium: Medium::Picture,
@@ -308,7 +331,7 @@ impl Sizes {
             has_ip_adapter: false,
             room_bytes: usize::MAX,
             acceleration: None,
-            edits: EDITS,
+            edits: Edits { is_needed: self.requires_aesthetics_score, ..EDITS },
         }
     }
 
@@ -328,7 +351,8 @@ impl Sizes {
         let conditioning = rows * (tokens * self.unet.text_dim() + self.text_encoder_2.projection_dim);
         let conditioning = conditioning * dtype.size_in_bytes();
         let latents = LATENT_COPIES * channels * height * width * size_of::<f32>();
-        let encode = self.text_encoder.forward_bytes(text, dtype).max(self.text_encoder_2.forward_bytes(text, dtype));
+        let first = self.text_encoder.as_ref().map_or(0, |one| one.forward_bytes(text, dtype));
+        let encode = first.max(self.text_encoder_2.forward_bytes(text, dtype));
         let encode = encode.max(ip_adapter.filter(|_| pictures > 0).map_or(0, IpAdapter::encode_bytes));
         let denoise = rows * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
@@ -366,7 +390,7 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
-        let (positions, length) = (self.sizes.text_encoder.max_position_embeddings, request.max_sequence_length);
+        let (positions, length) = (self.sizes.text_encoder_2.max_position_embeddings, request.max_sequence_length);
         let prompts = prompts.iter().map(|prompt| Prompt::parse("prompt", prompt)).collect::<Result<Vec<_>>>()?;
         let chunks_of = |tokenizer: &Tokenizer| -> Result<Vec<Chunk>> {
             let chunks = prompts.iter().map(|prompt| chunks(tokenizer, prompt, positions, length));
@@ -375,15 +399,18 @@ impl DiffusionModel for SdxlModel {
         let rows = |chunks: &[Chunk], hidden: Tensor| -> Result<Tensor> {
             Ok(weigh(hidden, chunks)?.reshape((prompts.len(), length, ()))?)
         };
-        let chunks = chunks_of(&self.tokenizer)?;
-        let one = rows(&chunks, self.text_encoder.penultimate(&ids(&chunks))?)?;
+        let mut hidden = Vec::with_capacity(2);
+        if let Some((tokenizer, encoder)) = &self.first {
+            let chunks = chunks_of(tokenizer)?;
+            hidden.push(rows(&chunks, encoder.penultimate(&ids(&chunks))?)?);
+        }
         let chunks = chunks_of(&self.tokenizer_2)?;
-        let (hidden, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&ids(&chunks))?;
-        let two = rows(&chunks, hidden)?;
+        let (second, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&ids(&chunks))?;
+        hidden.push(rows(&chunks, second)?);
         // The first chunk speaks for the whole prompt where one vector has to (as in compel and ComfyUI; the community
         // pipeline takes the last one, which may be all padding).
         let pooled = rows_of(&pooled)?.into_iter().step_by(chunks.len() / prompts.len());
-        let parts = rows_of(&Tensor::cat(&[one, two], 2)?)?.into_iter().zip(pooled);
+        let parts = rows_of(&Tensor::cat(&hidden, 2)?)?.into_iter().zip(pooled);
         Ok(parts
             .map(|(prompt_embeds, pooled_prompt_embeds)| SdxlConditioning { prompt_embeds, pooled_prompt_embeds })
             .collect())
@@ -402,9 +429,10 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        let length = request.max_sequence_length.min(self.sizes.text_encoder.max_position_embeddings);
+        let length = request.max_sequence_length.min(self.sizes.text_encoder_2.max_position_embeddings);
         let rows = prompts.len() * (request.max_sequence_length / length);
-        self.text_encoder.work(rows, length) + self.text_encoder_2.work(rows, length)
+        let first = self.first.as_ref().map_or_else(StepWork::default, |(_, encoder)| encoder.work(rows, length));
+        first + self.text_encoder_2.work(rows, length)
     }
 
     fn reference_model(&self) -> Option<&dyn ReferenceModel> {
@@ -438,7 +466,7 @@ impl DiffusionModel for SdxlModel {
             Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
-        let time_ids: Vec<[f32; 6]> = rows.iter().map(|row| time_ids(row.request)).collect();
+        let time_ids: Vec<Vec<f32>> = rows.iter().map(|row| self.time_ids(row)).collect();
         // The rows of a batch have equally many, or none.
         let tokens: Option<Vec<&Tensor>> = rows.iter().map(|row| row.references).collect();
         let tokens = tokens.map(|tokens| Tensor::cat(&tokens, 0)?.to_dtype(dtype)).transpose()?;
@@ -511,8 +539,22 @@ impl PictureModel for SdxlModel {
     }
 }
 
-/// Original size, crop and target size as the pipeline fills them in: the picture's own size, not cropped.
-fn time_ids(request: &DiffusionRequest) -> [f32; 6] {
-    let (height, width) = (request.height as f32, request.width as f32);
-    [height, width, 0.0, 0.0, height, width]
+impl SdxlModel {
+    /// Original size, crop and target size or aesthetic score as the pipelines fill them in: the picture's own size, not
+    /// cropped.
+    fn time_ids(&self, row: &DenoiseRow<'_, SdxlConditioning>) -> Vec<f32> {
+        let (height, width) = (row.request.height as f32, row.request.width as f32);
+        let mut ids = vec![height, width, 0.0, 0.0];
+        match (self.sizes.requires_aesthetics_score, row.is_negative) {
+            (false, _) => ids.extend([height, width]),
+            (true, false) => ids.push(AESTHETIC_SCORE),
+            (true, true) => ids.push(NEGATIVE_AESTHETIC_SCORE),
+        }
+        ids
+    }
+}
+
+/// Whether `model_index.json` names a class for the component.
+fn has_component(manifest: &Manifest, name: &str) -> bool {
+    matches!(&manifest.layout, Layout::Diffusers { components, .. } if components.contains_key(name))
 }

@@ -173,6 +173,8 @@ pub struct DenoiseRow<'a, C> {
     pub timestep: f64,
     /// Of this row's prompt.
     pub conditioning: &'a C,
+    /// Whether that is the negative one.
+    pub is_negative: bool,
     /// What this row sees of the session's reference pictures, `[1, tokens, width]`; rows of one batch have equally many.
     pub references: Option<&'a Tensor>,
     /// Of this row's session.
@@ -785,6 +787,7 @@ impl<M: DiffusionModel> Session<M> {
             latents: &denoising.model_input,
             timestep,
             conditioning: &**conditioning,
+            is_negative: branch > 0,
             references: denoising.references.as_ref().map(|tokens| tokens.of_branch(branch)),
             request: &self.request,
         })

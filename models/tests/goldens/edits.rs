@@ -1,6 +1,7 @@
 //! Pictures made from pictures, stage by stage and as a whole, and resizing as PIL does it.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -17,7 +18,9 @@ use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
 
-const CASES: [&str; 4] = ["sdxl-a", "sdxl-b", "flux-dev", "flux-schnell"];
+/// Of the checkpoints with these names, and one that only edits pictures.
+const CASES: [&str; 5] = ["sdxl-a", "sdxl-b", "flux-dev", "flux-schnell", REFINER];
+const REFINER: &str = "sdxl-refiner";
 /// f32 on both sides, other orders of summation.
 const TOLERANCE: f64 = 1e-4;
 const MIN_PSNR: f64 = 50.0;
@@ -90,11 +93,15 @@ fn frame(tensor: &Tensor) -> Frame {
     Frame { width: dims[1], height: dims[0], rgb }
 }
 
+fn checkpoint(case: &str) -> PathBuf {
+    let case = if case == REFINER { format!("edits/{case}") } else { case.to_owned() };
+    case_dir(&case).join("checkpoint")
+}
+
 fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn Runner>) {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
     let options = LoadOptions { max_denoise_rows, ..Default::default() };
-    let path = case_dir(case).join("checkpoint");
-    let loaded = tale_models::load(path.as_path(), &placement, &options, &mut |_| ()).unwrap();
+    let loaded = tale_models::load(checkpoint(case).as_path(), &placement, &options, &mut |_| ()).unwrap();
     let ModelCard::Diffusion(card) = loaded.card else { panic!("{case} makes pictures") };
     (card, loaded.runner)
 }
@@ -127,7 +134,7 @@ fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame
 fn the_vae_says_of_a_picture_what_the_reference_says() {
     for case in CASES {
         let (card, _) = load_runner(case, 1);
-        let manifest = Manifest::read(&case_dir(case).join("checkpoint")).unwrap();
+        let manifest = Manifest::read(&checkpoint(case)).unwrap();
         let component = manifest.component("vae").unwrap();
         let config: KlConfig = component.config().unwrap();
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
@@ -160,8 +167,9 @@ fn edits_are_the_reference_ones() {
 /// Pictures from noise, from a picture and from a part of one, in shared forward passes.
 #[test]
 fn edits_in_a_batch_are_those_made_alone() {
-    for case in ["sdxl-a", "flux-dev"] {
+    for case in ["sdxl-a", "flux-dev", REFINER] {
         let (card, mut runner) = load_runner(case, 6);
+        let has_picture = |i| i > 0 || case == REFINER;
         let (picture, side) = (Run::all(case)[0].picture(), Some(48));
         let mask = Mask {
             width: picture.width,
@@ -177,9 +185,9 @@ fn edits_in_a_batch_are_those_made_alone() {
                     height: side,
                     num_inference_steps: Some(3 + i),
                     guidance_scale: Some(3.0),
-                    image: (i > 0).then(|| picture.clone()),
+                    image: has_picture(i).then(|| picture.clone()),
                     mask: (i > 1).then(|| mask.clone()),
-                    strength: (i > 0).then_some(0.4 + 0.2 * i as f64),
+                    strength: has_picture(i).then_some(0.4 + 0.2 * i as f64),
                     ..Default::default()
                 };
                 card.resolve(options, 100 + i as u64).unwrap()
@@ -194,6 +202,14 @@ fn edits_in_a_batch_are_those_made_alone() {
         }
         assert!(psnr(&alone[1].rgb, &alone[2].rgb) < 35.0, "{case}: the sessions are the same picture");
     }
+}
+
+#[test]
+fn a_refiner_makes_nothing_without_a_picture() {
+    let (card, _) = load_runner(REFINER, 1);
+    let options = DiffusionOptions { prompt: "a boat".to_owned(), ..Default::default() };
+    let error = card.resolve(options, 0).expect_err("there is no picture").to_string();
+    assert!(error.starts_with("image: is missing"), "{error}");
 }
 
 /// What PIL makes of the same pixels, bit for bit.

@@ -169,6 +169,7 @@ fn rows_of_a_batch_predict_what_they_predict_alone() {
                 latents,
                 timestep,
                 conditioning: &conditioning,
+                is_negative: false,
                 references: None,
                 request: &request,
             })
@@ -368,7 +369,10 @@ fn predict_one(
     conditioning: &FluxConditioning,
     request: &DiffusionRequest,
 ) -> Tensor {
-    model.predict(&[DenoiseRow { latents, timestep, conditioning, references: None, request }]).unwrap().remove(0)
+    model
+        .predict(&[DenoiseRow { latents, timestep, conditioning, is_negative: false, references: None, request }])
+        .unwrap()
+        .remove(0)
 }
 
 /// Runs sessions to their end, each submitted one step after the one before, and checks what they tell.

@@ -172,7 +172,7 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
     on_every_gpu(|gpu| {
         gpu.run(|| {
             let unet = unet_with_heads_of_eight(&gpu.placement);
-            let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim().unwrap());
+            let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim(6).unwrap());
             let recordings = DenoiseRecordings::default();
             let shapes = [(4, 6, 0), (4, 6, 0), (4, 6, 0), (5, 3, 0), (4, 6, 3), (4, 6, 3)];
             for (step, (height, width, tokens)) in shapes.into_iter().enumerate() {
@@ -188,7 +188,7 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
                     timesteps: &[900.0 - step as f32, 1.0 + step as f32],
                     prompt_embeds: &noise(&[2, 7, text]),
                     pooled_prompt_embeds: &noise(&[2, pooled]),
-                    time_ids: &[[64.0, 64.0, 0.0, 0.0, 64.0, 64.0], [32.0, 32.0, 0.0, step as f32, 32.0, 32.0]],
+                    time_ids: &[vec![64.0, 64.0, 0.0, 0.0, 64.0, 64.0], vec![32.0, 32.0, 0.0, step as f32, 32.0, 32.0]],
                     references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
                 };
                 let (found, expected) = (recordings.forward(&unet, &input).unwrap(), unet.forward(&input).unwrap());

@@ -79,7 +79,14 @@ fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
         let guided = request.is_guided_at(step, steps);
         let mut predict = |branch: usize| {
             let (conditioning, cache) = (&branches[branch], &mut caches[branch]);
-            let row = DenoiseRow { latents: &latents, timestep, conditioning, references: None, request: &request };
+            let row = DenoiseRow {
+                latents: &latents,
+                timestep,
+                conditioning,
+                is_negative: false,
+                references: None,
+                request: &request,
+            };
             let before = cache.skipped();
             let prediction = model.predict_cached(&[row], &mut [&mut *cache]).unwrap().remove(0);
             found[branch].push(if cache.skipped() > before { '-' } else { 'x' });
@@ -119,6 +126,7 @@ fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
                 latents: &latents,
                 timestep,
                 conditioning: &conditioning,
+                is_negative: false,
                 references: None,
                 request: &request,
             }]

@@ -108,7 +108,7 @@ fn predictions_are_the_reference_ones() {
         let references = Some(&tensors[&format!("run{run}.tokens")]);
         let row = |request| {
             let (latents, timestep, conditioning) = (&latents, solver.timesteps()[0], &conditioning);
-            DenoiseRow { latents, timestep, conditioning, references, request }
+            DenoiseRow { latents, timestep, conditioning, is_negative: false, references, request }
         };
         let found = model.predict(&[row(&other), row(&request)]).unwrap();
         assert_close(&format!("run {run}"), &found[1], &tensors[&format!("run{run}.prediction0")], 1e-4);

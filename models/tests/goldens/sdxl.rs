@@ -57,7 +57,14 @@ fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRe
         let timestep = solver.timesteps()[step];
         let rows: Vec<_> = branches
             .iter()
-            .map(|conditioning| DenoiseRow { latents: &input, timestep, conditioning, references: None, request })
+            .map(|conditioning| DenoiseRow {
+                latents: &input,
+                timestep,
+                conditioning,
+                is_negative: false,
+                references: None,
+                request,
+            })
             .collect();
         let predictions = model.predict(&rows).unwrap();
         if step == 0 {

@@ -270,7 +270,8 @@ fn predict(
     timestep: f64,
     branches: &[Tensor],
 ) -> Vec<Tensor> {
-    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, references: None, request };
+    let row =
+        |conditioning| DenoiseRow { latents, timestep, conditioning, is_negative: false, references: None, request };
     model.predict(&branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
 }
 

@@ -15,7 +15,9 @@ use crate::work::{attention_flops, conv_flops, linear_flops};
 const MAX_SIZE: usize = 1 << 16;
 const MAX_LEVELS: usize = 8;
 /// Numbers in `time_ids`: original size, crop, target size.
-const TIME_IDS: usize = 6;
+pub const SIZE_TIME_IDS: usize = 6;
+/// Numbers in `time_ids` of a refiner: original size, crop, aesthetic score.
+pub const SCORE_TIME_IDS: usize = 5;
 
 /// One number for all levels, or one per level.
 #[derive(Debug, Clone, Deserialize)]
@@ -271,9 +273,9 @@ impl UNetConfig {
         *self.cross_attention_dim.at(0)
     }
 
-    /// Width of the pooled text, which is what the sizes of the picture leave of the added embedding's input.
-    pub fn pooled_dim(&self) -> Option<usize> {
-        self.projection_class_embeddings_input_dim.checked_sub(TIME_IDS * self.addition_time_embed_dim)
+    /// Width of the pooled text, which is what so many `time_ids` leave of the added embedding's input.
+    pub fn pooled_dim(&self, time_ids: usize) -> Option<usize> {
+        self.projection_class_embeddings_input_dim.checked_sub(time_ids * self.addition_time_embed_dim)
     }
 
     /// Width of the time embedding.
@@ -463,7 +465,10 @@ mod tests {
     fn the_published_configuration_is_read_whole() {
         let config: UNetConfig = serde_json::from_value(published()).expect("the published configuration");
         assert_eq!(config.problem(), None);
-        assert_eq!((config.pooled_dim(), config.time_embed_dim(), config.text_dim()), (Some(1280), 1280, 2048));
+        assert_eq!(
+            (config.pooled_dim(SIZE_TIME_IDS), config.time_embed_dim(), config.text_dim()),
+            (Some(1280), 1280, 2048)
+        );
         assert_eq!(config.skip_channels(), [320, 320, 320, 320, 640, 640, 640, 1280, 1280]);
         assert!(config.down_transformer(0, 0).is_none() && config.up_transformer(2, 0).is_none());
         let deepest = config.up_transformer(0, 2).expect("the smallest pictures have transformers");

@@ -37,8 +37,9 @@ pub struct UNetInput<'a> {
     pub prompt_embeds: &'a Tensor,
     /// `[b, p]`.
     pub pooled_prompt_embeds: &'a Tensor,
-    /// Original height and width, top and left of the crop, target height and width, in pixels; one per row.
-    pub time_ids: &'a [[f32; 6]],
+    /// Original height and width, top and left of the crop, target height and width, in pixels, or an aesthetic score in
+    /// place of the last two; one list per row.
+    pub time_ids: &'a [Vec<f32>],
     /// Of a network with image attention, where the rows have reference pictures.
     pub references: Option<ReferenceInput<'a>>,
 }
