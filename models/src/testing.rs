@@ -66,7 +66,7 @@ impl Default for Script {
 /// A text model with a byte tokenizer, a small chat template and a context of [`MAX_CONTEXT`].
 pub fn text_model(script: Script) -> Result<LoadedModel> {
     let folder = tempfile::tempdir().map_err(|error| Error::checkpoint(std::env::temp_dir(), error))?;
-    bytes::write(folder.path())?;
+    bytes::write(folder.path(), bytes::Around::Nothing)?;
     let card = TextCard {
         family: "scripted",
         kv_bytes_per_token: 0,

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::config::read_json;
 use crate::error::{Error, Result};
-use crate::tokenizer::bytes;
+use crate::tokenizer::bytes::{self, Around};
 
 /// One published checkpoint.
 #[derive(Debug)]
@@ -124,7 +124,9 @@ impl Configurations {
             folder.write(name, text)?;
         }
         for tokenizer in preset.tokenizers {
-            bytes::write(&create_dir(folder.path().join(tokenizer))?)?;
+            // A language model's lies in the checkpoint folder itself.
+            let around = if tokenizer.is_empty() { Around::Nothing } else { Around::StartAndEnd };
+            bytes::write(&create_dir(folder.path().join(tokenizer))?, around)?;
         }
         Ok(folder)
     }

@@ -10,11 +10,20 @@ use crate::error::{Error, Result};
 /// answers end.
 pub const VOCAB_SIZE: usize = 258;
 
+/// Whether a text gets special tokens around it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Around {
+    /// None: a text has as many tokens as bytes.
+    Nothing,
+    /// One before and one after it, as the text encoders of pictures want.
+    StartAndEnd,
+}
+
 /// Writes the published files of such a tokenizer, with a small chat template, into the folder `dir`.
-pub fn write(dir: &Path) -> Result<()> {
+pub fn write(dir: &Path, around: Around) -> Result<()> {
     let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
     let files = [
-        ("tokenizer.json", tokenizer().to_string()),
+        ("tokenizer.json", tokenizer(around).to_string()),
         ("tokenizer_config.json", json!({"eos_token": "<|end|>", "pad_token": "<|end|>"}).to_string()),
         ("chat_template.jinja", template.to_owned()),
     ];
@@ -26,7 +35,7 @@ pub fn write(dir: &Path) -> Result<()> {
 }
 
 /// `tokenizer.json` of byte-level BPE without merges.
-fn tokenizer() -> Value {
+fn tokenizer(around: Around) -> Value {
     let vocab: Map<_, _> = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into())).collect();
     let special = |id: usize, content: &str| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
@@ -34,10 +43,26 @@ fn tokenizer() -> Value {
     };
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": specials(around),
         "added_tokens": [special(256, "<|turn|>"), special(257, "<|end|>")],
         "pre_tokenizer": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    })
+}
+
+/// What puts special tokens around a text.
+fn specials(around: Around) -> Value {
+    if around == Around::Nothing {
+        return Value::Null;
+    }
+    let special = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
+    let sequence = |name: &str| json!({"Sequence": {"id": name, "type_id": 0}});
+    let token = |id: usize, name: &str| json!({"id": name, "ids": [id], "tokens": [name]});
+    json!({
+        "type": "TemplateProcessing",
+        "single": [special("<|turn|>"), sequence("A"), special("<|end|>")],
+        "pair": [sequence("A"), sequence("B")],
+        "special_tokens": {"<|turn|>": token(256, "<|turn|>"), "<|end|>": token(257, "<|end|>")},
     })
 }
 
@@ -59,7 +84,7 @@ mod tests {
     #[test]
     fn a_token_is_a_byte() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        write(dir.path()).expect("written");
+        write(dir.path(), Around::Nothing).expect("written");
         let tokenizer = Tokenizer::from_dir(dir.path()).expect("sound");
         let ids = tokenizer.encode("aé\n", true).expect("encoded");
         assert_eq!(ids, [97, 0xc3, 0xa9, 10]);
@@ -67,5 +92,14 @@ mod tests {
         assert_eq!((tokenizer.vocab_size(), tokenizer.eos_token_id()), (VOCAB_SIZE, Some(257)));
         let padded = tokenizer.encode_padded("ab", 4).expect("padded");
         assert_eq!((padded.ids, padded.num_tokens), (vec![97, 98, 257, 257], 2));
+    }
+
+    #[test]
+    fn special_tokens_stand_around_a_text_where_encoders_want_them() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        write(dir.path(), Around::StartAndEnd).expect("written");
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("sound");
+        assert_eq!(tokenizer.encode("ab", true).expect("encoded"), [256, 97, 98, 257]);
+        assert_eq!(tokenizer.encode("ab", false).expect("encoded"), [97, 98]);
     }
 }
