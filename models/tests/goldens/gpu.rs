@@ -199,6 +199,42 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
     });
 }
 
+/// The rows of a guided picture one after the other: the recorded step keeps nothing of the first one's that the second
+/// could overwrite.
+#[test]
+fn recorded_steps_leave_their_callers_tensors_alone() {
+    on_every_gpu(|gpu| {
+        gpu.run(|| {
+            let unet = unet_with_heads_of_eight(&gpu.placement);
+            let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim().unwrap());
+            let mut generator = TorchGenerator::new(1);
+            let mut noise = |dims: &[usize]| {
+                let values = generator.randn(dims.iter().product());
+                let noise = Tensor::from_vec(values, dims, &gpu.placement.device).unwrap();
+                noise.to_dtype(gpu.placement.compute_dtype).unwrap()
+            };
+            let rows = [(); 2].map(|()| [noise(&[1, 4, 2, 3]), noise(&[1, 5, text]), noise(&[1, pooled])]);
+            let kept = rows.each_ref().map(|row| row.each_ref().map(|tensor| tensor.copy().unwrap()));
+            let recordings = DenoiseRecordings::default();
+            for [latents, prompt_embeds, pooled_prompt_embeds] in &rows {
+                let input = UNetInput {
+                    latents,
+                    timesteps: &[500.0],
+                    prompt_embeds,
+                    pooled_prompt_embeds,
+                    time_ids: &[[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]],
+                    references: None,
+                };
+                recordings.forward(&unet, &input).unwrap();
+            }
+            assert_eq!(recordings.len(), 1);
+            for (row, kept) in rows.iter().flatten().zip(kept.iter().flatten()) {
+                assert_close(&gpu.name, row, kept, 0.0);
+            }
+        });
+    });
+}
+
 /// A golden's UNet with random weights and heads that 16-byte chunks fill: others are attended in f32, to which candle
 /// converts, and no tape records that.
 fn unet_with_heads_of_eight(placement: &Placement) -> UNet {

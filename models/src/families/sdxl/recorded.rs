@@ -48,7 +48,7 @@ impl DenoiseRecordings {
                 recorded.replay(&prepared)?;
                 recorded
             }
-            None => Recorded::new(unet, prepared)?,
+            None => Recorded::new(unet, &prepared)?,
         };
         // A copy: the next step writes where this one's prediction lies.
         let prediction = recorded.prediction.copy()?.to_dtype(DType::F32)?;
@@ -71,8 +71,10 @@ impl DenoiseRecordings {
 }
 
 impl Recorded {
-    /// Computes the step, which loads every kernel that it needs, and records it for the next ones.
-    fn new(unet: &UNet, input: PreparedInput) -> Result<Self> {
+    /// Computes the step, which loads every kernel that it needs, and records it for the next ones. Its inputs are copies:
+    /// those of a lone row are the caller's own tensors, and a replay writes where the recorded ones lie.
+    fn new(unet: &UNet, input: &PreparedInput) -> Result<Self> {
+        let input = input.copy()?;
         let prediction = unet.compute(&input)?.copy()?;
         let recording = Recording::of(&prediction, || {
             let again = unet.compute(&input).map_err(candle_core::Error::wrap)?;

@@ -229,6 +229,21 @@ impl PreparedReferences {
 }
 
 impl PreparedInput {
+    /// The same in memory of its own.
+    pub(super) fn copy(&self) -> Result<Self> {
+        let references = |references: &PreparedReferences| -> Result<_> {
+            let gates = references.gates.iter().map(Tensor::copy).collect::<candle_core::Result<_>>()?;
+            Ok(PreparedReferences { gates, tokens: references.tokens.copy()? })
+        };
+        Ok(Self {
+            latents: self.latents.copy()?,
+            time: self.time.copy()?,
+            added: self.added.copy()?,
+            text: self.text.copy()?,
+            references: self.references.as_ref().map(references).transpose()?,
+        })
+    }
+
     /// All of them, in one order.
     pub(super) fn tensors(&self) -> Vec<&Tensor> {
         let always = [&self.latents, &self.time, &self.added, &self.text];
