@@ -1,6 +1,8 @@
 //! The table of model families, and the way from a checkpoint folder to a loaded model.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use candle_core::DType;
 
@@ -122,9 +124,10 @@ impl OpenWeights<'_> {
     }
 
     /// For whoever may want to read parts of the model once more.
-    pub fn reread(&self, manifest: &Manifest) -> Reread {
-        let (source, manifest) = (self.source.clone(), manifest.clone());
-        Reread { source, manifest, placement: self.placement.clone(), format: self.format }
+    pub fn reread(&self) -> Reread {
+        let source = self.source.clone();
+        let files = WeightFiles::of(&source);
+        Reread { source, files, placement: self.placement.clone(), format: self.format }
     }
 
     /// Where tensors will live.
@@ -138,10 +141,12 @@ impl OpenWeights<'_> {
     }
 }
 
-/// Where a model was read from, to read parts of it in f32 later.
+/// Where a model was read from, to read parts of it in f32 later. No file is kept open or mapped meanwhile: whoever
+/// overwrites it must not end the process.
 pub struct Reread {
     source: ModelSource,
-    manifest: Manifest,
+    /// As they were when the model was read.
+    files: WeightFiles,
     placement: Placement,
     format: LoadFormat,
 }
@@ -176,6 +181,11 @@ impl Reread {
         components: &[&str],
         build: Build<M>,
     ) -> Result<(M, Vec<(String, Weights)>)> {
+        if WeightFiles::of(&self.source) != self.files {
+            let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
+            return Err(Error::checkpoint(&self.source.path, problem));
+        }
+        let manifest = Manifest::read(&self.source)?;
         let (format, opened) = (self.format, Vec::new());
         let mut open = OpenWeights {
             source: &self.source,
@@ -186,8 +196,43 @@ impl Reread {
             on_component: &mut |_| (),
             opened,
         };
-        let model = build(&self.manifest, &mut open)?;
+        let model = build(&manifest, &mut open)?;
         Ok((model, open.opened))
+    }
+}
+
+/// Length and time of change of the files that a model is made of, by which one can tell that they are the same.
+#[derive(PartialEq, Eq)]
+struct WeightFiles(BTreeMap<PathBuf, (u64, SystemTime)>);
+
+impl WeightFiles {
+    /// Of a checkpoint's folder and those in it, or of a file and its base. LoRA files may come and go.
+    fn of(source: &ModelSource) -> Self {
+        let mut found = Self(BTreeMap::new());
+        let own = || source.path.parent().filter(|folder| folder.join("model_index.json").exists());
+        let base = source.base.as_deref().or_else(|| own().filter(|_| source.path.is_file()));
+        for path in std::iter::once(source.path.as_path()).chain(base).chain(source.ip_adapter.as_deref()) {
+            found.add(path, source.loras.as_deref(), 1);
+        }
+        found
+    }
+
+    fn add(&mut self, path: &Path, left_out: Option<&Path>, depth: usize) {
+        if Some(path) == left_out {
+            return;
+        }
+        let Ok(metadata) = path.metadata() else { return };
+        if metadata.is_file() {
+            let changed = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            self.0.insert(path.to_owned(), (metadata.len(), changed));
+            return;
+        }
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_file() || depth > 0 {
+                self.add(&path, left_out, depth.saturating_sub(1));
+            }
+        }
     }
 }
 
@@ -365,8 +410,6 @@ fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
     use crate::device::{DeviceSpec, WeightDtype};
     use crate::testing::repository;

@@ -81,7 +81,7 @@ impl Family for Flux {
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let in_f32 = reread_in_f32(open.reread(manifest), build);
+        let in_f32 = reread_in_f32(open.reread(), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
             resident_bytes: model.adapters.cache_bytes(),

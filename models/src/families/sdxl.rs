@@ -95,7 +95,7 @@ impl Family for Sdxl {
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let in_f32 = reread_in_f32(open.reread(manifest), build);
+        let in_f32 = reread_in_f32(open.reread(), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card().clone()),
             resident_bytes: model.recordings_bytes() + model.adapters.cache_bytes(),
@@ -123,7 +123,8 @@ pub struct SdxlModel {
     tokenizer_2: Tokenizer,
     text_encoder_2: ClipTextEncoder,
     unet: UNet,
-    recordings: DenoiseRecordings,
+    /// None in a model that lives for one step.
+    recordings: Option<DenoiseRecordings>,
     vae: KlDecoder,
     ip_adapter: Option<IpAdapter>,
     adapters: Adapters,
@@ -189,7 +190,7 @@ impl SdxlModel {
             placement,
             text_encoder_2,
             unet,
-            recordings: DenoiseRecordings::default(),
+            recordings: Some(DenoiseRecordings::default()),
             vae: KlDecoder::load(&vae, &sizes.vae)?,
             vae_encoder: KlEncoder::load(&vae, &sizes.vae)?,
             ip_adapter: None,
@@ -481,11 +482,15 @@ impl DiffusionModel for SdxlModel {
             references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
         };
         // A recording holds the layers as they were, without terms.
-        let prediction = match self.adapters.is_active() {
-            true => self.unet.forward(&input)?,
-            false => self.recordings.forward(&self.unet, &input)?,
+        let prediction = match &self.recordings {
+            Some(recordings) if !self.adapters.is_active() => recordings.forward(&self.unet, &input)?,
+            _ => self.unet.forward(&input)?,
         };
         (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
+    }
+
+    fn record_nothing(&mut self) {
+        self.recordings = None;
     }
 
     fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {

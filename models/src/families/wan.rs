@@ -87,7 +87,7 @@ impl Family for Wan {
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let model = build(manifest, open)?;
-        let in_f32 = reread_in_f32(open.reread(manifest), build);
+        let in_f32 = reread_in_f32(open.reread(), build);
         Ok(LoadedModel {
             card: ModelCard::Diffusion(model.card.clone()),
             runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),

@@ -111,6 +111,9 @@ pub trait DiffusionModel: Send {
         unreachable!("the card allows no acceleration: this is a bug")
     }
 
+    /// From now on nothing is kept that only later steps would profit from: this model lives for one.
+    fn record_nothing(&mut self) {}
+
     /// Components of the checkpoint whose networks do the work of `phase` in fewer than 32 bits, so that f32 may help where
     /// it is not finite; none where it computes in f32 anyway.
     fn narrow_components(&self, _phase: Phase) -> &'static [&'static str] {

@@ -24,8 +24,11 @@ pub fn reread_in_f32<M: DiffusionModel + 'static>(
         let (model, weight_bytes) = reread.dry_in_f32(components, build)?;
         let plan = model.plan(request);
         let work_bytes = plan.phases().iter().find(|of| of.phase == phase).map_or(0, |of| of.bytes);
-        check_room(phase, weight_bytes + work_bytes, reread.spare_bytes()?)?;
-        reread.in_f32(components, build)
+        let lora_bytes = model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
+        check_room(phase, weight_bytes + work_bytes + lora_bytes, reread.spare_bytes()?)?;
+        let mut model = reread.in_f32(components, build)?;
+        model.record_nothing();
+        Ok(model)
     })
 }
 
