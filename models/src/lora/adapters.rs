@@ -144,6 +144,16 @@ impl Adapters {
     }
 }
 
+/// The layers' slots are known beyond the thread of the device, by whoever knows the layers' names; tensors are not.
+impl Drop for Adapters {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (slot, _) in state.active.iter().flat_map(|active| &active.terms) {
+            slot.set(None);
+        }
+    }
+}
+
 impl State {
     fn load(&mut self, file: &LoraFile, placement: &Placement) -> Result<Arc<Vec<LoadedTerm>>> {
         let found = self.files.iter().position(|loaded| loaded.id == file.id());
