@@ -184,12 +184,11 @@ impl SingleFile {
     /// The weights of the component in the folder `name` of a base, if they are in the file or in one beside it.
     pub fn weights(&self, name: &str, placement: &Placement, dry: bool) -> Option<Weights> {
         if let Some((_, companion)) = self.companions.iter().find(|(component, _)| *component == name) {
-            return Some(companion.weights(&part(""), |_| false, placement, dry));
+            return Some(companion.weights(&part(""), |_| true, placement, dry));
         }
         let (_, part) = self.parts.iter().find(|(component, _)| *component == name)?;
-        // What is nobody's is reported with the network that the file is named after.
-        let is_left = |tensor: &str| name == self.kind.denoiser && self.is_left(tensor);
-        Some(self.file.weights(part, is_left, placement, dry))
+        let belongs = |tensor: &str| self.component_of(tensor) == Some(name);
+        Some(self.file.weights(part, belongs, placement, dry))
     }
 
     /// Fields of `scheduler_config.json` that the file decides, whatever its base says: velocity models carry a tensor
@@ -203,8 +202,15 @@ impl SingleFile {
         settings
     }
 
-    fn is_left(&self, tensor: &str) -> bool {
-        !MARKERS.contains(&tensor) && !self.parts.iter().any(|(_, part)| tensor.starts_with(&part.beginning))
+    /// The component that a tensor is read with: the one whose beginning says most of its name. What is nobody's is
+    /// reported with the network that the file is named after; markers are no weights.
+    fn component_of(&self, tensor: &str) -> Option<&'static str> {
+        if MARKERS.contains(&tensor) {
+            return None;
+        }
+        let named = self.parts.iter().filter(|(_, part)| tensor.starts_with(&part.beginning));
+        let named = named.max_by_key(|(_, part)| part.beginning.len());
+        Some(named.map_or(self.kind.denoiser, |(component, _)| component))
     }
 }
 

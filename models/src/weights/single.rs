@@ -93,16 +93,15 @@ impl WeightFile {
         next.is_some_and(|(name, _)| name.starts_with(beginning))
     }
 
-    /// The weights of one component: those of its part, and those whose names `is_left` says belong to no component.
+    /// The weights of one component: the tensors that `belongs` says are its own.
     pub fn weights(
         &self,
         part: &PartOfFile,
-        is_left: impl Fn(&str) -> bool,
+        belongs: impl Fn(&str) -> bool,
         placement: &Placement,
         dry: bool,
     ) -> Weights {
-        let is_mine = |name: &str| name.starts_with(&part.beginning) || is_left(name);
-        let mine = self.tensors.iter().filter(|(name, _)| is_mine(name));
+        let mine = self.tensors.iter().filter(|(name, _)| belongs(name));
         let files = Files {
             files: self.files.clone(),
             tensors: mine.map(|(name, located)| (name.clone(), located.clone())).collect(),
