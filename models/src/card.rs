@@ -372,6 +372,8 @@ pub const MAX_REFERENCE_IMAGES: usize = 8;
 pub const MAX_REFERENCE_PIXELS: usize = 1 << 25;
 /// As diffusers loads an adapter.
 pub const DEFAULT_IP_ADAPTER_SCALE: f64 = 1.0;
+/// Longest prompt or negative prompt: far more than any text encoder hears, and little enough to be read in no time.
+pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 /// Highest frame rate.
 pub const MAX_FPS: usize = 120;
 
@@ -379,6 +381,8 @@ impl DiffusionCard {
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none. Resizes an input
     /// picture, which takes time.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {
+        check_bytes("prompt", &options.prompt)?;
+        check_bytes("negative_prompt", options.negative_prompt.as_deref().unwrap_or_default())?;
         let max_sequence_length = self.prompt_length(&options)?;
         let edit_defaults = self.edit_defaults(&options)?;
         let mut defaults = self.defaults;
@@ -397,7 +401,7 @@ impl DiffusionCard {
             height: options.height.unwrap_or(defaults.height),
             num_frames: options.num_frames.unwrap_or(defaults.num_frames),
             fps: options.fps.unwrap_or(defaults.fps),
-            num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps),
+            num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps.min(max_steps)),
             guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
             scheduler,
             timestep_spacing,
@@ -564,7 +568,10 @@ impl DiffusionCard {
     fn vae_tiling(&self, asked: Option<bool>, request: &DiffusionRequest) -> Result<bool> {
         match (asked, &self.vae_tiling) {
             (Some(asked), Some(_)) => Ok(asked),
-            (None, Some(tiling)) => Ok(tiling.is_needed(request.width, request.height, self.room_bytes)),
+            (None, Some(tiling)) => {
+                let room = self.room_bytes.saturating_sub(self.loras.footprint_bytes(&request.loras));
+                Ok(tiling.is_needed(request.width, request.height, room))
+            }
             (Some(true), None) => Err(Error::invalid("vae_tiling", "this model's VAE has no tiles; leave it out")),
             (Some(false) | None, None) => Ok(false),
         }
@@ -669,6 +676,14 @@ fn eta(scheduler: &Scheduler, asked: Option<f64>) -> Result<Option<f64>> {
     let eta = asked.unwrap_or(DEFAULT_ETA);
     check_range("eta", eta, 0.0, 1.0)?;
     Ok(Some(eta))
+}
+
+fn check_bytes(field: &str, text: &str) -> Result<()> {
+    if text.len() > MAX_PROMPT_BYTES {
+        let problem = format!("has {} bytes; at most {MAX_PROMPT_BYTES}", text.len());
+        return Err(Error::invalid(field, problem));
+    }
+    Ok(())
 }
 
 fn check_range<T: PartialOrd + std::fmt::Display + Copy>(field: &str, value: T, min: T, max: T) -> Result<()> {

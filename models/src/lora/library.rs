@@ -97,6 +97,14 @@ pub enum LoraSupport {
 }
 
 impl LoraSupport {
+    /// See [`footprint_bytes`].
+    pub fn footprint_bytes(&self, loras: &[LoraUse]) -> usize {
+        match self {
+            Self::Folder(library) => footprint_bytes(loras, &library.placement),
+            Self::Unsupported | Self::NoFolder => 0,
+        }
+    }
+
     /// Finds and checks a request's adapters. Errors name the field and what there is, never what the client wrote.
     pub fn resolve(&self, options: &[LoraOption]) -> Result<Vec<LoraUse>> {
         let library = match self {
