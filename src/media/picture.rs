@@ -163,6 +163,11 @@ pub fn read_png_text(bytes: &[u8], keyword: &str) -> Result<Option<String>> {
             chunk.decompress_text_with_limit(MAX_TEXT_BYTES)?;
             return chunk.get_text().map(Some);
         }
+        if let Some(chunk) = info.compressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword) {
+            let mut chunk = chunk.clone();
+            chunk.decompress_text_with_limit(MAX_TEXT_BYTES)?;
+            return chunk.get_text().map(Some);
+        }
         let plain = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword);
         Ok(plain.map(|chunk| chunk.text.clone()))
     };

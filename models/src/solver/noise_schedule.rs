@@ -14,6 +14,8 @@ use crate::solver::config::SchedulerConfig;
 
 /// `alphas_cumprod` of the last training timestep after rescaling to zero SNR, where a solver divides by it.
 const LAST_ALPHA: f32 = 1.0 / (1 << 24) as f32;
+/// Sixty times as many as any published model was trained on; each is a number in memory.
+const MAX_TRAIN_TIMESTEPS: usize = 1 << 16;
 /// Exponent of the schedule of Karras et al. 2022 (<https://arxiv.org/abs/2206.00364>).
 const KARRAS_RHO: f64 = 7.0;
 
@@ -203,7 +205,11 @@ impl NoiseSchedule {
             ("trained_betas", config.trained_betas.is_some(), "only null is supported"),
             ("use_exponential_sigmas", config.use_exponential_sigmas == Some(true), "only false is supported"),
             ("use_beta_sigmas", config.use_beta_sigmas == Some(true), "only false is supported"),
-            ("num_train_timesteps", config.num_train_timesteps < 2, "must be at least 2"),
+            (
+                "num_train_timesteps",
+                !(2..=MAX_TRAIN_TIMESTEPS).contains(&config.num_train_timesteps),
+                "must be 2 to 65536",
+            ),
         ])?;
         let mut betas = betas(&config, defaults);
         if config.rescale_betas_zero_snr {
