@@ -773,6 +773,11 @@ mod tests {
             "num_inference_steps",
             "1 to",
         );
+        let (most, more) = ("(".repeat(MAX_PROMPT_BYTES), "(".repeat(MAX_PROMPT_BYTES + 1));
+        assert!(clip_card().resolve(DiffusionOptions { prompt: most, ..options() }, 0).is_ok());
+        check(clip_card(), DiffusionOptions { prompt: more.clone(), ..options() }, "prompt", "at most 65536");
+        let negative = DiffusionOptions { negative_prompt: Some(more), ..options() };
+        check(clip_card(), negative, "negative_prompt", "at most 65536");
         let nan = DiffusionOptions { guidance_scale: Some(f64::NAN), ..options() };
         check(clip_card(), nan, "guidance_scale", "0 to 100");
         let long = DiffusionOptions { max_sequence_length: Some(513), ..options() };

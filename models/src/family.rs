@@ -414,6 +414,23 @@ mod tests {
     use crate::device::{DeviceSpec, WeightDtype};
     use crate::testing::repository;
 
+    #[test]
+    fn files_that_changed_are_told_from_those_that_were_loaded() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("created");
+            std::fs::write(path, text).expect("written");
+        };
+        write("unet/model.safetensors", "old");
+        let source = ModelSource { loras: Some(dir.path().join("loras")), ..ModelSource::at(dir.path()) };
+        let loaded = WeightFiles::of(&source);
+        write("loras/new.safetensors", "any");
+        assert!(WeightFiles::of(&source) == loaded, "LoRA files come and go");
+        write("unet/model.safetensors", "longer");
+        assert!(WeightFiles::of(&source) != loaded);
+    }
+
     /// Golden cases by the family that recognises their checkpoint.
     fn goldens_by_family() -> BTreeMap<&'static str, Vec<String>> {
         let goldens = repository().join("tests/goldens");

@@ -64,9 +64,6 @@ pub fn weigh(hidden: Tensor, chunks: &[Chunk]) -> Result<Tensor> {
 /// Most chunks of one prompt.
 pub const MAX_CHUNKS: usize = 4;
 
-/// Most bytes of a prompt whose tokens are counted: many times what [`MAX_CHUNKS`] hold, and counted in a moment.
-const MAX_COUNTED_BYTES: usize = 64 << 10;
-
 /// How long the prompts of a model with CLIP encoders may be.
 #[derive(Debug, Clone)]
 pub struct ChunkRule {
@@ -93,7 +90,7 @@ impl ChunkRule {
         for (field, text) in prompts {
             let prompt = Prompt::parse(field, text)?;
             if asked.is_none() {
-                chunks = chunks.max(self.num_chunks(field, text, &prompt)?);
+                chunks = chunks.max(self.num_chunks(field, &prompt)?);
             }
         }
         let Some(asked) = asked else { return Ok(chunks * self.positions) };
@@ -107,11 +104,7 @@ impl ChunkRule {
     }
 
     /// Chunks that a prompt fills, at least one.
-    fn num_chunks(&self, field: &str, text: &str, prompt: &Prompt) -> Result<usize> {
-        if text.len() > MAX_COUNTED_BYTES {
-            let problem = format!("has {} bytes; at most {MAX_COUNTED_BYTES}", text.len());
-            return Err(Error::invalid(field, problem));
-        }
+    fn num_chunks(&self, field: &str, prompt: &Prompt) -> Result<usize> {
         let room = self.positions.saturating_sub(NUM_SPECIAL).max(1);
         let mut most = 1;
         for tokenizer in &self.tokenizers {

@@ -206,7 +206,7 @@ fn recorded_steps_leave_their_callers_tensors_alone() {
     on_every_gpu(|gpu| {
         gpu.run(|| {
             let unet = unet_with_heads_of_eight(&gpu.placement);
-            let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim().unwrap());
+            let (text, pooled) = (unet.config().text_dim(), unet.config().pooled_dim(6).unwrap());
             let mut generator = TorchGenerator::new(1);
             let mut noise = |dims: &[usize]| {
                 let values = generator.randn(dims.iter().product());
@@ -222,7 +222,7 @@ fn recorded_steps_leave_their_callers_tensors_alone() {
                     timesteps: &[500.0],
                     prompt_embeds,
                     pooled_prompt_embeds,
-                    time_ids: &[[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]],
+                    time_ids: &[vec![16.0, 24.0, 0.0, 0.0, 16.0, 24.0]],
                     references: None,
                 };
                 recordings.forward(&unet, &input).unwrap();
