@@ -34,7 +34,8 @@ pub const MAX_MODEL_NAME_LEN: usize = 128;
 pub struct Settings {
     /// A checkpoint (a folder or a single file) and the name that clients use for it; may be given several times. What
     /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; loras=DIR, the
-    /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures
+    /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures;
+    /// refiner=DIR, the refiner that takes over from SDXL where a request says so
     #[arg(long = "model", value_name = "NAME=PATH[,KEY=PATH]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelSpec>,

@@ -45,6 +45,9 @@ pub struct PictureParameters {
     /// Of a picture that followed reference pictures, which have to be given again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip_adapter_scale: Option<f64>,
+    /// Of a picture that a refiner has finished.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denoising_end: Option<f64>,
     pub seed: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub loras: Vec<LoraParameter>,
@@ -93,6 +96,7 @@ impl PictureParameters {
             vae_tiling: request.vae_tiling,
             strength: request.edit.as_ref().map(|edit| edit.strength),
             ip_adapter_scale: request.references.as_ref().map(|references| references.scale),
+            denoising_end: request.refinement.map(|refinement| refinement.denoising_end),
             seed: request.seed,
             loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
         }
@@ -130,6 +134,7 @@ impl PictureParameters {
             image: None,
             mask: None,
             strength: self.strength,
+            denoising_end: self.denoising_end,
         }
     }
 

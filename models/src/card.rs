@@ -14,8 +14,8 @@ use crate::lora::{LoraOption, LoraSupport};
 use crate::memory::VaeTiling;
 use crate::prompt::plain_text;
 use crate::request::{
-    Acceleration, DiffusionRequest, Edit, Frame, Mask, NegativePrompt, References, SamplingParams, TextRequest,
-    WHOLE_INTERVAL,
+    Acceleration, DiffusionRequest, Edit, Frame, Mask, NegativePrompt, References, Refinement, SamplingParams,
+    TextRequest, WHOLE_INTERVAL,
 };
 use crate::resample::Filter;
 use crate::runner::diffusion::previews::MAX_PREVIEWS;
@@ -223,6 +223,8 @@ pub struct DiffusionCard {
     pub acceleration: Option<CacheThresholds>,
     /// How it makes pictures from pictures.
     pub edits: Edits,
+    /// The solvers of its refiner, where it is served with one.
+    pub refiner: Option<Schedulers>,
 }
 
 /// Of a first-block cache: how much of what the first block adds may be new in a pass whose other blocks are skipped
@@ -360,6 +362,8 @@ pub struct DiffusionOptions {
     /// In the size of `image`.
     pub mask: Option<Arc<Mask>>,
     pub strength: Option<f64>,
+    /// Where the refiner takes over.
+    pub denoising_end: Option<f64>,
 }
 
 /// Most denoising steps of one request.
@@ -415,6 +419,7 @@ impl DiffusionCard {
             prompt: options.prompt,
             negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
             edit: None,
+            refinement: None,
             references: self.references(options.reference_images, options.ip_adapter_scale)?,
             vae_tiling: false,
             partial_images: self.partial_images(options.partial_images)?,
@@ -436,6 +441,7 @@ impl DiffusionCard {
             let strength = options.strength.unwrap_or(edit.strength);
             request.edit = Some(self.edit(&request, &image, mask.as_deref(), strength)?);
         }
+        request.refinement = self.refinement(options.denoising_end, &request)?;
         request.vae_tiling = self.vae_tiling(options.vae_tiling, &request)?;
         self.with_checked_guidance(request)
     }
@@ -481,6 +487,32 @@ impl DiffusionCard {
             strength,
             first_step,
         })
+    }
+
+    /// Where the refiner takes over, if it is to.
+    fn refinement(&self, denoising_end: Option<f64>, request: &DiffusionRequest) -> Result<Option<Refinement>> {
+        let refuse = |problem: String| Err(Error::invalid("denoising_end", problem));
+        let Some(denoising_end) = denoising_end else { return Ok(None) };
+        let Some(refiner) = &self.refiner else {
+            return refuse("this model is served without a refiner; leave it out".to_owned());
+        };
+        if request.edit.is_some() {
+            return refuse("the refiner takes over from pictures made of text alone; leave it or image out".to_owned());
+        }
+        if !(denoising_end > 0.0 && denoising_end < 1.0) {
+            return refuse(format!("is {denoising_end}; allowed: above 0 and below 1"));
+        }
+        let steps = request.num_inference_steps;
+        let of_refiner = refiner.choose(Some(request.scheduler.name), request.timestep_spacing)?;
+        check_range("num_inference_steps", steps, 1, of_refiner.max_steps)?;
+        let steps_before = self.schedulers.steps_before(request, denoising_end);
+        let first_step_after = refiner.steps_before(request, denoising_end);
+        for (whose, is_idle) in [("model", steps_before == 0), ("refiner", first_step_after == steps)] {
+            if is_idle {
+                return refuse(format!("is {denoising_end}, which leaves the {whose} no step of {steps}"));
+            }
+        }
+        Ok(Some(Refinement { denoising_end, steps_before, first_step_after }))
     }
 
     fn partial_images(&self, asked: Option<usize>) -> Result<usize> {
@@ -723,6 +755,7 @@ mod tests {
             schedulers: crate::testing::flow_schedulers(),
             vae_tiling: None,
             has_ip_adapter: false,
+            refiner: None,
             room_bytes: usize::MAX,
             acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
             edits: Edits::default(),

@@ -211,7 +211,11 @@ impl WeightFiles {
         let mut found = Self(BTreeMap::new());
         let own = || source.path.parent().filter(|folder| folder.join("model_index.json").exists());
         let base = source.base.as_deref().or_else(|| own().filter(|_| source.path.is_file()));
-        for path in std::iter::once(source.path.as_path()).chain(base).chain(source.ip_adapter.as_deref()) {
+        for path in std::iter::once(source.path.as_path())
+            .chain(base)
+            .chain(source.ip_adapter.as_deref())
+            .chain(source.refiner.as_deref())
+        {
             found.add(path, source.loras.as_deref(), 1);
         }
         found
@@ -387,9 +391,13 @@ fn load_with(
     open.check_fit(manifest)?;
     let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
     let takes_loras = matches!(&model.card, ModelCard::Diffusion(card) if matches!(card.loras, LoraSupport::Folder(_)));
-    let ModelSource { ip_adapter, image_encoder, loras, .. } = open.source;
+    let has_refiner = matches!(&model.card, ModelCard::Diffusion(card) if card.refiner.is_some());
+    let ModelSource { ip_adapter, image_encoder, loras, refiner, .. } = open.source;
     if let Some(folder) = loras.as_ref().filter(|_| !takes_loras) {
         return Err(Error::checkpoint(folder, format!("models of family {} take no LoRA", family.name())));
+    }
+    if let Some(folder) = refiner.as_ref().filter(|_| !has_refiner) {
+        return Err(Error::checkpoint(folder, format!("models of family {} take no refiner", family.name())));
     }
     match (ip_adapter, image_encoder) {
         (Some(path), _) if !has_ip_adapter => {

@@ -31,6 +31,15 @@ impl MemoryPlan {
         self
     }
 
+    /// What either of two plans needs, one of the same phases.
+    pub fn or(mut self, other: &Self) -> Self {
+        for phase in &mut self.0 {
+            let of_other = other.0.iter().filter(|of| of.phase == phase.phase).map(|of| of.bytes);
+            phase.bytes = of_other.fold(phase.bytes, usize::max);
+        }
+        self
+    }
+
     /// Phases in their order.
     pub fn phases(&self) -> &[PhaseBytes] {
         &self.0

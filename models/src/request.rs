@@ -120,6 +120,19 @@ pub struct DiffusionRequest {
     pub edit: Option<Edit>,
     /// Pictures whose look is followed.
     pub references: Option<References>,
+    /// Where the model's refiner takes the latents over; without it the model makes all steps.
+    pub refinement: Option<Refinement>,
+}
+
+/// Which steps a model makes and which its refiner, by the schedules of both.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Refinement {
+    /// As in diffusers: the share of the noise schedule that the model denoises.
+    pub denoising_end: f64,
+    /// Steps of the model, at least 1.
+    pub steps_before: usize,
+    /// The step of its own schedule that the refiner begins at, not the end.
+    pub first_step_after: usize,
 }
 
 /// Pictures that an IP-Adapter follows.
@@ -184,8 +197,12 @@ impl std::str::FromStr for Acceleration {
 pub const WHOLE_INTERVAL: [f64; 2] = [0.0, 1.0];
 
 impl DiffusionRequest {
-    /// Denoising steps that are made: those of the schedule but for the ones that a picture to begin from leaves out.
+    /// Denoising steps that are made: those of the schedule but for the ones that a picture to begin from leaves out; with
+    /// a refiner those of both.
     pub fn steps_made(&self) -> usize {
+        if let Some(Refinement { steps_before, first_step_after, .. }) = self.refinement {
+            return steps_before + self.num_inference_steps - first_step_after;
+        }
         self.num_inference_steps - self.edit.as_ref().map_or(0, |edit| edit.first_step)
     }
 

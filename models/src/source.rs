@@ -23,6 +23,9 @@ pub struct ModelSource {
     /// The folder of LoRA files that requests may name.
     #[serde(default)]
     pub loras: Option<PathBuf>,
+    /// The folder of the refiner that takes the latents over where requests say so.
+    #[serde(default)]
+    pub refiner: Option<PathBuf>,
 }
 
 impl ModelSource {
@@ -32,12 +35,13 @@ impl ModelSource {
     }
 
     /// The paths beside the checkpoint, each with the key under which configurations and command lines name it.
-    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 4] {
+    pub fn extras(&mut self) -> [(&'static str, &mut Option<PathBuf>); 5] {
         [
             ("base", &mut self.base),
             ("loras", &mut self.loras),
             ("ip_adapter", &mut self.ip_adapter),
             ("image_encoder", &mut self.image_encoder),
+            ("refiner", &mut self.refiner),
         ]
     }
 

@@ -1,12 +1,15 @@
-"""The SDXL refiner: a tiny one with one text encoder and aesthetic scores, on pictures."""
+"""The SDXL refiner: a tiny one with one text encoder and aesthetic scores, on pictures and on a base model's latents."""
 
 import shutil
 
 import numpy
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -23,16 +26,81 @@ ALONE = [
     {"picture": (48, 64), "strength": 0.9, "steps": 3, "guidance": 1.0, "seed": 7},
 ]
 
+TOGETHER_NAME = "sdxl-refined"
+# On the checkpoint of sdxl-a, handed over to that of edits/sdxl-refiner.
+TOGETHER = [
+    {"end": 0.6, "steps": 6, "guidance": 5.0, "negative": "Rain", "size": (96, 64), "seed": 42},
+    # Neither pipeline takes an absent negative prompt for the same; noise is drawn on both sides.
+    {"end": 0.5, "steps": 5, "guidance": 3.0, "scheduler": "euler_a", "size": (64, 72), "seed": 7},
+    {"end": 0.75, "steps": 5, "guidance": 1.0, "scheduler": "dpmpp_2m", "size": (64, 64), "seed": 8},
+]
+SCHEDULERS = {"euler_a": EulerAncestralDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+
 
 def make() -> None:
+    make_alone()
+    make_together()
+
+
+def make_together() -> None:
+    folder = fresh_case(TOGETHER_NAME)
+    base = pipeline_of(StableDiffusionXLPipeline, folder.parent / "sdxl-a" / "checkpoint")
+    refiner = pipeline_of(StableDiffusionXLImg2ImgPipeline, folder.parent / NAME / "checkpoint")
+    own = base.scheduler, refiner.scheduler
+    tensors, facts = {}, []
+    for i, run in enumerate(TOGETHER):
+        for pipeline, scheduler in zip((base, refiner), own, strict=True):
+            kind = SCHEDULERS.get(run.get("scheduler"))
+            pipeline.scheduler = kind.from_config(scheduler.config) if kind else scheduler
+        image, name = refined(base, refiner, run), f"{TOGETHER_NAME} run {i}"
+        require_visible(name, image)
+        changes = [("another seed", {"seed": run["seed"] + 1}, ANOTHER_SEED)]
+        changes += [("another prompt", {"prompt": "x"}, ANOTHER_PROMPT), ("another end", {"end": 0.3}, ANOTHER_PROMPT)]
+        for what, change, limit in changes:
+            require_moved(name, what, image, refined(base, refiner, run | change), limit)
+        tensors[f"run{i}.image"] = image
+        facts.append(
+            {
+                "prompt": PROMPT,
+                "negative_prompt": run.get("negative"),
+                "width": run["size"][0],
+                "height": run["size"][1],
+                "num_inference_steps": run["steps"],
+                "guidance_scale": run["guidance"],
+                "scheduler": run.get("scheduler"),
+                "denoising_end": run["end"],
+                "seed": run["seed"],
+            }
+        )
+    reference = "diffusers.StableDiffusionXLPipeline, then diffusers.StableDiffusionXLImg2ImgPipeline"
+    write_golden(folder, {"reference": reference, "runs": facts}, tensors)
+
+
+def refined(base, refiner, run: dict):
+    both = {
+        "prompt": run.get("prompt", PROMPT),
+        "negative_prompt": run.get("negative"),
+        "num_inference_steps": run["steps"],
+        "guidance_scale": run["guidance"],
+        "generator": torch.Generator("cpu").manual_seed(run["seed"]),
+    }
+    width, height = run["size"]
+    latents = base(**both, width=width, height=height, denoising_end=run["end"], output_type="latent").images
+    return to_u8(refiner(**both, image=latents, denoising_start=run["end"], output_type="np").images[0])
+
+
+def pipeline_of(kind, checkpoint):
+    pipeline = kind.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def make_alone() -> None:
     quiet()
     folder = fresh_case(NAME)
     checkpoint = folder / "checkpoint"
     publish(checkpoint)
-    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(
-        checkpoint, dtype=torch.float32, local_files_only=True, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline_of(StableDiffusionXLImg2ImgPipeline, checkpoint)
     require(pipeline.config.requires_aesthetics_score, f"{NAME}: wants aesthetic scores")
     tensors, facts = {}, []
     for i, run in enumerate(ALONE):

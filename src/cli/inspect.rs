@@ -30,6 +30,10 @@ pub struct InspectArgs {
     #[arg(long, value_name = "PATH")]
     ip_adapter: Option<PathBuf>,
 
+    /// The folder of the refiner that takes over where a request says so
+    #[arg(long, value_name = "DIR")]
+    refiner: Option<PathBuf>,
+
     /// The IP-Adapter's vision encoder [default: image_encoder beside the adapter's file]
     #[arg(long, value_name = "DIR", requires = "ip_adapter")]
     image_encoder: Option<PathBuf>,
@@ -64,7 +68,8 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
     let (ip_adapter, image_encoder) = (args.ip_adapter.clone(), args.image_encoder.clone());
-    let source = ModelSource { base: args.base.clone(), ip_adapter, image_encoder, ..ModelSource::at(&args.path) };
+    let (base, refiner) = (args.base.clone(), args.refiner.clone());
+    let source = ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(&args.path) };
     let (inspection, model) = family::plan(source, &placement, &options)?;
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let report = Report::new(args, inspection, request);

@@ -44,6 +44,7 @@ fn clip(num_inference_steps: usize) -> Request {
         max_sequence_length: 8,
         edit: None,
         references: None,
+        refinement: None,
         vae_tiling: false,
         loras: Vec::new(),
         partial_images: 0,

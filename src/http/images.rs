@@ -67,6 +67,7 @@ struct ImageBody {
     partial_images: Option<u64>,
     reference_images: Option<OneOrMany<Upload>>,
     ip_adapter_scale: Option<f64>,
+    denoising_end: Option<f64>,
     /// This and the rest of edits alone.
     image: Option<OneOrMany<Upload>>,
     mask: Option<Upload>,
@@ -323,6 +324,7 @@ impl ImageBody {
             image: image.map(|image| Arc::new(image.frame)),
             mask: mask.map(Arc::new),
             strength: self.strength,
+            denoising_end: self.denoising_end,
         };
         diffusion::resolve(card, options, size)
     }

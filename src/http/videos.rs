@@ -141,6 +141,7 @@ impl VideoBody {
             image: None,
             mask: None,
             strength: None,
+            denoising_end: None,
         };
         let resolved = diffusion::resolve(card, options, size);
         resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })

@@ -237,6 +237,7 @@ pub(crate) mod tests {
             max_sequence_length: 8,
             edit: None,
             references: None,
+            refinement: None,
             vae_tiling: false,
             loras: Vec::new(),
             partial_images: 0,

@@ -285,6 +285,7 @@ fn card(
         schedulers,
         vae_tiling: vae.vae_tiling(placement.compute_dtype, LATENT_COPIES),
         has_ip_adapter: false,
+        refiner: None,
         room_bytes: usize::MAX,
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
         edits: Edits { image_to_image: edit, inpainting: edit, rounding: StepRounding::LeftOut, is_needed: false },

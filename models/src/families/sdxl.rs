@@ -4,7 +4,7 @@
 //! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
 //! siblings for image to image and inpainting. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
@@ -19,7 +19,7 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
 use crate::encoders::rows_of;
 use crate::error::{Error, Result};
-use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights, Reread};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
@@ -28,7 +28,7 @@ use crate::request::{DiffusionRequest, Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::references::ReferenceModel;
-use crate::runner::diffusion::retry::reread_in_f32;
+use crate::runner::diffusion::retry::{InF32, reread_in_f32};
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
 use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -96,16 +96,48 @@ impl Family for Sdxl {
         let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         let in_f32 = reread_in_f32(open.reread(), build);
-        Ok(LoadedModel {
-            card: ModelCard::Diffusion(model.card().clone()),
-            resident_bytes: model.recordings_bytes() + model.adapters.cache_bytes(),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
-        })
+        let (card, resident_bytes) = (model.card().clone(), model.recordings_bytes() + model.adapters.cache_bytes());
+        let mut runner = DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32);
+        if open.source().refiner.is_some() {
+            runner = runner.retrying_refiner(reread_refiner_in_f32(open.reread()));
+        }
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
 fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
     let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+    let model = with_ip_adapter(model, manifest, open)?;
+    match open.source().refiner.clone() {
+        None => Ok(model),
+        Some(folder) => model.with_refiner(build_refiner(&Manifest::read(&folder)?, open)?, &folder),
+    }
+}
+
+/// Its components are reported as lying in a folder `refiner`.
+fn build_refiner(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
+    if manifest.single_file.is_some() || !Sdxl.detects(manifest) {
+        let problem = format!("is no folder of a {IMAGE_PIPELINE} (or {PIPELINE}), as a refiner must be");
+        return Err(Error::checkpoint(&manifest.root, problem));
+    }
+    SdxlModel::load(manifest, &mut |name| open.beside(&of_refiner(name), &manifest.component(name)?.dir))
+}
+
+fn of_refiner(component: &str) -> String {
+    format!("refiner/{component}")
+}
+
+fn reread_refiner_in_f32(reread: Reread) -> InF32<SdxlModel> {
+    let in_f32 = reread_in_f32(reread, |manifest, open| {
+        Ok(*build(manifest, open)?.refiner.expect("it was there when the model was read: this is a bug"))
+    });
+    Box::new(move |components, phase, request| {
+        let names: Vec<String> = components.iter().map(|component| of_refiner(component)).collect();
+        in_f32(&names.iter().map(String::as_str).collect::<Vec<_>>(), phase, request)
+    })
+}
+
+fn with_ip_adapter(model: SdxlModel, manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
     let Some(path) = open.source().ip_adapter.clone() else { return Ok(model) };
     let files = IpAdapterFiles::find(&path, open.source().image_encoder.as_deref())?;
     let adapter = open.beside("ip_adapter", &files.adapter)?;
@@ -127,6 +159,8 @@ pub struct SdxlModel {
     recordings: Option<DenoiseRecordings>,
     vae: KlDecoder,
     ip_adapter: Option<IpAdapter>,
+    /// What takes the latents over where a request says so.
+    refiner: Option<Box<SdxlModel>>,
     adapters: Adapters,
     vae_encoder: KlEncoder,
     placement: Placement,
@@ -194,8 +228,34 @@ impl SdxlModel {
             vae: KlDecoder::load(&vae, &sizes.vae)?,
             vae_encoder: KlEncoder::load(&vae, &sizes.vae)?,
             ip_adapter: None,
+            refiner: None,
             sizes,
         })
+    }
+
+    /// With the refiner that was read from `folder`, which must be able to go on with the latents of this model.
+    pub fn with_refiner(mut self, refiner: Self, folder: &Path) -> Result<Self> {
+        let of = |sizes: &Sizes| {
+            let positions = sizes.text_encoder_2.max_position_embeddings;
+            [
+                ("latent_channels", sizes.vae.latent_channels),
+                ("pixels of the VAE per latent", sizes.vae.vae_scale_factor()),
+                ("max_position_embeddings", positions),
+            ]
+        };
+        for ((what, own), (_, its)) in of(&self.sizes).into_iter().zip(of(&refiner.sizes)) {
+            if own != its {
+                let problem = format!("is no refiner of this model: {what}: {its}, and {own} of the model");
+                return Err(Error::checkpoint(folder, problem));
+            }
+        }
+        self.card.refiner = Some(refiner.card.schedulers.clone());
+        if let Prompts::Chunked(rule) = &mut self.card.prompts {
+            // No prompt may be cut by it that is whole for the model.
+            rule.tokenizers.push(refiner.tokenizer_2.clone());
+        }
+        self.refiner = Some(Box::new(refiner));
+        Ok(self)
     }
 
     /// With the adapter in `files`, whose weights `adapter` and `image_encoder` are. Pictures are processed as the
@@ -230,7 +290,8 @@ impl SdxlModel {
             return 0;
         }
         let one = self.sizes.unet.forward_bytes(recorded::MAX_POSITIONS, self.placement.compute_dtype);
-        recorded::MAX_RECORDINGS * one
+        let of_refiner = self.refiner.as_ref().map_or(0, |refiner| refiner.recordings_bytes());
+        recorded::MAX_RECORDINGS * one + of_refiner
     }
 }
 
@@ -330,6 +391,7 @@ impl Sizes {
             schedulers,
             vae_tiling: self.vae.vae_tiling(dtype, LATENT_COPIES),
             has_ip_adapter: false,
+            refiner: None,
             room_bytes: usize::MAX,
             acceleration: None,
             edits: Edits { is_needed: self.requires_aesthetics_score, ..EDITS },
@@ -342,15 +404,21 @@ impl Sizes {
         (1, self.vae.latent_channels, request.height / pixels, request.width / pixels)
     }
 
+    /// What a session keeps of its prompts and reference pictures.
+    fn conditioning_bytes(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> usize {
+        let rows = 1 + usize::from(request.negative_prompt.is_some());
+        let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
+        let tokens = request.max_sequence_length + pictures * ip_adapter.map_or(0, IpAdapter::num_tokens);
+        rows * (tokens * self.unet.text_dim() + self.text_encoder_2.projection_dim) * dtype.size_in_bytes()
+    }
+
     /// Most bytes that one session keeps alive in each phase.
     fn plan(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> MemoryPlan {
         let rows = 1 + usize::from(request.negative_prompt.is_some());
         let text = request.max_sequence_length;
         let (_, channels, height, width) = self.latent_shape(request);
         let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
-        let tokens = text + pictures * ip_adapter.map_or(0, IpAdapter::num_tokens);
-        let conditioning = rows * (tokens * self.unet.text_dim() + self.text_encoder_2.projection_dim);
-        let conditioning = conditioning * dtype.size_in_bytes();
+        let conditioning = self.conditioning_bytes(request, ip_adapter, dtype);
         let latents = LATENT_COPIES * channels * height * width * size_of::<f32>();
         let first = self.text_encoder.as_ref().map_or(0, |one| one.forward_bytes(text, dtype));
         let encode = first.max(self.text_encoder_2.forward_bytes(text, dtype));
@@ -387,7 +455,17 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, self.ip_adapter.as_ref(), self.placement.compute_dtype)
+        let (ip_adapter, dtype) = (self.ip_adapter.as_ref(), self.placement.compute_dtype);
+        let plan = self.sizes.plan(request, ip_adapter, dtype);
+        let (Some(refiner), Some(_)) = (&self.refiner, request.refinement) else { return plan };
+        // While one of them works, what the other has encoded is there too.
+        let own = self.sizes.conditioning_bytes(request, ip_adapter, dtype);
+        let others = refiner.sizes.conditioning_bytes(request, None, dtype);
+        plan.or(&refiner.sizes.plan(request, None, dtype)).holding(own.max(others))
+    }
+
+    fn refiner(&self) -> Option<&Self> {
+        self.refiner.as_deref()
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {

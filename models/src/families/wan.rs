@@ -277,6 +277,7 @@ impl Sizes {
             schedulers,
             vae_tiling: None,
             has_ip_adapter: false,
+            refiner: None,
             room_bytes: usize::MAX,
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
             edits: Edits::default(),

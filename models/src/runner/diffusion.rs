@@ -31,7 +31,7 @@ pub mod start;
 mod tests;
 
 use batcher::{
-    Batcher, Input, MAX_ENCODE_ROWS, PictureInput, Prompts, ReferenceInput, ShapeKey, StepKey, distinct_texts,
+    Batcher, Input, MAX_ENCODE_ROWS, Network, PictureInput, Prompts, ReferenceInput, ShapeKey, StepKey, distinct_texts,
 };
 use block_cache::BlockCache;
 use previews::due_preview;
@@ -141,6 +141,12 @@ pub trait DiffusionModel: Send {
         None
     }
 
+    /// The model that takes the latents over from it where a request says so, if it has one: that has conditioning,
+    /// solver and VAE of its own, and shares the shape of latents and the lengths of prompts.
+    fn refiner(&self) -> Option<&Self> {
+        None
+    }
+
     /// What it adds to follow reference pictures, if it does.
     fn reference_model(&self) -> Option<&dyn ReferenceModel> {
         None
@@ -190,6 +196,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     model: M,
     /// Reads a second one where this one is too narrow.
     in_f32: Option<InF32<M>>,
+    /// The same for its refiner.
+    refiner_in_f32: Option<InF32<M>>,
     max_rows: usize,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session<M>>,
@@ -236,11 +244,34 @@ struct Denoising<M: DiffusionModel> {
     caches: Vec<BlockCache>,
     /// The request's own: the solver goes on where the initial noise left off.
     generator: TorchGenerator,
-    /// Where the loop began in the solver's timesteps.
-    first_step: usize,
-    /// Where it is now.
+    /// Where the loop is in the solver's timesteps.
     index: usize,
+    /// Where it leaves them.
+    end: usize,
+    done: usize,
+    /// Steps in all, the refiner's too.
+    total: usize,
     repaint: Option<Repaint>,
+    network: Network,
+    /// What goes on after this model's steps.
+    refiner: Option<Handover<M::Conditioning>>,
+}
+
+/// What the refiner denoises with.
+struct Handover<C> {
+    conditioning: Vec<Arc<C>>,
+    solver: Box<dyn Solver>,
+    first_step: usize,
+}
+
+/// Whose networks these are.
+fn model_of<M: DiffusionModel>(model: &M, network: Network) -> &M {
+    match network {
+        Network::Base => model,
+        Network::Refiner => {
+            model.refiner().expect("a request for a refiner was refused where there is none: this is a bug")
+        }
+    }
 }
 
 /// What became of the inputs of a step, shared by the sessions that waited for them.
@@ -265,6 +296,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Self {
             model,
             in_f32: None,
+            refiner_in_f32: None,
             max_rows,
             batcher: Batcher::new(max_rows),
             sessions: HashMap::new(),
@@ -277,6 +309,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Self { in_f32: Some(in_f32), ..self }
     }
 
+    /// The same for work of the refiner.
+    pub fn retrying_refiner(self, in_f32: InF32<M>) -> Self {
+        Self { refiner_in_f32: Some(in_f32), ..self }
+    }
+
     /// The model that is driven.
     pub fn model(&self) -> &M {
         &self.model
@@ -285,9 +322,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The texts of all members in one pass, or a picture for all that wait for it.
     fn encode(&mut self, input: &Input, ids: &[SessionId], events: &mut Events) -> Result<()> {
         let results = match input {
-            Input::Prompts(_) => {
+            Input::Prompts(prompts) => {
                 self.activate(ids)?;
-                EncodedInputs::Prompts(self.encode_prompts(ids)?)
+                EncodedInputs::Prompts(self.encode_prompts(prompts.network, ids)?)
             }
             // The VAE takes no adapters, and sessions with other ones may share its work.
             Input::Picture(input) => {
@@ -312,18 +349,22 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     }
 
     /// What the members' texts become, each of them once.
-    fn encode_prompts(&self, ids: &[SessionId]) -> Result<HashMap<Option<String>, Arc<M::Conditioning>>> {
-        let request = &self.session(ids[0]).request;
+    fn encode_prompts(
+        &self,
+        network: Network,
+        ids: &[SessionId],
+    ) -> Result<HashMap<Option<String>, Arc<M::Conditioning>>> {
+        let (model, request) = (model_of(&self.model, network), &self.session(ids[0]).request);
         let texts = distinct_texts(self.prompts(ids));
         let mut found = HashMap::new();
         // A lone session may have more of them than a pass takes.
         for pass in texts.chunks(MAX_ENCODE_ROWS) {
-            let encoded = self.model.encode(pass, request)?;
+            let encoded = model.encode(pass, request)?;
             assert_eq!(encoded.len(), pass.len(), "one answer per text: this is a bug of the family");
             found.extend(pass.iter().map(|text| Some((*text).to_owned())).zip(encoded.into_iter().map(Arc::new)));
         }
         if self.prompts(ids).any(|prompts| prompts.texts.contains(&None)) {
-            found.insert(None, Arc::new(self.model.encode_absent(request)?));
+            found.insert(None, Arc::new(model.encode_absent(request)?));
         }
         Ok(found)
     }
@@ -338,10 +379,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     fn encode_work(&self, input: &Input, ids: &[SessionId]) -> StepWork {
         match input {
-            Input::Prompts(_) => {
-                let request = &self.session(ids[0]).request;
+            Input::Prompts(prompts) => {
+                let (model, request) = (model_of(&self.model, prompts.network), &self.session(ids[0]).request);
                 let texts = distinct_texts(self.prompts(ids));
-                texts.chunks(MAX_ENCODE_ROWS).map(|pass| self.model.encode_work(pass, request)).sum()
+                texts.chunks(MAX_ENCODE_ROWS).map(|pass| model.encode_work(pass, request)).sum()
             }
             Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_picture_work(input),
             Input::References(ReferenceInput { pictures, guided }) => {
@@ -415,9 +456,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         // The one with the most rows needs the most memory.
         let Some(largest) = ids.iter().max_by_key(|id| self.session(**id).num_rows()) else { return Vec::new() };
         let request = &self.session(*largest).request;
-        let model = self.read_in_f32(Phase::Denoise, request).and_then(|model| {
+        let network = self.session(*largest).network();
+        let model = self.read_in_f32(network, Phase::Denoise, request).and_then(|model| {
             // The members of a step have the same ones.
-            if let Some(adapters) = model.adapters() {
+            if let Some(adapters) = model.adapters().filter(|_| network == Network::Base) {
                 adapters.activate(adapters.prepare(&request.loras)?.as_ref());
             }
             Ok(model)
@@ -436,9 +478,13 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     }
 
     /// A model whose networks of `phase` compute in f32; an error where this one's do so already.
-    fn read_in_f32(&self, phase: Phase, request: &DiffusionRequest) -> Result<M> {
-        let components = self.model.narrow_components(phase);
-        match &self.in_f32 {
+    fn read_in_f32(&self, network: Network, phase: Phase, request: &DiffusionRequest) -> Result<M> {
+        let components = model_of(&self.model, network).narrow_components(phase);
+        let in_f32 = match network {
+            Network::Base => &self.in_f32,
+            Network::Refiner => &self.refiner_in_f32,
+        };
+        match in_f32 {
             Some(read) if !components.is_empty() => {
                 tracing::warn!(phase = phase.as_str(), "a value is not finite; computing once more in f32");
                 read(components, phase, request)
@@ -460,6 +506,8 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The guided prediction of each session. More rows than fit one forward pass (a guided session where one row is
     /// allowed) are computed one pass after the other.
     fn predict(&mut self, ids: &[SessionId]) -> Result<Vec<Tensor>> {
+        // The members of a step have the same one.
+        let network = self.session(ids[0]).network();
         let mut caches: Vec<_> = ids.iter().map(|id| self.take_caches(*id)).collect();
         let sessions: Vec<&Session<M>> = ids.iter().map(|id| self.session(*id)).collect();
         let rows: Vec<_> = sessions.iter().flat_map(|session| session.rows()).collect();
@@ -470,8 +518,8 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let mut predictions = Vec::with_capacity(rows.len());
         for pass in rows.chunks(self.max_rows) {
             let found = match caches_of_passes.next() {
-                None => self.model.predict(pass)?,
-                Some(caches) => self.model.predict_cached(pass, caches)?,
+                None => model_of(&self.model, network).predict(pass)?,
+                Some(caches) => model_of(&self.model, network).predict_cached(pass, caches)?,
             };
             assert_eq!(found.len(), pass.len(), "one prediction per row: this is a bug of the family");
             predictions.extend(found);
@@ -493,10 +541,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn denoise_work(&self, ids: &[SessionId]) -> StepWork {
         let rows: Vec<bool> = ids.iter().flat_map(|id| self.session(*id).rows_that_may_skip()).collect();
         let request = &self.session(ids[0]).request;
-        let is_cached = self.model.card().cache_threshold(request).is_some();
+        let model = model_of(&self.model, self.session(ids[0]).network());
+        let is_cached = model.card().cache_threshold(request).is_some();
         let pass = |rows: &[bool]| match rows.iter().filter(|may_skip| **may_skip).count() {
-            skipping if is_cached => self.model.predict_cached_work(request, rows.len() - skipping, skipping),
-            _ => self.model.predict_work(request, rows.len()),
+            skipping if is_cached => model.predict_cached_work(request, rows.len() - skipping, skipping),
+            _ => model.predict_work(request, rows.len()),
         };
         rows.chunks(self.max_rows).map(pass).sum()
     }
@@ -504,8 +553,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The next chunk of pixels of one session.
     fn decode(&mut self, id: SessionId, events: &mut Events) -> Result<()> {
         let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
-        let (pixels, done) = session.decode_next(&self.model)?;
-        let total = self.model.num_decode_steps(&session.request);
+        let model = model_of(&self.model, session.network());
+        let (pixels, done) = session.decode_next(model)?;
+        let total = model.num_decode_steps(&session.request);
         if let Some(pixels) = pixels {
             let Some(frames) = to_frames(&pixels, &session.request)? else {
                 let outcome =
@@ -525,7 +575,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn decode_in_f32(&self, id: SessionId, told: usize, events: &mut Events) -> Result<()> {
         let session = self.session(id);
         let Stage::Decode { latents, .. } = &session.stage else { unreachable!("{STAGE_FITS}") };
-        let model = self.read_in_f32(Phase::VaeDecode, &session.request)?;
+        let model = self.read_in_f32(session.network(), Phase::VaeDecode, &session.request)?;
         let mut decoding = model.begin_decode(latents, &session.request)?;
         let total = model.num_decode_steps(&session.request);
         for done in 1..=total {
@@ -610,6 +660,9 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         if request.references.is_some() && self.model.reference_model().is_none() {
             return Err(Error::invalid("reference_images", "this model follows no reference pictures"));
         }
+        if request.refinement.is_some() && self.model.refiner().is_none() {
+            return Err(Error::invalid("denoising_end", "this model has no refiner"));
+        }
         let new = Session::new(request, &self.model);
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
@@ -633,8 +686,8 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         match &first.stage {
             Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &batch.sessions),
             Stage::Denoise(_) => self.denoise_work(&batch.sessions),
-            Stage::Latents(_) => self.model.decode_work(&first.request, 0),
-            Stage::Decode { done, .. } => self.model.decode_work(&first.request, *done),
+            Stage::Latents(_) => model_of(&self.model, first.network()).decode_work(&first.request, 0),
+            Stage::Decode { done, .. } => model_of(&self.model, first.network()).decode_work(&first.request, *done),
         }
     }
 
@@ -668,22 +721,37 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 
 impl<M: DiffusionModel> Session<M> {
     fn new(request: DiffusionRequest, model: &M) -> Self {
-        let mut texts = vec![Some(request.prompt.clone())];
-        texts.extend(request.negative_prompt.as_ref().map(|negative| match negative.text() {
-            None if model.absent_is_empty() => Some(String::new()),
-            text => text.map(str::to_owned),
-        }));
-        let (max_sequence_length, loras) = (request.max_sequence_length, LoraKey::of(&request.loras));
-        let prompts = Input::Prompts(Prompts { texts, max_sequence_length, loras });
+        let prompts_of = |network| {
+            let mut texts = vec![Some(request.prompt.clone())];
+            texts.extend(request.negative_prompt.as_ref().map(|negative| match negative.text() {
+                None if model_of(model, network).absent_is_empty() => Some(String::new()),
+                text => text.map(str::to_owned),
+            }));
+            let (max_sequence_length, loras) = (request.max_sequence_length, LoraKey::of(&request.loras));
+            Input::Prompts(Prompts { texts, max_sequence_length, loras, network })
+        };
+        let prompts = [prompts_of(Network::Base)].into_iter();
+        let prompts = prompts.chain(request.refinement.map(|_| prompts_of(Network::Refiner)));
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.pictures(&request));
         let references = request.references.as_ref().map(|references| {
             let (pictures, guided) = (references.images.clone(), request.negative_prompt.is_some());
             Input::References(ReferenceInput { pictures, guided })
         });
-        let inputs = [prompts].into_iter().chain(references).chain(pictures.into_iter().map(Input::Picture)).collect();
-        let encoded = Encoded { prompts: Vec::new(), pictures: Vec::new(), references: None };
+        let inputs = prompts.chain(references).chain(pictures.into_iter().map(Input::Picture)).collect();
+        let encoded =
+            Encoded { prompts: Vec::new(), refiner_prompts: Vec::new(), pictures: Vec::new(), references: None };
         let stage = Stage::Encode { inputs, encoded };
         Self { request, started: false, adapters: None, skipped_passes: 0, stage }
+    }
+
+    /// Whose networks do the next step.
+    fn network(&self) -> Network {
+        match &self.stage {
+            Stage::Encode { .. } => Network::Base,
+            Stage::Denoise(denoising) => denoising.network,
+            Stage::Latents(_) | Stage::Decode { .. } if self.request.refinement.is_some() => Network::Refiner,
+            Stage::Latents(_) | Stage::Decode { .. } => Network::Base,
+        }
     }
 
     fn step_key(&self, id: SessionId) -> StepKey {
@@ -698,6 +766,7 @@ impl<M: DiffusionModel> Session<M> {
                 is_cached: request.acceleration != Acceleration::None,
                 num_references: request.references.as_ref().map_or(0, |references| references.images.len()),
                 loras: LoraKey::of(&request.loras),
+                network: self.network(),
             }),
             Stage::Latents(_) | Stage::Decode { .. } => StepKey::VaeDecode(id),
         }
@@ -717,8 +786,12 @@ impl<M: DiffusionModel> Session<M> {
         let input = inputs.pop_front().expect(STAGE_FITS);
         let done = match (&input, results) {
             (Input::Prompts(prompts), EncodedInputs::Prompts(by_text)) => {
-                encoded.prompts.extend(prompts.texts.iter().map(|text| by_text[text].clone()));
-                1
+                let branches = match prompts.network {
+                    Network::Base => &mut encoded.prompts,
+                    Network::Refiner => &mut encoded.refiner_prompts,
+                };
+                branches.extend(prompts.texts.iter().map(|text| by_text[text].clone()));
+                1 + usize::from(prompts.network == Network::Refiner)
             }
             (Input::Picture(_), EncodedInputs::Picture(posterior)) => {
                 encoded.pictures.push(posterior.clone());
@@ -727,7 +800,7 @@ impl<M: DiffusionModel> Session<M> {
             (Input::References(_), EncodedInputs::References(tokens)) => {
                 encoded.references = Some(tokens.clone());
                 // After the prompts.
-                2
+                2 + usize::from(!encoded.refiner_prompts.is_empty())
             }
             _ => unreachable!("{STAGE_FITS}"),
         };
@@ -743,6 +816,16 @@ impl<M: DiffusionModel> Session<M> {
         let threshold = model.card().cache_threshold(&self.request);
         let caches = threshold
             .map_or(Vec::new(), |threshold| encoded.prompts.iter().map(|_| BlockCache::new(threshold)).collect());
+        let steps = solver.timesteps().len();
+        let (end, mut total) =
+            (self.request.refinement.map_or(steps, |refined| refined.steps_before), steps - first_step);
+        let mut refiner = None;
+        if let Some(refined) = self.request.refinement {
+            let solver = model_of(model, Network::Refiner).solver(&self.request)?;
+            let (conditioning, first_step) = (std::mem::take(&mut encoded.refiner_prompts), refined.first_step_after);
+            total = end + solver.timesteps().len() - first_step;
+            refiner = Some(Handover { conditioning, solver, first_step });
+        }
         self.stage = Stage::Denoise(Denoising {
             conditioning: std::mem::take(&mut encoded.prompts),
             references: encoded.references.take(),
@@ -751,9 +834,13 @@ impl<M: DiffusionModel> Session<M> {
             solver,
             caches,
             generator,
-            first_step,
             index: first_step,
+            end,
+            done: 0,
+            total,
             repaint,
+            network: Network::Base,
+            refiner,
         });
         Ok(())
     }
@@ -777,8 +864,7 @@ impl<M: DiffusionModel> Session<M> {
     /// Rows that the next step adds to a denoising batch; none where it is of another kind.
     fn num_rows(&self) -> usize {
         let Stage::Denoise(denoising) = &self.stage else { return 0 };
-        let (first, steps) = (denoising.first_step, denoising.solver.timesteps().len());
-        1 + usize::from(self.request.is_guided_at(denoising.index - first, steps - first))
+        1 + usize::from(self.request.is_guided_at(denoising.done, denoising.total))
     }
 
     /// Rows of the next denoising step: the positive branch, then the negative one if the step is guided.
@@ -824,27 +910,33 @@ impl<M: DiffusionModel> Session<M> {
     /// Moves the latents one timestep on: steps done, and steps in all. After the last one only the latents are kept.
     fn advance(&mut self, prediction: &Tensor) -> Result<(usize, usize)> {
         let Stage::Denoise(denoising) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let Denoising { latents, model_input, solver, generator, first_step, index, repaint, caches, .. } = denoising;
+        let Denoising { latents, model_input, solver, generator, index, repaint, caches, .. } = denoising;
         *latents = solver.step(*index, prediction, latents, generator)?;
         *index += 1;
         if let Some(repaint) = repaint {
             *latents = repaint.blend(latents, *index, &**solver)?;
         }
-        let (done, total) = (*index - *first_step, solver.timesteps().len() - *first_step);
+        denoising.done += 1;
+        let (done, total) = (denoising.done, denoising.total);
         if done == total {
             self.skipped_passes = caches.iter().map(BlockCache::skipped).sum();
             self.stage = Stage::Latents(latents.clone());
-        } else {
-            *model_input = solver.scale_model_input(*index, latents)?;
+            return Ok((done, total));
         }
+        if let Some(refiner) = denoising.refiner.take_if(|_| *index == denoising.end) {
+            // As they are: what is noise in them stays, and none is added.
+            (*solver, *index) = (refiner.solver, refiner.first_step);
+            denoising.conditioning = refiner.conditioning;
+            (denoising.references, denoising.network) = (None, Network::Refiner);
+        }
+        *model_input = solver.scale_model_input(*index, latents)?;
         Ok((done, total))
     }
 
     /// The number of the preview that the coming step shows, if it shows one.
     fn due_preview(&self) -> Option<usize> {
-        let Denoising { solver, first_step, index, .. } = self.denoising();
-        let (done, total) = (index + 1 - first_step, solver.timesteps().len() - first_step);
-        due_preview(done, total, self.request.partial_images)
+        let Denoising { done, total, .. } = self.denoising();
+        due_preview(done + 1, *total, self.request.partial_images)
     }
 
     /// The picture that the coming step heads for.

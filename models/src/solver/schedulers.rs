@@ -251,11 +251,15 @@ pub struct Loop {
     pub image_seq_len: Option<usize>,
 }
 
+/// Of every class.
+const DEFAULT_TRAIN_TIMESTEPS: usize = 1000;
+
 /// The schedulers that a checkpoint can be sampled with.
 #[derive(Debug, Clone)]
 pub struct Schedulers {
     own: &'static Scheduler,
     choices: Vec<(&'static Scheduler, SolverConfig)>,
+    num_train_timesteps: usize,
 }
 
 impl Schedulers {
@@ -281,6 +285,8 @@ impl Schedulers {
     /// own.
     pub fn new(own: &'static Scheduler, file: &SchedulerConfig, training: Training) -> Result<Self> {
         let file = as_kept(own.class, file);
+        let num_train_timesteps = file.get("num_train_timesteps").and_then(Value::as_u64);
+        let num_train_timesteps = num_train_timesteps.map_or(DEFAULT_TRAIN_TIMESTEPS, |timesteps| timesteps as usize);
         let mut choices = Vec::new();
         for scheduler in SCHEDULERS.iter().filter(|scheduler| training.classes().contains(&scheduler.class)) {
             let settings = training.settings(own.class, scheduler.class, &file);
@@ -291,7 +297,7 @@ impl Schedulers {
                 Err(_) => (),
             }
         }
-        Ok(Self { own, choices })
+        Ok(Self { own, choices, num_train_timesteps })
     }
 
     /// The scheduler that a request asks for, or the checkpoint's own; likewise its spacing.
@@ -326,6 +332,15 @@ impl Schedulers {
         let DiffusionRequest { scheduler, timestep_spacing, eta, .. } = request;
         let steps = request.num_inference_steps;
         self.start(scheduler, &Loop { steps, timestep_spacing: *timestep_spacing, eta: *eta, image_seq_len })
+    }
+
+    /// Of a request's steps, those that denoise the share `denoising_end` of the noise schedule: those at its timestep and
+    /// before. Source: diffusers `pipeline_stable_diffusion_xl.py` (`denoising_end`) and its sibling for image to image
+    /// (`get_timesteps`, `denoising_start`), whose cut this is too.
+    pub fn steps_before(&self, request: &DiffusionRequest, denoising_end: f64) -> usize {
+        let train = self.num_train_timesteps as f64;
+        let cutoff = (train - denoising_end * train).round_ties_even();
+        self.solver(request, None).timesteps().iter().filter(|timestep| **timestep >= cutoff).count()
     }
 
     /// The solver of a loop whose steps and spacing [`Schedulers::choose`] allows.

@@ -14,6 +14,7 @@ mod lora;
 mod noise_solvers;
 mod overflow;
 mod previews;
+mod refined;
 mod rng;
 mod schedulers;
 mod sdxl;

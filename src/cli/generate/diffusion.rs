@@ -78,6 +78,10 @@ pub struct DiffusionArgs {
     #[arg(long, value_name = "N")]
     max_sequence_length: Option<usize>,
 
+    /// SDXL with a refiner: the share of the noise schedule after which the refiner takes over, above 0 and below 1
+    #[arg(long, value_name = "X")]
+    denoising_end: Option<f64>,
+
     /// Whether the VAE works on tiles of the picture [default: auto, where memory is too short for the whole]
     #[arg(long, value_name = "WHEN")]
     vae_tiling: Option<VaeTiling>,
@@ -133,6 +137,7 @@ impl DiffusionArgs {
             image: base.image,
             mask: base.mask,
             strength: base.strength,
+            denoising_end: self.denoising_end.or(base.denoising_end),
         }
     }
 }

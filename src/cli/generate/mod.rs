@@ -51,6 +51,10 @@ struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     ip_adapter: Option<PathBuf>,
 
+    /// The folder of the refiner that takes over at --denoising-end
+    #[arg(long, value_name = "DIR")]
+    refiner: Option<PathBuf>,
+
     /// The IP-Adapter's vision encoder [default: image_encoder beside the adapter's file]
     #[arg(long, value_name = "DIR", requires = "ip_adapter")]
     image_encoder: Option<PathBuf>,
@@ -76,7 +80,8 @@ struct ModelArgs {
 impl ModelArgs {
     fn source(&self) -> ModelSource {
         let (ip_adapter, image_encoder) = (self.ip_adapter.clone(), self.image_encoder.clone());
-        ModelSource { base: self.base.clone(), ip_adapter, image_encoder, ..ModelSource::at(&self.model) }
+        let (base, refiner) = (self.base.clone(), self.refiner.clone());
+        ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(&self.model) }
     }
 }
 

@@ -35,6 +35,15 @@ pub enum Input {
     References(ReferenceInput),
 }
 
+/// Whose networks do a session's work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// The model's own.
+    Base,
+    /// Those of the refiner that takes over from it.
+    Refiner,
+}
+
 /// All reference pictures of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReferenceInput {
@@ -54,6 +63,8 @@ pub struct Prompts {
     pub max_sequence_length: usize,
     /// What is added to the text encoders' layers.
     pub loras: LoraKey,
+    /// Whose text encoders.
+    pub network: Network,
 }
 
 /// Each text once, in the order in which they first come.
@@ -103,6 +114,8 @@ pub struct ShapeKey {
     pub num_references: usize,
     /// What is added to the network's layers.
     pub loras: LoraKey,
+    /// Whose network.
+    pub network: Network,
 }
 
 impl StepKey {
@@ -119,7 +132,8 @@ impl StepKey {
     fn joins(&self, leader: &StepKey) -> bool {
         match (self, leader) {
             (StepKey::Encode(Input::Prompts(own)), StepKey::Encode(Input::Prompts(leader))) => {
-                own.max_sequence_length == leader.max_sequence_length && own.loras == leader.loras
+                let key = |prompts: &Prompts| (prompts.max_sequence_length, prompts.network);
+                key(own) == key(leader) && own.loras == leader.loras
             }
             _ => self == leader,
         }
@@ -223,6 +237,7 @@ mod tests {
             is_cached: false,
             num_references: 0,
             loras: LoraKey::default(),
+            network: Network::Base,
         };
         (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
@@ -233,7 +248,15 @@ mod tests {
 
     fn prompts(texts: &[&str], max_sequence_length: usize) -> Step {
         let texts = texts.iter().map(|text| Some((*text).to_owned())).collect();
-        (StepKey::Encode(Input::Prompts(Prompts { texts, max_sequence_length, loras: LoraKey::default() })), 0)
+        (
+            StepKey::Encode(Input::Prompts(Prompts {
+                texts,
+                max_sequence_length,
+                loras: LoraKey::default(),
+                network: Network::Base,
+            })),
+            0,
+        )
     }
 
     fn decode(id: u64) -> Step {
@@ -310,7 +333,12 @@ mod tests {
 
     #[test]
     fn an_absent_text_takes_no_row() {
-        let absent = Prompts { texts: vec![Some("a".into()), None], max_sequence_length: 8, loras: LoraKey::default() };
+        let absent = Prompts {
+            texts: vec![Some("a".into()), None],
+            max_sequence_length: 8,
+            loras: LoraKey::default(),
+            network: Network::Base,
+        };
         assert_eq!(distinct_texts([&absent, &absent]), ["a"]);
     }
 

@@ -20,6 +20,8 @@ use crate::vae::Posterior;
 pub struct Encoded<C> {
     /// One per guidance branch, the positive one first.
     pub prompts: Vec<Arc<C>>,
+    /// The same for the refiner, where it takes over.
+    pub refiner_prompts: Vec<Arc<C>>,
     /// As listed by [`super::PictureModel::pictures`].
     pub pictures: Vec<Arc<Posterior>>,
     /// Of the reference pictures, where there are some.
