@@ -4,7 +4,7 @@
 //! the runner puts the terms of that step's requests into the slots ([`adapters`]), and the layer adds `scale · B(A x)`
 //! to its result. No network's code knows of it. Files are found by name in a folder ([`library`]), their tensors'
 //! names are taken for layers in whichever dialect they are written ([`names`]), and they are checked against the model
-//! before a request is accepted ([`file`]).
+//! before a request is accepted ([`mod@file`]).
 //!
 //! Deliberately does not know: any architecture. What a family's layers are called elsewhere is the family's to say.
 
