@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use tale_models::ModelCard;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
@@ -14,9 +15,8 @@ use tale_models::resample::Filter;
 use tale_models::runner::Runner;
 use tale_models::vae::kl::{KlConfig, KlEncoder};
 use tale_models::weights::Weights;
-use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, golden_json, golden_tensors, pictures, psnr};
 
 /// Of the checkpoints with these names, and one that only edits pictures.
 const CASES: [&str; 5] = ["sdxl-a", "sdxl-b", "flux-dev", "flux-schnell", REFINER];
@@ -104,30 +104,6 @@ fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn R
     let loaded = tale_models::load(checkpoint(case).as_path(), &placement, &options, &mut |_| ()).unwrap();
     let ModelCard::Diffusion(card) = loaded.card else { panic!("{case} makes pictures") };
     (card, loaded.runner)
-}
-
-/// Runs sessions to their end, each submitted one step after the one before.
-fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn pictures_are_the_reference_ones() {
     let tensors = golden_tensors(CASE);
     for (run, (adapter, options)) in runs(&tensors).into_iter().enumerate() {
         let (card, mut runner) = load_runner(&adapter, 4);
-        let picture = &pictures_of(&mut *runner, &[card.resolve(options, 0).unwrap()])[0];
+        let picture = &crate::support::pictures(&mut *runner, &[card.resolve(options, 0).unwrap()])[0];
         let expected: Vec<u8> = tensors[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
         let found = psnr(&picture.rgb, &expected);
         println!("run {run}: {found:.1} dB");
@@ -138,9 +138,11 @@ fn batched_sessions_give_the_pictures_of_lone_ones() {
                 card.resolve(options, i as u64).unwrap()
             })
             .collect();
-        let alone: Vec<Frame> =
-            variants.iter().map(|request| pictures_of(&mut *runner, std::slice::from_ref(request)).remove(0)).collect();
-        for (i, (together, alone)) in pictures_of(&mut *runner, &variants).iter().zip(&alone).enumerate() {
+        let alone: Vec<Frame> = variants
+            .iter()
+            .map(|request| crate::support::pictures(&mut *runner, std::slice::from_ref(request)).remove(0))
+            .collect();
+        for (i, (together, alone)) in crate::support::pictures(&mut *runner, &variants).iter().zip(&alone).enumerate() {
             let found = psnr(&together.rgb, &alone.rgb);
             assert!(found >= MIN_PSNR, "{adapter} session {i}: {found:.1} dB against itself alone");
         }
@@ -157,7 +159,7 @@ fn scale_zero_and_no_picture_are_no_adapter() {
         };
         let reference_images = scale.iter().map(|_| pictures(&tensors)[0].clone()).collect();
         let options = DiffusionOptions { reference_images, ip_adapter_scale: scale, ..small(2) };
-        pictures_of(&mut *runner, &[card.resolve(options, 1).unwrap()]).remove(0)
+        crate::support::pictures(&mut *runner, &[card.resolve(options, 1).unwrap()]).remove(0)
     };
     let plain = picture(None, None);
     for (adapter, _) in ADAPTERS {
@@ -299,28 +301,4 @@ fn open_model(adapter: &str) -> SdxlModel {
         SdxlModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap();
     let files = IpAdapterFiles::find(&case_dir(CASE).join(adapter), None).unwrap();
     model.with_ip_adapter(&files, &manifest, &open(&files.adapter), &open(&files.image_encoder)).unwrap()
-}
-
-/// Runs sessions to their end, each submitted one step after the one before.
-fn pictures_of(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }

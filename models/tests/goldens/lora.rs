@@ -10,9 +10,9 @@ use tale_models::family::LoadOptions;
 use tale_models::lora::LoraOption;
 use tale_models::request::{DiffusionRequest, Frame};
 use tale_models::runner::Runner;
-use tale_models::{Error, Event, Events, ModelCard, ModelSource, Request, SessionId};
+use tale_models::{Error, ModelCard, ModelSource, Request};
 
-use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{case_dir, golden_json, golden_tensors, pictures, psnr};
 
 const CASE: &str = "lora";
 const MIN_PSNR: f64 = 50.0;
@@ -270,28 +270,4 @@ impl Loaded {
         let ModelCard::Diffusion(card) = loaded.card else { panic!("makes pictures") };
         Self { card, runner: loaded.runner }
     }
-}
-
-/// Runs sessions to their end, each submitted one step after the one before.
-fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }

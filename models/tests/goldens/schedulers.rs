@@ -7,15 +7,15 @@ use serde_json::Value;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::DiffusionRequest;
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::solver::Solver;
 use tale_models::solver::config::SchedulerConfig;
 use tale_models::solver::schedulers::{Chosen, Loop, SCHEDULERS, Scheduler, Schedulers, Training};
-use tale_models::{DiffusionCard, Event, Events, ModelCard, Request, SessionId};
+use tale_models::{DiffusionCard, ModelCard};
 
-use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, pictures, psnr};
 
 const STEPS: &str = "schedulers";
 const PICTURES: &str = "sdxl-schedulers";
@@ -244,28 +244,4 @@ fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest 
     let own = run["own"].as_str().unwrap_or("EulerDiscreteScheduler");
     assert_eq!(request.scheduler.name, run["scheduler"].as_str().unwrap_or(own), "the effective name");
     request
-}
-
-/// Runs sessions to their end, each submitted one step after the one before.
-fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }

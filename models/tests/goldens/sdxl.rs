@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
+use tale_models::ModelCard;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::sdxl::{SdxlConditioning, SdxlModel};
@@ -15,9 +16,8 @@ use tale_models::runner::Runner;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::vae::kl::{KlConfig, KlDecoder};
 use tale_models::weights::Weights;
-use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, pictures, psnr};
 
 const CASES: [&str; 2] = ["sdxl-a", "sdxl-b"];
 /// f32 on both sides, other orders of summation.
@@ -275,30 +275,6 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
         card.resolve(options, 0).unwrap()
     };
     golden["runs"].as_array().unwrap().iter().map(request).collect()
-}
-
-/// Runs sessions to their end, each submitted one step after the one before.
-pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }
 
 fn row(values: &[f64]) -> Tensor {

@@ -6,8 +6,8 @@ use tale_models::families::sdxl::SdxlConditioning;
 use tale_models::request::DiffusionRequest;
 use tale_models::runner::diffusion::DiffusionModel;
 
-use crate::sdxl::{branches, load_runner, open_model, pictures};
-use crate::support::{assert_close, golden_json, golden_tensors, psnr};
+use crate::sdxl::{branches, load_runner, open_model};
+use crate::support::{assert_close, golden_json, golden_tensors, pictures, psnr};
 
 const CASE: &str = "sdxl-prompts";
 const TEXT_TOLERANCE: f64 = 1e-5;

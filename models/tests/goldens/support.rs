@@ -4,7 +4,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::runner::Runner;
 use tale_models::testing::repository;
+use tale_models::{Event, Events, Request, SessionId};
 
 /// Folder of one golden case.
 pub fn case_dir(case: &str) -> PathBuf {
@@ -81,4 +84,28 @@ pub fn edit_tensors(folder: &Path, prefix: &str, change: impl Fn(&Tensor) -> Ten
         candle_core::safetensors::save(&tensors, &file).expect("written");
     }
     assert!(edited > 0, "{}: no tensor {prefix}", folder.display());
+}
+
+/// Runs sessions to their end, each submitted one step after the one before.
+pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
+    let mut waiting = requests.iter().cloned().enumerate();
+    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
+    loop {
+        if let Some((id, request)) = waiting.next() {
+            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
+        }
+        if runner.next().is_none() {
+            break;
+        }
+        let mut events = Events::default();
+        runner.step(&mut events).unwrap();
+        for (id, event) in events.drain() {
+            match event {
+                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
+                Event::Failed(error) => panic!("session {id:?}: {error}"),
+                _ => (),
+            }
+        }
+    }
+    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
 }
