@@ -9,7 +9,8 @@ use tale_models::request::{DiffusionRequest, Frame, Phase};
 use tale_models::runner::Runner;
 use tale_models::{Event, Events, ModelCard, ModelSource, Request, SessionId};
 
-use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+use crate::gpu::emulated;
+use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr};
 
 const CASE: &str = "sdxl-refined";
 const BASE: &str = "sdxl-a";
@@ -176,4 +177,32 @@ fn what_is_no_refiner_of_a_model_is_refused() {
     assert!(names.contains(&"refiner/unet") && !names.contains(&"refiner/text_encoder"), "{names:?}");
     let left: usize = inspection.components.iter().map(|(_, report)| report.unused.len()).sum();
     assert_eq!(left, 0, "tensors that nothing uses");
+}
+
+/// Norms divide by what this multiplies, so that f32 makes nearly the same picture of it; f16 ends at 65504.
+#[test]
+fn a_refiner_that_overflows_f16_computes_once_more_in_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&case_dir(REFINER).join("checkpoint"), dir.path());
+    edit_tensors(&dir.path().join("unet"), "conv_in.", |x| (x * 32768.0).unwrap());
+    let source = ModelSource { refiner: Some(dir.path().to_path_buf()), ..source(BASE, REFINER) };
+    let picture = |placement: &Placement| {
+        let loaded = tale_models::load(&source, placement, &LoadOptions::default(), &mut |_| ()).unwrap();
+        let ModelCard::Diffusion(card) = loaded.card else { panic!("SDXL makes pictures") };
+        let (mut runner, options) = (loaded.runner, DiffusionOptions { denoising_end: Some(0.5), ..options() });
+        pictures(&mut *runner, &[card.resolve(options, 7).unwrap()]).0.remove(0)
+    };
+    let expected = picture(&Placement::open(DeviceSpec::Cpu, WeightDtype::F32).unwrap());
+    let check = |placement: &Placement| {
+        let found = psnr(&picture(placement).rgb, &expected.rgb);
+        assert!(found >= 30.0, "{found:.1} dB from the picture of f32");
+    };
+    let (spec, dtype) = (DeviceSpec::Cuda(0), WeightDtype::F16);
+    if cfg!(feature = "emulator") {
+        emulated(|| check(&Placement::in_host_memory(spec, dtype)));
+    }
+    match Placement::open(spec, dtype) {
+        Ok(placement) => check(&placement),
+        Err(problem) => eprintln!("NOT RUN on a GPU: {problem}"),
+    }
 }
