@@ -428,7 +428,9 @@ impl Sizes {
         let preview = if request.partial_images > 0 { self.vae.preview_bytes(dtype) } else { 0 };
         let (picture, begin) = match &request.edit {
             // Its latents, its noise, its mask.
-            Some(_) => (latents, self.vae.encode_bytes(request.width * request.height, dtype)),
+            Some(_) => {
+                (latents, self.vae.peak_encode_bytes((request.height, request.width), request.vae_tiling, dtype))
+            }
             None => (0, 0),
         };
         let phases = [
@@ -605,11 +607,11 @@ impl DiffusionModel for SdxlModel {
 
 impl PictureModel for SdxlModel {
     fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
-        self.vae_encoder.encode(&input.picture, input.blanked.as_deref())
+        self.vae_encoder.encode(&input.picture, input.blanked.as_deref(), input.tiled)
     }
 
     fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
-        self.vae_encoder.work(input.picture.height, input.picture.width)
+        self.vae_encoder.work((input.picture.height, input.picture.width), input.tiled)
     }
 
     fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {

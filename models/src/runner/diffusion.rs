@@ -157,8 +157,9 @@ pub trait DiffusionModel: Send {
 pub trait PictureModel {
     /// The pictures that a request has encoded, in this order.
     fn pictures(&self, request: &DiffusionRequest) -> Vec<PictureInput> {
-        let picture = |edit: &crate::request::Edit| PictureInput { picture: edit.image.clone(), blanked: None };
-        request.edit.iter().map(picture).collect()
+        let tiled = request.vae_tiling;
+        let pictures = request.edit.iter().map(|edit| edit.image.clone());
+        pictures.map(|picture| PictureInput { picture, blanked: None, tiled }).collect()
     }
 
     /// What the VAE says of one of them.

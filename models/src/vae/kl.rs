@@ -175,9 +175,28 @@ impl KlConfig {
         if self.force_upcast && dtype == DType::F16 { DType::F32 } else { dtype }
     }
 
+    /// Bytes that encoding a picture of this height and width needs at its peak, in tiles or not, where its neighbours
+    /// compute in `dtype`.
+    pub fn peak_encode_bytes(&self, (height, width): (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let Some(tiling) = self.picture_tiles((height, width), tiled) else {
+            return self.encode_bytes(height * width, dtype);
+        };
+        let (tile_height, tile_width) = tiling.largest(height, width);
+        // Beside the tile: the moments kept so far, and once more when they are joined.
+        let moments = 2 * self.latent_channels * size_of::<f32>();
+        let latents = height * width / self.vae_scale_factor().pow(2);
+        self.encode_bytes(tile_height * tile_width, dtype) + 2 * latents * moments
+    }
+
+    /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
+    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        let tiling = Tiling::of_pixels(self.sample_size, self.sample_size / self.vae_scale_factor());
+        tiling.filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
     /// Bytes that encoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: as of
     /// decoding, since the levels are the same, but for a block's first half, which has the channels of the level before.
-    pub fn encode_bytes(&self, pixels: usize, dtype: DType) -> usize {
+    fn encode_bytes(&self, pixels: usize, dtype: DType) -> usize {
         let widest =
             self.block_out_channels.iter().enumerate().map(|(level, channels)| (pixels >> (2 * level)) * channels);
         LIVE_COPIES * widest.max().unwrap_or(0) * self.own_dtype(dtype).size_in_bytes()
@@ -188,8 +207,8 @@ impl KlConfig {
         Tiling::of_latents(self.sample_size / self.vae_scale_factor(), self.sample_size)
     }
 
-    /// When pictures are decoded in tiles, where neighbours compute in `dtype` and a session meanwhile holds its latents at
-    /// most so many times.
+    /// When the VAE works in tiles, where neighbours compute in `dtype` and a session meanwhile holds its latents at most so
+    /// many times. Decoding says it, which takes more than encoding.
     pub fn vae_tiling(&self, dtype: DType, latent_copies: usize) -> Option<VaeTiling> {
         self.tiling()?;
         // Whole squares of latents, so that no level is rounded.

@@ -51,6 +51,15 @@ impl Tiling {
         (tiling.stride > 0 && latents * scale == pixels && tiling.stride * scale == tiling.keep).then_some(tiling)
     }
 
+    /// The tiles of the way back: of so many pixels, each of which becomes a tile of `latents`.
+    pub fn of_pixels(pixels: usize, latents: usize) -> Option<Self> {
+        let there = Self::of_latents(latents, pixels)?;
+        let blend = share(latents, OVERLAP);
+        let tiling = Self { side: pixels, stride: share(pixels, 1.0 - OVERLAP), blend, keep: latents - blend };
+        // Each place is where the decoder's tiles have it.
+        (tiling.stride == there.keep && tiling.keep == there.stride).then_some(tiling)
+    }
+
     /// Whether a picture of this size is more than one tile.
     pub fn splits(&self, height: usize, width: usize) -> bool {
         height > self.side || width > self.side
@@ -179,12 +188,16 @@ mod tests {
         assert_eq!(tiling.window(128, 97, 4), Window { top: 48, left: 48, height: 64, width: 49 });
         assert_eq!(tiling.window(128, 97, 8), Window { top: 96, left: 96, height: 32, width: 1 });
         assert_eq!(tiling.largest(128, 32), (64, 32));
+        let back = Tiling::of_pixels(512, 64).expect("fits");
+        assert_eq!(back, Tiling { side: 512, stride: 384, blend: 16, keep: 48 });
+        assert_eq!(back.count(1024, 776), tiling.count(128, 97));
     }
 
     #[test]
     fn sizes_whose_overlaps_do_not_meet_have_no_tiles() {
         for (latents, pixels) in [(125, 1000), (1, 8), (0, 8), (12, 100), (6, 48)] {
             assert_eq!(Tiling::of_latents(latents, pixels), None, "{latents} latents, {pixels} pixels");
+            assert_eq!(Tiling::of_pixels(pixels, latents), None, "{pixels} pixels, {latents} latents");
         }
         assert!(Tiling::of_latents(4, 32).is_some());
     }

@@ -1,5 +1,7 @@
 //! Pictures whose VAE works in tiles.
 
+use std::sync::Arc;
+
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
@@ -72,6 +74,55 @@ fn pictures_in_tiles_are_the_reference_ones() {
             panic!("makes pictures")
         };
         assert_eq!(small.resolve(options(None), 0).expect("valid"), asked);
+    }
+}
+
+#[test]
+fn pictures_to_begin_from_are_encoded_in_tiles() {
+    let (golden, tensors) = (golden_json("tiling"), golden_tensors("tiling"));
+    for (run, facts) in golden["edits"].as_array().expect("edits").iter().enumerate() {
+        let (card, mut runner) = load(facts["checkpoint"].as_str().expect("a case"));
+        let pixels = |name: &str| -> Vec<u8> {
+            tensors[&format!("edit{run}.{name}")].flatten_all().and_then(|x| x.to_vec1()).expect("a picture")
+        };
+        let number = |field: &str| facts[field].as_u64().expect("a number") as usize;
+        let (width, height) = (number("width"), number("height"));
+        let options = |vae_tiling| DiffusionOptions {
+            prompt: facts["prompt"].as_str().expect("a prompt").to_owned(),
+            image: Some(Arc::new(Frame { width, height, rgb: pixels("input") })),
+            strength: facts["strength"].as_f64(),
+            num_inference_steps: Some(number("num_inference_steps")),
+            guidance_scale: facts["guidance_scale"].as_f64(),
+            seed: facts["seed"].as_u64(),
+            vae_tiling: Some(vae_tiling),
+            ..Default::default()
+        };
+        let (tiled, whole) =
+            (card.resolve(options(true), 0).expect("valid"), card.resolve(options(false), 0).expect("valid"));
+        let work = |runner: &mut dyn Runner, request: &DiffusionRequest| {
+            runner.submit(SessionId(2), Request::Diffusion(request.clone())).expect("accepted");
+            let (mut events, mut flops) = (Events::default(), 0.0);
+            while runner.next().is_some_and(|plan| plan.phase != Phase::Denoise) {
+                flops = runner.next_work().flops;
+                runner.step(&mut events).expect("a step");
+            }
+            runner.cancel(SessionId(2));
+            flops
+        };
+        assert!(work(&mut *runner, &tiled) > work(&mut *runner, &whole), "tiles overlap: {} of them", number("tiles"));
+        let bytes = |request: &DiffusionRequest| {
+            let plan = runner.plan(&Request::Diffusion(request.clone()));
+            plan.phases().iter().find(|of| of.phase == Phase::VaeEncode).map(|of| of.bytes).expect("is planned")
+        };
+        assert!(bytes(&tiled) < bytes(&whole), "edit {run}: {} and {} bytes", bytes(&tiled), bytes(&whole));
+        let expected = pixels("image");
+        let distance = psnr(&picture(&mut *runner, tiled).0.rgb, &expected);
+        println!("tiling edit {run}: {distance:.1} dB");
+        assert!(distance >= MIN_PSNR, "edit {run}: {distance:.1} dB");
+        assert!(
+            psnr(&picture(&mut *runner, whole).0.rgb, &expected) < MIN_PSNR,
+            "edit {run}: tiles make no difference"
+        );
     }
 }
 

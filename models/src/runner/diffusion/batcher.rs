@@ -85,6 +85,8 @@ pub struct PictureInput {
     pub picture: Arc<Frame>,
     /// What is blanked before.
     pub blanked: Option<Arc<Mask>>,
+    /// Whether the VAE works on it in tiles, where it is larger than one.
+    pub tiled: bool,
 }
 
 impl Input {

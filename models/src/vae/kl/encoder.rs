@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm};
 use crate::request::{Frame, MASK_THRESHOLD, Mask};
 use crate::vae::Posterior;
+use crate::vae::tiling::{Mosaic, Window};
 use crate::weights::Weights;
 use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
@@ -68,17 +69,38 @@ impl KlEncoder {
         })
     }
 
-    /// Least work of encoding one picture of this height and width.
-    pub fn work(&self, height: usize, width: usize) -> StepWork {
-        StepWork { flops: self.config.encode_flops(height, width), bytes: self.weight_bytes as f64 }
+    /// Least work of encoding a picture of this height and width, in tiles or not.
+    pub fn work(&self, (height, width): (usize, usize), tiled: bool) -> StepWork {
+        let bytes = self.weight_bytes as f64;
+        let pass = |window: Window| StepWork { flops: self.config.encode_flops(window.height, window.width), bytes };
+        match self.config.picture_tiles((height, width), tiled) {
+            None => pass(Window { top: 0, left: 0, height, width }),
+            Some(tiling) => (0..tiling.count(height, width)).map(|tile| pass(tiling.window(height, width, tile))).sum(),
+        }
     }
 
-    /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers.
-    pub fn encode(&self, picture: &Frame, blanked: Option<&Mask>) -> Result<Posterior> {
+    /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers. `tiled`: in
+    /// tiles, where it is larger than one.
+    pub fn encode(&self, picture: &Frame, blanked: Option<&Mask>, tiled: bool) -> Result<Posterior> {
+        let (height, width) = (picture.height, picture.width);
+        let moments = |window| self.moments(pixels(picture, blanked, window), window);
+        let Some(tiling) = self.config.picture_tiles((height, width), tiled) else {
+            return posterior(&moments(Window { top: 0, left: 0, height, width })?);
+        };
+        let mut mosaic = Mosaic::new(tiling, height, width);
+        for tile in 0..tiling.count(height, width) {
+            if let Some(whole) = mosaic.push(moments(tiling.window(height, width, tile))?)? {
+                return posterior(&whole);
+            }
+        }
+        unreachable!("a mosaic is whole with its last tile: this is a bug")
+    }
+
+    /// Mean and logarithm of the variance of the latents of these pixels, side by side in f32.
+    fn moments(&self, pixels: Vec<f32>, Window { height, width, .. }: Window) -> Result<Tensor> {
         // The pixels are gone before the first block.
         let mut x = {
-            let pixels = pixels(picture, blanked);
-            let pixels = Tensor::from_vec(pixels, (1, 3, picture.height, picture.width), &self.device)?;
+            let pixels = Tensor::from_vec(pixels, (1, 3, height, width), &self.device)?;
             self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?
         };
         for block in &self.down_blocks {
@@ -93,9 +115,7 @@ impl KlEncoder {
         if let Some(conv) = &self.quant_conv {
             x = conv.forward(&x)?;
         }
-        let halves = x.to_dtype(DType::F32)?.chunk(2, 1)?;
-        let log_variance = halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())?;
-        Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
+        Ok(x.to_dtype(DType::F32)?)
     }
 
     /// Latents of the VAE as the denoising network knows them.
@@ -114,11 +134,27 @@ impl KlEncoder {
     }
 }
 
-/// Channel by channel, in -1..=1.
-fn pixels(picture: &Frame, blanked: Option<&Mask>) -> Vec<f32> {
+/// Of the moments of a whole picture.
+fn posterior(moments: &Tensor) -> Result<Posterior> {
+    let halves = moments.chunk(2, 1)?;
+    let log_variance = halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())?;
+    Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
+}
+
+/// Of a part of a picture, channel by channel, in -1..=1.
+fn pixels(picture: &Frame, blanked: Option<&Mask>, window: Window) -> Vec<f32> {
     let is_blank = |i: usize| blanked.is_some_and(|mask| mask.grey[i] >= MASK_THRESHOLD);
-    let value = |(i, byte): (usize, &u8)| if is_blank(i) { 0.0 } else { 2.0 * (f32::from(*byte) / 255.0) - 1.0 };
-    (0..3).flat_map(|channel| picture.rgb.iter().skip(channel).step_by(3).enumerate().map(value)).collect()
+    let mut pixels = Vec::with_capacity(3 * window.height * window.width);
+    for channel in 0..3 {
+        for row in window.top..window.top + window.height {
+            let first = row * picture.width + window.left;
+            pixels.extend((first..first + window.width).map(|i| match is_blank(i) {
+                true => 0.0,
+                false => 2.0 * (f32::from(picture.rgb[3 * i + channel]) / 255.0) - 1.0,
+            }));
+        }
+    }
+    pixels
 }
 
 impl KlConfig {
