@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de};
 use tale_models::ModelSource;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::family::{LoadFormat, LoadOptions};
+use tale_models::family::{LoadFormat, LoadOptions, TextEncoders};
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::ServerOptions;
@@ -88,6 +88,11 @@ pub struct Settings {
     #[serde(deserialize_with = "parsed")]
     pub lora_cache: Option<ByteSize>,
 
+    /// Text encoders of pictures' and clips' models: resident (on the device), on-demand (there while prompts are encoded), or
+    /// auto [default: auto, which is resident where everything fits]
+    #[arg(long, value_name = "WHERE")]
+    pub text_encoders: Option<TextEncoderPlace>,
+
     /// Most requests that may wait for one model; more are refused with 429 [default: 256]
     #[arg(long, value_name = "N")]
     pub max_queued: Option<NonZeroUsize>,
@@ -120,6 +125,30 @@ pub struct Settings {
     /// Form of the log lines on stderr [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+/// Where text encoders are while no prompt is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum TextEncoderPlace {
+    /// On the device where everything fits; else some come and go.
+    #[default]
+    Auto,
+    /// On the device.
+    Resident,
+    /// Read for each encoding, and gone after it.
+    OnDemand,
+}
+
+impl TextEncoderPlace {
+    /// `None` leaves it to the engine.
+    pub fn chosen(self) -> Option<TextEncoders> {
+        match self {
+            Self::Auto => None,
+            Self::Resident => Some(TextEncoders::Resident),
+            Self::OnDemand => Some(TextEncoders::OnDemand),
+        }
+    }
 }
 
 /// Form of the log lines.
@@ -229,6 +258,7 @@ impl Settings {
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
             lora_cache: self.lora_cache.or(file.lora_cache),
+            text_encoders: self.text_encoders.or(file.text_encoders),
             max_queued: self.max_queued.or(file.max_queued),
             max_requests: self.max_requests.or(file.max_requests),
             max_active_jobs: self.max_active_jobs.or(file.max_active_jobs),
@@ -252,7 +282,9 @@ impl Settings {
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
                 lora_cache_bytes: self.lora_cache.map_or(load.lora_cache_bytes, |size| size.0),
+                text_encoders: load.text_encoders,
             },
+            text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
         }

@@ -418,7 +418,8 @@ fn inspect_says_what_a_checkpoint_is() {
     }
 }
 
-/// The plan of a request with the model's own sizes: what each phase needs, tiles where a whole picture has no room.
+/// The plan of a request with the model's own sizes: what each phase needs; where memory is short, text encoders that leave
+/// the device, and tiles where a whole picture has no room even then.
 #[test]
 fn inspect_plans_the_memory_of_a_request() {
     let checkpoint = Golden::read("flux-schnell").checkpoint;
@@ -439,10 +440,20 @@ fn inspect_plans_the_memory_of_a_request() {
     let decode = phases(&whole)[2].1;
     let memory = (whole["memory_bytes"].as_u64().unwrap() + decode / 2).to_string();
     let tiled = report(&["--memory", &memory]);
-    assert_eq!((&tiled["request"]["vae_tiling"], &tiled["request"]["free_bytes"]), (&json!(true), &json!(decode / 2)));
+    let components = tiled["components"].as_array().unwrap().iter();
+    let encoders = components.filter(|of| of["name"].as_str().unwrap().starts_with("text_encoder"));
+    let encoder_bytes: u64 = encoders.map(|of| of["memory_bytes"].as_u64().unwrap()).sum();
+    let request = &tiled["request"];
+    assert_eq!((&request["vae_tiling"], &request["on_demand_bytes"]), (&json!(true), &json!(encoder_bytes)));
+    assert_eq!(request["free_bytes"], decode / 2 + encoder_bytes);
+    assert_eq!(phases(&tiled)[0].1, phases(&whole)[0].1 + encoder_bytes);
     assert!(phases(&tiled)[2].1 < decode / 2, "{tiled}");
     let text = succeed(&["inspect", &checkpoint, "--memory", &memory]);
-    assert!(text.contains("its VAE in tiles") && text.contains("fit"), "{text}");
+    assert!(
+        text.contains("its VAE in tiles") && text.contains("are read for each encoding") && text.contains("fit"),
+        "{text}"
+    );
+    assert_eq!(whole["request"]["on_demand_bytes"], 0);
     assert_eq!(
         succeed(&["inspect", &Golden::read("qwen2").checkpoint, "--json"]).matches("\"request\": null").count(),
         1

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::lora::LoraSupport;
 use crate::manifest::Manifest;
 use crate::runner::Runner;
+use crate::runner::diffusion::on_demand::OnDemand;
 use crate::source::ModelSource;
 use crate::weights::{Weights, WeightsReport};
 
@@ -25,6 +26,11 @@ pub trait Family: Sync {
 
     /// Whether the checkpoint is of this family.
     fn detects(&self, manifest: &Manifest) -> bool;
+
+    /// Components that work on prompts alone and may be away from the device in between, if there are such.
+    fn text_encoders(&self) -> &'static [&'static str] {
+        &[]
+    }
 
     /// Builds the model from the weights that `open` gives for each component (`""` for a whole-folder model).
     /// `inspect` calls it with dry weights, `load` with real ones.
@@ -49,12 +55,31 @@ enum Mode {
     Inspect,
 }
 
+/// Which components are for the device; the others are dry: not even their shapes are made there.
+#[derive(Clone, Copy)]
+enum Parts<'a> {
+    All,
+    /// These alone.
+    Only(&'a [&'a str]),
+    /// All but these.
+    Without(&'a [&'a str]),
+}
+
+impl Parts<'_> {
+    fn contains(self, component: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(names) => names.contains(&component),
+            Self::Without(names) => !names.contains(&component),
+        }
+    }
+}
+
 /// Opens a component's weights by folder name and reports progress; remembers them for [`inspect`].
 pub struct OpenWeights<'a> {
     source: &'a ModelSource,
     placement: &'a Placement,
-    /// Components that are read; all others are dry. `None`: all are alike.
-    only: Option<&'a [&'a str]>,
+    parts: Parts<'a>,
     mode: Mode,
     format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
@@ -65,7 +90,6 @@ impl OpenWeights<'_> {
     /// The weights of the component in folder `name`; the empty name is the checkpoint folder itself.
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
-        (self.on_component)(name);
         let (mode, placement) = self.how(name);
         let weights = match self.of_single_file(manifest, name, mode, &placement) {
             Some(weights) => weights,
@@ -80,7 +104,6 @@ impl OpenWeights<'_> {
         if self.format == LoadFormat::Dummy {
             return Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"));
         }
-        (self.on_component)(name);
         let (mode, placement) = self.how(name);
         let weights = match mode {
             Mode::Load => Weights::open(path, &placement)?,
@@ -115,12 +138,34 @@ impl OpenWeights<'_> {
         self.opened.iter().try_for_each(|(component, weights)| weights.check_fit(&config(component)))
     }
 
-    /// How the component of this name is opened. What is left out is not even shaped on the device.
-    fn how(&self, name: &str) -> (Mode, Placement) {
-        match self.only.is_some_and(|names| !names.contains(&name)) {
-            true => (Mode::Inspect, self.placement.in_memory_of_the_host()),
-            false => (self.mode, self.placement.clone()),
+    /// How the component of this name is opened.
+    fn how(&mut self, name: &str) -> (Mode, Placement) {
+        match self.parts.contains(name) {
+            true => {
+                (self.on_component)(name);
+                (self.mode, self.placement.clone())
+            }
+            false => (Mode::Inspect, self.placement.in_memory_of_the_host()),
         }
+    }
+
+    /// What gives text encoders that are not kept on the device to work with; `None` where they are. Asked when all
+    /// components have been opened.
+    pub fn text_encoders<M: 'static>(&self, build: Build<M>) -> Option<OnDemand<M>> {
+        let Parts::Without(components) = self.parts else { return None };
+        let reread = self.reread();
+        let components: Vec<String> = components.iter().map(|name| (*name).to_owned()).collect();
+        let read = move || {
+            let names: Vec<&str> = components.iter().map(String::as_str).collect();
+            Ok(reread.built(reread.placement.clone(), Mode::Load, &names, build)?.0)
+        };
+        Some(OnDemand::new(self.bytes(|name| !self.parts.contains(name)), Box::new(read)))
+    }
+
+    /// Bytes that opened components take on the device once they are there.
+    fn bytes(&self, which: impl Fn(&str) -> bool) -> usize {
+        let opened = self.opened.iter().filter(|(name, _)| which(name));
+        opened.map(|(_, weights)| weights.report().resident_bytes).sum()
     }
 
     /// For whoever may want to read parts of the model once more.
@@ -152,7 +197,7 @@ pub struct Reread {
 }
 
 /// What makes a model of the weights that are opened for it.
-type Build<M> = fn(&Manifest, &mut OpenWeights<'_>) -> Result<M>;
+pub type Build<M> = fn(&Manifest, &mut OpenWeights<'_>) -> Result<M>;
 
 impl Reread {
     /// A model whose components of these names are read in f32. The others are dry: they take no memory, and nothing may be
@@ -190,7 +235,7 @@ impl Reread {
         let mut open = OpenWeights {
             source: &self.source,
             placement: &placement,
-            only: Some(components),
+            parts: Parts::Only(components),
             mode,
             format,
             on_component: &mut |_| (),
@@ -262,6 +307,16 @@ impl std::str::FromStr for LoadFormat {
     }
 }
 
+/// Where text encoders are while no prompt is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TextEncoders {
+    /// On the device.
+    #[default]
+    Resident,
+    /// Nowhere: they are read for the steps that encode prompts, whose sessions have reserved their bytes.
+    OnDemand,
+}
+
 /// Where weights come from, and sizes of what a runner allocates beside them.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
@@ -277,6 +332,8 @@ pub struct LoadOptions {
     pub max_denoise_rows: usize,
     /// Bytes of device memory for LoRA files that no request uses, for each model that has a folder of them.
     pub lora_cache_bytes: usize,
+    /// Where the text encoders of a model that makes pictures or clips are while no prompt is encoded.
+    pub text_encoders: TextEncoders,
 }
 
 impl Default for LoadOptions {
@@ -288,6 +345,7 @@ impl Default for LoadOptions {
             max_batch_sequences: 64,
             max_denoise_rows: 4,
             lora_cache_bytes: 1 << 30,
+            text_encoders: TextEncoders::Resident,
         }
     }
 }
@@ -313,6 +371,8 @@ pub struct Inspection {
     pub components: Vec<(String, WeightsReport)>,
     /// Bytes of fixed caches beside the weights (the KV pool of a language model).
     pub cache_bytes: usize,
+    /// Bytes of the components that are read on demand.
+    pub on_demand_bytes: usize,
     /// Why the model could not be built although its tensors are there, if so.
     pub problem: Option<Error>,
 }
@@ -320,7 +380,8 @@ pub struct Inspection {
 impl Inspection {
     /// Bytes that the model takes on the device once it is loaded.
     pub fn resident_bytes(&self) -> usize {
-        self.cache_bytes + self.components.iter().map(|(_, report)| report.resident_bytes).sum::<usize>()
+        let components = self.components.iter().map(|(_, report)| report.resident_bytes).sum::<usize>();
+        self.cache_bytes + components - self.on_demand_bytes
     }
 }
 
@@ -335,11 +396,12 @@ pub fn load(
     let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
     let (source, mode, format) = (&source, Mode::Load, options.load_format);
-    let mut open = OpenWeights { source, placement, only: None, mode, format, on_component, opened: Vec::new() };
+    let parts = parts(family, options);
+    let mut open = OpenWeights { source, placement, parts, mode, format, on_component, opened: Vec::new() };
     let mut model = load_with(family, &manifest, &mut open, options)?;
+    model.resident_bytes += open.bytes(|name| parts.contains(name));
     for (component, weights) in &open.opened {
         let report = weights.report();
-        model.resident_bytes += report.resident_bytes;
         if !report.unused.is_empty() {
             tracing::warn!(
                 component,
@@ -368,16 +430,28 @@ pub fn plan(
     let manifest = Manifest::read(&source)?;
     let family = detect(&manifest)?;
     let (source, mode, format) = (&source, Mode::Inspect, options.load_format);
-    let mut open =
-        OpenWeights { source, placement, only: None, mode, format, on_component: &mut |_| (), opened: Vec::new() };
+    let (parts, on_component) = (parts(family, options), &mut |_: &str| ());
+    let mut open = OpenWeights { source, placement, parts, mode, format, on_component, opened: Vec::new() };
     let (model, problem) = match load_with(family, &manifest, &mut open, options) {
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),
     };
     let cache_bytes = model.as_ref().map_or(0, |model| model.resident_bytes);
+    let on_demand_bytes = open.bytes(|name| !parts.contains(name));
     let components = open.opened.into_iter().map(|(name, weights)| (name, weights.report())).collect();
-    let inspection = Inspection { family: family.name(), makes: family.makes(), components, cache_bytes, problem };
+    let (family, makes) = (family.name(), family.makes());
+    let inspection = Inspection { family, makes, components, cache_bytes, on_demand_bytes, problem };
     Ok((inspection, model))
+}
+
+fn parts(family: &dyn Family, options: &LoadOptions) -> Parts<'static> {
+    match options.text_encoders {
+        TextEncoders::Resident => Parts::All,
+        TextEncoders::OnDemand => match family.text_encoders() {
+            [] => Parts::All,
+            components => Parts::Without(components),
+        },
+    }
 }
 
 /// Builds the model, and sees to it that nothing of its source is left lying.

@@ -31,6 +31,12 @@ impl MemoryPlan {
         self
     }
 
+    /// The same with so many bytes more in one phase, if there is such a phase.
+    pub fn holding_in(mut self, phase: Phase, bytes: usize) -> Self {
+        self.0.iter_mut().filter(|of| of.phase == phase).for_each(|of| of.bytes += bytes);
+        self
+    }
+
     /// What either of two plans needs, one of the same phases.
     pub fn or(mut self, other: &Self) -> Self {
         for phase in &mut self.0 {
@@ -86,6 +92,11 @@ mod tests {
         assert_eq!(plan.peak(), Some(PhaseBytes { phase: Phase::Denoise, bytes: 7 }));
         assert_eq!(plan.phases().len(), 3);
         assert_eq!(plan.clone().holding(3).peak_bytes(), 10);
+        assert_eq!(
+            plan.clone().holding_in(Phase::Encode, 9).peak(),
+            Some(PhaseBytes { phase: Phase::Encode, bytes: 14 })
+        );
+        assert_eq!(plan.clone().holding_in(Phase::VaeEncode, 9), plan);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use serde_json::{Value, json};
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{LoadFormat, LoadOptions};
+use tale_models::family::{LoadFormat, LoadOptions, TextEncoders};
 use tale_models::memory::{MemoryPlan, PhaseBytes};
 use tale_models::presets::Configurations;
 use tale_models::request::{Event, Events, Frame, Mask, Phase, Request, SessionId};
@@ -71,12 +71,16 @@ fn sessions_take_at_most_their_footprint() {
     ] {
         if options.num_frames.is_none() {
             let edit = from_a_picture(&options);
-            check(&format!("{case} from a picture"), &golden(case), LoadFormat::Auto, edit);
+            check(&format!("{case} from a picture"), &golden(case), &LoadOptions::default(), edit);
         }
-        check(case, &golden(case), LoadFormat::Auto, options);
+        check(case, &golden(case), &LoadOptions::default(), options);
     }
     let wide = wide_sdxl();
-    check("wide SDXL", wide.path(), LoadFormat::Dummy, options(512, 512, None));
+    let dummy = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
+    check("wide SDXL", wide.path(), &dummy, options(512, 512, None));
+    // The encoders of this one are most of what a small picture takes.
+    let on_demand = LoadOptions { text_encoders: TextEncoders::OnDemand, ..dummy };
+    check("wide SDXL with encoders on demand", wide.path(), &on_demand, options(64, 64, None));
 }
 
 /// The same from a part of a picture.
@@ -88,8 +92,8 @@ fn from_a_picture(options: &DiffusionOptions) -> DiffusionOptions {
 }
 
 /// Every phase takes at most what the plan says, and the greediest one not much less.
-fn check(case: &str, checkpoint: &Path, load_format: LoadFormat, options: DiffusionOptions) {
-    let (plan, peaks) = run(case, checkpoint, load_format, options);
+fn check(case: &str, checkpoint: &Path, load_options: &LoadOptions, options: DiffusionOptions) {
+    let (plan, peaks) = run(case, checkpoint, load_options, options);
     for PhaseBytes { phase, bytes } in plan.phases() {
         let peak = peaks[phase];
         eprintln!("{case} {}: {bytes} bytes planned, {peak} at the peak", phase.as_str());
@@ -104,12 +108,11 @@ fn check(case: &str, checkpoint: &Path, load_format: LoadFormat, options: Diffus
 fn run(
     case: &str,
     checkpoint: &Path,
-    load_format: LoadFormat,
+    load_options: &LoadOptions,
     options: DiffusionOptions,
 ) -> (MemoryPlan, HashMap<Phase, usize>) {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU");
-    let load_options = LoadOptions { load_format, ..LoadOptions::default() };
-    let mut model = load(checkpoint, &placement, &load_options, &mut |_| ()).expect("a sound checkpoint");
+    let mut model = load(checkpoint, &placement, load_options, &mut |_| ()).expect("a sound checkpoint");
     let ModelCard::Diffusion(card) = &model.card else { panic!("{case} makes pictures or clips") };
     let request = Request::Diffusion(card.resolve(options, 1).expect("a valid request"));
     let plan = model.runner.plan(&request);

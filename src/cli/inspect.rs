@@ -9,13 +9,14 @@ use clap::Args;
 use serde::Serialize;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, Inspection, LoadFormat, LoadOptions, LoadedModel};
+use tale_models::family::{self, Inspection, LoadFormat, LoadOptions, LoadedModel, TextEncoders};
 use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::generate::image::read_parameters;
 use super::{CliError, logs};
 use crate::config::{ByteSize, LogFormat};
+use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
@@ -66,10 +67,13 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
         return print_parameters(&args.path);
     }
     let placement = Placement::in_host_memory(args.device, args.dtype);
-    let options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
     let (ip_adapter, image_encoder) = (args.ip_adapter.clone(), args.image_encoder.clone());
     let (base, refiner) = (args.base.clone(), args.refiner.clone());
     let source = ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(&args.path) };
+    let mut options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
+    if let Some(ByteSize(capacity_bytes)) = args.memory {
+        options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
+    }
     let (inspection, model) = family::plan(source, &placement, &options)?;
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let report = Report::new(args, inspection, request);
@@ -80,6 +84,23 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     };
     print(&text)?;
     if report.loads { Ok(()) } else { Err(CliError::Reported) }
+}
+
+/// Where a server with this model alone and so much memory would have its text encoders.
+fn placed_text_encoders(
+    args: &InspectArgs,
+    source: &ModelSource,
+    load: &LoadOptions,
+    capacity_bytes: usize,
+) -> Result<TextEncoders, CliError> {
+    let (device, weight_dtype, load) = (args.device, args.dtype, load.clone());
+    let options = EngineOptions { device, weight_dtype, load, ..EngineOptions::default() };
+    let models = [ModelSpec { name: args.path.display().to_string(), source: source.clone() }];
+    let placed = engine::place_text_encoders(&models, &options, capacity_bytes).map_err(|error| match error {
+        EngineError::Load { source, .. } => CliError::from(*source),
+        other => CliError::from(other),
+    })?;
+    Ok(placed[0])
 }
 
 /// How a picture was made.
@@ -124,6 +145,8 @@ struct RequestReport {
     schedulers: Vec<&'static str>,
     /// Whether the VAE works in tiles.
     vae_tiling: bool,
+    /// Of text encoders that are on the device only while a prompt is encoded; among the bytes of that phase.
+    on_demand_bytes: usize,
     phases: Vec<PhaseReport>,
     /// Of the greediest phase.
     memory_bytes: usize,
@@ -155,6 +178,7 @@ impl RequestReport {
             scheduler,
             schedulers: card.schedulers.iter().map(|scheduler| scheduler.name).collect(),
             vae_tiling,
+            on_demand_bytes: inspection.on_demand_bytes,
             phases: phases.map(|of| PhaseReport { phase: of.phase.as_str(), memory_bytes: of.bytes }).collect(),
             memory_bytes: plan.peak_bytes(),
             free_bytes,
@@ -253,6 +277,10 @@ impl Display for RequestReport {
         writeln!(f, "\n{size} needs beside the weights{tiles} while it runs:")?;
         for PhaseReport { phase, memory_bytes } in &self.phases {
             writeln!(f, "  {phase:<18} {:>25}", ByteSize(*memory_bytes).to_string())?;
+        }
+        if self.on_demand_bytes > 0 {
+            let bytes = ByteSize(self.on_demand_bytes);
+            writeln!(f, "Its text encoders, {bytes}, are read for each encoding and leave the device after it.")?;
         }
         let others: Vec<_> = self.schedulers.iter().copied().filter(|name| *name != self.scheduler).collect();
         writeln!(f, "It is sampled by {}, or by {}.", self.scheduler, others.join(", "))?;

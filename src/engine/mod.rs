@@ -13,7 +13,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime};
 
 use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, LoadOptions};
+use tale_models::family::{self, LoadOptions, TextEncoders};
 use tale_models::runner::RunnerStatus;
 use tale_models::{Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
@@ -25,6 +25,7 @@ pub mod arbiter;
 pub mod ledger;
 mod mailbox;
 mod memory;
+mod residency;
 mod worker;
 
 /// A checkpoint to serve and the name that clients use for it.
@@ -45,6 +46,9 @@ pub struct EngineOptions {
     pub weight_dtype: WeightDtype,
     /// Sizes of what runners allocate.
     pub load: LoadOptions,
+    /// Where text encoders are, in place of what `load` says; `None`: on the device where everything fits, else there on
+    /// demand, those of the model with the largest ones first.
+    pub text_encoders: Option<TextEncoders>,
     /// Bytes of device memory that models and sessions may take together; `None` is what the device has to give.
     pub memory_bytes: Option<usize>,
     /// Most sessions of one model that have been submitted and not begun.
@@ -60,6 +64,7 @@ impl Default for EngineOptions {
             device: DeviceSpec::default(),
             weight_dtype: WeightDtype::default(),
             load: LoadOptions::default(),
+            text_encoders: None,
             memory_bytes: None,
             max_queued_sessions: DEFAULT_MAX_QUEUED_SESSIONS,
         }
@@ -388,11 +393,16 @@ fn load_models(
 ) -> Result<Loaded, EngineError> {
     let placement = Placement::open(options.device, options.weight_dtype).map_err(cannot_open)?;
     let capacity_bytes = capacity_bytes(options, placement.memory().map_err(cannot_open)?)?;
+    let text_encoders = place_text_encoders(&models, options, capacity_bytes)?;
     let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
-    for ModelSpec { name, source } in models {
+    for (ModelSpec { name, source }, text_encoders) in models.into_iter().zip(text_encoders) {
+        if text_encoders == TextEncoders::OnDemand {
+            tracing::info!(model = name, "text encoders are read when prompts are encoded, and leave the device after");
+        }
         let mut on_component = |component: &str| on_component(&name, component);
-        match load_if_it_fits(&source, &placement, options, free_bytes, &mut on_component) {
+        let load = LoadOptions { text_encoders, ..options.load.clone() };
+        match load_if_it_fits(&source, &placement, options, &load, free_bytes, &mut on_component) {
             Ok(model) => {
                 free_bytes = free_bytes.saturating_sub(model.resident_bytes);
                 loaded.push((name, model));
@@ -401,6 +411,23 @@ fn load_models(
         }
     }
     Ok(Loaded { models: loaded, capacity_bytes })
+}
+
+/// Where the text encoders of each model are, on a device of this capacity.
+pub(crate) fn place_text_encoders(
+    models: &[ModelSpec],
+    options: &EngineOptions,
+    capacity_bytes: usize,
+) -> Result<Vec<TextEncoders>, EngineError> {
+    if let Some(text_encoders) = options.text_encoders {
+        return Ok(vec![text_encoders; models.len()]);
+    }
+    let dry = Placement::in_host_memory(options.device, options.weight_dtype);
+    let choice = |model: &ModelSpec| {
+        residency::Choice::of(&model.source, &dry, &options.load)
+            .map_err(|error| EngineError::Load { model: model.name.clone(), source: Box::new(error) })
+    };
+    Ok(residency::choose(&models.iter().map(choice).collect::<Result<Vec<_>, _>>()?, capacity_bytes))
 }
 
 fn cannot_open(error: tale_models::Error) -> EngineError {
@@ -425,15 +452,16 @@ fn load_if_it_fits(
     source: &ModelSource,
     placement: &Placement,
     options: &EngineOptions,
+    load: &LoadOptions,
     free_bytes: usize,
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel, tale_models::Error> {
     let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let needed_bytes = family::inspect(source, &dry, &options.load)?.resident_bytes();
+    let needed_bytes = family::inspect(source, &dry, load)?.resident_bytes();
     if needed_bytes > free_bytes {
         return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
     }
-    family::load(source, placement, &options.load, on_component)
+    family::load(source, placement, load, on_component)
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.

@@ -78,20 +78,24 @@ impl Family for Flux {
         manifest.architecture() == "FluxPipeline"
     }
 
+    fn text_encoders(&self) -> &'static [&'static str] {
+        &["text_encoder", "text_encoder_2"]
+    }
+
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let in_f32 = reread_in_f32(open.reread(), build);
-        Ok(LoadedModel {
-            card: ModelCard::Diffusion(model.card().clone()),
-            resident_bytes: model.adapters.cache_bytes(),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
-        })
+        let (card, resident_bytes) = (model.card().clone(), model.adapters.cache_bytes());
+        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+            .with_text_encoders(open.text_encoders(build))
+            .retrying(reread_in_f32(open.reread(), build));
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
 fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<FluxModel> {
-    FluxModel::load(manifest, &mut |component| open.component(manifest, component))
+    let placement = open.placement().clone();
+    FluxModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
 }
 
 /// All parts of a FLUX.1 checkpoint. Immutable once loaded.
@@ -121,8 +125,13 @@ pub struct FluxConditioning {
 }
 
 impl FluxModel {
-    /// Reads every component; `open` gives the weights of the component in the folder that it is called with.
-    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+    /// Reads every component; `open` gives the weights of the component in the folder that it is called with. Those that
+    /// are not dry are at `placement`.
+    pub fn load(
+        manifest: &Manifest,
+        placement: &Placement,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
         let component = |name: &str| manifest.component(name);
         let clip_config: ClipTextConfig = component("text_encoder")?.config()?;
         let t5_config: T5Config = component("text_encoder_2")?.config()?;
@@ -135,24 +144,17 @@ impl FluxModel {
 
         let [transformer_sites, clip_sites] = [Arc::<Sites>::default(), Arc::default()];
         let clip = open("text_encoder")?.noting(&clip_sites);
-        let placement = clip.placement().clone();
         let text_encoder = ClipTextEncoder::load(&clip, clip_config)?;
         let text_encoder_2 = T5Encoder::load(&open("text_encoder_2")?, &t5_config)?;
         let transformer_weights = open("transformer")?.or_original(|| FluxNames).noting(&transformer_sites);
         let transformer = FluxTransformer::load(&transformer_weights, transformer_config)?;
         let vae = open("vae")?.or_original(|| KlNames::new(&vae_config));
         Ok(Self {
-            card: card(
-                transformer.config(),
-                &vae_config,
-                Schedulers::read(manifest, Training::FlowWithMu)?,
-                &placement,
-            ),
+            card: card(transformer.config(), &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?, placement),
             tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
             tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
-            // Of a second try in f32 the transformer alone is on the device.
-            adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), transformer_weights.placement()),
-            placement,
+            adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), placement),
+            placement: placement.clone(),
             text_encoder,
             text_encoder_2,
             transformer,

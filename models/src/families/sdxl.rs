@@ -92,12 +92,18 @@ impl Family for Sdxl {
         [PIPELINE, IMAGE_PIPELINE].contains(&manifest.architecture())
     }
 
+    fn text_encoders(&self) -> &'static [&'static str] {
+        &["text_encoder", "text_encoder_2", "refiner/text_encoder_2"]
+    }
+
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let mut model = build(manifest, open)?;
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         let in_f32 = reread_in_f32(open.reread(), build);
         let (card, resident_bytes) = (model.card().clone(), model.recordings_bytes() + model.adapters.cache_bytes());
-        let mut runner = DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32);
+        let text_encoders = open.text_encoders(build);
+        let runner = DiffusionRunner::new(model, options.max_denoise_rows).with_text_encoders(text_encoders);
+        let mut runner = runner.retrying(in_f32);
         if open.source().refiner.is_some() {
             runner = runner.retrying_refiner(reread_refiner_in_f32(open.reread()));
         }
@@ -106,7 +112,8 @@ impl Family for Sdxl {
 }
 
 fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
-    let model = SdxlModel::load(manifest, &mut |component| open.component(manifest, component))?;
+    let placement = open.placement().clone();
+    let model = SdxlModel::load(manifest, &placement, &mut |component| open.component(manifest, component))?;
     let model = with_ip_adapter(model, manifest, open)?;
     match open.source().refiner.clone() {
         None => Ok(model),
@@ -120,7 +127,8 @@ fn build_refiner(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<Sdxl
         let problem = format!("is no folder of a {IMAGE_PIPELINE} (or {PIPELINE}), as a refiner must be");
         return Err(Error::checkpoint(&manifest.root, problem));
     }
-    SdxlModel::load(manifest, &mut |name| open.beside(&of_refiner(name), &manifest.component(name)?.dir))
+    let placement = open.placement().clone();
+    SdxlModel::load(manifest, &placement, &mut |name| open.beside(&of_refiner(name), &manifest.component(name)?.dir))
 }
 
 fn of_refiner(component: &str) -> String {
@@ -189,8 +197,13 @@ pub struct SdxlConditioning {
 }
 
 impl SdxlModel {
-    /// Reads every component; `open` gives the weights of the component in the folder that it is called with.
-    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+    /// Reads every component; `open` gives the weights of the component in the folder that it is called with. Those that
+    /// are not dry are at `placement`.
+    pub fn load(
+        manifest: &Manifest,
+        placement: &Placement,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Discrete)?;
         let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
@@ -204,7 +217,6 @@ impl SdxlModel {
         };
         let tokenizer_2 = tokenizer("tokenizer_2")?;
         let weights = open("text_encoder_2")?.or_original(|| OpenClipNames).noting(&two);
-        let placement = weights.placement().clone();
         let text_encoder_2 = ClipTextEncoder::load_with_projection(&weights, sizes.text_encoder_2.clone())?;
         let weights = open("unet")?.or_original(|| UNetNames::new(&sizes.unet)).noting(&net);
         let unet = UNet::load(&weights, sizes.unet.clone())?;
@@ -219,9 +231,8 @@ impl SdxlModel {
             card: sizes.card(schedulers, tokenizers, placement.compute_dtype),
             first,
             tokenizer_2,
-            // Of a second try in f32 the UNet alone is on the device.
-            adapters: Adapters::new(names, weights.placement()),
-            placement,
+            adapters: Adapters::new(names, placement),
+            placement: placement.clone(),
             text_encoder_2,
             unet,
             recordings: Some(DenoiseRecordings::default()),

@@ -85,19 +85,23 @@ impl Family for Wan {
         manifest.architecture() == "WanPipeline"
     }
 
+    fn text_encoders(&self) -> &'static [&'static str] {
+        &["text_encoder"]
+    }
+
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
         let model = build(manifest, open)?;
-        let in_f32 = reread_in_f32(open.reread(), build);
-        Ok(LoadedModel {
-            card: ModelCard::Diffusion(model.card.clone()),
-            runner: Box::new(DiffusionRunner::new(model, options.max_denoise_rows).retrying(in_f32)),
-            resident_bytes: 0,
-        })
+        let card = model.card.clone();
+        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+            .with_text_encoders(open.text_encoders(build))
+            .retrying(reread_in_f32(open.reread(), build));
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
     }
 }
 
 fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<WanModel> {
-    WanModel::load(manifest, &mut |component| open.component(manifest, component))
+    let placement = open.placement().clone();
+    WanModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
 }
 
 /// `transformer/config.json`.
@@ -184,18 +188,22 @@ struct Sizes {
 }
 
 impl WanModel {
-    /// Reads and checks all configurations first, then the weights that `open` gives for each component.
-    pub fn load(manifest: &Manifest, open: &mut dyn FnMut(&str) -> Result<Weights>) -> Result<Self> {
+    /// Reads and checks all configurations first, then the weights that `open` gives for each component. Those that are not
+    /// dry are at `placement`.
+    pub fn load(
+        manifest: &Manifest,
+        placement: &Placement,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Flow)?;
         let tokenizer = Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?;
-        let text_encoder = open("text_encoder")?;
         Ok(Self {
             card: sizes.card(schedulers),
             tokenizer,
-            placement: text_encoder.placement().clone(),
-            text_encoder: T5Encoder::load(&text_encoder, &sizes.text_encoder)?,
+            placement: placement.clone(),
+            text_encoder: T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?,
             transformer: WanTransformer::load(&open("transformer")?, &sizes.transformer)?,
             vae: WanVaeDecoder::load(&open("vae")?, &sizes.vae)?,
             sizes,

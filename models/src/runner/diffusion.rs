@@ -23,6 +23,7 @@ use crate::work::StepWork;
 
 pub mod batcher;
 pub mod block_cache;
+pub mod on_demand;
 pub mod previews;
 pub mod references;
 pub mod retry;
@@ -34,6 +35,7 @@ use batcher::{
     Batcher, Input, MAX_ENCODE_ROWS, Network, PictureInput, Prompts, ReferenceInput, ShapeKey, StepKey, distinct_texts,
 };
 use block_cache::BlockCache;
+use on_demand::OnDemand;
 use previews::due_preview;
 use references::{ReferenceModel, ReferenceTokens};
 use retry::{InF32, are_finite};
@@ -195,6 +197,8 @@ pub struct DenoiseRow<'a, C> {
 /// denoising step, one chunk of pixels per decoding step.
 pub struct DiffusionRunner<M: DiffusionModel> {
     model: M,
+    /// Where its text encoders are, if not on the device all the time.
+    text_encoders: Option<OnDemand<M>>,
     /// Reads a second one where this one is too narrow.
     in_f32: Option<InF32<M>>,
     /// The same for its refiner.
@@ -296,6 +300,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let max_rows = max_denoise_rows.max(1);
         Self {
             model,
+            text_encoders: None,
             in_f32: None,
             refiner_in_f32: None,
             max_rows,
@@ -303,6 +308,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             sessions: HashMap::new(),
             in_step: Vec::new(),
         }
+    }
+
+    /// With the text encoders of another model, if they are not this one's.
+    pub fn with_text_encoders(self, text_encoders: Option<OnDemand<M>>) -> Self {
+        Self { text_encoders, ..self }
     }
 
     /// Work that is not finite is done once more by the model that `in_f32` reads.
@@ -324,7 +334,13 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn encode(&mut self, input: &Input, ids: &[SessionId], events: &mut Events) -> Result<()> {
         let results = match input {
             Input::Prompts(prompts) => {
-                self.activate(ids)?;
+                match &mut self.text_encoders {
+                    None => self.activate(ids)?,
+                    Some(text_encoders) => {
+                        text_encoders.fetch()?;
+                        self.activate_in_text_encoders(ids)?;
+                    }
+                }
                 EncodedInputs::Prompts(self.encode_prompts(prompts.network, ids)?)
             }
             // The VAE takes no adapters, and sessions with other ones may share its work.
@@ -346,6 +362,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             events.emit(*id, Event::Progress { phase: input.phase(), done, total });
             self.settle(*id, Outcome::GoesOn, events);
         }
+        self.release_text_encoders();
         Ok(())
     }
 
@@ -355,7 +372,8 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         network: Network,
         ids: &[SessionId],
     ) -> Result<HashMap<Option<String>, Arc<M::Conditioning>>> {
-        let (model, request) = (model_of(&self.model, network), &self.session(ids[0]).request);
+        let encoding = self.text_encoders.as_ref().map_or(&self.model, OnDemand::model);
+        let (model, request) = (model_of(encoding, network), &self.session(ids[0]).request);
         let texts = distinct_texts(self.prompts(ids));
         let mut found = HashMap::new();
         // A lone session may have more of them than a pass takes.
@@ -365,7 +383,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             found.extend(pass.iter().map(|text| Some((*text).to_owned())).zip(encoded.into_iter().map(Arc::new)));
         }
         if self.prompts(ids).any(|prompts| prompts.texts.contains(&None)) {
-            found.insert(None, Arc::new(model.encode_absent(request)?));
+            found.insert(None, Arc::new(model_of(&self.model, network).encode_absent(request)?));
         }
         Ok(found)
     }
@@ -430,9 +448,29 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Ok(())
     }
 
+    /// The same for text encoders that come and go, whose layers are not the model's.
+    fn activate_in_text_encoders(&self, ids: &[SessionId]) -> Result<()> {
+        let adapters = self.text_encoders.as_ref().and_then(|encoders| encoders.model().adapters());
+        if let Some(adapters) = adapters {
+            adapters.activate(adapters.prepare(&self.session(ids[0]).request.loras)?.as_ref());
+        }
+        Ok(())
+    }
+
+    /// Lets text encoders go that nobody waits for: whoever does has their bytes reserved.
+    fn release_text_encoders(&mut self) {
+        let is_awaited = |session: &Session<M>| matches!(session.next_input(), Some(Input::Prompts(_)));
+        if let Some(text_encoders) = &mut self.text_encoders
+            && !self.sessions.values().any(is_awaited)
+        {
+            text_encoders.release();
+        }
+    }
+
     /// Forgets a session; what it alone held is free afterwards.
     fn forget(&mut self, id: SessionId) -> bool {
         let was_there = self.sessions.remove(&id).is_some();
+        self.release_text_encoders();
         if let Some(adapters) = self.model.adapters() {
             adapters.release_unused();
         }
@@ -642,7 +680,8 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         match request {
             Request::Diffusion(request) => {
                 let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
-                self.model.plan(request).holding(adapters)
+                let text_encoders = self.text_encoders.as_ref().map_or(0, OnDemand::bytes);
+                self.model.plan(request).holding(adapters).holding_in(Phase::Encode, text_encoders)
             }
             Request::Text(_) => MemoryPlan::default(),
         }

@@ -331,7 +331,7 @@ impl Golden<'_> {
 fn load_model(case: &str) -> FluxModel {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).unwrap();
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-    FluxModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+    FluxModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
 }
 
 fn load_runner(case: &str, max_denoise_rows: usize) -> (tale_models::DiffusionCard, Box<dyn Runner>) {

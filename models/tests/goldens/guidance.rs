@@ -280,12 +280,12 @@ fn load(checkpoint: &Path, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn R
 
 fn flux(checkpoint: &Path) -> FluxModel {
     let (manifest, placement) = (Manifest::read(checkpoint).unwrap(), placement());
-    FluxModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+    FluxModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
 }
 
 fn wan(checkpoint: &Path) -> WanModel {
     let (manifest, placement) = (Manifest::read(checkpoint).unwrap(), placement());
-    WanModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+    WanModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
 }
 
 /// What came of a session.

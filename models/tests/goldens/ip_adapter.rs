@@ -298,7 +298,8 @@ fn open_model(adapter: &str) -> SdxlModel {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
     let open = |path: &PathBuf| Weights::open(path, &placement).unwrap();
     let model =
-        SdxlModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap();
+        SdxlModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))
+            .unwrap();
     let files = IpAdapterFiles::find(&case_dir(CASE).join(adapter), None).unwrap();
     model.with_ip_adapter(&files, &manifest, &open(&files.adapter), &open(&files.image_encoder)).unwrap()
 }

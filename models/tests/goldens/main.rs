@@ -12,6 +12,7 @@ mod guidance;
 mod ip_adapter;
 mod lora;
 mod noise_solvers;
+mod on_demand;
 mod overflow;
 mod previews;
 mod refined;

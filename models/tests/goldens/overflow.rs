@@ -155,7 +155,7 @@ fn load(checkpoint: &Path, placement: &Placement) -> (DiffusionCard, Box<dyn Run
 
 fn flux(checkpoint: &Path, placement: &Placement) -> FluxModel {
     let manifest = Manifest::read(checkpoint).unwrap();
-    FluxModel::load(&manifest, &mut |component| manifest.component(component)?.weights(placement)).unwrap()
+    FluxModel::load(&manifest, placement, &mut |component| manifest.component(component)?.weights(placement)).unwrap()
 }
 
 /// The pixels of each session, or why there are none.

@@ -231,7 +231,7 @@ impl Golden<'_> {
 pub fn open_model(case: &str) -> SdxlModel {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).unwrap();
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-    SdxlModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
+    SdxlModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement)).unwrap()
 }
 
 pub fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<dyn Runner>) {

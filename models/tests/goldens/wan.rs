@@ -218,7 +218,7 @@ fn checkpoints_of_other_pipelines_are_refused_by_name() {
 fn try_open(dir: &Path) -> tale_models::Result<WanModel> {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
     let manifest = Manifest::read(dir)?;
-    WanModel::load(&manifest, &mut |component| manifest.component(component)?.weights(&placement))
+    WanModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))
 }
 
 fn open_model(case: &str) -> WanModel {
