@@ -58,6 +58,24 @@ fn cut_out(width: u32, height: u32) -> Vec<u8> {
     png(image::RgbaImage::from_fn(width, height, |x, y| image::Rgba([x as u8, y as u8, 9, alpha(x)])).into())
 }
 
+/// One file, or several under a name with brackets, beside the picture that is edited.
+#[tokio::test]
+async fn a_form_may_hold_reference_pictures() {
+    let server = server().await;
+    for (name, number) in [("reference_images", 1), ("reference_images[]", 2)] {
+        let mut parts = vec![text("model", "pictures"), text("prompt", "a boat"), text("ip_adapter_scale", "0.5")];
+        parts.push(file("image", photo(64, 48)));
+        parts.extend((0..number).map(|i| file(name, photo(9 + i, 20))));
+        let answer = post(&server, &parts).await.expect(200).json();
+        let found = (&answer["num_reference_images"], &answer["ip_adapter_scale"]);
+        assert_eq!(found, (&json!(number), &json!(0.5)), "{answer}");
+    }
+    let (image, reference) = (file("image", photo(64, 48)), file("reference_images[]", SECRET.into()));
+    let parts = [text("model", "pictures"), text("prompt", "a boat"), image, reference];
+    let error = &post(&server, &parts).await.expect(400).json()["error"];
+    assert_eq!(error["param"], "reference_images[0]", "{error}");
+}
+
 #[tokio::test]
 async fn a_form_as_openais_client_sends_it_is_answered_with_its_effective_parameters() {
     let server = server().await;

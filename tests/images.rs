@@ -192,3 +192,21 @@ async fn a_stream_that_fails_ends_with_its_error() {
     assert_eq!(error["error"]["code"], "not_finite", "{text}");
     server.wait_until_empty().await;
 }
+
+#[tokio::test]
+async fn a_refiner_takes_over_where_the_request_says() {
+    let server = server().await;
+    let body = |denoising_end: Value| json!({"model": "pictures", "prompt": "x", "denoising_end": denoising_end});
+    let answer = server.post("/v1/images/generations", &body(json!(0.5))).await.expect(200).json();
+    assert_eq!(answer["denoising_end"], 0.5, "{answer}");
+    let without =
+        server.post("/v1/images/generations", &json!({"model": "pictures", "prompt": "x"})).await.expect(200).json();
+    assert_eq!(without["denoising_end"], Value::Null, "{without}");
+    for (value, message) in
+        [(json!(1), "above 0 and below 1"), (json!(-0.5), "above 0 and below 1"), (json!("x"), "denoising_end")]
+    {
+        let error = &server.post("/v1/images/generations", &body(value)).await.expect(400).json()["error"];
+        let said = error["message"].as_str().unwrap_or_default();
+        assert!(error["param"] == "denoising_end" && said.contains(message), "{error}");
+    }
+}

@@ -32,6 +32,11 @@ async fn their_number_and_scale_are_echoed() {
     ] {
         let answer = server.post(PATH, &body(&fields)).await.expect(200).json();
         assert_eq!((&answer["num_reference_images"], &answer["ip_adapter_scale"]), (&number, &scale), "{answer}");
+        let mut streamed = body(&fields);
+        streamed["stream"] = true.into();
+        let events = server.post(PATH, &streamed).await.expect(200).events();
+        let last = events.last().expect("a picture");
+        assert_eq!((&last["num_reference_images"], &last["ip_adapter_scale"]), (&number, &scale), "{last}");
     }
 }
 

@@ -119,7 +119,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
         vae_tiling: None,
         has_ip_adapter: !is_clip,
-        refiner: None,
+        refiner: (!is_clip).then(discrete_schedulers),
         room_bytes: usize::MAX,
         acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
         edits: if is_clip { Edits::default() } else { EDITS },

@@ -200,9 +200,10 @@ async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result
     let parameters = PictureParameters::new(&model, &request);
     let engine = state.engine()?;
     if is_stream {
-        let partial_images = request.partial_images;
+        let (partial_images, num_reference_images) = (request.partial_images, num_reference_images(&request));
         let session = engine.submit(&model, tale_models::Request::Diffusion(request))?;
-        let head = stream::Head { names, created_at: created, encoding, parameters, partial_images };
+        let head =
+            stream::Head { names, created_at: created, encoding, parameters, partial_images, num_reference_images };
         return stream::respond(head, session).await;
     }
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
@@ -223,10 +224,14 @@ async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result
         output_format: encoding.format.as_str(),
         size: format!("{}x{}", request.width, request.height),
         metadata: encoding.metadata,
-        num_reference_images: request.references.as_ref().map(|references| references.images.len()),
+        num_reference_images: num_reference_images(&request),
         parameters,
     };
     Ok(Json(images).into_response())
+}
+
+fn num_reference_images(request: &DiffusionRequest) -> Option<usize> {
+    request.references.as_ref().map(|references| references.images.len())
 }
 
 /// Predictions that an acceleration, where one was asked for, took from ones before them.

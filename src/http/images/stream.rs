@@ -45,6 +45,7 @@ pub(super) struct Head {
     pub(super) encoding: Encoding,
     pub(super) parameters: PictureParameters,
     pub(super) partial_images: usize,
+    pub(super) num_reference_images: Option<usize>,
 }
 
 /// The answer, once the session has begun; work that fails at once fails with a status.
@@ -111,6 +112,7 @@ impl Head {
             skipped_passes: super::skipped_passes(&self.parameters, usage),
             partial_images: self.partial_images,
             metadata: self.encoding.metadata,
+            num_reference_images: self.num_reference_images,
             parameters: &self.parameters,
         };
         Ok(self.event(self.names.completed, b64_json, None, Some(whole)))
@@ -159,6 +161,8 @@ struct Whole<'a> {
     skipped_passes: Option<usize>,
     partial_images: usize,
     metadata: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_reference_images: Option<usize>,
     #[serde(flatten)]
     parameters: &'a PictureParameters,
 }
