@@ -1,5 +1,6 @@
 //! The `tale` command.
 
 fn main() -> std::process::ExitCode {
+    tale_models::device::share_one_heap();
     tale::cli::run()
 }

@@ -20,6 +20,7 @@ mod flash;
 #[cfg(gpu)]
 mod gpu;
 mod group_norm;
+mod heap;
 mod layout;
 mod linear;
 mod math;
@@ -45,6 +46,7 @@ pub use conv::{CausalOptions, CausalPadding, ConvOptions, causal_conv3d, conv_we
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
 pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
+pub use heap::{give_back_freed_memory, keep_freed_memory, share_one_heap};
 pub use layout::{cat, transpose};
 pub use linear::{QuantisedMatrix, embedding, linear, linear_quantised};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};

@@ -8,6 +8,8 @@ use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
 
+pub use tale_kernels::{give_back_freed_memory, keep_freed_memory, share_one_heap};
+
 /// A device by name: `cpu`, `cuda:0`. Every build knows all names; which of them it can open is another matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceSpec {

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime};
 
-use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype};
+use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype, keep_freed_memory};
 use tale_models::family::{self, LoadOptions, TextEncoders};
 use tale_models::runner::RunnerStatus;
 use tale_models::{Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
@@ -236,6 +236,8 @@ impl Engine {
                 Ok((models, worker)) => {
                     // The receiver is gone only when the caller is.
                     let _ = loaded.send(Ok((models, worker.gauges())));
+                    // Weights are where they stay; what follows comes again with every step.
+                    keep_freed_memory();
                     worker.run(&receiver);
                 }
                 Err(error) => drop(loaded.send(Err(error))),

@@ -8,9 +8,10 @@ use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
+use tale_models::device::give_back_freed_memory;
 use tale_models::memory::PhaseBytes;
 use tale_models::runner::StepPlan;
 use tale_models::{Error, Event, Events, Request, Runner, SessionId};
@@ -23,6 +24,9 @@ use crate::telemetry::ModelMetrics;
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
 const MAX_OVERTAKEN: usize = 64;
+
+/// For how long memory of steps is kept for the next ones when there is nothing to do.
+const MEMORY_KEPT: Duration = Duration::from_secs(2);
 
 /// What handles ask of the device thread.
 #[derive(Debug)]
@@ -133,9 +137,9 @@ impl<C: Clock> DeviceWorker<C> {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
                 Ok(command) => self.handle(command),
                 Err(TryRecvError::Empty) if self.turn() => (),
-                Err(TryRecvError::Empty) => match commands.recv() {
-                    Ok(Command::Stop) | Err(_) => return,
-                    Ok(command) => self.handle(command),
+                Err(TryRecvError::Empty) => match next_command(commands) {
+                    None | Some(Command::Stop) => return,
+                    Some(command) => self.handle(command),
                 },
             }
         }
@@ -331,6 +335,19 @@ impl<C> Drop for DeviceWorker<C> {
         self.gauges.dead.store(true, Relaxed);
         for (_, live) in self.sessions.drain() {
             live.mailbox.close();
+        }
+    }
+}
+
+/// The next command, whenever it comes; `None` when no handle is left. After a pause the host's memory that the last steps
+/// used is the system's again.
+fn next_command(commands: &Receiver<Command>) -> Option<Command> {
+    match commands.recv_timeout(MEMORY_KEPT) {
+        Ok(command) => Some(command),
+        Err(RecvTimeoutError::Disconnected) => None,
+        Err(RecvTimeoutError::Timeout) => {
+            give_back_freed_memory();
+            commands.recv().ok()
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::Roofs;
 use super::memory::{forget_peak, peak_bytes};
 use crate::card::{DiffusionOptions, Guidance, ModelCard, TextOptions};
-use crate::device::{DeviceSpec, Placement, WeightDtype};
+use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
 use crate::error::{Error, Result};
 use crate::family::{self, LoadFormat, LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, blocks_for};
@@ -166,6 +166,7 @@ impl StepBench {
         placement.synchronize()?;
         let load_seconds = begin.elapsed().as_secs_f64();
         let load_peak_bytes = peak_bytes(placement)?;
+        keep_freed_memory();
         let (placement, events) = (placement.clone(), Events::default());
         Ok(LoadedBench { plan: self, placement, model, roofs, load_seconds, load_peak_bytes, events, next: 0 })
     }

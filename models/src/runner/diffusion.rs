@@ -9,6 +9,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use crate::card::DiffusionCard;
+use crate::device::give_back_freed_memory;
 use crate::error::{Error, Result};
 use crate::lora::{AdapterSet, Adapters, LoraKey};
 use crate::memory::MemoryPlan;
@@ -483,7 +484,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let finite = are_finite(&predictions)?;
         let broken: Vec<SessionId> =
             ids.iter().zip(&finite).filter(|(_, finite)| !**finite).map(|(id, _)| *id).collect();
-        let mut again = self.predict_in_f32(&broken).into_iter();
+        let again = self.predict_in_f32(&broken);
+        if !broken.is_empty() {
+            give_back_freed_memory();
+        }
+        let mut again = again.into_iter();
         let mended = predictions.into_iter().zip(finite).map(|(prediction, finite)| match finite {
             true => Ok(prediction),
             false => again.next().expect("one for each that is broken: this is a bug"),
@@ -599,6 +604,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             let Some(frames) = to_frames(&pixels, &session.request)? else {
                 let outcome =
                     self.decode_in_f32(id, done - 1, events).map_or_else(Outcome::Failed, |()| Outcome::Complete);
+                give_back_freed_memory();
                 self.settle(id, outcome, events);
                 return Ok(());
             };

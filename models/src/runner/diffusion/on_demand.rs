@@ -3,6 +3,7 @@
 //! Owns: a second model that has them and nothing else, for as long as it is needed. Does not know: when that is, or where
 //! it is read from.
 
+use crate::device::give_back_freed_memory;
 use crate::error::Result;
 
 /// Reads a model whose text encoders are on the device, and which has nothing else there.
@@ -42,6 +43,8 @@ impl<M> OnDemand<M> {
 
     /// Frees them.
     pub fn release(&mut self) {
-        self.model = None;
+        if self.model.take().is_some() {
+            give_back_freed_memory();
+        }
     }
 }
