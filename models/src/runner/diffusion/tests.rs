@@ -6,10 +6,13 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 
+use super::batcher::PictureInput;
 use super::*;
-use crate::card::{DiffusionDefaults, Edits, Guidance, Medium, Prompts};
+use crate::card::{DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, Prompts};
 use crate::lora::LoraSupport;
-use crate::request::{Acceleration, Edit, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
+use crate::request::{Acceleration, Edit, Frame, Mask, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
+use crate::rng::TorchGenerator;
+use crate::solver::Solver;
 use crate::solver::schedulers::Scheduler;
 use crate::testing::flow_schedulers;
 use crate::work::StepWork;
