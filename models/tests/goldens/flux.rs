@@ -19,7 +19,7 @@ use tale_models::vae::kl::{KlConfig, KlDecoder};
 use tale_models::weights::Weights;
 use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, golden_json, golden_tensors, pictures_and, psnr};
 
 const CASES: [&str; 2] = ["flux-dev", "flux-schnell"];
 /// f32 on both sides, other orders of summation.
@@ -377,32 +377,11 @@ fn predict_one(
 
 /// Runs sessions to their end, each submitted one step after the one before, and checks what they tell.
 fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
-    let mut finished = 0;
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
+    pictures_and(runner, requests, |_, id, event| {
+        if let Event::Progress { phase: Phase::Denoise, total, .. } = event {
+            assert_eq!(total, requests[id.0 as usize].num_inference_steps);
         }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Finished { .. } => finished += 1,
-                Event::Progress { phase: Phase::Denoise, total, .. } => {
-                    assert_eq!(total, requests[id.0 as usize].num_inference_steps);
-                }
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    assert_eq!(finished, requests.len());
-    (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
+    })
 }
 
 fn row(values: &[f64]) -> Tensor {

@@ -19,7 +19,7 @@ use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::{DiffusionCard, ModelCard};
 use tempfile::TempDir;
 
-use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr};
+use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr, run_to_end};
 
 const MIN_PSNR: f64 = 50.0;
 /// The cache itself costs about 50 dB: a wrong one must not pass for a right one.
@@ -298,32 +298,15 @@ struct Answer {
 
 /// Runs sessions to their end, each submitted one step after the one before.
 fn answers(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Answer> {
-    let mut waiting = requests.iter().cloned().enumerate();
     let mut answers: HashMap<SessionId, Answer> = HashMap::new();
-    let mut finished = 0;
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
+    run_to_end(runner, requests, |_, id, event| {
+        let answer = answers.entry(id).or_default();
+        match event {
+            Event::Frames(frames) => answer.pixels.extend(frames.iter().flat_map(|frame| &frame.rgb)),
+            Event::Finished { usage, .. } => answer.skipped_passes = usage.skipped_passes,
+            _ => (),
         }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).unwrap();
-        for (id, event) in events.drain() {
-            let answer = answers.entry(id).or_default();
-            match event {
-                Event::Frames(frames) => answer.pixels.extend(frames.iter().flat_map(|frame| &frame.rgb)),
-                Event::Finished { usage, .. } => {
-                    answer.skipped_passes = usage.skipped_passes;
-                    finished += 1;
-                }
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
-        }
-    }
-    assert_eq!(finished, requests.len());
+    });
     (0..requests.len()).map(|id| answers.remove(&SessionId(id as u64)).unwrap()).collect()
 }
 

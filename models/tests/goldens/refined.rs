@@ -7,10 +7,10 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{self, LoadOptions};
 use tale_models::request::{DiffusionRequest, Frame, Phase};
 use tale_models::runner::Runner;
-use tale_models::{Event, Events, ModelCard, ModelSource, Request, SessionId};
+use tale_models::{Event, ModelCard, ModelSource, Request, SessionId};
 
 use crate::gpu::emulated;
-use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr};
+use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, pictures_and, psnr};
 
 const CASE: &str = "sdxl-refined";
 const BASE: &str = "sdxl-a";
@@ -33,38 +33,18 @@ fn load_runner(source: ModelSource, max_denoise_rows: usize) -> (DiffusionCard, 
 /// Pictures of sessions that are submitted one step after the one before, and the greatest number of sessions in a
 /// denoising step.
 fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> (Vec<Frame>, usize) {
-    let mut waiting = requests.iter().cloned().enumerate();
-    let (mut frames, mut steps): (HashMap<SessionId, Frame>, HashMap<SessionId, usize>) = Default::default();
+    let mut steps: HashMap<SessionId, usize> = HashMap::new();
     let mut most = 0;
-    loop {
-        if let Some((id, request)) = waiting.next() {
-            runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
-        }
-        if runner.next().is_none() {
-            break;
-        }
-        let mut events = Events::default();
-        let step = runner.step(&mut events).unwrap();
+    let frames = pictures_and(runner, requests, |step, id, event| {
         if step.phase == Phase::Denoise {
             most = most.max(step.sessions);
         }
-        for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
-                Event::Progress { phase: Phase::Denoise, done, total } => {
-                    let before = steps.insert(id, done).unwrap_or(0);
-                    assert_eq!(
-                        (before + 1, total),
-                        (done, requests[id.0 as usize].steps_made()),
-                        "steps are counted through"
-                    );
-                }
-                Event::Failed(error) => panic!("session {id:?}: {error}"),
-                _ => (),
-            }
+        if let Event::Progress { phase: Phase::Denoise, done, total } = event {
+            let before = steps.insert(id, done).unwrap_or(0);
+            assert_eq!((before + 1, total), (done, requests[id.0 as usize].steps_made()), "steps are counted through");
         }
-    }
-    ((0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect(), most)
+    });
+    (frames, most)
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use tale_models::request::{DiffusionRequest, Frame};
-use tale_models::runner::Runner;
+use tale_models::runner::{Runner, StepPlan};
 use tale_models::testing::repository;
 use tale_models::{Event, Events, Request, SessionId};
 
@@ -86,10 +86,15 @@ pub fn edit_tensors(folder: &Path, prefix: &str, change: impl Fn(&Tensor) -> Ten
     assert!(edited > 0, "{}: no tensor {prefix}", folder.display());
 }
 
-/// Runs sessions to their end, each submitted one step after the one before.
-pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
+/// Runs sessions to their end, each submitted one step after the one before. `hear` is told each event, with the step that it
+/// came of.
+pub fn run_to_end(
+    runner: &mut dyn Runner,
+    requests: &[DiffusionRequest],
+    mut hear: impl FnMut(StepPlan, SessionId, Event),
+) {
     let mut waiting = requests.iter().cloned().enumerate();
-    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
+    let mut finished = 0;
     loop {
         if let Some((id, request)) = waiting.next() {
             runner.submit(SessionId(id as u64), Request::Diffusion(request)).unwrap();
@@ -98,14 +103,34 @@ pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<F
             break;
         }
         let mut events = Events::default();
-        runner.step(&mut events).unwrap();
+        let plan = runner.step(&mut events).unwrap();
         for (id, event) in events.drain() {
-            match event {
-                Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
+            match &event {
+                Event::Finished { .. } => finished += 1,
                 Event::Failed(error) => panic!("session {id:?}: {error}"),
                 _ => (),
             }
+            hear(plan, id, event);
         }
     }
+    assert_eq!(finished, requests.len());
+}
+
+/// The pictures of sessions that ran as in [`run_to_end`]; `hear` is told all other events.
+pub fn pictures_and(
+    runner: &mut dyn Runner,
+    requests: &[DiffusionRequest],
+    mut hear: impl FnMut(StepPlan, SessionId, Event),
+) -> Vec<Frame> {
+    let mut frames: HashMap<SessionId, Frame> = HashMap::new();
+    run_to_end(runner, requests, |plan, id, event| match event {
+        Event::Frames(mut new) => assert!(frames.insert(id, new.remove(0)).is_none(), "one picture each"),
+        event => hear(plan, id, event),
+    });
     (0..requests.len()).map(|id| frames.remove(&SessionId(id as u64)).unwrap()).collect()
+}
+
+/// The pictures of sessions that ran as in [`run_to_end`].
+pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
+    pictures_and(runner, requests, |_, _, _| ())
 }
