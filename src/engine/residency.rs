@@ -5,6 +5,8 @@
 use tale_models::card::DiffusionOptions;
 use tale_models::device::Placement;
 use tale_models::family::{self, LoadOptions, TextEncoders};
+use tale_models::memory::MemoryPlan;
+use tale_models::request::Phase;
 use tale_models::{Error, LoadedModel, ModelCard, ModelSource, Request};
 
 /// What a model takes, all the time and for one request with its own defaults.
@@ -25,16 +27,21 @@ pub(super) struct Choice {
 impl Choice {
     /// As the checkpoint's headers say. A model that cannot be loaded counts nothing: its loading will say why.
     pub(super) fn of(source: &ModelSource, placement: &Placement, options: &LoadOptions) -> Result<Self, Error> {
-        let sizes = |text_encoders| -> Result<(Sizes, usize), Error> {
-            let options = LoadOptions { text_encoders, ..options.clone() };
-            let (inspection, model) = family::plan(source, placement, &options)?;
-            let request_bytes = model.as_ref().map_or(0, default_request_bytes);
-            let sizes = Sizes { resident_bytes: inspection.resident_bytes(), request_bytes };
-            Ok((sizes, inspection.on_demand_bytes))
+        let options = LoadOptions { text_encoders: TextEncoders::OnDemand, ..options.clone() };
+        let (inspection, model) = family::plan(source, placement, &options)?;
+        let encoder_bytes = inspection.on_demand_bytes;
+        let plan = model.as_ref().map_or_else(MemoryPlan::default, default_request);
+        let on_demand = Sizes { resident_bytes: inspection.resident_bytes(), request_bytes: plan.peak_bytes() };
+        // The encoders' bytes belong to the model then, and not to the phase in which they work.
+        let without_encoders = plan.phases().iter().map(|of| match of.phase {
+            Phase::Encode => of.bytes - encoder_bytes,
+            _ => of.bytes,
+        });
+        let resident = Sizes {
+            resident_bytes: on_demand.resident_bytes + encoder_bytes,
+            request_bytes: without_encoders.max().unwrap_or(0),
         };
-        let (resident, _) = sizes(TextEncoders::Resident)?;
-        let (on_demand, on_demand_bytes) = sizes(TextEncoders::OnDemand)?;
-        Ok(Self { resident, on_demand: (on_demand_bytes > 0).then_some(on_demand) })
+        Ok(Self { resident, on_demand: (encoder_bytes > 0).then_some(on_demand) })
     }
 
     fn sizes(&self, text_encoders: TextEncoders) -> Sizes {
@@ -50,10 +57,10 @@ impl Choice {
 }
 
 /// What the model's default request needs; nothing of a model that asks for more than a prompt.
-fn default_request_bytes(model: &LoadedModel) -> usize {
-    let ModelCard::Diffusion(card) = &model.card else { return 0 };
+fn default_request(model: &LoadedModel) -> MemoryPlan {
+    let ModelCard::Diffusion(card) = &model.card else { return MemoryPlan::default() };
     let request = card.resolve(DiffusionOptions::default(), 0);
-    request.map_or(0, |request| model.runner.plan(&Request::Diffusion(request)).peak_bytes())
+    request.map_or_else(|_| MemoryPlan::default(), |request| model.runner.plan(&Request::Diffusion(request)))
 }
 
 /// Encoders stay where all models and a request of any one of them fit. Otherwise the largest ones go first, until they do
