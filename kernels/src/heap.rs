@@ -3,6 +3,8 @@
 //! By itself glibc takes every large block from the system and gives it back when it is freed, so that each result of some
 //! megabytes costs a page fault per 4 KiB and zeros for all of it: a tenth of a denoising step, and more of a VAE. A
 //! model's steps ask for the same sizes again and again; a heap that keeps them costs nothing.
+//!
+//! Owns: the allocator's settings. Does not know: who allocates, and when there is nothing to do.
 
 /// All threads that begin from now on share the heap of the first one: those of their own hold no block over 64 MiB, and take
 /// larger ones from the system each time. For the begin of `main`.

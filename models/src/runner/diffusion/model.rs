@@ -1,4 +1,6 @@
 //! What a picture or video family supplies to the runner.
+//!
+//! Owns: the traits of families, a row of their prediction. Does not know: any architecture, sessions, steps.
 
 use candle_core::Tensor;
 

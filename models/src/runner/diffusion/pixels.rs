@@ -1,4 +1,6 @@
 //! Pixels as a VAE gives them, as the bytes of frames.
+//!
+//! Owns: rounding, the order of bytes, what is not finite. Does not know: where pixels come from.
 
 use candle_core::{DType, Tensor};
 
