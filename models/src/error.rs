@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::request::Phase;
+use crate::phase::Phase;
 
 /// What can go wrong while reading a checkpoint, accepting a request or computing a step.
 #[derive(Debug, thiserror::Error)]

@@ -18,6 +18,7 @@ pub mod layers;
 pub mod lora;
 pub mod manifest;
 pub mod memory;
+pub mod phase;
 pub mod presets;
 pub mod prompt;
 pub mod request;

@@ -4,7 +4,7 @@
 //! depends on the request, the model and the room that the device has for work, and on nothing else, so that the same
 //! request gives the same picture whatever else is running.
 
-use crate::request::Phase;
+use crate::phase::Phase;
 
 /// Most bytes that one session keeps alive in each of its phases, beside the weights.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

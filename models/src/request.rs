@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::lora::LoraUse;
+pub use crate::phase::Phase;
 use crate::solver::noise_schedule::Spacing;
 use crate::solver::schedulers::Scheduler;
 
@@ -236,37 +237,6 @@ impl NegativePrompt {
         match self {
             Self::Absent => None,
             Self::Text(text) => Some(text),
-        }
-    }
-}
-
-/// Kind of a bounded piece of device work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Phase {
-    /// Language: prompt chunks, alone or beside decode tokens.
-    Prefill,
-    /// Language: one token per sequence.
-    Decode,
-    /// Diffusion: text encoders, and the vision encoder of reference pictures.
-    Encode,
-    /// Diffusion: an input picture to latents.
-    VaeEncode,
-    /// Diffusion: one denoising step of a batch.
-    Denoise,
-    /// Diffusion: latents to pixels, one chunk.
-    VaeDecode,
-}
-
-impl Phase {
-    /// Lower-case name for events, logs and metric labels.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Phase::Prefill => "prefill",
-            Phase::Decode => "decode",
-            Phase::Encode => "encode",
-            Phase::VaeEncode => "vae_encode",
-            Phase::Denoise => "denoise",
-            Phase::VaeDecode => "vae_decode",
         }
     }
 }
