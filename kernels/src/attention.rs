@@ -14,6 +14,8 @@ use crate::simd::dispatch;
 use crate::view::{View, tensor};
 
 #[cfg(gpu)]
+mod chunks;
+#[cfg(gpu)]
 mod flash_attn;
 #[cfg(gpu)]
 mod launch;

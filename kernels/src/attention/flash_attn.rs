@@ -30,7 +30,7 @@ pub(super) fn attention(
     if !takes {
         return Ok(None);
     }
-    let [q, k, v] = [super::launch::readable(q)?, super::launch::readable(k)?, super::launch::readable(v)?];
+    let [q, k, v] = [super::chunks::readable(q)?, super::chunks::readable(k)?, super::chunks::readable(v)?];
     candle_flash_attn::flash_attn(&q, &k, &v, scale as f32, options.causal).map(Some)
 }
 

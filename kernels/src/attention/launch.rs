@@ -2,8 +2,9 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{AttentionOptions, Shape, flash_attn, rows_of_heads};
-use crate::gpu::{Launch, address, module, output};
+use super::chunks::{VALUES_PER_CHUNK, readable};
+use super::{AttentionOptions, Shape, flash_attn};
+use crate::gpu::{Launch, module, output};
 
 module!(ATTENTION, "attention");
 
@@ -35,9 +36,6 @@ pub(super) fn attention(
     kernel.launch(&inputs, scale.abs(), &y)?;
     Ok(y)
 }
-
-/// 16-bit values of one 16-byte access.
-const VALUES_PER_CHUNK: usize = 8;
 
 /// Most values of a head.
 const MAX_D: usize = 512;
@@ -147,17 +145,6 @@ impl Inputs {
         let (bias_head, bias_row) = self.bias.as_ref().map_or((0, 0), |bias| (bias.stride()[0], bias.stride()[1]));
         Ok(launch.i64(bias_head).i64(bias_row))
     }
-}
-
-/// Heads of 16-bit values are read in 16-byte chunks: a layout without them is copied.
-pub(super) fn readable(x: &Tensor) -> Result<Tensor> {
-    let x = rows_of_heads(x)?;
-    let aligned = || -> Result<bool> {
-        let rows =
-            x.stride()[..3].iter().zip(x.dims()).all(|(stride, len)| *len == 1 || stride % VALUES_PER_CHUNK == 0);
-        Ok(rows && address(&x)? % 16 == 0)
-    };
-    if x.dtype() == DType::F32 || aligned()? { Ok(x) } else { x.force_contiguous() }
 }
 
 /// `[heads, lq, lk]` whose last dimension is contiguous.
