@@ -7,7 +7,6 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::unet::TransformerShape;
 use crate::error::{Error, Result};
 use crate::work::{attention_flops, conv_flops, linear_flops};
 
@@ -412,6 +411,15 @@ impl UNetConfig {
         }
         (skips + widest) * dtype.size_in_bytes()
     }
+}
+
+/// Sizes of one transformer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TransformerShape {
+    pub channels: usize,
+    pub heads: usize,
+    pub cross_attention_dim: usize,
+    pub layers: usize,
 }
 
 impl TransformerShape {

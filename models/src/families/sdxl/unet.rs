@@ -18,6 +18,7 @@ use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear};
 use crate::weights::Weights;
 use crate::work::StepWork;
 
+use super::config::TransformerShape;
 pub use super::config::UNetConfig;
 
 /// Of a transformer's group norm, which the class does not configure.
@@ -452,15 +453,6 @@ impl Resnet {
             None => Ok(sum(x, &y)?),
         }
     }
-}
-
-/// Sizes of one transformer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct TransformerShape {
-    pub channels: usize,
-    pub heads: usize,
-    pub cross_attention_dim: usize,
-    pub layers: usize,
 }
 
 /// `Transformer2DModel`: every position of the picture is a token.
