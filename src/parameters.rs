@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tale_models::card::DiffusionOptions;
 use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest};
-use tale_models::solver::noise_schedule::Spacing;
+use tale_models::solver::names::Spacing;
 
 /// Keyword of the PNG text that holds them.
 pub const KEYWORD: &str = "parameters";

@@ -19,8 +19,8 @@ use crate::request::{
 };
 use crate::resample::Filter;
 use crate::runner::diffusion::previews::MAX_PREVIEWS;
-use crate::solver::noise_schedule::Spacing;
-use crate::solver::schedulers::{Chosen, Scheduler, Schedulers};
+use crate::solver::names::{Scheduler, Spacing};
+use crate::solver::schedulers::{Chosen, Schedulers};
 use crate::tokenizer::Tokenizer;
 
 #[cfg(test)]
@@ -508,8 +508,9 @@ impl DiffusionCard {
         let steps = request.num_inference_steps;
         let of_refiner = refiner.choose(Some(request.scheduler.name), request.timestep_spacing)?;
         check_range("num_inference_steps", steps, 1, of_refiner.max_steps)?;
-        let steps_before = self.schedulers.steps_before(request, denoising_end);
-        let first_step_after = refiner.steps_before(request, denoising_end);
+        let the_loop = request.denoising_loop(None);
+        let steps_before = self.schedulers.steps_before(request.scheduler, &the_loop, denoising_end);
+        let first_step_after = refiner.steps_before(request.scheduler, &the_loop, denoising_end);
         for (whose, is_idle) in [("model", steps_before == 0), ("refiner", first_step_after == steps)] {
             if is_idle {
                 return refuse(format!("is {denoising_end}, which leaves the {whose} no step of {steps}"));

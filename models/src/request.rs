@@ -7,8 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::lora::LoraUse;
 pub use crate::phase::Phase;
-use crate::solver::noise_schedule::Spacing;
-use crate::solver::schedulers::Scheduler;
+use crate::solver::names::{Loop, Scheduler, Spacing};
 
 /// Names one running generation inside one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -205,6 +204,11 @@ impl DiffusionRequest {
             return steps_before + self.num_inference_steps - first_step_after;
         }
         self.num_inference_steps - self.edit.as_ref().map_or(0, |edit| edit.first_step)
+    }
+
+    /// The loop of its scheduler. `image_seq_len`: tokens of the picture, of families whose sigmas depend on it.
+    pub fn denoising_loop(&self, image_seq_len: Option<usize>) -> Loop {
+        Loop { steps: self.num_inference_steps, timestep_spacing: self.timestep_spacing, eta: self.eta, image_seq_len }
     }
 
     /// How far the negative prediction, where there is one, is left behind.

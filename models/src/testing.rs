@@ -21,7 +21,8 @@ use crate::request::{
 use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::config::SchedulerConfig;
-use crate::solver::schedulers::{Scheduler, Schedulers, Training};
+use crate::solver::names::Scheduler;
+use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::{Tokenizer, bytes};
 use crate::work::StepWork;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use tale_models::request::{Acceleration, DiffusionRequest, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use tale_models::runner::RunnerStatus;
-use tale_models::solver::schedulers::Scheduler;
+use tale_models::solver::names::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
 use tale_models::{Error, Event, Request, Runner, SessionId};
 

@@ -16,7 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use tale_models::card::{DiffusionOptions, MAX_REFERENCE_IMAGES, MAX_REFERENCE_PIXELS, Medium};
 use tale_models::lora::LoraOption;
 use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
-use tale_models::solver::noise_schedule::Spacing;
+use tale_models::solver::names::Spacing;
 use tale_models::{Event, ModelCard};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;

@@ -215,7 +215,7 @@ pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
     use tale_models::request::{Acceleration, WHOLE_INTERVAL};
-    use tale_models::solver::schedulers::Scheduler;
+    use tale_models::solver::names::Scheduler;
 
     pub(crate) fn job() -> Job {
         let request = DiffusionRequest {

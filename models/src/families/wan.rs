@@ -403,7 +403,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.schedulers.solver(request, None))
+        Ok(self.card.schedulers.start(request.scheduler, &request.denoising_loop(None)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {

@@ -12,7 +12,8 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
-use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule, Prediction, Spacing};
+use crate::solver::names::Spacing;
+use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule, Prediction};
 
 /// What decides about the steps, from `scheduler_config.json`.
 #[derive(Debug, Clone)]

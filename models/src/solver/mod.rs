@@ -13,6 +13,7 @@ pub mod euler_ancestral;
 pub mod flow_match_euler;
 mod history;
 pub mod lcm;
+pub mod names;
 pub mod noise_schedule;
 pub mod schedulers;
 pub mod tcd;

@@ -7,10 +7,11 @@
 //! f64, as numpy does there.
 
 use candle_core::{DType, Tensor};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::solver::config::SchedulerConfig;
+use crate::solver::names::Spacing;
 
 /// `alphas_cumprod` of the last training timestep after rescaling to zero SNR, where a solver divides by it.
 const LAST_ALPHA: f32 = 1.0 / (1 << 24) as f32;
@@ -88,41 +89,6 @@ pub enum PredictionType {
     Sample,
     /// `noise - x0`: a flow-matching model, which has no discrete noise schedule.
     FlowPrediction,
-}
-
-/// Which timesteps of training an inference visits (Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, table 2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Spacing {
-    /// Evenly from the last to the first.
-    Linspace,
-    /// Every k-th, counted from the first.
-    Leading,
-    /// Every k-th, counted from the last.
-    Trailing,
-}
-
-impl Spacing {
-    /// Its name in files, on the wire and on the command line.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Linspace => "linspace",
-            Self::Leading => "leading",
-            Self::Trailing => "trailing",
-        }
-    }
-}
-
-impl std::str::FromStr for Spacing {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let known = [Self::Linspace, Self::Leading, Self::Trailing];
-        known
-            .into_iter()
-            .find(|spacing| spacing.as_str() == name)
-            .ok_or_else(|| Error::invalid("timestep_spacing", "is not known; allowed: linspace, leading, trailing"))
-    }
 }
 
 /// Where the last step leads.

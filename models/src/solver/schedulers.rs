@@ -1,14 +1,13 @@
-//! The names by which a request chooses its solver: what each means for a checkpoint, and which a checkpoint can have.
+//! What the names of schedulers mean for a checkpoint, and which of them it can have.
 //!
-//! Owns: the table of names, the step from a name and a `scheduler_config.json` to a solver. Does not know: any solver's
-//! steps, which pipeline asks. A name means what diffusers gives for `Class.from_config(pipe.scheduler.config,
+//! Owns: the step from a name and a `scheduler_config.json` to a solver. Does not know: any solver's steps, which pipeline
+//! asks, requests. A name means what diffusers gives for `Class.from_config(pipe.scheduler.config,
 //! **settings)`, `settings` being the name's own.
 
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::manifest::{Layout, Manifest};
-use crate::request::DiffusionRequest;
 use crate::single_file::SingleFile;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
@@ -18,97 +17,10 @@ use crate::solver::euler::{Euler, EulerConfig};
 use crate::solver::euler_ancestral::{EulerAncestral, EulerAncestralConfig};
 use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
 use crate::solver::lcm::{Lcm, LcmConfig};
-use crate::solver::noise_schedule::{NoiseSchedule, Spacing};
+use crate::solver::names::{Class, Loop, SCHEDULERS, Scheduler, Spacing};
+use crate::solver::noise_schedule::NoiseSchedule;
 use crate::solver::tcd::{Tcd, TcdConfig};
 use crate::solver::unipc::{UniPc, UniPcConfig};
-
-/// A name by which a request chooses its solver.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Scheduler {
-    /// As requests and answers spell it.
-    pub name: &'static str,
-    class: Class,
-    /// What the name sets whatever the checkpoint's configuration says.
-    settings: &'static [(&'static str, Setting)],
-}
-
-/// A value of `scheduler_config.json`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Setting {
-    Flag(bool),
-    Count(usize),
-    Word(&'static str),
-}
-
-/// Every name: short ones, and diffusers' class names, which take the checkpoint's configuration as it is.
-pub static SCHEDULERS: [Scheduler; 19] = [
-    Scheduler { name: "euler", class: Class::Euler, settings: &[] },
-    Scheduler { name: "euler_a", class: Class::EulerAncestral, settings: &[] },
-    Scheduler { name: "ddim", class: Class::Ddim, settings: &[] },
-    Scheduler { name: "dpmpp_2m", class: Class::Dpm, settings: &dpmpp_2m("dpmsolver++", false) },
-    Scheduler { name: "dpmpp_2m_karras", class: Class::Dpm, settings: &dpmpp_2m("dpmsolver++", true) },
-    Scheduler { name: "dpmpp_2m_sde", class: Class::Dpm, settings: &dpmpp_2m("sde-dpmsolver++", false) },
-    Scheduler { name: "dpmpp_2m_sde_karras", class: Class::Dpm, settings: &dpmpp_2m("sde-dpmsolver++", true) },
-    Scheduler { name: "unipc", class: Class::UniPc, settings: &[] },
-    Scheduler { name: "lcm", class: Class::Lcm, settings: &[] },
-    Scheduler { name: "tcd", class: Class::Tcd, settings: &[] },
-    Scheduler { name: "flow_euler", class: Class::FlowMatchEuler, settings: &[] },
-    Scheduler { name: "EulerDiscreteScheduler", class: Class::Euler, settings: &[] },
-    Scheduler { name: "EulerAncestralDiscreteScheduler", class: Class::EulerAncestral, settings: &[] },
-    Scheduler { name: "DDIMScheduler", class: Class::Ddim, settings: &[] },
-    Scheduler { name: "DPMSolverMultistepScheduler", class: Class::Dpm, settings: &[] },
-    Scheduler { name: "UniPCMultistepScheduler", class: Class::UniPc, settings: &[] },
-    Scheduler { name: "LCMScheduler", class: Class::Lcm, settings: &[] },
-    Scheduler { name: "TCDScheduler", class: Class::Tcd, settings: &[] },
-    Scheduler { name: "FlowMatchEulerDiscreteScheduler", class: Class::FlowMatchEuler, settings: &[] },
-];
-
-const fn dpmpp_2m(algorithm_type: &'static str, karras: bool) -> [(&'static str, Setting); 3] {
-    [
-        ("algorithm_type", Setting::Word(algorithm_type)),
-        ("solver_order", Setting::Count(2)),
-        ("use_karras_sigmas", Setting::Flag(karras)),
-    ]
-}
-
-impl Scheduler {
-    /// The scheduler with this name.
-    pub fn named(name: &str) -> Option<&'static Self> {
-        SCHEDULERS.iter().find(|scheduler| scheduler.name == name)
-    }
-
-    /// Whether it is diffusers' name of the class, as in `model_index.json`.
-    fn is_class_name(&self) -> bool {
-        self.name.ends_with("Scheduler")
-    }
-
-    /// Whether its steps have an `eta`.
-    pub fn takes_eta(&self) -> bool {
-        matches!(self.class, Class::Ddim | Class::Tcd)
-    }
-
-    fn settings(&self) -> impl Iterator<Item = (&'static str, Value)> {
-        let value = |setting: &Setting| match *setting {
-            Setting::Flag(flag) => json!(flag),
-            Setting::Count(count) => json!(count),
-            Setting::Word(word) => json!(word),
-        };
-        self.settings.iter().map(move |(field, setting)| (*field, value(setting)))
-    }
-}
-
-/// A scheduler class of diffusers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Class {
-    Euler,
-    EulerAncestral,
-    Ddim,
-    Dpm,
-    UniPc,
-    Lcm,
-    Tcd,
-    FlowMatchEuler,
-}
 
 /// What a family's pipeline asks of its solvers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -238,19 +150,6 @@ pub struct Chosen {
     pub max_steps: usize,
 }
 
-/// What a loop needs to know beside its scheduler.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Loop {
-    /// At least 1.
-    pub steps: usize,
-    /// Another than the checkpoint's.
-    pub timestep_spacing: Option<Spacing>,
-    /// Of DDIM and TCD.
-    pub eta: Option<f64>,
-    /// Tokens of the picture, where the pipeline hands over sigmas and `mu` ([`Training::FlowWithMu`]).
-    pub image_seq_len: Option<usize>,
-}
-
 /// Of every class.
 const DEFAULT_TRAIN_TIMESTEPS: usize = 1000;
 
@@ -326,21 +225,13 @@ impl Schedulers {
         self.choices.iter().map(|(scheduler, _)| *scheduler)
     }
 
-    /// The solver of a request, its timesteps set. `image_seq_len`: tokens of the picture, where the pipeline hands over
-    /// sigmas and `mu` ([`Training::FlowWithMu`]).
-    pub fn solver(&self, request: &DiffusionRequest, image_seq_len: Option<usize>) -> Box<dyn Solver> {
-        let DiffusionRequest { scheduler, timestep_spacing, eta, .. } = request;
-        let steps = request.num_inference_steps;
-        self.start(scheduler, &Loop { steps, timestep_spacing: *timestep_spacing, eta: *eta, image_seq_len })
-    }
-
-    /// Of a request's steps, those that denoise the share `denoising_end` of the noise schedule: those at its timestep and
-    /// before. Source: diffusers `pipeline_stable_diffusion_xl.py` (`denoising_end`) and its sibling for image to image
+    /// Of the steps of a loop, those that denoise the share `denoising_end` of the noise schedule: those at its timestep
+    /// and before. Source: diffusers `pipeline_stable_diffusion_xl.py` (`denoising_end`) and its sibling for image to image
     /// (`get_timesteps`, `denoising_start`), whose cut this is too.
-    pub fn steps_before(&self, request: &DiffusionRequest, denoising_end: f64) -> usize {
+    pub fn steps_before(&self, scheduler: &Scheduler, the_loop: &Loop, denoising_end: f64) -> usize {
         let train = self.num_train_timesteps as f64;
         let cutoff = (train - denoising_end * train).round_ties_even();
-        self.solver(request, None).timesteps().iter().filter(|timestep| **timestep >= cutoff).count()
+        self.start(scheduler, the_loop).timesteps().iter().filter(|timestep| **timestep >= cutoff).count()
     }
 
     /// The solver of a loop whose steps and spacing [`Schedulers::choose`] allows.

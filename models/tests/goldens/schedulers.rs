@@ -12,7 +12,8 @@ use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::solver::Solver;
 use tale_models::solver::config::SchedulerConfig;
-use tale_models::solver::schedulers::{Chosen, Loop, SCHEDULERS, Scheduler, Schedulers, Training};
+use tale_models::solver::names::{Loop, SCHEDULERS, Scheduler};
+use tale_models::solver::schedulers::{Chosen, Schedulers, Training};
 use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, pictures, psnr};

@@ -4,7 +4,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::request::{Acceleration, Frame};
-use tale_models::solver::noise_schedule::Spacing;
+use tale_models::solver::names::Spacing;
 use tale_models::{Event, ModelCard};
 
 use super::{CliError, Generator, wrong_medium};

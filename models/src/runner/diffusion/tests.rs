@@ -13,7 +13,7 @@ use crate::lora::LoraSupport;
 use crate::request::{Acceleration, Edit, Frame, Mask, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
-use crate::solver::schedulers::Scheduler;
+use crate::solver::names::Scheduler;
 use crate::testing::flow_schedulers;
 use crate::work::StepWork;
 
