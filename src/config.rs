@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 use tale_models::ModelSource;
+use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::family::{LoadFormat, LoadOptions, TextEncoders};
+use tale_models::family::{LoadOptions, TextEncoders};
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::ServerOptions;

@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod card;
 pub mod chat_template;
+pub mod checkpoint;
 pub mod config;
 pub mod device;
 pub mod encoders;
@@ -15,6 +16,7 @@ pub mod families;
 pub mod family;
 pub mod kv;
 pub mod layers;
+pub mod loading;
 pub mod lora;
 pub mod manifest;
 pub mod memory;
@@ -38,7 +40,8 @@ pub mod work;
 
 pub use card::{DiffusionCard, ModelCard, TextCard};
 pub use error::{Error, Result};
-pub use family::{LoadedModel, load};
+pub use family::LoadedModel;
+pub use loading::load;
 pub use request::{Event, Events, Request, SessionId};
 pub use runner::Runner;
 pub use source::ModelSource;

@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use serde_json::{Value, json};
 use tale_models::card::DiffusionOptions;
+use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{LoadFormat, LoadOptions, TextEncoders};
+use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::memory::{MemoryPlan, PhaseBytes};
 use tale_models::presets::Configurations;
 use tale_models::request::{Event, Events, Frame, Mask, Phase, Request, SessionId};

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use tale_models::card::DiffusionOptions;
+use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, Inspection, LoadFormat, LoadOptions, LoadedModel, TextEncoders};
+use tale_models::family::{LoadOptions, LoadedModel, TextEncoders};
+use tale_models::loading::{self, Inspection};
 use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -74,7 +76,7 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     if let Some(ByteSize(capacity_bytes)) = args.memory {
         options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
     }
-    let (inspection, model) = family::plan(source, &placement, &options)?;
+    let (inspection, model) = loading::plan(source, &placement, &options)?;
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let report = Report::new(args, inspection, request);
     let text = if args.json {

@@ -13,7 +13,8 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant, SystemTime};
 
 use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype, keep_freed_memory};
-use tale_models::family::{self, LoadOptions, TextEncoders};
+use tale_models::family::{LoadOptions, TextEncoders};
+use tale_models::loading;
 use tale_models::runner::RunnerStatus;
 use tale_models::{Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
@@ -459,11 +460,11 @@ fn load_if_it_fits(
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel, tale_models::Error> {
     let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let needed_bytes = family::inspect(source, &dry, load)?.resident_bytes();
+    let needed_bytes = loading::inspect(source, &dry, load)?.resident_bytes();
     if needed_bytes > free_bytes {
         return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
     }
-    family::load(source, placement, load, on_component)
+    loading::load(source, placement, load, on_component)
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.

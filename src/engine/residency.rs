@@ -4,7 +4,8 @@
 
 use tale_models::card::DiffusionOptions;
 use tale_models::device::Placement;
-use tale_models::family::{self, LoadOptions, TextEncoders};
+use tale_models::family::{LoadOptions, TextEncoders};
+use tale_models::loading;
 use tale_models::memory::MemoryPlan;
 use tale_models::request::Phase;
 use tale_models::{Error, LoadedModel, ModelCard, ModelSource, Request};
@@ -28,7 +29,7 @@ impl Choice {
     /// As the checkpoint's headers say. A model that cannot be loaded counts nothing: its loading will say why.
     pub(super) fn of(source: &ModelSource, placement: &Placement, options: &LoadOptions) -> Result<Self, Error> {
         let options = LoadOptions { text_encoders: TextEncoders::OnDemand, ..options.clone() };
-        let (inspection, model) = family::plan(source, placement, &options)?;
+        let (inspection, model) = loading::plan(source, placement, &options)?;
         let encoder_bytes = inspection.on_demand_bytes;
         let plan = model.as_ref().map_or_else(MemoryPlan::default, default_request);
         let on_demand = Sizes { resident_bytes: inspection.resident_bytes(), request_bytes: plan.peak_bytes() };

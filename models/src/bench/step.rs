@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 use super::Roofs;
 use super::memory::{forget_peak, peak_bytes};
 use crate::card::{DiffusionOptions, Guidance, ModelCard, TextOptions};
+use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
 use crate::error::{Error, Result};
-use crate::family::{self, LoadFormat, LoadOptions, LoadedModel};
+use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, blocks_for};
+use crate::loading;
 use crate::request::{DiffusionRequest, Event, Events, Phase, Request, SessionId};
 use crate::work::StepWork;
 
@@ -162,7 +164,7 @@ impl StepBench {
         let roofs = roofs(placement)?;
         forget_peak(placement);
         let begin = Instant::now();
-        let model = family::load(&self.path, placement, &self.load, &mut |_| ())?;
+        let model = loading::load(&self.path, placement, &self.load, &mut |_| ())?;
         placement.synchronize()?;
         let load_seconds = begin.elapsed().as_secs_f64();
         let load_peak_bytes = peak_bytes(placement)?;
@@ -174,7 +176,7 @@ impl StepBench {
 
 /// A dry model and the bytes of its weights.
 fn plan_model(path: &Path, dry: &Placement, options: &LoadOptions) -> Result<(usize, LoadedModel)> {
-    let (inspection, model) = family::plan(path, dry, options)?;
+    let (inspection, model) = loading::plan(path, dry, options)?;
     let weight_bytes = inspection.resident_bytes() - inspection.cache_bytes;
     match (model, inspection.problem) {
         (Some(model), _) => Ok((weight_bytes, model)),

@@ -9,9 +9,10 @@ use serde_json::Value;
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
+use crate::checkpoint::OpenWeights;
 use crate::config::read_json_if_present;
 use crate::error::{Error, Result};
-use crate::family::{LoadOptions, LoadedModel, OpenWeights};
+use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, blocks_for};
 use crate::layers::decoder::{Decoder, DecoderConfig};
 use crate::manifest::Manifest;

@@ -12,12 +12,13 @@ use crate::card::{
     CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
     StepRounding,
 };
+use crate::checkpoint::OpenWeights;
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
-use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
@@ -26,6 +27,7 @@ use crate::request::{DiffusionRequest, Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::block_cache::BlockCache;
+use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
 use crate::solver::Solver;
@@ -87,7 +89,7 @@ impl Family for Flux {
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         let (card, resident_bytes) = (model.card().clone(), model.adapters.cache_bytes());
         let runner = DiffusionRunner::new(model, options.max_denoise_rows)
-            .with_text_encoders(open.text_encoders(build))
+            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
             .retrying(reread_in_f32(open.reread(), build));
         Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
@@ -390,7 +392,7 @@ impl DiffusionModel for FluxModel {
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
         let (rows, columns) = self.grid(request);
-        Ok(self.card.schedulers.solver(request, Some(rows * columns)))
+        Ok(self.card.schedulers.start(request.scheduler, &request.denoising_loop(Some(rows * columns))))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {

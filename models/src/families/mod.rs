@@ -1,4 +1,8 @@
-//! One file per model family.
+//! One file per model family, and the table of them.
+
+use crate::error::{Error, Result};
+use crate::family::Family;
+use crate::manifest::Manifest;
 
 pub mod causal_lm;
 pub mod flux;
@@ -6,3 +10,31 @@ pub mod llama;
 pub mod qwen2;
 pub mod sdxl;
 pub mod wan;
+
+/// All families of this build.
+pub const FAMILIES: &[&dyn Family] = &[&llama::Llama, &qwen2::Qwen2, &flux::Flux, &sdxl::Sdxl, &wan::Wan];
+
+/// The family of the checkpoint.
+pub(crate) fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
+    FAMILIES.iter().copied().find(|family| family.detects(manifest)).ok_or_else(|| Error::UnknownArchitecture {
+        path: manifest.root.clone(),
+        found: manifest.architecture().to_owned(),
+        supported: FAMILIES.iter().map(|family| family.name()).collect::<Vec<_>>().join(", "),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::repository;
+
+    #[test]
+    fn the_documented_table_is_this_table() {
+        let docs = repository().join("docs/models.md");
+        let docs = std::fs::read_to_string(docs).expect("docs/models.md is there");
+        for family in FAMILIES {
+            let row = format!("| `{}` | {} |", family.name(), family.makes());
+            assert!(docs.contains(&row), "docs/models.md lacks the row `{row}`");
+        }
+    }
+}

@@ -6,9 +6,10 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::checkpoint::OpenWeights;
 use crate::error::{Error, Result};
 use crate::families::causal_lm;
-use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::decoder::{DecoderConfig, check_plain};
 use crate::layers::rope::{Rope, RopeFields};
 use crate::manifest::Manifest;

@@ -13,13 +13,14 @@ use serde::Deserialize;
 use crate::card::{
     DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts, StepRounding,
 };
+use crate::checkpoint::{OpenWeights, Reread};
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
 use crate::encoders::rows_of;
 use crate::error::{Error, Result};
-use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights, Reread};
+use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
@@ -27,6 +28,7 @@ use crate::prompt::Prompt;
 use crate::request::{DiffusionRequest, Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::batcher::PictureInput;
+use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::references::ReferenceModel;
 use crate::runner::diffusion::retry::{InF32, reread_in_f32};
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
@@ -101,7 +103,7 @@ impl Family for Sdxl {
         model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
         let in_f32 = reread_in_f32(open.reread(), build);
         let (card, resident_bytes) = (model.card().clone(), model.recordings_bytes() + model.adapters.cache_bytes());
-        let text_encoders = open.text_encoders(build);
+        let text_encoders = open.lent().map(|parts| OnDemand::new(parts, build));
         let runner = DiffusionRunner::new(model, options.max_denoise_rows).with_text_encoders(text_encoders);
         let mut runner = runner.retrying(in_f32);
         if open.source().refiner.is_some() {

@@ -14,12 +14,13 @@ use tale_kernels::{
 };
 
 use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, ModelCard, Prompts};
+use crate::checkpoint::OpenWeights;
 use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::error::{Error, Result};
-use crate::family::{Family, LoadOptions, LoadedModel, OpenWeights};
+use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::lora::LoraSupport;
@@ -29,6 +30,7 @@ use crate::prompt::plain_text;
 use crate::request::{Acceleration, DiffusionRequest, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
+use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::Solver;
@@ -93,7 +95,7 @@ impl Family for Wan {
         let model = build(manifest, open)?;
         let card = model.card.clone();
         let runner = DiffusionRunner::new(model, options.max_denoise_rows)
-            .with_text_encoders(open.text_encoders(build))
+            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
             .retrying(reread_in_f32(open.reread(), build));
         Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
     }

@@ -1,13 +1,15 @@
 //! Presets held against what is published of them.
 
 use super::*;
+use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype};
-use crate::family::{self, Inspection, LoadFormat, LoadOptions};
+use crate::family::LoadOptions;
+use crate::loading::{self, Inspection};
 
 fn inspect(folder: &Configurations) -> Inspection {
     let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
     let options = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
-    let inspection = family::inspect(folder.path(), &placement, &options).expect("a known family");
+    let inspection = loading::inspect(folder.path(), &placement, &options).expect("a known family");
     assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
     inspection
 }

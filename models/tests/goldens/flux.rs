@@ -216,7 +216,7 @@ fn every_tensor_of_the_checkpoints_is_used() {
     for case in CASES {
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
         let inspection =
-            tale_models::family::inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default())
+            tale_models::loading::inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default())
                 .unwrap();
         assert!(inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
         for (component, report) in inspection.components {

@@ -7,9 +7,10 @@ use candle_core::Tensor;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
-use tale_models::family::{self, LoadOptions, LoadedModel};
+use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCaches};
 use tale_models::layers::decoder::{DecodeRecordings, DecoderInput};
+use tale_models::loading;
 use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
 use tale_models::weights::Weights;
@@ -278,7 +279,7 @@ fn on_every_gpu_in(dtypes: &[WeightDtype], body: impl Fn(&Gpu)) {
 
 impl Gpu {
     fn load(&self, path: &Path) -> LoadedModel {
-        self.run(|| family::load(path, &self.placement, &LoadOptions::default(), &mut |_| ()).expect("loaded"))
+        self.run(|| loading::load(path, &self.placement, &LoadOptions::default(), &mut |_| ()).expect("loaded"))
     }
 
     fn run<R>(&self, body: impl FnOnce() -> R) -> R {

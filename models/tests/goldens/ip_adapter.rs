@@ -10,7 +10,8 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::encoders::image_processor::ClipImageProcessor;
 use tale_models::families::sdxl::SdxlModel;
 use tale_models::families::sdxl::ip_adapter::{IpAdapter, IpAdapterFiles};
-use tale_models::family::{self, LoadOptions};
+use tale_models::family::LoadOptions;
+use tale_models::loading;
 use tale_models::manifest::Manifest;
 use tale_models::request::{DiffusionRequest, Frame, Phase};
 use tale_models::runner::Runner;
@@ -226,7 +227,7 @@ fn adapters_that_do_not_fit_are_refused_with_both_numbers() {
 fn an_adapter_is_part_of_the_memory_plan() {
     let tensors = golden_tensors(CASE);
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::F32).unwrap();
-    let inspect = |source: ModelSource| family::inspect(source, &placement, &LoadOptions::default()).unwrap();
+    let inspect = |source: ModelSource| loading::inspect(source, &placement, &LoadOptions::default()).unwrap();
     let (plain, with) = (inspect(ModelSource::at(case_dir("sdxl-a").join("checkpoint"))), inspect(source("base")));
     assert!(with.problem.is_none(), "{:?}", with.problem);
     for (component, report) in &with.components {

@@ -2,7 +2,8 @@
 
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, LoadOptions, TextEncoders};
+use tale_models::family::{LoadOptions, TextEncoders};
+use tale_models::loading;
 use tale_models::lora::LoraOption;
 use tale_models::request::{DiffusionRequest, Phase};
 use tale_models::{Event, Events, LoadedModel, ModelCard, ModelSource, Request, SessionId};
@@ -20,8 +21,8 @@ fn with_loras(case: &str, files: &str) -> ModelSource {
 fn load(source: &ModelSource, text_encoders: TextEncoders) -> LoadedModel {
     let options = LoadOptions { text_encoders, lora_cache_bytes: 0, max_denoise_rows: 4, ..LoadOptions::default() };
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-    let loaded = family::load(source, &placement, &options, &mut |_| ()).unwrap();
-    let inspection = family::inspect(source, &placement, &options).unwrap();
+    let loaded = loading::load(source, &placement, &options, &mut |_| ()).unwrap();
+    let inspection = loading::inspect(source, &placement, &options).unwrap();
     assert_eq!(inspection.resident_bytes(), loaded.resident_bytes);
     loaded
 }
@@ -63,7 +64,7 @@ fn pictures_are_the_same_bit_for_bit() {
         let case = source.path.display().to_string();
         let (mut keeps, mut lends) = (load(&source, TextEncoders::Resident), load(&source, TextEncoders::OnDemand));
         let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
-        let reports = family::inspect(&source, &placement, &LoadOptions::default()).unwrap().components;
+        let reports = loading::inspect(&source, &placement, &LoadOptions::default()).unwrap().components;
         let encoders = reports.iter().filter(|(name, _)| components.contains(&name.as_str()));
         let encoder_bytes = encoders.map(|(_, report)| report.resident_bytes).sum::<usize>();
         assert!(encoder_bytes > 0 && keeps.resident_bytes - lends.resident_bytes == encoder_bytes, "{case}");

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::{self, LoadOptions};
+use tale_models::family::LoadOptions;
+use tale_models::loading;
 use tale_models::request::{DiffusionRequest, Frame, Phase};
 use tale_models::runner::Runner;
 use tale_models::{Event, ModelCard, ModelSource, Request, SessionId};
@@ -147,11 +148,11 @@ fn what_is_no_refiner_of_a_model_is_refused() {
         (source("flux-schnell", REFINER), "models of family flux take no refiner"),
     ];
     for (source, problem) in cases {
-        let found = family::inspect(source, &placement, &LoadOptions::default()).unwrap().problem;
+        let found = loading::inspect(source, &placement, &LoadOptions::default()).unwrap().problem;
         let error = found.expect(problem).to_string();
         assert!(error.contains(problem), "{error}");
     }
-    let inspection = family::inspect(source(BASE, REFINER), &placement, &LoadOptions::default()).unwrap();
+    let inspection = loading::inspect(source(BASE, REFINER), &placement, &LoadOptions::default()).unwrap();
     assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
     let names: Vec<&str> = inspection.components.iter().map(|(name, _)| name.as_str()).collect();
     assert!(names.contains(&"refiner/unet") && !names.contains(&"refiner/text_encoder"), "{names:?}");

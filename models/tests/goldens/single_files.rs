@@ -15,7 +15,8 @@ use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::flux::original::FluxNames;
 use tale_models::families::flux::transformer::{FluxTransformer, FluxTransformerConfig};
-use tale_models::family::{self, Inspection, LoadOptions, LoadedModel};
+use tale_models::family::{LoadOptions, LoadedModel};
+use tale_models::loading::{self, Inspection};
 use tale_models::presets::{Configurations, Preset};
 use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SessionId};
 use tale_models::single_file::SingleFile;
@@ -279,7 +280,7 @@ fn gguf_weights_stay_quantised() {
     for dtype in [WeightDtype::Auto, WeightDtype::F32] {
         let source = ModelSource { base: Some(base.path().to_owned()), ..ModelSource::at(gguf_file()) };
         let placement = Placement::open(DeviceSpec::Cpu, dtype).unwrap();
-        let inspected = family::inspect(&source, &placement, &LoadOptions::default()).unwrap().resident_bytes();
+        let inspected = loading::inspect(&source, &placement, &LoadOptions::default()).unwrap().resident_bytes();
         assert_eq!(load(&gguf_file(), Some(base.path()), dtype).resident_bytes, inspected);
     }
 }
@@ -397,7 +398,7 @@ fn what_is_no_model_is_refused_in_its_own_words() {
 #[track_caller]
 fn check_refused(path: &Path, base: Option<&Path>, expected: &[&str]) {
     let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
-    let inspected = match family::inspect(&source, &cpu(), &LoadOptions::default()) {
+    let inspected = match loading::inspect(&source, &cpu(), &LoadOptions::default()) {
         Err(error) => error.to_string(),
         Ok(inspection) => {
             let of_components = inspection.components.iter().flat_map(|(_, report)| &report.problems);
@@ -489,7 +490,7 @@ fn cpu() -> Placement {
 
 fn inspect(path: &Path, base: Option<&Path>) -> Inspection {
     let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
-    family::inspect(source, &cpu(), &LoadOptions::default()).unwrap()
+    loading::inspect(source, &cpu(), &LoadOptions::default()).unwrap()
 }
 
 #[track_caller]

@@ -8,9 +8,10 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::{llama, qwen2};
-use tale_models::family::{self, LoadOptions, LoadedModel};
+use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, blocks_for};
 use tale_models::layers::decoder::{Decoder, DecoderInput};
+use tale_models::loading;
 use tale_models::manifest::Manifest;
 use tale_models::request::{Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage};
 use tale_models::runner::RunnerStatus;
@@ -261,7 +262,7 @@ fn the_pool_bounds_the_context() {
     assert_eq!(server.card().max_context, 2 * BLOCK_SIZE);
     assert_eq!(server.model.runner.status().kv_blocks_total, 2);
     let options = LoadOptions { kv_cache_bytes: 10, ..LoadOptions::default() };
-    let refused = family::load(&case_dir("qwen2-yarn").join("checkpoint"), &cpu(), &options, &mut |_| ());
+    let refused = loading::load(&case_dir("qwen2-yarn").join("checkpoint"), &cpu(), &options, &mut |_| ());
     assert!(matches!(refused.err(), Some(Error::OutOfMemory { .. })));
 }
 
@@ -307,7 +308,7 @@ fn a_tied_checkpoint_may_store_its_head_too() {
     copy.edit_tensors(|tensors| {
         tensors.insert("lm_head.weight".to_owned(), tensors["model.embed_tokens.weight"].clone());
     });
-    let inspection = family::inspect(copy.path(), &cpu(), &LoadOptions::default()).expect("inspected");
+    let inspection = loading::inspect(copy.path(), &cpu(), &LoadOptions::default()).expect("inspected");
     assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
     let (_, report) = &inspection.components[0];
     assert!(report.unused.is_empty() && report.problems.is_empty(), "{report:?}");
@@ -412,7 +413,7 @@ impl Server {
     }
 
     fn open(path: &Path, options: LoadOptions) -> Self {
-        let model = family::load(path, &cpu(), &options, &mut |_| ()).expect("loaded");
+        let model = loading::load(path, &cpu(), &options, &mut |_| ()).expect("loaded");
         Self { model, answers: BTreeMap::new(), next_id: 0, saw_preemption: false }
     }
 
@@ -546,7 +547,7 @@ impl Copy {
     }
 
     fn load(&self) -> tale_models::Result<LoadedModel> {
-        family::load(self.path(), &cpu(), &LoadOptions::default(), &mut |_| ())
+        loading::load(self.path(), &cpu(), &LoadOptions::default(), &mut |_| ())
     }
 
     fn write_json(&self, file_name: &str, value: &Value) {

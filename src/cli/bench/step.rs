@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use tale_models::bench::step::{Bound, LoadedBench, MeasuredStep, StepBench, StepOptions};
+use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
-use tale_models::family::LoadFormat;
 use tale_models::presets::{Configurations, PRESETS, Preset};
 
 use super::{flops_unit, print_line, roofs_in_words};

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::family::LoadFormat;
 use tale_models::{Event, ModelCard, ModelSource, Request, card};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;

@@ -7,19 +7,15 @@
 use candle_core::Tensor;
 
 use super::DiffusionModel;
+use crate::checkpoint::{Build, Reread};
 use crate::error::{Error, Result};
-use crate::family::{OpenWeights, Reread};
-use crate::manifest::Manifest;
 use crate::request::{DiffusionRequest, Phase};
 
 /// Reads a model whose components with these names compute in f32, and which has no others, for a phase of a request.
 pub type InF32<M> = Box<dyn Fn(&[&str], Phase, &DiffusionRequest) -> Result<M> + Send>;
 
 /// Reads from where the model was read, if the device has the bytes for the weights and the work.
-pub fn reread_in_f32<M: DiffusionModel + 'static>(
-    reread: Reread,
-    build: fn(&Manifest, &mut OpenWeights<'_>) -> Result<M>,
-) -> InF32<M> {
+pub fn reread_in_f32<M: DiffusionModel + 'static>(reread: Reread, build: Build<M>) -> InF32<M> {
     Box::new(move |components, phase, request| {
         let (model, weight_bytes) = reread.dry_in_f32(components, build)?;
         let plan = model.plan(request);

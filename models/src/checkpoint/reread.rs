@@ -1,0 +1,150 @@
+//! Reading parts of a model once more, after it was loaded: in f32, or those that are away from the device in between.
+//!
+//! Owns: where the model came from, and whether its files are still the same. Does not know: when more is read, or why.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use candle_core::DType;
+
+use super::{Build, LoadFormat, Mode, OpenWeights, Parts};
+use crate::device::Placement;
+use crate::error::{Error, Result};
+use crate::manifest::Manifest;
+use crate::source::ModelSource;
+
+/// Where a model was read from, to read parts of it in f32 later. No file is kept open or mapped meanwhile: whoever
+/// overwrites it must not end the process.
+pub struct Reread {
+    source: ModelSource,
+    /// As they were when the model was read.
+    files: WeightFiles,
+    placement: Placement,
+    format: LoadFormat,
+}
+
+impl Reread {
+    /// Of the model at `source`, whose files are now as they were when it was read.
+    pub(super) fn new(source: ModelSource, placement: Placement, format: LoadFormat) -> Self {
+        let files = WeightFiles::of(&source);
+        Self { source, files, placement, format }
+    }
+
+    /// A model whose components of these names are read in f32. The others are dry: they take no memory, and nothing may be
+    /// computed from them.
+    pub fn in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<M> {
+        Ok(self.built(&self.placement.computing_in(DType::F32), Mode::Load, components, build)?.0)
+    }
+
+    /// The same, wholly dry, and the bytes of the weights that would be read.
+    pub fn dry_in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<(M, usize)> {
+        let placement = self.placement.computing_in(DType::F32).in_memory_of_the_host();
+        self.built(&placement, Mode::Inspect, components, build)
+    }
+
+    /// See [`Placement::spare_bytes`].
+    pub fn spare_bytes(&self) -> Result<Option<usize>> {
+        self.placement.spare_bytes()
+    }
+
+    /// A model that has these components and no others, and the bytes that they take.
+    fn built<M>(&self, placement: &Placement, mode: Mode, components: &[&str], build: Build<M>) -> Result<(M, usize)> {
+        if WeightFiles::of(&self.source) != self.files {
+            let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
+            return Err(Error::checkpoint(&self.source.path, problem));
+        }
+        let manifest = Manifest::read(&self.source)?;
+        let on_component = &mut |_: &str| ();
+        let open = OpenWeights::new(&self.source, placement, mode, self.format, on_component);
+        let mut open = open.restricted_to(Parts::Only(components));
+        let model = build(&manifest, &mut open)?;
+        Ok((model, open.resident_bytes()))
+    }
+}
+
+/// Components that are away from the device until somebody needs them.
+pub struct LentParts {
+    names: Vec<String>,
+    /// What they take on the device while they are there.
+    bytes: usize,
+    reread: Reread,
+}
+
+impl LentParts {
+    pub(super) fn new(names: Vec<String>, bytes: usize, reread: Reread) -> Self {
+        Self { names, bytes, reread }
+    }
+
+    /// What they take on the device while they are there.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// A model that has them on the device and nothing else there.
+    pub fn read<M>(&self, build: Build<M>) -> Result<M> {
+        let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
+        Ok(self.reread.built(&self.reread.placement, Mode::Load, &names, build)?.0)
+    }
+}
+
+/// Length and time of change of the files that a model is made of, by which one can tell that they are the same.
+#[derive(PartialEq, Eq)]
+struct WeightFiles(BTreeMap<PathBuf, (u64, SystemTime)>);
+
+impl WeightFiles {
+    /// Of a checkpoint's folder and those in it, or of a file and its base. LoRA files may come and go.
+    fn of(source: &ModelSource) -> Self {
+        let mut found = Self(BTreeMap::new());
+        let own = || source.path.parent().filter(|folder| folder.join("model_index.json").exists());
+        let base = source.base.as_deref().or_else(|| own().filter(|_| source.path.is_file()));
+        for path in std::iter::once(source.path.as_path())
+            .chain(base)
+            .chain(source.ip_adapter.as_deref())
+            .chain(source.refiner.as_deref())
+        {
+            found.add(path, source.loras.as_deref(), 1);
+        }
+        found
+    }
+
+    fn add(&mut self, path: &Path, left_out: Option<&Path>, depth: usize) {
+        if Some(path) == left_out {
+            return;
+        }
+        let Ok(metadata) = path.metadata() else { return };
+        if metadata.is_file() {
+            let changed = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            self.0.insert(path.to_owned(), (metadata.len(), changed));
+            return;
+        }
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_file() || depth > 0 {
+                self.add(&path, left_out, depth.saturating_sub(1));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_changed_are_told_from_those_that_were_loaded() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().expect("a folder")).expect("created");
+            std::fs::write(path, text).expect("written");
+        };
+        write("unet/model.safetensors", "old");
+        let source = ModelSource { loras: Some(dir.path().join("loras")), ..ModelSource::at(dir.path()) };
+        let loaded = WeightFiles::of(&source);
+        write("loras/new.safetensors", "any");
+        assert!(WeightFiles::of(&source) == loaded, "LoRA files come and go");
+        write("unet/model.safetensors", "longer");
+        assert!(WeightFiles::of(&source) != loaded);
+    }
+}
