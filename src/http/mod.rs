@@ -31,7 +31,6 @@ mod admission;
 mod body;
 mod diffusion;
 mod error;
-mod form;
 mod health;
 mod images;
 mod jobs;

@@ -29,8 +29,7 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
     let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
     let max_tokens_name = body.settle_max_tokens()?;
     let (options, answer) = body.options()?;
-    let messages = std::mem::take(&mut body.messages).into_iter();
-    let messages: Vec<ChatMessage> = messages.map(|message| message.0.into()).collect();
+    let messages: Vec<ChatMessage> = std::mem::take(&mut body.messages).into_iter().map(ChatMessage::from).collect();
     let num_bytes = messages.iter().map(|message| message.content.len()).sum();
     let prompt = tokens(num_bytes, card.clone(), move |card| card.encode_chat(&messages)).await?;
     let order = Order { shape: Shape::Chat, model: &body.model, options, answer };

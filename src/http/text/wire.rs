@@ -7,7 +7,6 @@ use serde::{Deserialize, Deserializer};
 use tale_models::card::TextOptions;
 use tale_models::chat_template::ChatMessage;
 
-use crate::http::body::Object;
 use crate::http::error::ApiError;
 
 /// Most sessions of one request: prompts times `n`.
@@ -24,7 +23,7 @@ macro_rules! text_body {
             $($(#[$field_doc])* pub(super) $field: $type,)*
             pub(super) n: Option<u64>,
             pub(super) stream: Option<bool>,
-            pub(super) stream_options: Option<Object<StreamOptions>>,
+            pub(super) stream_options: Option<StreamOptions>,
             pub(super) max_tokens: Option<u64>,
             temperature: Option<f64>,
             top_p: Option<f64>,
@@ -54,7 +53,7 @@ macro_rules! text_body {
                     stop: self.stop.take().map(|stop| stop.0).unwrap_or_default(),
                     ignore_eos: self.ignore_eos.unwrap_or(false),
                 };
-                let answer = AnswerOptions::new(self.n, self.stream, self.stream_options.as_ref().map(|options| &options.0))?;
+                let answer = AnswerOptions::new(self.n, self.stream, self.stream_options.as_ref())?;
                 Ok((options, answer))
             }
         }
@@ -64,7 +63,7 @@ macro_rules! text_body {
 text_body! {
     /// Body of `POST /v1/chat/completions`.
     ChatBody {
-        messages: Vec<Object<WireMessage>>,
+        messages: Vec<WireMessage>,
         /// OpenAI's newer name of `max_tokens`.
         max_completion_tokens: Option<u64>,
     }
@@ -196,8 +195,8 @@ impl<'de> Deserialize<'de> for Content {
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Content, A::Error> {
                 let mut text = String::new();
-                while let Some(part) = parts.next_element::<Object<Part>>()? {
-                    text.push_str(&part.0.text);
+                while let Some(part) = parts.next_element::<Part>()? {
+                    text.push_str(&part.text);
                 }
                 Ok(Content(text))
             }

@@ -1,0 +1,109 @@
+//! From the bytes of a request to a typed body: bounded, timed, and with the path of the field that is wrong.
+//!
+//! Owns: media types, bounds, JSON and forms, and the words of what is wrong with a field's kind. Does not know: which fields
+//! a body has, nor what they mean.
+
+use std::time::Duration;
+
+use axum::body::{Body, Bytes, HttpBody};
+use axum::extract::Request;
+use axum::http::{HeaderMap, header};
+use serde::de::DeserializeOwned;
+
+use self::value::Value;
+use super::error::ApiError;
+
+mod form;
+mod reader;
+mod value;
+
+/// Most bytes of a body: a prompt of a million tokens has about half of them.
+pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Most bytes of a body with pictures in it.
+pub const MAX_PICTURE_BODY_BYTES: usize = 32 << 20;
+/// Bytes that are read and thrown away after that, so that a client that only then looks for an answer gets it.
+const MAX_DISCARDED_BYTES: usize = 64 << 20;
+/// In this time a body has to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The JSON body of a request.
+pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
+    json_of_at_most(request, MAX_BODY_BYTES).await
+}
+
+async fn json_of_at_most<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
+    if !has_media_type(request.headers(), "application/json") {
+        return Err(ApiError::media_type("application/json"));
+    }
+    reader::read(Value::from_json(&read(request.into_body(), max_bytes).await?)?)
+}
+
+/// As [`json`], for bodies that may hold pictures.
+pub(super) async fn json_with_pictures<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
+    json_of_at_most(request, MAX_PICTURE_BODY_BYTES).await
+}
+
+/// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same.
+pub(super) async fn json_or_form<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
+    reader::read(json_or_form_value(request, max_bytes).await?)
+}
+
+async fn json_or_form_value(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
+    let is_json = has_media_type(request.headers(), "application/json");
+    if !is_json && !has_media_type(request.headers(), "multipart/form-data") {
+        return Err(ApiError::media_type("application/json or multipart/form-data"));
+    }
+    let (parts, body) = request.into_parts();
+    let body = read(body, max_bytes).await?;
+    match is_json {
+        true => Value::from_json(&body),
+        false => form::read(Request::from_parts(parts, Body::from(body))).await,
+    }
+}
+
+fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    value.split(';').next().is_some_and(|media_type| media_type.trim().eq_ignore_ascii_case(expected))
+}
+
+async fn read(body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
+    tokio::time::timeout(BODY_TIMEOUT, collect(body, max_bytes)).await.map_err(|_| ApiError::body_timeout())?
+}
+
+async fn collect(mut body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
+    let announced = body.size_hint().lower();
+    if announced <= max_bytes as u64 {
+        let mut collected = Vec::with_capacity(announced as usize);
+        loop {
+            match next_data(&mut body).await? {
+                None => return Ok(collected.into()),
+                Some(data) if collected.len() + data.len() > max_bytes => break,
+                Some(data) => collected.extend_from_slice(&data),
+            }
+        }
+    }
+    let mut discarded = 0;
+    while let Some(data) = next_data(&mut body).await? {
+        discarded += data.len();
+        if discarded > MAX_DISCARDED_BYTES {
+            break;
+        }
+    }
+    Err(ApiError::too_large(max_bytes))
+}
+
+async fn next_data(body: &mut Body) -> Result<Option<Bytes>, ApiError> {
+    loop {
+        let frame = std::future::poll_fn(|context| std::pin::Pin::new(&mut *body).poll_frame(context)).await;
+        match frame {
+            None => return Ok(None),
+            Some(Err(_)) => return Err(ApiError::malformed("the body ended early")),
+            // Trailers say nothing here.
+            Some(Ok(frame)) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+}
