@@ -5,8 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 use tale_models::card::DiffusionOptions;
+use tale_models::diffusion::{Acceleration, DiffusionRequest};
 use tale_models::lora::LoraOption;
-use tale_models::request::{Acceleration, DiffusionRequest};
 use tale_models::solver::names::Spacing;
 
 /// Keyword of the PNG text that holds them.
@@ -79,25 +79,30 @@ impl PictureParameters {
     pub fn new(model: &str, request: &DiffusionRequest) -> Self {
         Self {
             model: model.to_owned(),
-            prompt: request.prompt.clone(),
-            negative_prompt: request.negative_prompt.as_ref().and_then(|prompt| prompt.text()).map(str::to_owned),
-            width: request.width,
-            height: request.height,
-            num_inference_steps: request.num_inference_steps,
-            guidance_scale: request.guidance_scale,
-            true_cfg_scale: request.true_cfg_scale,
+            prompt: request.prompt.text.clone(),
+            negative_prompt: request
+                .guidance
+                .negative_prompt
+                .as_ref()
+                .and_then(|prompt| prompt.text())
+                .map(str::to_owned),
+            width: request.canvas.width,
+            height: request.canvas.height,
+            num_inference_steps: request.sampling.num_inference_steps,
+            guidance_scale: request.guidance.guidance_scale,
+            true_cfg_scale: request.guidance.true_cfg_scale,
             // Without a negative prediction there is no part of the steps to speak of.
-            guidance_interval: request.negative_prompt.is_some().then_some(request.guidance_interval),
+            guidance_interval: request.guidance.negative_prompt.is_some().then_some(request.guidance.interval),
             acceleration: request.acceleration,
-            scheduler: request.scheduler.name.to_owned(),
-            timestep_spacing: request.timestep_spacing,
-            eta: request.eta,
-            max_sequence_length: request.max_sequence_length,
+            scheduler: request.sampling.scheduler.name.to_owned(),
+            timestep_spacing: request.sampling.timestep_spacing,
+            eta: request.sampling.eta,
+            max_sequence_length: request.prompt.max_sequence_length,
             vae_tiling: request.vae_tiling,
             strength: request.edit.as_ref().map(|edit| edit.strength),
             ip_adapter_scale: request.references.as_ref().map(|references| references.scale),
             denoising_end: request.refinement.map(|refinement| refinement.denoising_end),
-            seed: request.seed,
+            seed: request.sampling.seed,
             loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
         }
     }

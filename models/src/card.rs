@@ -8,15 +8,16 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use crate::chat_template::{ChatMessage, ChatTemplate};
+use crate::diffusion::{self, Canvas, Prompt, Sampling};
+use crate::diffusion::{
+    Acceleration, DiffusionRequest, Edit, NegativePrompt, References, Refinement, guidance::WHOLE_INTERVAL,
+};
 use crate::encoders::clip_chunks::ChunkRule;
 use crate::error::{Error, Result};
 use crate::lora::{LoraOption, LoraSupport};
 use crate::memory::VaeTiling;
 use crate::prompt::plain_text;
-use crate::request::{
-    Acceleration, DiffusionRequest, Edit, Frame, Mask, NegativePrompt, References, Refinement, SamplingParams,
-    TextRequest, WHOLE_INTERVAL,
-};
+use crate::request::{Frame, Mask, SamplingParams, TextRequest};
 use crate::resample::Filter;
 use crate::runner::diffusion::previews::MAX_PREVIEWS;
 use crate::solver::names::{Scheduler, Spacing};
@@ -404,23 +405,28 @@ impl DiffusionCard {
         let Chosen { scheduler, timestep_spacing, max_steps } =
             self.schedulers.choose(options.scheduler.as_deref(), options.timestep_spacing)?;
         let mut request = DiffusionRequest {
-            width: options.width.unwrap_or(defaults.width),
-            height: options.height.unwrap_or(defaults.height),
-            num_frames: options.num_frames.unwrap_or(defaults.num_frames),
-            fps: options.fps.unwrap_or(defaults.fps),
-            num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps.min(max_steps)),
-            guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
-            scheduler,
-            timestep_spacing,
-            eta: eta(scheduler, options.eta)?,
-            true_cfg_scale: self.true_cfg_scale(options.true_cfg_scale)?,
-            guidance_interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),
+            prompt: Prompt { text: options.prompt, max_sequence_length },
+            canvas: Canvas {
+                width: options.width.unwrap_or(defaults.width),
+                height: options.height.unwrap_or(defaults.height),
+                num_frames: options.num_frames.unwrap_or(defaults.num_frames),
+                fps: options.fps.unwrap_or(defaults.fps),
+            },
+            sampling: Sampling {
+                num_inference_steps: options.num_inference_steps.unwrap_or(defaults.num_inference_steps.min(max_steps)),
+                scheduler,
+                timestep_spacing,
+                eta: eta(scheduler, options.eta)?,
+                seed: options.seed.unwrap_or(fallback_seed),
+            },
+            guidance: diffusion::Guidance {
+                guidance_scale: options.guidance_scale.unwrap_or(defaults.guidance_scale),
+                true_cfg_scale: self.true_cfg_scale(options.true_cfg_scale)?,
+                interval: options.guidance_interval.unwrap_or(WHOLE_INTERVAL),
+                negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
+            },
             acceleration: options.acceleration.unwrap_or_default(),
-            seed: options.seed.unwrap_or(fallback_seed),
-            max_sequence_length,
             loras: self.loras.resolve(&options.loras)?,
-            prompt: options.prompt,
-            negative_prompt: options.negative_prompt.map(NegativePrompt::Text),
             edit: None,
             refinement: None,
             references: self.references(options.reference_images, options.ip_adapter_scale)?,
@@ -435,8 +441,13 @@ impl DiffusionCard {
             _ => error,
         })?;
         self.check_time(&request)?;
-        check_range("num_inference_steps", request.num_inference_steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
-        check_range("max_sequence_length", request.max_sequence_length, 1, self.max_sequence_length)?;
+        check_range(
+            "num_inference_steps",
+            request.sampling.num_inference_steps,
+            1,
+            max_steps.min(MAX_INFERENCE_STEPS),
+        )?;
+        check_range("max_sequence_length", request.prompt.max_sequence_length, 1, self.max_sequence_length)?;
         if request.acceleration != Acceleration::None && self.acceleration.is_none() {
             return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
         }
@@ -477,13 +488,13 @@ impl DiffusionCard {
 
     fn edit(&self, request: &DiffusionRequest, image: &Frame, mask: Option<&Mask>, strength: f64) -> Result<Edit> {
         check_range("strength", strength, 0.0, 1.0)?;
-        let steps = request.num_inference_steps;
+        let steps = request.sampling.num_inference_steps;
         let first_step = self.edits.rounding.first_step(steps, strength);
         if first_step >= steps {
             let problem = format!("is {strength}, which leaves no step of num_inference_steps ({steps})");
             return Err(Error::invalid("strength", problem));
         }
-        let (width, height) = (request.width, request.height);
+        let (width, height) = (request.canvas.width, request.canvas.height);
         Ok(Edit {
             image: Arc::new(image.resized(width, height, Filter::Lanczos)),
             mask: mask.map(|mask| Arc::new(mask.resized(width, height, Filter::Lanczos))),
@@ -505,12 +516,12 @@ impl DiffusionCard {
         if !(denoising_end > 0.0 && denoising_end < 1.0) {
             return refuse(format!("is {denoising_end}; allowed: above 0 and below 1"));
         }
-        let steps = request.num_inference_steps;
-        let of_refiner = refiner.choose(Some(request.scheduler.name), request.timestep_spacing)?;
+        let steps = request.sampling.num_inference_steps;
+        let of_refiner = refiner.choose(Some(request.sampling.scheduler.name), request.sampling.timestep_spacing)?;
         check_range("num_inference_steps", steps, 1, of_refiner.max_steps)?;
-        let the_loop = request.denoising_loop(None);
-        let steps_before = self.schedulers.steps_before(request.scheduler, &the_loop, denoising_end);
-        let first_step_after = refiner.steps_before(request.scheduler, &the_loop, denoising_end);
+        let the_loop = request.sampling.denoising_loop(None);
+        let steps_before = self.schedulers.steps_before(request.sampling.scheduler, &the_loop, denoising_end);
+        let first_step_after = refiner.steps_before(request.sampling.scheduler, &the_loop, denoising_end);
         for (whose, is_idle) in [("model", steps_before == 0), ("refiner", first_step_after == steps)] {
             if is_idle {
                 return refuse(format!("is {denoising_end}, which leaves the {whose} no step of {steps}"));
@@ -584,17 +595,19 @@ impl DiffusionCard {
     }
 
     fn check_size(&self, request: &DiffusionRequest) -> Result<()> {
-        for (field, pixels) in [("width", request.width), ("height", request.height)] {
+        for (field, pixels) in [("width", request.canvas.width), ("height", request.canvas.height)] {
             if pixels == 0 || pixels % self.size_multiple != 0 || pixels > self.max_side {
                 let (multiple, max) = (self.size_multiple, self.max_side);
                 let problem = format!("is {pixels}; allowed: multiples of {multiple} from {multiple} to {max}");
                 return Err(Error::invalid(field, problem));
             }
         }
-        let pixels = request.width * request.height;
+        let pixels = request.canvas.width * request.canvas.height;
         if pixels > self.max_pixels {
-            let problem =
-                format!("{}x{} has {pixels} pixels; at most {}", request.width, request.height, self.max_pixels);
+            let problem = format!(
+                "{}x{} has {pixels} pixels; at most {}",
+                request.canvas.width, request.canvas.height, self.max_pixels
+            );
             return Err(Error::invalid("size", problem));
         }
         Ok(())
@@ -606,7 +619,7 @@ impl DiffusionCard {
             (Some(asked), Some(_)) => Ok(asked),
             (None, Some(tiling)) => {
                 let room = self.room_bytes.saturating_sub(self.loras.footprint_bytes(&request.loras));
-                Ok(tiling.is_needed(request.width, request.height, room))
+                Ok(tiling.is_needed(request.canvas.width, request.canvas.height, room))
             }
             (Some(true), None) => Err(Error::invalid("vae_tiling", "this model's VAE has no tiles; leave it out")),
             (Some(false) | None, None) => Ok(false),
@@ -615,38 +628,38 @@ impl DiffusionCard {
 
     fn check_time(&self, request: &DiffusionRequest) -> Result<()> {
         if self.medium == Medium::Picture {
-            if request.num_frames != 1 {
+            if request.canvas.num_frames != 1 {
                 return Err(Error::invalid("num_frames", "this model makes pictures; leave it out"));
             }
-            if request.fps != 0 {
+            if request.canvas.fps != 0 {
                 return Err(Error::invalid("fps", "this model makes pictures; leave it out"));
             }
             return Ok(());
         }
-        let (frames, multiple) = (request.num_frames, self.frames_multiple);
+        let (frames, multiple) = (request.canvas.num_frames, self.frames_multiple);
         if frames == 0 || frames % multiple != 1 % multiple || frames > self.max_frames {
             let problem = format!("is {frames}; allowed: {multiple}k+1 from 1 to {}", self.max_frames);
             return Err(Error::invalid("num_frames", problem));
         }
-        check_range("fps", request.fps, 1, MAX_FPS)
+        check_range("fps", request.canvas.fps, 1, MAX_FPS)
     }
 
     fn with_checked_guidance(&self, mut request: DiffusionRequest) -> Result<DiffusionRequest> {
-        check_range("guidance_scale", request.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)?;
-        if self.guidance == Guidance::None && request.guidance_scale != 0.0 {
+        check_range("guidance_scale", request.guidance.guidance_scale, 0.0, MAX_GUIDANCE_SCALE)?;
+        if self.guidance == Guidance::None && request.guidance.guidance_scale != 0.0 {
             return Err(Error::invalid(
                 "guidance_scale",
                 "this model was distilled without guidance; only 0 is allowed",
             ));
         }
-        let has_text = request.negative_prompt.is_some();
-        match (self.guidance, request.cfg_scale() > 1.0) {
+        let has_text = request.guidance.negative_prompt.is_some();
+        match (self.guidance, request.guidance.cfg_scale() > 1.0) {
             (guidance, false) if has_text => {
                 let problem = format!("has no effect unless {} is above 1; leave it out", guidance.cfg_field());
                 return Err(Error::invalid("negative_prompt", problem));
             }
             (Guidance::ClassifierFree, true) => {
-                request.negative_prompt.get_or_insert(NegativePrompt::Absent);
+                request.guidance.negative_prompt.get_or_insert(NegativePrompt::Absent);
             }
             // diffusers ignores the scale then; nothing is ignored here.
             (Guidance::None | Guidance::Embedded, true) if !has_text => {
@@ -676,7 +689,7 @@ impl DiffusionCard {
 
     /// Refused where it means nothing: a negative prediction that is never made, or an interval of none.
     fn check_interval(&self, request: &DiffusionRequest) -> Result<()> {
-        let (interval @ [start, end], steps) = (request.guidance_interval, request.steps_made());
+        let (interval @ [start, end], steps) = (request.guidance.interval, request.steps_made());
         let refuse = |problem: String| Err(Error::invalid("guidance_interval", problem));
         // Written so that NaN fails.
         if !(start >= 0.0 && start < end && end <= 1.0) {
@@ -685,11 +698,11 @@ impl DiffusionCard {
         if interval == WHOLE_INTERVAL {
             return Ok(());
         }
-        if request.negative_prompt.is_none() {
+        if request.guidance.negative_prompt.is_none() {
             let field = self.guidance.cfg_field();
             return refuse(format!("has no effect unless {field} is above 1; leave it out"));
         }
-        if !(0..steps).any(|index| request.is_guided_at(index, steps)) {
+        if !(0..steps).any(|index| request.guidance.is_guided_at(index, steps)) {
             return refuse(format!(
                 "holds none of the {steps} steps, the first of which are at 0 and {}",
                 1.0 / steps as f64

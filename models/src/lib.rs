@@ -10,6 +10,7 @@ pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod device;
+pub mod diffusion;
 pub mod encoders;
 pub mod error;
 pub mod families;

@@ -11,13 +11,12 @@ use crate::card::{
     SamplingDefaults, StepRounding, TextCard,
 };
 use crate::chat_template::ChatTemplate;
+use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
 use crate::lora::LoraSupport;
 use crate::memory::MemoryPlan;
-use crate::request::{
-    DiffusionRequest, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage,
-};
+use crate::request::{Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::config::SchedulerConfig;
@@ -287,20 +286,22 @@ fn advance_diffusion(
 ) -> Option<(FinishReason, Usage)> {
     let (total, next) = match *phase {
         Phase::Encode => (1, Phase::Denoise),
-        Phase::Denoise => (request.num_inference_steps, Phase::VaeDecode),
-        _ => (request.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
+        Phase::Denoise => (request.sampling.num_inference_steps, Phase::VaeDecode),
+        _ => (request.canvas.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
     };
+    let seed = request.sampling.seed;
     emit(Event::Progress { phase: *phase, done: *done, total });
     if *phase == Phase::Denoise {
         // An eighth of the size, as from latents.
-        let small = DiffusionRequest { width: request.width / 8, height: request.height / 8, ..request.clone() };
+        let size = (request.canvas.width / 8, request.canvas.height / 8);
         let index = due_preview(*done, total, request.partial_images);
-        index.into_iter().for_each(|index| emit(Event::Preview { index, frame: gradient(&small, 0) }));
+        index.into_iter().for_each(|index| emit(Event::Preview { index, frame: gradient(size, seed, 0) }));
     }
     if *phase == Phase::VaeDecode {
         let first = (*done - 1) * FRAMES_PER_DECODE;
-        let last = (first + FRAMES_PER_DECODE).min(request.num_frames);
-        emit(Event::Frames((first..last).map(|index| gradient(request, index)).collect()));
+        let last = (first + FRAMES_PER_DECODE).min(request.canvas.num_frames);
+        let size = (request.canvas.width, request.canvas.height);
+        emit(Event::Frames((first..last).map(|index| gradient(size, seed, index)).collect()));
         return (*done == total).then_some((FinishReason::Complete, Usage::default()));
     }
     if *done == total {
@@ -310,9 +311,8 @@ fn advance_diffusion(
 }
 
 /// Red grows to the right, green downwards, blue is the seed's and moves with time.
-fn gradient(request: &DiffusionRequest, index: usize) -> Frame {
-    let (width, height) = (request.width, request.height);
-    let blue = (request.seed as usize + index * 8) % 256;
+fn gradient((width, height): (usize, usize), seed: u64, index: usize) -> Frame {
+    let blue = (seed as usize + index * 8) % 256;
     let pixels = (0..height).flat_map(|y| (0..width).map(move |x| [x * 255 / width, y * 255 / height, blue]));
     Frame { width, height, rgb: pixels.flatten().map(|value| value as u8).collect() }
 }

@@ -169,8 +169,8 @@ impl RequestReport {
             return Ok(None);
         };
         let request = card.resolve(DiffusionOptions::default(), 0)?;
-        let (width, height, num_frames) = (request.width, request.height, request.num_frames);
-        let (scheduler, vae_tiling) = (request.scheduler.name, request.vae_tiling);
+        let (width, height, num_frames) = (request.canvas.width, request.canvas.height, request.canvas.num_frames);
+        let (scheduler, vae_tiling) = (request.sampling.scheduler.name, request.vae_tiling);
         let plan = model.runner.plan(&Request::Diffusion(request));
         let phases = plan.phases().iter();
         Ok(Some(Self {

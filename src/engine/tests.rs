@@ -7,7 +7,8 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
-use tale_models::request::{Acceleration, DiffusionRequest, SamplingParams, TextRequest, WHOLE_INTERVAL};
+use tale_models::diffusion::{Canvas, DiffusionRequest, Prompt, Sampling};
+use tale_models::request::{SamplingParams, TextRequest};
 use tale_models::runner::RunnerStatus;
 use tale_models::solver::names::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
@@ -25,30 +26,10 @@ fn text(max_tokens: usize) -> Request {
 }
 
 fn clip(num_inference_steps: usize) -> Request {
-    Request::Diffusion(DiffusionRequest {
-        prompt: "x".into(),
-        negative_prompt: None,
-        width: 16,
-        height: 16,
-        num_frames: 5,
-        fps: 8,
-        num_inference_steps,
-        guidance_scale: 1.0,
-        scheduler: Scheduler::named("flow_euler").unwrap(),
-        eta: None,
-        timestep_spacing: None,
-        true_cfg_scale: None,
-        guidance_interval: WHOLE_INTERVAL,
-        acceleration: Acceleration::None,
-        seed: 0,
-        max_sequence_length: 8,
-        edit: None,
-        references: None,
-        refinement: None,
-        vae_tiling: false,
-        loras: Vec::new(),
-        partial_images: 0,
-    })
+    let prompt = Prompt { text: "x".into(), max_sequence_length: 8 };
+    let canvas = Canvas { width: 16, height: 16, num_frames: 5, fps: 8 };
+    let scheduler = Scheduler::named("flow_euler").unwrap();
+    Request::Diffusion(DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, num_inference_steps, 0)))
 }
 
 /// Time that only moves when a scripted step says so.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer};
 use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::request::DiffusionRequest;
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::{DiffusionCard, ModelCard};
 
 use super::AppState;
@@ -84,7 +84,7 @@ impl<'de> Deserialize<'de> for Interval {
 
 /// The interval, where guidance has one to speak of.
 pub(super) fn interval(request: &DiffusionRequest) -> Option<[f64; 2]> {
-    request.negative_prompt.is_some().then_some(request.guidance_interval)
+    request.guidance.negative_prompt.is_some().then_some(request.guidance.interval)
 }
 
 /// The card of a model that makes `medium`, or the error that names the right endpoint.

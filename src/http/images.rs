@@ -14,8 +14,9 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 use tale_models::card::{DiffusionOptions, MAX_REFERENCE_IMAGES, MAX_REFERENCE_PIXELS, Medium};
+use tale_models::diffusion::{Acceleration, DiffusionRequest};
 use tale_models::lora::LoraOption;
-use tale_models::request::{Acceleration, DiffusionRequest, Frame, Usage};
+use tale_models::request::{Frame, Usage};
 use tale_models::solver::names::Spacing;
 use tale_models::{Event, ModelCard};
 use tokio::sync::Semaphore;
@@ -206,8 +207,8 @@ async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result
             stream::Head { names, created_at: created, encoding, parameters, partial_images, num_reference_images };
         return stream::respond(head, session).await;
     }
-    let seeds: Vec<u64> = (0..n as u64).map(|index| request.seed.wrapping_add(index)).collect();
-    let with_seed = |seed| tale_models::Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
+    let seeds: Vec<u64> = (0..n as u64).map(|index| request.sampling.seed.wrapping_add(index)).collect();
+    let with_seed = |seed| tale_models::Request::Diffusion(request.with_seed(seed));
     // All are submitted before the first is awaited; an error drops them, which cancels them.
     let sessions: Vec<_> =
         seeds.iter().map(|&seed| engine.submit(&model, with_seed(seed))).collect::<Result<_, _>>()?;
@@ -222,7 +223,7 @@ async fn make(state: &AppState, body: ImageBody, names: stream::Names) -> Result
         created,
         data,
         output_format: encoding.format.as_str(),
-        size: format!("{}x{}", request.width, request.height),
+        size: format!("{}x{}", request.canvas.width, request.canvas.height),
         metadata: encoding.metadata,
         num_reference_images: num_reference_images(&request),
         parameters,

@@ -8,7 +8,7 @@ use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Deserializer, Serialize};
 use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::request::{Acceleration, DiffusionRequest};
+use tale_models::diffusion::{Acceleration, DiffusionRequest};
 use tale_models::{DiffusionCard, ModelCard};
 
 use super::diffusion::{self, Interval, Size, saturate};
@@ -242,22 +242,22 @@ impl From<&Job> for WireVideo {
             created_at: unix_seconds(job.created),
             completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
             error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
-            prompt: request.prompt,
-            negative_prompt: request.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
-            size: format!("{}x{}", request.width, request.height),
+            prompt: request.prompt.text,
+            negative_prompt: request.guidance.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
+            size: format!("{}x{}", request.canvas.width, request.canvas.height),
             // The inverse of `frames_of`: what the first frame is followed by.
-            seconds: ((request.num_frames.max(1) - 1) as f64 / request.fps.max(1) as f64).to_string(),
-            width: request.width,
-            height: request.height,
-            num_frames: request.num_frames,
-            fps: request.fps,
-            num_inference_steps: request.num_inference_steps,
-            guidance_scale: request.guidance_scale,
-            scheduler: request.scheduler.name,
+            seconds: ((request.canvas.num_frames.max(1) - 1) as f64 / request.canvas.fps.max(1) as f64).to_string(),
+            width: request.canvas.width,
+            height: request.canvas.height,
+            num_frames: request.canvas.num_frames,
+            fps: request.canvas.fps,
+            num_inference_steps: request.sampling.num_inference_steps,
+            guidance_scale: request.guidance.guidance_scale,
+            scheduler: request.sampling.scheduler.name,
             guidance_interval,
             acceleration: request.acceleration,
-            seed: request.seed,
-            max_sequence_length: request.max_sequence_length,
+            seed: request.sampling.seed,
+            max_sequence_length: request.prompt.max_sequence_length,
             output_format: job.format.as_str(),
         }
     }
@@ -374,8 +374,8 @@ pub(super) async fn delete(State(state): State<AppState>, Path(id): Path<String>
 
 fn format(output_format: Option<OutputFormat>, request: &DiffusionRequest) -> Result<ClipFormat, ApiError> {
     let format = output_format.map_or(ClipFormat::Mp4, ClipFormat::from);
-    if format == ClipFormat::Gif && request.fps > MAX_GIF_FPS {
-        return Err(ApiError::field("fps", format!("is {}; gif plays at most {MAX_GIF_FPS}", request.fps)));
+    if format == ClipFormat::Gif && request.canvas.fps > MAX_GIF_FPS {
+        return Err(ApiError::field("fps", format!("is {}; gif plays at most {MAX_GIF_FPS}", request.canvas.fps)));
     }
     Ok(format)
 }

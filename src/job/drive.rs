@@ -121,7 +121,7 @@ impl Encoder {
     fn spawn(job: &Job, path: PathBuf) -> Self {
         let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
         let (sender, clip) = oneshot::channel();
-        let (format, fps) = (job.format, job.request.fps);
+        let (format, fps) = (job.format, job.request.canvas.fps);
         // A receiver that is gone drops the clip, and the file with it.
         spawn_blocking(move || drop(sender.send(encode(&path, batches, format, fps))));
         Self { frames, clip }

@@ -7,7 +7,8 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use tale_models::request::{DiffusionRequest, Phase};
+use tale_models::diffusion::DiffusionRequest;
+use tale_models::request::Phase;
 use uuid::Uuid;
 
 use crate::media::ClipFormat;
@@ -214,34 +215,14 @@ impl Job {
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
-    use tale_models::request::{Acceleration, WHOLE_INTERVAL};
+    use tale_models::diffusion::{Canvas, Prompt, Sampling};
     use tale_models::solver::names::Scheduler;
 
     pub(crate) fn job() -> Job {
-        let request = DiffusionRequest {
-            prompt: "a boat".into(),
-            negative_prompt: None,
-            width: 32,
-            height: 32,
-            num_frames: 9,
-            fps: 8,
-            num_inference_steps: 4,
-            guidance_scale: 1.0,
-            scheduler: Scheduler::named("flow_euler").unwrap(),
-            eta: None,
-            timestep_spacing: None,
-            true_cfg_scale: None,
-            guidance_interval: WHOLE_INTERVAL,
-            acceleration: Acceleration::None,
-            seed: 0,
-            max_sequence_length: 8,
-            edit: None,
-            references: None,
-            refinement: None,
-            vae_tiling: false,
-            loras: Vec::new(),
-            partial_images: 0,
-        };
+        let prompt = Prompt { text: "a boat".into(), max_sequence_length: 8 };
+        let canvas = Canvas { width: 32, height: 32, num_frames: 9, fps: 8 };
+        let scheduler = Scheduler::named("flow_euler").unwrap();
+        let request = DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0));
         Job::new("clips".into(), request, ClipFormat::Mp4)
     }
 

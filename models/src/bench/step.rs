@@ -12,11 +12,12 @@ use super::memory::{forget_peak, peak_bytes};
 use crate::card::{DiffusionOptions, Guidance, ModelCard, TextOptions};
 use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
+use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, blocks_for};
 use crate::loading;
-use crate::request::{DiffusionRequest, Event, Events, Phase, Request, SessionId};
+use crate::request::{Event, Events, Phase, Request, SessionId};
 use crate::work::StepWork;
 
 /// Tokens of a language model's prompt when nothing is said, and so about the context in which it decodes.
@@ -268,7 +269,7 @@ impl Sizes {
         let prompt_tokens = match self {
             Self::Text { prompt_tokens } => *prompt_tokens,
             Self::Diffusion(request) => {
-                return Ok(Request::Diffusion(DiffusionRequest { seed: number, ..(**request).clone() }));
+                return Ok(Request::Diffusion(request.with_seed(number)));
             }
         };
         let ModelCard::Text(card) = card else { unreachable!("made for this card: this is a bug") };
@@ -342,8 +343,10 @@ impl LoadedBench {
     }
 
     fn diffusion(&mut self, request: &DiffusionRequest, report: &mut dyn FnMut(MeasuredStep)) -> Result<()> {
-        let (text, size) = (request.max_sequence_length, format!("{}x{}", request.width, request.height));
-        let size = if request.num_frames > 1 { format!("{size}, {} frames", request.num_frames) } else { size };
+        let (text, size) =
+            (request.prompt.max_sequence_length, format!("{}x{}", request.canvas.width, request.canvas.height));
+        let size =
+            if request.canvas.num_frames > 1 { format!("{size}, {} frames", request.canvas.num_frames) } else { size };
         for (position, batch) in self.plan.batches.clone().into_iter().enumerate() {
             let [mut encode, mut denoise, mut decode] = [const { Vec::new() }; 3];
             let measured = self.measured(|bench| {

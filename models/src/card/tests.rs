@@ -40,8 +40,11 @@ fn picture_card(guidance: Guidance) -> DiffusionCard {
 #[test]
 fn absent_fields_take_the_models_defaults() {
     let request = clip_card().resolve(DiffusionOptions::default(), 7).expect("defaults are valid");
-    assert_eq!((request.width, request.height, request.num_frames, request.fps), (832, 480, 81, 16));
-    assert_eq!((request.seed, request.negative_prompt), (7, Some(NegativePrompt::Absent)));
+    assert_eq!(
+        (request.canvas.width, request.canvas.height, request.canvas.num_frames, request.canvas.fps),
+        (832, 480, 81, 16)
+    );
+    assert_eq!((request.sampling.seed, request.guidance.negative_prompt), (7, Some(NegativePrompt::Absent)));
 }
 
 #[track_caller]
@@ -127,13 +130,13 @@ fn a_picture_brings_its_size_and_its_defaults() {
     let card = edit_card(StepRounding::Taken);
     let request = card.resolve(DiffusionOptions { image: picture(70, 95), ..Default::default() }, 0).expect("valid");
     let edit = request.edit.as_ref().expect("an edit");
-    assert_eq!((request.width, request.height, request.guidance_scale), (64, 80, 2.0));
+    assert_eq!((request.canvas.width, request.canvas.height, request.guidance.guidance_scale), (64, 80, 2.0));
     assert_eq!((edit.image.width, edit.image.height, edit.strength, edit.first_step), (64, 80, 0.3, 35));
     let (image, mask) = (picture(70, 95), mask(70, 95));
     let masked = DiffusionOptions { image, mask, width: Some(32), ..Default::default() };
     let request = card.resolve(masked, 0).expect("valid");
     let edit = request.edit.as_ref().expect("an edit");
-    assert_eq!((request.width, request.height, request.guidance_scale), (32, 80, 7.5));
+    assert_eq!((request.canvas.width, request.canvas.height, request.guidance.guidance_scale), (32, 80, 7.5));
     let mask = edit.mask.as_ref().expect("a mask");
     assert_eq!((mask.width, mask.height, edit.strength, edit.first_step), (32, 80, 0.9999, 1));
 }
@@ -186,8 +189,8 @@ fn pictures_that_cannot_be_edited_are_refused_by_field() {
 fn another_models_scheduler_is_refused_with_those_of_this_one() {
     let ask = |name: &str| DiffusionOptions { scheduler: Some(name.to_owned()), ..DiffusionOptions::default() };
     let request = clip_card().resolve(DiffusionOptions::default(), 0).expect("the checkpoint's own");
-    assert_eq!(request.scheduler.name, "FlowMatchEulerDiscreteScheduler");
-    assert_eq!(clip_card().resolve(ask("unipc"), 0).expect("offered").scheduler.name, "unipc");
+    assert_eq!(request.sampling.scheduler.name, "FlowMatchEulerDiscreteScheduler");
+    assert_eq!(clip_card().resolve(ask("unipc"), 0).expect("offered").sampling.scheduler.name, "unipc");
     for name in ["euler", "EulerDiscreteScheduler", "UNIPC", "flux", ""] {
         let error = clip_card().resolve(ask(name), 0).expect_err(name).to_string();
         assert!(error.contains("scheduler") && error.contains("unipc, flow_euler"), "{error}");
@@ -202,9 +205,9 @@ fn a_scheduler_limits_the_steps_and_says_whether_there_is_an_eta() {
         let (scheduler, num_inference_steps) = (Some(name.to_owned()), Some(num_inference_steps));
         card.resolve(DiffusionOptions { scheduler, num_inference_steps, eta, ..DiffusionOptions::default() }, 0)
     };
-    assert_eq!(resolve("lcm", 50, None).expect("as many as there are").eta, None);
-    assert_eq!(resolve("ddim", 1000, None).expect("as many as there are").eta, Some(0.0));
-    assert_eq!(resolve("TCDScheduler", 4, Some(0.3)).expect("it has one").eta, Some(0.3));
+    assert_eq!(resolve("lcm", 50, None).expect("as many as there are").sampling.eta, None);
+    assert_eq!(resolve("ddim", 1000, None).expect("as many as there are").sampling.eta, Some(0.0));
+    assert_eq!(resolve("TCDScheduler", 4, Some(0.3)).expect("it has one").sampling.eta, Some(0.3));
     for (name, steps, eta, expected) in [
         ("lcm", 51, None, "num_inference_steps"),
         ("TCDScheduler", 51, None, "num_inference_steps"),
@@ -263,7 +266,7 @@ fn weights_are_refused_where_encoders_know_none() {
         let options = DiffusionOptions { prompt: prompt.to_owned(), negative_prompt, ..DiffusionOptions::default() };
         clip_card().resolve(options, 0)
     };
-    assert_eq!(ask("a (b) \\(16:9\\)", "").expect("text").prompt, "a (b) \\(16:9\\)");
+    assert_eq!(ask("a (b) \\(16:9\\)", "").expect("text").prompt.text, "a (b) \\(16:9\\)");
     assert!(ask("a (b:1.2)", "").expect_err("weighed").to_string().contains("prompt"));
     assert!(ask("a", "(b:1.2)").expect_err("weighed").to_string().contains("negative_prompt"));
 }
@@ -275,7 +278,7 @@ fn a_negative_prompt_without_effect_is_refused() {
     assert!(clip_card().resolve(unguided, 0).is_err());
     assert!(clip_card().resolve(options(), 0).is_ok());
     let unguided = DiffusionOptions { guidance_scale: Some(1.0), ..DiffusionOptions::default() };
-    assert_eq!(clip_card().resolve(unguided, 0).expect("valid").negative_prompt, None);
+    assert_eq!(clip_card().resolve(unguided, 0).expect("valid").guidance.negative_prompt, None);
     let scale = DiffusionOptions { true_cfg_scale: Some(4.0), ..options() };
     check(clip_card(), scale, "true_cfg_scale", "guided by guidance_scale");
 }
@@ -295,10 +298,13 @@ fn true_guidance_takes_a_scale_and_a_negative_prompt() {
         check(picture_card(guidance), of(Some(0.5), None), "true_cfg_scale", "1 to 100");
         let resolve = |options| picture_card(guidance).resolve(options, 0).expect("valid");
         let guided = resolve(of(Some(4.0), Some("")));
-        assert_eq!((guided.cfg_scale(), guided.negative_prompt), (4.0, Some(NegativePrompt::Text(String::new()))));
-        assert_eq!(resolve(of(None, None)).true_cfg_scale, Some(1.0));
+        assert_eq!(
+            (guided.guidance.cfg_scale(), guided.guidance.negative_prompt),
+            (4.0, Some(NegativePrompt::Text(String::new())))
+        );
+        assert_eq!(resolve(of(None, None)).guidance.true_cfg_scale, Some(1.0));
     }
-    assert_eq!(clip_card().resolve(DiffusionOptions::default(), 0).expect("valid").cfg_scale(), 5.0);
+    assert_eq!(clip_card().resolve(DiffusionOptions::default(), 0).expect("valid").guidance.cfg_scale(), 5.0);
 }
 
 #[test]
@@ -331,7 +337,7 @@ fn an_interval_holds_the_steps_from_its_start_to_before_its_end() {
         ([0.0, 1e-9], 1, vec![0]),
     ] {
         let request = resolve(interval, steps).expect("holds steps");
-        let found: Vec<usize> = (0..steps).filter(|step| request.is_guided_at(*step, steps)).collect();
+        let found: Vec<usize> = (0..steps).filter(|step| request.guidance.is_guided_at(*step, steps)).collect();
         assert_eq!(found, guided, "{interval:?} of {steps}");
     }
     let refused = |interval, steps| match resolve(interval, steps) {

@@ -14,6 +14,7 @@ use crate::card::{
 };
 use crate::checkpoint::OpenWeights;
 use crate::device::Placement;
+use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::encoders::{rows_of, slices};
@@ -23,7 +24,7 @@ use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
-use crate::request::{DiffusionRequest, Frame, Mask, Phase};
+use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::block_cache::BlockCache;
@@ -170,7 +171,7 @@ impl FluxModel {
     /// Rows and columns of image tokens.
     fn grid(&self, request: &DiffusionRequest) -> (usize, usize) {
         let pixels_per_token = self.vae_config.vae_scale_factor() * PACK;
-        (request.height / pixels_per_token, request.width / pixels_per_token)
+        (request.canvas.height / pixels_per_token, request.canvas.width / pixels_per_token)
     }
 
     /// Height and width of the latents.
@@ -191,7 +192,7 @@ impl FluxModel {
             Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
-        let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance_scale as f32).collect();
+        let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance.guidance_scale as f32).collect();
         forward(&FluxInput {
             latents: &stack(|row| row.latents.clone())?,
             prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
@@ -310,9 +311,9 @@ impl DiffusionModel for FluxModel {
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
         let (rows, columns) = self.grid(request);
-        let (text_len, image_len) = (request.max_sequence_length, rows * columns);
+        let (text_len, image_len) = (request.prompt.max_sequence_length, rows * columns);
         let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
-        let branches = 1 + usize::from(request.negative_prompt.is_some());
+        let branches = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let conditioning = branches * text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
         // The sample; of each branch what the model sees of it and predicts, in the batch and by itself.
         let latents = (1 + 3 * branches) * image_len * transformer.in_channels * size_of::<f32>();
@@ -328,7 +329,11 @@ impl DiffusionModel for FluxModel {
             // Its latents, its noise, its mask.
             Some(_) => (
                 3 * latents,
-                self.vae_config.peak_encode_bytes((request.height, request.width), request.vae_tiling, dtype),
+                self.vae_config.peak_encode_bytes(
+                    (request.canvas.height, request.canvas.width),
+                    request.vae_tiling,
+                    dtype,
+                ),
             ),
             None => (0, 0),
         };
@@ -353,7 +358,7 @@ impl DiffusionModel for FluxModel {
         let prompts: Vec<&str> = plain.iter().map(String::as_str).collect();
         let clip_ids = self.tokenizer.encode_padded_rows(&prompts, clip_len)?;
         // The padding is not masked: the model was trained to see it.
-        let t5_ids = self.tokenizer_2.encode_padded_rows(&prompts, request.max_sequence_length)?;
+        let t5_ids = self.tokenizer_2.encode_padded_rows(&prompts, request.prompt.max_sequence_length)?;
         let prompt_embeds = self.text_encoder_2.forward(&slices(&t5_ids))?;
         let pooled = rows_of(&self.text_encoder.pooled(&slices(&clip_ids))?)?;
         let parts = prompt_embeds.into_iter().zip(pooled);
@@ -365,18 +370,18 @@ impl DiffusionModel for FluxModel {
     fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
         // Padding is not masked, so it is computed too.
         let clip_len = self.text_encoder.config().max_position_embeddings;
-        let t5_lens = vec![request.max_sequence_length; prompts.len()];
+        let t5_lens = vec![request.prompt.max_sequence_length; prompts.len()];
         self.text_encoder.work(prompts.len(), clip_len) + self.text_encoder_2.work(&t5_lens)
     }
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
         let (grid_rows, columns) = self.grid(request);
-        self.transformer.work(rows, request.max_sequence_length, grid_rows * columns)
+        self.transformer.work(rows, request.prompt.max_sequence_length, grid_rows * columns)
     }
 
     fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
         let (grid_rows, columns) = self.grid(request);
-        self.transformer.cached_work(computed, skipping, request.max_sequence_length, grid_rows * columns)
+        self.transformer.cached_work(computed, skipping, request.prompt.max_sequence_length, grid_rows * columns)
     }
 
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
@@ -392,7 +397,10 @@ impl DiffusionModel for FluxModel {
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
         let (rows, columns) = self.grid(request);
-        Ok(self.card.schedulers.start(request.scheduler, &request.denoising_loop(Some(rows * columns))))
+        Ok(self
+            .card
+            .schedulers
+            .start(request.sampling.scheduler, &request.sampling.denoising_loop(Some(rows * columns))))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {

@@ -16,6 +16,7 @@ use crate::card::{
 use crate::checkpoint::{OpenWeights, Reread};
 use crate::config::read_json;
 use crate::device::Placement;
+use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
 use crate::encoders::rows_of;
@@ -25,7 +26,7 @@ use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::prompt::Prompt;
-use crate::request::{DiffusionRequest, Frame, Mask, Phase};
+use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::batcher::PictureInput;
 use crate::runner::diffusion::on_demand::OnDemand;
@@ -414,21 +415,21 @@ impl Sizes {
     /// Shape of a request's latents: `[1, channels, height, width]`.
     fn latent_shape(&self, request: &DiffusionRequest) -> (usize, usize, usize, usize) {
         let pixels = self.vae.vae_scale_factor();
-        (1, self.vae.latent_channels, request.height / pixels, request.width / pixels)
+        (1, self.vae.latent_channels, request.canvas.height / pixels, request.canvas.width / pixels)
     }
 
     /// What a session keeps of its prompts and reference pictures.
     fn conditioning_bytes(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> usize {
-        let rows = 1 + usize::from(request.negative_prompt.is_some());
+        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
-        let tokens = request.max_sequence_length + pictures * ip_adapter.map_or(0, IpAdapter::num_tokens);
+        let tokens = request.prompt.max_sequence_length + pictures * ip_adapter.map_or(0, IpAdapter::num_tokens);
         rows * (tokens * self.unet.text_dim() + self.text_encoder_2.projection_dim) * dtype.size_in_bytes()
     }
 
     /// Most bytes that one session keeps alive in each phase.
     fn plan(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> MemoryPlan {
-        let rows = 1 + usize::from(request.negative_prompt.is_some());
-        let text = request.max_sequence_length;
+        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let text = request.prompt.max_sequence_length;
         let (_, channels, height, width) = self.latent_shape(request);
         let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
         let conditioning = self.conditioning_bytes(request, ip_adapter, dtype);
@@ -441,9 +442,10 @@ impl Sizes {
         let preview = if request.partial_images > 0 { self.vae.preview_bytes(dtype) } else { 0 };
         let (picture, begin) = match &request.edit {
             // Its latents, its noise, its mask.
-            Some(_) => {
-                (latents, self.vae.peak_encode_bytes((request.height, request.width), request.vae_tiling, dtype))
-            }
+            Some(_) => (
+                latents,
+                self.vae.peak_encode_bytes((request.canvas.height, request.canvas.width), request.vae_tiling, dtype),
+            ),
             None => (0, 0),
         };
         let phases = [
@@ -484,7 +486,8 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
-        let (positions, length) = (self.sizes.text_encoder_2.max_position_embeddings, request.max_sequence_length);
+        let (positions, length) =
+            (self.sizes.text_encoder_2.max_position_embeddings, request.prompt.max_sequence_length);
         let prompts = prompts.iter().map(|prompt| Prompt::parse("prompt", prompt)).collect::<Result<Vec<_>>>()?;
         let chunks_of = |tokenizer: &Tokenizer| -> Result<Vec<Chunk>> {
             let chunks = prompts.iter().map(|prompt| chunks(tokenizer, prompt, positions, length));
@@ -517,14 +520,14 @@ impl DiffusionModel for SdxlModel {
     fn encode_absent(&self, request: &DiffusionRequest) -> Result<SdxlConditioning> {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, self.placement.compute_dtype, &self.placement.device);
         Ok(SdxlConditioning {
-            prompt_embeds: zeros(&[1, request.max_sequence_length, self.sizes.unet.text_dim()])?,
+            prompt_embeds: zeros(&[1, request.prompt.max_sequence_length, self.sizes.unet.text_dim()])?,
             pooled_prompt_embeds: zeros(&[1, self.sizes.text_encoder_2.projection_dim])?,
         })
     }
 
     fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        let length = request.max_sequence_length.min(self.sizes.text_encoder_2.max_position_embeddings);
-        let rows = prompts.len() * (request.max_sequence_length / length);
+        let length = request.prompt.max_sequence_length.min(self.sizes.text_encoder_2.max_position_embeddings);
+        let rows = prompts.len() * (request.prompt.max_sequence_length / length);
         let first = self.first.as_ref().map_or_else(StepWork::default, |(_, encoder)| encoder.work(rows, length));
         first + self.text_encoder_2.work(rows, length)
     }
@@ -535,7 +538,7 @@ impl DiffusionModel for SdxlModel {
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
         let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.unet.work(rows, request.max_sequence_length, self.reference_tokens(request), (height, width))
+        self.unet.work(rows, request.prompt.max_sequence_length, self.reference_tokens(request), (height, width))
     }
 
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
@@ -550,7 +553,7 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.schedulers.start(request.scheduler, &request.denoising_loop(None)))
+        Ok(self.card.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {
@@ -641,7 +644,7 @@ impl SdxlModel {
     /// Original size, crop and target size or aesthetic score as the pipelines fill them in: the picture's own size, not
     /// cropped.
     fn time_ids(&self, row: &DenoiseRow<'_, SdxlConditioning>) -> Vec<f32> {
-        let (height, width) = (row.request.height as f32, row.request.width as f32);
+        let (height, width) = (row.request.canvas.height as f32, row.request.canvas.width as f32);
         let mut ids = vec![height, width, 0.0, 0.0];
         match (self.sizes.requires_aesthetics_score, row.is_negative) {
             (false, _) => ids.extend([height, width]),

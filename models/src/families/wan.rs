@@ -17,6 +17,7 @@ use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guid
 use crate::checkpoint::OpenWeights;
 use crate::config::read_json;
 use crate::device::Placement;
+use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder};
 use crate::error::{Error, Result};
@@ -27,7 +28,7 @@ use crate::lora::LoraSupport;
 use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
-use crate::request::{Acceleration, DiffusionRequest, Phase};
+use crate::request::Phase;
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::runner::diffusion::on_demand::OnDemand;
@@ -297,16 +298,16 @@ impl Sizes {
     /// Shape of a request's latents: `[1, channels, frames, height, width]`.
     fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
         let spatial = self.vae.scale_factor_spatial;
-        let frames = (request.num_frames - 1) / self.vae.scale_factor_temporal + 1;
-        [1, self.transformer.in_channels, frames, request.height / spatial, request.width / spatial]
+        let frames = (request.canvas.num_frames - 1) / self.vae.scale_factor_temporal + 1;
+        [1, self.transformer.in_channels, frames, request.canvas.height / spatial, request.canvas.width / spatial]
     }
 
     /// Most bytes that one session keeps alive in each phase.
     fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
-        let rows = 1 + usize::from(request.negative_prompt.is_some());
+        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
-        let (text, dtype) = (request.max_sequence_length, placement.compute_dtype);
+        let (text, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
         let conditioning = rows * text * self.transformer.text_dim * dtype.size_in_bytes();
         // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
         let solver = latents * (6 + 2 * rows);
@@ -346,7 +347,7 @@ impl WanConfig {
 
 impl WanModel {
     fn tokenized(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Padded>> {
-        let length = request.max_sequence_length;
+        let length = request.prompt.max_sequence_length;
         let clean = |prompt: &str| -> Result<String> { Ok(prompt_clean(&plain_text("prompt", prompt)?)) };
         prompts.iter().map(|prompt| self.tokenizer.encode_padded(&clean(prompt)?, length)).collect()
     }
@@ -391,7 +392,7 @@ impl DiffusionModel for WanModel {
 
     fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
         let [_, _, frames, height, width] = self.sizes.latent_shape(request);
-        self.transformer.work(rows, frames * height * width, request.max_sequence_length)
+        self.transformer.work(rows, frames * height * width, request.prompt.max_sequence_length)
     }
 
     fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
@@ -405,7 +406,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.schedulers.start(request.scheduler, &request.denoising_loop(None)))
+        Ok(self.card.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
@@ -420,7 +421,7 @@ impl DiffusionModel for WanModel {
 
     fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
         let [_, _, frames, height, width] = self.sizes.latent_shape(request);
-        self.transformer.cached_work(computed, skipping, frames * height * width, request.max_sequence_length)
+        self.transformer.cached_work(computed, skipping, frames * height * width, request.prompt.max_sequence_length)
     }
 
     fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {

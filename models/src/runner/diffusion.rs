@@ -9,9 +9,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::device::give_back_freed_memory;
+use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
-use crate::request::{DiffusionRequest, Event, Events, FinishReason, Phase, Request, SessionId, Usage};
+use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, Usage};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::vae::Posterior;
 use crate::work::StepWork;

@@ -6,10 +6,11 @@ use candle_core::{Device, Tensor};
 use serde_json::json;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::{FluxConditioning, FluxModel};
 use tale_models::family::LoadOptions;
 use tale_models::manifest::Manifest;
-use tale_models::request::{DiffusionRequest, Frame, Phase};
+use tale_models::request::{Frame, Phase};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::runner::{Runner, RunnerStatus};
@@ -68,11 +69,11 @@ fn every_stage_is_the_reference_one() {
         let tensors = golden_tensors(case);
         for (run, request) in requests(case, model.card()).into_iter().enumerate() {
             let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
-            let conditioning = model.encode(&[&request.prompt], &request).unwrap().remove(0);
+            let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
             golden.check("pooled_prompt_embeds", &conditioning.pooled_prompt_embeds, TEXT_TOLERANCE);
             golden.check("prompt_embeds", &conditioning.prompt_embeds, TEXT_TOLERANCE);
 
-            let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.seed)).unwrap();
+            let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.sampling.seed)).unwrap();
             golden.check("noise", &noise, 1e-6);
             let solver = model.solver(&request).unwrap();
             golden.check("timesteps", &row(solver.timesteps()), 1e-7);
@@ -89,9 +90,9 @@ fn every_stage_is_the_reference_one() {
 fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let conditioning = golden.conditioning();
     let mut solver = model.solver(request).unwrap();
-    let mut generator = TorchGenerator::new(request.seed);
+    let mut generator = TorchGenerator::new(request.sampling.seed);
     let mut latents = golden.get("noise").clone();
-    for step in 0..request.num_inference_steps {
+    for step in 0..request.sampling.num_inference_steps {
         let prediction = predict_one(model, &latents, solver.timesteps()[step], &conditioning, request);
         latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
         golden.check(&format!("latents{step}"), &latents, TOLERANCE);
@@ -100,9 +101,9 @@ fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRe
 }
 
 fn check_pixels(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
-    let last = golden.get(&format!("latents{}", request.num_inference_steps - 1));
+    let last = golden.get(&format!("latents{}", request.sampling.num_inference_steps - 1));
     let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap().unwrap();
-    assert_eq!(pixels.dims(), [1, 3, request.height, request.width]);
+    assert_eq!(pixels.dims(), [1, 3, request.canvas.height, request.canvas.width]);
     let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
     let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     let bytes: Vec<u8> = bytes.into_iter().map(|value| value as u8).collect();
@@ -132,12 +133,13 @@ fn batched_sessions_give_the_pictures_of_lone_ones() {
         let (card, mut runner) = load_runner(case, 3);
         let first = requests(case, &card).remove(0);
         let variants: Vec<DiffusionRequest> = (0..4)
-            .map(|i| DiffusionRequest {
-                seed: 100 + i as u64,
-                num_inference_steps: 2 + i,
-                prompt: format!("{} {i}", first.prompt),
-                guidance_scale: if first.guidance_scale > 0.0 { 1.0 + i as f64 } else { 0.0 },
-                ..first.clone()
+            .map(|i| {
+                let mut variant = first.with_seed(100 + i as u64);
+                variant.sampling.num_inference_steps = 2 + i;
+                variant.prompt.text = format!("{} {i}", first.prompt.text);
+                let is_guided = first.guidance.guidance_scale > 0.0;
+                variant.guidance.guidance_scale = if is_guided { 1.0 + i as f64 } else { 0.0 };
+                variant
             })
             .collect();
         let alone: Vec<Frame> =
@@ -186,7 +188,7 @@ fn rows_of_a_batch_predict_what_they_predict_alone() {
 fn cancel_at_any_step_leaves_nothing() {
     let (card, mut runner) = load_runner("flux-schnell", 4);
     let request = requests("flux-schnell", &card).remove(0);
-    for steps in 0..=request.num_inference_steps + 1 {
+    for steps in 0..=request.sampling.num_inference_steps + 1 {
         runner.submit(SessionId(1), Request::Diffusion(request.clone())).unwrap();
         for _ in 0..steps {
             runner.step(&mut Events::default()).unwrap();
@@ -379,7 +381,7 @@ fn predict_one(
 fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
     pictures_and(runner, requests, |_, id, event| {
         if let Event::Progress { phase: Phase::Denoise, total, .. } = event {
-            assert_eq!(total, requests[id.0 as usize].num_inference_steps);
+            assert_eq!(total, requests[id.0 as usize].sampling.num_inference_steps);
         }
     })
 }

@@ -5,13 +5,14 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCaches};
 use tale_models::layers::decoder::{DecodeRecordings, DecoderInput};
 use tale_models::loading;
-use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
+use tale_models::request::{Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
 use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
@@ -48,7 +49,9 @@ fn sdxl_pictures_are_the_reference_ones() {
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
             let mut requests: Vec<_> = sdxl::requests(case, diffusion_card(&model)).into_iter().enumerate().collect();
             // The least work first.
-            requests.sort_by_key(|(_, request)| request.width * request.height * request.num_inference_steps);
+            requests.sort_by_key(|(_, request)| {
+                request.canvas.width * request.canvas.height * request.sampling.num_inference_steps
+            });
             for (run, request) in gpu.some_of(&requests).iter().cloned() {
                 let expected: Vec<u8> = golden[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
                 let frames = gpu.run(|| frames(&mut model, request));
@@ -66,7 +69,8 @@ fn wan_clips_are_the_reference_ones() {
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
             let mut requests = wan::requests(case, diffusion_card(&model));
             // The smallest clip first.
-            requests.sort_by_key(|(_, request)| request.width * request.height * request.num_frames);
+            requests
+                .sort_by_key(|(_, request)| request.canvas.width * request.canvas.height * request.canvas.num_frames);
             for (run, request) in gpu.some_of(&requests).iter().cloned() {
                 let expected = &golden[&format!("run{run}.frames")];
                 let frames = gpu.run(|| frames(&mut model, request));

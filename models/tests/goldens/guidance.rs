@@ -7,11 +7,12 @@ use candle_core::Tensor;
 use serde_json::Value;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::{Acceleration, DiffusionRequest};
 use tale_models::families::flux::FluxModel;
 use tale_models::families::wan::WanModel;
 use tale_models::family::LoadOptions;
 use tale_models::manifest::Manifest;
-use tale_models::request::{Acceleration, DiffusionRequest, Event, Events, Phase, Request, SessionId};
+use tale_models::request::{Event, Events, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::runner::diffusion::block_cache::{BlockCache, MAX_CONSECUTIVE_SKIPS};
@@ -64,19 +65,19 @@ fn the_cache_skips_the_passes_that_the_reference_skips() {
 fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
     let request = request(run, model.card());
     let threshold = model.card().cache_threshold(&request).unwrap();
-    let mut branches = vec![model.encode(&[&request.prompt], &request).unwrap().remove(0)];
-    if let Some(negative) = &request.negative_prompt {
+    let mut branches = vec![model.encode(&[&request.prompt.text], &request).unwrap().remove(0)];
+    if let Some(negative) = &request.guidance.negative_prompt {
         branches.push(model.encode(&[negative.text().unwrap()], &request).unwrap().remove(0));
     }
     let mut caches: Vec<BlockCache> = branches.iter().map(|_| BlockCache::new(threshold)).collect();
     let mut found = vec![String::new(); branches.len()];
-    let mut generator = TorchGenerator::new(request.seed);
+    let mut generator = TorchGenerator::new(request.sampling.seed);
     let mut latents = model.initial_latents(&request, &mut generator).unwrap();
     let mut solver = model.solver(&request).unwrap();
-    let steps = request.num_inference_steps;
+    let steps = request.sampling.num_inference_steps;
     for step in 0..steps {
         let timestep = solver.timesteps()[step];
-        let guided = request.is_guided_at(step, steps);
+        let guided = request.guidance.is_guided_at(step, steps);
         let mut predict = |branch: usize| {
             let (conditioning, cache) = (&branches[branch], &mut caches[branch]);
             let row = DenoiseRow {
@@ -97,7 +98,7 @@ fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
             false => positive,
             true => {
                 let negative = predict(1);
-                (&negative + ((positive - &negative).unwrap() * request.cfg_scale()).unwrap()).unwrap()
+                (&negative + ((positive - &negative).unwrap() * request.guidance.cfg_scale()).unwrap()).unwrap()
             }
         };
         latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
@@ -115,7 +116,7 @@ fn at_threshold_0_the_cache_changes_no_bit() {
 
 fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
     let request = small_request(model.card(), DiffusionOptions::default());
-    let conditioning = model.encode(&[&request.prompt], &request).unwrap().remove(0);
+    let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
     let mut cache = BlockCache::new(0.0);
     let mut generator = TorchGenerator::new(3);
     let latents = model.initial_latents(&request, &mut generator).unwrap();

@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use candle_core::{Device, Tensor};
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::lora::LoraOption;
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::Frame;
 use tale_models::runner::Runner;
 use tale_models::{Error, ModelCard, ModelSource, Request};
 

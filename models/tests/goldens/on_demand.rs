@@ -2,10 +2,11 @@
 
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::loading;
 use tale_models::lora::LoraOption;
-use tale_models::request::{DiffusionRequest, Phase};
+use tale_models::request::Phase;
 use tale_models::{Event, Events, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
 use crate::support::{case_dir, copy_folder, edit_tensors, pictures};

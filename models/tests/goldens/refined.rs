@@ -4,9 +4,10 @@ use std::collections::HashMap;
 
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::loading;
-use tale_models::request::{DiffusionRequest, Frame, Phase};
+use tale_models::request::{Frame, Phase};
 use tale_models::runner::Runner;
 use tale_models::{Event, ModelCard, ModelSource, Request, SessionId};
 

@@ -6,8 +6,8 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 use tale_models::card::DiffusionOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
-use tale_models::request::DiffusionRequest;
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::solver::Solver;
@@ -169,7 +169,7 @@ fn sessions_of_different_schedulers_share_passes_and_equal_the_lone_ones() {
     for (request, together) in requests.iter().zip(&together) {
         let alone = pictures(&mut *runner, std::slice::from_ref(request)).remove(0);
         let found = psnr(&together.rgb, &alone.rgb);
-        assert!(found >= MIN_PSNR, "{}: {found:.1} dB against itself alone", request.scheduler.name);
+        assert!(found >= MIN_PSNR, "{}: {found:.1} dB against itself alone", request.sampling.scheduler.name);
     }
 }
 
@@ -243,6 +243,6 @@ fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest 
     };
     let request = card.resolve(options, 0).unwrap();
     let own = run["own"].as_str().unwrap_or("EulerDiscreteScheduler");
-    assert_eq!(request.scheduler.name, run["scheduler"].as_str().unwrap_or(own), "the effective name");
+    assert_eq!(request.sampling.scheduler.name, run["scheduler"].as_str().unwrap_or(own), "the effective name");
     request
 }

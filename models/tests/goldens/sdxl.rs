@@ -7,10 +7,11 @@ use serde_json::json;
 use tale_models::ModelCard;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::{SdxlConditioning, SdxlModel};
 use tale_models::family::LoadOptions;
 use tale_models::manifest::Manifest;
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::Frame;
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
@@ -34,12 +35,12 @@ fn every_stage_is_the_reference_one() {
             let branches = branches(&model, &request);
             golden.check("prompt_embeds", &branches[0].prompt_embeds, TEXT_TOLERANCE);
             golden.check("pooled_prompt_embeds", &branches[0].pooled_prompt_embeds, TEXT_TOLERANCE);
-            assert_eq!(branches.len(), if request.guidance_scale > 1.0 { 2 } else { 1 });
+            assert_eq!(branches.len(), if request.guidance.guidance_scale > 1.0 { 2 } else { 1 });
             if let Some(negative) = branches.get(1) {
                 golden.check("negative_prompt_embeds", &negative.prompt_embeds, TEXT_TOLERANCE);
                 golden.check("negative_pooled_prompt_embeds", &negative.pooled_prompt_embeds, TEXT_TOLERANCE);
             }
-            let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.seed)).unwrap();
+            let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.sampling.seed)).unwrap();
             golden.check("noise", &noise, 1e-6);
             check_denoising(&model, &golden, &request, &branches);
             check_pixels(&model, &golden, &request);
@@ -49,10 +50,10 @@ fn every_stage_is_the_reference_one() {
 
 /// Each step from what the reference had before it, so that errors do not add up.
 fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRequest, branches: &[SdxlConditioning]) {
-    let (mut solver, mut generator) = (model.solver(request).unwrap(), TorchGenerator::new(request.seed));
+    let (mut solver, mut generator) = (model.solver(request).unwrap(), TorchGenerator::new(request.sampling.seed));
     golden.check("timesteps", &row(solver.timesteps()), 1e-7);
     let mut latents = (golden.get("noise") * solver.init_noise_sigma()).unwrap();
-    for step in 0..request.num_inference_steps {
+    for step in 0..request.sampling.num_inference_steps {
         let input = solver.scale_model_input(step, &latents).unwrap();
         let timestep = solver.timesteps()[step];
         let rows: Vec<_> = branches
@@ -72,7 +73,7 @@ fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRe
         }
         let prediction = match &predictions[..] {
             [positive, negative] => {
-                (negative + ((positive - negative).unwrap() * request.guidance_scale).unwrap()).unwrap()
+                (negative + ((positive - negative).unwrap() * request.guidance.guidance_scale).unwrap()).unwrap()
             }
             _ => predictions[0].clone(),
         };
@@ -83,9 +84,9 @@ fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRe
 }
 
 fn check_pixels(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRequest) {
-    let last = golden.get(&format!("latents{}", request.num_inference_steps - 1));
+    let last = golden.get(&format!("latents{}", request.sampling.num_inference_steps - 1));
     let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap().unwrap();
-    assert_eq!(pixels.dims(), [1, 3, request.height, request.width]);
+    assert_eq!(pixels.dims(), [1, 3, request.canvas.height, request.canvas.width]);
     let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
     let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     let bytes: Vec<u8> = bytes.into_iter().map(|value| value as u8).collect();
@@ -244,8 +245,8 @@ pub fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<d
 
 /// The positive branch, and the negative one where there is guidance.
 pub fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioning> {
-    let mut branches = vec![model.encode(&[&request.prompt], request).unwrap().remove(0)];
-    if let Some(negative) = &request.negative_prompt {
+    let mut branches = vec![model.encode(&[&request.prompt.text], request).unwrap().remove(0)];
+    if let Some(negative) = &request.guidance.negative_prompt {
         branches.push(match negative.text() {
             Some(text) => model.encode(&[text], request).unwrap().remove(0),
             None if model.absent_is_empty() => model.encode(&[""], request).unwrap().remove(0),

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::SdxlConditioning;
-use tale_models::request::DiffusionRequest;
 use tale_models::runner::diffusion::DiffusionModel;
 
 use crate::sdxl::{branches, load_runner, open_model};
@@ -36,7 +36,7 @@ fn runs() -> Vec<(usize, String, Value)> {
 /// The request, which takes as many chunks as the reference did.
 fn resolve(card: &DiffusionCard, run: &Value) -> DiffusionRequest {
     let request = card.resolve(options(run), 0).unwrap();
-    assert_eq!(request.max_sequence_length as u64, run["max_sequence_length"].as_u64().unwrap());
+    assert_eq!(request.prompt.max_sequence_length as u64, run["max_sequence_length"].as_u64().unwrap());
     request
 }
 
@@ -83,7 +83,7 @@ fn a_prompt_is_cut_only_where_the_client_says() {
     let ask = |prompt: String, max_sequence_length: Option<usize>| {
         let options =
             DiffusionOptions { prompt, max_sequence_length, width: Some(64), height: Some(64), ..Default::default() };
-        card.resolve(options, 0).map(|request| request.max_sequence_length).map_err(|error| error.to_string())
+        card.resolve(options, 0).map(|request| request.prompt.max_sequence_length).map_err(|error| error.to_string())
     };
     let words = |count: usize| vec!["x"; count].join(" ");
     for (count, length) in [(0, 77), (75, 77), (76, 154), (150, 154), (151, 231), (300, 308)] {

@@ -13,12 +13,13 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::original::FluxNames;
 use tale_models::families::flux::transformer::{FluxTransformer, FluxTransformerConfig};
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::loading::{self, Inspection};
 use tale_models::presets::{Configurations, Preset};
-use tale_models::request::{DiffusionRequest, Event, Events, Frame, Request, SessionId};
+use tale_models::request::{Event, Events, Frame, Request, SessionId};
 use tale_models::single_file::SingleFile;
 use tale_models::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use tale_models::vae::original::KlNames;
@@ -259,7 +260,7 @@ fn gguf_files_make_the_pictures_of_their_dequantised_weights() {
     assert_picture("gguf", &picture(&mut model, request.clone()), expected);
 
     // In a batch as alone.
-    let others = [1, 2].map(|seed| DiffusionRequest { seed, ..request.clone() });
+    let others = [1, 2].map(|seed| request.with_seed(seed));
     let alone: Vec<Frame> = others.iter().map(|other| picture(&mut model, other.clone())).collect();
     assert!(psnr(&alone[0].rgb, &alone[1].rgb) < 35.0, "the sessions are the same picture");
     for (together, alone) in pictures(&mut model, &others).iter().zip(&alone) {

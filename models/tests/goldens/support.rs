@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::diffusion::DiffusionRequest;
+use tale_models::request::Frame;
 use tale_models::runner::{Runner, StepPlan};
 use tale_models::testing::repository;
 use tale_models::{Event, Events, Request, SessionId};

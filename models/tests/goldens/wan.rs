@@ -5,11 +5,12 @@ use std::path::Path;
 use candle_core::Tensor;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::wan::WanModel;
 use tale_models::family::LoadOptions;
 use tale_models::loading::inspect;
 use tale_models::manifest::Manifest;
-use tale_models::request::{DiffusionRequest, Event, Events, Frame, Phase, Request, SessionId};
+use tale_models::request::{Event, Events, Frame, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
@@ -91,17 +92,17 @@ fn every_stage_is_that_of_the_reference() {
             let close = |what: &str, found: &Tensor, tolerance: f64| {
                 assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
             };
-            let prompt_embeds = model.encode(&[&request.prompt], &request).unwrap().remove(0);
+            let prompt_embeds = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
             close("prompt_embeds", &prompt_embeds, 1e-4);
             let mut branches = vec![prompt_embeds];
-            if let Some(negative_prompt) = &request.negative_prompt {
+            if let Some(negative_prompt) = &request.guidance.negative_prompt {
                 branches.push(match negative_prompt.text() {
                     Some(text) => model.encode(&[text], &request).unwrap().remove(0),
                     None => model.encode(&[""], &request).unwrap().remove(0),
                 });
                 close("negative_prompt_embeds", &branches[1], 1e-4);
             }
-            let mut generator = TorchGenerator::new(request.seed);
+            let mut generator = TorchGenerator::new(request.sampling.seed);
             let mut latents = model.initial_latents(&request, &mut generator).unwrap();
             close("noise", &latents, 0.0);
             let mut solver = model.solver(&request).unwrap();
@@ -112,11 +113,11 @@ fn every_stage_is_that_of_the_reference() {
                 if step == 0 {
                     close("prediction0", &predictions[0], 1e-4);
                 }
-                let prediction = guided(&predictions, request.guidance_scale);
+                let prediction = guided(&predictions, request.guidance.guidance_scale);
                 latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
                 close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
             }
-            assert_eq!(decode(&model, &request, &latents).dims()[0], request.num_frames);
+            assert_eq!(decode(&model, &request, &latents).dims()[0], request.canvas.num_frames);
         }
     }
 }
@@ -133,7 +134,7 @@ fn every_frame_is_that_of_the_reference() {
         for (run, request) in requests {
             let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
             let expected = &tensors[&format!("run{run}.frames")];
-            assert_eq!(expected.dims(), [frames.len(), request.height, request.width, 3]);
+            assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
             for (index, frame) in frames.iter().enumerate() {
                 let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
                 let psnr = psnr(&frame.rgb, &expected);
@@ -148,7 +149,8 @@ fn clips_made_together_are_those_made_alone() {
     for case in CASES {
         let model = open_model(case);
         let (_, first) = requests(case, model.card()).remove(0);
-        let second = DiffusionRequest { prompt: "Another prompt altogether".into(), seed: 3, ..first.clone() };
+        let mut second = first.with_seed(3);
+        second.prompt.text = "Another prompt altogether".into();
         let mut runner = DiffusionRunner::new(model, 4);
         let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
         let alone = [first, second].map(|request| make_clips(&mut runner, &[request]).remove(0));

@@ -3,7 +3,8 @@
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, ValueEnum};
 use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
-use tale_models::request::{Acceleration, Frame};
+use tale_models::diffusion::Acceleration;
+use tale_models::request::Frame;
 use tale_models::solver::names::Spacing;
 use tale_models::{Event, ModelCard};
 

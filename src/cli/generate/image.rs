@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use clap::Args;
 use tale_models::card::{DiffusionOptions, Medium};
+use tale_models::diffusion::{Canvas, Sampling};
 use tale_models::lora::LoraOption;
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::request::Frame;
 use tale_models::{ModelSource, Request};
 
 use super::diffusion::{DiffusionArgs, SUBJECT, card_for, follow, subject};
@@ -101,14 +102,16 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
     let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options_over(base), random_seed())?;
     let parameters = PictureParameters::new(&folder_name(&args.model.model), &request);
     generator.note(|| {
-        let DiffusionRequest { width, height, num_inference_steps, guidance_scale, scheduler, seed, .. } = &request;
+        let Canvas { width, height, .. } = request.canvas;
+        let Sampling { num_inference_steps, scheduler, seed, .. } = request.sampling;
+        let guidance_scale = request.guidance.guidance_scale;
         let name = scheduler.name;
         format!("{width}x{height}, {num_inference_steps} steps of {name}, guidance {guidance_scale}, seed {seed}")
     });
 
     // All at once, so that they share steps.
-    let seeds: Vec<u64> = (0..u64::from(args.n)).map(|i| request.seed.wrapping_add(i)).collect();
-    let with_seed = |seed| Request::Diffusion(DiffusionRequest { seed, ..request.clone() });
+    let seeds: Vec<u64> = (0..u64::from(args.n)).map(|i| request.sampling.seed.wrapping_add(i)).collect();
+    let with_seed = |seed| Request::Diffusion(request.with_seed(seed));
     let sessions: Vec<Session> =
         seeds.iter().map(|seed| generator.submit(with_seed(*seed))).collect::<Result<_, _>>()?;
     for (i, (session, seed)) in sessions.into_iter().zip(seeds).enumerate() {

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use tale_models::Request;
 use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::request::{DiffusionRequest, Frame};
+use tale_models::diffusion::{Canvas, DiffusionRequest, Sampling};
+use tale_models::request::Frame;
 
 use super::diffusion::{DiffusionArgs, card_for, follow, subject};
 use super::{CliError, Generator, ModelArgs, random_seed};
@@ -43,9 +44,10 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
     let options = args.diffusion.options_over(clip);
     let request = card_for(Medium::Clip, &card)?.resolve(options, random_seed())?;
     generator.note(|| {
-        let DiffusionRequest { width, height, num_frames, fps, num_inference_steps, guidance_scale, seed, .. } =
-            &request;
-        let scheduler = request.scheduler.name;
+        let Canvas { width, height, num_frames, fps } = request.canvas;
+        let Sampling { num_inference_steps, scheduler, seed, .. } = request.sampling;
+        let scheduler = scheduler.name;
+        let guidance_scale = request.guidance.guidance_scale;
         format!(
             "{width}x{height}, {num_frames} frames at {fps}/s, {num_inference_steps} steps of {scheduler}, guidance \
              {guidance_scale}, seed {seed}"
@@ -88,8 +90,10 @@ enum Output {
 impl Output {
     fn create(path: &Path, target: Target, request: &DiffusionRequest) -> media::Result<Self> {
         match target {
-            Target::File(format) => ClipEncoder::create(path, format, request.width, request.height, request.fps)
-                .map(|clip| Self::File(Box::new(clip))),
+            Target::File(format) => {
+                ClipEncoder::create(path, format, request.canvas.width, request.canvas.height, request.canvas.fps)
+                    .map(|clip| Self::File(Box::new(clip)))
+            }
             Target::Folder => FrameFolder::create(path).map(Self::Folder),
         }
     }

@@ -8,10 +8,11 @@ use super::batcher::PictureInput;
 use super::block_cache::BlockCache;
 use super::references::ReferenceModel;
 use crate::card::DiffusionCard;
+use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
-use crate::request::{DiffusionRequest, Frame, Mask, Phase};
+use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::vae::Posterior;
@@ -128,7 +129,7 @@ pub trait DiffusionModel: Send {
     }
 }
 
-/// What a family adds whose loop may begin from a picture. Requests with an [`crate::request::Edit`] are for it alone.
+/// What a family adds whose loop may begin from a picture. Requests with an [`crate::diffusion::Edit`] are for it alone.
 pub trait PictureModel {
     /// The pictures that a request has encoded, in this order.
     fn pictures(&self, request: &DiffusionRequest) -> Vec<PictureInput> {

@@ -4,13 +4,14 @@
 
 use candle_core::{DType, Tensor};
 
+use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
-use crate::request::{DiffusionRequest, Frame};
+use crate::request::Frame;
 
 /// `pixels [frames, 3, height, width]` as bytes, rounded as diffusers' `VaeImageProcessor` does; `None` when a value is
 /// not finite.
 pub(super) fn to_frames(pixels: &Tensor, request: &DiffusionRequest) -> Result<Option<Vec<Frame>>> {
-    let (width, height) = (request.width, request.height);
+    let (width, height) = (request.canvas.width, request.canvas.height);
     let (_, channels, found_height, found_width) = pixels.dims4()?;
     assert_eq!((channels, found_height, found_width), (3, height, width), "pixels fit the request: this is a bug");
     // Channels are gathered here and not by `permute`, which would take the pixels' memory once more.

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::request::Frame;
 use crate::work::StepWork;
 
-/// Encodes reference pictures. Requests with [`crate::request::References`] are for models with this alone.
+/// Encodes reference pictures. Requests with [`crate::diffusion::References`] are for models with this alone.
 pub trait ReferenceModel {
     /// All pictures of a request; `guided` says whether it has a negative branch.
     fn encode(&self, pictures: &[Arc<Frame>], guided: bool) -> Result<ReferenceTokens>;

@@ -8,8 +8,9 @@ use candle_core::Tensor;
 
 use super::DiffusionModel;
 use crate::checkpoint::{Build, Reread};
+use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
-use crate::request::{DiffusionRequest, Phase};
+use crate::request::Phase;
 
 /// Reads a model whose components with these names compute in f32, and which has no others, for a phase of a request.
 pub type InF32<M> = Box<dyn Fn(&[&str], Phase, &DiffusionRequest) -> Result<M> + Send>;

@@ -15,9 +15,10 @@ use super::references::ReferenceTokens;
 use super::retry::are_finite;
 use super::start::{Encoded, Repaint, Start, start};
 use super::{DenoiseRow, DiffusionModel, EncodedInputs, STAGE_FITS, model_of};
+use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::error::{Error, Result};
 use crate::lora::{AdapterSet, LoraKey};
-use crate::request::{Acceleration, DiffusionRequest, Phase, SessionId};
+use crate::request::{Phase, SessionId};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 
@@ -83,19 +84,19 @@ pub(super) struct Handover<C> {
 impl<M: DiffusionModel> Session<M> {
     pub(super) fn new(request: DiffusionRequest, model: &M) -> Self {
         let prompts_of = |network| {
-            let mut texts = vec![Some(request.prompt.clone())];
-            texts.extend(request.negative_prompt.as_ref().map(|negative| match negative.text() {
+            let mut texts = vec![Some(request.prompt.text.clone())];
+            texts.extend(request.guidance.negative_prompt.as_ref().map(|negative| match negative.text() {
                 None if model_of(model, network).absent_is_empty() => Some(String::new()),
                 text => text.map(str::to_owned),
             }));
-            let (max_sequence_length, loras) = (request.max_sequence_length, LoraKey::of(&request.loras));
+            let (max_sequence_length, loras) = (request.prompt.max_sequence_length, LoraKey::of(&request.loras));
             Input::Prompts(Prompts { texts, max_sequence_length, loras, network })
         };
         let prompts = [prompts_of(Network::Base)].into_iter();
         let prompts = prompts.chain(request.refinement.map(|_| prompts_of(Network::Refiner)));
         let pictures = model.picture_model().map_or_else(Vec::new, |family| family.pictures(&request));
         let references = request.references.as_ref().map(|references| {
-            let (pictures, guided) = (references.images.clone(), request.negative_prompt.is_some());
+            let (pictures, guided) = (references.images.clone(), request.guidance.negative_prompt.is_some());
             Input::References(ReferenceInput { pictures, guided })
         });
         let inputs = prompts.chain(references).chain(pictures.into_iter().map(Input::Picture)).collect();
@@ -120,10 +121,10 @@ impl<M: DiffusionModel> Session<M> {
         match &self.stage {
             Stage::Encode { inputs, .. } => StepKey::Encode(inputs[0].clone()),
             Stage::Denoise(_) => StepKey::Denoise(ShapeKey {
-                width: request.width,
-                height: request.height,
-                num_frames: request.num_frames,
-                max_sequence_length: request.max_sequence_length,
+                width: request.canvas.width,
+                height: request.canvas.height,
+                num_frames: request.canvas.num_frames,
+                max_sequence_length: request.prompt.max_sequence_length,
                 is_cached: request.acceleration != Acceleration::None,
                 num_references: request.references.as_ref().map_or(0, |references| references.images.len()),
                 loras: LoraKey::of(&request.loras),
@@ -170,7 +171,7 @@ impl<M: DiffusionModel> Session<M> {
 
     pub(super) fn begin_denoising(&mut self, model: &M) -> Result<()> {
         let Stage::Encode { encoded, .. } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let mut generator = TorchGenerator::new(self.request.seed);
+        let mut generator = TorchGenerator::new(self.request.sampling.seed);
         let solver = model.solver(&self.request)?;
         let Start { latents, first_step, repaint } =
             start(model, &self.request, &encoded.pictures, &*solver, &mut generator)?;
@@ -225,7 +226,7 @@ impl<M: DiffusionModel> Session<M> {
     /// Rows that the next step adds to a denoising batch; none where it is of another kind.
     pub(super) fn num_rows(&self) -> usize {
         let Stage::Denoise(denoising) = &self.stage else { return 0 };
-        1 + usize::from(self.request.is_guided_at(denoising.done, denoising.total))
+        1 + usize::from(self.request.guidance.is_guided_at(denoising.done, denoising.total))
     }
 
     /// Rows of the next denoising step: the positive branch, then the negative one if the step is guided.
@@ -265,7 +266,7 @@ impl<M: DiffusionModel> Session<M> {
             return Ok(positive);
         }
         let negative = next();
-        Ok((&negative + ((positive - &negative)? * self.request.cfg_scale())?)?)
+        Ok((&negative + ((positive - &negative)? * self.request.guidance.cfg_scale())?)?)
     }
 
     /// Moves the latents one timestep on: steps done, and steps in all. After the last one only the latents are kept.

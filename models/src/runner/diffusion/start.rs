@@ -10,8 +10,8 @@ use candle_core::Tensor;
 
 use super::DiffusionModel;
 use super::references::ReferenceTokens;
+use crate::diffusion::{DiffusionRequest, Edit};
 use crate::error::Result;
-use crate::request::{DiffusionRequest, Edit};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::vae::Posterior;

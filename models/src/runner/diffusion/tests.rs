@@ -9,8 +9,10 @@ use candle_core::{Device, Tensor};
 use super::batcher::PictureInput;
 use super::*;
 use crate::card::{DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, Prompts};
+use crate::diffusion::{Canvas, Prompt, Sampling};
+use crate::diffusion::{Edit, NegativePrompt};
 use crate::lora::LoraSupport;
-use crate::request::{Acceleration, Edit, Frame, Mask, NegativePrompt, SamplingParams, TextRequest, WHOLE_INTERVAL};
+use crate::request::{Frame, Mask, SamplingParams, TextRequest};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::names::Scheduler;
@@ -149,7 +151,7 @@ impl DiffusionModel for Toy {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        MemoryPlan::new([(Phase::Denoise, request.width * request.height * 4)])
+        MemoryPlan::new([(Phase::Denoise, request.canvas.width * request.canvas.height * 4)])
     }
 
     fn encode(&self, prompts: &[&str], _request: &DiffusionRequest) -> Result<Vec<Counted>> {
@@ -182,12 +184,12 @@ impl DiffusionModel for Toy {
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
-        let (h, w) = (request.height, request.width);
+        let (h, w) = (request.canvas.height, request.canvas.width);
         Ok(Tensor::from_vec(generator.randn(h * w), (1, 1, h, w), &Device::Cpu)?)
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        let steps = request.num_inference_steps;
+        let steps = request.sampling.num_inference_steps;
         Ok(Box::new(Halving((0..steps).map(|i| 1000.0 - i as f64 * 1000.0 / steps as f64).collect())))
     }
 
@@ -212,11 +214,11 @@ impl DiffusionModel for Toy {
 
     fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<(Counted, usize)> {
         let mean = latents.mean_all()?.to_scalar::<f32>()?;
-        Ok((self.counted(mean, &request.prompt), request.num_frames))
+        Ok((self.counted(mean, &request.prompt.text), request.canvas.num_frames))
     }
 
     fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
-        request.num_frames
+        request.canvas.num_frames
     }
 
     fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Option<Tensor>> {
@@ -264,7 +266,7 @@ fn edit(red: [u8; 4], mask: Option<[u8; 4]>, seed: u64) -> DiffusionRequest {
     let rgb = red.iter().flat_map(|value| [*value, 0, 0]).collect();
     let image = Arc::new(Frame { width: 2, height: 2, rgb });
     let mask = mask.map(|grey| Arc::new(Mask { width: 2, height: 2, grey: grey.to_vec() }));
-    DiffusionRequest { edit: Some(Edit { image, mask, strength: 0.7, first_step: 1 }), ..request("one", seed) }
+    with(request("one", seed), |request| request.edit = Some(Edit { image, mask, strength: 0.7, first_step: 1 }))
 }
 
 fn values(tensor: &Tensor) -> Vec<f32> {
@@ -284,35 +286,24 @@ fn latents_after(request: &DiffusionRequest, denoise_steps: usize) -> Vec<f32> {
 }
 
 fn request(prompt: &str, seed: u64) -> DiffusionRequest {
-    DiffusionRequest {
-        prompt: prompt.into(),
-        negative_prompt: None,
-        width: 2,
-        height: 2,
-        num_frames: 2,
-        fps: 1,
-        num_inference_steps: 3,
-        guidance_scale: 1.0,
-        scheduler: Scheduler::named("flow_euler").expect("known"),
-        eta: None,
-        timestep_spacing: None,
-        true_cfg_scale: None,
-        guidance_interval: WHOLE_INTERVAL,
-        acceleration: Acceleration::None,
-        seed,
-        max_sequence_length: 8,
-        edit: None,
-        references: None,
-        refinement: None,
-        vae_tiling: false,
-        loras: Vec::new(),
-        partial_images: 0,
-    }
+    let prompt = Prompt { text: prompt.into(), max_sequence_length: 8 };
+    let canvas = Canvas { width: 2, height: 2, num_frames: 2, fps: 1 };
+    let scheduler = Scheduler::named("flow_euler").expect("known");
+    DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 3, seed))
+}
+
+/// A request with some changes.
+fn with(mut request: DiffusionRequest, change: impl FnOnce(&mut DiffusionRequest)) -> DiffusionRequest {
+    change(&mut request);
+    request
 }
 
 fn guided(prompt: &str, negative: &str) -> DiffusionRequest {
     let negative = NegativePrompt::Text(negative.into());
-    DiffusionRequest { negative_prompt: Some(negative), guidance_scale: 3.0, ..request(prompt, 1) }
+    with(request(prompt, 1), |request| {
+        request.guidance.negative_prompt = Some(negative);
+        request.guidance.guidance_scale = 3.0;
+    })
 }
 
 fn submit(runner: &mut DiffusionRunner<Toy>, id: u64, request: DiffusionRequest) {
@@ -393,11 +384,14 @@ fn session_tells_its_whole_story_in_order() {
 /// A picture in tiles: every tile is a step that is told, the pixels come with the last one.
 #[test]
 fn tiles_are_steps_and_the_picture_comes_last() {
-    let events = alone(DiffusionRequest { num_frames: 3, num_inference_steps: 1, ..request("in tiles", 1) });
+    let events = alone(with(request("in tiles", 1), |request| {
+        request.canvas.num_frames = 3;
+        request.sampling.num_inference_steps = 1;
+    }));
     let decoding: Vec<&str> = events[3..].iter().map(|event| event.split(" [").next().unwrap_or_default()).collect();
     assert_eq!(decoding, ["vae_decode 1/3", "vae_decode 2/3", "frames", "vae_decode 3/3", "finished"]);
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
-    submit(&mut runner, 1, DiffusionRequest { num_frames: 3, ..request("in tiles", 1) });
+    submit(&mut runner, 1, with(request("in tiles", 1), |request| request.canvas.num_frames = 3));
     while !step(&mut runner).iter().any(|(_, event)| event == "vae_decode 1/3") {}
     runner.cancel(SessionId(1));
     assert_empty(&runner);
@@ -408,7 +402,7 @@ fn tiles_are_steps_and_the_picture_comes_last() {
 fn work_is_that_of_the_step_that_comes_next() {
     let mut runner = DiffusionRunner::new(Toy::new(), 3);
     assert_eq!(runner.next_work(), StepWork::default());
-    submit(&mut runner, 1, DiffusionRequest { num_inference_steps: 1, ..guided("123456", "12") });
+    submit(&mut runner, 1, with(guided("123456", "12"), |request| request.sampling.num_inference_steps = 1));
     let mut works = Vec::new();
     while runner.next().is_some() {
         works.push(runner.next_work());
@@ -426,7 +420,7 @@ fn work_is_that_of_the_step_that_comes_next() {
 #[test]
 fn guidance_extrapolates_from_the_negative_prediction() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
-    submit(&mut runner, 1, DiffusionRequest { num_inference_steps: 1, ..guided("123456", "12") });
+    submit(&mut runner, 1, with(guided("123456", "12"), |request| request.sampling.num_inference_steps = 1));
     (0..2).for_each(|_| drop(step(&mut runner)));
     let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
     // At timestep 1000 the branches predict 6 - x and 2 - x; 2 - x + 3 * 4 = 14 - x; x + (14 - x) / 2.
@@ -441,8 +435,10 @@ fn guidance_extrapolates_from_the_negative_prediction() {
 #[test]
 fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
     let steps = 4;
-    let request =
-        DiffusionRequest { guidance_interval: [0.25, 0.75], num_inference_steps: steps, ..guided("123456", "12") };
+    let request = with(guided("123456", "12"), |request| {
+        request.guidance.interval = [0.25, 0.75];
+        request.sampling.num_inference_steps = steps;
+    });
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
     submit(&mut runner, 1, request);
     step(&mut runner);
@@ -470,13 +466,16 @@ fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
 fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
     let requests = [
         request("one", 1),
-        DiffusionRequest { num_inference_steps: 5, ..request("two two", 2) },
+        with(request("two two", 2), |request| request.sampling.num_inference_steps = 5),
         guided("three", "no"),
         guided("four four", "never"),
-        DiffusionRequest { num_frames: 1, ..request("five", 3) },
-        DiffusionRequest { num_inference_steps: 7, ..request("two two", 4) },
-        DiffusionRequest { guidance_interval: [0.0, 0.5], num_inference_steps: 6, ..guided("six", "no") },
-        DiffusionRequest { true_cfg_scale: Some(2.0), ..guided("seven", "no") },
+        with(request("five", 3), |request| request.canvas.num_frames = 1),
+        with(request("two two", 4), |request| request.sampling.num_inference_steps = 7),
+        with(guided("six", "no"), |request| {
+            request.guidance.interval = [0.0, 0.5];
+            request.sampling.num_inference_steps = 6;
+        }),
+        with(guided("seven", "no"), |request| request.guidance.true_cfg_scale = Some(2.0)),
     ];
     for max_rows in 1..6 {
         let mut runner = DiffusionRunner::new(Toy::new(), max_rows);
@@ -513,9 +512,13 @@ fn one_prompt_of_many_sessions_is_encoded_once() {
 fn prompts_that_wait_are_encoded_in_one_pass() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
     submit(&mut runner, 0, guided("a fox", "rain"));
-    submit(&mut runner, 1, DiffusionRequest { max_sequence_length: 7, ..request("shorter", 1) });
+    submit(&mut runner, 1, with(request("shorter", 1), |request| request.prompt.max_sequence_length = 7));
     submit(&mut runner, 2, guided("rain", "a fox"));
-    submit(&mut runner, 3, DiffusionRequest { negative_prompt: Some(NegativePrompt::Absent), ..guided("a boat", "") });
+    submit(
+        &mut runner,
+        3,
+        with(guided("a boat", ""), |request| request.guidance.negative_prompt = Some(NegativePrompt::Absent)),
+    );
     submit(&mut runner, 4, guided("", "a boat"));
     (5..10).for_each(|id| submit(&mut runner, id, request(&format!("number {id}"), id)));
     let all = run(&mut runner);
@@ -528,7 +531,11 @@ fn prompts_that_wait_are_encoded_in_one_pass() {
 fn a_family_may_have_its_own_idea_of_an_absent_prompt() {
     let toy = Toy { absent_is_empty: false, ..Toy::new() };
     let mut runner = DiffusionRunner::new(toy, 4);
-    submit(&mut runner, 1, DiffusionRequest { negative_prompt: Some(NegativePrompt::Absent), ..guided("a boat", "") });
+    submit(
+        &mut runner,
+        1,
+        with(guided("a boat", ""), |request| request.guidance.negative_prompt = Some(NegativePrompt::Absent)),
+    );
     assert_eq!(runner.next_work().flops, 6.0);
     run(&mut runner);
     assert_eq!(*runner.model().encoded.lock().expect("lock"), ["a boat"]);
@@ -643,13 +650,19 @@ fn failing_step_fails_its_own_sessions() {
             submit(&mut runner, 1, request(&format!("{how} in {phase}"), 1));
             submit(&mut runner, 2, request("beside it", 2));
             // Its prompts have another length, and so a pass of their own.
-            let other = DiffusionRequest { max_sequence_length: 7, num_inference_steps: 6, ..guided("else", "where") };
+            let other = with(guided("else", "where"), |request| {
+                request.prompt.max_sequence_length = 7;
+                request.sampling.num_inference_steps = 6;
+            });
             submit(&mut runner, 3, other);
             let all = run(&mut runner);
             let ends = |id: u64| all[&id].last().map(String::as_str).unwrap_or_default().to_owned();
             assert!(ends(1).starts_with("failed"), "{how} {phase}: {all:?}");
             assert_eq!(ends(2).starts_with("failed"), others_in_the_step, "{how} {phase}: {all:?}");
-            assert_eq!(all[&3], alone(DiffusionRequest { num_inference_steps: 6, ..guided("else", "where") }));
+            assert_eq!(
+                all[&3],
+                alone(with(guided("else", "where"), |request| request.sampling.num_inference_steps = 6))
+            );
             let terminal = |event: &&String| event.starts_with("failed") || *event == "finished";
             assert!(all.values().all(|events| events.iter().filter(terminal).count() == 1));
         }
@@ -747,7 +760,7 @@ fn bytes_round_as_numpy_does() {
 #[test]
 fn previews_show_where_the_steps_lead_and_change_nothing() {
     let plain = alone(request("twelve chars", 3));
-    let with = alone(DiffusionRequest { partial_images: 2, ..request("twelve chars", 3) });
+    let with = alone(with(request("twelve chars", 3), |request| request.partial_images = 2));
     let previews: Vec<&String> = with.iter().filter(|event| event.starts_with("preview")).collect();
     assert_eq!(previews.len(), 2);
     let place = |wanted: &str| with.iter().position(|event| event.starts_with(wanted)).expect("it is there");
@@ -763,7 +776,7 @@ fn previews_show_where_the_steps_lead_and_change_nothing() {
 #[test]
 fn only_those_that_ask_get_previews() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
-    submit(&mut runner, 1, DiffusionRequest { partial_images: 1, ..request("one", 1) });
+    submit(&mut runner, 1, with(request("one", 1), |request| request.partial_images = 1));
     submit(&mut runner, 2, request("one", 2));
     let events = run(&mut runner);
     let previews = |id: u64| events[&id].iter().filter(|event| event.starts_with("preview")).count();

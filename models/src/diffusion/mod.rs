@@ -1,0 +1,85 @@
+//! What a request for an image or a video consists of, one module for each capability.
+//!
+//! Owns: the validated request, made of one part for each capability. Does not know: networks, sessions, steps.
+
+pub mod acceleration;
+pub mod canvas;
+pub mod edit;
+pub mod guidance;
+pub mod prompt;
+pub mod references;
+pub mod refinement;
+pub mod sampling;
+
+use crate::lora::LoraUse;
+pub use acceleration::Acceleration;
+pub use canvas::Canvas;
+pub use edit::Edit;
+pub use guidance::{Guidance, NegativePrompt};
+pub use prompt::Prompt;
+pub use references::References;
+pub use refinement::Refinement;
+pub use sampling::Sampling;
+
+/// Effective parameters of an image or a video, as they are echoed. Made by [`crate::DiffusionCard::resolve`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct DiffusionRequest {
+    /// What to show.
+    pub prompt: Prompt,
+    /// Size and length.
+    pub canvas: Canvas,
+    /// The way from noise to latents.
+    pub sampling: Sampling,
+    /// How far the prompt is followed, and what is steered away from.
+    pub guidance: Guidance,
+    /// Whether some steps may reuse the results of earlier ones.
+    pub acceleration: Acceleration,
+    /// Low-rank terms that are added to the model's layers for this request alone.
+    pub loras: Vec<LoraUse>,
+    /// Whether the VAE works on tiles of the image, where that is larger than one.
+    pub vae_tiling: bool,
+    /// Previews on the way; they change nothing in the image.
+    pub partial_images: usize,
+    /// The image to begin from; without it the loop begins from noise alone.
+    pub edit: Option<Edit>,
+    /// Images whose look is followed.
+    pub references: Option<References>,
+    /// Where the model's refiner takes the latents over; without it the model makes all steps.
+    pub refinement: Option<Refinement>,
+}
+
+impl DiffusionRequest {
+    /// A request that asks for nothing beyond a prompt: no guidance, no other inputs.
+    pub fn new(prompt: Prompt, canvas: Canvas, sampling: Sampling) -> Self {
+        Self {
+            prompt,
+            canvas,
+            sampling,
+            guidance: Guidance::none(),
+            acceleration: Acceleration::None,
+            loras: Vec::new(),
+            vae_tiling: false,
+            partial_images: 0,
+            edit: None,
+            references: None,
+            refinement: None,
+        }
+    }
+
+    /// The same request with another seed.
+    pub fn with_seed(&self, seed: u64) -> Self {
+        let mut request = self.clone();
+        request.sampling.seed = seed;
+        request
+    }
+
+    /// Denoising steps that are made: those of the schedule but for the ones that an image to begin from leaves out; with
+    /// a refiner those of both.
+    pub fn steps_made(&self) -> usize {
+        let steps = self.sampling.num_inference_steps;
+        if let Some(Refinement { steps_before, first_step_after, .. }) = self.refinement {
+            return steps_before + steps - first_step_after;
+        }
+        steps - self.edit.as_ref().map_or(0, |edit| edit.first_step)
+    }
+}
