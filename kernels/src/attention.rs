@@ -12,6 +12,7 @@ use crate::gpu;
 use crate::parallel::{Shared, for_each, with_scratch};
 use crate::simd::dispatch;
 use crate::view::{View, tensor};
+use crate::work::{self, Work};
 
 #[cfg(gpu)]
 mod chunks;
@@ -37,6 +38,10 @@ pub struct AttentionOptions<'a> {
 /// `[b, lq, heads, d]`. Scores are never materialised as a whole. Kernels take d up to 512.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
     let shape = Shape::new(q, k, v, options)?;
+    work::add_dense(|| shape.work(options));
+    if work::is_dry() {
+        return work::zeros((shape.b, shape.lq, shape.heads, shape.d), q);
+    }
     #[cfg(gpu)]
     if gpu::runs_here(q) {
         return launch::attention(q, k, v, options, shape);
@@ -108,6 +113,17 @@ impl Shape {
             bail!("attention: key_lens must be {b} lengths of at most {lk}, got {lens:?}");
         }
         Ok(Self { b, lq, lk, heads, kv_heads, d })
+    }
+
+    /// Every query with the keys that it sees.
+    fn work(&self, options: &AttentionOptions<'_>) -> Work {
+        let pairs_of_row = |len: usize| match options.causal {
+            // Queries past the last key see all of them.
+            true => work::causal_pairs(len, 0) + (self.lq - len) * len,
+            false => self.lq * len,
+        };
+        let pairs = (0..self.b).map(|row| pairs_of_row(options.key_lens.map_or(self.lk, |lens| lens[row]))).sum();
+        Work { flops: work::attention_flops(pairs, self.heads * self.d), bytes: 0.0 }
     }
 
     fn group(&self) -> usize {

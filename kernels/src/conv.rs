@@ -8,6 +8,7 @@ use candle_core::{Result, Tensor, bail};
 
 #[cfg(gpu)]
 use crate::gpu;
+use crate::work::{self, Work};
 
 mod cpu;
 #[cfg(gpu)]
@@ -124,6 +125,13 @@ fn convolve(op: &'static str, operands: &Operands<'_>, shape: &Shape) -> Result<
     {
         bail!("{op}: bias must have shape [{}], got {:?}", shape.out, bias.shape());
     }
+    work::add_dense(|| Work {
+        flops: work::product_flops(shape.result().iter().product(), shape.inner * shape.taps()),
+        bytes: work::weight_bytes(operands.weight, operands.bias) as f64,
+    });
+    if work::is_dry() {
+        return work::zeros(&shape.result()[..], operands.x);
+    }
     #[cfg(gpu)]
     if gpu::runs_here(operands.x) {
         return launch::convolve(op, operands, shape);
@@ -225,6 +233,11 @@ impl Shape {
 
     fn w_out(&self) -> usize {
         (self.padded()[1] - self.kw) / self.stride + 1
+    }
+
+    /// `[b, out, t', h', w']`.
+    fn result(&self) -> [usize; 5] {
+        [self.b, self.out, self.frames_out(), self.h_out(), self.w_out()]
     }
 
     fn taps(&self) -> usize {

@@ -38,6 +38,7 @@ mod sum;
 mod testing;
 mod upsample;
 mod view;
+pub mod work;
 
 pub use activation::{Gelu, geglu, gelu_erf, gelu_tanh, quick_gelu, silu, silu_mul};
 pub use attention::{AttentionOptions, attention};

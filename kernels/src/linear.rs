@@ -4,7 +4,7 @@
 //! read: a panel of weights is widened into scratch memory that the cache holds, and tiles of six rows by four outputs
 //! pass over it. Both compute the sum that [`crate::dot`] defines, so a row has the same bits in either.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums};
 #[cfg(gpu)]
@@ -12,6 +12,7 @@ use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
 use crate::simd::{Element, Op, Simd, dispatch};
 use crate::view::{View, tensor, vector, with_values};
+use crate::work::{self, Work};
 
 #[cfg(gpu)]
 mod launch;
@@ -28,6 +29,13 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         bail!("linear: x {:?} does not fit weight {:?}", x.shape(), weight.shape());
     }
     shape.push(out);
+    work::add_dense(|| Work {
+        flops: work::product_flops(shape.iter().product(), inner),
+        bytes: work::weight_bytes(weight, bias) as f64,
+    });
+    if work::is_dry() {
+        return work::zeros(shape, x);
+    }
     #[cfg(gpu)]
     if gpu::runs_here(x) {
         return launch::linear(x, weight, bias, shape);
@@ -50,6 +58,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 pub fn embedding(ids: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (num, dim) = weight.dims2()?;
     let len = ids.dims1()?;
+    if work::is_dry() {
+        return Tensor::zeros((len, dim), DType::F32, weight.device());
+    }
     #[cfg(gpu)]
     if gpu::runs_here(weight) {
         return launch::embedding(ids, weight);

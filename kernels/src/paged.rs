@@ -17,6 +17,7 @@ use crate::gpu;
 use crate::parallel::{Shared, for_each, with_scratch};
 use crate::simd::{Element, dispatch};
 use crate::view::{Values, View, tensor};
+use crate::work::{self, Work};
 
 #[cfg(gpu)]
 mod launch;
@@ -132,6 +133,9 @@ pub fn write_kv(k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batc
             bail!("write_kv: rows {new:?} at {len} slots do not fit the cache {cache:?}");
         }
     }
+    if work::is_dry() {
+        return Ok(());
+    }
     #[cfg(gpu)]
     if let Some(device) = &batch.device {
         return device.write_kv(k, v, k_cache, v_cache);
@@ -196,6 +200,10 @@ pub fn paged_attention(
         let expected = [shape.len, shape.heads, shape.d];
         bail!("paged_attention: q {:?} does not fit the batch, which has {expected:?}", q.shape());
     }
+    work::add_paged(|| shape.work(&batch.batch, k_cache.dtype()));
+    if work::is_dry() {
+        return work::zeros(q.shape(), q);
+    }
     #[cfg(gpu)]
     if let Some(device) = &batch.device {
         return device.attention(q, k_cache, v_cache, scale);
@@ -230,6 +238,15 @@ struct Shape {
 impl Shape {
     fn cache(&self) -> [usize; 4] {
         [self.num_blocks, self.block_size, self.kv_heads, self.d]
+    }
+
+    /// Of attention over caches of this dtype: every row with its context, and each context's keys and values once.
+    fn work(&self, batch: &PagedBatch, dtype: DType) -> Work {
+        let rows = batch.cu_seqlens_q.windows(2).map(|starts| starts[1] - starts[0]);
+        let pairs = rows.zip(&batch.context_lens).map(|(rows, context)| work::causal_pairs(rows, context - rows)).sum();
+        let positions: usize = batch.context_lens.iter().sum();
+        let bytes = positions * 2 * self.kv_heads * self.d * dtype.size_in_bytes();
+        Work { flops: work::attention_flops(pairs, self.heads * self.d), bytes: bytes as f64 }
     }
 
     fn check(&self, batch: &PagedBatch) -> Result<()> {

@@ -10,12 +10,18 @@ use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
+use crate::work::is_dry;
+
 /// Operations of less work than this (multiply-adds, or values read) stay on the calling thread: waking another core
 /// takes longer.
 const MIN_WORK: usize = 1 << 16;
 
-/// Calls `task(0..tasks)`, on all cores if `work` (multiply-adds or values read, of all tasks together) is worth it.
+/// Calls `task(0..tasks)`, on all cores if `work` (multiply-adds or values read, of all tasks together) is worth it;
+/// in a dry run not at all, so that the zeros that an operation begins with are its result.
 pub(crate) fn for_each(tasks: usize, work: usize, task: impl Fn(usize) + Sync) {
+    if is_dry() {
+        return;
+    }
     if tasks <= 1 || work < MIN_WORK || rayon::current_num_threads() == 1 {
         (0..tasks).for_each(task);
     } else {

@@ -9,9 +9,12 @@ use candle_core::{Result, Tensor, bail};
 
 #[cfg(gpu)]
 use crate::gpu;
+use crate::work::{self, Counted};
 
 /// A sequence of launches with the addresses that they had.
 pub struct Recording {
+    /// What one replay does.
+    work: Counted,
     #[cfg(gpu)]
     inner: gpu::Recorded,
     /// No build without kernels has one.
@@ -37,15 +40,18 @@ pub fn can_record(tensor: &Tensor) -> bool {
 }
 
 impl Recording {
-    /// Records what `body` launches on the device of `on`; nothing of it runs yet. Kernels and matrix products must have
-    /// run once before with the same shapes, so that nothing is loaded meanwhile. `body` neither reads results nor
-    /// uploads anything, and keeps no tensor that it makes: their memory belongs to the recording.
+    /// Records what `body` launches on the device of `on`; nothing of it runs yet, nor is counted. Kernels and matrix
+    /// products must have run once before with the same shapes, so that nothing is loaded meanwhile. `body` neither reads
+    /// results nor uploads anything, and keeps no tensor that it makes: their memory belongs to the recording.
     pub fn of(on: &Tensor, body: impl FnOnce() -> Result<()>) -> Result<Self> {
         if !can_record(on) {
             bail!("recording: operations on {:?} are not launches", on.device());
         }
         #[cfg(gpu)]
-        return Ok(Self { inner: gpu::Recorded::of(on, body)? });
+        {
+            let (inner, work) = work::count(|| gpu::Recorded::of(on, body));
+            Ok(Self { work, inner: inner? })
+        }
         #[cfg(not(gpu))]
         {
             drop(body);
@@ -53,8 +59,9 @@ impl Recording {
         }
     }
 
-    /// Runs everything again, after what was launched before.
+    /// Runs everything again, after what was launched before, and counts it again.
     pub fn replay(&self) -> Result<()> {
+        work::add(self.work);
         #[cfg(gpu)]
         return self.inner.replay();
         #[cfg(not(gpu))]

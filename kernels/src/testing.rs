@@ -58,6 +58,15 @@ impl On {
         moved.expect("tensors can be converted")
     }
 
+    /// Whether operations run on the CPU in f32, with nothing in between.
+    pub(crate) fn is_host(&self) -> bool {
+        #[cfg(feature = "emulator")]
+        if self.emulated {
+            return false;
+        }
+        self.device.is_cpu()
+    }
+
     /// A tensor that keeps its dtype: rotation tables, ids.
     pub(crate) fn as_is(&self, tensor: &Tensor) -> Tensor {
         tensor.to_device(&self.device).expect("tensors can be moved")

@@ -48,7 +48,7 @@ pub(super) fn convolve(op: &'static str, operands: &Operands<'_>, shape: &Shape)
         weight: views.1.f32()?,
         bias: bias.as_ref().map(View::f32).transpose()?,
     };
-    tensor(convolution.compute(), (shape.b, shape.out, shape.frames_out(), shape.h_out(), shape.w_out()))
+    tensor(convolution.compute(), &shape.result()[..])
 }
 
 /// How results are cut into tasks.
@@ -97,7 +97,7 @@ struct Convolution<'a> {
 impl Convolution<'_> {
     fn compute(&self) -> Vec<f32> {
         let shape = &self.shape;
-        let mut y = vec![0f32; shape.b * shape.out * shape.frames_out() * shape.h_out() * shape.w_out()];
+        let mut y = vec![0f32; shape.result().iter().product()];
         if y.is_empty() {
             return y;
         }

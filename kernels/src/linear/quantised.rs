@@ -18,6 +18,7 @@ use super::{add_to_rows, matmul_transposed};
 use crate::gpu;
 use crate::parallel::{Shared, for_each};
 use crate::view::{View, tensor, vector};
+use crate::work::{self, Work};
 
 /// Values of a slab: 8 MiB in f32.
 const SLAB_VALUES: usize = 2 << 20;
@@ -91,6 +92,13 @@ pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tens
         bail!("linear: x {:?} does not fit quantised weight [{out}, {inner}]", x.shape());
     }
     shape.push(out);
+    work::add_dense(|| Work {
+        flops: work::product_flops(shape.iter().product(), inner),
+        bytes: (weight.size_in_bytes() + bias.map_or(0, |bias| work::weight_bytes(bias, None))) as f64,
+    });
+    if work::is_dry() {
+        return work::zeros(shape, x);
+    }
     #[cfg(gpu)]
     if gpu::runs_here(x) {
         return super::launch::linear(x, &weight.dequantise(x.dtype())?, bias, shape);
