@@ -7,37 +7,40 @@ use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, conv_weight};
 
 use crate::error::Result;
 use crate::lora::{LayerShape, Slot};
-use crate::weights::{Matrix, Weights};
+use crate::weights::Weights;
 
 pub mod decoder;
+mod projection;
 pub mod rope;
 pub mod timesteps;
+
+use projection::{Dense, Projection};
 
 /// `y = x Wᵀ + b`, and the term of an adapter where one is active.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    weight: Matrix,
+    weight: Arc<dyn Projection>,
     bias: Option<Tensor>,
     slot: Option<Arc<Slot>>,
 }
 
 impl Linear {
-    /// Tensors `weight [out, in]` and `bias [out]`.
+    /// As [`Linear::load_no_bias`], with the tensor `bias [out]`.
     pub fn load(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
         let bias = weights.get(&[out_features], "bias")?;
         Ok(Self { bias: Some(bias), ..Self::load_no_bias(weights, in_features, out_features)? })
     }
 
-    /// Tensor `weight [out, in]`.
+    /// The matrix of this view, `[out, in]`, in whichever format the files keep it.
     pub fn load_no_bias(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
-        let weight = weights.projection(out_features, in_features, "weight")?;
+        let weight = projection::load(weights, out_features, in_features)?;
         let slot = weights.slot(LayerShape::Linear { in_features, out_features });
         Ok(Self { weight, bias: None, slot })
     }
 
     /// From tensors at hand: `weight [out, in]`, `bias [out]`. No adapter reaches it.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight: Matrix::Dense(weight), bias, slot: None }
+        Self { weight: Arc::new(Dense(weight)), bias, slot: None }
     }
 
     /// As [`Linear::new`]; adapters reach it by the name of this view.
@@ -49,19 +52,12 @@ impl Linear {
 
     /// Bytes of the matrix.
     pub fn weight_bytes(&self) -> usize {
-        match &self.weight {
-            Matrix::Dense(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
-            Matrix::Quantised(weight) => weight.size_in_bytes(),
-        }
+        self.weight.resident_bytes()
     }
 
     /// `[..., in]` to `[..., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref();
-        let y = match &self.weight {
-            Matrix::Dense(weight) => tale_kernels::linear(x, weight, bias)?,
-            Matrix::Quantised(weight) => tale_kernels::linear_quantised(x, weight, bias)?,
-        };
+        let y = self.weight.forward(x, self.bias.as_ref())?;
         match &self.slot {
             Some(slot) => slot.add_linear(y, x),
             None => Ok(y),
@@ -130,26 +126,20 @@ impl RmsNorm {
 /// Layer norm over the last dimension.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
-    weight: Option<Tensor>,
-    bias: Option<Tensor>,
+    weight: Tensor,
+    bias: Tensor,
     eps: f64,
 }
 
 impl LayerNorm {
     /// Tensors `weight [dim]` and `bias [dim]`.
     pub fn load(weights: &Weights, dim: usize, eps: f64) -> Result<Self> {
-        let (weight, bias) = (weights.get(&[dim], "weight")?, weights.get(&[dim], "bias")?);
-        Ok(Self { weight: Some(weight), bias: Some(bias), eps })
-    }
-
-    /// Without learned weight and bias.
-    pub fn no_affine(eps: f64) -> Self {
-        Self { weight: None, bias: None, eps }
+        Ok(Self { weight: weights.get(&[dim], "weight")?, bias: weights.get(&[dim], "bias")?, eps })
     }
 
     /// `[..., dim]` to the same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)?)
+        Ok(tale_kernels::layer_norm(x, Some(&self.weight), Some(&self.bias), self.eps)?)
     }
 }
 

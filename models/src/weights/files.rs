@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
-use super::Located;
+use super::mapped::{Files, Located};
 use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};
@@ -36,8 +37,33 @@ struct ShardIndex {
     weight_map: WeightMap,
 }
 
+/// Maps all weight files of the folder `dir`, or the file of this name, and checks their headers and their index.
+pub(super) fn open(dir: &Path) -> Result<Files> {
+    let (paths, index) = find(dir)?;
+    let mut files: Vec<(PathBuf, Mmap)> = Vec::with_capacity(paths.len());
+    let mut tensors = BTreeMap::new();
+    for (position, path) in paths.into_iter().enumerate() {
+        let mmap = map(&path)?;
+        for (name, located) in read_header(&path, &mmap, position)? {
+            if tensors.insert(name.clone(), located).is_some() {
+                return Err(Error::checkpoint(path, format!("tensor `{name}` is in two files")));
+            }
+        }
+        files.push((path, mmap));
+    }
+    for (tensor, shard) in index {
+        let found = tensors.get(&tensor).is_some_and(|t| files[t.file].0.ends_with(&shard));
+        if !found {
+            let problem = format!("tensor `{tensor}` is missing, although the index places it here");
+            return Err(Error::checkpoint(dir.join(shard), problem));
+        }
+    }
+    let files = Arc::new(files);
+    Ok(Files { files, tensors, beginning: String::new(), are_original: false, must_fit: false })
+}
+
 /// The weight files of a folder and, for a sharded set, its index (else empty); a file is its own.
-pub(super) fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
+fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
     if dir.is_file() {
         return Ok((vec![dir.to_path_buf()], WeightMap::new()));
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
 
-use super::Located;
+use super::mapped::Located;
 use super::stored::Stored;
 use crate::error::{Error, Result};
 

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use super::{Files, Located, Origin, Source, Weights, files, gguf};
+use super::mapped::{Files, Located};
+use super::{Origin, Source, Weights, files, gguf};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 
 /// The type of a tensor in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Stored {
+pub enum Stored {
     /// One number per value.
     Plain(Dtype),
     /// Blocks of a row's values with common scales, of a type that `tale_kernels` multiplies with.

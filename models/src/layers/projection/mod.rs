@@ -1,0 +1,43 @@
+//! Weight matrices that activations are multiplied with, in whatever format a checkpoint keeps them.
+//!
+//! Owns: which formats there are, and which of them a layer's files have. A format is one file beside this one: how it is
+//! recognised, loaded and multiplied with. Does not know: bias and adapters, which a [`Linear`](super::Linear) has
+//! whatever its matrix is.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::weights::Weights;
+
+mod blocks;
+mod dense;
+
+pub(super) use dense::Dense;
+
+/// A matrix `[out, in]`.
+pub trait Projection: Debug + Send + Sync {
+    /// `x [..., in]` to `x Wᵀ + bias`, `[..., out]`. `bias [out]`.
+    fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
+
+    /// Bytes that it takes on its device.
+    fn resident_bytes(&self) -> usize;
+}
+
+/// Loads the `[out, in]` matrix of the layer that has the view's name, if the files keep it in the loader's format.
+type Load = fn(&Weights, out_features: usize, in_features: usize) -> Result<Option<Arc<dyn Projection>>>;
+
+/// The formats that are not one number per value.
+const PACKED: &[Load] = &[blocks::load];
+
+/// The `[out, in]` matrix of the layer that has the view's name.
+pub fn load(weights: &Weights, out_features: usize, in_features: usize) -> Result<Arc<dyn Projection>> {
+    for load in PACKED {
+        if let Some(projection) = load(weights, out_features, in_features)? {
+            return Ok(projection);
+        }
+    }
+    Ok(Arc::new(Dense::load(weights, out_features, in_features)?))
+}

@@ -1,0 +1,259 @@
+//! Tensors of mapped files: where they lie, and copying them out.
+//!
+//! Owns: parts of tensors, conversion of dtypes, dropping of pages that were read. Does not know: names that are not those
+//! of the files, what a network makes of a tensor.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor, WithDType};
+use half::{bf16, f16};
+use memmap2::{Mmap, UncheckedAdvice};
+use safetensors::Dtype;
+use tale_kernels::QuantisedMatrix;
+
+use super::names::Part;
+use super::stored::Stored;
+use crate::error::{Error, Result};
+
+/// Bytes of a tensor that are converted at a time; whole elements of every dtype.
+const PIECE_BYTES: usize = 4 << 20;
+
+/// The weight files of a folder, or a component's part of a single file.
+pub(super) struct Files {
+    pub(super) files: Arc<Vec<(PathBuf, Mmap)>>,
+    pub(super) tensors: BTreeMap<String, Located>,
+    /// What all names of the component begin with.
+    pub(super) beginning: String,
+    /// Whether the names are those of the original implementation.
+    pub(super) are_original: bool,
+    /// Whether every tensor below `beginning` must have its place in the network.
+    pub(super) must_fit: bool,
+}
+
+#[derive(Clone)]
+pub(super) struct Located {
+    pub(super) file: usize,
+    pub(super) stored: Stored,
+    pub(super) shape: Vec<usize>,
+    pub(super) bytes: Range<usize>,
+}
+
+/// Values of a file's tensor that are a tensor of the network: pieces of the file one after the other.
+pub(super) struct Slice {
+    pub(super) file: usize,
+    pub(super) stored: Stored,
+    pieces: Vec<Range<usize>>,
+}
+
+/// Shape of the file's tensor of which a tensor of this shape is the part.
+pub(super) fn whole_shape(part: Part, shape: &[usize]) -> Vec<usize> {
+    let mut whole = shape.to_vec();
+    if let (Part::Rows(rows), Some(first)) = (part, whole.first_mut()) {
+        *first = first.saturating_mul(rows.of) / rows.count;
+    }
+    whole
+}
+
+impl Slice {
+    /// `located` has been checked to have the shape of the whole, so that its rows divide as `part` says.
+    pub(super) fn new(located: &Located, part: Part) -> Self {
+        let Range { start, end } = located.bytes;
+        let mut pieces = Vec::with_capacity(2);
+        match part {
+            Part::Whole => pieces.push(start..end),
+            Part::Rows(rows) => {
+                let share = (end - start) / rows.of;
+                let first = start + rows.first * share;
+                pieces.push(first..first + rows.count * share);
+            }
+            Part::SwappedHalves => {
+                let middle = start + (end - start) / 2;
+                pieces.extend([middle..end, start..middle]);
+            }
+        }
+        Self { file: located.file, stored: located.stored, pieces }
+    }
+
+    /// Bytes.
+    pub(super) fn len(&self) -> usize {
+        self.pieces.iter().map(Range::len).sum()
+    }
+}
+
+impl Files {
+    pub(super) fn check_shape(&self, name: &str, located: &Located, shape: &[usize]) -> Result<()> {
+        if located.shape == shape {
+            return Ok(());
+        }
+        Err(Error::TensorShape {
+            path: self.files[located.file].0.clone(),
+            tensor: name.to_owned(),
+            found: located.shape.clone(),
+            expected: shape.to_vec(),
+        })
+    }
+
+    /// Refuses values that are no numbers to compute with as they lie there, such as integers.
+    pub(super) fn check_is_read(&self, name: &str, slice: &Slice) -> Result<()> {
+        match slice.stored {
+            Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) | Stored::Blocks(_) => Ok(()),
+            Stored::Plain(other) => {
+                let problem = format!("tensor `{name}` has dtype {other:?}; read are F32, F16 and BF16");
+                Err(Error::checkpoint(&self.files[slice.file].0, problem))
+            }
+        }
+    }
+
+    /// Copies the tensor out of the map.
+    pub(super) fn read(&self, slice: &Slice, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let published = match slice.stored {
+            Stored::Plain(published) => published,
+            Stored::Blocks(blocks) => return self.dequantise(slice, blocks, shape, dtype, device),
+        };
+        match dtype {
+            DType::BF16 => self.read_as(slice, published, shape, to_bf16, device),
+            DType::F16 => self.read_as(slice, published, shape, to_f16, device),
+            DType::F32 => self.read_as(slice, published, shape, to_f32, device),
+            other => Err(Error::Device(format!("nothing is computed in {other:?}"))),
+        }
+    }
+
+    /// A tensor of quantised rows that is not only multiplied with.
+    fn dequantise(
+        &self,
+        slice: &Slice,
+        blocks: GgmlDType,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let columns = shape.last().copied().unwrap_or(1);
+        let rows = elements(shape) / columns.max(1);
+        let matrix = QuantisedMatrix::new(&self.bytes(slice), blocks, (rows, columns), &Device::Cpu)?;
+        self.drop_pages(slice);
+        Ok(matrix.dequantise(dtype)?.reshape(shape)?.to_device(device)?)
+    }
+
+    /// The bytes of a slice as one.
+    pub(super) fn bytes(&self, slice: &Slice) -> Cow<'_, [u8]> {
+        let mmap = &self.files[slice.file].1;
+        match &slice.pieces[..] {
+            [piece] => Cow::Borrowed(&mmap[piece.clone()]),
+            pieces => Cow::Owned(pieces.iter().flat_map(|piece| &mmap[piece.clone()]).copied().collect()),
+        }
+    }
+
+    /// To another memory than the host's, values of the right dtype go as they lie in the file. On the host the pages
+    /// of a piece are dropped before the next one is read, so that a tensor is never there twice.
+    fn read_as<T: WithDType>(
+        &self,
+        slice: &Slice,
+        published: Dtype,
+        shape: &[usize],
+        convert: Convert<T>,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let in_place = match &slice.pieces[..] {
+            [piece] if T::DTYPE == slice.stored.dtype() && !device.is_cpu() => {
+                as_values::<T>(&self.files[slice.file].1[piece.clone()])
+            }
+            _ => None,
+        };
+        let Some(values) = in_place else {
+            return Ok(Tensor::from_vec(self.convert(slice, published, convert), shape, device)?);
+        };
+        let tensor = Tensor::from_slice(values, shape, device)?;
+        self.drop_pages(slice);
+        Ok(tensor)
+    }
+
+    /// Converts a tensor piece by piece and lets the kernel drop the pages of each piece: an embedding is a fifth of
+    /// some models, and as a whole it would be in memory twice.
+    fn convert<T>(&self, slice: &Slice, published: Dtype, convert: Convert<T>) -> Vec<T> {
+        let mmap = &self.files[slice.file].1;
+        let mut elements = Vec::with_capacity(slice.len() * 8 / published.bitsize());
+        for whole in &slice.pieces {
+            for start in whole.clone().step_by(PIECE_BYTES) {
+                let piece = start..whole.end.min(start + PIECE_BYTES);
+                elements.extend(convert(published, &mmap[piece.clone()]));
+                self.drop_pages_of(slice.file, piece);
+            }
+        }
+        elements
+    }
+
+    pub(super) fn drop_pages(&self, slice: &Slice) {
+        slice.pieces.iter().for_each(|piece| self.drop_pages_of(slice.file, piece.clone()));
+    }
+
+    fn drop_pages_of(&self, file: usize, bytes: Range<usize>) {
+        let (path, mmap) = &self.files[file];
+        // SAFETY: the map is private, read-only and file-backed; dropped pages are read again from the file if touched.
+        let advised = unsafe { mmap.unchecked_advise_range(UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
+        if let Err(error) = advised {
+            tracing::debug!(path = %path.display(), %error, "the kernel keeps the pages of a loaded tensor");
+        }
+    }
+}
+
+/// Of a shape; an absurd configuration gives an absurd number and no overflow.
+pub(super) fn elements(shape: &[usize]) -> usize {
+    shape.iter().fold(1, |product, dim| product.saturating_mul(*dim))
+}
+
+/// From bytes of a published dtype to values.
+type Convert<T> = fn(Dtype, &[u8]) -> Vec<T>;
+
+/// The values that lie in `bytes` as the machine has them in memory; `None` where they are not aligned (a file may put
+/// them anywhere) or in another byte order. The caller knows that they are of this dtype.
+pub(super) fn as_values<T: WithDType>(bytes: &[u8]) -> Option<&[T]> {
+    if cfg!(target_endian = "big") {
+        return None;
+    }
+    // SAFETY: the dtypes that are read are plain numbers, for which all bits are valid.
+    let (before, values, after) = unsafe { bytes.align_to::<T>() };
+    (before.is_empty() && after.is_empty()).then_some(values)
+}
+
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F16 => halves(bytes).map(|b| f16::from_bits(b).to_f32()).collect(),
+        Dtype::BF16 => halves(bytes).map(|b| bf16::from_bits(b).to_f32()).collect(),
+        _ => floats(bytes).collect(),
+    }
+}
+
+pub(super) fn to_bf16(dtype: Dtype, bytes: &[u8]) -> Vec<bf16> {
+    match dtype {
+        Dtype::BF16 => halves(bytes).map(bf16::from_bits).collect(),
+        _ => to_f32_iter(dtype, bytes).map(bf16::from_f32).collect(),
+    }
+}
+
+fn to_f16(dtype: Dtype, bytes: &[u8]) -> Vec<f16> {
+    match dtype {
+        Dtype::F16 => halves(bytes).map(f16::from_bits).collect(),
+        _ => to_f32_iter(dtype, bytes).map(f16::from_f32).collect(),
+    }
+}
+
+fn to_f32_iter(dtype: Dtype, bytes: &[u8]) -> Box<dyn Iterator<Item = f32> + '_> {
+    match dtype {
+        Dtype::F16 => Box::new(halves(bytes).map(|b| f16::from_bits(b).to_f32())),
+        Dtype::BF16 => Box::new(halves(bytes).map(|b| bf16::from_bits(b).to_f32())),
+        _ => Box::new(floats(bytes)),
+    }
+}
+
+fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> + '_ {
+    bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b))
+}
+
+fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))
+}

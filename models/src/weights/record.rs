@@ -1,0 +1,75 @@
+//! What loading a component used of its files, and what it would have needed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use candle_core::DType;
+
+use super::mapped::{Located, elements};
+use crate::error::Error;
+
+/// Kept while a network loads.
+#[derive(Default)]
+pub(super) struct Record {
+    /// By the network's names.
+    loaded: BTreeSet<String>,
+    /// By the names in the files.
+    pub(super) used: BTreeSet<String>,
+    problems: Vec<Error>,
+    /// Elements of the used tensors.
+    used_elements: usize,
+    pub(super) resident_bytes: usize,
+    /// Of these, bytes of tables.
+    pub(super) table_bytes: usize,
+    /// Most bytes that a product with one of the matrices takes for a moment.
+    pub(super) dequantised_bytes: usize,
+}
+
+/// What loading a component used, and what it would have needed.
+#[derive(Debug)]
+pub struct WeightsReport {
+    /// Elements of all tensors in the files; of dummy weights, of all that were asked for.
+    pub num_parameters: usize,
+    /// Elements by published dtype.
+    pub dtypes: BTreeMap<String, usize>,
+    /// Bytes that the used tensors take once loaded.
+    pub resident_bytes: usize,
+    /// Missing tensors and wrong shapes.
+    pub problems: Vec<Error>,
+    /// Tensors in the files that the architecture did not ask for.
+    pub unused: Vec<String>,
+}
+
+impl Record {
+    /// The network has the tensor that it calls `full_name`. A tensor that is loaded twice is counted once.
+    pub(super) fn note_use(&mut self, full_name: &str, name_in_files: &str, elements: usize, bytes: usize) {
+        self.used.insert(name_in_files.to_owned());
+        if self.loaded.insert(full_name.to_owned()) {
+            self.used_elements = self.used_elements.saturating_add(elements);
+            self.resident_bytes = self.resident_bytes.saturating_add(bytes);
+        }
+    }
+
+    /// The network would have needed a tensor. Other parts of the same one have the same problem.
+    pub(super) fn note_problem(&mut self, name_in_files: &str, problem: Error) {
+        if self.used.insert(name_in_files.to_owned()) {
+            self.problems.push(problem);
+        }
+    }
+
+    /// What is to be said beside the tensors that the files hold. `dummy`: the dtype of random weights in place of files.
+    /// Takes the problems.
+    pub(super) fn report(&mut self, published: &BTreeMap<String, Located>, dummy: Option<DType>) -> WeightsReport {
+        let mut dtypes = BTreeMap::new();
+        for tensor in published.values() {
+            *dtypes.entry(tensor.stored.to_string()).or_insert(0) += elements(&tensor.shape);
+        }
+        dtypes.extend(dummy.map(|dtype| (format!("{dtype:?}"), self.used_elements)));
+        WeightsReport {
+            num_parameters: dtypes.values().sum(),
+            dtypes,
+            resident_bytes: self.resident_bytes,
+            problems: std::mem::take(&mut self.problems),
+            unused: published.keys().filter(|name| !self.used.contains(*name)).cloned().collect(),
+        }
+    }
+}
