@@ -17,6 +17,7 @@ pub mod families;
 pub mod family;
 pub mod kv;
 pub mod layers;
+pub mod lfs;
 pub mod loading;
 pub mod lora;
 pub mod manifest;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, PostProcessor, TruncationDirection};
 
+use crate::config::read_bytes;
 use crate::error::{Error, Result};
 
 pub mod bytes;
@@ -160,7 +161,8 @@ type SpecialTokens = std::collections::BTreeMap<&'static str, AddedToken>;
 fn load(dir: &Path, config: &TokenizerConfig) -> Result<(tokenizers::Tokenizer, SpecialTokens)> {
     let whole = dir.join("tokenizer.json");
     if whole.is_file() {
-        let tokenizer = tokenizers::Tokenizer::from_file(&whole).map_err(|e| Error::checkpoint(whole, e))?;
+        let bytes = read_bytes(&whole)?;
+        let tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::checkpoint(whole, e))?;
         return Ok((tokenizer, config.special_tokens(&[])));
     }
     if dir.join("vocab.json").is_file() && dir.join("merges.txt").is_file() {

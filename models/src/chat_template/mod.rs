@@ -12,7 +12,7 @@ use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
 use serde::Deserialize;
 
-use crate::config::read_json_if_present;
+use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
 
 mod functions;
@@ -52,7 +52,7 @@ impl ChatTemplate {
 
         let jinja = dir.join("chat_template.jinja");
         if jinja.exists() {
-            let source = std::fs::read_to_string(&jinja).map_err(|e| Error::checkpoint(&jinja, e))?;
+            let source = read_text(&jinja)?;
             return Self::compile(&source, special_tokens).map(Some).map_err(|e| Error::checkpoint(jinja, e));
         }
         let json = dir.join("chat_template.json");

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::config::read_text;
 use crate::error::{Error, Result};
 
 /// The fields of a `scheduler_config.json` as they stand there. By default none: every class takes its own defaults.
@@ -21,7 +22,7 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// Reads the file at `path`. A field that no scheduler of diffusers has is refused by name.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::checkpoint(path, e))?;
+        let text = read_text(path)?;
         let fields: Map<String, Value> =
             serde_json::from_str(&without_infinities(&text)).map_err(|e| Error::checkpoint(path, e))?;
         // Names that begin with an underscore are diffusers' own notes (`_class_name`, `_diffusers_version`).

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::SpecialTokens;
+use crate::config::read_json;
 use crate::error::{Error, Result};
 
 /// Names of special tokens, in the order in which transformers adds them.
@@ -112,8 +113,7 @@ fn read_object(path: &Path) -> Result<Map<String, Value>> {
     if !path.is_file() {
         return Ok(Map::new());
     }
-    let bytes = std::fs::read(path).map_err(|e| Error::checkpoint(path, e))?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::checkpoint(path, e))
+    read_json(path)
 }
 
 fn special_token(value: &Value) -> Option<AddedToken> {

@@ -16,6 +16,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::{SpecialTokens, TokenizerConfig};
+use crate::config::read_bytes;
 use crate::error::{Error, Result};
 
 /// Special tokens of `T5Tokenizer` where the configuration is silent.
@@ -33,7 +34,7 @@ pub(super) fn load(path: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, 
     if let Some(class) = config.class().filter(|class| *class != "T5Tokenizer") {
         return Err(problem(format!("tokenizer_class {class} needs a tokenizer.json; T5Tokenizer does without")));
     }
-    let bytes = std::fs::read(path).map_err(|e| Error::checkpoint(path, e))?;
+    let bytes = read_bytes(path)?;
     let model = parse_model(&bytes).ok_or_else(|| problem("is not a whole SentencePiece model".into()))?;
     if model.kind != UNIGRAM {
         return Err(problem(format!("is of model_type {}; only unigram (1) is supported", model.kind)));

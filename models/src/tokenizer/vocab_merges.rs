@@ -16,7 +16,7 @@ use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
 use super::{SpecialTokens, TokenizerConfig};
-use crate::config::read_json;
+use crate::config::{read_json, read_text};
 use crate::error::{Error, Result};
 
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -74,7 +74,7 @@ fn culprit(error: &(dyn std::error::Error + 'static)) -> &'static str {
 
 /// Pairs by priority: two tokens on every line after the version.
 fn read_merges(path: &Path) -> Result<Merges> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::checkpoint(path, e))?;
+    let text = read_text(path)?;
     let mut pairs = Merges::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version")) {
         match line.split_once(' ') {

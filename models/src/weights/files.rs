@@ -14,6 +14,7 @@ use super::mapped::{Files, Located};
 use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};
+use crate::lfs;
 
 /// Base names of weight files, in the order in which they are looked for.
 const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
@@ -107,11 +108,20 @@ fn find_shards(dir: &Path, index_path: &Path) -> Result<(Vec<PathBuf>, WeightMap
     Ok((paths, index.weight_map))
 }
 
-/// Maps a file for reading.
+/// Maps a file for reading; a Git LFS pointer is refused.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(|e| Error::checkpoint(path, e))?;
     // SAFETY: checkpoints are immutable while they are served; the map is dropped once the weights are copied.
-    unsafe { Mmap::map(&file) }.map_err(|e| Error::checkpoint(path, e))
+    let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::checkpoint(path, e))?;
+    lfs::refuse_pointer(path, &mmap)?;
+    Ok(mmap)
+}
+
+/// What the header of a mapped safetensors file says beside its tensors (`__metadata__`). The header has been checked.
+pub(super) fn read_metadata(mmap: &[u8]) -> BTreeMap<String, String> {
+    let header = SafeTensors::read_metadata(mmap).ok();
+    let metadata = header.and_then(|(_, header)| header.metadata().clone());
+    metadata.unwrap_or_default().into_iter().collect()
 }
 
 /// Tensors of a mapped file; `file` is its position among the component's files.

@@ -14,6 +14,7 @@ mod lora;
 mod noise_solvers;
 mod on_demand;
 mod overflow;
+mod pointers;
 mod previews;
 mod refined;
 mod rng;
