@@ -2,9 +2,11 @@
 //! and sizes are held against the file before anything is taken from them.
 //!
 //! Source of the format: ggml `docs/gguf.md` (versions 2 and 3, little-endian). Dimensions are listed from the innermost
-//! on, the other way round than everywhere else.
+//! on, the other way round than everywhere else. ComfyUI-GGUF goes beyond it in two ways, which are read too: kernels of
+//! three-dimensional convolutions have five dimensions (`tools/fix_5d_tensors.py`), and a tensor whose rows are no whole
+//! blocks lies as rows of 256 values, its shape in the metadata (`tools/convert.py`, `get_orig_shape` of `loader.py`).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -17,7 +19,10 @@ use crate::error::{Error, Result};
 
 pub(super) const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: usize = 32;
-const MAX_DIMENSIONS: u32 = 4;
+/// ggml's own tensors have four at most, those of convolutions over time, height and width have five.
+const MAX_DIMENSIONS: u32 = 5;
+/// In front of a tensor's name: the key of the shape that it has, outermost first, where the file keeps it in another.
+const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 /// Lists of lists, of which the format allows any depth and nobody needs any.
 const MAX_DEPTH: usize = 4;
 /// Least bytes of a metadata entry (length of its key, type, a value) and of a tensor's (length of its name, number of
@@ -65,23 +70,50 @@ fn read(bytes: &[u8]) -> Checked<Header> {
     }
     let num_tensors = reader.count(MIN_TENSOR_BYTES, "tensors")?;
     let num_entries = reader.count(MIN_ENTRY_BYTES, "metadata entries")?;
-    let (mut architecture, mut alignment) = (None, DEFAULT_ALIGNMENT);
-    for _ in 0..num_entries {
-        let key = reader.string()?;
-        match (key, reader.value()?) {
-            ("general.architecture", Value::String(name)) => architecture = Some(name.to_owned()),
-            ("general.alignment", Value::U32(bytes)) => alignment = bytes as usize,
-            _ => {}
-        }
-    }
+    let metadata = (0..num_entries).try_fold(Metadata::default(), |metadata, _| metadata.and_entry(&mut reader))?;
+    let alignment = metadata.alignment.unwrap_or(DEFAULT_ALIGNMENT);
     if !alignment.is_power_of_two() || alignment < 8 {
         return Err(format!("general.alignment is {alignment}; it must be a power of two from 8 on"));
     }
     let claims: Vec<Claim<'_>> = (0..num_tensors).map(|_| reader.tensor()).collect::<Checked<_>>()?;
     let data = reader.at.checked_next_multiple_of(alignment).ok_or("its header never ends")?;
-    let tensors = claims.iter().map(|claim| claim.locate(data, alignment, bytes.len())).collect::<Checked<Vec<_>>>()?;
+    let mut tensors = Vec::with_capacity(claims.len());
+    for claim in &claims {
+        let (name, mut located) = claim.locate(data, alignment, bytes.len())?;
+        if let Some(shape) = metadata.original_shapes.get(claim.name) {
+            located.shape = claim.reshaped(shape)?;
+        }
+        tensors.push((name, located));
+    }
     check_apart(&tensors)?;
-    Ok(Header { architecture, tensors })
+    Ok(Header { architecture: metadata.architecture.map(str::to_owned), tensors })
+}
+
+/// What of the metadata is asked for.
+#[derive(Default)]
+struct Metadata<'a> {
+    architecture: Option<&'a str>,
+    alignment: Option<usize>,
+    /// By the name of the tensor, outermost dimension first.
+    original_shapes: BTreeMap<&'a str, Vec<usize>>,
+}
+
+impl<'a> Metadata<'a> {
+    /// Together with the entry that `reader` is at.
+    fn and_entry(mut self, reader: &mut Reader<'a>) -> Checked<Self> {
+        let key = reader.string()?;
+        if let Some(tensor) = key.strip_prefix(ORIGINAL_SHAPE) {
+            let shape = reader.shape().map_err(|problem| format!("`{key}` {problem}"))?;
+            self.original_shapes.insert(tensor, shape);
+            return Ok(self);
+        }
+        match (key, reader.value()?) {
+            ("general.architecture", Value::String(name)) => self.architecture = Some(name),
+            ("general.alignment", Value::U32(bytes)) => self.alignment = Some(bytes as usize),
+            _ => {}
+        }
+        Ok(self)
+    }
 }
 
 /// What a header claims of one tensor.
@@ -112,6 +144,19 @@ impl Claim<'_> {
                 "tensor `{name}` {shape:?} of {stored} needs {size} bytes at {offset}, the file ends before"
             )),
         }
+    }
+
+    /// The shape that the metadata gives, which has as many values as the file has.
+    fn reshaped(&self, shape: &[usize]) -> Checked<Vec<usize>> {
+        let elements = |shape: &[usize]| shape.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
+        if elements(shape) == elements(&self.dimensions) {
+            return Ok(shape.to_vec());
+        }
+        let Self { name, dimensions, .. } = self;
+        let found: Vec<usize> = dimensions.iter().rev().copied().collect();
+        Err(format!(
+            "tensor `{name}` {found:?} has not as many values as the shape {shape:?} of `{ORIGINAL_SHAPE}{name}`"
+        ))
     }
 
     /// Bytes; rows are whole blocks.
@@ -193,6 +238,29 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(len)?).map_err(|error| format!("a name in it is not text: {error}"))
     }
 
+    /// A metadata value that is a list of sizes, in any of the integer types that writers choose for one.
+    fn shape(&mut self) -> Checked<Vec<usize>> {
+        const LIST: u32 = 9;
+        if self.u32()? != LIST {
+            return Err("is no list".to_owned());
+        }
+        let kind = self.u32()?;
+        let len = self.size()?;
+        if len > MAX_DIMENSIONS as usize {
+            return Err(format!("has {len} dimensions; at most {MAX_DIMENSIONS} are possible"));
+        }
+        let mut dimension = || -> Checked<Option<usize>> {
+            Ok(match kind {
+                4 => usize::try_from(self.u32()?).ok(),
+                5 => self.array().map(i32::from_le_bytes)?.try_into().ok(),
+                10 => self.array().map(u64::from_le_bytes)?.try_into().ok(),
+                11 => self.array().map(i64::from_le_bytes)?.try_into().ok(),
+                _ => return Err("is no list of whole numbers".to_owned()),
+            })
+        };
+        (0..len).map(|_| dimension()?.ok_or_else(|| "has a negative dimension".to_owned())).collect()
+    }
+
     fn value(&mut self) -> Checked<Value<'a>> {
         match self.u32()? {
             4 => self.u32().map(Value::U32),
@@ -263,12 +331,14 @@ mod tests {
         /// Name, dimensions (innermost first), type, offset.
         tensors: Vec<(&'static str, Vec<u64>, u32, u64)>,
         data_len: usize,
+        /// Further metadata entries, as they are written.
+        more: Vec<Vec<u8>>,
     }
 
     impl Default for Made {
         fn default() -> Self {
             let tensors = vec![("a", vec![32, 2], 8, 0), ("b", vec![3], 0, 128)];
-            Self { version: 3, alignment: 64, num_tensors: 2, num_entries: 4, tensors, data_len: 140 }
+            Self { version: 3, alignment: 64, num_tensors: 2, num_entries: 4, tensors, data_len: 140, more: Vec::new() }
         }
     }
 
@@ -278,7 +348,7 @@ mod tests {
             let string = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
             bytes.extend(self.version.to_le_bytes());
             bytes.extend(self.num_tensors.to_le_bytes());
-            bytes.extend(self.num_entries.to_le_bytes());
+            bytes.extend((self.num_entries + self.more.len() as u64).to_le_bytes());
             bytes.extend([string("general.architecture"), 8u32.to_le_bytes().into(), string("flux")].concat());
             bytes.extend(
                 [&string("general.alignment")[..], &4u32.to_le_bytes(), &self.alignment.to_le_bytes()].concat(),
@@ -289,6 +359,7 @@ mod tests {
             bytes.extend(
                 [&string("n")[..], &[9, 0, 0, 0, 3, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]].concat(),
             );
+            bytes.extend(self.more.concat());
             for (name, dimensions, kind, offset) in &self.tensors {
                 bytes.extend(string(name));
                 bytes.extend((dimensions.len() as u32).to_le_bytes());
@@ -337,10 +408,73 @@ mod tests {
         check(with(0, ("a", vec![32, 2], 8, 8)), "no multiple of 64");
         check(with(0, ("a", vec![31, 2], 8, 0)), "does not come in blocks of Q8_0");
         check(with(0, ("a", vec![32, 1 << 62], 8, 0)), "does not come in blocks");
-        check(with(0, ("a", vec![1; 5], 8, 0)), "5 dimensions");
+        check(with(0, ("a", vec![1; 6], 8, 0)), "6 dimensions");
         check(with(0, ("a", vec![256], 23, 0)), "type 23 of ggml; read are F32, F16, Q4_0");
         check(with(1, ("b", vec![3], 0, 64)), "tensors `a` and `b` overlap");
         check(with(1, ("a", vec![3], 0, 128)), "tensor `a` is there twice");
+    }
+
+    /// `comfy.gguf.orig_shape.<tensor>` as a list of i32, which is what gguf-py makes of Python's integers.
+    fn original_shape(tensor: &str, shape: &[i32]) -> Vec<u8> {
+        let key = format!("comfy.gguf.orig_shape.{tensor}");
+        let mut entry = [&(key.len() as u64).to_le_bytes()[..], key.as_bytes(), &[9, 0, 0, 0, 5, 0, 0, 0]].concat();
+        entry.extend((shape.len() as u64).to_le_bytes());
+        shape.iter().for_each(|dim| entry.extend(dim.to_le_bytes()));
+        entry
+    }
+
+    #[test]
+    fn tensors_may_have_five_dimensions() {
+        let tensors = vec![("a", vec![2, 2, 1, 4, 2], 0, 0), ("b", vec![3], 0, 128)];
+        let header = read(&Made { tensors, ..Made::default() }.bytes()).expect("is sound");
+        assert_eq!(header.tensors[0].1.shape, [2, 4, 1, 2, 2]);
+    }
+
+    #[test]
+    fn the_original_shape_of_a_tensor_is_in_the_metadata() {
+        let with_shape = |shape: &[i32]| Made { more: vec![original_shape("a", shape)], ..Made::default() };
+        let header = read(&with_shape(&[4, 1, 2, 2, 4]).bytes()).expect("is sound");
+        assert_eq!(header.tensors[0].1.shape, [4, 1, 2, 2, 4]);
+        assert_eq!(header.tensors[0].1.bytes.len(), 68);
+        assert_eq!(header.tensors[1].1.shape, [3]);
+        check(with_shape(&[4, 1, 2, 2, 3]), "tensor `a` [2, 32] has not as many values as the shape [4, 1, 2, 2, 3]");
+        check(with_shape(&[-8, -8]), "`comfy.gguf.orig_shape.a` has a negative dimension");
+        check(with_shape(&[64, 1, 1, 1, 1, 1]), "has 6 dimensions");
+        let mut of_floats = original_shape("a", &[2, 32]);
+        let kind = of_floats.len() - 20;
+        assert_eq!(of_floats[kind], 5);
+        of_floats[kind] = 6;
+        check(Made { more: vec![of_floats], ..Made::default() }, "is no list of whole numbers");
+    }
+
+    /// Q8_0 rows of 32 values that are rows of 4 in the network: values are read block by block.
+    #[test]
+    fn blocks_may_be_longer_than_rows() {
+        use crate::device::{DeviceSpec, Placement, WeightDtype};
+        use crate::weights::single::{PartOfFile, WeightFile};
+
+        let tensors = vec![("a.weight", vec![32, 2], 8, 0)];
+        let more = vec![original_shape("a.weight", &[16, 4])];
+        let mut bytes = Made { num_tensors: 1, tensors, more, ..Made::default() }.bytes();
+        let data = bytes.len() - 140;
+        for block in 0..2 {
+            // A scale of 1 in f16, then whole numbers.
+            bytes[data + 34 * block..][..2].copy_from_slice(&0x3c00u16.to_le_bytes());
+            (0..32).for_each(|i| bytes[data + 34 * block + 2 + i] = (32 * block + i) as u8);
+        }
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("model.gguf");
+        std::fs::write(&path, bytes).expect("write");
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU is always there");
+        let part = PartOfFile { beginning: String::new(), is_original: false, must_fit: false };
+        let weights = WeightFile::open(&path).expect("is sound").weights(&part, |_| true, &placement, false);
+        let values: Vec<f32> = (0..64).map(|i| i as f32).collect();
+        let flat = |tensor: candle_core::Tensor| tensor.flatten_all().expect("flat").to_vec1::<f32>().expect("f32");
+        assert_eq!(flat(weights.get(&[16, 4], "a.weight").expect("a table")), values);
+        let linear = crate::layers::Linear::load_no_bias(&weights.pp("a"), 4, 16).expect("a matrix");
+        let x = candle_core::Tensor::eye(4, candle_core::DType::F32, &candle_core::Device::Cpu).expect("eye");
+        let product = linear.forward(&x).expect("product");
+        assert_eq!(flat(product.t().expect("of two dimensions")), values);
     }
 
     /// Wherever a file is cut, that is an error and no more.

@@ -109,6 +109,17 @@ impl Files {
         }
     }
 
+    /// Refuses a part of a tensor that ends within a block. Rows of a file's tensor may: its shape need not be the one in
+    /// which it was quantised.
+    pub(super) fn check_is_whole(&self, name: &str, slice: &Slice) -> Result<()> {
+        let Stored::Blocks(dtype) = slice.stored else { return Ok(()) };
+        if slice.pieces.iter().all(|piece| piece.len().is_multiple_of(dtype.type_size())) {
+            return Ok(());
+        }
+        let problem = format!("tensor `{name}`: a part of it ends within a block of {}", slice.stored);
+        Err(Error::checkpoint(&self.files[slice.file].0, problem))
+    }
+
     /// Copies the tensor out of the map.
     pub(super) fn read(&self, slice: &Slice, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let published = match slice.stored {
@@ -123,7 +134,7 @@ impl Files {
         }
     }
 
-    /// A tensor of quantised rows that is not only multiplied with.
+    /// A quantised tensor that is not only multiplied with, block by block: its rows need not be whole blocks.
     fn dequantise(
         &self,
         slice: &Slice,
@@ -132,8 +143,8 @@ impl Files {
         dtype: DType,
         device: &Device,
     ) -> Result<Tensor> {
-        let columns = shape.last().copied().unwrap_or(1);
-        let rows = elements(shape) / columns.max(1);
+        let columns = blocks.block_size();
+        let rows = elements(shape) / columns;
         let matrix = QuantisedMatrix::new(&self.bytes(slice), blocks, (rows, columns), &Device::Cpu)?;
         self.drop_pages(slice);
         Ok(matrix.dequantise(dtype)?.reshape(shape)?.to_device(device)?)

@@ -381,7 +381,9 @@ impl Source {
         let Origin::Files(files) = &self.origin else { return Err(missing()) };
         let located = files.tensors.get(&place.name).ok_or_else(missing)?;
         files.check_shape(&place.name, located, &whole)?;
-        Ok((files, Slice::new(located, place.part)))
+        let slice = Slice::new(located, place.part);
+        files.check_is_whole(&place.name, &slice)?;
+        Ok((files, slice))
     }
 }
 

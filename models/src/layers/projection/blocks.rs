@@ -9,9 +9,12 @@ use super::{Dense, Projection};
 use crate::error::Result;
 use crate::weights::{Stored, Weights};
 
-/// Tensor `weight [out, in]` where it comes in blocks.
+/// Tensor `weight [out, in]` where its rows come in blocks.
 pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -> Result<Option<Arc<dyn Projection>>> {
     let Some(Stored::Blocks(dtype)) = weights.stored("weight") else { return Ok(None) };
+    if !in_features.is_multiple_of(dtype.block_size()) {
+        return Ok(None);
+    }
     let placement = weights.placement();
     weights.note_dequantised(placement.dequantised_bytes(out_features.saturating_mul(in_features)));
     let matrix = weights.packed(&[out_features, in_features], "weight", |bytes| {
