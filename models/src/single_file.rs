@@ -90,6 +90,8 @@ const KINDS: &[Kind] = &[
     },
 ];
 
+/// Key of the metadata that says what the network predicts. Source: Stability AI's ModelSpec 1.0.
+const PREDICTION_TYPE: &str = "modelspec.prediction_type";
 /// Names of tensors that say something without being weights.
 const MARKERS: [&str; 2] = ["v_pred", "ztsnr"];
 /// Markers of models with a noise schedule that is not SDXL's.
@@ -192,14 +194,36 @@ impl SingleFile {
     }
 
     /// Fields of `scheduler_config.json` that the file decides, whatever its base says: velocity models carry a tensor
-    /// `v_pred`, and those of them whose noise schedule ends in noise alone also `ztsnr` (as ComfyUI reads them).
+    /// `v_pred`, and those of them whose noise schedule ends in noise alone also `ztsnr` (as ComfyUI reads them); other
+    /// files say it in their metadata. Where both say something else the tensors count.
     pub fn schedule_settings(&self) -> Vec<(&'static str, Value)> {
-        let mut settings = Vec::new();
-        if self.file.contains("v_pred") {
-            settings.push(("prediction_type", json!("v_prediction")));
-            settings.extend(self.file.contains("ztsnr").then(|| ("rescale_betas_zero_snr", json!(true))));
+        let marked = self
+            .file
+            .contains("v_pred")
+            .then(|| Schedule { prediction_type: "v_prediction", is_zero_snr: self.file.contains("ztsnr") });
+        let schedule = match (marked, self.schedule_of_metadata()) {
+            (Some(marked), Some(said)) if marked.prediction_type != said.prediction_type => {
+                let path = self.path().display();
+                tracing::warn!(%path, "`{PREDICTION_TYPE}` says {}, but there is a tensor `v_pred`: it counts", said.prediction_type);
+                Some(marked)
+            }
+            (Some(marked), Some(said)) => {
+                Some(Schedule { is_zero_snr: marked.is_zero_snr || said.is_zero_snr, ..marked })
+            }
+            (marked, said) => marked.or(said),
+        };
+        schedule.map(Schedule::settings).unwrap_or_default()
+    }
+
+    /// What the metadata says of a model with a discrete noise schedule; for others the key has no settled meaning.
+    fn schedule_of_metadata(&self) -> Option<Schedule> {
+        let said = self.file.metadata(PREDICTION_TYPE).filter(|_| self.kind.pipelines == SDXL_PIPELINES)?;
+        let schedule = Schedule::named(said);
+        if schedule.is_none() {
+            let path = self.path().display();
+            tracing::warn!(%path, "`{PREDICTION_TYPE}` says `{said}`, which is not known: the scheduler of the base counts");
         }
-        settings
+        schedule
     }
 
     /// The component that a tensor is read with: the one whose beginning says most of its name. What is nobody's is
@@ -211,6 +235,36 @@ impl SingleFile {
         let named = self.parts.iter().filter(|(_, part)| tensor.starts_with(&part.beginning));
         let named = named.max_by_key(|(_, part)| part.beginning.len());
         Some(named.map_or(self.kind.denoiser, |(component, _)| component))
+    }
+}
+
+/// What a file says of the noise schedule of its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Schedule {
+    /// As `scheduler_config.json` spells it.
+    prediction_type: &'static str,
+    /// Whether the schedule ends in noise alone.
+    is_zero_snr: bool,
+}
+
+impl Schedule {
+    /// As metadata spells it: `v` and `epsilon` by the specification (and by kohya's sd-scripts), `v-zsnr` by SwarmUI, and
+    /// diffusers' names.
+    fn named(name: &str) -> Option<Self> {
+        let (prediction_type, is_zero_snr) = match name.trim().to_lowercase().replace(['-', ' '], "_").as_str() {
+            "v" | "v_prediction" | "v_pred" | "vpred" | "velocity" => ("v_prediction", false),
+            "v_zsnr" | "v_ztsnr" | "v_prediction_zsnr" => ("v_prediction", true),
+            "epsilon" | "eps" | "epsilon_prediction" | "eps_prediction" => ("epsilon", false),
+            "sample" | "x0" => ("sample", false),
+            _ => return None,
+        };
+        Some(Self { prediction_type, is_zero_snr })
+    }
+
+    /// As fields of `scheduler_config.json`.
+    fn settings(self) -> Vec<(&'static str, Value)> {
+        let zero_snr = self.is_zero_snr.then(|| ("rescale_betas_zero_snr", json!(true)));
+        [("prediction_type", json!(self.prediction_type))].into_iter().chain(zero_snr).collect()
     }
 }
 

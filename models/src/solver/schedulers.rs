@@ -176,8 +176,15 @@ impl Schedulers {
             Error::checkpoint(manifest.root.join("model_index.json"), problem)
         })?;
         let file = SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?;
-        let file = file.with(manifest.single_file.iter().flat_map(SingleFile::schedule_settings));
-        Self::new(own, &file, training)
+        let settings: Vec<_> = manifest.single_file.iter().flat_map(SingleFile::schedule_settings).collect();
+        for (field, value) in settings.iter().filter(|(field, value)| file.get(field) != Some(value)) {
+            tracing::info!("`{field}` is {value}, as the single file says, whatever {} says", manifest.root.display());
+        }
+        let file = file.with(settings);
+        match solved.filter(|solved| training.classes().contains(&solved.class)) {
+            Some(own) => Self::new(own, &file, training),
+            None => Self::without_own(class_name, kind, &file, training),
+        }
     }
 
     /// All names under which `file`, written for the class of `own`, makes sense. An error where it makes none under its

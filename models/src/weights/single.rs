@@ -21,6 +21,7 @@ pub struct WeightFile {
     files: Arc<Vec<(PathBuf, Mmap)>>,
     tensors: Arc<BTreeMap<String, Located>>,
     architecture: Option<String>,
+    metadata: Arc<BTreeMap<String, String>>,
 }
 
 /// Which tensors of a file are a component's.
@@ -48,11 +49,14 @@ impl WeightFile {
             return Err(Error::checkpoint(path, "is empty"));
         }
         let mmap = files::map(path)?;
+        let mut metadata = BTreeMap::new();
         let (tensors, architecture) = if mmap.starts_with(gguf::MAGIC) {
             let header = gguf::read_header(path, &mmap)?;
             (header.tensors, header.architecture)
         } else if looks_like_safetensors(&mmap) {
-            (files::read_header(path, &mmap, 0)?, None)
+            let tensors = files::read_header(path, &mmap, 0)?;
+            metadata = files::read_metadata(&mmap);
+            (tensors, None)
         } else if looks_like_pickle(&mmap) {
             let problem =
                 "is a pickle (.ckpt, .pt, .bin), which can run code when read; only safetensors and GGUF files are";
@@ -65,6 +69,7 @@ impl WeightFile {
             files: Arc::new(vec![(path.to_owned(), mmap)]),
             tensors: Arc::new(tensors.into_iter().collect()),
             architecture,
+            metadata: Arc::new(metadata),
         })
     }
 
@@ -76,6 +81,11 @@ impl WeightFile {
     /// `general.architecture` of a GGUF file.
     pub fn architecture(&self) -> Option<&str> {
         self.architecture.as_deref()
+    }
+
+    /// What the header of a safetensors file says under this key of its `__metadata__`.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.get(key).map(String::as_str)
     }
 
     /// Whether it holds a tensor of this name.

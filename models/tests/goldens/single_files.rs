@@ -188,6 +188,46 @@ fn markers_choose_what_the_network_predicts() {
     }
 }
 
+/// Other velocity models say so in their metadata, as trainers write it.
+#[test]
+fn metadata_chooses_what_the_network_predicts() {
+    let golden = golden_tensors("single-files");
+    for (said, expected) in [("v", "v_prediction_alone.image"), ("v-zsnr", "v_prediction.image")] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        write_file_saying(&path, assemble("sdxl-b", "sdxl-b"), said);
+        assert_clean(&inspect(&path, Some(&checkpoint("sdxl-b"))));
+        let mut model = load(&path, Some(&checkpoint("sdxl-b")), WeightDtype::Auto);
+        let request = request("v_prediction", card(&model));
+        assert_picture(expected, &picture(&mut model, request), &golden[expected]);
+    }
+}
+
+#[test]
+fn metadata_counts_where_no_tensor_says_something_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    let settings = |markers: &[&str], said: &str| {
+        let mut tensors = assemble("sdxl-b", "sdxl-b");
+        for marker in markers {
+            tensors.insert((*marker).to_owned(), Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap());
+        }
+        write_file_saying(&path, tensors, said);
+        SingleFile::open(&path).unwrap().schedule_settings()
+    };
+    let (velocity, zero_snr) = (("prediction_type", json!("v_prediction")), ("rescale_betas_zero_snr", json!(true)));
+    for said in ["v", "V_Prediction", "v-prediction", " v_pred "] {
+        assert_eq!(settings(&[], said), [velocity.clone()], "{said}");
+    }
+    for said in ["epsilon", "eps"] {
+        assert_eq!(settings(&[], said), [("prediction_type", json!("epsilon"))], "{said}");
+        assert_eq!(settings(&["v_pred"], said), [velocity.clone()], "a tensor counts more than {said}");
+    }
+    assert_eq!(settings(&["v_pred"], "v-zsnr"), [velocity.clone(), zero_snr.clone()]);
+    assert_eq!(settings(&["v_pred", "ztsnr"], "v"), [velocity, zero_snr]);
+    assert_eq!(settings(&[], "riddle"), [], "is not known");
+}
+
 // --- FLUX.1 ----------------------------------------------------------------------------------------------------------
 
 /// As published: the transformer and the VAE in two files, here inside the folder of their base and elsewhere.
@@ -462,6 +502,12 @@ fn read_component(folder: &Path) -> HashMap<String, Tensor> {
 
 fn write_file(path: &Path, tensors: HashMap<String, Tensor>) {
     candle_core::safetensors::save(&tensors, path).unwrap();
+}
+
+/// With `modelspec.prediction_type` in its metadata.
+fn write_file_saying(path: &Path, tensors: HashMap<String, Tensor>, prediction_type: &str) {
+    let metadata = HashMap::from([("modelspec.prediction_type".to_owned(), prediction_type.to_owned())]);
+    safetensors::serialize_to_file(tensors, Some(metadata), path).unwrap();
 }
 
 fn remove_weights(folder: &Path) {
