@@ -19,11 +19,16 @@ use super::names::{LoraNames, Mismatch, Part, Term};
 use super::slot::LayerShape;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::lfs;
 
 /// Longest header that is read; one of a thousand layers has about a third of a megabyte.
 const MAX_HEADER_BYTES: u64 = 64 << 20;
 /// Where diffusers writes what it knew of an adapter, as JSON.
 const ADAPTER_METADATA: &str = "lora_adapter_metadata";
+/// Keys of a header under which trainers note the alpha that they trained with.
+const TRAINED_ALPHAS: [&str; 4] = ["ss_network_alpha", "network_alpha", "lora_alpha", "alpha"];
+/// `lora_alpha` of PEFT's `LoraConfig` where none is given.
+const PEFT_ALPHA: f64 = 8.0;
 
 /// Why a file cannot be used.
 #[derive(Debug)]
@@ -86,7 +91,7 @@ impl LoraFile {
     /// computes.
     pub fn read(path: &Path, file: File, names: &LoraNames, placement: &Placement) -> Result<Self, Refusal> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-        let (tensors, metadata) = read_header(&file).map_err(Refusal::Unreadable)?;
+        let (tensors, header) = read_header(&file).map_err(Refusal::Unreadable)?;
         let shapes = tensors.iter().map(|(name, located)| (name.clone(), located.shape.clone())).collect();
         let terms = names.terms(&shapes).map_err(Refusal::Mismatch)?;
         let mut lora = Self {
@@ -97,11 +102,18 @@ impl LoraFile {
             terms: Vec::new(),
             device_bytes: 0,
         };
-        let metadata = metadata.as_deref().map(AdapterMetadata::parse).transpose()?.unwrap_or_default();
+        let metadata = header.get(ADAPTER_METADATA).filter(|json| !json.is_empty());
+        let metadata = metadata.map(|json| AdapterMetadata::parse(json)).transpose()?.unwrap_or_default();
         for term in terms {
             let scale = lora.scale(&term, &metadata, names)?;
             lora.device_bytes += lora.bytes(&term, placement);
             lora.terms.push(ScaledTerm { term, scale });
+        }
+        if let Some((key, alpha)) = unheeded_alpha(&header, &lora.terms) {
+            let path = path.display();
+            tracing::warn!(
+                "{path}: its header says {key} = {alpha}, but it holds no alpha tensors: its terms count once, as in diffusers"
+            );
         }
         Ok(lora)
     }
@@ -208,12 +220,32 @@ fn own_rows(up: &Tensor, part: &Part) -> Result<Tensor> {
     Ok(Tensor::cat(&[rows.narrow(0, half, part.rows.len() - half)?, rows.narrow(0, 0, half)?], 0)?)
 }
 
-/// Tensors by name, and the metadata of an adapter; the error is in words.
-fn read_header(file: &File) -> Result<(BTreeMap<String, Located>, Option<String>), String> {
+fn refuse_pointer(file: &File) -> Result<(), String> {
+    let mut first = [0; 256];
+    let len = file.read_at(&mut first, 0).map_err(|error| error.to_string())?;
+    lfs::pointer_problem(&first[..len]).map_or(Ok(()), Err)
+}
+
+/// What a file says beside its tensors.
+type Header = HashMap<String, String>;
+
+/// An alpha in the header that asks for another scale than that of a term, for which the file has no alpha otherwise. It is
+/// not heeded: diffusers reads no such keys for SDXL and FLUX.1 (`lora_base.py`, `_fetch_state_dict`), and tools that convert
+/// a file keep its header when they multiply the scale into its matrices.
+fn unheeded_alpha<'a>(header: &'a Header, terms: &[ScaledTerm]) -> Option<(&'a str, f64)> {
+    let alphas = TRAINED_ALPHAS.iter().filter_map(|key| header.get_key_value(*key));
+    let mut alphas = alphas.filter_map(|(key, alpha)| Some((key.as_str(), alpha.trim().parse::<f64>().ok()?)));
+    let is_without = |term: &&ScaledTerm| term.term.alpha.is_none() && term.scale == 1.0;
+    alphas.find(|(_, alpha)| terms.iter().filter(is_without).any(|term| *alpha != term.term.rank as f64))
+}
+
+/// Tensors by name, and what the header says beside them; the error is in words.
+fn read_header(file: &File) -> Result<(BTreeMap<String, Located>, Header), String> {
     let unsound = |reason: &str| format!("is not a sound safetensors file: {reason}");
     let file_len = file.metadata().map_err(|error| error.to_string())?.len();
     let mut len = [0; 8];
     file.read_exact_at(&mut len, 0).map_err(|_| unsound("it is shorter than a header"))?;
+    refuse_pointer(file)?;
     let header_len = u64::from_le_bytes(len);
     if header_len > MAX_HEADER_BYTES || header_len + 8 > file_len {
         return Err(unsound("its header length points past the end of the file"));
@@ -241,8 +273,7 @@ fn read_header(file: &File) -> Result<(BTreeMap<String, Located>, Option<String>
         let located = Located { dtype, shape: info.shape.clone(), start: data_start + start as u64, len: end - start };
         tensors.insert(name, located);
     }
-    let metadata = header.metadata().as_ref().and_then(|metadata| metadata.get(ADAPTER_METADATA).cloned());
-    Ok((tensors, metadata))
+    Ok((tensors, header.metadata().clone().unwrap_or_default()))
 }
 
 /// What diffusers writes beside an adapter that PEFT made: fields of a `LoraConfig`, below the name of each network.
@@ -265,8 +296,9 @@ impl AdapterMetadata {
         let mut networks: BTreeMap<String, serde_json::Map<String, serde_json::Value>> = BTreeMap::new();
         for (key, value) in fields {
             let Some((network, field)) = key.split_once('.') else { continue };
+            let fields = networks.entry(network.to_owned()).or_default();
             if ["lora_alpha", "alpha_pattern", "use_rslora", "use_dora"].contains(&field) && !value.is_null() {
-                networks.entry(network.to_owned()).or_default().insert(field.to_owned(), value);
+                fields.insert(field.to_owned(), value);
             }
         }
         let config = |fields| serde_json::from_value::<PeftConfig>(fields).map_err(unreadable);
@@ -280,13 +312,13 @@ impl AdapterMetadata {
         Ok(Self(networks))
     }
 
-    /// As `LoraLayer.update_layer` of PEFT: the layer's own alpha or the common one, over its rank or the root of that;
-    /// 1 where nothing is said.
+    /// As `LoraLayer.update_layer` of PEFT: the layer's own alpha, the common one or PEFT's, over its rank or the root of
+    /// that; 1 where nothing is said of the network.
     fn scale(&self, term: &Term, names: &LoraNames) -> f64 {
         let config = self.0.iter().find(|(network, _)| names.is_prefix_of(term.network, network));
         let Some((_, config)) = config else { return 1.0 };
         let own = config.alpha_pattern.iter().find(|(pattern, _)| is_pattern_of(pattern, &term.part.layer));
-        let Some(alpha) = own.map(|(_, alpha)| *alpha).or(config.lora_alpha) else { return 1.0 };
+        let alpha = own.map(|(_, alpha)| *alpha).or(config.lora_alpha).unwrap_or(PEFT_ALPHA);
         let rank = term.rank as f64;
         alpha / if config.use_rslora { rank.sqrt() } else { rank }
     }
@@ -319,22 +351,42 @@ mod tests {
         }
     }
 
+    /// Of rank 4, without an alpha tensor.
+    fn term() -> Term {
+        let shape = LayerShape::Linear { in_features: 4, out_features: 4 };
+        let part = Part { layer: "a.to_q".into(), rows: 0..4, swap_halves: false };
+        Term { network: 0, part, shape, down: "d".into(), up: "u".into(), alpha: None, rank: 4 }
+    }
+
+    #[test]
+    fn an_alpha_that_stands_only_in_the_header_is_noticed_and_not_heeded() {
+        let noticed = |header: &[(&str, &str)], term: Term, scale: f64| {
+            let header: Header = header.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+            unheeded_alpha(&header, &[ScaledTerm { term, scale }]).map(|(key, alpha)| (key.to_owned(), alpha))
+        };
+        let (alpha, peft) = ([("ss_network_alpha", "2.0"), ("ss_network_dim", "4")], [("lora_alpha", "8"), ("r", "4")]);
+        assert_eq!(noticed(&alpha, term(), 1.0), Some(("ss_network_alpha".to_owned(), 2.0)));
+        assert_eq!(noticed(&peft, term(), 1.0), Some(("lora_alpha".to_owned(), 8.0)));
+        let with_tensor = Term { alpha: Some("alpha".into()), ..term() };
+        assert_eq!(noticed(&alpha, with_tensor, 0.5), None, "its tensor counts");
+        assert_eq!(noticed(&[("ss_network_alpha", "4")], term(), 1.0), None, "asks for the same");
+        assert_eq!(noticed(&[("ss_network_alpha", "Dynamic")], term(), 1.0), None, "no number");
+    }
+
     #[test]
     fn metadata_says_what_a_term_counts() {
         use crate::lora::{NetworkNames, Sites};
-        let sites = std::sync::Arc::<Sites>::default();
-        let shape = LayerShape::Linear { in_features: 4, out_features: 4 };
-        sites.enter("a.to_q", shape);
+        let (sites, term) = (std::sync::Arc::<Sites>::default(), term());
+        sites.enter("a.to_q", term.shape);
         let names =
             LoraNames::new(vec![NetworkNames::denoiser(&sites, &crate::families::flux::original::FluxNames, [])]);
-        let part = Part { layer: "a.to_q".into(), rows: 0..4, swap_halves: false };
-        let term = Term { network: 0, part, shape, down: "d".into(), up: "u".into(), alpha: None, rank: 4 };
         for (json, expected) in [
             ("{}", 1.0),
             (r#"{"unet.lora_alpha": 8}"#, 2.0),
             (r#"{"transformer.lora_alpha": 8, "transformer.r": 4, "transformer.lora_dropout": 0.1}"#, 2.0),
             (r#"{"unet.lora_alpha": 8, "unet.use_rslora": true}"#, 4.0),
             (r#"{"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}}"#, 0.5),
+            (r#"{"unet.r": 4}"#, 2.0),
             (r#"{"text_encoder.lora_alpha": 8}"#, 1.0),
         ] {
             let metadata = AdapterMetadata::parse(json).expect("JSON");
