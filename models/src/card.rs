@@ -386,6 +386,13 @@ pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 pub const MAX_FPS: usize = 120;
 
 impl DiffusionCard {
+    /// What the plainest request asks for: nothing, but a scheduler where the model has none of its own.
+    pub fn plainest(&self) -> DiffusionOptions {
+        let first = || self.schedulers.iter().next().map(|scheduler| scheduler.name.to_owned());
+        let scheduler = if self.schedulers.own().is_none() { first() } else { None };
+        DiffusionOptions { scheduler, ..DiffusionOptions::default() }
+    }
+
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none. Resizes an input
     /// picture, which takes time.
     pub fn resolve(&self, options: DiffusionOptions, fallback_seed: u64) -> Result<DiffusionRequest> {

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
-use tale_models::card::DiffusionOptions;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, LoadedModel, TextEncoders};
@@ -141,8 +140,9 @@ struct RequestReport {
     width: usize,
     height: usize,
     num_frames: usize,
-    /// The checkpoint's own, which samples it unless a request names another one.
-    scheduler: &'static str,
+    /// The checkpoint's own, which samples it unless a request names another one. If it is not among `schedulers`, a
+    /// request has to.
+    scheduler: String,
     /// All that a request may name.
     schedulers: Vec<&'static str>,
     /// Whether the VAE works in tiles.
@@ -168,16 +168,16 @@ impl RequestReport {
         let ModelCard::Diffusion(card) = model.card.with_room(free_bytes.unwrap_or(usize::MAX)) else {
             return Ok(None);
         };
-        let request = card.resolve(DiffusionOptions::default(), 0)?;
+        let request = card.resolve(card.plainest(), 0)?;
         let (width, height, num_frames) = (request.canvas.width, request.canvas.height, request.canvas.num_frames);
-        let (scheduler, vae_tiling) = (request.sampling.scheduler.name, request.vae_tiling);
+        let vae_tiling = request.vae_tiling;
         let plan = model.runner.plan(&Request::Diffusion(request));
         let phases = plan.phases().iter();
         Ok(Some(Self {
             width,
             height,
             num_frames,
-            scheduler,
+            scheduler: card.schedulers.own_name().to_owned(),
             schedulers: card.schedulers.iter().map(|scheduler| scheduler.name).collect(),
             vae_tiling,
             on_demand_bytes: inspection.on_demand_bytes,
@@ -285,7 +285,12 @@ impl Display for RequestReport {
             writeln!(f, "Its text encoders, {bytes}, are read for each encoding and leave the device after it.")?;
         }
         let others: Vec<_> = self.schedulers.iter().copied().filter(|name| *name != self.scheduler).collect();
-        writeln!(f, "It is sampled by {}, or by {}.", self.scheduler, others.join(", "))?;
+        let (own, others, has_own) = (&self.scheduler, others.join(", "), others.len() < self.schedulers.len());
+        if has_own {
+            writeln!(f, "It is sampled by {own}, or by {others}.")?;
+        } else {
+            writeln!(f, "Its own scheduler, {own}, is not supported; requests have to name one of {others}.")?;
+        }
         let Some(free_bytes) = self.free_bytes else { return Ok(()) };
         let fits = if self.memory_bytes <= free_bytes { "It fits" } else { "It does not fit" };
         writeln!(f, "{fits}: {} are free beside the weights.", ByteSize(free_bytes))

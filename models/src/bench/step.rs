@@ -257,7 +257,7 @@ impl Sizes {
                     num_inference_steps: Some(DENOISE_STEPS),
                     // One prediction per row: a guided one is two of them.
                     guidance_scale: (card.guidance == Guidance::ClassifierFree).then_some(1.0),
-                    ..Default::default()
+                    ..card.plainest()
                 };
                 Ok(Self::Diffusion(Box::new(card.resolve(asked, 0)?)))
             }

@@ -1,6 +1,6 @@
 //! `scheduler_config.json`: read once, then asked for the fields of whichever solver is wanted.
 //!
-//! Owns: the file, its spelling, refusals that name the field. Does not know: what any solver does with its fields.
+//! Owns: the file, its spelling, warnings and refusals that name the field. Does not know: what any solver does with its fields.
 //! Source: diffusers `configuration_utils.py`, `ConfigMixin.extract_init_dict`: a solver takes from the file what it
 //! knows by name and its own defaults for the rest, whichever class the file was written for.
 
@@ -20,16 +20,19 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
-    /// Reads the file at `path`. A field that no scheduler of diffusers has is refused by name.
+    /// Reads the file at `path`. Fields that no solver here knows are ignored with a warning, as in diffusers.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_text(path)?;
         let fields: Map<String, Value> =
             serde_json::from_str(&without_infinities(&text)).map_err(|e| Error::checkpoint(path, e))?;
         // Names that begin with an underscore are diffusers' own notes (`_class_name`, `_diffusers_version`).
-        match fields.keys().find(|name| !name.starts_with('_') && !KNOWN_FIELDS.contains(&name.as_str())) {
-            Some(name) => Err(Error::checkpoint(path, format!("`{name}`: no such field of a scheduler"))),
-            None => Ok(Self { path: path.to_owned(), fields }),
+        let is_strange = |name: &&str| !name.starts_with('_') && !KNOWN_FIELDS.contains(name);
+        let strange: Vec<&str> = fields.keys().map(String::as_str).filter(is_strange).collect();
+        if !strange.is_empty() {
+            let (path, fields) = (path.display(), strange.join(", "));
+            tracing::warn!("{path}: no scheduler has the fields {fields}; they are ignored");
         }
+        Ok(Self { path: path.to_owned(), fields })
     }
 
     /// The fields that `T` knows, its defaults for those that the file does not give.
@@ -69,8 +72,8 @@ fn without_infinities(text: &str) -> String {
     parts.join("\"")
 }
 
-/// Every argument of a scheduler class of diffusers 0.42 for pictures or clips. Files hold fields of more than one
-/// class, because a scheduler keeps what it was made from.
+/// Arguments of diffusers' scheduler classes for pictures or clips, but for those that only a class without a solver here
+/// has. Files hold fields of more than one class, because a scheduler keeps what it was made from.
 const KNOWN_FIELDS: [&str; 69] = [
     "algorithm_type",
     "base_image_seq_len",
@@ -170,12 +173,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn fields_of_other_classes_are_left_alone_and_unknown_ones_refused() {
+    fn fields_of_other_classes_and_unknown_ones_are_left_alone() {
         let config = read(r#"{"_class_name": "X", "skip_prk_steps": true, "shift": 3.0}"#).expect("known fields");
         assert_eq!(config.fields::<Shift>().expect("shift").shift, 3.0);
         assert_eq!(read("{}").expect("empty").fields::<Shift>().expect("default").shift, 1.0);
-        let error = read(r#"{"shifft": 3.0}"#).expect_err("misspelt").to_string();
-        assert!(error.contains("`shifft`") && error.contains("scheduler_config.json"), "{error}");
+        let strange = read(r#"{"noise_sampler_seed": null, "shifft": 3.0}"#).expect("as in diffusers");
+        assert_eq!(strange.fields::<Shift>().expect("default").shift, 1.0);
         let error = read(r#"{"shift": "much"}"#).expect("known").fields::<Shift>().expect_err("a word").to_string();
         assert!(error.contains("scheduler_config.json") && error.contains("much"), "{error}");
     }

@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::rng::TorchGenerator;
 
+pub mod classes;
 pub mod config;
 pub mod ddim;
 pub mod dpm;

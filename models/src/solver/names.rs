@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::solver::classes::Kind;
 
 /// A name by which a request chooses its solver.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,6 +95,16 @@ pub(super) enum Class {
     Lcm,
     Tcd,
     FlowMatchEuler,
+}
+
+impl Class {
+    /// What its fields describe.
+    pub(super) fn kind(self) -> Kind {
+        match self {
+            Self::FlowMatchEuler => Kind::FlowMatch,
+            _ => Kind::Betas,
+        }
+    }
 }
 
 /// Which timesteps of training an inference visits (Lin et al. 2023, <https://arxiv.org/abs/2305.08891>, table 2).

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::manifest::{Layout, Manifest};
 use crate::single_file::SingleFile;
 use crate::solver::Solver;
+use crate::solver::classes::{Kind, kind_without_solver};
 use crate::solver::config::SchedulerConfig;
 use crate::solver::ddim::{Ddim, DdimConfig};
 use crate::solver::dpm::{Dpm, DpmConfig};
@@ -42,6 +43,14 @@ impl Training {
             Self::Flow => &[Class::UniPc, Class::FlowMatchEuler],
             Self::FlowWithMu => &[Class::FlowMatchEuler],
         }
+    }
+
+    /// Refuses a file whose fields do not describe the noise of this family's models.
+    fn check(self, kind: Kind, class_name: &str, file: &SchedulerConfig) -> Result<()> {
+        let is_flow = kind == Kind::FlowMatch || file.get("prediction_type") == Some(&json!("flow_prediction"));
+        let is_other_kind = is_flow == (self == Self::Discrete);
+        let problem = format!("is not that of this family's models, and the scheduler is {class_name}");
+        file.refuse(&[("prediction_type", is_other_kind, &problem)])
     }
 
     /// Settings without which a flow-matching checkpoint's configuration would lose its meaning in another class: the two
@@ -124,19 +133,22 @@ impl SolverConfig {
     }
 }
 
-/// The fields as an instance of `class` keeps them: diffusers replaces names of another class's solvers when it makes one,
+/// The fields as an instance of the class keeps them: diffusers replaces names of another class's solvers when it makes one,
 /// and what is made from that one reads the replacement.
-fn as_kept(class: Class, file: &SchedulerConfig) -> SchedulerConfig {
+fn as_kept(class_name: &str, file: &SchedulerConfig) -> SchedulerConfig {
     let replaced = |field: &str, names: &[&str], by: &'static str| {
         let found = file.get(field).and_then(Value::as_str).is_some_and(|name| names.contains(&name));
         found.then(|| json!(by))
     };
-    let settings = match class {
-        Class::Dpm => vec![("solver_type", replaced("solver_type", &["logrho", "bh1", "bh2"], "midpoint"))],
-        Class::UniPc => vec![("solver_type", replaced("solver_type", &["midpoint", "heun", "logrho"], "bh2"))],
-        _ => Vec::new(),
+    let solver_type = match class_name {
+        "DPMSolverMultistepScheduler" | "DPMSolverMultistepInverseScheduler" | "DPMSolverSinglestepScheduler" => {
+            replaced("solver_type", &["logrho", "bh1", "bh2"], "midpoint")
+        }
+        "UniPCMultistepScheduler" => replaced("solver_type", &["midpoint", "heun", "logrho"], "bh2"),
+        "DEISMultistepScheduler" => replaced("solver_type", &["midpoint", "heun", "bh1", "bh2"], "logrho"),
+        _ => None,
     };
-    file.with(settings.into_iter().filter_map(|(field, value)| Some((field, value?))))
+    file.with(solver_type.map(|solver_type| ("solver_type", solver_type)))
 }
 
 /// What a request has chosen.
@@ -153,10 +165,19 @@ pub struct Chosen {
 /// Of every class.
 const DEFAULT_TRAIN_TIMESTEPS: usize = 1000;
 
+/// The class that a checkpoint's configuration was written for.
+#[derive(Debug, Clone)]
+enum Own {
+    /// It has a solver, which samples requests that name none.
+    Solved(&'static Scheduler),
+    /// It has none: requests have to name another one.
+    Unsolved(String),
+}
+
 /// The schedulers that a checkpoint can be sampled with.
 #[derive(Debug, Clone)]
 pub struct Schedulers {
-    own: &'static Scheduler,
+    own: Own,
     choices: Vec<(&'static Scheduler, SolverConfig)>,
     num_train_timesteps: usize,
 }
@@ -169,12 +190,14 @@ impl Schedulers {
             Layout::Diffusers { components, .. } => components.get("scheduler").map_or("absent", String::as_str),
             Layout::Transformers { .. } => "absent",
         };
-        let supported = || SCHEDULERS.iter().filter(|s| s.is_class_name() && training.classes().contains(&s.class));
-        let own = supported().find(|scheduler| scheduler.name == class_name).ok_or_else(|| {
-            let supported: Vec<&str> = supported().map(|scheduler| scheduler.name).collect();
+        let solved = SCHEDULERS.iter().find(|scheduler| scheduler.is_class_name() && scheduler.name == class_name);
+        let kind = solved.map(|solved| solved.class.kind()).or_else(|| kind_without_solver(class_name));
+        let Some(kind) = kind else {
+            let supported = SCHEDULERS.iter().filter(|s| s.is_class_name() && training.classes().contains(&s.class));
+            let supported: Vec<&str> = supported.map(|scheduler| scheduler.name).collect();
             let problem = format!("`scheduler` is {class_name}; supported: {}", supported.join(", "));
-            Error::checkpoint(manifest.root.join("model_index.json"), problem)
-        })?;
+            return Err(Error::checkpoint(manifest.root.join("model_index.json"), problem));
+        };
         let file = SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?;
         let settings: Vec<_> = manifest.single_file.iter().flat_map(SingleFile::schedule_settings).collect();
         for (field, value) in settings.iter().filter(|(field, value)| file.get(field) != Some(value)) {
@@ -190,29 +213,71 @@ impl Schedulers {
     /// All names under which `file`, written for the class of `own`, makes sense. An error where it makes none under its
     /// own.
     pub fn new(own: &'static Scheduler, file: &SchedulerConfig, training: Training) -> Result<Self> {
-        let file = as_kept(own.class, file);
-        let num_train_timesteps = file.get("num_train_timesteps").and_then(Value::as_u64);
-        let num_train_timesteps = num_train_timesteps.map_or(DEFAULT_TRAIN_TIMESTEPS, |timesteps| timesteps as usize);
+        let file = as_kept(own.name, file);
         let mut choices = Vec::new();
-        for scheduler in SCHEDULERS.iter().filter(|scheduler| training.classes().contains(&scheduler.class)) {
-            let settings = training.settings(own.class, scheduler.class, &file);
-            let file = file.with(settings.into_iter().chain(scheduler.settings()));
-            match SolverConfig::new(scheduler.class, &file, training) {
+        for (scheduler, config) in candidates(own.class, &file, training) {
+            match config {
                 Ok(config) => choices.push((scheduler, config)),
                 Err(error) if scheduler == own => return Err(error),
                 Err(_) => (),
             }
         }
-        Ok(Self { own, choices, num_train_timesteps })
+        Ok(Self { own: Own::Solved(own), choices, num_train_timesteps: num_train_timesteps(&file) })
+    }
+
+    /// As [`Schedulers::new`] for a file that was written for a class without a solver for this family. An error where it
+    /// makes sense under no name.
+    fn without_own(class_name: &str, kind: Kind, file: &SchedulerConfig, training: Training) -> Result<Self> {
+        training.check(kind, class_name, file)?;
+        let file = &as_kept(class_name, file);
+        // Of a flow-matching model the file spells the shift as one of these two does.
+        let from = if kind == Kind::FlowMatch { Class::FlowMatchEuler } else { Class::UniPc };
+        let (mut choices, mut problem) = (Vec::new(), None);
+        for (scheduler, config) in candidates(from, file, training) {
+            match config {
+                Ok(config) => choices.push((scheduler, config)),
+                Err(error) => problem = problem.or(Some(error)),
+            }
+        }
+        if let (true, Some(problem)) = (choices.is_empty(), problem) {
+            return Err(problem);
+        }
+        tracing::warn!(
+            "{class_name}, the model's own scheduler, has no solver: requests have to name another scheduler"
+        );
+        Ok(Self { own: Own::Unsolved(class_name.to_owned()), choices, num_train_timesteps: num_train_timesteps(file) })
+    }
+
+    /// The scheduler that samples requests that name none; of a class without a solver there is none.
+    pub fn own(&self) -> Option<&'static Scheduler> {
+        match self.own {
+            Own::Solved(own) => Some(own),
+            Own::Unsolved(_) => None,
+        }
+    }
+
+    /// Name of the class that the checkpoint's configuration was written for.
+    pub fn own_name(&self) -> &str {
+        match &self.own {
+            Own::Solved(own) => own.name,
+            Own::Unsolved(class_name) => class_name,
+        }
     }
 
     /// The scheduler that a request asks for, or the checkpoint's own; likewise its spacing.
     pub fn choose(&self, asked: Option<&str>, timestep_spacing: Option<Spacing>) -> Result<Chosen> {
-        let asked = asked.unwrap_or(self.own.name);
+        let asked = match (asked, &self.own) {
+            (Some(asked), _) => asked,
+            (None, Own::Solved(own)) => own.name,
+            (None, Own::Unsolved(class_name)) => {
+                let names = self.names();
+                let problem = format!("is needed: this model's own {class_name} is not supported; allowed: {names}");
+                return Err(Error::invalid("scheduler", problem));
+            }
+        };
         let choice = self.choices.iter().find(|(scheduler, _)| scheduler.name == asked);
         let (scheduler, config) = choice.ok_or_else(|| {
-            let names: Vec<&str> = self.iter().map(|scheduler| scheduler.name).collect();
-            Error::invalid("scheduler", format!("is none of this model's; allowed: {}", names.join(", ")))
+            Error::invalid("scheduler", format!("is none of this model's; allowed: {}", self.names()))
         })?;
         let mut config = config.clone();
         match (config.spaced(), timestep_spacing) {
@@ -230,6 +295,10 @@ impl Schedulers {
     /// All that a request may ask for.
     pub fn iter(&self) -> impl Iterator<Item = &'static Scheduler> {
         self.choices.iter().map(|(scheduler, _)| *scheduler)
+    }
+
+    fn names(&self) -> String {
+        self.iter().map(|scheduler| scheduler.name).collect::<Vec<_>>().join(", ")
     }
 
     /// Of the steps of a loop, those that denoise the share `denoising_end` of the noise schedule: those at its timestep
@@ -263,6 +332,25 @@ impl Schedulers {
             }),
         }
     }
+}
+
+/// Every name of the family's classes, with what `file` means under it.
+fn candidates(
+    from: Class,
+    file: &SchedulerConfig,
+    training: Training,
+) -> impl Iterator<Item = (&'static Scheduler, Result<SolverConfig>)> {
+    let schedulers = SCHEDULERS.iter().filter(move |scheduler| training.classes().contains(&scheduler.class));
+    schedulers.map(move |scheduler| {
+        let settings = training.settings(from, scheduler.class, file);
+        let file = file.with(settings.into_iter().chain(scheduler.settings()));
+        (scheduler, SolverConfig::new(scheduler.class, &file, training))
+    })
+}
+
+fn num_train_timesteps(file: &SchedulerConfig) -> usize {
+    let found = file.get("num_train_timesteps").and_then(Value::as_u64);
+    found.map_or(DEFAULT_TRAIN_TIMESTEPS, |timesteps| timesteps as usize)
 }
 
 #[cfg(test)]
@@ -321,6 +409,71 @@ mod tests {
         let file = SchedulerConfig::default().with([("algorithm_type", json!("dpmsolver"))]);
         let error = Schedulers::new(own, &file, Training::Discrete).expect_err("not computed").to_string();
         assert!(error.contains("`algorithm_type`"), "{error}");
+    }
+
+    /// A file that was written for this class, which has no solver.
+    fn of_unsolved(class_name: &str, fields: &[(&'static str, Value)], training: Training) -> Result<Schedulers> {
+        let file = SchedulerConfig::default().with(fields.iter().cloned());
+        let solved = Scheduler::named(class_name).map(|scheduler| scheduler.class.kind());
+        let kind = solved.or_else(|| kind_without_solver(class_name)).expect("is known");
+        Schedulers::without_own(class_name, kind, &file, training)
+    }
+
+    #[test]
+    fn requests_name_a_scheduler_where_the_checkpoints_own_has_no_solver() {
+        let file = [("skip_prk_steps", json!(true)), ("steps_offset", json!(1)), ("beta_end", json!(0.012))];
+        for class_name in ["PNDMScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "DPMSolverSDEScheduler"] {
+            let schedulers = of_unsolved(class_name, &file, Training::Discrete).expect("other names make sense");
+            assert!(schedulers.own().is_none() && schedulers.own_name() == class_name);
+            let error = schedulers.choose(None, None).expect_err("names none").to_string();
+            let parts = ["scheduler: is needed", class_name, "allowed: euler, euler_a, ddim"];
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+            let named = schedulers.choose(Some("euler"), None).expect("has a solver").scheduler;
+            let start = |schedulers: &Schedulers| {
+                schedulers.start(named, &Loop { steps: 5, ..Loop::default() }).timesteps().to_vec()
+            };
+            let euler = Scheduler::named("EulerDiscreteScheduler").expect("known");
+            let same = SchedulerConfig::default().with(file.iter().cloned());
+            let same = Schedulers::new(euler, &same, Training::Discrete).expect("the same fields");
+            assert_eq!(start(&schedulers), start(&same));
+        }
+    }
+
+    #[test]
+    fn a_class_without_a_solver_may_describe_a_flow_matching_model() {
+        let shifted = |class_name: &str, fields: &[(&'static str, Value)]| {
+            let schedulers = of_unsolved(class_name, fields, Training::Flow).expect("flow matching");
+            let named = schedulers.choose(Some("flow_euler"), None).expect("has a solver").scheduler;
+            schedulers.start(named, &Loop { steps: 4, ..Loop::default() }).timesteps().to_vec()
+        };
+        let own = Scheduler::named("FlowMatchEulerDiscreteScheduler").expect("known");
+        let file = SchedulerConfig::default().with([("shift", json!(3.0))]);
+        let expected = Schedulers::new(own, &file, Training::Flow).expect("its own class");
+        let expected = expected.start(own, &Loop { steps: 4, ..Loop::default() }).timesteps().to_vec();
+        assert_eq!(shifted("FlowMatchHeunDiscreteScheduler", &[("shift", json!(3.0))]), expected);
+        let flow = [
+            ("prediction_type", json!("flow_prediction")),
+            ("use_flow_sigmas", json!(true)),
+            ("flow_shift", json!(3.0)),
+        ];
+        assert_eq!(shifted("DPMSolverMultistepScheduler", &flow), expected);
+    }
+
+    #[test]
+    fn a_class_of_models_with_other_noise_is_refused() {
+        for (class_name, training) in [
+            ("PNDMScheduler", Training::Flow),
+            ("EulerDiscreteScheduler", Training::FlowWithMu),
+            ("FlowMatchLCMScheduler", Training::Discrete),
+            ("FlowMatchEulerDiscreteScheduler", Training::Discrete),
+        ] {
+            let error = of_unsolved(class_name, &[], training).expect_err("another kind").to_string();
+            assert!(error.contains("`prediction_type`") && error.contains(class_name), "{error}");
+        }
+        let trained = [("trained_betas", json!([0.1, 0.2]))];
+        let error = of_unsolved("PNDMScheduler", &trained, Training::Discrete).expect_err("makes sense nowhere");
+        assert!(error.to_string().contains("`trained_betas`"), "{error}");
+        assert_eq!(kind_without_solver("EDMEulerScheduler"), None);
     }
 
     #[test]
