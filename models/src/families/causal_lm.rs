@@ -1,9 +1,10 @@
-//! What every language family does to become a loaded model, once its `config.json` is understood: weights, KV pool,
-//! tokenizer, chat template, end-of-sequence tokens, sampling defaults.
+//! What every language family does to become a loaded model, once its `config.json` is understood: the head on the
+//! decoder, KV pool, tokenizer, chat template, end-of-sequence tokens, sampling defaults.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use candle_core::Tensor;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -13,12 +14,76 @@ use crate::checkpoint::OpenWeights;
 use crate::config::read_json_if_present;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
-use crate::kv::{BLOCK_SIZE, KvCaches, blocks_for};
-use crate::layers::decoder::{Decoder, DecoderConfig};
+use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
+use crate::layers::Linear;
+use crate::layers::decoder::{Decoder, DecoderConfig, DecoderInput, PreparedInput, StepSizes};
 use crate::manifest::Manifest;
+use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
-use crate::runner::text::{LanguageModel, TextRunner};
+use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+use crate::work::StepWork;
+
+/// A decoder whose last hidden states are projected to logits.
+#[derive(Debug)]
+pub struct DecoderLm {
+    decoder: Decoder,
+    lm_head: Linear,
+}
+
+impl DecoderLm {
+    /// Tensors `model.*` and `lm_head.weight`, the latter only when the embeddings are not tied.
+    pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let is_tied = config.tie_word_embeddings;
+        let decoder = Decoder::load(&weights.pp("model"), config)?;
+        let lm_head = if is_tied {
+            // Some tied checkpoints store the shared table twice.
+            weights.ignore("lm_head.weight");
+            decoder.tied_head()
+        } else {
+            Linear::load_no_bias(&weights.pp("lm_head"), hidden_size, vocab_size)?
+        };
+        Ok(Self { decoder, lm_head })
+    }
+
+    /// What gives the hidden states.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+}
+
+impl CausalLm for DecoderLm {
+    fn vocab_size(&self) -> usize {
+        self.decoder.config().vocab_size
+    }
+
+    fn context_len(&self) -> usize {
+        self.decoder.config().context_len()
+    }
+
+    fn kv_shape(&self) -> KvShape {
+        self.decoder.config().kv_shape()
+    }
+
+    fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
+        self.decoder.prepare(input, caches)
+    }
+
+    fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
+        let states = self.decoder.paged(input, caches)?;
+        states.map(|states| self.lm_head.forward(&states)).transpose()
+    }
+
+    fn work(&self, sizes: &StepSizes) -> StepWork {
+        let head_bytes = if sizes.logit_rows > 0 { self.lm_head.weight_bytes() } else { 0 };
+        StepWork {
+            flops: self.decoder.config().flops(sizes),
+            bytes: (self.decoder.step_bytes(sizes) + head_bytes) as f64,
+        }
+    }
+}
 
 /// Loads the decoder that `config` describes, and everything around it.
 pub fn load(
@@ -33,8 +98,8 @@ pub fn load(
     let block_bytes = config.kv_shape().block_bytes(placement.compute_dtype);
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
     let resident_bytes = num_blocks * block_bytes;
-    let decoder = Decoder::load(&open.component(manifest, "")?, config)?;
-    let kv_shape = decoder.config().kv_shape();
+    let network = DecoderLm::load(&open.component(manifest, "")?, config)?;
+    let kv_shape = network.kv_shape();
     let caches = match open.is_dry() {
         true => KvCaches::dry(kv_shape, num_blocks, &placement)?,
         false => KvCaches::new(kv_shape, num_blocks, &placement)?,
@@ -45,8 +110,8 @@ pub fn load(
         tracing::warn!(path = %dir.display(), "no end-of-sequence token is named; answers end at max_tokens");
     }
 
-    let vocab_size = decoder.config().vocab_size;
-    let model = LanguageModel { decoder, tokenizer: tokenizer.clone(), eos_token_ids };
+    let vocab_size = network.vocab_size();
+    let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
     let limits =
         Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
     let runner = TextRunner::new(model, caches, limits);

@@ -1,27 +1,27 @@
-//! The decoder-only transformer that Llama and Qwen2 share: RMS norms before each half, grouped-query attention with
-//! rotary positions over a paged KV cache, a gated SiLU feed-forward.
+//! The trunk of the decoder-only transformers that Llama and Qwen2 share: RMS norms before each half, grouped-query
+//! attention with rotary positions over a paged KV cache, a gated SiLU feed-forward.
 //!
 //! The published blocks of these families are the same but for which projections have biases, so there is one block
 //! here and a [`DecoderConfig`] that each family fills from its own `config.json`. Deliberately does not know: which
-//! family it computes, sessions, sampling. Activations are `[l, hidden_size]`: the rows of all sequences of a step, one
-//! after the other, without a batch dimension.
+//! family it computes, what is made of its hidden states, sessions. Activations are `[l, hidden_size]`: the rows of all
+//! sequences of a step, one after the other, without a batch dimension.
 
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use tale_kernels::{PagedBatch, PreparedBatch};
+use tale_kernels::PreparedBatch;
 
 use crate::error::{Error, Result};
-use crate::kv::{BLOCK_SIZE, BlockTable, KvCaches, KvShape, LayerCache};
+use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, LayerCache};
 use crate::layers::rope::Rope;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, linear_flops};
+use crate::work::{attention_flops, linear_flops};
 
-mod recorded;
+mod rows;
 
-pub use recorded::DecodeRecordings;
+pub use rows::{DecoderInput, PreparedInput, StepSizes};
 
 /// Sizes and switches, named as in `config.json`.
 #[derive(Debug, Clone)]
@@ -97,7 +97,7 @@ impl DecoderConfig {
         self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
     }
 
-    /// Operations of a step.
+    /// Operations of a step, those of a head over the vocabulary included.
     pub fn flops(&self, sizes: &StepSizes) -> f64 {
         let (hidden, attention) = (self.hidden_size, self.num_attention_heads * self.head_dim);
         let kv = self.num_key_value_heads * self.head_dim;
@@ -116,106 +116,36 @@ impl DecoderConfig {
     }
 }
 
-/// The rows of one step: pieces of sequences, one after the other.
-#[derive(Debug, Clone, Default)]
-pub struct DecoderInput {
-    tokens: Vec<u32>,
-    positions: Vec<u32>,
-    paged: PagedBatch,
-    logit_rows: Vec<u32>,
-}
-
-impl DecoderInput {
-    /// Adds `tokens` of a sequence from position `start` on; keys and values of all earlier positions are in the
-    /// cache, and `table` has room for the new ones.
-    pub fn push(&mut self, tokens: &[u32], start: usize, table: &BlockTable) {
-        let context_len = start + tokens.len();
-        self.tokens.extend_from_slice(tokens);
-        self.positions.extend(start as u32..context_len as u32);
-        self.paged.slot_mapping.extend((start..context_len).map(|position| table.slot(position)));
-        self.paged.cu_seqlens_q.push(self.tokens.len());
-        self.paged.context_lens.push(context_len);
-        self.paged.block_tables.push(table.blocks()[..context_len.div_ceil(BLOCK_SIZE)].to_vec());
-    }
-
-    /// Asks for the logits of the row pushed last.
-    pub fn want_logits_of_last_row(&mut self) {
-        self.logit_rows.push(self.tokens.len() as u32 - 1);
-    }
-
-    /// Asks for the logits of all rows, as a comparison with a reference does.
-    pub fn want_all_logits(&mut self) {
-        self.logit_rows = (0..self.tokens.len() as u32).collect();
-    }
-}
-
-/// Sizes of a step that decide about its work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StepSizes {
-    /// Tokens that enter.
-    pub rows: usize,
-    /// Positions that they look at, summed over them: each looks at all before it and at itself.
-    pub attended: usize,
-    /// Positions of all sequences.
-    pub context: usize,
-    /// Tokens whose logits are wanted.
-    pub logit_rows: usize,
-}
-
-impl StepSizes {
-    /// Adds `num_tokens` of a sequence from position `start` on.
-    pub fn push(&mut self, start: usize, num_tokens: usize, wants_logits: bool) {
-        self.rows += num_tokens;
-        self.attended += num_tokens * start + num_tokens * (num_tokens + 1) / 2;
-        self.context += start + num_tokens;
-        self.logit_rows += usize::from(wants_logits);
-    }
-}
-
-/// The model: tokens in, logits out.
+/// The layers between tokens and a head: embedding, blocks, final norm.
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
     embed_tokens: Embedding,
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
-    lm_head: Linear,
     /// Bytes of the layers' weights, which every step reads.
     layer_bytes: usize,
     device: Device,
 }
 
 impl Decoder {
-    /// Tensors `model.*` and `lm_head.weight`, the latter only when the embeddings are not tied.
+    /// Tensors `embed_tokens.weight`, `layers.*` and `norm.weight`.
     pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
-        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
-        let model = weights.pp("model");
-        let embed_tokens = Embedding::load(&model.pp("embed_tokens"), vocab_size, hidden_size)?;
+        let embed_tokens = Embedding::load(&weights.pp("embed_tokens"), config.vocab_size, config.hidden_size)?;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
-            layers.push(DecoderLayer::load(&model.pp("layers").pp(index), &config)?);
+            layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config)?);
         }
         let layer_bytes = weights.streamed_bytes();
-        let norm = RmsNorm::load(&model.pp("norm"), hidden_size, config.rms_norm_eps)?;
-        let lm_head = if config.tie_word_embeddings {
-            // Some tied checkpoints store the shared table twice.
-            weights.ignore("lm_head.weight");
-            embed_tokens.as_linear()
-        } else {
-            Linear::load_no_bias(&weights.pp("lm_head"), hidden_size, vocab_size)?
-        };
+        let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
         let device = weights.placement().device.clone();
-        Ok(Self { config, embed_tokens, layers, norm, lm_head, layer_bytes, device })
+        Ok(Self { config, embed_tokens, layers, norm, layer_bytes, device })
     }
 
-    /// Least work of a forward pass.
-    pub fn work(&self, sizes: &StepSizes) -> StepWork {
-        let head_bytes = if sizes.logit_rows > 0 { self.lm_head.weight_bytes() } else { 0 };
+    /// Bytes that a paged step reads: the layers' weights, keys and values.
+    pub fn step_bytes(&self, sizes: &StepSizes) -> usize {
         let kv_bytes = self.config.kv_shape().block_bytes(self.embed_tokens.compute_dtype) / BLOCK_SIZE;
-        StepWork {
-            flops: self.config.flops(sizes),
-            bytes: (self.layer_bytes + head_bytes + kv_bytes * sizes.context) as f64,
-        }
+        self.layer_bytes + kv_bytes * sizes.context
     }
 
     /// Its sizes.
@@ -223,83 +153,33 @@ impl Decoder {
         &self.config
     }
 
-    /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
-    /// that were asked for, in the order of asking and the compute dtype; `None` when none were.
-    pub fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
-        let prepared = self.prepare(input, caches)?;
-        let stream = self.layers(&prepared, caches)?;
-        if input.logit_rows.is_empty() { Ok(None) } else { self.logits(&prepared, stream).map(Some) }
+    /// The table of the tokens' vectors as an output projection (tied embeddings).
+    pub fn tied_head(&self) -> Linear {
+        self.embed_tokens.as_linear()
     }
 
-    /// Checks the step and takes it to the device.
-    fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
-        let first = caches.layers().first().expect("a checked configuration has layers: this is a bug");
-        let (cos, sin) = self.config.rope.cos_sin(&input.positions, &self.device)?;
-        let wants_all = input.logit_rows.iter().copied().eq(0..input.tokens.len() as u32);
-        let rows = (!wants_all).then(|| Tensor::new(input.logit_rows.as_slice(), &self.device)).transpose()?;
-        Ok(PreparedInput {
-            tokens: Tensor::new(input.tokens.as_slice(), &self.device)?,
-            cos,
-            sin,
-            paged: input.paged.prepare(self.config.num_attention_heads, &first.k)?,
-            logit_rows: rows,
-        })
+    /// Checks a step of a text runner and takes it to the device.
+    pub fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
+        let rotation = self.config.rope.cos_sin(input.positions(), &self.device)?;
+        PreparedInput::new(input, rotation, self.config.num_attention_heads, caches)
     }
 
-    /// The logits that were asked for, from what is on the device: nothing but launches, so that they can be recorded.
-    fn compute(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Tensor> {
-        self.logits(input, self.layers(input, caches)?)
-    }
-
-    fn layers(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Stream> {
-        let mut stream = Stream { hidden: self.embed_tokens.forward(&input.tokens)?, pending: None };
+    /// Writes the new rows' keys and values into `caches`. Returns the last hidden states `[rows, hidden_size]` of the
+    /// rows that were asked for, in the order of asking; `None` when none were. Nothing but launches, so that it can be
+    /// recorded.
+    pub fn paged(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
+        let mut stream = self.embed(&input.tokens)?;
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
             let step = AttentionStep { cos: &input.cos, sin: &input.sin, paged: &input.paged, cache };
             stream = layer.forward(stream, &step)?;
         }
-        Ok(stream)
+        let Some(asked_for) = stream.asked_for(input)? else { return Ok(None) };
+        let (_, normed) = asked_for.normed_sum(&self.norm)?;
+        Ok(Some(normed))
     }
 
-    fn logits(&self, input: &PreparedInput<'_>, stream: Stream) -> Result<Tensor> {
-        let stream = match &input.logit_rows {
-            Some(rows) => stream.select(rows)?,
-            None => stream,
-        };
-        let (_, normed) = stream.normed_sum(&self.norm)?;
-        self.lm_head.forward(&normed)
-    }
-}
-
-/// A [`DecoderInput`] on its device.
-#[derive(Debug)]
-struct PreparedInput<'a> {
-    /// u32, `[l]`.
-    tokens: Tensor,
-    /// f32, `[l, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
-    paged: PreparedBatch<'a>,
-    /// u32; all rows in their order if absent.
-    logit_rows: Option<Tensor>,
-}
-
-impl PreparedInput<'_> {
-    fn into_owned(self) -> PreparedInput<'static> {
-        let Self { tokens, cos, sin, paged, logit_rows } = self;
-        PreparedInput { tokens, cos, sin, paged: paged.into_owned(), logit_rows }
-    }
-
-    /// Whether a recording of this step serves the other one; both want the logits of all rows.
-    fn launches_as(&self, other: &PreparedInput<'_>) -> bool {
-        self.logit_rows.is_none() && other.logit_rows.is_none() && self.paged.launches_as(&other.paged)
-    }
-
-    /// Writes another step's values where this one's lie.
-    fn refill(&self, with: &PreparedInput<'_>) -> Result<()> {
-        self.tokens.slice_set(&with.tokens, 0, 0)?;
-        self.cos.slice_set(&with.cos, 0, 0)?;
-        self.sin.slice_set(&with.sin, 0, 0)?;
-        Ok(self.paged.refill(&with.paged)?)
+    fn embed(&self, tokens: &Tensor) -> Result<Stream> {
+        Ok(Stream { hidden: self.embed_tokens.forward(tokens)?, pending: None })
     }
 }
 
@@ -357,10 +237,14 @@ impl Stream {
         }
     }
 
-    /// Some of the rows.
-    fn select(self, rows: &Tensor) -> Result<Self> {
-        let pick = |states: &Tensor| tale_kernels::embedding(rows, states);
-        Ok(Self { hidden: pick(&self.hidden)?, pending: self.pending.as_ref().map(pick).transpose()? })
+    /// The rows of which a step wants something; `None` when it wants nothing.
+    fn asked_for(self, input: &PreparedInput<'_>) -> Result<Option<Self>> {
+        let Some(hidden) = input.asked_for(&self.hidden)? else { return Ok(None) };
+        let pending = match &self.pending {
+            Some(pending) => input.asked_for(pending)?,
+            None => None,
+        };
+        Ok(Some(Self { hidden, pending }))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Owns the sessions of one language model: their tokens, samplers and text streams, and the KV caches. One step is one
 //! forward pass over what the [`batcher`] planned: decode tokens of all running sessions and chunks of prompts.
-//! Deliberately does not know: how the plan is made, how logits become a token, how tokens become text.
+//! Deliberately does not know: which network it drives, how the plan is made, how logits become a token, how tokens
+//! become text.
 
 use std::collections::HashMap;
 
@@ -12,10 +13,12 @@ use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
-use crate::layers::decoder::{DecodeRecordings, Decoder, DecoderInput, StepSizes};
+use crate::layers::decoder::{DecoderInput, StepSizes};
 use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
+use crate::runner::text::model::{CausalLm, LanguageModel};
+use crate::runner::text::recorded::DecodeRecordings;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::sampler::{self, Sampler};
 use crate::text_stream::TextStream;
@@ -23,25 +26,16 @@ use crate::tokenizer::Tokenizer;
 use crate::work::StepWork;
 
 pub mod batcher;
+pub mod model;
+pub mod recorded;
 
 /// Most sessions of one runner, running and waiting.
 pub const MAX_SESSIONS: usize = 1024;
 
-/// A language model with the tokens at which its answers end.
-#[derive(Debug)]
-pub struct LanguageModel {
-    /// Tokens to logits.
-    pub decoder: Decoder,
-    /// Tokens to text.
-    pub tokenizer: Tokenizer,
-    /// An answer ends with any of these.
-    pub eos_token_ids: Vec<u32>,
-}
-
 /// Drives the sessions of one language model.
 #[derive(Debug)]
-pub struct TextRunner {
-    model: LanguageModel,
+pub struct TextRunner<M> {
+    model: LanguageModel<M>,
     caches: KvCaches,
     /// Where steps are launched on a GPU.
     recordings: Option<DecodeRecordings>,
@@ -83,13 +77,13 @@ enum End {
     Length,
 }
 
-impl TextRunner {
+impl<M: CausalLm> TextRunner<M> {
     /// An idle runner whose sessions share `caches`.
-    pub fn new(model: LanguageModel, caches: KvCaches, limits: Limits) -> Self {
+    pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits) -> Self {
         let recordings = recordings(&caches);
         // The last block fills recorded steps up.
         let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
-        let max_context = model.decoder.config().context_len().min(num_blocks * BLOCK_SIZE);
+        let max_context = model.network.context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
         Self { model, caches, recordings, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
     }
@@ -110,7 +104,7 @@ impl TextRunner {
         if prompt_tokens.saturating_add(request.max_tokens) > self.max_context {
             return Err(Error::ContextLength { prompt_tokens, limit: self.max_context.saturating_sub(1) });
         }
-        let vocab_size = self.model.decoder.config().vocab_size;
+        let vocab_size = self.model.network.vocab_size();
         match request.prompt.iter().find(|token| **token as usize >= vocab_size) {
             Some(token) => Err(Error::invalid("prompt", format!("token {token} is outside of the vocabulary"))),
             None => Ok(()),
@@ -139,9 +133,9 @@ impl TextRunner {
         }
         match &mut self.recordings {
             Some(recordings) if DecodeRecordings::takes(&input) => {
-                recordings.forward(&self.model.decoder, input, &self.caches).map(Some)
+                recordings.forward(&self.model.network, input, &self.caches).map(Some)
             }
-            _ => self.model.decoder.forward(&input, &self.caches),
+            _ => self.model.network.forward(&input, &self.caches),
         }
     }
 
@@ -248,7 +242,7 @@ impl Session {
     }
 }
 
-impl Runner for TextRunner {
+impl<M: CausalLm> Runner for TextRunner<M> {
     /// Nothing: the KV pool that sessions share is taken when the model is loaded.
     fn plan(&self, _request: &Request) -> MemoryPlan {
         MemoryPlan::default()
@@ -284,7 +278,7 @@ impl Runner for TextRunner {
         for chunk in &plan.chunks {
             sizes.push(chunk.start, chunk.num_tokens, chunk.samples);
         }
-        self.model.decoder.work(&sizes)
+        self.model.network.work(&sizes)
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
@@ -329,22 +323,59 @@ fn summary(plan: &Plan) -> StepPlan {
 #[cfg(test)]
 mod tests {
 
+    use candle_core::{DType, Device};
+
     use super::*;
     use crate::device::{DeviceSpec, Placement, WeightDtype};
-    use crate::families::qwen2;
-    use crate::manifest::Manifest;
+    use crate::kv::KvShape;
+    use crate::layers::decoder::PreparedInput;
     use crate::request::SamplingParams;
 
-    fn runner(max_batch_sequences: usize) -> TextRunner {
+    /// A network without weights: after every token comes the next one of the vocabulary.
+    struct Counter;
+
+    const VOCAB_SIZE: usize = 500;
+
+    impl CausalLm for Counter {
+        fn vocab_size(&self) -> usize {
+            VOCAB_SIZE
+        }
+
+        fn context_len(&self) -> usize {
+            256
+        }
+
+        fn kv_shape(&self) -> KvShape {
+            KvShape { num_layers: 1, num_key_value_heads: 1, head_dim: 2 }
+        }
+
+        fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
+            let angles = Tensor::zeros((input.len(), 1), DType::F32, &Device::Cpu)?;
+            PreparedInput::new(input, (angles.clone(), angles), 1, caches)
+        }
+
+        fn logits(&self, input: &PreparedInput<'_>, _caches: &KvCaches) -> Result<Option<Tensor>> {
+            let mut logits = Vec::new();
+            for token in input.tokens().to_vec1::<u32>()? {
+                let mut row = vec![0f32; VOCAB_SIZE];
+                let next = token as usize + 1;
+                *row.get_mut(next).ok_or_else(|| Error::Device(format!("no token {next}")))? = 1.0;
+                logits.push(row);
+            }
+            input.asked_for(&Tensor::new(logits, &Device::Cpu)?)
+        }
+
+        fn work(&self, _sizes: &StepSizes) -> StepWork {
+            StepWork::default()
+        }
+    }
+
+    fn runner(max_batch_sequences: usize) -> TextRunner<Counter> {
         let dir = crate::testing::repository().join("tests/goldens/qwen2-yarn/checkpoint");
-        let manifest = Manifest::read(&dir).expect("a checkpoint");
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
-        let weights = manifest.whole().weights(&placement).expect("weights");
-        let config = qwen2::decoder_config(&manifest).expect("a config");
-        let caches = KvCaches::new(config.kv_shape(), 16, &placement).expect("allocated");
-        let decoder = Decoder::load(&weights, config).expect("a decoder");
+        let caches = KvCaches::new(Counter.kv_shape(), 16, &placement).expect("allocated");
         let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
-        let model = LanguageModel { decoder, tokenizer, eos_token_ids: Vec::new() };
+        let model = LanguageModel { network: Counter, tokenizer, eos_token_ids: Vec::new() };
         TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences })
     }
 
@@ -354,7 +385,7 @@ mod tests {
     }
 
     /// Runs until idle and gives the tokens of `id`.
-    fn tokens_of(runner: &mut TextRunner, id: SessionId) -> Vec<u32> {
+    fn tokens_of(runner: &mut TextRunner<Counter>, id: SessionId) -> Vec<u32> {
         let mut events = Events::default();
         while runner.next().is_some() {
             runner.step(&mut events).expect("computed");
@@ -374,14 +405,14 @@ mod tests {
         let mut runner = runner(2);
         runner.submit(third, request(vec![7, 8, 9])).expect("accepted");
         let expected = tokens_of(&mut runner, third);
-        assert_eq!(expected.len(), 4);
+        assert_eq!(expected, [10, 11, 12, 13]);
 
         for (id, prompt) in [(first, vec![1, 2]), (second, vec![3, 4, 5]), (third, vec![7, 8, 9])] {
             runner.submit(id, request(prompt)).expect("accepted");
         }
         let mut events = Events::default();
         runner.step(&mut events).expect("computed");
-        // A token that no row of the embedding belongs to makes the whole forward pass fail.
+        // A token outside of the vocabulary makes the whole forward pass fail.
         let session = runner.sessions.get_mut(&second).expect("it runs");
         *session.tokens.last_mut().expect("it has tokens") = u32::MAX - 1;
         assert!(runner.step(&mut events).is_err());

@@ -10,10 +10,12 @@ use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCaches};
-use tale_models::layers::decoder::{DecodeRecordings, DecoderInput};
+use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::{Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
+use tale_models::runner::text::model::CausalLm;
+use tale_models::runner::text::recorded::DecodeRecordings;
 use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
 
@@ -145,8 +147,8 @@ fn sessions_that_come_and_go_say_what_they_say_alone() {
 fn recorded_steps_compute_what_steps_compute() {
     on_every_gpu(|gpu| {
         gpu.run(|| {
-            let decoder = text::decoder_at("llama-tied", &gpu.placement);
-            let caches = || KvCaches::new(decoder.config().kv_shape(), 5, &gpu.placement).expect("allocated");
+            let network = text::network_at("llama-tied", &gpu.placement);
+            let caches = || KvCaches::new(network.kv_shape(), 5, &gpu.placement).expect("allocated");
             let (recorded, computed) = (caches(), caches());
             let mut pool = BlockPool::new(4);
             let mut tables: [BlockTable; 3] = Default::default();
@@ -161,8 +163,8 @@ fn recorded_steps_compute_what_steps_compute() {
                     input.want_logits_of_last_row();
                 }
                 assert!(DecodeRecordings::takes(&input));
-                let expected = decoder.forward(&input, &computed).expect("computed").expect("logits were asked for");
-                let found = recordings.forward(&decoder, input, &recorded).expect("computed");
+                let expected = network.forward(&input, &computed).expect("computed").expect("logits were asked for");
+                let found = recordings.forward(&network, input, &recorded).expect("computed");
                 assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);
                 assert_eq!(recordings.len(), if step < 3 { 1 } else { 2 });
             }

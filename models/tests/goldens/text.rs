@@ -7,14 +7,16 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::families::causal_lm::DecoderLm;
 use tale_models::families::{llama, qwen2};
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, blocks_for};
-use tale_models::layers::decoder::{Decoder, DecoderInput};
+use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::manifest::Manifest;
 use tale_models::request::{Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage};
 use tale_models::runner::RunnerStatus;
+use tale_models::runner::text::model::CausalLm;
 use tale_models::{Error, ModelCard, TextCard};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors};
@@ -28,7 +30,7 @@ const TOLERANCE: f64 = 1e-4;
 #[test]
 fn logits_equal_the_reference() {
     for case in CASES {
-        let model = decoder(case);
+        let model = network(case);
         let golden = golden_tensors(case);
         for (index, prompt) in prompts(case).iter().enumerate() {
             let logits = Sequence::new(prompt.clone()).logits(&model, prompt.len());
@@ -40,7 +42,7 @@ fn logits_equal_the_reference() {
 #[test]
 fn logits_have_the_same_bits_in_any_chunking() {
     for case in CASES {
-        let model = decoder(case);
+        let model = network(case);
         for prompt in prompts(case) {
             let whole = bits(&Sequence::new(prompt.clone()).logits(&model, prompt.len()));
             for chunk in [1, 7, 64] {
@@ -54,7 +56,7 @@ fn logits_have_the_same_bits_in_any_chunking() {
 #[test]
 fn logits_have_the_same_bits_in_a_batch() {
     for case in CASES {
-        let model = decoder(case);
+        let model = network(case);
         let prompts = prompts(case);
         let alone: Vec<u32> = prompts
             .iter()
@@ -320,7 +322,7 @@ fn a_tied_checkpoint_may_store_its_head_too() {
 #[test]
 fn the_kv_pool_is_part_of_what_a_model_takes() {
     let blocks = |count| Server::load("llama-tied", with_blocks("llama-tied", count)).model.resident_bytes;
-    let block_bytes = decoder("llama-tied").config().kv_shape().block_bytes(DType::F32);
+    let block_bytes = network("llama-tied").kv_shape().block_bytes(DType::F32);
     assert_eq!(blocks(5) - blocks(2), 3 * block_bytes);
 }
 
@@ -328,18 +330,18 @@ fn cpu() -> Placement {
     Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU")
 }
 
-fn decoder(case: &str) -> Decoder {
-    decoder_at(case, &cpu())
+fn network(case: &str) -> DecoderLm {
+    network_at(case, &cpu())
 }
 
-pub fn decoder_at(case: &str, placement: &Placement) -> Decoder {
+pub fn network_at(case: &str, placement: &Placement) -> DecoderLm {
     let manifest = Manifest::read(&case_dir(case).join("checkpoint")).expect("a checkpoint");
     let config = match case.starts_with("llama") {
         true => llama::decoder_config(&manifest),
         false => qwen2::decoder_config(&manifest),
     };
     let weights = manifest.whole().weights(placement).expect("weights");
-    Decoder::load(&weights, config.expect("a config")).expect("a decoder")
+    DecoderLm::load(&weights, config.expect("a config")).expect("a network")
 }
 
 struct SharedCaches {
@@ -348,9 +350,9 @@ struct SharedCaches {
 }
 
 impl SharedCaches {
-    fn new(model: &Decoder, num_tokens: usize) -> Self {
+    fn new(model: &DecoderLm, num_tokens: usize) -> Self {
         let num_blocks = blocks_for(num_tokens);
-        let caches = KvCaches::new(model.config().kv_shape(), num_blocks, &cpu());
+        let caches = KvCaches::new(model.kv_shape(), num_blocks, &cpu());
         Self { caches: caches.expect("allocated"), pool: BlockPool::new(num_blocks) }
     }
 
@@ -371,7 +373,7 @@ impl Sequence {
     }
 
     /// Logits of all positions, computed `chunk` tokens at a time.
-    fn logits(&self, model: &Decoder, chunk: usize) -> Tensor {
+    fn logits(&self, model: &DecoderLm, chunk: usize) -> Tensor {
         let mut shared = SharedCaches::new(model, self.tokens.len());
         let table = shared.table(self.tokens.len());
         let mut logits = Vec::new();
@@ -525,7 +527,7 @@ fn mixed_requests(case: &str) -> Vec<TextRequest> {
 
 /// Options with a pool of exactly `num_blocks` blocks.
 fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
-    let block_bytes = decoder(case).config().kv_shape().block_bytes(DType::F32);
+    let block_bytes = network(case).kv_shape().block_bytes(DType::F32);
     LoadOptions { kv_cache_bytes: num_blocks * block_bytes, ..LoadOptions::default() }
 }
 

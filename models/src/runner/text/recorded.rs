@@ -8,9 +8,10 @@ use std::collections::VecDeque;
 use candle_core::Tensor;
 use tale_kernels::{Recording, copy_into};
 
-use super::{Decoder, DecoderInput, PreparedInput};
-use crate::error::Result;
+use super::model::CausalLm;
+use crate::error::{Error, Result};
 use crate::kv::{BlockTable, KvCaches};
+use crate::layers::decoder::{DecoderInput, PreparedInput};
 
 /// Most recordings of one model; the one used longest ago goes first. There is one for each bucket of rows and of block
 /// table lengths.
@@ -18,7 +19,7 @@ const MAX_RECORDINGS: usize = 32;
 /// Steps of more rows keep the GPU busy for longer than their launches take.
 const MAX_ROWS: usize = 64;
 
-/// The recorded decode steps of one decoder over one set of caches.
+/// The recorded decode steps of one network over one set of caches.
 #[derive(Debug)]
 pub struct DecodeRecordings {
     /// The one used last comes last.
@@ -43,25 +44,24 @@ impl DecodeRecordings {
 
     /// Whether a step is of the kind that is recorded: few sequences of one token each, all of whose logits are wanted.
     pub fn takes(input: &DecoderInput) -> bool {
-        let rows = input.tokens.len();
-        (1..=MAX_ROWS).contains(&rows) && input.paged.context_lens.len() == rows && input.logit_rows.len() == rows
+        (1..=MAX_ROWS).contains(&input.len()) && input.is_decode()
     }
 
-    /// As [`Decoder::forward`], for a step that is taken. The logits are overwritten by the next step.
-    pub fn forward(&mut self, decoder: &Decoder, mut input: DecoderInput, caches: &KvCaches) -> Result<Tensor> {
-        let rows = input.tokens.len();
+    /// As [`CausalLm::forward`], for a step that is taken. The logits are overwritten by the next step.
+    pub fn forward<M: CausalLm>(&mut self, network: &M, mut input: DecoderInput, caches: &KvCaches) -> Result<Tensor> {
+        let rows = input.len();
         for _ in rows..bucket(rows) {
             input.push(&[0], 0, &self.filler);
             input.want_logits_of_last_row();
         }
-        let prepared = decoder.prepare(&input, caches)?;
+        let prepared = network.prepare(&input, caches)?;
         let recorded = match self.take(&prepared) {
             Some(recorded) => {
                 recorded.input.refill(&prepared)?;
                 recorded.recording.replay()?;
                 recorded
             }
-            None => Recorded::new(decoder, prepared.into_owned(), caches)?,
+            None => Recorded::new(network, prepared.into_owned(), caches)?,
         };
         let logits = recorded.logits.narrow(0, 0, rows)?;
         if self.recordings.len() == MAX_RECORDINGS {
@@ -89,10 +89,14 @@ impl DecodeRecordings {
 
 impl Recorded {
     /// Computes the step, which loads every kernel that it needs, and records it for the next ones.
-    fn new(decoder: &Decoder, input: PreparedInput<'static>, caches: &KvCaches) -> Result<Self> {
-        let logits = decoder.compute(&input, caches)?.copy()?;
+    fn new<M: CausalLm>(network: &M, input: PreparedInput<'static>, caches: &KvCaches) -> Result<Self> {
+        let compute = || {
+            let logits = network.logits(&input, caches)?;
+            Ok(logits.expect("a step that is taken wants logits: this is a bug"))
+        };
+        let logits = compute()?.copy()?;
         let recording = Recording::of(&logits, || {
-            let again = decoder.compute(&input, caches).map_err(candle_core::Error::wrap)?;
+            let again = compute().map_err(|error: Error| candle_core::Error::wrap(error))?;
             copy_into(&again, &logits)
         })?;
         Ok(Self { input, logits, recording })

@@ -1,0 +1,52 @@
+//! What a language model supplies to the runner.
+//!
+//! Owns: the trait of networks, and one with the tokens around it. Does not know: any architecture, sessions, steps.
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+use crate::kv::{KvCaches, KvShape};
+use crate::layers::decoder::{DecoderInput, PreparedInput, StepSizes};
+use crate::tokenizer::Tokenizer;
+use crate::work::StepWork;
+
+/// A network that gives the logits of the token after each row of a step; the runner does the rest.
+///
+/// A row's logits have the same bits whatever other rows its step has, and in whichever chunks its sequence came.
+pub trait CausalLm: Send {
+    /// Tokens of the vocabulary.
+    fn vocab_size(&self) -> usize;
+
+    /// Most tokens of prompt and answer together.
+    fn context_len(&self) -> usize;
+
+    /// What the KV cache of one token consists of.
+    fn kv_shape(&self) -> KvShape;
+
+    /// Checks a step and takes it to the device.
+    fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>>;
+
+    /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
+    /// that were asked for, in the order of asking and the compute dtype; `None` when none were. Nothing but launches,
+    /// so that it can be recorded.
+    fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>>;
+
+    /// Least work of a step.
+    fn work(&self, sizes: &StepSizes) -> StepWork;
+
+    /// [`CausalLm::logits`] of a step that is not recorded.
+    fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {
+        self.logits(&self.prepare(input, caches)?, caches)
+    }
+}
+
+/// A language model with the tokens at which its answers end.
+#[derive(Debug)]
+pub struct LanguageModel<M> {
+    /// Tokens to logits.
+    pub network: M,
+    /// Tokens to text.
+    pub tokenizer: Tokenizer,
+    /// An answer ends with any of these.
+    pub eos_token_ids: Vec<u32>,
+}
