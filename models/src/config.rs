@@ -1,8 +1,10 @@
-//! Reading the small files of a checkpoint (JSON, templates, vocabularies), with errors that name the file.
+//! Reading the small files of a checkpoint (JSON, templates, vocabularies), with errors that name the file and, in JSON,
+//! the field.
 
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::lfs;
@@ -21,10 +23,110 @@ pub fn read_text(path: &Path) -> Result<String> {
 
 /// Parses a JSON file; the error names the file and, for wrong types, the field.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_slice(&read_bytes(path)?).map_err(|e| Error::checkpoint(path, e))
+    parse_json(path, &read_bytes(path)?)
 }
 
 /// As [`read_json`]; `None` when there is no such file.
 pub fn read_json_if_present<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+}
+
+/// As [`read_json`], of a file's content at hand.
+fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| Error::checkpoint(path, e))?;
+    from_value(path, value)
+}
+
+/// As [`read_json`], of a value that was read from the file at `path`.
+///
+/// A whole number may be written as a float (`50.0`), as Python's writers do: it is one.
+fn from_value<T: DeserializeOwned>(path: &Path, mut value: Value) -> Result<T> {
+    make_whole(&mut value);
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let field = error.path().to_string();
+        let problem = error.into_inner();
+        match field.as_str() {
+            "." | "?" => Error::checkpoint(path, problem),
+            _ => Error::checkpoint(path, format!("{field}: {problem}")),
+        }
+    })
+}
+
+/// Turns whole floats into integers; a field that wants a float takes these too.
+fn make_whole(value: &mut Value) {
+    /// The largest number below which every whole number is a float.
+    const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let float = number.as_f64().filter(|float| float.fract() == 0.0 && float.abs() < MAX_EXACT);
+            if let Some(float) = float {
+                *value = Value::from(float as i64);
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(make_whole),
+        Value::Object(fields) => fields.values_mut().for_each(make_whole),
+        _ => (),
+    }
+}
+
+/// The fields of one JSON file, where what an absent field means depends on who reads it.
+#[derive(Debug)]
+pub struct Fields<'a> {
+    path: &'a Path,
+    fields: Map<String, Value>,
+}
+
+impl<'a> Fields<'a> {
+    /// Those of the file at `path`.
+    pub fn read(path: &'a Path) -> Result<Self> {
+        Ok(Self { path, fields: read_json(path)? })
+    }
+
+    /// A field as it stands there.
+    pub fn get(&self, field: &str) -> Option<&Value> {
+        self.fields.get(field)
+    }
+
+    /// A field that cannot be null.
+    pub fn or<T: DeserializeOwned>(&self, field: &str, default: T) -> Result<T> {
+        match self.fields.get(field) {
+            None => Ok(default),
+            Some(value) => self.parse(field, value),
+        }
+    }
+
+    /// A field that may be null, which means something else than that it is absent.
+    pub fn nullable_or<T: DeserializeOwned>(&self, field: &str, default: Option<T>) -> Result<Option<T>> {
+        match self.fields.get(field) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(value) => self.parse(field, value).map(Some),
+        }
+    }
+
+    /// A switch; null is off, as for Python.
+    pub fn flag(&self, field: &str, default: bool) -> Result<bool> {
+        Ok(self.nullable_or(field, Some(default))?.unwrap_or(false))
+    }
+
+    /// All fields that `T` knows.
+    pub fn all<T: DeserializeOwned>(&self) -> Result<T> {
+        from_value(self.path, Value::Object(self.fields.clone()))
+    }
+
+    /// Says what is wrong with a field.
+    pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
+        Error::checkpoint(self.path, format!("{field}: {problem}"))
+    }
+
+    fn parse<T: DeserializeOwned>(&self, field: &str, value: &Value) -> Result<T> {
+        serde_path_to_error::deserialize(value).map_err(|error| {
+            let below = error.path().to_string();
+            let problem = error.into_inner();
+            match below.as_str() {
+                "." | "?" => self.error(field, problem),
+                _ => self.error(&format!("{field}.{below}"), problem),
+            }
+        })
+    }
 }

@@ -2,119 +2,23 @@
 //! attention with rotary positions over a paged KV cache, a gated SiLU feed-forward.
 //!
 //! The published blocks of these families are the same but for which projections have biases, so there is one block
-//! here and a [`DecoderConfig`] that each family fills from its own `config.json`. Deliberately does not know: which
+//! here and one reading of `config.json`, to which a family states how its class differs ([`ConfigClass`]). Deliberately does not know: which
 //! family it computes, what is made of its hidden states, sessions. Activations are `[l, hidden_size]`: the rows of all
 //! sequences of a step, one after the other, without a batch dimension.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor};
-use serde_json::Value;
 use tale_kernels::PreparedBatch;
 
-use crate::error::{Error, Result};
-use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, LayerCache};
-use crate::layers::rope::Rope;
+use crate::error::Result;
+use crate::kv::{BLOCK_SIZE, KvCaches, LayerCache};
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
-use crate::work::{attention_flops, linear_flops};
 
+mod config;
 mod rows;
 
+pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use rows::{DecoderInput, PreparedInput, StepSizes};
-
-/// Sizes and switches, named as in `config.json`.
-#[derive(Debug, Clone)]
-#[allow(missing_docs)]
-pub struct DecoderConfig {
-    pub vocab_size: usize,
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    pub rms_norm_eps: f64,
-    pub max_position_embeddings: usize,
-    pub tie_word_embeddings: bool,
-    /// Biases on the query, key and value projections.
-    pub qkv_bias: bool,
-    /// Bias on the attention's output projection.
-    pub o_bias: bool,
-    /// Biases in the feed-forward.
-    pub mlp_bias: bool,
-    pub rope: Rope,
-}
-
-/// Bounds on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 22;
-const MAX_LAYERS: usize = 1 << 12;
-const MAX_POSITIONS: usize = 1 << 28;
-
-/// Refuses what changes the block itself: another activation, quantised matrices. `path` is the `config.json`'s.
-pub fn check_plain(path: &Path, hidden_act: &str, quantization_config: Option<&Value>) -> Result<()> {
-    if hidden_act != "silu" {
-        return Err(Error::checkpoint(path, format!("hidden_act: `{hidden_act}` is not supported; known: silu")));
-    }
-    match quantization_config {
-        None | Some(Value::Null) => Ok(()),
-        Some(_) => Err(Error::checkpoint(path, "quantization_config: quantised checkpoints are not read")),
-    }
-}
-
-impl DecoderConfig {
-    /// Refuses sizes that cannot be computed with, naming the field; `path` is the `config.json`'s.
-    pub fn check(&self, path: &Path) -> Result<()> {
-        let sizes = [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-            ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
-            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
-            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
-            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
-            ("head_dim", self.head_dim, MAX_SIZE),
-            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
-        ];
-        for (field, size, max) in sizes {
-            if size == 0 || size > max {
-                return Err(Error::checkpoint(path, format!("{field}: is {size}; allowed: 1 to {max}")));
-            }
-        }
-        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
-        if !heads.is_multiple_of(kv_heads) {
-            let problem = format!("num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}");
-            return Err(Error::checkpoint(path, problem));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            let problem = format!("head_dim: {} is odd and cannot be rotated in pairs", self.head_dim);
-            return Err(Error::checkpoint(path, problem));
-        }
-        Ok(())
-    }
-
-    /// Most tokens of prompt and answer together.
-    pub fn context_len(&self) -> usize {
-        self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
-    }
-
-    /// Operations of a step, those of a head over the vocabulary included.
-    pub fn flops(&self, sizes: &StepSizes) -> f64 {
-        let (hidden, attention) = (self.hidden_size, self.num_attention_heads * self.head_dim);
-        let kv = self.num_key_value_heads * self.head_dim;
-        let matrices = hidden * (2 * attention + 2 * kv + 3 * self.intermediate_size);
-        let layer = linear_flops(sizes.rows, matrices) + attention_flops(sizes.attended as f64, attention);
-        self.num_hidden_layers as f64 * layer + linear_flops(sizes.logit_rows, self.vocab_size * hidden)
-    }
-
-    /// What the KV cache of one token consists of.
-    pub fn kv_shape(&self) -> KvShape {
-        KvShape {
-            num_layers: self.num_hidden_layers,
-            num_key_value_heads: self.num_key_value_heads,
-            head_dim: self.head_dim,
-        }
-    }
-}
 
 /// The layers between tokens and a head: embedding, blocks, final norm.
 #[derive(Debug)]

@@ -1,0 +1,193 @@
+//! `config.json` of a decoder: what each class of transformers takes absent fields for, and what can be computed with.
+//!
+//! Owns: the sizes and switches of the trunk, one reading for all classes. Does not know: which folder holds the file.
+//! Source: transformers `configuration_llama.py`, `configuration_qwen2.py`.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::config::Fields;
+use crate::error::{Error, Result};
+use crate::kv::KvShape;
+use crate::layers::decoder::StepSizes;
+use crate::layers::rope::Rope;
+use crate::work::{attention_flops, linear_flops};
+
+/// Bounds on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_SIZE: usize = 1 << 22;
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_POSITIONS: usize = 1 << 28;
+
+/// What `hidden_act` may say: two names of one function in transformers.
+const SILU: [&str; 2] = ["silu", "swish"];
+
+/// How the configurations of one class differ from the others': fields that the file does not have, and biases, which
+/// not every class lets the file decide.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)]
+pub struct ConfigClass {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// As many as there are query heads if `None`, which is also what null in the file means.
+    pub num_key_value_heads: Option<usize>,
+    pub max_position_embeddings: usize,
+    pub biases: Biases,
+    /// Whether the class knows `use_sliding_window`.
+    pub knows_windows: bool,
+}
+
+/// Which projections have biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Biases {
+    /// Those that `attention_bias` (all four of the attention) and `mlp_bias` name; none if absent.
+    AsStated,
+    /// Queries, keys and values, whatever the file says.
+    QueriesKeysValues,
+}
+
+/// Sizes and switches, named as in `config.json`.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct DecoderConfig {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    pub rms_norm_eps: f64,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the attention's output projection.
+    pub o_bias: bool,
+    /// Biases in the feed-forward.
+    pub mlp_bias: bool,
+    pub rope: Rope,
+}
+
+impl DecoderConfig {
+    /// Reads the `config.json` at `path` as `class` does. Errors name the file and the field.
+    pub fn read(path: &Path, class: &ConfigClass) -> Result<Self> {
+        let fields = Fields::read(path)?;
+        check_plain(&fields)?;
+        let hidden_size = fields.or("hidden_size", class.hidden_size)?;
+        let num_attention_heads = fields.or("num_attention_heads", class.num_attention_heads)?;
+        let kv_heads = fields.nullable_or("num_key_value_heads", class.num_key_value_heads)?;
+        let head_dim = fields.nullable_or("head_dim", None)?.unwrap_or(hidden_size / num_attention_heads.max(1));
+        let max_position_embeddings = fields.or("max_position_embeddings", class.max_position_embeddings)?;
+        let stated = |field| Ok::<bool, Error>(class.biases == Biases::AsStated && fields.flag(field, false)?);
+        let attention_bias = stated("attention_bias")?;
+        let config = Self {
+            vocab_size: fields.or("vocab_size", class.vocab_size)?,
+            hidden_size,
+            intermediate_size: fields.or("intermediate_size", class.intermediate_size)?,
+            num_hidden_layers: fields.or("num_hidden_layers", class.num_hidden_layers)?,
+            num_attention_heads,
+            num_key_value_heads: kv_heads.unwrap_or(num_attention_heads),
+            head_dim,
+            rms_norm_eps: fields.or("rms_norm_eps", 1e-6)?,
+            max_position_embeddings,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+            qkv_bias: attention_bias || class.biases == Biases::QueriesKeysValues,
+            o_bias: attention_bias,
+            mlp_bias: stated("mlp_bias")?,
+            rope: Rope::from_config(path, &fields.all()?, head_dim, max_position_embeddings)?,
+        };
+        config.check(path)?;
+        if class.knows_windows {
+            config.check_windows(&fields)?;
+        }
+        Ok(config)
+    }
+
+    /// Refuses sizes that cannot be computed with, naming the field; `path` is the `config.json`'s.
+    fn check(&self, path: &Path) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, MAX_SIZE),
+            ("hidden_size", self.hidden_size, MAX_SIZE),
+            ("intermediate_size", self.intermediate_size, MAX_SIZE),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
+            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
+            ("head_dim", self.head_dim, MAX_SIZE),
+            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
+        ];
+        for (field, size, max) in sizes {
+            if size == 0 || size > max {
+                return Err(Error::checkpoint(path, format!("{field}: is {size}; allowed: 1 to {max}")));
+            }
+        }
+        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        if !heads.is_multiple_of(kv_heads) {
+            let problem = format!("num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}");
+            return Err(Error::checkpoint(path, problem));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            let problem = format!("head_dim: {} is odd and cannot be rotated in pairs", self.head_dim);
+            return Err(Error::checkpoint(path, problem));
+        }
+        Ok(())
+    }
+
+    /// Refuses windowed attention unless the window is as wide as the context.
+    fn check_windows(&self, fields: &Fields<'_>) -> Result<()> {
+        /// What transformers assumes.
+        const DEFAULT_WINDOW: usize = 4096;
+        const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
+        if !fields.flag("use_sliding_window", false)? {
+            return Ok(());
+        }
+        let Some(window) = fields.nullable_or("sliding_window", Some(DEFAULT_WINDOW))? else { return Ok(()) };
+        let has_windowed_layers = match fields.nullable_or::<Vec<String>>("layer_types", None)? {
+            Some(layer_types) => layer_types.iter().any(|layer_type| layer_type != "full_attention"),
+            None => fields.or("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)? < self.num_hidden_layers,
+        };
+        if window < self.context_len() && has_windowed_layers {
+            return Err(fields.error("use_sliding_window", "windowed attention is not supported"));
+        }
+        Ok(())
+    }
+
+    /// Most tokens of prompt and answer together.
+    pub fn context_len(&self) -> usize {
+        self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
+    }
+
+    /// Operations of a step, those of a head over the vocabulary included.
+    pub fn flops(&self, sizes: &StepSizes) -> f64 {
+        let (hidden, attention) = (self.hidden_size, self.num_attention_heads * self.head_dim);
+        let kv = self.num_key_value_heads * self.head_dim;
+        let matrices = hidden * (2 * attention + 2 * kv + 3 * self.intermediate_size);
+        let layer = linear_flops(sizes.rows, matrices) + attention_flops(sizes.attended as f64, attention);
+        self.num_hidden_layers as f64 * layer + linear_flops(sizes.logit_rows, self.vocab_size * hidden)
+    }
+
+    /// What the KV cache of one token consists of.
+    pub fn kv_shape(&self) -> KvShape {
+        KvShape {
+            num_layers: self.num_hidden_layers,
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+/// Refuses what changes the block itself: another activation, quantised matrices.
+fn check_plain(fields: &Fields<'_>) -> Result<()> {
+    let hidden_act: String = fields.or("hidden_act", SILU[0].to_owned())?;
+    if !SILU.contains(&hidden_act.as_str()) {
+        let problem = format!("`{hidden_act}` is not supported; known: {}", SILU.join(", "));
+        return Err(fields.error("hidden_act", problem));
+    }
+    match fields.get("quantization_config") {
+        None | Some(Value::Null) => Ok(()),
+        Some(_) => Err(fields.error("quantization_config", "quantised checkpoints are not read")),
+    }
+}
