@@ -6,7 +6,7 @@ import os
 import time
 
 GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "guidance", "schedulers"]
-GROUPS += ["tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner"]
+GROUPS += ["tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner", "hidden_states"]
 
 
 def main(arguments) -> int:

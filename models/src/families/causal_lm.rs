@@ -52,6 +52,11 @@ impl DecoderLm {
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
+
+    /// Logits `[..., vocab_size]` of last hidden states `[..., hidden_size]`.
+    pub fn head(&self, states: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(states)
+    }
 }
 
 impl CausalLm for DecoderLm {
@@ -73,7 +78,7 @@ impl CausalLm for DecoderLm {
 
     fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
         let states = self.decoder.paged(input, caches)?;
-        states.map(|states| self.lm_head.forward(&states)).transpose()
+        states.map(|states| self.head(&states)).transpose()
     }
 
     fn work(&self, sizes: &StepSizes) -> StepWork {

@@ -1,13 +1,16 @@
 //! The trunk of the decoder-only transformers that Llama and Qwen2 share: RMS norms before each half, grouped-query
-//! attention with rotary positions over a paged KV cache, a gated SiLU feed-forward.
+//! attention with rotary positions, a gated SiLU feed-forward. Keys and values lie in a paged cache (a text runner's
+//! steps), or a pass has whole sequences and keeps none (text encoders).
 //!
 //! The published blocks of these families are the same but for which projections have biases, so there is one block
 //! here and one reading of `config.json`, to which a family states how its class differs ([`ConfigClass`]). Deliberately does not know: which
 //! family it computes, what is made of its hidden states, sessions. Activations are `[l, hidden_size]`: the rows of all
-//! sequences of a step, one after the other, without a batch dimension.
+//! sequences, one after the other, without a batch dimension.
+
+use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use tale_kernels::PreparedBatch;
+use tale_kernels::{AttentionOptions, PreparedBatch};
 
 use crate::error::Result;
 use crate::kv::{BLOCK_SIZE, KvCaches, LayerCache};
@@ -15,9 +18,11 @@ use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
 mod config;
+mod dense;
 mod rows;
 
 pub use config::{Biases, ConfigClass, DecoderConfig};
+pub use dense::DenseInput;
 pub use rows::{DecoderInput, PreparedInput, StepSizes};
 
 /// The layers between tokens and a head: embedding, blocks, final norm.
@@ -74,12 +79,48 @@ impl Decoder {
     pub fn paged(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
         let mut stream = self.embed(&input.tokens)?;
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
-            let step = AttentionStep { cos: &input.cos, sin: &input.sin, paged: &input.paged, cache };
+            let context = Context::Paged { batch: &input.paged, cache };
+            let step = AttentionStep { cos: &input.cos, sin: &input.sin, context };
             stream = layer.forward(stream, &step)?;
         }
         let Some(asked_for) = stream.asked_for(input)? else { return Ok(None) };
         let (_, normed) = asked_for.normed_sum(&self.norm)?;
         Ok(Some(normed))
+    }
+
+    /// Hidden states `[b, l, hidden_size]` of whole sequences, in the compute dtype, numbered as transformers'
+    /// `output_hidden_states` numbers them: 0 are the embedded tokens, i is what layer i leaves, and the last one,
+    /// `num_hidden_layers`, is normed. Layers above the highest number of `wanted` are not computed. What stands at
+    /// padding before the tokens has no meaning.
+    ///
+    /// # Panics
+    ///
+    /// If there is no state of a number.
+    pub fn hidden_states(&self, input: &DenseInput, wanted: &[usize]) -> Result<Vec<Tensor>> {
+        let (cos, sin) = self.config.rope.cos_sin(input.positions(), &self.device)?;
+        let context = Context::Dense { rows: input.len(), key_lens: input.key_lens() };
+        let step = AttentionStep { cos: &cos, sin: &sin, context };
+        let mut stream = self.embed(&Tensor::new(input.tokens(), &self.device)?)?;
+        let mut states = BTreeMap::new();
+        let last = wanted.iter().copied().max().unwrap_or(0);
+        for number in 0..=last {
+            if number > 0 {
+                stream = self.layers[number - 1].forward(stream, &step)?;
+            }
+            if wanted.contains(&number) {
+                states.insert(number, input.in_given_order(&self.state(&stream, number)?)?);
+            }
+        }
+        Ok(wanted.iter().map(|number| states[number].clone()).collect())
+    }
+
+    /// The hidden state of this number, from the stream that the layers below leave.
+    fn state(&self, stream: &Stream, number: usize) -> Result<Tensor> {
+        match &stream.pending {
+            _ if number == self.layers.len() => Ok(stream.clone().normed_sum(&self.norm)?.1),
+            Some(pending) => Ok((&stream.hidden + pending)?),
+            None => Ok(stream.hidden.clone()),
+        }
     }
 
     fn embed(&self, tokens: &Tensor) -> Result<Stream> {
@@ -91,8 +132,34 @@ impl Decoder {
 struct AttentionStep<'a> {
     cos: &'a Tensor,
     sin: &'a Tensor,
-    paged: &'a PreparedBatch<'a>,
-    cache: &'a LayerCache,
+    context: Context<'a>,
+}
+
+/// Where the keys and values are that a row looks at: those of its sequence up to its own.
+enum Context<'a> {
+    /// In the cache, to which the new rows' are written.
+    Paged { batch: &'a PreparedBatch<'a>, cache: &'a LayerCache },
+    /// Among the new rows, which are sequences of one length; of each the first `key_lens` count, or all.
+    Dense { rows: usize, key_lens: Option<&'a [usize]> },
+}
+
+impl Context<'_> {
+    /// `q [l, heads, d]`, `k` and `v` `[l, kv_heads, d]`, rotated, to as many values as `q` has, in its order.
+    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        match *self {
+            Self::Paged { batch, cache: LayerCache { k: k_cache, v: v_cache } } => {
+                tale_kernels::write_kv(k, v, k_cache, v_cache, batch)?;
+                let scale = 1.0 / (q.dim(2)? as f64).sqrt();
+                Ok(tale_kernels::paged_attention(q, k_cache, v_cache, batch, scale)?)
+            }
+            Self::Dense { rows, key_lens } => {
+                // [b * l, heads, d] to [b, l, heads, d]
+                let by_row = |x: &Tensor| x.reshape((rows, (), x.dim(1)?, x.dim(2)?));
+                let options = AttentionOptions { causal: true, key_lens, ..Default::default() };
+                Ok(tale_kernels::attention(&by_row(q)?, &by_row(k)?, &by_row(v)?, &options)?)
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -124,6 +191,7 @@ impl DecoderLayer {
 }
 
 /// Hidden states `[l, hidden_size]` to which the last feed-forward is yet to be added: the next norm does so on its way.
+#[derive(Clone)]
 struct Stream {
     hidden: Tensor,
     pending: Option<Tensor>,
@@ -189,10 +257,7 @@ impl Attention {
         let v = self.v_proj.forward(x)?.reshape((l, self.num_key_value_heads, self.head_dim))?;
         let q = tale_kernels::rope_half(&q, step.cos, step.sin)?;
         let k = tale_kernels::rope_half(&k, step.cos, step.sin)?;
-        let LayerCache { k: k_cache, v: v_cache } = step.cache;
-        tale_kernels::write_kv(&k, &v, k_cache, v_cache, step.paged)?;
-        let scale = 1.0 / (self.head_dim as f64).sqrt();
-        let out = tale_kernels::paged_attention(&q, k_cache, v_cache, step.paged, scale)?;
+        let out = step.context.attend(&q, &k, &v)?;
         // [l, heads, head_dim] to [l, heads * head_dim]
         self.o_proj.forward(&out.reshape((l, self.num_attention_heads * self.head_dim))?)
     }

@@ -9,6 +9,7 @@ mod edits;
 mod flux;
 mod gpu;
 mod guidance;
+mod hidden_states;
 mod ip_adapter;
 mod lora;
 mod noise_solvers;

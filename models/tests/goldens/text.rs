@@ -330,7 +330,7 @@ fn cpu() -> Placement {
     Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU")
 }
 
-fn network(case: &str) -> DecoderLm {
+pub fn network(case: &str) -> DecoderLm {
     network_at(case, &cpu())
 }
 
@@ -344,19 +344,23 @@ pub fn network_at(case: &str, placement: &Placement) -> DecoderLm {
     DecoderLm::load(&weights, config.expect("a config")).expect("a network")
 }
 
-struct SharedCaches {
+pub struct SharedCaches {
     caches: KvCaches,
     pool: BlockPool,
 }
 
 impl SharedCaches {
-    fn new(model: &DecoderLm, num_tokens: usize) -> Self {
+    pub fn new(model: &DecoderLm, num_tokens: usize) -> Self {
         let num_blocks = blocks_for(num_tokens);
         let caches = KvCaches::new(model.kv_shape(), num_blocks, &cpu());
         Self { caches: caches.expect("allocated"), pool: BlockPool::new(num_blocks) }
     }
 
-    fn table(&mut self, num_tokens: usize) -> BlockTable {
+    pub fn caches(&self) -> &KvCaches {
+        &self.caches
+    }
+
+    pub fn table(&mut self, num_tokens: usize) -> BlockTable {
         let mut table = BlockTable::default();
         assert!(self.pool.grow(&mut table, num_tokens));
         table
