@@ -240,6 +240,8 @@ def make_files() -> None:
         "lossy.webp": (colours, {"quality": 90}),
         "rgb.jpg": (colours, {"quality": 95, "subsampling": 0}),
         "grey.jpg": (grey, {"quality": 95}),
+        "restarts.jpg": (colours, {"quality": 95, "subsampling": 0, "restart_marker_blocks": 1}),
+        "progressive.jpg": (colours, {"quality": 95, "subsampling": 0, "progressive": True, "restart_marker_blocks": 1}),
         "turned.jpg": (colours, {"quality": 95, "subsampling": 0, "exif": turned}),
         "turned.png": (colours, {"exif": turned}),
     }

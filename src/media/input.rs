@@ -12,6 +12,8 @@ use image::codecs::webp::WebPDecoder;
 use image::{DynamicImage, ImageDecoder, ImageError, ImageFormat, Limits};
 use tale_models::request::{Frame, MASK_THRESHOLD, Mask};
 
+use super::jpeg;
+
 /// Most pixels on a side of an input picture.
 pub const MAX_INPUT_SIDE: usize = 16_384;
 /// Most pixels of an input picture.
@@ -114,7 +116,10 @@ pub fn decode_picture(bytes: &[u8]) -> Result<InputPicture, InputError> {
             check_still(decoder.has_animation())?;
             decode(decoder, format)
         }
-        ImageFormat::Jpeg if jpeg_components(bytes) == Some(4) => Err(InputError::Cmyk),
+        ImageFormat::Jpeg if jpeg::components(bytes) == Some(4) => Err(InputError::Cmyk),
+        ImageFormat::Jpeg if !jpeg::is_whole(bytes) => {
+            Err(InputError::Broken { format: name(format), problem: "the file is truncated".to_owned() })
+        }
         ImageFormat::Jpeg => decode(JpegDecoder::new(Cursor::new(bytes)).map_err(broken(format))?, format),
         ImageFormat::Gif | ImageFormat::Tiff | ImageFormat::Bmp => Err(InputError::Format { found: name(format) }),
         _ => Err(InputError::Unknown),
@@ -151,22 +156,6 @@ fn split(picture: DynamicImage) -> InputPicture {
     let rgb = rgba.chunks_exact(4).flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect();
     let alpha = rgba.chunks_exact(4).map(|pixel| pixel[3]).collect();
     InputPicture { frame: Frame { width, height, rgb }, alpha: Some(alpha) }
-}
-
-/// Colour components that a JPEG's frame header names.
-fn jpeg_components(bytes: &[u8]) -> Option<u8> {
-    // After the start marker: segments of a marker, two bytes of length (which count themselves) and as many bytes.
-    let mut rest = bytes.get(2..)?;
-    loop {
-        match *rest {
-            [0xff, 0xff, ..] => rest = &rest[1..],
-            // Frame headers: precision, height and width come before the number of components.
-            [0xff, 0xc0..=0xc3 | 0xc5..=0xc7 | 0xc9..=0xcb | 0xcd..=0xcf, ..] => return rest.get(9).copied(),
-            [0xff, 0xd9 | 0xda, ..] => return None,
-            [0xff, _, high, low, ..] => rest = rest.get(2 + usize::from(u16::from_be_bytes([high, low]))..)?,
-            _ => return None,
-        }
-    }
 }
 
 fn broken(format: ImageFormat) -> impl Fn(ImageError) -> InputError {

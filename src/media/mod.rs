@@ -8,6 +8,7 @@ mod clip;
 mod ffmpeg;
 mod frames;
 mod input;
+mod jpeg;
 mod picture;
 #[cfg(test)]
 mod tests;

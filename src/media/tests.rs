@@ -468,6 +468,30 @@ fn input_files_that_are_not_one_picture_are_refused() {
     }
 }
 
+/// As PIL, which raises `image file is truncated`, also where nothing but the marker of the end is missing.
+#[test]
+fn input_pictures_that_end_early_are_refused_wherever_they_end() {
+    for name in
+        ["rgb.jpg", "grey.jpg", "turned.jpg", "restarts.jpg", "progressive.jpg", "rgb.png", "wide.png", "rgb.webp"]
+    {
+        let whole = input_file(name);
+        let cuts = (1..100).map(|percent| whole.len() * percent / 100);
+        let last = if name.ends_with(".png") { 0 } else { whole.len() - 1 };
+        for len in cuts.chain([last.saturating_sub(1), last]) {
+            let cut = super::decode_picture(&whole[..len]);
+            // The last 12 bytes of a PNG, which say that it ends, are not missed by PIL either.
+            let is_taken_by_pil = name.ends_with(".png") && len + 12 >= whole.len();
+            assert!(is_taken_by_pil || cut.is_err(), "{name} of {len} bytes of {} is taken", whole.len());
+        }
+    }
+    let mut jpeg = input_file("restarts.jpg");
+    let expected = super::decode_picture(&jpeg).unwrap();
+    jpeg.extend_from_slice(b"what cameras write behind the picture");
+    assert_eq!(super::decode_picture(&jpeg).unwrap(), expected);
+    let error = super::decode_picture(&jpeg[..900]).unwrap_err().to_string();
+    assert_eq!(error, "cannot be read as JPEG: the file is truncated");
+}
+
 /// A header is believed before a pixel: sizes that no memory could hold are refused as fast as others.
 #[test]
 fn huge_input_pictures_are_refused_by_their_header() {
