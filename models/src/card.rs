@@ -91,7 +91,7 @@ pub struct TextOptions {
     pub max_tokens: Option<usize>,
     /// 0 to 2.
     pub temperature: Option<f32>,
-    /// Above 0, at most 1.
+    /// 0 to 1; 0 is the most likely token.
     pub top_p: Option<f32>,
     /// 0 is off.
     pub top_k: Option<usize>,
@@ -179,11 +179,12 @@ impl TextCard {
             seed: options.seed.unwrap_or(fallback_seed),
         };
         check_range("temperature", sampling.temperature, 0.0, 2.0)?;
-        check_range("top_p", sampling.top_p, f32::MIN_POSITIVE, 1.0)?;
+        // 0 is the most likely token alone, as 0 of OpenAI's range.
+        check_range("top_p", sampling.top_p, 0.0, 1.0)?;
         check_range("min_p", sampling.min_p, 0.0, 1.0)?;
         check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
         check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
-        check_range("repetition_penalty", sampling.repetition_penalty, f32::MIN_POSITIVE, 2.0)?;
+        check_above("repetition_penalty", sampling.repetition_penalty, 0.0, 2.0)?;
         Ok(sampling)
     }
 }
@@ -740,6 +741,14 @@ fn check_bytes(field: &str, text: &str) -> Result<()> {
         return Err(Error::invalid(field, problem));
     }
     Ok(())
+}
+
+/// As [`check_range`], without `min` itself.
+fn check_above(field: &str, value: f32, min: f32, max: f32) -> Result<()> {
+    if value > min && value <= max {
+        return Ok(());
+    }
+    Err(Error::invalid(field, format!("is {value}; allowed: above {min}, at most {max}")))
 }
 
 fn check_range<T: PartialOrd + std::fmt::Display + Copy>(field: &str, value: T, min: T, max: T) -> Result<()> {

@@ -186,6 +186,12 @@ mod tests {
     }
 
     #[test]
+    fn top_p_of_0_is_the_most_likely_token() {
+        let logits = [1.0, 3.0, 2.0, 2.9];
+        assert_eq!(kept(&SamplingParams { top_p: 0.0, ..drawing(6) }, &logits), BTreeSet::from([1]));
+    }
+
+    #[test]
     fn top_p_works_on_what_top_k_left() {
         // Of .4 .3 .2 .1, top-k 2 leaves 4/7 and 3/7: then 4/7 reaches a top-p of .5, which .4 alone would not.
         let logits = [0.4f32, 0.3, 0.2, 0.1].map(f32::ln);
