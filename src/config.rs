@@ -18,7 +18,7 @@ use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 
 use crate::engine::{EngineOptions, ModelSpec};
-use crate::http::ServerOptions;
+use crate::http::{Origin, ServerOptions};
 use crate::job::store::Retention;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
@@ -122,6 +122,12 @@ pub struct Settings {
     /// Folder for finished clips [default: a fresh one under the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
+
+    /// Web pages that may call the server from a browser, such as https://studio.example; may be given several times; * is
+    /// every page [default: none]
+    #[arg(long = "cors-origin", value_name = "ORIGIN")]
+    #[serde(deserialize_with = "parsed_list")]
+    pub cors_origins: Vec<Origin>,
 
     /// Form of the log lines on stderr [default: text]
     #[arg(long, value_name = "FORMAT")]
@@ -267,6 +273,7 @@ impl Settings {
             max_clip_storage: self.max_clip_storage.or(file.max_clip_storage),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             output_dir: self.output_dir.or(file.output_dir),
+            cors_origins: if self.cors_origins.is_empty() { file.cors_origins } else { self.cors_origins },
             log_format: self.log_format.or(file.log_format),
         }
     }
@@ -296,6 +303,7 @@ impl Settings {
         ServerOptions {
             max_requests: or(self.max_requests, server.max_requests),
             output_dir: self.output_dir.clone(),
+            cors_origins: self.cors_origins.clone(),
             retention: Retention {
                 max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
                 max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
@@ -413,6 +421,12 @@ fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(deserializer: D) 
     text.parse().map(Some).map_err(de::Error::custom)
 }
 
+/// TOML strings in the spelling of a flag that may be given several times.
+fn parsed_list<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    texts.iter().map(|text| text.parse().map_err(de::Error::custom)).collect()
+}
+
 /// A number of bytes, written `4GiB`, `512MiB`, `1.5GB`, or plain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub usize);
@@ -500,6 +514,7 @@ mod tests {
         assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
         assert_eq!(config.drain, Duration::from_secs(60));
         assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
+        assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.models.len(), 2);
         assert_eq!(config.models[0].name, "chat");
@@ -589,6 +604,7 @@ mod tests {
         check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
         check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
+        check_error("cors_origins = [\"https://a/b\"]\n", &[":1: `cors_origins`: ", "`https://a/b` is not an origin"]);
         check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
         check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
         check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);

@@ -3,6 +3,7 @@
 
 mod cancel;
 mod cli;
+mod clients;
 mod edits;
 mod images;
 mod layering;

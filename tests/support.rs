@@ -44,11 +44,19 @@ pub struct Setup {
     /// Sessions of one step.
     pub max_batch: usize,
     pub clip_bytes: usize,
+    pub cors_origins: Vec<&'static str>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { max_queued_sessions: 64, max_requests: 64, drain: Duration::from_secs(10), max_batch: 16, clip_bytes: 0 }
+        Self {
+            max_queued_sessions: 64,
+            max_requests: 64,
+            drain: Duration::from_secs(10),
+            max_batch: 16,
+            clip_bytes: 0,
+            cors_origins: Vec::new(),
+        }
     }
 }
 
@@ -81,7 +89,9 @@ pub async fn start(setup: Setup) -> Server {
         ..EngineOptions::default()
     };
     let engine = Engine::start(models, options).expect("starts");
-    let state = AppState::new(ServerOptions { max_requests: setup.max_requests, ..ServerOptions::default() });
+    let cors_origins = setup.cors_origins.iter().map(|origin| origin.parse().expect("an origin")).collect();
+    let options = ServerOptions { max_requests: setup.max_requests, cors_origins, ..ServerOptions::default() };
+    let state = AppState::new(options);
     let state = state.expect("a temporary folder can be made");
     state.set_engine(engine.clone());
     let (address, stop, served) = listen(state, setup.drain).await;

@@ -1,6 +1,6 @@
 //! Errors as the OpenAI API spells them, and the one `match` from what went wrong to a status.
 //!
-//! A message names fields, limits and models; it never repeats what a client wrote into a field.
+//! A message names fields, limits, numbers and models that are served; it never repeats a text that a client wrote into a field.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -23,6 +23,8 @@ pub(super) struct ApiError {
     status: StatusCode,
     body: ErrorBody,
     retry_after: Option<u32>,
+    /// Whether the client should hear which encodings there are.
+    accept_encoding: bool,
 }
 
 /// `error` of the body.
@@ -45,7 +47,7 @@ impl ApiError {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
         let body = ErrorBody { message: message.into(), kind, param: None, code: Some(code) };
-        Self { status, body, retry_after: None }
+        Self { status, body, retry_after: None, accept_encoding: false }
     }
 
     /// 400: this field is wrong.
@@ -70,6 +72,14 @@ impl ApiError {
     pub(super) fn media_type(expected: &str) -> Self {
         let message = format!("the content type must be {expected}");
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message)
+    }
+
+    /// 415: a compressed body; `name` is said where it is an encoding that others know.
+    pub(super) fn encoding(name: Option<&str>) -> Self {
+        let name = name.map(|name| format!(" {name}")).unwrap_or_default();
+        let message = format!("the content encoding{name} is not supported; must be gzip or deflate");
+        let error = Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message);
+        Self { accept_encoding: true, ..error }
     }
 
     /// 413.
@@ -146,10 +156,9 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
         match error {
-            EngineError::UnknownModel { .. } => {
-                let mut error = Self::new(StatusCode::NOT_FOUND, "model_not_found", message);
-                error.body.param = Some("model".into());
-                error
+            EngineError::UnknownModel { known, .. } => {
+                let problem = format!("is not served here; there are: {}", known.join(", "));
+                Self { status: StatusCode::NOT_FOUND, ..Self::field_code("model", "model_not_found", problem) }
             }
             EngineError::Busy { .. } => Self::busy(message),
             EngineError::Draining => Self::unready("shutting_down", &message),
@@ -215,6 +224,9 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(ErrorEnvelope { error: &self.body })).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.accept_encoding {
+            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate"));
         }
         response
     }

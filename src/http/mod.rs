@@ -29,17 +29,20 @@ use crate::telemetry;
 
 mod admission;
 mod body;
+mod cors;
 mod diffusion;
 mod error;
 mod health;
 mod images;
 mod jobs;
 mod models;
+mod openai;
 mod sse;
 mod text;
 mod videos;
 
 pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
+pub use cors::Origin;
 pub use images::MAX_IMAGES;
 pub use text::wire::MAX_CHOICES;
 
@@ -59,11 +62,18 @@ pub struct ServerOptions {
     pub output_dir: Option<PathBuf>,
     /// How many jobs are kept.
     pub retention: Retention,
+    /// Web pages that may call the server from a browser.
+    pub cors_origins: Vec<Origin>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { max_requests: DEFAULT_MAX_REQUESTS, output_dir: None, retention: Retention::default() }
+        Self {
+            max_requests: DEFAULT_MAX_REQUESTS,
+            output_dir: None,
+            retention: Retention::default(),
+            cors_origins: Vec::new(),
+        }
     }
 }
 
@@ -78,6 +88,7 @@ struct Shared {
     jobs: Arc<dyn JobStore>,
     outputs: OutputDir,
     admission: Admission,
+    cors_origins: Vec<Origin>,
     draining: AtomicBool,
 }
 
@@ -95,6 +106,7 @@ impl AppState {
             jobs: Arc::new(MemoryStore::new(options.retention)),
             outputs,
             admission: Admission::new(options.max_requests),
+            cors_origins: options.cors_origins,
             draining: AtomicBool::new(false),
         })))
     }
@@ -160,16 +172,19 @@ pub fn router(state: AppState) -> Router {
         .route("/livez", get(health::live))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics));
-    Router::new()
+    let routes = Router::new()
         .merge(generating)
         .merge(videos)
         .merge(plain)
         .method_not_allowed_fallback(|| async { ApiError::no_method() })
         .fallback(|| async { ApiError::no_route() })
         // `body` has a bound of its own, with an error in our shape.
-        .layer(DefaultBodyLimit::disable())
-        .layer(from_fn_with_state(state.clone(), admission::measure))
-        .with_state(state)
+        .layer(DefaultBodyLimit::disable());
+    let routes = match cors::layer(&state.0.cors_origins) {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
+    routes.layer(from_fn_with_state(state.clone(), admission::measure)).with_state(state)
 }
 
 /// Serves until `shutdown` resolves, then refuses new work, gives what runs the time `drain` to finish, cancels the rest

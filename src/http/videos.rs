@@ -32,7 +32,7 @@ const POLL_MS: std::ops::RangeInclusive<u128> = 200..=5000;
 /// When nothing is known about the pace.
 const DEFAULT_POLL_MS: u128 = 1000;
 /// Tells the client of OpenAI when to look again.
-const POLL_HEADER: &str = "openai-poll-after-ms";
+pub(super) const POLL_HEADER: &str = "openai-poll-after-ms";
 
 /// The body, as JSON or as a form.
 #[derive(Debug, Deserialize)]

@@ -30,6 +30,9 @@ pub struct ChatMessage {
     pub role: String,
     /// Text.
     pub content: String,
+    /// Who speaks, among several of one role; absent from what the template sees where nobody said it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// A compiled Jinja template with the special tokens that it may name.
@@ -84,7 +87,10 @@ impl ChatTemplate {
     /// Errors name `messages`: what the template itself refuses (`raise_exception`), or what it cannot render.
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
         // In this order: `tojson` shows it.
-        let message = |m: &ChatMessage| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let message = |m: &ChatMessage| match &m.name {
+            None => context! { role => m.role.as_str(), content => m.content.as_str() },
+            Some(name) => context! { role => m.role.as_str(), content => m.content.as_str(), name => name.as_str() },
+        };
         let mut context: BTreeMap<&str, Value> =
             self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))).collect();
         context.insert("messages", messages.iter().map(message).collect());

@@ -3,7 +3,7 @@
 use super::*;
 
 fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.into(), content: content.into() }
+    ChatMessage { role: role.into(), content: content.into(), name: None }
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String> {

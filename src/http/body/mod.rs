@@ -9,10 +9,13 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer};
 
-use self::value::Value;
+pub(super) use self::value::{Object, Value};
 use super::error::ApiError;
+use super::openai::{self, Field};
 
+mod encoding;
 mod form;
 mod reader;
 mod value;
@@ -26,21 +29,35 @@ const MAX_DISCARDED_BYTES: usize = 64 << 20;
 /// In this time a body has to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The JSON body of a request.
-pub(super) async fn json<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
-    json_of_at_most(request, MAX_BODY_BYTES).await
+/// A seed: any whole number of 64 bits, with or without a sign. One below 0 is the one that has the same bits, as in torch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Seed(pub(super) u64);
+
+impl<'de> Deserialize<'de> for Seed {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // The body's reader has checked that 64 bits hold it.
+        i128::deserialize(deserializer).map(|seed| Self(seed as u64))
+    }
 }
 
-async fn json_of_at_most<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
+/// The JSON body of a request, without those of OpenAI's `fields` that ask for nothing.
+pub(super) async fn json<T: DeserializeOwned>(request: Request, fields: &[&[Field]]) -> Result<T, ApiError> {
+    let mut body = json_of_at_most(request, MAX_BODY_BYTES).await?;
+    openai::settle(fields, &mut body)?;
+    reader::read(body)
+}
+
+async fn json_of_at_most(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
     if !has_media_type(request.headers(), "application/json") {
         return Err(ApiError::media_type("application/json"));
     }
-    reader::read(Value::from_json(&read(request.into_body(), max_bytes).await?)?)
+    let (parts, body) = request.into_parts();
+    Value::from_json(&read(&parts.headers, body, max_bytes).await?)
 }
 
 /// As [`json`], for bodies that may hold pictures.
 pub(super) async fn json_with_pictures<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
-    json_of_at_most(request, MAX_PICTURE_BODY_BYTES).await
+    reader::read(json_of_at_most(request, MAX_PICTURE_BODY_BYTES).await?)
 }
 
 /// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same.
@@ -54,7 +71,7 @@ async fn json_or_form_value(request: Request, max_bytes: usize) -> Result<Value,
         return Err(ApiError::media_type("application/json or multipart/form-data"));
     }
     let (parts, body) = request.into_parts();
-    let body = read(body, max_bytes).await?;
+    let body = read(&parts.headers, body, max_bytes).await?;
     match is_json {
         true => Value::from_json(&body),
         false => form::read(Request::from_parts(parts, Body::from(body))).await,
@@ -66,8 +83,14 @@ fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
     value.split(';').next().is_some_and(|media_type| media_type.trim().eq_ignore_ascii_case(expected))
 }
 
-async fn read(body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
-    tokio::time::timeout(BODY_TIMEOUT, collect(body, max_bytes)).await.map_err(|_| ApiError::body_timeout())?
+/// All of a body, decompressed; `max_bytes` bounds what comes and what it becomes.
+async fn read(headers: &HeaderMap, body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
+    let encoding = encoding::of(headers)?;
+    let collected = tokio::time::timeout(BODY_TIMEOUT, collect(body, max_bytes)).await;
+    let bytes = collected.map_err(|_| ApiError::body_timeout())??;
+    let Some(encoding) = encoding else { return Ok(bytes) };
+    let decoded = tokio::task::spawn_blocking(move || encoding::decode(encoding, &bytes, max_bytes)).await;
+    decoded.map_err(|_| ApiError::internal("the decompression panicked"))?
 }
 
 async fn collect(mut body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {

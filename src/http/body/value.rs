@@ -61,6 +61,14 @@ impl Value {
         }
     }
 
+    /// The text of a string or of a form's part.
+    pub(in crate::http) fn text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) | Self::Part(text) => Some(text),
+            _ => None,
+        }
+    }
+
     /// A number as JSON or a form has it.
     fn number(number: f64) -> Self {
         match number {
@@ -72,7 +80,7 @@ impl Value {
     }
 
     /// Reads a JSON text.
-    pub(super) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
+    pub(in crate::http) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
         let mut progress = Progress { path: Vec::new(), values_left: MAX_VALUES, problem: None };
         let mut deserializer = serde_json::Deserializer::from_slice(json);
         let value = Builder(&mut progress).deserialize(&mut deserializer).and_then(|value| {

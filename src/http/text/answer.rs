@@ -12,13 +12,17 @@ use tale_models::Event;
 use tale_models::request::{FinishReason, Usage};
 use uuid::Uuid;
 
+use super::wire::AnswerOptions;
 use crate::engine::Session;
 use crate::http::error::{ApiError, ErrorEnvelope};
 use crate::http::sse::{self, KeepAlive};
-use crate::http::unix_seconds;
+use crate::http::{random_seed, unix_seconds};
 
 /// Bytes of events that are joined into one write when a stream runs behind.
 const MAX_WRITE_BYTES: usize = 16 << 10;
+
+/// Sizes of choices of a stream with obfuscation are multiples of this: longer than what most events say.
+const EVENT_BYTES: usize = 64;
 
 /// Which endpoint's shape an answer has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +62,7 @@ impl Head {
 
     fn envelope<C>(&self, is_chunk: bool, choices: C, usage: Option<Option<WireUsage>>) -> Envelope<'_, C> {
         let Head { id, created, model, .. } = self;
-        Envelope { id, object: self.object(is_chunk), created: *created, model, choices, usage }
+        Envelope { id, object: self.object(is_chunk), created: *created, model, choices, usage, obfuscation: None }
     }
 }
 
@@ -71,6 +75,19 @@ struct Envelope<'a, C> {
     choices: C,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<WireUsage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    obfuscation: Option<String>,
+}
+
+/// Random characters that fill a choice up to a multiple of [`EVENT_BYTES`].
+fn filling(choice: &Choice<'_>) -> String {
+    let bytes = serde_json::to_vec(choice).map_or(0, |json| json.len());
+    let mut filling = String::with_capacity(2 * EVENT_BYTES);
+    while filling.len() < EVENT_BYTES {
+        filling.push_str(&format!("{:013x}", random_seed()));
+    }
+    filling.truncate(EVENT_BYTES - bytes % EVENT_BYTES);
+    filling
 }
 
 /// A choice in any of its four forms: chat or completion, whole or part.
@@ -178,13 +195,13 @@ async fn collect(session: &mut Session) -> Result<(String, &'static str, usize),
 }
 
 /// The answer as it comes. Dropping the stream drops its sessions, which stops their work.
-pub(super) fn stream(head: Head, sessions: Vec<Session>, prompt_tokens: usize, include_usage: bool) -> Response {
+pub(super) fn stream(head: Head, sessions: Vec<Session>, prompt_tokens: usize, options: AnswerOptions) -> Response {
     let is_chat = head.shape == Shape::Chat;
     let mut stream = AnswerStream {
         head,
         open: sessions.into_iter().map(Some).collect(),
         usage: Usage { prompt_tokens, ..Usage::default() },
-        include_usage,
+        options,
         buffer: Vec::new(),
         keep_alive: KeepAlive::default(),
         is_done: false,
@@ -200,7 +217,7 @@ struct AnswerStream {
     /// One per choice; `None` once it has ended.
     open: Vec<Option<Session>>,
     usage: Usage,
-    include_usage: bool,
+    options: AnswerOptions,
     buffer: Vec<u8>,
     keep_alive: KeepAlive,
     is_done: bool,
@@ -208,8 +225,9 @@ struct AnswerStream {
 
 impl AnswerStream {
     fn write_choice(&mut self, choice: Choice<'_>) {
-        let usage = self.include_usage.then_some(None);
-        let envelope = self.head.envelope(true, [choice], usage);
+        let usage = self.options.include_usage.then_some(None);
+        let obfuscation = self.options.include_obfuscation.then(|| filling(&choice));
+        let envelope = Envelope { obfuscation, ..self.head.envelope(true, [choice], usage) };
         sse::write_data(&mut self.buffer, &envelope);
     }
 
@@ -239,7 +257,7 @@ impl AnswerStream {
     }
 
     fn write_end(&mut self) {
-        if self.include_usage {
+        if self.options.include_usage {
             let no_choices: [(); 0] = [];
             let envelope = self.head.envelope(true, no_choices, Some(Some(self.usage.into())));
             sse::write_data(&mut self.buffer, &envelope);

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::card::TextOptions;
-use tale_models::chat_template::ChatMessage;
 use tale_models::request::TextRequest;
 use tale_models::{ModelCard, TextCard};
 use tokio::task::spawn_blocking;
@@ -13,7 +12,7 @@ use tokio::task::spawn_blocking;
 use self::answer::{Head, Shape};
 use self::wire::{AnswerOptions, ChatBody, CompletionBody, MAX_CHOICES, Prompt};
 use super::error::ApiError;
-use super::{AppState, body, random_seed, sse};
+use super::{AppState, body, openai, random_seed, sse};
 use crate::engine::Engine;
 
 mod answer;
@@ -25,11 +24,11 @@ const MAX_INLINE_PROMPT_BYTES: usize = 4096;
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let mut body: ChatBody = body::json(request).await?;
+    let mut body: ChatBody = body::json(request, openai::CHAT).await?;
     let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
     let max_tokens_name = body.settle_max_tokens()?;
     let (options, answer) = body.options()?;
-    let messages: Vec<ChatMessage> = std::mem::take(&mut body.messages).into_iter().map(ChatMessage::from).collect();
+    let messages = body.take_messages()?;
     let num_bytes = messages.iter().map(|message| message.content.len()).sum();
     let prompt = tokens(num_bytes, card.clone(), move |card| card.encode_chat(&messages)).await?;
     let order = Order { shape: Shape::Chat, model: &body.model, options, answer };
@@ -39,7 +38,7 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
 
 /// `POST /v1/completions`.
 pub(super) async fn completion(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let mut body: CompletionBody = body::json(request).await?;
+    let mut body: CompletionBody = body::json(request, openai::COMPLETION).await?;
     let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
     let (options, answer) = body.options()?;
     let texts = std::mem::take(&mut body.prompt.0);
@@ -84,7 +83,7 @@ impl Order<'_> {
         if let Some(first) = sessions.first_mut() {
             sse::first_event(first).await?;
         }
-        Ok(answer::stream(head, sessions, prompt_tokens, self.answer.include_usage))
+        Ok(answer::stream(head, sessions, prompt_tokens, self.answer))
     }
 }
 

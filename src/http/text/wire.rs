@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer};
 use tale_models::card::TextOptions;
 use tale_models::chat_template::ChatMessage;
 
+use crate::http::body::Seed;
 use crate::http::error::ApiError;
 
 /// Most sessions of one request: prompts times `n`.
@@ -32,7 +33,7 @@ macro_rules! text_body {
             presence_penalty: Option<f64>,
             frequency_penalty: Option<f64>,
             repetition_penalty: Option<f64>,
-            seed: Option<u64>,
+            seed: Option<Seed>,
             stop: Option<StopStrings>,
             ignore_eos: Option<bool>,
         }
@@ -49,7 +50,7 @@ macro_rules! text_body {
                     presence_penalty: self.presence_penalty.map(|value| value as f32),
                     frequency_penalty: self.frequency_penalty.map(|value| value as f32),
                     repetition_penalty: self.repetition_penalty.map(|value| value as f32),
-                    seed: self.seed,
+                    seed: self.seed.map(|Seed(seed)| seed),
                     stop: self.stop.take().map(|stop| stop.0).unwrap_or_default(),
                     ignore_eos: self.ignore_eos.unwrap_or(false),
                 };
@@ -82,6 +83,12 @@ fn saturate(value: u64) -> usize {
 }
 
 impl ChatBody {
+    /// What has been said so far.
+    pub(super) fn take_messages(&mut self) -> Result<Vec<ChatMessage>, ApiError> {
+        let messages = std::mem::take(&mut self.messages).into_iter().enumerate();
+        messages.map(|(index, message)| message.into_message(index)).collect()
+    }
+
     /// The name under which the client gave the most tokens, for errors.
     pub(super) fn settle_max_tokens(&mut self) -> Result<&'static str, ApiError> {
         match (self.max_tokens, self.max_completion_tokens) {
@@ -103,6 +110,8 @@ pub(super) struct AnswerOptions {
     pub(super) n: usize,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+    /// Whether events are filled up, so that their sizes say little about their texts.
+    pub(super) include_obfuscation: bool,
 }
 
 impl AnswerOptions {
@@ -112,10 +121,13 @@ impl AnswerOptions {
             return Err(ApiError::field("n", format!("is {n}; allowed: 1 to {MAX_CHOICES}")));
         }
         let stream = stream.unwrap_or(false);
-        if options.is_some() && !stream {
+        let asked = |option: fn(&StreamOptions) -> Option<bool>| options.and_then(option).unwrap_or(false);
+        let include_usage = asked(|options| options.include_usage);
+        let include_obfuscation = asked(|options| options.include_obfuscation);
+        if !stream && (include_usage || include_obfuscation) {
             return Err(ApiError::field("stream_options", "has no effect without stream; leave it out"));
         }
-        Ok(Self { n, stream, include_usage: options.and_then(|options| options.include_usage).unwrap_or(false) })
+        Ok(Self { n, stream, include_usage, include_obfuscation })
     }
 }
 
@@ -124,6 +136,7 @@ impl AnswerOptions {
 #[serde(deny_unknown_fields)]
 pub(super) struct StreamOptions {
     include_usage: Option<bool>,
+    include_obfuscation: Option<bool>,
 }
 
 /// One of `messages`.
@@ -131,7 +144,8 @@ pub(super) struct StreamOptions {
 #[serde(deny_unknown_fields)]
 pub(super) struct WireMessage {
     role: Role,
-    content: Content,
+    content: Option<Content>,
+    name: Option<String>,
 }
 
 /// Who speaks.
@@ -143,16 +157,33 @@ enum Role {
     Developer,
     User,
     Assistant,
+    /// This and the next are known to be refused by their names.
+    Tool,
+    Function,
 }
 
-impl From<WireMessage> for ChatMessage {
-    fn from(message: WireMessage) -> Self {
-        let role = match message.role {
+impl WireMessage {
+    /// What the chat template is given of this message, the one at `index`.
+    fn into_message(self, index: usize) -> Result<ChatMessage, ApiError> {
+        let role = match self.role {
             Role::System | Role::Developer => "system",
             Role::User => "user",
             Role::Assistant => "assistant",
+            Role::Tool | Role::Function => {
+                let problem = "results of tools are not supported yet; must be system, developer, user or assistant";
+                return Err(ApiError::field_code(format!("messages[{index}].role"), "unsupported_value", problem));
+            }
         };
-        ChatMessage { role: role.into(), content: message.content.0 }
+        let content = match (self.content, self.role) {
+            (Some(Content(content)), _) => content,
+            // OpenAI's clients have no content to send back where the assistant only called tools.
+            (None, Role::Assistant) => String::new(),
+            (None, _) => {
+                let path = format!("messages[{index}].content");
+                return Err(ApiError::field_code(path, "missing_required_parameter", "is missing"));
+            }
+        };
+        Ok(ChatMessage { role: role.into(), content, name: self.name })
     }
 }
 
@@ -299,6 +330,11 @@ impl<'de> Deserialize<'de> for Prompts {
                 f.write_str("a string, a list of strings, a list of tokens or a list of lists of tokens")
             }
 
+            /// OpenAI's own default: the beginning of a text.
+            fn visit_unit<E>(self) -> Result<Prompts, E> {
+                Ok(Prompts(vec![Prompt::Text(String::new())]))
+            }
+
             fn visit_str<E>(self, text: &str) -> Result<Prompts, E> {
                 Ok(Prompts(vec![Prompt::Text(text.to_owned())]))
             }
@@ -351,7 +387,8 @@ mod tests {
     #[test]
     fn content_parts_are_joined_and_other_kinds_refused() {
         let message = r#"{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}"#;
-        let message: ChatMessage = serde_json::from_str::<WireMessage>(message).expect("valid").into();
+        let message =
+            serde_json::from_str::<WireMessage>(message).expect("valid").into_message(0).expect("has content");
         assert_eq!(message.content, "ab");
         let picture = r#"{"role": "user", "content": [{"type": "image_url", "text": "a"}]}"#;
         assert!(serde_json::from_str::<WireMessage>(picture).is_err());

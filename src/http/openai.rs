@@ -1,0 +1,291 @@
+//! Fields of OpenAI's API that Tale has nothing for, and what is made of them.
+//!
+//! Clients send them without wanting anything: every optional argument as `null`, the documented default, or a label that is
+//! about the request and not about its answer. A value that asks for nothing is taken; one that asks for what Tale does not
+//! do is refused by name, since it would be ignored; a field that is neither here nor in the body's type is unknown. What
+//! becomes supported moves from these tables into the type.
+//!
+//! The reference is the `openai` package's `types/`, version 3.57. Does not know: what the other fields mean.
+
+use super::body::{Object, Value};
+use super::error::ApiError;
+
+/// What is made of one field. `null` always asks for nothing.
+#[derive(Debug)]
+pub(super) struct Field {
+    /// Keys, joined by dots; `[]` behind one stands for each element of its list.
+    path: &'static str,
+    /// Whether the value asks for nothing, in the body that it is part of.
+    is_neutral: fn(&Value, &Object) -> bool,
+    /// Why other values are refused, behind the field's name.
+    problem: &'static str,
+}
+
+const fn field(path: &'static str, is_neutral: fn(&Value, &Object) -> bool, problem: &'static str) -> Field {
+    Field { path, is_neutral, problem }
+}
+
+/// A field that says something about the request and asks for nothing, whatever it says.
+const fn label(path: &'static str) -> Field {
+    field(path, |value, _| value.text().is_some(), "must be a string")
+}
+
+/// A field that has no value but `null` that asks for nothing.
+const fn unsupported(path: &'static str, problem: &'static str) -> Field {
+    field(path, |_, _| false, problem)
+}
+
+/// Of `/v1/chat/completions`.
+pub(super) const CHAT: &[&[Field]] = &[TEXT, CHAT_ALONE];
+/// Of `/v1/completions`.
+pub(super) const COMPLETION: &[&[Field]] = &[TEXT, COMPLETION_ALONE];
+
+const TEXT: &[Field] = &[
+    label("user"),
+    label("safety_identifier"),
+    label("prompt_cache_key"),
+    field("metadata", |value, _| matches!(value, Value::Object(_)), "must be an object"),
+    field("store", is_false, "answers are not stored here; must be false"),
+    field(
+        "service_tier",
+        |value, _| is_one_of(value, &["auto", "default"]),
+        "there is one tier; must be auto or default",
+    ),
+    field("logit_bias", has_no_bias, "is not supported yet; only biases of 0 are allowed"),
+];
+
+const CHAT_ALONE: &[Field] = &[
+    field("logprobs", is_false, "are not returned yet; must be false"),
+    field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned yet; must be 0"),
+    field("response_format", is_text_format, "only {\"type\": \"text\"} is supported yet"),
+    field("tools", is_empty, "are not supported yet; leave it out"),
+    field("tool_choice", is_no_choice, "tools are not supported yet; must be none or auto"),
+    field("parallel_tool_calls", |value, _| matches!(value, Value::Bool(_)), "must be true or false"),
+    field("functions", is_empty, "are not supported yet; leave it out"),
+    field("function_call", is_no_choice, "functions are not supported yet; must be none or auto"),
+    field("modalities", is_text_alone, "answers are text; must be [\"text\"]"),
+    unsupported("audio", "answers are text; leave it out"),
+    unsupported("prediction", "is not supported; leave it out"),
+    unsupported("moderation", "is not supported; leave it out"),
+    unsupported("web_search_options", "there is no search here; leave it out"),
+    field("reasoning_effort", |value, _| is_one_of(value, &["none"]), "is not supported; must be none"),
+    field("verbosity", |value, _| is_one_of(value, &["medium"]), "is not supported; must be medium"),
+    field("prompt_cache_retention", |value, _| is_one_of(value, &["in_memory"]), "must be in_memory"),
+    field("prompt_cache_options", is_default_cache, "only {\"mode\": \"implicit\", \"ttl\": \"30m\"} is supported"),
+    unsupported("messages[].audio", MESSAGES_ARE_TEXT),
+    unsupported("messages[].refusal", "is not supported; leave it out"),
+    unsupported("messages[].function_call", "functions are not supported yet; leave it out"),
+    field("messages[].tool_calls", is_empty, "tools are not supported yet; leave it out"),
+    field("messages[].annotations", is_empty, "are not supported; leave it out"),
+    unsupported("messages[].tool_call_id", "results of tools are not supported yet; leave it out"),
+    unsupported("messages[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
+    unsupported("messages[].content[].image_url", MESSAGES_ARE_TEXT),
+    unsupported("messages[].content[].input_audio", MESSAGES_ARE_TEXT),
+    unsupported("messages[].content[].file", MESSAGES_ARE_TEXT),
+    unsupported("messages[].content[].refusal", MESSAGES_ARE_TEXT),
+];
+
+const MESSAGES_ARE_TEXT: &str = "messages are text; leave it out";
+
+const COMPLETION_ALONE: &[Field] = &[
+    field("best_of", is_all_of_n, "is not supported; must be 1 or equal to n"),
+    field("echo", is_false, "is not supported; must be false"),
+    field("logprobs", is_false, "are not returned yet; leave it out"),
+    field("suffix", |value, _| value.text() == Some(""), "is not supported; leave it out"),
+];
+
+fn is_false(value: &Value, _: &Object) -> bool {
+    *value == Value::Bool(false)
+}
+
+fn is_one_of(value: &Value, neutral: &[&str]) -> bool {
+    value.text().is_some_and(|text| neutral.contains(&text))
+}
+
+fn is_empty(value: &Value, _: &Object) -> bool {
+    matches!(value, Value::List(values) if values.is_empty())
+}
+
+fn has_no_bias(value: &Value, _: &Object) -> bool {
+    matches!(value, Value::Object(biases) if biases.values().all(|bias| *bias == Value::Unsigned(0)))
+}
+
+fn is_no_choice(value: &Value, _: &Object) -> bool {
+    is_one_of(value, &["none", "auto"])
+}
+
+fn is_text_format(value: &Value, _: &Object) -> bool {
+    is_object_of(value, &[("type", "text")])
+}
+
+fn is_default_cache(value: &Value, _: &Object) -> bool {
+    is_object_of(value, &[("mode", "implicit"), ("ttl", "30m")])
+}
+
+fn is_object_of(value: &Value, neutral: &[(&str, &str)]) -> bool {
+    let is_neutral = |(key, value): (&String, &Value)| neutral.contains(&(key, value.text().unwrap_or_default()));
+    matches!(value, Value::Object(fields) if fields.iter().all(is_neutral))
+}
+
+fn is_text_alone(value: &Value, _: &Object) -> bool {
+    matches!(value, Value::List(kinds) if matches!(&kinds[..], [kind] if is_one_of(kind, &["text"])))
+}
+
+/// The best of 1 is the one; of as many as are returned, all are.
+fn is_all_of_n(value: &Value, body: &Object) -> bool {
+    let n = body.get("n").unwrap_or(&Value::Null);
+    *value == Value::Unsigned(1) || (value == n && matches!(value, Value::Unsigned(_)))
+}
+
+/// Takes those of `fields` that ask for nothing out of `body`; the first that asks for something is an error.
+pub(super) fn settle(fields: &[&[Field]], body: &mut Value) -> Result<(), ApiError> {
+    let Value::Object(body) = body else { return Ok(()) };
+    for field in fields.iter().copied().flatten() {
+        let keys: Vec<&str> = field.path.split('.').collect();
+        let taken = take(field, &keys, body);
+        taken.map_err(|path| ApiError::field_code(path, "unsupported_value", field.problem))?;
+    }
+    Ok(())
+}
+
+/// Removes a field of `body` whose value asks for nothing; the error is the path of one that does.
+fn take(field: &Field, keys: &[&str], object: &mut Object) -> Result<(), String> {
+    match keys {
+        [] => Ok(()),
+        [key] => {
+            let is_neutral = match object.get(*key) {
+                None => return Ok(()),
+                Some(value) => *value == Value::Null || (field.is_neutral)(value, object),
+            };
+            if !is_neutral {
+                return Err((*key).to_owned());
+            }
+            object.remove(*key);
+            Ok(())
+        }
+        [list, rest @ ..] => {
+            let key = list.trim_end_matches("[]");
+            let Some(Value::List(values)) = object.get_mut(key) else { return Ok(()) };
+            for (index, value) in values.iter_mut().enumerate() {
+                let Value::Object(object) = value else { continue };
+                take(field, rest, object).map_err(|path| format!("{key}[{index}].{path}"))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MESSAGES: &str = r#""messages": [{"role": "user", "content": "hello"}]"#;
+
+    fn settled(fields: &[&[Field]], json: &str) -> Result<Value, (String, String)> {
+        let mut body = Value::from_json(json.as_bytes()).expect(json);
+        let settled = settle(fields, &mut body).map(|()| body);
+        settled.map_err(|error| {
+            let body = serde_json::to_value(error.body()).expect("serializes");
+            let text = |key: &str| body[key].as_str().unwrap_or_default().to_owned();
+            assert!(text("message").starts_with(&format!("{}: ", text("param"))), "{body}");
+            (text("param"), text("code"))
+        })
+    }
+
+    #[track_caller]
+    fn check(fields: &[&[Field]], base: &str, neutral: &[&str], refused: &[(&str, &str)]) {
+        let plain = Value::from_json(format!("{{{base}}}").as_bytes()).expect(base);
+        for extra in neutral {
+            assert_eq!(settled(fields, &format!("{{{base}, {extra}}}")), Ok(plain.clone()), "{extra}");
+        }
+        for (extra, param) in refused {
+            let refusal = ((*param).to_owned(), "unsupported_value".to_owned());
+            assert_eq!(settled(fields, &format!("{{{base}, {extra}}}")), Err(refusal), "{extra}");
+        }
+    }
+
+    #[test]
+    fn what_asks_for_nothing_of_a_chat_is_taken_and_the_rest_refused_by_name() {
+        let neutral = [
+            r#""user": "u1", "safety_identifier": "u1", "prompt_cache_key": "k", "metadata": {"a": "b"}"#,
+            r#""store": false, "service_tier": "auto""#,
+            r#""service_tier": "default", "logit_bias": {}"#,
+            r#""logit_bias": {"50256": 0}, "logprobs": false, "top_logprobs": 0"#,
+            r#""response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": []"#,
+            r#""tool_choice": "auto", "parallel_tool_calls": true, "function_call": "none""#,
+            r#""parallel_tool_calls": false, "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
+            r#""prompt_cache_retention": "in_memory", "prompt_cache_options": {"mode": "implicit"}"#,
+        ];
+        let refused = [
+            (r#""user": 1"#, "user"),
+            (r#""metadata": "x""#, "metadata"),
+            (r#""store": true"#, "store"),
+            (r#""service_tier": "flex""#, "service_tier"),
+            (r#""logit_bias": {"50256": -100}"#, "logit_bias"),
+            (r#""logprobs": true"#, "logprobs"),
+            (r#""top_logprobs": 5"#, "top_logprobs"),
+            (r#""response_format": {"type": "json_object"}"#, "response_format"),
+            (r#""response_format": {"type": "json_schema", "json_schema": {}}"#, "response_format"),
+            (r#""tools": [{"type": "function"}]"#, "tools"),
+            (r#""tool_choice": "required""#, "tool_choice"),
+            (r#""tool_choice": {"type": "function"}"#, "tool_choice"),
+            (r#""parallel_tool_calls": "yes""#, "parallel_tool_calls"),
+            (r#""functions": [{"name": "f"}]"#, "functions"),
+            (r#""modalities": ["text", "audio"]"#, "modalities"),
+            (r#""audio": {"voice": "alloy"}"#, "audio"),
+            (r#""prediction": {"type": "content"}"#, "prediction"),
+            (r#""reasoning_effort": "high""#, "reasoning_effort"),
+            (r#""verbosity": "low""#, "verbosity"),
+            (r#""web_search_options": {}"#, "web_search_options"),
+            (r#""prompt_cache_options": {"mode": "explicit"}"#, "prompt_cache_options"),
+        ];
+        check(CHAT, MESSAGES, &neutral, &refused);
+    }
+
+    #[test]
+    fn what_asks_for_nothing_of_a_completion_is_taken_and_the_rest_refused_by_name() {
+        let neutral = [
+            r#""best_of": 1, "echo": false, "logprobs": null, "suffix": "", "user": "u1", "logit_bias": {}"#,
+            r#""best_of": 2"#,
+        ];
+        let refused = [
+            (r#""best_of": 3"#, "best_of"),
+            (r#""echo": true"#, "echo"),
+            (r#""logprobs": 0"#, "logprobs"),
+            (r#""suffix": "end""#, "suffix"),
+        ];
+        check(COMPLETION, r#""prompt": "x", "n": 2"#, &neutral, &refused);
+    }
+
+    #[test]
+    fn messages_may_be_sent_back_whole() {
+        let message = |extra: &str| format!(r#"{{"messages": [{{"role": "user"}}, {{"role": "assistant"{extra}}}]}}"#);
+        let plain = Value::from_json(message("").as_bytes()).expect("JSON");
+        let whole = r#", "refusal": null, "annotations": [], "audio": null, "function_call": null, "tool_calls": null"#;
+        assert_eq!(settled(CHAT, &message(whole)), Ok(plain.clone()));
+        assert_eq!(settled(CHAT, &message(r#", "annotations": null, "tool_calls": []"#)), Ok(plain));
+        for (extra, param) in [
+            (r#", "tool_calls": [{"id": "a"}]"#, "messages[1].tool_calls"),
+            (r#", "refusal": "no""#, "messages[1].refusal"),
+            (r#", "tool_call_id": "a""#, "messages[1].tool_call_id"),
+            (r#", "content": [{"type": "image_url", "image_url": {}}]"#, "messages[1].content[0].image_url"),
+            (r#", "content": [{}, {"prompt_cache_breakpoint": {}}]"#, "messages[1].content[1].prompt_cache_breakpoint"),
+        ] {
+            let refusal = (param.to_owned(), "unsupported_value".to_owned());
+            assert_eq!(settled(CHAT, &message(extra)), Err(refusal), "{extra}");
+        }
+    }
+
+    #[test]
+    fn null_asks_for_nothing_and_every_field_is_documented() {
+        let document = include_str!("../../docs/http-api.md");
+        for field in CHAT.iter().chain(COMPLETION).copied().flatten() {
+            let name = field.path.rsplit('.').next().expect("has a last part");
+            assert!(document.contains(&format!("`{name}`")), "{} is not in docs/http-api.md", field.path);
+            if !field.path.contains('.') {
+                let nothing = Value::Object(Object::new());
+                assert_eq!(settled(&[std::slice::from_ref(field)], &format!(r#"{{"{name}": null}}"#)), Ok(nothing));
+            }
+        }
+    }
+}
