@@ -1,6 +1,8 @@
 //! Reading the small files of a checkpoint (JSON, templates, vocabularies), with errors that name the file and, in JSON,
 //! the field.
 
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -104,6 +106,25 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number that cannot be null, in the range of what can be computed with.
+    pub fn in_range<T>(&self, field: &str, default: T, allowed: RangeInclusive<T>) -> Result<T>
+    where
+        T: DeserializeOwned + PartialOrd + Display,
+    {
+        self.check_range(field, self.or(field, default)?, allowed)
+    }
+
+    /// The number, if it is in the range.
+    pub fn check_range<T>(&self, field: &str, number: T, allowed: RangeInclusive<T>) -> Result<T>
+    where
+        T: PartialOrd + Display,
+    {
+        match allowed.contains(&number) {
+            true => Ok(number),
+            false => Err(self.error(field, format!("is {number}; allowed: {} to {}", allowed.start(), allowed.end()))),
+        }
+    }
+
     /// A switch; null is off, as for Python.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool> {
         Ok(self.nullable_or(field, Some(default))?.unwrap_or(false))
@@ -115,7 +136,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Says what is wrong with a field.
-    pub fn error(&self, field: &str, problem: impl std::fmt::Display) -> Error {
+    pub fn error(&self, field: &str, problem: impl Display) -> Error {
         Error::checkpoint(self.path, format!("{field}: {problem}"))
     }
 

@@ -17,6 +17,10 @@ use crate::error::{Error, Result};
 
 /// What transformers assumes when no `rope_theta` is given.
 const DEFAULT_THETA: f64 = 10_000.0;
+/// Turns within the original context above which yarn keeps a pair's frequency, where the file does not say.
+const DEFAULT_BETA_FAST: f64 = 32.0;
+/// Turns below which yarn divides a pair's frequency, where the file does not say.
+const DEFAULT_BETA_SLOW: f64 = 1.0;
 
 /// The fields of `config.json` that say how positions are rotated, in both spellings. Flattened into a family's config.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -72,7 +76,7 @@ impl Rope {
     /// From the fields of the `config.json` at `path` (for messages), `head_dim` and `max_position_embeddings`.
     ///
     /// Errors name the field: unknown types (among them `dynamic` and `longrope`, whose frequencies change with the
-    /// length of the sequence), missing parameters, partial rotation.
+    /// length of the sequence), missing parameters, numbers that cannot be computed with, partial rotation.
     pub fn from_config(
         path: &Path,
         fields: &RopeFields,
@@ -81,6 +85,7 @@ impl Rope {
     ) -> Result<Self> {
         let source = Source::new(path, fields);
         source.check_whole_rotation()?;
+        source.check_ranges()?;
         let theta = source.theta()?;
         let original_max = fields
             .original_max_position_embeddings
@@ -155,10 +160,66 @@ impl<'a> Source<'a> {
 
     fn theta(&self) -> Result<f64> {
         let theta = self.parameters.rope_theta.or(self.fields.rope_theta).unwrap_or(DEFAULT_THETA);
-        if theta > 1.0 && theta.is_finite() {
+        if theta > 1.0 && (theta as f32).is_finite() {
             return Ok(theta);
         }
-        Err(self.error("rope_theta", format!("is {theta}; it must be above 1")))
+        Err(self.error("rope_theta", format!("is {theta}; it must be above 1 and fit 32 bits")))
+    }
+
+    /// Refuses numbers that give no rotation. Those that the type does not use are not looked at.
+    fn check_ranges(&self) -> Result<()> {
+        let RopeParameters { factor, low_freq_factor, high_freq_factor, .. } = self.parameters;
+        let RopeParameters { attention_factor, mscale, mscale_all_dim, beta_fast, beta_slow, .. } = self.parameters;
+        let original_max = self.parameters.original_max_position_embeddings;
+        if self.rope_type() != "default" {
+            self.check_positive("factor", factor)?;
+        }
+        if matches!(self.rope_type(), "llama3" | "yarn") {
+            self.check_positive("original_max_position_embeddings", original_max)?;
+            if let Some(original_max) = self.fields.original_max_position_embeddings
+                && !is_positive(original_max)
+            {
+                let problem = format!("original_max_position_embeddings: is {original_max}; it must be above 0");
+                return Err(Error::checkpoint(self.path, problem));
+            }
+        }
+        match self.rope_type() {
+            "llama3" => {
+                self.check_positive("low_freq_factor", low_freq_factor)?;
+                self.check_positive("high_freq_factor", high_freq_factor)?;
+                self.check_order(("low_freq_factor", low_freq_factor), ("high_freq_factor", high_freq_factor))
+            }
+            "yarn" => {
+                self.check_positive("attention_factor", attention_factor)?;
+                self.check_positive("mscale", non_zero(mscale))?;
+                self.check_positive("mscale_all_dim", non_zero(mscale_all_dim))?;
+                let (slow, fast) = (non_zero(beta_slow), non_zero(beta_fast));
+                self.check_positive("beta_slow", slow)?;
+                self.check_positive("beta_fast", fast)?;
+                let slow = slow.unwrap_or(DEFAULT_BETA_SLOW);
+                self.check_order(("beta_slow", Some(slow)), ("beta_fast", Some(fast.unwrap_or(DEFAULT_BETA_FAST))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_positive(&self, field: &str, value: Option<f64>) -> Result<()> {
+        match value {
+            Some(value) if !is_positive(value) => {
+                Err(self.error(field, format!("is {value}; it must be above 0 and fit 32 bits")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The second must be above the first.
+    fn check_order(&self, low: (&str, Option<f64>), high: (&str, Option<f64>)) -> Result<()> {
+        match (low.1, high.1) {
+            (Some(below), Some(above)) if above <= below => {
+                Err(self.error(high.0, format!("is {above}; it must be above {}, {below}", low.0)))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_whole_rotation(&self) -> Result<()> {
@@ -245,8 +306,8 @@ fn yarn_ramp(parameters: &RopeParameters, theta: f64, head_dim: usize, original_
         let turns = times * 2.0 * std::f64::consts::PI;
         dim * (original_max / turns).ln() / (2.0 * theta.ln())
     };
-    let mut low = pair_that_turns(non_zero(parameters.beta_fast).unwrap_or(32.0));
-    let mut high = pair_that_turns(non_zero(parameters.beta_slow).unwrap_or(1.0));
+    let mut low = pair_that_turns(non_zero(parameters.beta_fast).unwrap_or(DEFAULT_BETA_FAST));
+    let mut high = pair_that_turns(non_zero(parameters.beta_slow).unwrap_or(DEFAULT_BETA_SLOW));
     if parameters.truncate.unwrap_or(true) {
         (low, high) = (low.floor(), high.ceil());
     }
@@ -262,6 +323,12 @@ fn yarn_attention_factor(parameters: &RopeParameters, factor: f64) -> f64 {
         (None, Some(mscale), Some(mscale_all_dim)) => magnitude(mscale) / magnitude(mscale_all_dim),
         _ => magnitude(1.0),
     }
+}
+
+/// Whether a number, which enters the rotation in 32 bits, is above 0 there.
+fn is_positive(number: f64) -> bool {
+    let number = number as f32;
+    number > 0.0 && number.is_finite()
 }
 
 /// The reference takes 0 for "not given" in the optional yarn parameters.
@@ -382,6 +449,48 @@ mod tests {
         refused(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor");
         refused(json!({"rope_theta": 0}), "rope_theta");
         refused(json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}), "full_attention");
+    }
+
+    #[test]
+    fn numbers_without_a_rotation_are_refused_by_field() {
+        let refused = |kind: &str, field: &str, value: Value| {
+            let mut scaling = json!({"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 1024,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+            scaling[field] = value.clone();
+            for spelling in ["rope_scaling", "rope_parameters"] {
+                let error = parse(json!({spelling: scaling})).expect_err("must be refused").to_string();
+                assert!(error.contains(&format!("{spelling}.{field}")), "{kind} {field} {value}: {error}");
+            }
+        };
+        for nonsense in [json!(0), json!(0.0), json!(-2), json!(-0.5), json!(1e300)] {
+            for kind in ["linear", "llama3", "yarn"] {
+                refused(kind, "factor", nonsense.clone());
+            }
+            for kind in ["llama3", "yarn"] {
+                refused(kind, "original_max_position_embeddings", nonsense.clone());
+            }
+            refused("llama3", "low_freq_factor", nonsense.clone());
+            refused("llama3", "high_freq_factor", nonsense.clone());
+            refused("yarn", "attention_factor", nonsense);
+        }
+        for negative in [json!(-1), json!(-0.1)] {
+            for field in ["beta_fast", "beta_slow", "mscale", "mscale_all_dim"] {
+                refused("yarn", field, negative.clone());
+            }
+        }
+        refused("llama3", "high_freq_factor", json!(1.0));
+        refused("yarn", "beta_fast", json!(0.5));
+        let error = parse(json!({"original_max_position_embeddings": 0, "rope_scaling": {"type": "yarn"}}));
+        let error = error.expect_err("must be refused").to_string();
+        assert!(error.contains("original_max_position_embeddings"), "{error}");
+    }
+
+    #[test]
+    fn numbers_that_the_type_does_not_use_are_not_looked_at() {
+        let plain = parse(json!({})).expect("default");
+        let unused = json!({"rope_type": "default", "factor": 0, "beta_fast": -1, "low_freq_factor": -1});
+        assert_eq!(parse(json!({"rope_scaling": unused})).expect("default"), plain);
+        parse(json!({"rope_scaling": {"type": "linear", "factor": 0.5}})).expect("the reference takes it too");
     }
 
     #[test]

@@ -77,63 +77,33 @@ impl DecoderConfig {
     pub fn read(path: &Path, class: &ConfigClass) -> Result<Self> {
         let fields = Fields::read(path)?;
         check_plain(&fields)?;
-        let hidden_size = fields.or("hidden_size", class.hidden_size)?;
-        let num_attention_heads = fields.or("num_attention_heads", class.num_attention_heads)?;
-        let kv_heads = fields.nullable_or("num_key_value_heads", class.num_key_value_heads)?;
-        let head_dim = fields.nullable_or("head_dim", None)?.unwrap_or(hidden_size / num_attention_heads.max(1));
-        let max_position_embeddings = fields.or("max_position_embeddings", class.max_position_embeddings)?;
+        let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
+        let hidden_size = size("hidden_size", class.hidden_size)?;
+        let heads = Heads::read(&fields, class, hidden_size)?;
+        let max_position_embeddings =
+            fields.in_range("max_position_embeddings", class.max_position_embeddings, 1..=MAX_POSITIONS)?;
         let stated = |field| Ok::<bool, Error>(class.biases == Biases::AsStated && fields.flag(field, false)?);
         let attention_bias = stated("attention_bias")?;
         let config = Self {
-            vocab_size: fields.or("vocab_size", class.vocab_size)?,
+            vocab_size: size("vocab_size", class.vocab_size)?,
             hidden_size,
-            intermediate_size: fields.or("intermediate_size", class.intermediate_size)?,
-            num_hidden_layers: fields.or("num_hidden_layers", class.num_hidden_layers)?,
-            num_attention_heads,
-            num_key_value_heads: kv_heads.unwrap_or(num_attention_heads),
-            head_dim,
-            rms_norm_eps: fields.or("rms_norm_eps", 1e-6)?,
+            intermediate_size: size("intermediate_size", class.intermediate_size)?,
+            num_hidden_layers: fields.in_range("num_hidden_layers", class.num_hidden_layers, 1..=MAX_LAYERS)?,
+            num_attention_heads: heads.num_attention_heads,
+            num_key_value_heads: heads.num_key_value_heads,
+            head_dim: heads.head_dim,
+            rms_norm_eps: fields.in_range("rms_norm_eps", 1e-6, 0.0..=1.0)?,
             max_position_embeddings,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             qkv_bias: attention_bias || class.biases == Biases::QueriesKeysValues,
             o_bias: attention_bias,
             mlp_bias: stated("mlp_bias")?,
-            rope: Rope::from_config(path, &fields.all()?, head_dim, max_position_embeddings)?,
+            rope: Rope::from_config(path, &fields.all()?, heads.head_dim, max_position_embeddings)?,
         };
-        config.check(path)?;
         if class.knows_windows {
             config.check_windows(&fields)?;
         }
         Ok(config)
-    }
-
-    /// Refuses sizes that cannot be computed with, naming the field; `path` is the `config.json`'s.
-    fn check(&self, path: &Path) -> Result<()> {
-        let sizes = [
-            ("vocab_size", self.vocab_size, MAX_SIZE),
-            ("hidden_size", self.hidden_size, MAX_SIZE),
-            ("intermediate_size", self.intermediate_size, MAX_SIZE),
-            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
-            ("num_attention_heads", self.num_attention_heads, MAX_SIZE),
-            ("num_key_value_heads", self.num_key_value_heads, MAX_SIZE),
-            ("head_dim", self.head_dim, MAX_SIZE),
-            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
-        ];
-        for (field, size, max) in sizes {
-            if size == 0 || size > max {
-                return Err(Error::checkpoint(path, format!("{field}: is {size}; allowed: 1 to {max}")));
-            }
-        }
-        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
-        if !heads.is_multiple_of(kv_heads) {
-            let problem = format!("num_key_value_heads: {kv_heads} does not divide num_attention_heads, {heads}");
-            return Err(Error::checkpoint(path, problem));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            let problem = format!("head_dim: {} is odd and cannot be rotated in pairs", self.head_dim);
-            return Err(Error::checkpoint(path, problem));
-        }
-        Ok(())
     }
 
     /// Refuses windowed attention unless the window is as wide as the context.
@@ -176,6 +146,39 @@ impl DecoderConfig {
             num_key_value_heads: self.num_key_value_heads,
             head_dim: self.head_dim,
         }
+    }
+}
+
+/// How the attention is parted.
+struct Heads {
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+}
+
+impl Heads {
+    fn read(fields: &Fields<'_>, class: &ConfigClass, hidden_size: usize) -> Result<Self> {
+        let heads = fields.in_range("num_attention_heads", class.num_attention_heads, 1..=MAX_SIZE)?;
+        let num_key_value_heads = match fields.nullable_or("num_key_value_heads", class.num_key_value_heads)? {
+            Some(given) => fields.check_range("num_key_value_heads", given, 1..=MAX_SIZE)?,
+            None => heads,
+        };
+        let head_dim = match fields.nullable_or("head_dim", None)? {
+            Some(given) => fields.check_range("head_dim", given, 1..=MAX_SIZE)?,
+            None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            None => {
+                let problem = format!("{heads} does not divide hidden_size, {hidden_size}, and head_dim is absent");
+                return Err(fields.error("num_attention_heads", problem));
+            }
+        };
+        if !heads.is_multiple_of(num_key_value_heads) {
+            let problem = format!("{num_key_value_heads} does not divide num_attention_heads, {heads}");
+            return Err(fields.error("num_key_value_heads", problem));
+        }
+        if !head_dim.is_multiple_of(2) {
+            return Err(fields.error("head_dim", format!("{head_dim} is odd and cannot be rotated in pairs")));
+        }
+        Ok(Self { num_attention_heads: heads, num_key_value_heads, head_dim })
     }
 }
 
