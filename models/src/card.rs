@@ -5,8 +5,6 @@
 
 use std::sync::Arc;
 
-use serde::Deserialize;
-
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::diffusion::{self, Canvas, Prompt, Sampling};
 use crate::diffusion::{
@@ -24,8 +22,11 @@ use crate::solver::names::{Scheduler, Spacing};
 use crate::solver::schedulers::{Chosen, Schedulers};
 use crate::tokenizer::Tokenizer;
 
+mod sampling_defaults;
 #[cfg(test)]
 mod tests;
+
+pub use sampling_defaults::SamplingDefaults;
 
 /// Card of a loaded model.
 #[derive(Debug)]
@@ -44,6 +45,15 @@ impl ModelCard {
         match self {
             Self::Text(card) => Self::Text(card),
             Self::Diffusion(card) => Self::Diffusion(DiffusionCard { room_bytes, ..card }),
+        }
+    }
+
+    /// Whether a request that says no more than it must is valid: whether the model's own defaults are.
+    pub fn check_defaults(&self) -> Result<()> {
+        match self {
+            Self::Text(card) => card.resolve(vec![0], TextOptions::default(), 0).map(|_| ()),
+            Self::Diffusion(card) if card.edits.is_needed => Ok(()),
+            Self::Diffusion(card) => card.resolve(card.plainest(), 0).map(|_| ()),
         }
     }
 }
@@ -65,23 +75,6 @@ pub struct TextCard {
     pub chat_template: Option<ChatTemplate>,
     /// Sampling defaults of `generation_config.json`.
     pub defaults: SamplingDefaults,
-}
-
-/// The sampling fields of `generation_config.json`. `do_sample: false` means greedy, as in transformers.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub struct SamplingDefaults {
-    /// Whether the model's author samples at all.
-    pub do_sample: Option<bool>,
-    /// See [`SamplingParams`].
-    pub temperature: Option<f32>,
-    /// See [`SamplingParams`].
-    pub top_p: Option<f32>,
-    /// See [`SamplingParams`].
-    pub top_k: Option<usize>,
-    /// See [`SamplingParams`].
-    pub min_p: Option<f32>,
-    /// See [`SamplingParams`].
-    pub repetition_penalty: Option<f32>,
 }
 
 /// What a client may say about a text generation; absent fields take the model's defaults.
@@ -164,11 +157,12 @@ impl TextCard {
     }
 
     fn sampling(&self, options: &TextOptions, fallback_seed: u64) -> Result<SamplingParams> {
+        options.check()?;
         let defaults = &self.defaults;
         // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);
         let default_temperature = if greedy_by_default { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
-        let sampling = SamplingParams {
+        Ok(SamplingParams {
             temperature: options.temperature.unwrap_or(default_temperature),
             top_p: options.top_p.or(defaults.top_p).unwrap_or(1.0),
             top_k: options.top_k.or(defaults.top_k).unwrap_or(0),
@@ -177,15 +171,30 @@ impl TextCard {
             frequency_penalty: options.frequency_penalty.unwrap_or(0.0),
             repetition_penalty: options.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
             seed: options.seed.unwrap_or(fallback_seed),
-        };
-        check_range("temperature", sampling.temperature, 0.0, 2.0)?;
-        // 0 is the most likely token alone, as 0 of OpenAI's range.
-        check_range("top_p", sampling.top_p, 0.0, 1.0)?;
-        check_range("min_p", sampling.min_p, 0.0, 1.0)?;
-        check_range("presence_penalty", sampling.presence_penalty, -2.0, 2.0)?;
-        check_range("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)?;
-        check_above("repetition_penalty", sampling.repetition_penalty, 0.0, 2.0)?;
-        Ok(sampling)
+        })
+    }
+}
+
+impl TextOptions {
+    /// Refuses numbers outside of the ranges of requests. A model's own defaults may lie outside of these.
+    fn check(&self) -> Result<()> {
+        let ranges = [
+            ("temperature", self.temperature, 0.0, 2.0),
+            // 0 is the most likely token alone, as 0 of OpenAI's range.
+            ("top_p", self.top_p, 0.0, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("presence_penalty", self.presence_penalty, -2.0, 2.0),
+            ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
+        ];
+        for (field, value, least, most) in ranges {
+            if let Some(value) = value {
+                check_range(field, value, least, most)?;
+            }
+        }
+        match self.repetition_penalty {
+            Some(penalty) => check_above("repetition_penalty", penalty, 0.0, 2.0),
+            None => Ok(()),
+        }
     }
 }
 

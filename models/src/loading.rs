@@ -112,6 +112,10 @@ fn load_with(
 ) -> Result<LoadedModel> {
     let model = family.load(manifest, open, options)?;
     open.check_fit(manifest)?;
+    // Else it would load, and every request that leaves a field out would fail.
+    model.card.check_defaults().map_err(|error| {
+        Error::checkpoint(&manifest.root, format!("the model's own defaults cannot be used: {error}"))
+    })?;
     let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
     let takes_loras = matches!(&model.card, ModelCard::Diffusion(card) if matches!(card.loras, LoraSupport::Folder(_)));
     let has_refiner = matches!(&model.card, ModelCard::Diffusion(card) if card.refiner.is_some());

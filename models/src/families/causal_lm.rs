@@ -127,7 +127,7 @@ pub fn load(
         vocab_size,
         tokenizer,
         chat_template: ChatTemplate::from_dir(dir)?,
-        defaults: read_json_if_present::<SamplingDefaults>(&dir.join("generation_config.json"))?.unwrap_or_default(),
+        defaults: SamplingDefaults::read(&dir.join("generation_config.json"))?,
     };
     Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
 }

@@ -1,0 +1,115 @@
+//! `generation_config.json`: how a model's author samples, in transformers' words.
+//!
+//! Owns: the fields, what their values mean, refusals of nonsense. Does not know: what requests may ask for. Source:
+//! transformers `generation/utils.py`, `_get_logits_processor`, and `generation/logits_process.py`.
+
+use std::path::Path;
+
+use crate::config::Fields;
+use crate::error::Result;
+
+/// The sampling fields of `generation_config.json`. `do_sample: false` means greedy, as in transformers.
+#[derive(Debug, Clone, Default)]
+pub struct SamplingDefaults {
+    /// Whether the model's author samples at all.
+    pub do_sample: Option<bool>,
+    /// See [`SamplingParams`](crate::request::SamplingParams); any that is not negative.
+    pub temperature: Option<f32>,
+    /// See [`SamplingParams`](crate::request::SamplingParams).
+    pub top_p: Option<f32>,
+    /// See [`SamplingParams`](crate::request::SamplingParams).
+    pub top_k: Option<usize>,
+    /// See [`SamplingParams`](crate::request::SamplingParams).
+    pub min_p: Option<f32>,
+    /// See [`SamplingParams`](crate::request::SamplingParams); any above 0.
+    pub repetition_penalty: Option<f32>,
+}
+
+impl SamplingDefaults {
+    /// Reads the file at `path`; no defaults where there is none. A value may lie outside of what requests may ask for.
+    /// Errors name the file and a field whose value means nothing.
+    pub fn read(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Ok(Self::default());
+        }
+        let fields = Fields::read(path)?;
+        Ok(Self {
+            do_sample: fields.nullable_or("do_sample", None)?,
+            temperature: number(&fields, "temperature", "must not be negative", |value| value >= 0.0)?,
+            // As in transformers, one of 1 or more cuts nothing off.
+            top_p: number(&fields, "top_p", "must not be negative", |value| value >= 0.0)?.map(|top_p| top_p.min(1.0)),
+            top_k: top_k(&fields)?,
+            min_p: number(&fields, "min_p", "must be 0 to 1", |value| (0.0..=1.0).contains(&value))?,
+            repetition_penalty: number(&fields, "repetition_penalty", "must be above 0", |value| value > 0.0)?,
+        })
+    }
+}
+
+fn number(fields: &Fields<'_>, field: &str, rule: &str, is_valid: impl Fn(f32) -> bool) -> Result<Option<f32>> {
+    match fields.nullable_or::<f32>(field, None)? {
+        Some(value) if !value.is_finite() || !is_valid(value) => {
+            Err(fields.error(field, format!("is {value}; it {rule}")))
+        }
+        value => Ok(value),
+    }
+}
+
+/// Candidates; 0 and -1 are off.
+fn top_k(fields: &Fields<'_>) -> Result<Option<usize>> {
+    match fields.nullable_or::<i64>("top_k", None)? {
+        None => Ok(None),
+        Some(-1) => Ok(Some(0)),
+        Some(k) => usize::try_from(k).map(Some).map_err(|_| fields.error("top_k", format!("is {k}; 0 and -1 are off"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<SamplingDefaults> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("generation_config.json");
+        std::fs::write(&path, json).expect("written");
+        SamplingDefaults::read(&path)
+    }
+
+    #[test]
+    fn values_outside_of_the_range_of_requests_are_kept() {
+        let defaults = read(r#"{"repetition_penalty": 2.5, "temperature": 3.0, "top_p": 0}"#).expect("read");
+        assert_eq!((defaults.repetition_penalty, defaults.temperature), (Some(2.5), Some(3.0)));
+        assert_eq!(defaults.top_p, Some(0.0));
+    }
+
+    #[test]
+    fn what_is_off_is_off_in_every_spelling() {
+        for (json, top_k) in [("-1", Some(0)), ("0", Some(0)), ("50.0", Some(50)), ("50", Some(50)), ("null", None)] {
+            assert_eq!(read(&format!(r#"{{"top_k": {json}}}"#)).expect("read").top_k, top_k, "{json}");
+        }
+        assert_eq!(read(r#"{"top_p": 1.5}"#).expect("read").top_p, Some(1.0));
+        let nulls = read(r#"{"do_sample": null, "temperature": null, "top_p": null, "min_p": null}"#).expect("read");
+        assert_eq!((nulls.do_sample, nulls.temperature, nulls.top_p, nulls.min_p), (None, None, None, None));
+    }
+
+    #[test]
+    fn nonsense_is_refused_by_field() {
+        let nonsense = [
+            ("temperature", "-0.5"),
+            ("temperature", "1e39"),
+            ("temperature", r#""hot""#),
+            ("top_p", "-0.1"),
+            ("top_k", "-2"),
+            ("top_k", "2.5"),
+            ("min_p", "1.5"),
+            ("min_p", "-1"),
+            ("repetition_penalty", "0"),
+            ("repetition_penalty", "-1.0"),
+            ("do_sample", "3"),
+        ];
+        for (field, value) in nonsense {
+            let error = read(&format!(r#"{{"{field}": {value}}}"#)).expect_err("must be refused").to_string();
+            assert!(error.contains(&format!("generation_config.json: {field}: ")), "{error}");
+        }
+        assert!(read(r#"{"temperature": NaN}"#).is_err());
+    }
+}
