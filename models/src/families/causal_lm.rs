@@ -22,7 +22,7 @@ use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::tokenizer::Tokenizer;
-use crate::weights::Weights;
+use crate::weights::{Tie, Weights};
 use crate::work::StepWork;
 
 /// A decoder whose last hidden states are projected to logits.
@@ -33,17 +33,22 @@ pub struct DecoderLm {
 }
 
 impl DecoderLm {
-    /// Tensors `model.*` and `lm_head.weight`, the latter only when the embeddings are not tied.
+    /// Tensors `model.*` and `lm_head.weight`. Where the configuration ties the embeddings, the head may be absent or
+    /// take the embeddings' place; where it is there and differs from them, it is used all the same.
     pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
+        let (model, head) = (weights.pp("model"), weights.pp("lm_head"));
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
-        let is_tied = config.tie_word_embeddings;
-        let decoder = Decoder::load(&weights.pp("model"), config)?;
-        let lm_head = if is_tied {
-            // Some tied checkpoints store the shared table twice.
-            weights.ignore("lm_head.weight");
-            decoder.tied_head()
-        } else {
-            Linear::load_no_bias(&weights.pp("lm_head"), hidden_size, vocab_size)?
+        let tie = match config.tie_word_embeddings {
+            true => weights.tie("model.embed_tokens.weight", "lm_head.weight")?,
+            false => Tie::Two,
+        };
+        let decoder = match tie {
+            Tie::OneUnderSecond => Decoder::load_with_table(&model, &head, config)?,
+            Tie::One | Tie::Two => Decoder::load(&model, config)?,
+        };
+        let lm_head = match tie {
+            Tie::One | Tie::OneUnderSecond => decoder.tied_head(),
+            Tie::Two => Linear::load_no_bias(&head, hidden_size, vocab_size)?,
         };
         Ok(Self { decoder, lm_head })
     }

@@ -40,7 +40,12 @@ pub struct Decoder {
 impl Decoder {
     /// Tensors `embed_tokens.weight`, `layers.*` and `norm.weight`.
     pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
-        let embed_tokens = Embedding::load(&weights.pp("embed_tokens"), config.vocab_size, config.hidden_size)?;
+        Self::load_with_table(weights, &weights.pp("embed_tokens"), config)
+    }
+
+    /// As [`Decoder::load`], where the tokens' vectors are the `weight` of `table`.
+    pub fn load_with_table(weights: &Weights, table: &Weights, config: DecoderConfig) -> Result<Self> {
+        let embed_tokens = Embedding::load(table, config.vocab_size, config.hidden_size)?;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
             layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config)?);

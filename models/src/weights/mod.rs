@@ -30,9 +30,11 @@ pub mod names;
 mod record;
 pub mod single;
 mod stored;
+mod ties;
 
 pub use self::record::WeightsReport;
 pub use self::stored::Stored;
+pub use self::ties::Tie;
 
 /// A view of a component's tensors under a name prefix. Cheap to clone.
 #[derive(Clone)]
