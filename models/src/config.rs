@@ -42,7 +42,7 @@ fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
 /// As [`read_json`], of a value that was read from the file at `path`.
 ///
 /// A whole number may be written as a float (`50.0`), as Python's writers do: it is one.
-fn from_value<T: DeserializeOwned>(path: &Path, mut value: Value) -> Result<T> {
+pub fn from_value<T: DeserializeOwned>(path: &Path, mut value: Value) -> Result<T> {
     make_whole(&mut value);
     serde_path_to_error::deserialize(value).map_err(|error| {
         let field = error.path().to_string();
@@ -71,6 +71,17 @@ fn make_whole(value: &mut Value) {
     }
 }
 
+/// Refuses what no norm can add to a variance. `path` is the file's.
+pub fn check_eps(path: &Path, field: &str, eps: f64) -> Result<()> {
+    match (0.0..=MAX_EPS).contains(&eps) {
+        true => Ok(()),
+        false => Err(Error::checkpoint(path, format!("{field}: is {eps}; allowed: 0 to {MAX_EPS}"))),
+    }
+}
+
+/// Far more than any model's.
+pub const MAX_EPS: f64 = 1.0;
+
 /// The fields of one JSON file, where what an absent field means depends on who reads it.
 #[derive(Debug)]
 pub struct Fields<'a> {
@@ -82,6 +93,15 @@ impl<'a> Fields<'a> {
     /// Those of the file at `path`.
     pub fn read(path: &'a Path) -> Result<Self> {
         Ok(Self { path, fields: read_json(path)? })
+    }
+
+    /// The fields of the object in `field`, where there is one; else these.
+    pub fn below(mut self, field: &str) -> Result<Self> {
+        match self.fields.get_mut(field).map(Value::take) {
+            None | Some(Value::Null) => Ok(self),
+            Some(Value::Object(fields)) => Ok(Self { fields, ..self }),
+            Some(_) => Err(self.error(field, "is no object")),
+        }
     }
 
     /// A field as it stands there.

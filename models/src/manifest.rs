@@ -88,7 +88,17 @@ impl Manifest {
             Layout::Transformers { config } => config["architectures"][0]
                 .as_str()
                 .or_else(|| config["model_type"].as_str())
-                .unwrap_or("(config.json names no architecture)"),
+                .unwrap_or("(config.json has neither architectures nor model_type)"),
+        }
+    }
+
+    /// Whether the folder holds one model of this `model_type`, by which transformers knows it, or of this architecture.
+    pub fn is_model(&self, model_type: &str, architecture: &str) -> bool {
+        match &self.layout {
+            Layout::Diffusers { .. } => false,
+            Layout::Transformers { config } => {
+                config["model_type"].as_str() == Some(model_type) || self.architecture() == architecture
+            }
         }
     }
 
@@ -127,9 +137,14 @@ pub struct Component {
 }
 
 impl Component {
+    /// Where its `config.json` is.
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join("config.json")
+    }
+
     /// Parses `config.json` of the component.
     pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        read_json(&self.dir.join("config.json"))
+        read_json(&self.config_path())
     }
 
     /// Parses another JSON file of the component, such as `scheduler_config.json`.

@@ -9,6 +9,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
+use crate::config::Fields;
 use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
@@ -17,6 +18,7 @@ use crate::work::StepWork;
 
 /// `config.json` of a CLIP text encoder. Defaults are those of transformers.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs)]
 pub struct ClipTextConfig {
     pub vocab_size: usize,
@@ -25,27 +27,28 @@ pub struct ClipTextConfig {
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
     pub max_position_embeddings: usize,
-    #[serde(default)]
     pub hidden_act: ClipActivation,
-    #[serde(default = "default_layer_norm_eps")]
     pub layer_norm_eps: f64,
-    #[serde(default = "default_eos_token_id")]
     pub eos_token_id: u32,
     /// Width of `text_embeds`, where a projection is asked for.
-    #[serde(default = "default_projection_dim")]
     pub projection_dim: usize,
 }
 
-fn default_layer_norm_eps() -> f64 {
-    1e-5
-}
-
-fn default_eos_token_id() -> u32 {
-    49407
-}
-
-fn default_projection_dim() -> usize {
-    512
+impl Default for ClipTextConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 49_408,
+            hidden_size: 512,
+            intermediate_size: 2048,
+            num_hidden_layers: 12,
+            num_attention_heads: 8,
+            max_position_embeddings: 77,
+            hidden_act: ClipActivation::QuickGelu,
+            layer_norm_eps: 1e-5,
+            eos_token_id: 49_407,
+            projection_dim: 512,
+        }
+    }
 }
 
 impl ClipTextConfig {
@@ -54,13 +57,25 @@ impl ClipTextConfig {
         self.num_hidden_layers as f64 * self.layer().flops(l)
     }
 
+    /// Reads the file at `path`, where the configuration of a whole CLIP has that of its text encoder as one field.
+    pub fn read(path: &Path) -> Result<Self> {
+        let config: Self = Fields::read(path)?.below("text_config")?.all()?;
+        config.check(path)?;
+        Ok(config)
+    }
+
     /// Refuses sizes that contradict each other. `path` is named in the error.
-    pub fn check(&self, path: &Path) -> Result<()> {
+    fn check(&self, path: &Path) -> Result<()> {
         self.layer().check(self.num_hidden_layers, path)?;
-        if self.max_position_embeddings == 0 {
-            return Err(Error::checkpoint(path, "max_position_embeddings is 0; at least one position is needed"));
+        let sizes = [
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("vocab_size", self.vocab_size),
+            ("projection_dim", self.projection_dim),
+        ];
+        match sizes.into_iter().find(|(_, size)| *size == 0) {
+            Some((field, _)) => Err(Error::checkpoint(path, format!("{field} is 0; at least 1 is needed"))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// Of each of its layers.

@@ -9,6 +9,7 @@ use candle_core::{DType, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_erf, quick_gelu};
 
+use crate::config::check_eps;
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::weights::Weights;
@@ -44,6 +45,7 @@ pub struct ClipLayerConfig {
 impl ClipLayerConfig {
     /// Refuses sizes that contradict each other, and more layers than anybody has. `path` is named in the error.
     pub fn check(&self, num_hidden_layers: usize, path: &Path) -> Result<()> {
+        check_eps(path, "layer_norm_eps", self.layer_norm_eps)?;
         let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         if heads == 0 || hidden == 0 || !hidden.is_multiple_of(heads) {
             return Err(Error::checkpoint(path, format!("hidden_size {hidden} is no multiple of {heads} heads")));

@@ -9,6 +9,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
+use crate::config::Fields;
 use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
@@ -57,8 +58,15 @@ impl Default for ClipVisionConfig {
 }
 
 impl ClipVisionConfig {
+    /// Reads the file at `path`, where the configuration of a whole CLIP has that of its vision encoder as one field.
+    pub fn read(path: &Path) -> Result<Self> {
+        let config: Self = Fields::read(path)?.below("vision_config")?.all()?;
+        config.check(path)?;
+        Ok(config)
+    }
+
     /// Refuses sizes that contradict each other. `path` is named in the error.
-    pub fn check(&self, path: &Path) -> Result<()> {
+    fn check(&self, path: &Path) -> Result<()> {
         self.layer().check(self.num_hidden_layers, path)?;
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
         let (image, patch) = (self.image_size, self.patch_size);

@@ -5,22 +5,25 @@
 //! that count and no more; rows of one pass may have different lengths).
 //! Source: transformers `models/t5/modeling_t5.py`, `models/umt5/modeling_umt5.py`.
 
+use std::path::Path;
+
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
 
+use crate::config::{Fields, MAX_EPS};
 use crate::device::Placement;
 use crate::encoders::rows_of;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
-use crate::weights::Weights;
+use crate::weights::{Tie, Weights};
 use crate::work::{StepWork, attention_flops, linear_flops};
 
-/// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder. Defaults are those of transformers.
-#[derive(Debug, Clone, Deserialize)]
+/// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder.
+#[derive(Debug, Clone)]
 #[allow(missing_docs)]
 pub struct T5Config {
-    pub model_type: T5Kind,
+    pub kind: T5Kind,
     pub vocab_size: usize,
     pub d_model: usize,
     pub d_kv: usize,
@@ -28,27 +31,51 @@ pub struct T5Config {
     pub num_layers: usize,
     pub num_heads: usize,
     pub feed_forward_proj: FeedForwardKind,
-    #[serde(default = "default_num_buckets")]
     pub relative_attention_num_buckets: usize,
-    #[serde(default = "default_max_distance")]
     pub relative_attention_max_distance: usize,
-    #[serde(default = "default_layer_norm_epsilon")]
     pub layer_norm_epsilon: f64,
 }
 
-fn default_num_buckets() -> usize {
-    32
-}
-
-fn default_max_distance() -> usize {
-    128
-}
-
-fn default_layer_norm_epsilon() -> f64 {
-    1e-6
-}
+/// Bound on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_SIZE: usize = 1 << 20;
 
 impl T5Config {
+    /// Reads the file at `path` as transformers' class for `kind` does, which is the one that a pipeline names, whatever
+    /// the file says of itself. Errors name the file and the field.
+    pub fn read(path: &Path, kind: T5Kind) -> Result<Self> {
+        let fields = Fields::read(path)?;
+        let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
+        let default_feed_forward = kind.choose(FeedForwardKind::Relu, FeedForwardKind::GatedGelu);
+        let config = Self {
+            kind,
+            vocab_size: size("vocab_size", kind.choose(32_128, 250_112))?,
+            d_model: size("d_model", 512)?,
+            d_kv: size("d_kv", 64)?,
+            d_ff: size("d_ff", kind.choose(2048, 1024))?,
+            num_layers: size("num_layers", kind.choose(6, 8))?,
+            num_heads: size("num_heads", kind.choose(8, 6))?,
+            feed_forward_proj: fields.or("feed_forward_proj", default_feed_forward)?,
+            relative_attention_num_buckets: size("relative_attention_num_buckets", 32)?,
+            relative_attention_max_distance: size("relative_attention_max_distance", 128)?,
+            layer_norm_epsilon: fields.in_range("layer_norm_epsilon", 1e-6, 0.0..=MAX_EPS)?,
+        };
+        config.check_buckets(&fields)?;
+        Ok(config)
+    }
+
+    /// Half of the buckets are for each direction, and half of these for near distances; the others reach farther.
+    fn check_buckets(&self, fields: &Fields<'_>) -> Result<()> {
+        let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
+        if buckets < 4 || !buckets.is_multiple_of(2) {
+            return Err(fields.error("relative_attention_num_buckets", format!("is {buckets}; allowed: even, from 4")));
+        }
+        if distance <= buckets / 4 {
+            let problem = format!("is {distance}; it must be above {} with {buckets} buckets", buckets / 4);
+            return Err(fields.error("relative_attention_max_distance", problem));
+        }
+        Ok(())
+    }
+
     /// Operations of a forward pass over `l` tokens.
     pub fn flops(&self, l: usize) -> f64 {
         let inner = self.num_heads * self.d_kv;
@@ -79,13 +106,21 @@ fn own_dtype(compute_dtype: DType) -> DType {
 }
 
 /// Which of the two architectures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum T5Kind {
     /// The position bias lies in layer 0 and serves all layers.
     T5,
     /// Every layer has its own position bias.
     Umt5,
+}
+
+impl T5Kind {
+    fn choose<T>(self, t5: T, umt5: T) -> T {
+        match self {
+            Self::T5 => t5,
+            Self::Umt5 => umt5,
+        }
+    }
 }
 
 /// `feed_forward_proj`.
@@ -95,8 +130,10 @@ pub enum FeedForwardKind {
     /// `wo(relu(wi x))`.
     Relu,
     /// `wo(gelu_new(wi_0 x) * wi_1 x)`; `gelu_new` is the tanh approximation.
+    #[serde(alias = "gated-gelu_new", alias = "gated-gelu_pytorch_tanh")]
     GatedGelu,
     /// `wo(silu(wi_0 x) * wi_1 x)`.
+    #[serde(alias = "gated-swish")]
     GatedSilu,
 }
 
@@ -115,25 +152,27 @@ pub struct T5Encoder {
 }
 
 impl T5Encoder {
-    /// Tensors `shared.weight` or `encoder.embed_tokens.weight` (two names of one table; either may be absent) and
-    /// `encoder.*`.
+    /// Tensors `encoder.*` and `shared.weight`, which `encoder.embed_tokens.weight` is another name of. Either may be
+    /// absent; where both are there and differ, the encoder's own is what it reads.
     pub fn load(weights: &Weights, config: &T5Config) -> Result<Self> {
         let compute_dtype = weights.placement().compute_dtype;
         let weights = &weights.computing_in(own_dtype(compute_dtype));
         let encoder = weights.pp("encoder");
-        let shared = if encoder.contains("embed_tokens.weight") && !weights.contains("shared.weight") {
-            encoder.pp("embed_tokens")
-        } else {
-            encoder.ignore("embed_tokens.weight");
-            weights.pp("shared")
+        let table = match weights.tie("shared.weight", "encoder.embed_tokens.weight")? {
+            Tie::One => weights.pp("shared"),
+            Tie::OneUnderSecond => encoder.pp("embed_tokens"),
+            Tie::Two => {
+                weights.ignore("shared.weight");
+                encoder.pp("embed_tokens")
+            }
         };
         let mut block = Vec::with_capacity(config.num_layers);
         for layer in 0..config.num_layers {
-            let has_bias = layer == 0 || config.model_type == T5Kind::Umt5;
+            let has_bias = layer == 0 || config.kind == T5Kind::Umt5;
             block.push(Block::load(&encoder.pp("block").pp(layer).pp("layer"), config, has_bias)?);
         }
         Ok(Self {
-            shared: Embedding::load(&shared, config.vocab_size, config.d_model)?,
+            shared: Embedding::load(&table, config.vocab_size, config.d_model)?,
             block,
             final_layer_norm: RmsNorm::load(
                 &encoder.pp("final_layer_norm"),
@@ -301,6 +340,54 @@ impl Buckets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn parse(kind: T5Kind, json: &str) -> Result<T5Config> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, json).unwrap();
+        T5Config::read(&path, kind)
+    }
+
+    /// `T5Config()` and `UMT5Config()` of transformers 5.24.
+    #[test]
+    fn absent_fields_take_the_classs_defaults() {
+        let (t5, umt5) = (parse(T5Kind::T5, "{}").unwrap(), parse(T5Kind::Umt5, "{}").unwrap());
+        let sizes = |config: &T5Config| [config.vocab_size, config.d_ff, config.num_layers, config.num_heads];
+        assert_eq!(sizes(&t5), [32_128, 2048, 6, 8]);
+        assert_eq!(sizes(&umt5), [250_112, 1024, 8, 6]);
+        assert_eq!([t5.feed_forward_proj, umt5.feed_forward_proj], [FeedForwardKind::Relu, FeedForwardKind::GatedGelu]);
+        for config in [t5, umt5] {
+            assert_eq!([config.d_model, config.d_kv], [512, 64]);
+            assert_eq!([config.relative_attention_num_buckets, config.relative_attention_max_distance], [32, 128]);
+        }
+    }
+
+    #[test]
+    fn functions_have_all_their_names() {
+        for (name, kind) in
+            [("gated-gelu_new", FeedForwardKind::GatedGelu), ("gated-swish", FeedForwardKind::GatedSilu)]
+        {
+            let config = parse(T5Kind::T5, &format!(r#"{{"feed_forward_proj": "{name}"}}"#)).unwrap();
+            assert_eq!(config.feed_forward_proj, kind);
+        }
+    }
+
+    #[test]
+    fn impossible_values_are_refused_by_field() {
+        let values = [
+            ("d_model", "0"),
+            ("num_heads", "-1"),
+            ("layer_norm_epsilon", "-1e-6"),
+            ("relative_attention_num_buckets", "3"),
+            ("relative_attention_max_distance", "8"),
+            ("feed_forward_proj", r#""gated-mish""#),
+            ("num_layers", "null"),
+        ];
+        for (field, value) in values {
+            let error = parse(T5Kind::T5, &format!(r#"{{"{field}": {value}}}"#)).unwrap_err().to_string();
+            assert!(error.contains(&format!("config.json: {field}: ")), "{error}");
+        }
+    }
 
     /// `T5Attention._relative_position_bucket` of transformers 4 and 5 at every edge between two buckets up to a distance of 600.
     #[test]

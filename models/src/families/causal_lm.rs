@@ -11,12 +11,12 @@ use serde_json::Value;
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
 use crate::checkpoint::OpenWeights;
-use crate::config::read_json_if_present;
+use crate::config::{Fields, read_json_if_present};
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
-use crate::layers::decoder::{Decoder, DecoderConfig, DecoderInput, PreparedInput, StepSizes};
+use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, PreparedInput, StepSizes};
 use crate::manifest::Manifest;
 use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
@@ -95,15 +95,16 @@ impl CausalLm for DecoderLm {
     }
 }
 
-/// Loads the decoder that `config` describes, and everything around it.
+/// Loads the decoder that `config.json` describes to `class`, and everything around it.
 pub fn load(
     family: &'static str,
-    config: DecoderConfig,
+    class: &ConfigClass,
     manifest: &Manifest,
     open: &mut OpenWeights<'_>,
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
     let dir = &manifest.root;
+    let config = DecoderConfig::read(&dir.join("config.json"), class)?;
     let placement = open.placement().clone();
     let block_bytes = config.kv_shape().block_bytes(placement.compute_dtype);
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
@@ -115,7 +116,7 @@ pub fn load(
         false => KvCaches::new(kv_shape, num_blocks, &placement)?,
     };
     let tokenizer = Tokenizer::from_dir(dir)?;
-    let eos_token_ids = eos_token_ids(dir, &tokenizer)?;
+    let eos_token_ids = eos_token_ids(dir, class, &tokenizer)?;
     if eos_token_ids.is_empty() {
         tracing::warn!(path = %dir.display(), "no end-of-sequence token is named; answers end at max_tokens");
     }
@@ -147,43 +148,89 @@ fn num_kv_blocks(config: &DecoderConfig, block_bytes: usize, options: &LoadOptio
     Ok(affordable.min(useful))
 }
 
-/// `eos_token_id` of `config.json` and `generation_config.json`.
-#[derive(Deserialize)]
-struct EosField {
-    eos_token_id: Option<OneOrMany>,
-}
-
+/// `eos_token_id`. Python's -1 is no token.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum OneOrMany {
-    One(u32),
-    Many(Vec<u32>),
+    One(i64),
+    Many(Vec<i64>),
 }
 
 impl OneOrMany {
-    fn into_vec(self) -> Vec<u32> {
-        match self {
-            Self::One(id) => vec![id],
+    fn tokens(&self) -> impl Iterator<Item = u32> {
+        let ids = match self {
+            Self::One(id) => std::slice::from_ref(id),
             Self::Many(ids) => ids,
-        }
+        };
+        ids.iter().filter_map(|id| u32::try_from(*id).ok())
     }
 }
 
 /// The tokens that end an answer: those of `generation_config.json`, or else of `config.json` (as in transformers'
 /// `generate`), and the tokenizer's own, with which chat templates close a message.
-fn eos_token_ids(dir: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let mut ids = BTreeSet::new();
-    for file_name in ["generation_config.json", "config.json"] {
-        let field: Option<EosField> = read_json_if_present(&dir.join(file_name))?;
-        if let Some(given) = field.and_then(|field| field.eos_token_id) {
-            ids.extend(given.into_vec());
-            break;
-        }
+fn eos_token_ids(dir: &Path, class: &ConfigClass, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    const FIELD: &str = "eos_token_id";
+    let of_generation = dir.join("generation_config.json");
+    let mut given: Option<OneOrMany> = None;
+    if of_generation.exists() {
+        given = Fields::read(&of_generation)?.nullable_or(FIELD, None)?;
     }
+    if given.is_none() {
+        let of_class = class.eos_token_id.map(|id| OneOrMany::One(id.into()));
+        given = Fields::read(&dir.join("config.json"))?.nullable_or(FIELD, of_class)?;
+    }
+    let mut ids: BTreeSet<u32> = given.iter().flat_map(OneOrMany::tokens).collect();
     let tokenizer_config: Option<Value> = read_json_if_present(&dir.join("tokenizer_config.json"))?;
     let eos_token = tokenizer_config.as_ref().map_or(&Value::Null, |config| &config["eos_token"]);
     // Either the token, or an object that describes it.
     let spelling = eos_token.as_str().or_else(|| eos_token["content"].as_str());
     ids.extend(spelling.and_then(|spelling| tokenizer.token_id(spelling)));
     Ok(ids.into_iter().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::decoder::Biases;
+
+    const CLASS: ConfigClass = ConfigClass {
+        vocab_size: 1,
+        hidden_size: 1,
+        intermediate_size: 1,
+        num_hidden_layers: 1,
+        num_attention_heads: 1,
+        num_key_value_heads: None,
+        max_position_embeddings: 1,
+        eos_token_id: Some(2),
+        biases: Biases::AsStated,
+        knows_windows: false,
+    };
+
+    /// Of a folder with these two files, and the tokenizer of a golden, whose own end is not asked for.
+    fn ends(config: &str, generation: Option<&str>) -> Result<Vec<u32>> {
+        let golden = crate::testing::repository().join("tests/goldens/llama-untied/checkpoint");
+        let tokenizer = Tokenizer::from_dir(&golden).expect("a tokenizer");
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(dir.path().join("config.json"), config).expect("written");
+        if let Some(generation) = generation {
+            std::fs::write(dir.path().join("generation_config.json"), generation).expect("written");
+        }
+        eos_token_ids(dir.path(), &CLASS, &tokenizer)
+    }
+
+    #[test]
+    fn an_answer_ends_as_the_files_say_or_else_the_class() {
+        let check = |config: &str, generation: Option<&str>, expected: &[u32]| {
+            assert_eq!(ends(config, generation).expect("read"), expected, "{config} {generation:?}");
+        };
+        check("{}", None, &[2]);
+        check(r#"{"eos_token_id": null}"#, None, &[]);
+        check(r#"{"eos_token_id": -1}"#, None, &[]);
+        check(r#"{"eos_token_id": [9, 7.0, -1]}"#, None, &[7, 9]);
+        check(r#"{"eos_token_id": 9}"#, Some(r#"{"eos_token_id": 5}"#), &[5]);
+        check(r#"{"eos_token_id": 9}"#, Some(r#"{"temperature": 0.5}"#), &[9]);
+        check("{}", Some("{}"), &[2]);
+        let error = ends(r#"{"eos_token_id": "</s>"}"#, None).expect_err("no number").to_string();
+        assert!(error.contains("config.json: eos_token_id: "), "{error}");
+    }
 }

@@ -16,7 +16,7 @@ use crate::checkpoint::OpenWeights;
 use crate::device::Placement;
 use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
-use crate::encoders::t5::{T5Config, T5Encoder};
+use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
@@ -136,11 +136,10 @@ impl FluxModel {
         open: &mut dyn FnMut(&str) -> Result<Weights>,
     ) -> Result<Self> {
         let component = |name: &str| manifest.component(name);
-        let clip_config: ClipTextConfig = component("text_encoder")?.config()?;
-        let t5_config: T5Config = component("text_encoder_2")?.config()?;
+        let clip_config = ClipTextConfig::read(&component("text_encoder")?.config_path())?;
+        let t5_config = T5Config::read(&component("text_encoder_2")?.config_path(), T5Kind::T5)?;
         let transformer_config: FluxTransformerConfig = component("transformer")?.config()?;
         let vae_config: KlConfig = component("vae")?.config()?;
-        clip_config.check(&config_path(manifest, "text_encoder"))?;
         transformer_config.check(&config_path(manifest, "transformer"))?;
         vae_config.check(&config_path(manifest, "vae"))?;
         check_parts_fit(manifest, &clip_config, &t5_config, &transformer_config, &vae_config)?;

@@ -15,11 +15,11 @@ use tale_kernels::{
 
 use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, ModelCard, Prompts};
 use crate::checkpoint::OpenWeights;
-use crate::config::read_json;
+use crate::config::{check_eps, read_json};
 use crate::device::Placement;
 use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
-use crate::encoders::t5::{T5Config, T5Encoder};
+use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
@@ -107,8 +107,9 @@ fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<WanModel> {
     WanModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
 }
 
-/// `transformer/config.json`.
+/// `transformer/config.json`. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs)]
 pub struct WanConfig {
     pub patch_size: [usize; 3],
@@ -128,6 +129,34 @@ pub struct WanConfig {
     pub pos_embed_seq_len: Option<usize>,
     pub rope_max_seq_len: usize,
 }
+
+impl Default for WanConfig {
+    fn default() -> Self {
+        Self {
+            patch_size: [1, 2, 2],
+            num_attention_heads: 40,
+            attention_head_dim: 128,
+            in_channels: 16,
+            out_channels: 16,
+            text_dim: 4096,
+            freq_dim: 256,
+            ffn_dim: 13_824,
+            num_layers: 40,
+            cross_attn_norm: true,
+            qk_norm: Some(QK_NORM.to_owned()),
+            eps: 1e-6,
+            image_dim: None,
+            added_kv_proj_dim: None,
+            pos_embed_seq_len: None,
+            rope_max_seq_len: 1024,
+        }
+    }
+}
+
+/// Bound on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_SIZE: usize = 1 << 20;
+/// The only value of `qk_norm` that is computed.
+const QK_NORM: &str = "rms_norm_across_heads";
 
 impl WanConfig {
     /// Width of the transformer.
@@ -150,6 +179,20 @@ impl WanConfig {
     }
 
     fn check(&self, path: &Path) -> Result<()> {
+        check_eps(path, "eps", self.eps)?;
+        let sizes = [
+            ("num_attention_heads", self.num_attention_heads),
+            ("attention_head_dim", self.attention_head_dim),
+            ("in_channels", self.in_channels),
+            ("text_dim", self.text_dim),
+            ("freq_dim", self.freq_dim),
+            ("ffn_dim", self.ffn_dim),
+            ("num_layers", self.num_layers),
+            ("rope_max_seq_len", self.rope_max_seq_len),
+        ];
+        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=MAX_SIZE).contains(size)) {
+            return Err(Error::checkpoint(path, format!("`{field}` is {size}; allowed: 1 to {MAX_SIZE}")));
+        }
         let image = "image conditioning is not supported yet; supported is text-to-video";
         let problem = if self.image_dim.is_some() {
             format!("`image_dim`: {image}")
@@ -159,8 +202,8 @@ impl WanConfig {
             format!("`pos_embed_seq_len`: {image}")
         } else if self.in_channels != self.out_channels {
             format!("`in_channels` is {}, `out_channels` {}: {image}", self.in_channels, self.out_channels)
-        } else if self.qk_norm.as_deref() != Some("rms_norm_across_heads") {
-            format!("`qk_norm` is {:?}; only \"rms_norm_across_heads\" is supported", self.qk_norm)
+        } else if self.qk_norm.as_deref() != Some(QK_NORM) {
+            format!("`qk_norm` is {:?}; only {QK_NORM:?} is supported", self.qk_norm)
         } else if self.patch_size[0] != 1 {
             format!("`patch_size` is {:?}; patches over time are not supported", self.patch_size)
         } else if self.patch_size.contains(&0) || !self.attention_head_dim.is_multiple_of(2) {
@@ -250,7 +293,7 @@ fn component_class<'a>(manifest: &'a Manifest, component: &str) -> &'a str {
 
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
-        let text_encoder: T5Config = manifest.component("text_encoder")?.config()?;
+        let text_encoder = T5Config::read(&manifest.component("text_encoder")?.config_path(), T5Kind::Umt5)?;
         let (transformer_dir, vae_dir) = (manifest.component("transformer")?, manifest.component("vae")?);
         let (transformer, vae): (WanConfig, WanVaeConfig) = (transformer_dir.config()?, vae_dir.config()?);
         let path = transformer_dir.dir.join("config.json");

@@ -18,6 +18,8 @@ use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
 mod config;
+#[cfg(test)]
+pub(crate) use config::testing;
 mod dense;
 mod rows;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::config::read_text;
+use crate::config::{from_value, read_text};
 use crate::error::{Error, Result};
 
 /// The fields of a `scheduler_config.json` as they stand there. By default none: every class takes its own defaults.
@@ -37,7 +37,7 @@ impl SchedulerConfig {
 
     /// The fields that `T` knows, its defaults for those that the file does not give.
     pub fn fields<T: DeserializeOwned>(&self) -> Result<T> {
-        serde_json::from_value(Value::Object(self.fields.clone())).map_err(|e| Error::checkpoint(&self.path, e))
+        from_value(&self.path, Value::Object(self.fields.clone()))
     }
 
     /// A field as it stands there.

@@ -70,7 +70,20 @@ impl FlowMatchEulerConfig {
     pub fn new(file: &SchedulerConfig) -> Result<Self> {
         let config: Self = file.fields()?;
         let only_false = |field: &'static str, wanted: bool| (field, wanted, "only false is supported");
+        let is_positive = |number: f64| number > 0.0 && (number as f32).is_finite();
+        let is_wrong = |number: Option<f64>| number.is_some_and(|number| !(number as f32).is_finite());
+        let (base, max) = (config.base_image_seq_len, config.max_image_seq_len);
         file.refuse(&[
+            ("num_train_timesteps", config.num_train_timesteps == 0, "must be 1 or more"),
+            ("shift", !is_positive(config.shift.into()), "must be above 0"),
+            ("base_shift", is_wrong(config.base_shift), "must fit 32 bits"),
+            ("max_shift", is_wrong(config.max_shift), "must fit 32 bits"),
+            (
+                "shift_terminal",
+                config.shift_terminal.is_some_and(|last| !(0.0..1.0).contains(&last)),
+                "must be below 1",
+            ),
+            ("max_image_seq_len", config.use_dynamic_shifting && base == max, "must not be base_image_seq_len"),
             only_false("invert_sigmas", config.invert_sigmas),
             only_false("use_karras_sigmas", config.use_karras_sigmas),
             only_false("use_exponential_sigmas", config.use_exponential_sigmas),

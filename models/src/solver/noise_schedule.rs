@@ -101,6 +101,16 @@ pub enum FinalSigma {
     SigmaMin,
 }
 
+/// Whether a beta takes all of the signal's variance, or adds to it.
+fn is_no_share(beta: Option<f64>) -> bool {
+    beta.is_some_and(|beta| !(beta > 0.0 && beta < 1.0))
+}
+
+/// Whether a noise level is none.
+fn is_no_sigma(sigma: Option<f64>) -> bool {
+    sigma.is_some_and(|sigma| !(sigma > 0.0 && (sigma as f32).is_finite()))
+}
+
 /// What `n` steps mean to a solver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grid {
@@ -176,6 +186,10 @@ impl NoiseSchedule {
                 !(2..=MAX_TRAIN_TIMESTEPS).contains(&config.num_train_timesteps),
                 "must be 2 to 65536",
             ),
+            ("beta_start", is_no_share(config.beta_start), "must be above 0 and below 1"),
+            ("beta_end", is_no_share(config.beta_end), "must be above 0 and below 1"),
+            ("sigma_min", is_no_sigma(config.sigma_min), "must be above 0"),
+            ("sigma_max", is_no_sigma(config.sigma_max), "must be above 0"),
         ])?;
         let mut betas = betas(&config, defaults);
         if config.rescale_betas_zero_snr {

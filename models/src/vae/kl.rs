@@ -97,6 +97,8 @@ fn one_or_first<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::
 
 /// Each level doubles the picture's sides.
 const MAX_LEVELS: usize = 8;
+/// Two names of one function.
+const SILU: [&str; 2] = ["silu", "swish"];
 const DOWN_BLOCK: &str = "DownEncoderBlock2D";
 const UP_BLOCK: &str = "UpDecoderBlock2D";
 
@@ -104,8 +106,8 @@ impl KlConfig {
     /// Refuses what is not computed here. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
-        if self.act_fn != "silu" {
-            return refuse(format!("act_fn `{}` is not supported; supported: silu", self.act_fn));
+        if !SILU.contains(&self.act_fn.as_str()) {
+            return refuse(format!("act_fn `{}` is not supported; supported: {}", self.act_fn, SILU.join(", ")));
         }
         for (field, blocks, known) in
             [("down", &self.down_block_types, DOWN_BLOCK), ("up", &self.up_block_types, UP_BLOCK)]
@@ -131,12 +133,29 @@ impl KlConfig {
                 return refuse(format!("`{field}` needs one value per latent channel ({})", self.latent_channels));
             }
         }
+        if let Some((field, value)) = self.wrong_scale() {
+            return refuse(format!("`{field}`: {value} is not what latents can be scaled with"));
+        }
         for (field, channels) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
             if channels != 3 {
                 return refuse(format!("{field} is {channels}; supported: 3"));
             }
         }
         Ok(())
+    }
+
+    /// A field by which latents would not come out as numbers.
+    fn wrong_scale(&self) -> Option<(&'static str, f64)> {
+        let is_number = |value: f64| (value as f32).is_finite();
+        let is_divisor = |value: f64| is_number(value) && value as f32 > 0.0;
+        let listed = |values: &Option<Vec<f64>>| values.clone().unwrap_or_default();
+        let wrong = |field, values: Vec<f64>, is_right: &dyn Fn(f64) -> bool| {
+            values.into_iter().find(|value| !is_right(*value)).map(|value| (field, value))
+        };
+        wrong("scaling_factor", vec![self.scaling_factor], &is_divisor)
+            .or_else(|| wrong("shift_factor", self.shift_factor.into_iter().collect(), &is_number))
+            .or_else(|| wrong("latents_mean", listed(&self.latents_mean), &is_number))
+            .or_else(|| wrong("latents_std", listed(&self.latents_std), &is_divisor))
     }
 
     /// Pixels per latent on each side.

@@ -19,8 +19,9 @@ use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
 
-/// `config.json` of `AutoencoderKLWan`; what decides about the decoder.
+/// `config.json` of `AutoencoderKLWan`; what decides about the decoder. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs)]
 pub struct WanVaeConfig {
     pub base_dim: usize,
@@ -32,33 +33,61 @@ pub struct WanVaeConfig {
     pub temperal_downsample: Vec<bool>,
     pub latents_mean: Vec<f32>,
     pub latents_std: Vec<f32>,
-    #[serde(default)]
     pub is_residual: bool,
     pub patch_size: Option<usize>,
-    #[serde(default = "default_out_channels")]
     pub out_channels: usize,
-    #[serde(default = "default_scale_factor_temporal")]
     pub scale_factor_temporal: usize,
-    #[serde(default = "default_scale_factor_spatial")]
     pub scale_factor_spatial: usize,
 }
 
-fn default_out_channels() -> usize {
-    3
+impl Default for WanVaeConfig {
+    fn default() -> Self {
+        Self {
+            base_dim: 96,
+            decoder_base_dim: None,
+            z_dim: 16,
+            dim_mult: vec![1, 2, 4, 4],
+            num_res_blocks: 2,
+            temperal_downsample: vec![false, true, true],
+            latents_mean: LATENTS_MEAN.to_vec(),
+            latents_std: LATENTS_STD.to_vec(),
+            is_residual: false,
+            patch_size: None,
+            out_channels: 3,
+            scale_factor_temporal: 4,
+            scale_factor_spatial: 8,
+        }
+    }
 }
 
-fn default_scale_factor_temporal() -> usize {
-    4
-}
-
-fn default_scale_factor_spatial() -> usize {
-    8
-}
+/// Of the latents of Wan2.1, by channel.
+const LATENTS_MEAN: [f32; 16] = [
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922,
+    -0.9497, 0.2503, -0.2921,
+];
+const LATENTS_STD: [f32; 16] = [
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253,
+    2.8251, 1.9160,
+];
+/// Bounds on what a configuration may claim, so that products of sizes do not overflow.
+const MAX_LEVELS: usize = 8;
+const MAX_SIZE: usize = 1 << 16;
 
 impl WanVaeConfig {
     /// Refuses what this decoder cannot do; `path` is the file, for the message.
     pub fn check(&self, path: &Path) -> Result<()> {
         let levels = self.dim_mult.len();
+        let widths = [self.decoder_base_dim.unwrap_or(self.base_dim), self.z_dim];
+        if levels > MAX_LEVELS {
+            return Err(Error::checkpoint(
+                path,
+                format!("`dim_mult` has {levels} entries; allowed: 1 to {MAX_LEVELS}"),
+            ));
+        }
+        if let Some(size) = widths.iter().chain(&self.dim_mult).find(|size| !(1..=MAX_SIZE).contains(*size)) {
+            let problem = format!("`base_dim`, `z_dim` or `dim_mult` is {size}; allowed: 1 to {MAX_SIZE}");
+            return Err(Error::checkpoint(path, problem));
+        }
         let spatial = 1 << levels.saturating_sub(1);
         let temporal = 1 << self.temperal_downsample.iter().filter(|down| **down).count();
         let problem = if self.is_residual {
@@ -71,6 +100,10 @@ impl WanVaeConfig {
             format!("`temperal_downsample` has {} entries for {levels} of `dim_mult`", self.temperal_downsample.len())
         } else if self.latents_mean.len() != self.z_dim || self.latents_std.len() != self.z_dim {
             format!("`latents_mean` and `latents_std` need {} entries each", self.z_dim)
+        } else if self.latents_std.iter().any(|std| !(std.is_finite() && *std > 0.0)) {
+            format!("`latents_std` is {:?}; each must be above 0", self.latents_std)
+        } else if self.latents_mean.iter().any(|mean| !mean.is_finite()) {
+            format!("`latents_mean` is {:?}; each must fit 32 bits", self.latents_mean)
         } else if self.scale_factor_spatial != spatial {
             format!("`scale_factor_spatial` is {}, the layers give {spatial}", self.scale_factor_spatial)
         } else if self.scale_factor_temporal != temporal {

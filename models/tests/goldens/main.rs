@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod chats;
+mod configs;
 mod edits;
 mod flux;
 mod gpu;
@@ -25,6 +26,7 @@ mod sdxl_prompts;
 mod single_files;
 mod support;
 mod text;
+mod text_configs;
 mod tiling;
 mod tokenizers;
 mod wan;

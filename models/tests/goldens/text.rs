@@ -326,7 +326,7 @@ fn the_kv_pool_is_part_of_what_a_model_takes() {
     assert_eq!(blocks(5) - blocks(2), 3 * block_bytes);
 }
 
-fn cpu() -> Placement {
+pub fn cpu() -> Placement {
     Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU")
 }
 
@@ -335,10 +335,14 @@ pub fn network(case: &str) -> DecoderLm {
 }
 
 pub fn network_at(case: &str, placement: &Placement) -> DecoderLm {
-    let manifest = Manifest::read(&case_dir(case).join("checkpoint")).expect("a checkpoint");
+    network_of(case, &Manifest::read(&case_dir(case).join("checkpoint")).expect("a checkpoint"), placement)
+}
+
+/// Of a checkpoint that is read as that of the case is.
+pub fn network_of(case: &str, manifest: &Manifest, placement: &Placement) -> DecoderLm {
     let config = match case.starts_with("llama") {
-        true => llama::decoder_config(&manifest),
-        false => qwen2::decoder_config(&manifest),
+        true => llama::decoder_config(manifest),
+        false => qwen2::decoder_config(manifest),
     };
     let weights = manifest.whole().weights(placement).expect("weights");
     DecoderLm::load(&weights, config.expect("a config")).expect("a network")
@@ -536,10 +540,10 @@ fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
 }
 
 /// A copy of a checkpoint, to be damaged.
-struct Copy(tempfile::TempDir);
+pub struct Copy(tempfile::TempDir);
 
 impl Copy {
-    fn of(case: &str) -> Self {
+    pub fn of(case: &str) -> Self {
         let dir = tempfile::tempdir().expect("a folder");
         for entry in std::fs::read_dir(case_dir(case).join("checkpoint")).expect("a checkpoint") {
             let entry = entry.expect("an entry");
@@ -548,26 +552,30 @@ impl Copy {
         Self(dir)
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    fn load(&self) -> tale_models::Result<LoadedModel> {
+    pub fn load(&self) -> tale_models::Result<LoadedModel> {
         loading::load(self.path(), &cpu(), &LoadOptions::default(), &mut |_| ())
     }
 
-    fn write_json(&self, file_name: &str, value: &Value) {
+    pub fn write_json(&self, file_name: &str, value: &Value) {
         std::fs::write(self.path().join(file_name), value.to_string()).expect("written");
     }
 
-    fn set_config(&self, field: &str, value: Value) {
+    pub fn set_config(&self, field: &str, value: Value) {
+        self.change_config(|config| config[field] = value);
+    }
+
+    pub fn change_config(&self, change: impl FnOnce(&mut Value)) {
         let bytes = std::fs::read(self.path().join("config.json")).expect("read");
         let mut config: Value = serde_json::from_slice(&bytes).expect("JSON");
-        config[field] = value;
+        change(&mut config);
         self.write_json("config.json", &config);
     }
 
-    fn edit_tensors(&self, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
+    pub fn edit_tensors(&self, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
         let path = self.path().join("model.safetensors");
         let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).expect("read");
         edit(&mut tensors);

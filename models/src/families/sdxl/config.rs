@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::config::check_eps;
 use crate::error::{Error, Result};
 use crate::work::{attention_flops, conv_flops, linear_flops};
 
@@ -146,9 +147,20 @@ fn fixed_fields() -> [(&'static str, Value); 20] {
     ]
 }
 
+/// Whether a field's value means the wanted one: numbers may be spelled as integers or not, null is false for Python, and
+/// silu has two names.
+fn says_the_same(found: &Value, wanted: &Value) -> bool {
+    let numbers = found.as_f64().zip(wanted.as_f64());
+    found == wanted
+        || numbers.is_some_and(|(found, wanted)| found == wanted)
+        || (found.is_null() && *wanted == json!(false))
+        || (found == "swish" && wanted == "silu")
+}
+
 impl UNetConfig {
     /// Refuses what this network does not compute, and sizes that contradict each other. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
+        check_eps(path, "norm_eps", self.norm_eps)?;
         match self.problem() {
             Some(problem) => Err(Error::checkpoint(path, problem)),
             None => Ok(()),
@@ -161,8 +173,7 @@ impl UNetConfig {
         }
         for (field, wanted) in fixed_fields() {
             let found = self.others.get(field).unwrap_or(&wanted);
-            // Numbers may be spelled as integers or not.
-            if *found != wanted && found.as_f64().zip(wanted.as_f64()).is_none_or(|(found, wanted)| found != wanted) {
+            if !says_the_same(found, &wanted) {
                 return Some(format!("`{field}` is {found}; only {wanted} is supported"));
             }
         }

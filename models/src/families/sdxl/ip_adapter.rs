@@ -11,7 +11,6 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use tale_kernels::{AttentionOptions, attention, gelu_erf};
 
-use crate::config::read_json;
 use crate::device::Placement;
 use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::image_processor::ClipImageProcessor;
@@ -104,8 +103,7 @@ impl IpAdapter {
         text_dim: usize,
     ) -> Result<Self> {
         let config_path = files.image_encoder.join("config.json");
-        let config: ClipVisionConfig = read_json(&config_path)?;
-        config.check(&config_path)?;
+        let config = ClipVisionConfig::read(&config_path)?;
         let processor = ClipImageProcessor::read_or_default(preprocessor, config.image_size)?;
         let projection = ImageProjection::load(&adapter.pp("image_proj"), files, &config, text_dim)?;
         let encoder = match projection {

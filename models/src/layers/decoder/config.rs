@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::config::Fields;
+use crate::config::{Fields, MAX_EPS};
 use crate::error::{Error, Result};
 use crate::kv::KvShape;
 use crate::layers::decoder::StepSizes;
@@ -35,6 +35,7 @@ pub struct ConfigClass {
     /// As many as there are query heads if `None`, which is also what null in the file means.
     pub num_key_value_heads: Option<usize>,
     pub max_position_embeddings: usize,
+    pub eos_token_id: Option<u32>,
     pub biases: Biases,
     /// Whether the class knows `use_sliding_window`.
     pub knows_windows: bool,
@@ -92,7 +93,7 @@ impl DecoderConfig {
             num_attention_heads: heads.num_attention_heads,
             num_key_value_heads: heads.num_key_value_heads,
             head_dim: heads.head_dim,
-            rms_norm_eps: fields.in_range("rms_norm_eps", 1e-6, 0.0..=1.0)?,
+            rms_norm_eps: fields.in_range("rms_norm_eps", 1e-6, 0.0..=MAX_EPS)?,
             max_position_embeddings,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             qkv_bias: attention_bias || class.biases == Biases::QueriesKeysValues,
@@ -192,5 +193,29 @@ fn check_plain(fields: &Fields<'_>) -> Result<()> {
     match fields.get("quantization_config") {
         None | Some(Value::Null) => Ok(()),
         Some(_) => Err(fields.error("quantization_config", "quantised checkpoints are not read")),
+    }
+}
+
+/// For the tests of classes.
+#[cfg(test)]
+pub(crate) mod testing {
+    use serde_json::json;
+
+    use super::*;
+
+    /// What the class makes of a file with these fields.
+    pub(crate) fn parse(class: &ConfigClass, fields: Value) -> Result<DecoderConfig> {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, fields.to_string()).expect("written");
+        DecoderConfig::read(&path, class)
+    }
+
+    /// Asserts that a field is refused by its name, which may have a part after a dot.
+    #[track_caller]
+    pub(crate) fn refused(class: &ConfigClass, field: &str, value: Value) {
+        let (name, _) = field.split_once('.').unwrap_or((field, ""));
+        let error = parse(class, json!({name: value})).expect_err("must be refused").to_string();
+        assert!(error.contains(&format!("config.json: {field}: ")), "{field} {value}: {error}");
     }
 }
