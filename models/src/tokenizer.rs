@@ -14,7 +14,7 @@ use crate::config::read_bytes;
 use crate::error::{Error, Result};
 
 pub mod bytes;
-mod config;
+pub(crate) mod config;
 mod sentencepiece;
 mod vocab_merges;
 
@@ -156,7 +156,7 @@ impl fmt::Debug for Tokenizer {
 }
 
 /// Special tokens by the names that `tokenizer_config.json` gives them (`eos_token`, `pad_token`, ...).
-type SpecialTokens = std::collections::BTreeMap<&'static str, AddedToken>;
+type SpecialTokens = std::collections::BTreeMap<String, AddedToken>;
 
 fn load(dir: &Path, config: &TokenizerConfig) -> Result<(tokenizers::Tokenizer, SpecialTokens)> {
     let whole = dir.join("tokenizer.json");

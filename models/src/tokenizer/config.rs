@@ -1,8 +1,12 @@
-//! `tokenizer_config.json` and `special_tokens_map.json`: the tokens that a tokenizer has beside its vocabulary file.
+//! The one rule for special tokens: what `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` say
+//! beside the vocabulary file, and which of them counts.
 //!
-//! Reads them as transformers' `PreTrainedTokenizerBase._from_pretrained` does. Deliberately does not know what the
-//! tokens mean.
+//! Source: transformers 5, `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__`. A configuration
+//! with `added_tokens_decoder` is complete, and the two older files are not read. Without it, what
+//! `special_tokens_map.json` has replaces what the configuration has. Tokenizers, chat templates and end-of-sequence
+//! ids all ask here. Deliberately does not know what the tokens mean.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -12,29 +16,70 @@ use super::SpecialTokens;
 use crate::config::read_json;
 use crate::error::{Error, Result};
 
-/// Names of special tokens, in the order in which transformers adds them.
+/// Names of special tokens that every tokenizer has a place for, in the order in which transformers adds them.
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The fields of both files as one object.
+/// The fields of the files as one object, and the tokens that have ids.
 #[derive(Debug)]
-pub(super) struct TokenizerConfig {
+pub(crate) struct TokenizerConfig {
     path: PathBuf,
     fields: Map<String, Value>,
+    added: BTreeMap<u32, AddedToken>,
 }
 
 impl TokenizerConfig {
-    /// Absent files are empty ones. The older file wins where the newer one does not list its added tokens by id.
-    pub(super) fn read(dir: &Path) -> Result<Self> {
+    /// Reads what there is in `dir`; absent files are empty ones.
+    pub(crate) fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer_config.json");
-        let mut fields = read_object(&path)?;
-        let newer_is_complete = fields.contains_key("added_tokens_decoder");
-        for (name, value) in read_object(&dir.join("special_tokens_map.json"))? {
-            if !newer_is_complete || !fields.contains_key(&name) {
-                fields.insert(name, value);
+        let fields = read_object(&path)?;
+        let mut config = Self { path, fields, added: BTreeMap::new() };
+        match config.fields.get("added_tokens_decoder").cloned() {
+            Some(Value::Object(entries)) => config.read_added_tokens(&entries)?,
+            Some(_) => return Err(Error::checkpoint(&config.path, "added_tokens_decoder is no object")),
+            None => config.read_older_files(dir)?,
+        }
+        Ok(config)
+    }
+
+    fn read_added_tokens(&mut self, entries: &Map<String, Value>) -> Result<()> {
+        for (key, value) in entries {
+            let special = value.get("special").and_then(Value::as_bool).unwrap_or(false);
+            match (key.parse(), added_token(value, special)) {
+                (Ok(id), Some(token)) => drop(self.added.insert(id, token)),
+                _ => return Err(Error::checkpoint(&self.path, format!("added_tokens_decoder: bad entry {key:?}"))),
             }
         }
-        Ok(Self { path, fields })
+        Ok(())
+    }
+
+    fn read_older_files(&mut self, dir: &Path) -> Result<()> {
+        for (name, value) in read_object(&dir.join("special_tokens_map.json"))? {
+            let merged = match (name.as_str(), self.fields.get(&name), value) {
+                // The one field that is joined.
+                ("extra_special_tokens", Some(Value::Array(own)), Value::Array(others)) => {
+                    let new = others.into_iter().filter(|token| !own.contains(token));
+                    Value::Array(own.iter().cloned().chain(new).collect())
+                }
+                (_, _, value) => value,
+            };
+            self.fields.insert(name, merged);
+        }
+        let path = dir.join("added_tokens.json");
+        let named = self.special_tokens(&[]);
+        let is_special = |spelling: &str| {
+            let is_extra = |token: &Value| special_token(token).is_some_and(|token| token.content == spelling);
+            named.values().any(|token| token.content == spelling) || self.additional().any(is_extra)
+        };
+        let mut added = BTreeMap::new();
+        for (spelling, id) in read_object(&path)? {
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let id = id.ok_or_else(|| Error::checkpoint(&path, format!("{spelling:?} has no id")))?;
+            let special = is_special(&spelling);
+            added.insert(id, AddedToken::from(spelling, special));
+        }
+        self.added = added;
+        Ok(())
     }
 
     /// Any field, `null` as absent.
@@ -48,32 +93,68 @@ impl TokenizerConfig {
         Some(class.strip_suffix("Fast").unwrap_or(class))
     }
 
-    /// Special tokens by name; `defaults` are those of the tokenizer's class.
+    /// Special tokens by name; `defaults` are those of the tokenizer's class. A token that has an id matches as the
+    /// entry with the id says.
     pub(super) fn special_tokens(&self, defaults: &[(&str, &str)]) -> SpecialTokens {
-        let default = |name| defaults.iter().find(|d| d.0 == name).map(|d| AddedToken::from(d.1, true));
-        let token = |name: &'static str| match self.fields.get(name) {
-            Some(Value::Null) => None,
-            Some(value) => special_token(value).map(|token| (name, token)),
-            None => default(name).map(|token| (name, token)),
-        };
-        SPECIAL_NAMES.into_iter().filter_map(token).collect()
+        let default = |name: &str| defaults.iter().find(|d| d.0 == name).map(|d| AddedToken::from(d.1, true));
+        let mut tokens = SpecialTokens::new();
+        for name in SPECIAL_NAMES {
+            let token = match self.fields.get(name) {
+                Some(value) => special_token(value),
+                None => default(name),
+            };
+            tokens.extend(token.map(|token| (name.to_owned(), self.as_added(token))));
+        }
+        for (name, value) in self.model_specific() {
+            tokens.extend(special_token(value).map(|token| (name.clone(), self.as_added(token))));
+        }
+        tokens
     }
 
-    /// Adds what the tokenizer does not have as an added token yet: tokens by id, then `special` ones, then additional
-    /// ones. Spellings that are in the vocabulary keep their id.
+    /// Spellings of the special tokens by the names under which chat templates find them.
+    pub(crate) fn spellings(&self) -> BTreeMap<String, String> {
+        self.special_tokens(&[]).into_iter().map(|(name, token)| (name, token.content)).collect()
+    }
+
+    /// Tokens with names of the model's own (`image_token`).
+    fn model_specific(&self) -> impl Iterator<Item = (&String, &Value)> {
+        let own = self.fields.iter().filter(|(name, value)| {
+            name.ends_with("_token")
+                && !SPECIAL_NAMES.contains(&name.as_str())
+                && (value.is_string() || value.is_object())
+        });
+        own.chain(self.get("extra_special_tokens").and_then(Value::as_object).into_iter().flatten())
+    }
+
+    fn as_added(&self, token: AddedToken) -> AddedToken {
+        let listed = self.added.values().find(|added| added.content == token.content);
+        listed.map_or(token, |added| added.clone().special(true))
+    }
+
+    /// Adds tokens by id, then `special` ones, then additional ones. Spellings that are in the vocabulary keep their
+    /// id; a token that the tokenizer has matches from now on as its entry by id says.
     pub(super) fn add_tokens_to(&self, tokenizer: &mut tokenizers::Tokenizer, special: &SpecialTokens) -> Result<()> {
-        for (id, token) in self.added_tokens()? {
-            let spelling = token.content.clone();
-            self.add(tokenizer, token)?;
-            if tokenizer.token_to_id(&spelling) != Some(id) {
-                let found = tokenizer.token_to_id(&spelling);
-                let problem = format!("added token {spelling:?} should have id {id} and gets {found:?}");
+        let is_named = |token: &AddedToken| special.values().any(|named| named.content == token.content);
+        // `added_tokens.json` has no flags: where the tokenizer has the token too, its own count.
+        let has_flags = self.fields.contains_key("added_tokens_decoder");
+        for (id, token) in &self.added {
+            let special = token.special || is_named(token);
+            let is_there = tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content);
+            let found = match has_flags || !is_there {
+                true => self.add(tokenizer, token.clone().special(special))?,
+                false => tokenizer.token_to_id(&token.content),
+            };
+            if found != Some(*id) {
+                let problem = format!("added token {:?} should have id {id} and gets {found:?}", token.content);
                 return Err(Error::checkpoint(&self.path, problem));
             }
         }
-        let named = SPECIAL_NAMES.iter().filter_map(|name| special.get(name).cloned());
-        for token in named.chain(self.additional().filter_map(special_token)) {
-            self.add(tokenizer, token)?;
+        let others = special.iter().filter(|(name, _)| !SPECIAL_NAMES.contains(&name.as_str()));
+        let named = SPECIAL_NAMES.iter().filter_map(|name| special.get(*name)).chain(others.map(|(_, token)| token));
+        for token in named.cloned().chain(self.additional().filter_map(special_token)) {
+            if !tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content) {
+                self.add(tokenizer, token)?;
+            }
         }
         Ok(())
     }
@@ -85,27 +166,11 @@ impl TokenizerConfig {
         lists.flatten()
     }
 
-    fn add(&self, tokenizer: &mut tokenizers::Tokenizer, token: AddedToken) -> Result<()> {
-        let added = tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content);
-        if !added {
-            tokenizer.add_tokens([token]).map_err(|e| Error::checkpoint(&self.path, e))?;
-        }
-        Ok(())
-    }
-
-    /// `added_tokens_decoder` in order of id.
-    fn added_tokens(&self) -> Result<Vec<(u32, AddedToken)>> {
-        let entries = self.get("added_tokens_decoder").and_then(Value::as_object);
-        let mut tokens = Vec::new();
-        for (key, value) in entries.into_iter().flatten() {
-            let special = value.get("special").and_then(Value::as_bool).unwrap_or(false);
-            match (key.parse(), added_token(value, special)) {
-                (Ok(id), Some(token)) => tokens.push((id, token)),
-                _ => return Err(Error::checkpoint(&self.path, format!("added_tokens_decoder: bad entry {key:?}"))),
-            }
-        }
-        tokens.sort_by_key(|(id, _)| *id);
-        Ok(tokens)
+    /// Adds one token and says its id.
+    fn add(&self, tokenizer: &mut tokenizers::Tokenizer, token: AddedToken) -> Result<Option<u32>> {
+        let spelling = token.content.clone();
+        tokenizer.add_tokens([token]).map_err(|e| Error::checkpoint(&self.path, e))?;
+        Ok(tokenizer.token_to_id(&spelling))
     }
 }
 
