@@ -55,6 +55,9 @@ pub enum Error {
         /// What is wrong and what is allowed.
         problem: String,
     },
+    /// The model's chat template failed at a conversation; not the client's fault.
+    #[error("the model's chat template cannot be rendered: {0}")]
+    ChatTemplate(String),
     /// The prompt (and the tokens asked for) do not fit the model's context.
     #[error("the prompt has {prompt_tokens} tokens, {limit} fit this model's context with one token of answer")]
     ContextLength {
@@ -133,6 +136,7 @@ impl Error {
             Self::InvalidRequest { field, problem } => {
                 Self::InvalidRequest { field: field.clone(), problem: problem.clone() }
             }
+            Self::ChatTemplate(problem) => Self::ChatTemplate(problem.clone()),
             &Self::ContextLength { prompt_tokens, limit } => Self::ContextLength { prompt_tokens, limit },
             &Self::OutOfMemory { phase, needed_bytes, free_bytes } => {
                 Self::OutOfMemory { phase, needed_bytes, free_bytes }

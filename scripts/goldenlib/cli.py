@@ -7,6 +7,7 @@ import time
 
 GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "guidance", "schedulers"]
 GROUPS += ["tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner", "hidden_states"]
+GROUPS += ["special_tokens", "templates"]
 
 
 def main(arguments) -> int:

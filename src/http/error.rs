@@ -184,6 +184,10 @@ impl From<tale_models::Error> for ApiError {
             Error::OutOfMemory { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "out_of_memory", error.to_string()),
             Error::TooManySessions { .. } => Self::busy(error.to_string()),
             Error::NotFinite { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_finite", error.to_string()),
+            Error::ChatTemplate(_) => {
+                tracing::error!(%error, "a conversation could not be rendered");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "chat_template_failed", error.to_string())
+            }
             Error::Checkpoint { .. }
             | Error::MissingTensor { .. }
             | Error::TensorShape { .. }

@@ -1,26 +1,29 @@
 //! Chat templates: from messages to the text that a model was trained on.
 //!
-//! Owns: finding the template and the special tokens that it may name, and rendering with what transformers offers to
-//! templates (`transformers/utils/chat_template_utils.py`). Does not know: tokenizers; tools and documents, which are
-//! passed as none.
+//! Owns: finding the template, what it is rendered with, and telling its failures apart. What a template asks for that
+//! is not there is found when it is loaded (`program.rs`, and conversations that are tried); what it refuses is the
+//! client's to mend; what else goes wrong is ours. Does not know: tokenizers, but for the spellings of special tokens;
+//! tools and documents, which are passed as none.
+//! Source: transformers `utils/chat_template_utils.py`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, context};
+use minijinja::{Error as TemplateError, ErrorKind};
 use serde::Deserialize;
 
 use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
+use crate::tokenizer::config::TokenizerConfig;
 
-mod functions;
+mod filters;
+mod globals;
+mod program;
+mod python;
+mod sequences;
 
-/// Instructions that one rendering may execute; a long conversation needs some hundred thousand.
-const MAX_FUEL: u64 = 50_000_000;
-/// Name of the one template of an environment.
-const TEMPLATE: &str = "chat_template";
+use program::Program;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -35,111 +38,110 @@ pub struct ChatMessage {
     pub name: Option<String>,
 }
 
-/// A compiled Jinja template with the special tokens that it may name.
+/// A template with the special tokens that it may name.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    program: Program,
     /// `bos_token`, `eos_token`, ... by the name under which a template asks for them.
     special_tokens: BTreeMap<String, String>,
 }
 
 impl ChatTemplate {
     /// From `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json` in `dir`, the first that has one;
-    /// `None` when the model has none. A template that does not compile is an error that names the file and the line.
+    /// `None` when the model has none. A template that can never be rendered is an error that names the file, the line
+    /// and what is missing.
     pub fn from_dir(dir: &Path) -> Result<Option<Self>> {
-        let config: Option<TokenizerConfig> = read_json_if_present(&dir.join("tokenizer_config.json"))?;
-        let map: Option<BTreeMap<String, SpecialToken>> = read_json_if_present(&dir.join("special_tokens_map.json"))?;
-        let config = config.unwrap_or_default();
-        let mut special_tokens = named_tokens(map.unwrap_or_default());
-        special_tokens.extend(named_tokens(config.others));
-
-        let jinja = dir.join("chat_template.jinja");
-        if jinja.exists() {
-            let source = read_text(&jinja)?;
-            return Self::compile(&source, special_tokens).map(Some).map_err(|e| Error::checkpoint(jinja, e));
-        }
-        let json = dir.join("chat_template.json");
-        let (path, source) = match read_json_if_present::<TemplateFile>(&json)? {
-            Some(file) => (json, Some(file.chat_template)),
-            None => (dir.join("tokenizer_config.json"), config.chat_template),
-        };
-        let Some(source) =
-            source.map(TemplateSource::default_one).transpose().map_err(|e| Error::checkpoint(&path, e))?
-        else {
-            return Ok(None);
-        };
-        Self::compile(&source, special_tokens).map(Some).map_err(|e| Error::checkpoint(path, e))
+        let Some((path, source)) = find(dir)? else { return Ok(None) };
+        let special_tokens = TokenizerConfig::read(dir)?.spellings();
+        Self::load(&source, special_tokens).map(Some).map_err(|problem| Error::checkpoint(path, problem))
     }
 
-    fn compile(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, minijinja::Error> {
-        let mut environment = Environment::new();
-        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_fuel(Some(MAX_FUEL));
-        functions::add_to(&mut environment);
-        environment.add_template_owned(TEMPLATE, without_generation_marks(source))?;
-        Ok(Self { environment, special_tokens })
+    fn load(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
+        let program = Program::new(source).map_err(|error| format!("the chat template: {error}"))?;
+        let unsupported = program.unsupported().map_err(|error| error.to_string())?;
+        if !unsupported.is_empty() {
+            let all: Vec<String> = unsupported.iter().map(ToString::to_string).collect();
+            return Err(format!("the chat template uses what is not supported: {}", all.join("; ")));
+        }
+        let template = Self { program, special_tokens };
+        template.try_conversations().map_err(|error| format!("the chat template cannot be rendered: {error}"))?;
+        Ok(template)
+    }
+
+    /// Renders small conversations of usual shapes. A feature that is missing at run time is an error, and so is a
+    /// template that fails at all of them; one that refuses a shape with `raise_exception` is not.
+    fn try_conversations(&self) -> Result<(), TemplateError> {
+        const SHAPES: [&[&str]; 4] =
+            [&["user"], &["system", "user"], &["user", "assistant", "user"], &["system", "user", "assistant", "user"]];
+        let mut failure = None;
+        let mut answers = 0;
+        for roles in SHAPES {
+            let message =
+                |role: &&str| ChatMessage { role: (*role).to_owned(), content: "Hello there.".to_owned(), name: None };
+            let messages: Vec<ChatMessage> = roles.iter().map(message).collect();
+            match self.text(&messages) {
+                Err(error) if is_hopeless(&error) => return Err(error),
+                Err(error) if globals::raised(&error).is_none() => failure = Some(error),
+                _ => answers += 1,
+            }
+        }
+        failure.filter(|_| answers == 0).map_or(Ok(()), Err)
     }
 
     /// The conversation as text, ending where the assistant begins to speak.
     ///
-    /// Errors name `messages`: what the template itself refuses (`raise_exception`), or what it cannot render.
+    /// What the template itself refuses (`raise_exception`) is an [`Error::InvalidRequest`] that names `messages`;
+    /// any other failure is an [`Error::ChatTemplate`].
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
+        self.text(messages).map_err(|error| match globals::raised(&error) {
+            Some(words) => Error::invalid("messages", words),
+            None => Error::ChatTemplate(error.to_string()),
+        })
+    }
+
+    fn text(&self, messages: &[ChatMessage]) -> Result<String, TemplateError> {
         // In this order: `tojson` shows it.
-        let message = |m: &ChatMessage| match &m.name {
-            None => context! { role => m.role.as_str(), content => m.content.as_str() },
-            Some(name) => context! { role => m.role.as_str(), content => m.content.as_str(), name => name.as_str() },
+        let message = |m: &ChatMessage| {
+            let said = [("role", Some(&m.role)), ("content", Some(&m.content)), ("name", m.name.as_ref())];
+            Value::from_pairs(said.into_iter().filter_map(|(key, text)| Some((key, Value::from(text?)))))
         };
-        let mut context: BTreeMap<&str, Value> =
+        let mut variables: BTreeMap<&str, Value> =
             self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))).collect();
-        context.insert("messages", messages.iter().map(message).collect());
-        context.insert("add_generation_prompt", Value::from(true));
-        context.insert("tools", Value::from(()));
-        context.insert("documents", Value::from(()));
-        let template = self.environment.get_template(TEMPLATE).expect("was added when it was compiled: this is a bug");
-        template.render(Value::from(context)).map_err(|error| Error::invalid("messages", refusal(&error)))
+        variables.insert("messages", messages.iter().map(message).collect());
+        variables.insert("add_generation_prompt", Value::from(true));
+        variables.insert("tools", Value::from(()));
+        variables.insert("documents", Value::from(()));
+        self.program.render(Value::from(variables))
     }
 }
 
-/// What a client may know of a failed rendering: the template's own words where it spoke.
-fn refusal(error: &minijinja::Error) -> String {
-    let words = functions::raised(error).map(str::to_owned);
-    words.unwrap_or_else(|| match error.kind() {
-        ErrorKind::OutOfFuel => "the model's chat template takes too long with these messages".to_owned(),
-        _ => format!("the model's chat template cannot render these messages: {error}"),
-    })
+/// Whether a template asked for something that is not there, or never ends.
+fn is_hopeless(error: &TemplateError) -> bool {
+    use ErrorKind::{OutOfFuel, UnknownFilter, UnknownFunction, UnknownMethod, UnknownTest};
+    matches!(error.kind(), OutOfFuel | UnknownFilter | UnknownFunction | UnknownMethod | UnknownTest)
 }
 
-/// `{% generation %}` marks what the assistant said, for training; blocks that always hold render the same.
-fn without_generation_marks(source: &str) -> String {
-    let mut rest = source;
-    let mut plain = String::with_capacity(source.len());
-    while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}").map(|end| end + 2) else { break };
-        let tag = &rest[start..start + len];
-        plain.push_str(&rest[..start]);
-        plain.push_str(&match tag[2..len - 2].trim_matches(['-', '+']).trim() {
-            "generation" => tag.replace("generation", "if true"),
-            "endgeneration" => tag.replace("endgeneration", "endif"),
-            _ => tag.to_owned(),
-        });
-        rest = &rest[start + len..];
+/// The template's source and the file that has it.
+fn find(dir: &Path) -> Result<Option<(PathBuf, String)>> {
+    let jinja = dir.join("chat_template.jinja");
+    if jinja.exists() {
+        let source = read_text(&jinja)?;
+        return Ok(Some((jinja, source)));
     }
-    plain + rest
+    for name in ["chat_template.json", "tokenizer_config.json"] {
+        let path = dir.join(name);
+        let template = read_json_if_present::<TemplateFile>(&path)?.and_then(|file| file.chat_template);
+        if let Some(template) = template {
+            return Ok(template.default_one(&path).map(|source| (path, source)));
+        }
+    }
+    Ok(None)
 }
 
-/// The part of `tokenizer_config.json` that concerns templates.
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    chat_template: Option<TemplateSource>,
-    #[serde(flatten)]
-    others: BTreeMap<String, SpecialToken>,
-}
-
+/// The part of a file that concerns templates.
 #[derive(Deserialize)]
 struct TemplateFile {
-    chat_template: TemplateSource,
+    chat_template: Option<TemplateSource>,
 }
 
 #[derive(Deserialize)]
@@ -156,36 +158,19 @@ struct NamedTemplate {
 }
 
 impl TemplateSource {
-    /// As transformers: of several templates, the one called `default`.
-    fn default_one(self) -> Result<String, &'static str> {
+    /// As transformers: of several templates, the one called `default`. Without one, a conversation has no template.
+    fn default_one(self, path: &Path) -> Option<String> {
         match self {
-            Self::One(template) => Ok(template),
-            Self::Named(templates) => templates
-                .into_iter()
-                .find(|named| named.name == "default")
-                .map(|named| named.template)
-                .ok_or("has several chat templates and none of them is called `default`"),
+            Self::One(template) => Some(template),
+            Self::Named(templates) => {
+                let default = templates.into_iter().find(|named| named.name == "default").map(|named| named.template);
+                if default.is_none() {
+                    tracing::warn!(path = %path.display(), "no chat template is called `default`; chats are refused");
+                }
+                default
+            }
         }
     }
-}
-
-/// A value of `tokenizer_config.json` or `special_tokens_map.json`, of which tokens are one kind.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SpecialToken {
-    Text(String),
-    Added { content: String },
-    Other(serde::de::IgnoredAny),
-}
-
-fn named_tokens(entries: BTreeMap<String, SpecialToken>) -> BTreeMap<String, String> {
-    let token = |(name, entry): (String, SpecialToken)| match entry {
-        SpecialToken::Text(content) | SpecialToken::Added { content } if name.ends_with("_token") => {
-            Some((name, content))
-        }
-        _ => None,
-    };
-    entries.into_iter().filter_map(token).collect()
 }
 
 #[cfg(test)]

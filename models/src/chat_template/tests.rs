@@ -6,9 +6,13 @@ fn message(role: &str, content: &str) -> ChatMessage {
     ChatMessage { role: role.into(), content: content.into(), name: None }
 }
 
-fn render(source: &str, messages: &[ChatMessage]) -> Result<String> {
+fn load(source: &str) -> Result<ChatTemplate, String> {
     let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, token)| (name.into(), token.into()));
-    ChatTemplate::compile(source, tokens.into()).expect("compiles").render(messages)
+    ChatTemplate::load(source, tokens.into())
+}
+
+fn render(source: &str, messages: &[ChatMessage]) -> Result<String> {
+    load(source).expect("loads").render(messages)
 }
 
 #[track_caller]
@@ -51,22 +55,67 @@ fn json_is_written_as_python_writes_it() {
     check("{{ {'a': 1} | tojson(indent=4) }}", "{\n    \"a\": 1\n}");
 }
 
+#[track_caller]
+fn check_refused(source: &str, words: &[&str]) {
+    let problem = load(source).expect_err("refused");
+    for expected in words {
+        assert!(problem.contains(expected), "{problem}");
+    }
+}
+
 #[test]
 fn what_a_template_refuses_reaches_the_client_in_its_own_words() {
     let error = render("{{ raise_exception('Roles must alternate') }}", &[]).expect_err("refused");
     assert_eq!(error.to_string(), "messages: Roles must alternate");
+    assert!(matches!(error, Error::InvalidRequest { .. }));
+}
+
+#[test]
+fn a_failure_of_the_template_is_not_the_clients() {
+    let source = "{% if messages | length > 4 %}{{ messages[9].role.upper() }}{% endif %}";
+    let messages = vec![message("user", "secret"); 5];
+    let error = render(source, &messages).expect_err("fails");
+    assert!(matches!(error, Error::ChatTemplate(_)), "{error}");
+    assert!(error.to_string().contains("chat_template:1") && !error.to_string().contains("secret"), "{error}");
+}
+
+#[test]
+fn what_is_missing_is_said_with_its_line_when_a_template_is_loaded() {
+    check_refused("a\n{{ messages | urlize }}", &["line 2", "filter `urlize`"]);
+    check_refused("{% if messages is weird %}{% endif %}", &["line 1", "test `weird`"]);
+    check_refused("\n\n{{ messages[0].content.splat() }}", &["line 3", "method `splat`"]);
+    check_refused("{% if false %}{{ today() }}{% endif %}", &["line 1", "function `today`"]);
+    check_refused("{% include 'other' %}", &["line 1", "another template"]);
+    check_refused("{% macro m() %}\n{{ kwargs }}{% endmacro %}", &["line 2", "variable `kwargs`"]);
+    check_refused(
+        "{{ 'a' | splat }}\r\n{{ 'a' | splosh }}",
+        &["line 1: the filter `splat`", "line 2: the filter `splosh`"],
+    );
+    check_refused("{{ messages | map('splat') | list }}", &["splat"]);
+    check_refused("a\n{% if %}", &["chat_template:2"]);
+}
+
+#[test]
+fn a_template_that_always_fails_is_refused_when_it_is_loaded() {
+    check_refused("{{ messages[0].role + 1 }}", &["chat_template:1"]);
+    check_refused("{% set l = [] %}{{ l.append(1) }}", &["append", "unsafe"]);
+    check_refused("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", &["fuel"]);
+    load("{% if messages[0].role == 'system' %}{{ messages[0].role + 1 }}{% endif %}").expect("others are answered");
+    load("{{ raise_exception('never') }}").expect("refuses by itself");
+}
+
+#[test]
+fn functions_that_a_template_asks_about_first_may_be_missing() {
+    check("{% if today is defined %}{{ today() }}{% else %}no date{% endif %}", "no date");
+    check("{% set f = dict %}{{ f(a=1) }}{% macro g() %}g{% endmacro %}{{ g() }}", "{'a': 1}g");
 }
 
 #[test]
 fn today_is_a_date() {
     let today = render("{{ strftime_now('%d %b %Y') }}", &[]).expect("renders");
     assert_eq!(today.split(' ').map(str::len).collect::<Vec<_>>(), [2, 3, 4], "{today}");
-}
-
-#[test]
-fn an_endless_template_is_stopped() {
-    let error = render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", &[]);
-    assert!(error.expect_err("stopped").to_string().contains("takes too long"));
+    let fraction = render("{{ strftime_now('%f') }}", &[]).expect("renders");
+    assert!(fraction.len() == 6 && fraction.bytes().all(|b| b.is_ascii_digit()), "{fraction}");
 }
 
 #[test]
@@ -83,6 +132,9 @@ fn templates_are_found_where_they_are_published() {
     let named = r#"{"bos_token": "<s>", "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{ bos_token }}"}]}"#;
     write("tokenizer_config.json", named);
     assert_eq!(rendered().as_deref(), Some("d<s>"));
+    let unnamed = r#"{"chat_template": [{"name": "tool_use", "template": "t"}]}"#;
+    write("tokenizer_config.json", unnamed);
+    assert_eq!(rendered(), None);
     write("chat_template.json", r#"{"chat_template": "json"}"#);
     assert_eq!(rendered().as_deref(), Some("json"));
     write("chat_template.jinja", "jinja {{ messages[0].content }}");
@@ -90,4 +142,20 @@ fn templates_are_found_where_they_are_published() {
     write("chat_template.jinja", "{% if %}");
     let error = ChatTemplate::from_dir(dir.path()).expect_err("does not compile").to_string();
     assert!(error.contains("chat_template.jinja"), "{error}");
+}
+
+/// The same rule as for the tokenizer: `special_tokens_map.json` counts where no added tokens are listed by id.
+#[test]
+fn special_tokens_of_templates_are_those_of_the_tokenizer() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
+    let rendered =
+        || ChatTemplate::from_dir(dir.path()).expect("reads").expect("is there").render(&[]).expect("renders");
+    write("chat_template.jinja", "{{ bos_token }}{{ eos_token }}{{ image_token }}");
+    write("tokenizer_config.json", r#"{"bos_token": "<a>", "image_token": "<i>", "eos_token": {"content": "<b>"}}"#);
+    assert_eq!(rendered(), "<a><b><i>");
+    write("special_tokens_map.json", r#"{"bos_token": "<c>", "eos_token": {"content": "<d>"}}"#);
+    assert_eq!(rendered(), "<c><d><i>");
+    write("tokenizer_config.json", r#"{"bos_token": "<a>", "added_tokens_decoder": {}}"#);
+    assert_eq!(rendered(), "<a>");
 }

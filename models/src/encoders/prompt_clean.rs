@@ -166,7 +166,7 @@ fn unambiguous_reference(reference: &str) -> Option<(String, usize)> {
 }
 
 /// Python's `html.unescape`: the HTML 5 rules for text, except that references to invalid code points vanish.
-fn html_unescape(text: &str) -> String {
+pub(crate) fn html_unescape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find('&') {

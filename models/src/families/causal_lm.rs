@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
 use crate::checkpoint::OpenWeights;
-use crate::config::{Fields, read_json_if_present};
+use crate::config::Fields;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};

@@ -25,6 +25,7 @@ mod sdxl;
 mod sdxl_prompts;
 mod single_files;
 mod support;
+mod templates;
 mod text;
 mod text_configs;
 mod tiling;

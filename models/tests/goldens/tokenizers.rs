@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use tale_models::Error;
+use tale_models::chat_template::ChatTemplate;
 use tale_models::tokenizer::{Padded, Tokenizer};
 
 use crate::support::{case_dir, golden_json};
@@ -51,6 +52,41 @@ fn check_lengths(name: &str, num_special: usize, pad: &str) {
             assert_eq!(padded, Padded { ids: expected, num_tokens }, "{name} at {max_length}: {text:?}");
         }
     }
+}
+
+/// Folders whose files disagree about special tokens: ids, and the spellings that a chat template finds.
+#[test]
+fn the_file_that_decides_about_special_tokens_is_transformers() {
+    let golden = golden_json("tokenizers/special-tokens");
+    let backend = std::fs::read(case_dir("tokenizers/llama").join("tokenizer.json")).expect("tokenizer.json");
+    for folder in golden["folders"].as_array().expect("folders") {
+        let dir = tempfile::tempdir().expect("temp dir");
+        std::fs::write(dir.path().join("tokenizer.json"), &backend).expect("write");
+        for (name, file) in folder["files"].as_object().expect("files") {
+            std::fs::write(dir.path().join(name), file.to_string()).expect("write");
+        }
+        let name = &folder["name"];
+        let tokenizer = Tokenizer::from_dir(dir.path()).expect("the folder is a tokenizer");
+        assert_eq!(tokenizer.vocab_size() as u64, folder["vocab_size"].as_u64().expect("a count"), "{name}");
+        assert_eq!(tokenizer.eos_token_id().map(u64::from), folder["eos_token_id"].as_u64(), "{name}");
+        for case in folder["cases"].as_array().expect("cases") {
+            let text = case["text"].as_str().expect("text");
+            let found = tokenizer.encode(text, true).expect("encodes");
+            assert_eq!(found, ids(&case["ids"]), "{name}: {text:?}");
+            assert_eq!(tokenizer.decode(&found).expect("decodes"), case["decoded"], "{name}: {text:?}");
+        }
+        check_spellings(dir.path(), &folder["special_tokens"]);
+    }
+}
+
+fn check_spellings(dir: &Path, expected: &Value) {
+    let names = ["bos_token", "eos_token", "unk_token", "pad_token", "image_token"];
+    let source: String = names.iter().map(|name| format!("{{{{ {name} }}}}|")).collect();
+    std::fs::write(dir.join("chat_template.jinja"), source).expect("write");
+    let template = ChatTemplate::from_dir(dir).expect("reads").expect("there is one");
+    let expected: String =
+        names.iter().map(|name| format!("{}|", expected[name].as_str().unwrap_or_default())).collect();
+    assert_eq!(template.render(&[]).expect("renders"), expected);
 }
 
 #[test]

@@ -1,0 +1,156 @@
+//! The filters of Jinja2 that work on sequences and differ in minijinja: what they print, how arguments are given.
+//!
+//! Source: `jinja2/filters.py`. The work is minijinja's wherever it is the same.
+
+use minijinja::value::{Kwargs, Tuple, Value, from_args};
+use minijinja::{Environment, Error, State, filters};
+
+use super::filters::is_filter;
+use super::python::{self, Args, Given, fail, to_str};
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Filters that [`add_to`] adds.
+pub(super) const NAMES: &[&str] = &["batch", "format", "groupby", "map", "max", "min", "slice", "sort"];
+
+/// Makes [`NAMES`] known.
+pub(super) fn add_to(environment: &mut Environment<'static>) {
+    environment.add_filter("batch", |state: &mut State, given: Given| {
+        let args = Args::bind("batch", &["value", "linecount", "fill_with"], &python::values(given))?;
+        filters::batch(state, args.required(0)?.clone(), args.width(1, 0)?, args.some(2).cloned())
+    });
+    environment.add_filter("slice", |state: &mut State, given: Given| {
+        let args = Args::bind("slice", &["value", "slices", "fill_with"], &python::values(given))?;
+        filters::slice(state, args.required(0)?.clone(), args.width(1, 0)?, args.some(2).cloned())
+    });
+    environment.add_filter("sort", |state: &mut State, given: Given| {
+        let names = &["value", "reverse", "case_sensitive", "attribute"];
+        let args = Args::bind("sort", names, &python::values(given))?;
+        filters::sort(state, args.required(0)?.clone(), keywords(&args, names))
+    });
+    environment.add_filter("min", |state: &mut State, given: Given| {
+        let args = Args::bind("min", EXTREME, &python::values(given))?;
+        filters::min(state, args.required(0)?.clone(), keywords(&args, EXTREME))
+    });
+    environment.add_filter("max", |state: &mut State, given: Given| {
+        let args = Args::bind("max", EXTREME, &python::values(given))?;
+        filters::max(state, args.required(0)?.clone(), keywords(&args, EXTREME))
+    });
+    environment.add_filter("groupby", |given: Given| {
+        let names = &["value", "attribute", "default", "case_sensitive"];
+        let args = Args::bind("groupby", names, &python::values(given))?;
+        filters::groupby(args.required(0)?.clone(), None, keywords(&args, names))
+    });
+    environment.add_filter("format", format);
+    environment.add_filter("map", map);
+}
+
+const EXTREME: &[&str] = &["value", "case_sensitive", "attribute"];
+
+/// All arguments but the first as keywords, as minijinja's filters take them.
+fn keywords(args: &Args, names: &[&'static str]) -> Kwargs {
+    let argument = |place: usize| {
+        let value = args.some(place)?;
+        // Attributes may be numbers.
+        let is_attribute = names[place] == "attribute";
+        Some((names[place], if is_attribute { Value::from(to_str(value)) } else { value.clone() }))
+    };
+    (1..names.len()).filter_map(argument).collect()
+}
+
+/// `value % args`, or `value % kwargs`.
+fn format(value: &Value, given: Given) -> Result<String> {
+    let given = python::values(given);
+    let (positional, named): (&[Value], Kwargs) = from_args(&given)?;
+    let names: Vec<&str> = named.args().collect();
+    let values = match (positional, &names[..]) {
+        (positional, []) => Value::from(Tuple::from(positional.to_vec())),
+        ([], names) => {
+            let entry = |name: &&str| Ok((Value::from(*name), named.get::<Value>(name)?));
+            Value::from_pairs(names.iter().map(entry).collect::<Result<Vec<_>>>()?)
+        }
+        _ => return Err(fail("can't handle positional and keyword arguments at the same time")),
+    };
+    python::format::percent(&to_str(value), &values)
+}
+
+/// `map(attribute=...)`, or a filter by its name with its arguments.
+fn map(state: &mut State, value: &Value, given: Given) -> Result<Vec<Value>> {
+    let items: Vec<Value> = if value.is_undefined() { Vec::new() } else { value.try_iter()?.collect() };
+    let given = python::values(given);
+    let Some(filter) = given.first().and_then(Value::as_str) else {
+        let args = Args::bind("map", &["attribute", "default"], &given)?;
+        let attribute = args.required(0)?;
+        let default = |found: Value| if found.is_undefined() { args.get(1).cloned().unwrap_or(found) } else { found };
+        return items.iter().map(|item| Ok(default(attribute_of(item, attribute)?))).collect();
+    };
+    if !is_filter(filter) {
+        return Err(Error::new(
+            minijinja::ErrorKind::UnknownFilter,
+            format_args!("No filter named '{filter}'.").to_string(),
+        ));
+    }
+    let call = |item: Value| state.apply_filter(filter, &[&[item], &given[1..]].concat());
+    items.into_iter().map(call).collect()
+}
+
+/// Items as text with a separator between them.
+pub(super) fn join(args: &Args) -> Result<Value> {
+    let separator = args.get(1).map(to_str).unwrap_or_default();
+    let mut out = Vec::new();
+    for item in args.required(0)?.try_iter()? {
+        out.push(match args.some(2) {
+            Some(attribute) => to_str(&attribute_of(&item, attribute)?),
+            None => to_str(&item),
+        });
+    }
+    Ok(out.join(&separator).into())
+}
+
+/// `item.a.b` for `a.b`; parts that are numbers are indices.
+fn attribute_of(item: &Value, attribute: &Value) -> Result<Value> {
+    let mut value = item.clone();
+    for part in to_str(attribute).split('.') {
+        value = value.get_item(&part.parse::<usize>().map_or_else(|_| Value::from(part), Value::from))?;
+    }
+    Ok(value)
+}
+
+/// The first of equal items.
+pub(super) fn unique(args: &Args) -> Result<Value> {
+    let mut seen: Vec<Value> = Vec::new();
+    let mut out = Vec::new();
+    for item in args.required(0)?.try_iter()? {
+        let found = args.some(2).map_or_else(|| Ok(item.clone()), |attribute| attribute_of(&item, attribute))?;
+        let key = match found.as_str() {
+            Some(text) if !args.flag(1, false) => Value::from(text.to_lowercase()),
+            _ => found,
+        };
+        if !seen.contains(&key) {
+            seen.push(key);
+            out.push(item);
+        }
+    }
+    Ok(Value::from(out))
+}
+
+/// Entries of a dictionary, ordered by keys or values.
+pub(super) fn dictsort(args: &Args) -> Result<Value> {
+    let case_sensitive = args.flag(1, false);
+    let by_value = match args.text_or_none(2)? {
+        None | Some("key") => false,
+        Some("value") => true,
+        Some(_) => return Err(fail("You can only sort by either \"key\" or \"value\"")),
+    };
+    let mut entries = python::methods::pairs(args.required(0)?)?;
+    let rank = |entry: &(Value, Value)| {
+        let value = if by_value { &entry.1 } else { &entry.0 };
+        match value.as_str() {
+            Some(text) if !case_sensitive => Value::from(text.to_lowercase()),
+            _ => value.clone(),
+        }
+    };
+    entries.sort_by(|a, b| if args.flag(3, false) { rank(b).cmp(&rank(a)) } else { rank(a).cmp(&rank(b)) });
+    let pair = |(key, value)| Value::from(Tuple::from([key, value]));
+    Ok(entries.into_iter().map(pair).collect())
+}
