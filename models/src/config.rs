@@ -3,7 +3,7 @@
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -20,7 +20,12 @@ pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
 
 /// As [`read_bytes`], for text in UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
-    String::from_utf8(read_bytes(path)?).map_err(|e| Error::checkpoint(path, format!("is not text in UTF-8: {e}")))
+    text_of(path, read_bytes(path)?)
+}
+
+/// As [`read_text`], of the content of the file at `path`.
+pub fn text_of(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|e| Error::checkpoint(path, format!("is not text in UTF-8: {e}")))
 }
 
 /// Parses a JSON file; the error names the file and, for wrong types, the field.
@@ -34,7 +39,7 @@ pub fn read_json_if_present<T: DeserializeOwned>(path: &Path) -> Result<Option<T
 }
 
 /// As [`read_json`], of a file's content at hand.
-fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+pub fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
     let value: Value = serde_json::from_slice(bytes).map_err(|e| Error::checkpoint(path, e))?;
     from_value(path, value)
 }
@@ -84,15 +89,20 @@ pub const MAX_EPS: f64 = 1.0;
 
 /// The fields of one JSON file, where what an absent field means depends on who reads it.
 #[derive(Debug)]
-pub struct Fields<'a> {
-    path: &'a Path,
+pub struct Fields {
+    path: PathBuf,
     fields: Map<String, Value>,
 }
 
-impl<'a> Fields<'a> {
-    /// Those of the file at `path`.
-    pub fn read(path: &'a Path) -> Result<Self> {
-        Ok(Self { path, fields: read_json(path)? })
+impl Fields {
+    /// Those of the content of the file at `path`.
+    pub fn of(path: PathBuf, content: &[u8]) -> Result<Self> {
+        Ok(Self { fields: parse_json(&path, content)?, path })
+    }
+
+    /// Where the file lies, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The fields of the object in `field`, where there is one; else these.
@@ -152,12 +162,12 @@ impl<'a> Fields<'a> {
 
     /// All fields that `T` knows.
     pub fn all<T: DeserializeOwned>(&self) -> Result<T> {
-        from_value(self.path, Value::Object(self.fields.clone()))
+        from_value(&self.path, Value::Object(self.fields.clone()))
     }
 
     /// Says what is wrong with a field.
     pub fn error(&self, field: &str, problem: impl Display) -> Error {
-        Error::checkpoint(self.path, format!("{field}: {problem}"))
+        Error::checkpoint(&self.path, format!("{field}: {problem}"))
     }
 
     fn parse<T: DeserializeOwned>(&self, field: &str, value: &Value) -> Result<T> {

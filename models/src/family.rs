@@ -1,9 +1,8 @@
 //! What a family of models is to everybody else: how it is recognised, and how one of its models is built.
 
 use crate::card::ModelCard;
-use crate::checkpoint::{LoadFormat, OpenWeights};
+use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
 use crate::error::Result;
-use crate::manifest::Manifest;
 use crate::runner::Runner;
 
 /// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`](crate::families::FAMILIES).

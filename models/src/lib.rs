@@ -20,7 +20,6 @@ pub mod layers;
 pub mod lfs;
 pub mod loading;
 pub mod lora;
-pub mod manifest;
 pub mod memory;
 pub mod phase;
 pub mod presets;

@@ -1,13 +1,12 @@
 //! The way from a checkpoint to a loaded model, or to what one would take.
 
 use crate::card::ModelCard;
-use crate::checkpoint::{Mode, OpenWeights, Parts};
+use crate::checkpoint::{Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::families::detect;
 use crate::family::{Family, LoadOptions, LoadedModel, TextEncoders};
 use crate::lora::LoraSupport;
-use crate::manifest::Manifest;
 use crate::source::ModelSource;
 use crate::weights::WeightsReport;
 
@@ -44,10 +43,10 @@ pub fn load(
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel> {
     let source = source.into();
-    let manifest = Manifest::read(&source)?;
+    let manifest = Manifest::read(&source)?.in_format(options.load_format);
     let family = detect(&manifest)?;
     let open = OpenWeights::new(&source, placement, Mode::Load, options.load_format, on_component);
-    let mut open = open.restricted_to(parts(family, options));
+    let mut open = open.restricted_to(on_device(family, options));
     let mut model = load_with(family, &manifest, &mut open, options)?;
     model.resident_bytes += open.resident_bytes();
     for (component, report) in open.reports() {
@@ -76,11 +75,11 @@ pub fn plan(
     options: &LoadOptions,
 ) -> Result<(Inspection, Option<LoadedModel>)> {
     let source = source.into();
-    let manifest = Manifest::read(&source)?;
+    let manifest = Manifest::read(&source)?.in_format(options.load_format);
     let family = detect(&manifest)?;
     let on_component = &mut |_: &str| ();
     let open = OpenWeights::new(&source, placement, Mode::Inspect, options.load_format, on_component);
-    let mut open = open.restricted_to(parts(family, options));
+    let mut open = open.restricted_to(on_device(family, options));
     let (model, problem) = match load_with(family, &manifest, &mut open, options) {
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),
@@ -93,12 +92,12 @@ pub fn plan(
     Ok((inspection, model))
 }
 
-fn parts(family: &dyn Family, options: &LoadOptions) -> Parts<'static> {
+fn on_device(family: &dyn Family, options: &LoadOptions) -> OnDevice<'static> {
     match options.text_encoders {
-        TextEncoders::Resident => Parts::All,
+        TextEncoders::Resident => OnDevice::All,
         TextEncoders::OnDemand => match family.text_encoders() {
-            [] => Parts::All,
-            components => Parts::Without(components),
+            [] => OnDevice::All,
+            components => OnDevice::Without(components),
         },
     }
 }
@@ -114,7 +113,7 @@ fn load_with(
     open.check_fit(manifest)?;
     // Else it would load, and every request that leaves a field out would fail.
     model.card.check_defaults().map_err(|error| {
-        Error::checkpoint(&manifest.root, format!("the model's own defaults cannot be used: {error}"))
+        Error::checkpoint(manifest.root(), format!("the model's own defaults cannot be used: {error}"))
     })?;
     let has_ip_adapter = matches!(&model.card, ModelCard::Diffusion(card) if card.has_ip_adapter);
     let takes_loras = matches!(&model.card, ModelCard::Diffusion(card) if matches!(card.loras, LoraSupport::Folder(_)));

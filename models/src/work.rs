@@ -51,12 +51,12 @@ mod tests {
 
     use serde::de::DeserializeOwned;
 
+    use crate::checkpoint::{CONFIG, Folder, Manifest};
     use crate::encoders::t5::{T5Config, T5Kind};
     use crate::families::flux::transformer::FluxTransformerConfig;
     use crate::families::sdxl::config::UNetConfig;
     use crate::families::wan::WanConfig;
     use crate::layers::decoder::StepSizes;
-    use crate::manifest::Manifest;
     use crate::presets::{Configurations, Preset};
     use crate::vae::kl::KlConfig;
     use crate::vae::wan::WanVaeConfig;
@@ -86,7 +86,9 @@ mod tests {
         check(schnell.flops(256, 4096), 69.5, 0.05);
         check(config::<KlConfig>("flux.1-dev", "vae").decode_flops(128, 128), 10.47, 0.05);
         let folder = folder("flux.1-dev");
-        let t5 = T5Config::read(&folder.path().join("text_encoder_2/config.json"), T5Kind::T5).expect("is sound");
+        let folder = Folder::new(folder.path().join("text_encoder_2"));
+        let fields = folder.whole().fields(CONFIG).expect("is there");
+        let t5 = T5Config::read(&fields, T5Kind::T5).expect("is sound");
         check(t5.flops(512), 5.0, 0.5);
     }
 

@@ -3,8 +3,6 @@
 //! Owns: the fields, what their values mean, refusals of nonsense. Does not know: what requests may ask for. Source:
 //! transformers `generation/utils.py`, `_get_logits_processor`, and `generation/logits_process.py`.
 
-use std::path::Path;
-
 use crate::config::Fields;
 use crate::error::Result;
 
@@ -26,26 +24,22 @@ pub struct SamplingDefaults {
 }
 
 impl SamplingDefaults {
-    /// Reads the file at `path`; no defaults where there is none. A value may lie outside of what requests may ask for.
-    /// Errors name the file and a field whose value means nothing.
-    pub fn read(path: &Path) -> Result<Self> {
-        if !path.exists() {
-            return Ok(Self::default());
-        }
-        let fields = Fields::read(path)?;
+    /// Reads the fields of a file. A value may lie outside of what requests may ask for. Errors name the file and a field
+    /// whose value means nothing.
+    pub fn read(fields: &Fields) -> Result<Self> {
         Ok(Self {
             do_sample: fields.nullable_or("do_sample", None)?,
-            temperature: number(&fields, "temperature", "must not be negative", |value| value >= 0.0)?,
+            temperature: number(fields, "temperature", "must not be negative", |value| value >= 0.0)?,
             // As in transformers, one of 1 or more cuts nothing off.
-            top_p: number(&fields, "top_p", "must not be negative", |value| value >= 0.0)?.map(|top_p| top_p.min(1.0)),
-            top_k: top_k(&fields)?,
-            min_p: number(&fields, "min_p", "must be 0 to 1", |value| (0.0..=1.0).contains(&value))?,
-            repetition_penalty: number(&fields, "repetition_penalty", "must be above 0", |value| value > 0.0)?,
+            top_p: number(fields, "top_p", "must not be negative", |value| value >= 0.0)?.map(|top_p| top_p.min(1.0)),
+            top_k: top_k(fields)?,
+            min_p: number(fields, "min_p", "must be 0 to 1", |value| (0.0..=1.0).contains(&value))?,
+            repetition_penalty: number(fields, "repetition_penalty", "must be above 0", |value| value > 0.0)?,
         })
     }
 }
 
-fn number(fields: &Fields<'_>, field: &str, rule: &str, is_valid: impl Fn(f32) -> bool) -> Result<Option<f32>> {
+fn number(fields: &Fields, field: &str, rule: &str, is_valid: impl Fn(f32) -> bool) -> Result<Option<f32>> {
     match fields.nullable_or::<f32>(field, None)? {
         Some(value) if !value.is_finite() || !is_valid(value) => {
             Err(fields.error(field, format!("is {value}; it {rule}")))
@@ -55,7 +49,7 @@ fn number(fields: &Fields<'_>, field: &str, rule: &str, is_valid: impl Fn(f32) -
 }
 
 /// Candidates; 0 and -1 are off.
-fn top_k(fields: &Fields<'_>) -> Result<Option<usize>> {
+fn top_k(fields: &Fields) -> Result<Option<usize>> {
     match fields.nullable_or::<i64>("top_k", None)? {
         None => Ok(None),
         Some(-1) => Ok(Some(0)),
@@ -68,10 +62,7 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<SamplingDefaults> {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("generation_config.json");
-        std::fs::write(&path, json).expect("written");
-        SamplingDefaults::read(&path)
+        SamplingDefaults::read(&Fields::of("generation_config.json".into(), json.as_bytes())?)
     }
 
     #[test]

@@ -1,16 +1,80 @@
-//! The way to a checkpoint's weights, below everything that is built of them.
+//! A checkpoint, whatever files it is made of, and the way to its weights.
 //!
-//! Owns: opening the weights of each component (`open`), now or once more later (`reread`). Does not know: families,
-//! runners.
+//! Owns: what can be asked of a checkpoint ([`Checkpoint`]; `folder`, `over_base` and `random` answer), which family's it is
+//! ([`Manifest`]), opening the weights of each component as a model is built (`open`), now or once more later (`reread`).
+//! Does not know: families, runners. A new kind of checkpoint is one file here, and a line in `manifest.rs` that
+//! recognises it.
 
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::chat_template::ChatTemplate;
+use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
 
+mod component;
+mod folder;
+mod manifest;
 mod open;
+mod over_base;
+mod random;
 mod reread;
 
+pub use component::Component;
+pub use folder::Folder;
+pub use manifest::Manifest;
+pub(crate) use open::OnDevice;
 pub use open::{Build, OpenWeights};
-pub(crate) use open::{Mode, Parts};
-pub use reread::{LentParts, Reread};
+pub use reread::{LentComponents, Reread};
+
+/// The file with a component's configuration.
+pub const CONFIG: &str = "config.json";
+/// The file that says which components a pipeline has.
+pub const MODEL_INDEX: &str = "model_index.json";
+
+/// What a checkpoint has, component by component. A component is named as its folder in a pipeline; a model without such
+/// folders is one component with the empty name.
+pub trait Checkpoint: Debug + Send + Sync {
+    /// The folder or file that messages about the whole name.
+    fn root(&self) -> &Path;
+
+    /// Whether there is a component of this name.
+    fn has_component(&self, component: &str) -> bool;
+
+    /// Where that comes from what [`Checkpoint::file`] gives for the same arguments, for messages.
+    fn path(&self, component: &str, file: &str) -> PathBuf;
+
+    /// The content of a small file of a component, under the name that it has in a folder: `config.json`,
+    /// `generation_config.json`, `scheduler_config.json`. `None` where the checkpoint has nothing like it.
+    fn file(&self, component: &str, file: &str) -> Result<Option<Vec<u8>>>;
+
+    /// The tokenizer that a component is or has.
+    fn tokenizer(&self, component: &str) -> Result<Tokenizer>;
+
+    /// The chat template of a component, if it has one.
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>>;
+
+    /// The weights of a component, by the network's names or those of the original implementation.
+    fn weights(&self, component: &str, mode: Mode, placement: &Placement) -> Result<Weights>;
+
+    /// Fields of `scheduler_config.json` that the weights decide, whatever the file says.
+    fn schedule_settings(&self) -> Vec<(&'static str, Value)> {
+        Vec::new()
+    }
+}
+
+/// Why weights are opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// To compute with.
+    Load,
+    /// To see what the files lack, and what a model would take: tensors take no memory.
+    Inspect,
+}
 
 /// `--load-format`: where weights come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -5,26 +5,16 @@
 
 use std::path::Path;
 
-use super::LoadFormat;
-use super::reread::{LentParts, Reread};
+use super::reread::{LentComponents, Reread};
+use super::{CONFIG, LoadFormat, Manifest, Mode};
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::manifest::Manifest;
 use crate::source::ModelSource;
 use crate::weights::{Weights, WeightsReport};
 
-/// Why a model is built.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mode {
-    /// To run.
-    Load,
-    /// To see what its files lack, and what it would take.
-    Inspect,
-}
-
 /// Which components are for the device; the others are dry: not even their shapes are made there.
 #[derive(Clone, Copy)]
-pub(crate) enum Parts<'a> {
+pub(crate) enum OnDevice<'a> {
     All,
     /// These alone.
     Only(&'a [&'a str]),
@@ -32,7 +22,7 @@ pub(crate) enum Parts<'a> {
     Without(&'a [&'a str]),
 }
 
-impl Parts<'_> {
+impl OnDevice<'_> {
     fn contains(self, component: &str) -> bool {
         match self {
             Self::All => true,
@@ -49,7 +39,7 @@ pub type Build<M> = fn(&Manifest, &mut OpenWeights<'_>) -> Result<M>;
 pub struct OpenWeights<'a> {
     source: &'a ModelSource,
     placement: &'a Placement,
-    parts: Parts<'a>,
+    on_device: OnDevice<'a>,
     mode: Mode,
     format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
@@ -65,31 +55,37 @@ impl<'a> OpenWeights<'a> {
         format: LoadFormat,
         on_component: &'a mut dyn FnMut(&str),
     ) -> Self {
-        Self { source, placement, parts: Parts::All, mode, format, on_component, opened: Vec::new() }
+        Self { source, placement, on_device: OnDevice::All, mode, format, on_component, opened: Vec::new() }
     }
 
     /// Only these are for the device.
-    pub(crate) fn restricted_to(self, parts: Parts<'a>) -> Self {
-        Self { parts, ..self }
+    pub(crate) fn restricted_to(self, on_device: OnDevice<'a>) -> Self {
+        Self { on_device, ..self }
     }
 
-    /// The weights of the component in folder `name`; the empty name is the checkpoint folder itself.
+    /// The weights of the component of this name; the empty name is the whole checkpoint.
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
-        let component = if name.is_empty() { manifest.whole() } else { manifest.component(name)? };
+        let component = manifest.component(name)?;
         let (mode, placement) = self.how(name);
-        let weights = match self.of_single_file(manifest, name, mode, &placement) {
-            Some(weights) => weights,
-            None => self.of_folder(&component.dir, mode, &placement)?,
-        };
+        let weights = component.open(mode, &placement)?;
+        self.opened.push((name.to_owned(), weights.clone()));
+        Ok(weights)
+    }
+
+    /// The weights of a component of another checkpoint, which goes with this one. `name` is that under which they are
+    /// reported.
+    pub fn component_beside(&mut self, name: &str, manifest: &Manifest, component: &str) -> Result<Weights> {
+        let component = manifest.component(component)?;
+        self.check_has_files(&component.path(""))?;
+        let (mode, placement) = self.how(name);
+        let weights = component.open(mode, &placement)?;
         self.opened.push((name.to_owned(), weights.clone()));
         Ok(weights)
     }
 
     /// The weights in a folder or file that goes with the checkpoint, by the name under which they are reported.
     pub fn beside(&mut self, name: &str, path: &Path) -> Result<Weights> {
-        if self.format == LoadFormat::Dummy {
-            return Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"));
-        }
+        self.check_has_files(path)?;
         let (mode, placement) = self.how(name);
         let weights = match mode {
             Mode::Load => Weights::open(path, &placement)?,
@@ -114,23 +110,19 @@ impl<'a> OpenWeights<'a> {
         self.mode != Mode::Load
     }
 
-    fn of_single_file(&self, manifest: &Manifest, name: &str, mode: Mode, placement: &Placement) -> Option<Weights> {
-        let file = manifest.single_file.as_ref().filter(|_| self.format == LoadFormat::Auto)?;
-        file.weights(name, placement, mode == Mode::Inspect)
-    }
-
-    fn of_folder(&self, dir: &Path, mode: Mode, placement: &Placement) -> Result<Weights> {
-        match (self.format, mode) {
-            (LoadFormat::Auto, Mode::Load) => Weights::open(dir, placement),
-            (LoadFormat::Auto, Mode::Inspect) => Weights::open_dry(dir, placement),
-            (LoadFormat::Dummy, Mode::Load) => Weights::dummy(dir, placement),
-            (LoadFormat::Dummy, Mode::Inspect) => Weights::dummy_dry(dir, placement),
+    /// Refuses what goes with files where there are none.
+    fn check_has_files(&self, path: &Path) -> Result<()> {
+        match self.format {
+            LoadFormat::Auto => Ok(()),
+            LoadFormat::Dummy => {
+                Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"))
+            }
         }
     }
 
     /// How the component of this name is opened.
     fn how(&mut self, name: &str) -> (Mode, Placement) {
-        match self.parts.contains(name) {
+        match self.on_device.contains(name) {
             true => {
                 (self.on_component)(name);
                 (self.mode, self.placement.clone())
@@ -141,18 +133,18 @@ impl<'a> OpenWeights<'a> {
 
     /// Whether the networks took all of the files that must fit them.
     pub(crate) fn check_fit(&self, manifest: &Manifest) -> Result<()> {
-        let config = |component: &str| manifest.root.join(component).join("config.json");
+        let config = |component: &str| manifest.path(component, CONFIG);
         self.opened.iter().try_for_each(|(component, weights)| weights.check_fit(&config(component)))
     }
 
     /// Bytes that the opened components take on the device.
     pub(crate) fn resident_bytes(&self) -> usize {
-        self.bytes(|name| self.parts.contains(name))
+        self.bytes(|name| self.on_device.contains(name))
     }
 
     /// Bytes that the opened components that are kept elsewhere take on the device while they are there.
     pub(crate) fn lent_bytes(&self) -> usize {
-        self.bytes(|name| !self.parts.contains(name))
+        self.bytes(|name| !self.on_device.contains(name))
     }
 
     fn bytes(&self, which: impl Fn(&str) -> bool) -> usize {
@@ -167,10 +159,10 @@ impl<'a> OpenWeights<'a> {
 
     /// The components that are not kept on the device, for whoever reads them when they are needed; `None` where all are
     /// kept. Asked when all have been opened.
-    pub fn lent(&self) -> Option<LentParts> {
-        let Parts::Without(components) = self.parts else { return None };
+    pub fn lent(&self) -> Option<LentComponents> {
+        let OnDevice::Without(components) = self.on_device else { return None };
         let components = components.iter().map(|name| (*name).to_owned()).collect();
-        Some(LentParts::new(components, self.lent_bytes(), self.reread()))
+        Some(LentComponents::new(components, self.lent_bytes(), self.reread()))
     }
 
     /// For whoever may want to read parts of the model once more.

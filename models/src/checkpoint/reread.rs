@@ -8,10 +8,9 @@ use std::time::SystemTime;
 
 use candle_core::DType;
 
-use super::{Build, LoadFormat, Mode, OpenWeights, Parts};
+use super::{Build, LoadFormat, Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::manifest::Manifest;
 use crate::source::ModelSource;
 
 /// Where a model was read from, to read parts of it in f32 later. No file is kept open or mapped meanwhile: whoever
@@ -54,24 +53,24 @@ impl Reread {
             let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
             return Err(Error::checkpoint(&self.source.path, problem));
         }
-        let manifest = Manifest::read(&self.source)?;
+        let manifest = Manifest::read(&self.source)?.in_format(self.format);
         let on_component = &mut |_: &str| ();
         let open = OpenWeights::new(&self.source, placement, mode, self.format, on_component);
-        let mut open = open.restricted_to(Parts::Only(components));
+        let mut open = open.restricted_to(OnDevice::Only(components));
         let model = build(&manifest, &mut open)?;
         Ok((model, open.resident_bytes()))
     }
 }
 
 /// Components that are away from the device until somebody needs them.
-pub struct LentParts {
+pub struct LentComponents {
     names: Vec<String>,
     /// What they take on the device while they are there.
     bytes: usize,
     reread: Reread,
 }
 
-impl LentParts {
+impl LentComponents {
     pub(super) fn new(names: Vec<String>, bytes: usize, reread: Reread) -> Self {
         Self { names, bytes, reread }
     }

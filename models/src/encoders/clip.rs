@@ -58,9 +58,10 @@ impl ClipTextConfig {
     }
 
     /// Reads the file at `path`, where the configuration of a whole CLIP has that of its text encoder as one field.
-    pub fn read(path: &Path) -> Result<Self> {
-        let config: Self = Fields::read(path)?.below("text_config")?.all()?;
-        config.check(path)?;
+    pub fn read(fields: Fields) -> Result<Self> {
+        let fields = fields.below("text_config")?;
+        let config: Self = fields.all()?;
+        config.check(fields.path())?;
         Ok(config)
     }
 

@@ -59,9 +59,10 @@ impl Default for ClipVisionConfig {
 
 impl ClipVisionConfig {
     /// Reads the file at `path`, where the configuration of a whole CLIP has that of its vision encoder as one field.
-    pub fn read(path: &Path) -> Result<Self> {
-        let config: Self = Fields::read(path)?.below("vision_config")?.all()?;
-        config.check(path)?;
+    pub fn read(fields: Fields) -> Result<Self> {
+        let fields = fields.below("vision_config")?;
+        let config: Self = fields.all()?;
+        config.check(fields.path())?;
         Ok(config)
     }
 

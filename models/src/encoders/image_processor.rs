@@ -4,12 +4,11 @@
 //! transformers `CLIPImageProcessor` (`image_transforms.py`: `get_resize_output_image_size`, `center_crop`).
 
 use std::ops::Range;
-use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use crate::config::read_json;
+use crate::checkpoint::{CONFIG, Component};
 use crate::error::{Error, Result};
 use crate::request::Frame;
 use crate::resample::Filter;
@@ -86,21 +85,15 @@ impl Default for Config {
 }
 
 impl ClipImageProcessor {
-    /// Reads `preprocessor_config.json` of a folder, for an encoder of pictures of this side.
-    pub fn read(dir: &Path, image_size: usize) -> Result<Self> {
-        let path = dir.join(FILE_NAME);
-        Self::new(&read_json(&path)?, image_size).map_err(|problem| Error::checkpoint(path, problem))
-    }
-
-    /// As [`ClipImageProcessor::read`], with what diffusers takes where there is no file: the class's defaults with the
-    /// encoder's own size.
-    pub fn read_or_default(dir: &Path, image_size: usize) -> Result<Self> {
-        if dir.join(FILE_NAME).exists() {
-            return Self::read(dir, image_size);
-        }
+    /// What `preprocessor_config.json` of the component says, for an encoder of pictures of this side. Where there is none,
+    /// what diffusers takes: the class's defaults with the encoder's own size.
+    pub fn read_or_default(component: Component<'_>, image_size: usize) -> Result<Self> {
         let side = Edges::One(image_size);
-        let config = Config { size: side, crop_size: side, ..Config::default() };
-        Self::new(&config, image_size).map_err(|problem| Error::checkpoint(dir.join("config.json"), problem))
+        let (config, file) = match component.json_if_present(FILE_NAME)? {
+            Some(config) => (config, FILE_NAME),
+            None => (Config { size: side, crop_size: side, ..Config::default() }, CONFIG),
+        };
+        Self::new(&config, image_size).map_err(|problem| Error::checkpoint(component.path(file), problem))
     }
 
     fn new(config: &Config, image_size: usize) -> std::result::Result<Self, String> {

@@ -5,8 +5,6 @@
 //! that count and no more; rows of one pass may have different lengths).
 //! Source: transformers `models/t5/modeling_t5.py`, `models/umt5/modeling_umt5.py`.
 
-use std::path::Path;
-
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
@@ -42,8 +40,7 @@ const MAX_SIZE: usize = 1 << 20;
 impl T5Config {
     /// Reads the file at `path` as transformers' class for `kind` does, which is the one that a pipeline names, whatever
     /// the file says of itself. Errors name the file and the field.
-    pub fn read(path: &Path, kind: T5Kind) -> Result<Self> {
-        let fields = Fields::read(path)?;
+    pub fn read(fields: &Fields, kind: T5Kind) -> Result<Self> {
         let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
         let default_feed_forward = kind.choose(FeedForwardKind::Relu, FeedForwardKind::GatedGelu);
         let config = Self {
@@ -59,12 +56,12 @@ impl T5Config {
             relative_attention_max_distance: size("relative_attention_max_distance", 128)?,
             layer_norm_epsilon: fields.in_range("layer_norm_epsilon", 1e-6, 0.0..=MAX_EPS)?,
         };
-        config.check_buckets(&fields)?;
+        config.check_buckets(fields)?;
         Ok(config)
     }
 
     /// Half of the buckets are for each direction, and half of these for near distances; the others reach farther.
-    fn check_buckets(&self, fields: &Fields<'_>) -> Result<()> {
+    fn check_buckets(&self, fields: &Fields) -> Result<()> {
         let (buckets, distance) = (self.relative_attention_num_buckets, self.relative_attention_max_distance);
         if buckets < 4 || !buckets.is_multiple_of(2) {
             return Err(fields.error("relative_attention_num_buckets", format!("is {buckets}; allowed: even, from 4")));
@@ -342,10 +339,7 @@ mod tests {
     use super::*;
 
     fn parse(kind: T5Kind, json: &str) -> Result<T5Config> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.json");
-        std::fs::write(&path, json).unwrap();
-        T5Config::read(&path, kind)
+        T5Config::read(&Fields::of("config.json".into(), json.as_bytes())?, kind)
     }
 
     /// `T5Config()` and `UMT5Config()` of transformers 5.24.

@@ -2,27 +2,25 @@
 //! decoder, KV pool, tokenizer, chat template, end-of-sequence tokens, sampling defaults.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use candle_core::Tensor;
 use serde::Deserialize;
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
-use crate::chat_template::ChatTemplate;
-use crate::checkpoint::OpenWeights;
-use crate::config::Fields;
+use crate::checkpoint::{CONFIG, Component, Manifest, OpenWeights};
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
 use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, PreparedInput, StepSizes};
-use crate::manifest::Manifest;
 use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
-use crate::tokenizer::Tokenizer;
 use crate::weights::{Tie, Weights};
 use crate::work::StepWork;
+
+/// The file with the ways in which a model's author generates.
+const GENERATION_CONFIG: &str = "generation_config.json";
 
 /// A decoder whose last hidden states are projected to logits.
 #[derive(Debug)]
@@ -102,8 +100,8 @@ pub fn load(
     open: &mut OpenWeights<'_>,
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
-    let dir = &manifest.root;
-    let config = DecoderConfig::read(&dir.join("config.json"), class)?;
+    let checkpoint = manifest.whole();
+    let config = DecoderConfig::read(&checkpoint.fields(CONFIG)?, class)?;
     let placement = open.placement().clone();
     let block_bytes = config.kv_shape().block_bytes(placement.compute_dtype);
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
@@ -114,10 +112,10 @@ pub fn load(
         true => KvCaches::dry(kv_shape, num_blocks, &placement)?,
         false => KvCaches::new(kv_shape, num_blocks, &placement)?,
     };
-    let tokenizer = Tokenizer::from_dir(dir)?;
-    let eos_token_ids = eos_token_ids(dir, class, tokenizer.eos_token_id())?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id())?;
     if eos_token_ids.is_empty() {
-        tracing::warn!(path = %dir.display(), "no end-of-sequence token is named; answers end at max_tokens");
+        tracing::warn!(path = %manifest.root().display(), "no end-of-sequence token is named; answers end at max_tokens");
     }
 
     let vocab_size = network.vocab_size();
@@ -131,8 +129,11 @@ pub fn load(
         kv_bytes_per_token: block_bytes / BLOCK_SIZE,
         vocab_size,
         tokenizer,
-        chat_template: ChatTemplate::from_dir(dir)?,
-        defaults: SamplingDefaults::read(&dir.join("generation_config.json"))?,
+        chat_template: checkpoint.chat_template()?,
+        defaults: match checkpoint.fields_if_present(GENERATION_CONFIG)? {
+            Some(fields) => SamplingDefaults::read(&fields)?,
+            None => SamplingDefaults::default(),
+        },
     };
     Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
 }
@@ -167,16 +168,15 @@ impl OneOrMany {
 
 /// The tokens that end an answer: those of `generation_config.json`, or else of `config.json` (as in transformers'
 /// `generate`), and the tokenizer's own, with which chat templates close a message.
-fn eos_token_ids(dir: &Path, class: &ConfigClass, of_tokenizer: Option<u32>) -> Result<Vec<u32>> {
+fn eos_token_ids(checkpoint: Component<'_>, class: &ConfigClass, of_tokenizer: Option<u32>) -> Result<Vec<u32>> {
     const FIELD: &str = "eos_token_id";
-    let of_generation = dir.join("generation_config.json");
     let mut given: Option<OneOrMany> = None;
-    if of_generation.exists() {
-        given = Fields::read(&of_generation)?.nullable_or(FIELD, None)?;
+    if let Some(fields) = checkpoint.fields_if_present(GENERATION_CONFIG)? {
+        given = fields.nullable_or(FIELD, None)?;
     }
     if given.is_none() {
         let of_class = class.eos_token_id.map(|id| OneOrMany::One(id.into()));
-        given = Fields::read(&dir.join("config.json"))?.nullable_or(FIELD, of_class)?;
+        given = checkpoint.fields(CONFIG)?.nullable_or(FIELD, of_class)?;
     }
     let mut ids: BTreeSet<u32> = given.iter().flat_map(OneOrMany::tokens).collect();
     ids.extend(of_tokenizer);
@@ -186,6 +186,7 @@ fn eos_token_ids(dir: &Path, class: &ConfigClass, of_tokenizer: Option<u32>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Folder;
     use crate::layers::decoder::Biases;
 
     const CLASS: ConfigClass = ConfigClass {
@@ -208,7 +209,7 @@ mod tests {
         if let Some(generation) = generation {
             std::fs::write(dir.path().join("generation_config.json"), generation).expect("written");
         }
-        eos_token_ids(dir.path(), &CLASS, None)
+        eos_token_ids(Folder::new(dir.path()).whole(), &CLASS, None)
     }
 
     #[test]

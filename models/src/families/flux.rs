@@ -12,7 +12,7 @@ use crate::card::{
     CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
     StepRounding,
 };
-use crate::checkpoint::OpenWeights;
+use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
@@ -21,7 +21,6 @@ use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraSupport, Sites};
-use crate::manifest::Manifest;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Mask, Phase};
@@ -135,13 +134,13 @@ impl FluxModel {
         placement: &Placement,
         open: &mut dyn FnMut(&str) -> Result<Weights>,
     ) -> Result<Self> {
-        let component = |name: &str| manifest.component(name);
-        let clip_config = ClipTextConfig::read(&component("text_encoder")?.config_path())?;
-        let t5_config = T5Config::read(&component("text_encoder_2")?.config_path(), T5Kind::T5)?;
+        let component = |name| manifest.component(name);
+        let clip_config = ClipTextConfig::read(component("text_encoder")?.fields(CONFIG)?)?;
+        let t5_config = T5Config::read(&component("text_encoder_2")?.fields(CONFIG)?, T5Kind::T5)?;
         let transformer_config: FluxTransformerConfig = component("transformer")?.config()?;
         let vae_config: KlConfig = component("vae")?.config()?;
-        transformer_config.check(&config_path(manifest, "transformer"))?;
-        vae_config.check(&config_path(manifest, "vae"))?;
+        transformer_config.check(&manifest.path("transformer", CONFIG))?;
+        vae_config.check(&manifest.path("vae", CONFIG))?;
         check_parts_fit(manifest, &clip_config, &t5_config, &transformer_config, &vae_config)?;
 
         let [transformer_sites, clip_sites] = [Arc::<Sites>::default(), Arc::default()];
@@ -153,8 +152,8 @@ impl FluxModel {
         let vae = open("vae")?.or_original(|| KlNames::new(&vae_config));
         Ok(Self {
             card: card(transformer.config(), &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?, placement),
-            tokenizer: Tokenizer::from_dir(&component("tokenizer")?.dir)?,
-            tokenizer_2: Tokenizer::from_dir(&component("tokenizer_2")?.dir)?,
+            tokenizer: component("tokenizer")?.tokenizer()?,
+            tokenizer_2: component("tokenizer_2")?.tokenizer()?,
             adapters: Adapters::new(lora::names(&transformer_sites, &clip_sites), placement),
             placement: placement.clone(),
             text_encoder,
@@ -223,10 +222,6 @@ fn split(x: &Tensor) -> Result<Vec<Tensor>> {
     (0..x.dim(0)?).map(|row| Ok(x.narrow(0, row, 1)?.contiguous()?)).collect()
 }
 
-fn config_path(manifest: &Manifest, component: &str) -> std::path::PathBuf {
-    manifest.root.join(component).join("config.json")
-}
-
 /// Each part may be sound and yet not belong to the others.
 fn check_parts_fit(
     manifest: &Manifest,
@@ -243,7 +238,7 @@ fn check_parts_fit(
     for (component, field, found, wanted_by, wanted) in pairs {
         if found != wanted {
             let problem = format!("{field} is {found}, but the transformer's {wanted_by} is {wanted}");
-            return Err(Error::checkpoint(config_path(manifest, component), problem));
+            return Err(Error::checkpoint(manifest.path(component, CONFIG), problem));
         }
     }
     Ok(())

@@ -1,11 +1,10 @@
 //! Llama 3.x (and everything published as `LlamaForCausalLM`). Source: transformers `models/llama`.
 
-use crate::checkpoint::OpenWeights;
+use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig};
-use crate::manifest::Manifest;
 
 /// Llama 3.x.
 pub struct Llama;
@@ -44,7 +43,7 @@ impl Family for Llama {
 
 /// Sizes and switches of the checkpoint's decoder. Errors name `config.json` and the field.
 pub fn decoder_config(manifest: &Manifest) -> Result<DecoderConfig> {
-    DecoderConfig::read(&manifest.whole().dir.join("config.json"), &CLASS)
+    DecoderConfig::read(&manifest.whole().fields(CONFIG)?, &CLASS)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! One file per model family, and the table of them.
 
+use crate::checkpoint::Manifest;
 use crate::error::{Error, Result};
 use crate::family::Family;
-use crate::manifest::Manifest;
 
 pub mod causal_lm;
 pub mod flux;
@@ -17,7 +17,7 @@ pub const FAMILIES: &[&dyn Family] = &[&llama::Llama, &qwen2::Qwen2, &flux::Flux
 /// The family of the checkpoint.
 pub(crate) fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
     FAMILIES.iter().copied().find(|family| family.detects(manifest)).ok_or_else(|| Error::UnknownArchitecture {
-        path: manifest.root.clone(),
+        path: manifest.root().to_owned(),
         found: manifest.architecture().to_owned(),
         supported: FAMILIES.iter().map(|family| family.name()).collect::<Vec<_>>().join(", "),
     })

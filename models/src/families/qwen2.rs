@@ -1,12 +1,11 @@
 //! Qwen 2.5 (`Qwen2ForCausalLM`): the Llama block with biases on queries, keys and values. Source: transformers
 //! `models/qwen2`.
 
-use crate::checkpoint::OpenWeights;
+use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig};
-use crate::manifest::Manifest;
 
 /// Qwen 2.5.
 pub struct Qwen2;
@@ -45,7 +44,7 @@ impl Family for Qwen2 {
 
 /// Sizes and switches of the checkpoint's decoder. Errors name `config.json` and the field.
 pub fn decoder_config(manifest: &Manifest) -> Result<DecoderConfig> {
-    DecoderConfig::read(&manifest.whole().dir.join("config.json"), &CLASS)
+    DecoderConfig::read(&manifest.whole().fields(CONFIG)?, &CLASS)
 }
 
 #[cfg(test)]

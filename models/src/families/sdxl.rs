@@ -13,8 +13,7 @@ use serde::Deserialize;
 use crate::card::{
     DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts, StepRounding,
 };
-use crate::checkpoint::{OpenWeights, Reread};
-use crate::config::read_json;
+use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights, Reread};
 use crate::device::Placement;
 use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
@@ -23,7 +22,6 @@ use crate::encoders::rows_of;
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
-use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::prompt::Prompt;
 use crate::request::{Frame, Mask, Phase};
@@ -126,12 +124,13 @@ fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
 
 /// Its components are reported as lying in a folder `refiner`.
 fn build_refiner(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
-    if manifest.single_file.is_some() || !Sdxl.detects(manifest) {
+    let is_file = open.source().refiner.as_deref().is_some_and(Path::is_file);
+    if is_file || !Sdxl.detects(manifest) {
         let problem = format!("is no folder of a {IMAGE_PIPELINE} (or {PIPELINE}), as a refiner must be");
-        return Err(Error::checkpoint(&manifest.root, problem));
+        return Err(Error::checkpoint(manifest.root(), problem));
     }
     let placement = open.placement().clone();
-    SdxlModel::load(manifest, &placement, &mut |name| open.beside(&of_refiner(name), &manifest.component(name)?.dir))
+    SdxlModel::load(manifest, &placement, &mut |name| open.component_beside(&of_refiner(name), manifest, name))
 }
 
 fn of_refiner(component: &str) -> String {
@@ -209,7 +208,7 @@ impl SdxlModel {
     ) -> Result<Self> {
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Discrete)?;
-        let tokenizer = |name: &str| Tokenizer::from_dir(&manifest.component(name)?.dir);
+        let tokenizer = |name: &str| manifest.component(name)?.tokenizer();
         let [one, two, net] = [Arc::<Sites>::default(), Arc::default(), Arc::default()];
         let first = match &sizes.text_encoder {
             None => None,
@@ -281,8 +280,11 @@ impl SdxlModel {
         adapter: &Weights,
         image_encoder: &Weights,
     ) -> Result<Self> {
-        let feature_extractor = manifest.root.join("feature_extractor");
-        let preprocessor = if feature_extractor.is_dir() { &feature_extractor } else { &files.image_encoder };
+        let beside = Folder::new(&files.image_encoder);
+        let preprocessor = match manifest.has_component("feature_extractor") {
+            true => manifest.component("feature_extractor")?,
+            false => beside.whole(),
+        };
         let text_dim = self.sizes.unet.text_dim();
         let ip_adapter = IpAdapter::load(files, preprocessor, adapter, image_encoder, text_dim)?;
         let unet = self.unet.with_image_attention(&adapter.pp("ip_adapter"), &files.adapter)?;
@@ -324,19 +326,19 @@ fn yes() -> bool {
 
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
-        let pipeline: PipelineConfig = read_json(&manifest.root.join("model_index.json"))?;
+        let pipeline: PipelineConfig = manifest.whole().json(MODEL_INDEX)?;
         let sizes = Self {
-            text_encoder: match has_component(manifest, "text_encoder") {
-                true => Some(ClipTextConfig::read(&manifest.component("text_encoder")?.config_path())?),
+            text_encoder: match manifest.class_of("text_encoder").is_some() {
+                true => Some(ClipTextConfig::read(manifest.component("text_encoder")?.fields(CONFIG)?)?),
                 false => None,
             },
-            text_encoder_2: ClipTextConfig::read(&manifest.component("text_encoder_2")?.config_path())?,
+            text_encoder_2: ClipTextConfig::read(manifest.component("text_encoder_2")?.fields(CONFIG)?)?,
             unet: manifest.component("unet")?.config()?,
             vae: manifest.component("vae")?.config()?,
             force_zeros_for_empty_prompt: pipeline.force_zeros_for_empty_prompt,
             requires_aesthetics_score: pipeline.requires_aesthetics_score,
         };
-        sizes.check(&|component| manifest.root.join(component).join("config.json"))?;
+        sizes.check(&|component| manifest.path(component, CONFIG))?;
         Ok(sizes)
     }
 
@@ -652,9 +654,4 @@ impl SdxlModel {
         }
         ids
     }
-}
-
-/// Whether `model_index.json` names a class for the component.
-fn has_component(manifest: &Manifest, name: &str) -> bool {
-    matches!(&manifest.layout, Layout::Diffusers { components, .. } if components.contains_key(name))
 }

@@ -14,8 +14,8 @@ use tale_kernels::{
 };
 
 use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, ModelCard, Prompts};
-use crate::checkpoint::OpenWeights;
-use crate::config::{check_eps, read_json};
+use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
+use crate::config::check_eps;
 use crate::device::Placement;
 use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
@@ -25,7 +25,6 @@ use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::lora::LoraSupport;
-use crate::manifest::{Layout, Manifest};
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::Phase;
@@ -244,7 +243,7 @@ impl WanModel {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Flow)?;
-        let tokenizer = Tokenizer::from_dir(&manifest.component("tokenizer")?.dir)?;
+        let tokenizer = manifest.component("tokenizer")?.tokenizer()?;
         Ok(Self {
             card: sizes.card(schedulers),
             tokenizer,
@@ -259,9 +258,9 @@ impl WanModel {
 
 /// Refuses pipelines that share the class name and need more than this family has.
 fn check_pipeline(manifest: &Manifest) -> Result<()> {
-    let index_path = manifest.root.join("model_index.json");
-    let index: Value = read_json(&index_path)?;
-    if component_class(manifest, "transformer_2") != ABSENT || !index["boundary_ratio"].is_null() {
+    let index_path = manifest.path("", MODEL_INDEX);
+    let index: Value = manifest.whole().json(MODEL_INDEX)?;
+    if manifest.class_of("transformer_2").is_some() || !index["boundary_ratio"].is_null() {
         let problem = "`transformer_2` and `boundary_ratio` (Wan2.2) are not supported; supported is Wan2.1";
         return Err(Error::checkpoint(index_path, problem));
     }
@@ -271,7 +270,7 @@ fn check_pipeline(manifest: &Manifest) -> Result<()> {
     let classes =
         [("text_encoder", "UMT5EncoderModel"), ("transformer", "WanTransformer3DModel"), ("vae", "AutoencoderKLWan")];
     for (component, supported) in classes {
-        let found = component_class(manifest, component);
+        let found = manifest.class_of(component).unwrap_or("absent");
         if found != supported {
             let problem = format!("`{component}` is {found}; supported is {supported}");
             return Err(Error::checkpoint(index_path, problem));
@@ -280,25 +279,14 @@ fn check_pipeline(manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
-/// What [`component_class`] says of a component that the pipeline does not have.
-const ABSENT: &str = "absent";
-
-/// Class of a component of the pipeline, as `model_index.json` names it.
-fn component_class<'a>(manifest: &'a Manifest, component: &str) -> &'a str {
-    match &manifest.layout {
-        Layout::Diffusers { components, .. } => components.get(component).map_or(ABSENT, String::as_str),
-        Layout::Transformers { .. } => ABSENT,
-    }
-}
-
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
-        let text_encoder = T5Config::read(&manifest.component("text_encoder")?.config_path(), T5Kind::Umt5)?;
-        let (transformer_dir, vae_dir) = (manifest.component("transformer")?, manifest.component("vae")?);
-        let (transformer, vae): (WanConfig, WanVaeConfig) = (transformer_dir.config()?, vae_dir.config()?);
-        let path = transformer_dir.dir.join("config.json");
+        let text_encoder = T5Config::read(&manifest.component("text_encoder")?.fields(CONFIG)?, T5Kind::Umt5)?;
+        let transformer: WanConfig = manifest.component("transformer")?.config()?;
+        let vae: WanVaeConfig = manifest.component("vae")?.config()?;
+        let path = manifest.path("transformer", CONFIG);
         transformer.check(&path)?;
-        vae.check(&vae_dir.dir.join("config.json"))?;
+        vae.check(&manifest.path("vae", CONFIG))?;
         if transformer.in_channels != vae.z_dim {
             let problem = format!("`in_channels` is {}, the VAE's `z_dim` {}", transformer.in_channels, vae.z_dim);
             return Err(Error::checkpoint(path, problem));

@@ -135,7 +135,7 @@ impl Sites {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
     use tale_kernels::conv_weight;
 
     use super::*;
@@ -219,7 +219,7 @@ mod tests {
         let shape = LayerShape::Linear { in_features: 2, out_features: 2 };
         assert!(weights.pp("layer").slot(shape).is_some());
         assert_eq!(sites.layers(), [("layer".to_owned(), shape)]);
-        let plain = Weights::dummy(std::path::Path::new("/nowhere"), weights.placement());
-        assert!(plain.is_ok_and(|weights| weights.slot(shape).is_none()));
+        let plain = Weights::dummy(std::path::Path::new("/nowhere"), DType::F32, weights.placement());
+        assert!(plain.slot(shape).is_none());
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::config::{from_value, read_text};
+use crate::config::{from_value, text_of};
 use crate::error::{Error, Result};
 
 /// The fields of a `scheduler_config.json` as they stand there. By default none: every class takes its own defaults.
@@ -20,9 +20,9 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
-    /// Reads the file at `path`. Fields that no solver here knows are ignored with a warning, as in diffusers.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = read_text(path)?;
+    /// The content of the file at `path`. Fields that no solver here knows are ignored with a warning, as in diffusers.
+    pub fn parse(path: &Path, content: Vec<u8>) -> Result<Self> {
+        let text = text_of(path, content)?;
         let fields: Map<String, Value> =
             serde_json::from_str(&without_infinities(&text)).map_err(|e| Error::checkpoint(path, e))?;
         // Names that begin with an underscore are diffusers' own notes (`_class_name`, `_diffusers_version`).
@@ -154,10 +154,7 @@ pub(crate) mod tests {
 
     /// A file with this text, read.
     pub(crate) fn read(json: &str) -> Result<SchedulerConfig> {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("scheduler_config.json");
-        std::fs::write(&path, json).expect("write");
-        SchedulerConfig::read(&path)
+        SchedulerConfig::parse(Path::new("scheduler_config.json"), json.into())
     }
 
     #[derive(Debug, Deserialize)]

@@ -6,9 +6,8 @@
 
 use serde_json::{Value, json};
 
+use crate::checkpoint::{MODEL_INDEX, Manifest};
 use crate::error::{Error, Result};
-use crate::manifest::{Layout, Manifest};
-use crate::single_file::SingleFile;
 use crate::solver::Solver;
 use crate::solver::classes::{Kind, kind_without_solver};
 use crate::solver::config::SchedulerConfig;
@@ -165,6 +164,9 @@ pub struct Chosen {
 /// Of every class.
 const DEFAULT_TRAIN_TIMESTEPS: usize = 1000;
 
+/// The file with the fields of the checkpoint's own class.
+const FILE_NAME: &str = "scheduler_config.json";
+
 /// The class that a checkpoint's configuration was written for.
 #[derive(Debug, Clone)]
 enum Own {
@@ -186,22 +188,23 @@ impl Schedulers {
     /// What the folder of a pipeline says: the class in `model_index.json`, its fields in
     /// `scheduler/scheduler_config.json`.
     pub fn read(manifest: &Manifest, training: Training) -> Result<Self> {
-        let class_name = match &manifest.layout {
-            Layout::Diffusers { components, .. } => components.get("scheduler").map_or("absent", String::as_str),
-            Layout::Transformers { .. } => "absent",
-        };
+        let class_name = manifest.class_of("scheduler").unwrap_or("absent");
         let solved = SCHEDULERS.iter().find(|scheduler| scheduler.is_class_name() && scheduler.name == class_name);
         let kind = solved.map(|solved| solved.class.kind()).or_else(|| kind_without_solver(class_name));
         let Some(kind) = kind else {
             let supported = SCHEDULERS.iter().filter(|s| s.is_class_name() && training.classes().contains(&s.class));
             let supported: Vec<&str> = supported.map(|scheduler| scheduler.name).collect();
             let problem = format!("`scheduler` is {class_name}; supported: {}", supported.join(", "));
-            return Err(Error::checkpoint(manifest.root.join("model_index.json"), problem));
+            return Err(Error::checkpoint(manifest.path("", MODEL_INDEX), problem));
         };
-        let file = SchedulerConfig::read(&manifest.component("scheduler")?.dir.join("scheduler_config.json"))?;
-        let settings: Vec<_> = manifest.single_file.iter().flat_map(SingleFile::schedule_settings).collect();
+        let scheduler = manifest.component("scheduler")?;
+        let file = SchedulerConfig::parse(&scheduler.path(FILE_NAME), scheduler.bytes(FILE_NAME)?)?;
+        let settings = manifest.schedule_settings();
         for (field, value) in settings.iter().filter(|(field, value)| file.get(field) != Some(value)) {
-            tracing::info!("`{field}` is {value}, as the single file says, whatever {} says", manifest.root.display());
+            tracing::info!(
+                "`{field}` is {value}, as the single file says, whatever {} says",
+                manifest.root().display()
+            );
         }
         let file = file.with(settings);
         match solved.filter(|solved| training.classes().contains(&solved.class)) {

@@ -4,37 +4,16 @@
 //! Matrices and kernels are uniform with mean 0 and variance `1 / columns`, biases within 0.1 of 0 and other vectors
 //! (norms) within 0.1 of 1, so that activations neither vanish nor grow.
 
-use std::path::Path;
-
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use serde_json::Value;
 
-use crate::config::read_json_if_present;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Values that a GPU draws at a time: 64 MiB of f32 beside the tensor itself, whatever its size is.
 const PIECE_VALUES: usize = 16 << 20;
 /// Values that one thread of the host draws at least.
 const MIN_VALUES_PER_TASK: usize = 1 << 14;
-
-/// The dtype in which the weights of the component in `dir` would be published: what its `config.json` names, and bf16
-/// where that names none, as those of diffusers do.
-pub(super) fn published_dtype(dir: &Path) -> Result<DType> {
-    let path = dir.join("config.json");
-    let config: Value = read_json_if_present(&path)?.unwrap_or_default();
-    // transformers 5 and 4.
-    let name = ["dtype", "torch_dtype"].into_iter().find_map(|field| config[field].as_str());
-    match name {
-        None | Some("bfloat16") => Ok(DType::BF16),
-        Some("float16") => Ok(DType::F16),
-        Some("float32") => Ok(DType::F32),
-        Some(other) => {
-            Err(Error::checkpoint(path, format!("dtype {other} is not read; read are float32, float16, bfloat16")))
-        }
-    }
-}
 
 /// The range of a tensor's uniform values.
 #[derive(Debug, Clone, Copy)]

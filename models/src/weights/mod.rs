@@ -83,19 +83,15 @@ impl Weights {
         Self::open_as(dir, placement, true)
     }
 
-    /// Random weights for the folder `dir`, of which only the configuration is read: every tensor that is asked for is
-    /// made where it will live.
-    pub fn dummy(dir: &Path, placement: &Placement) -> Result<Self> {
-        Self::dummy_as(dir, placement, false)
+    /// Random weights in place of those of the component at `path`: every tensor that is asked for is made where it will
+    /// live, as if published in this dtype.
+    pub fn dummy(path: &Path, published: DType, placement: &Placement) -> Self {
+        Self::over(Source::new(path, Origin::Dummy(published), false), placement)
     }
 
     /// As [`Weights::dummy`], but tensors take no memory.
-    pub fn dummy_dry(dir: &Path, placement: &Placement) -> Result<Self> {
-        Self::dummy_as(dir, placement, true)
-    }
-
-    fn dummy_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {
-        Ok(Self::over(Source::new(dir, Origin::Dummy(dummy::published_dtype(dir)?), dry), placement))
+    pub fn dummy_dry(path: &Path, published: DType, placement: &Placement) -> Self {
+        Self::over(Source::new(path, Origin::Dummy(published), true), placement)
     }
 
     fn open_as(dir: &Path, placement: &Placement, dry: bool) -> Result<Self> {

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
+use tale_models::checkpoint::Folder;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use tale_models::family::LoadOptions;
@@ -42,7 +43,7 @@ fn problem(root: &Path) -> Option<String> {
 #[test]
 fn a_text_encoders_own_embeddings_are_used_where_they_differ_from_the_shared_ones() {
     let folder = case_dir("flux-schnell").join("checkpoint/text_encoder_2");
-    let config = T5Config::read(&folder.join("config.json"), T5Kind::T5).unwrap();
+    let config = T5Config::read(&Folder::new(&folder).whole().fields("config.json").unwrap(), T5Kind::T5).unwrap();
     let mut tensors = HashMap::new();
     for entry in std::fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();

@@ -7,15 +7,14 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use tale_models::ModelCard;
 use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
-use tale_models::manifest::Manifest;
 use tale_models::request::{Frame, Mask};
 use tale_models::resample::Filter;
 use tale_models::runner::Runner;
 use tale_models::vae::kl::{KlConfig, KlEncoder};
-use tale_models::weights::Weights;
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors, pictures, psnr};
 
@@ -115,7 +114,7 @@ fn the_vae_says_of_a_picture_what_the_reference_says() {
         let component = manifest.component("vae").unwrap();
         let config: KlConfig = component.config().unwrap();
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-        let encoder = KlEncoder::load(&Weights::open(&component.dir, &placement).unwrap(), &config).unwrap();
+        let encoder = KlEncoder::load(&component.weights(&placement).unwrap(), &config).unwrap();
         for run in Run::all(case) {
             let edit = run.request(&card).edit.unwrap();
             let posterior = encoder.encode(&edit.image, None, false).unwrap();
@@ -220,7 +219,7 @@ fn the_encoder_computes_in_f32_where_f16_overflows() {
     let picture = Run::all("sdxl-a")[2].picture();
     let mean = |dtype| {
         let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
-        let encoder = KlEncoder::load(&Weights::open(&component.dir, &placement).unwrap(), &config).unwrap();
+        let encoder = KlEncoder::load(&component.weights(&placement).unwrap(), &config).unwrap();
         let posterior = encoder.encode(&picture, None, false).unwrap();
         assert_eq!((posterior.mean.dtype(), posterior.std.dtype()), (DType::F32, DType::F32));
         posterior.mean

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
@@ -251,7 +251,7 @@ fn unet_with_heads_of_eight(placement: &Placement) -> UNet {
     config["block_out_channels"] = [16, 32].into();
     // The field holds numbers of heads, as in the published configuration.
     config["attention_head_dim"] = [2, 4].into();
-    let weights = || Weights::dummy(&folder, placement).unwrap();
+    let weights = || Weights::dummy(&folder, DType::BF16, placement);
     let unet = UNet::load(&weights(), serde_json::from_value(config).unwrap()).unwrap();
     unet.with_image_attention(&weights().pp("ip_adapter"), &folder).unwrap()
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::checkpoint::{Folder, Manifest};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::encoders::image_processor::ClipImageProcessor;
@@ -13,7 +14,6 @@ use tale_models::families::sdxl::SdxlModel;
 use tale_models::families::sdxl::ip_adapter::{IpAdapter, IpAdapterFiles};
 use tale_models::family::LoadOptions;
 use tale_models::loading;
-use tale_models::manifest::Manifest;
 use tale_models::request::{Frame, Phase};
 use tale_models::runner::Runner;
 use tale_models::runner::diffusion::references::ReferenceModel;
@@ -35,7 +35,7 @@ fn pictures_are_processed_to_the_bit() {
     let tensors = golden_tensors(CASE);
     for (adapter, image_size) in ADAPTERS {
         let folder = case_dir(CASE).join(adapter).join("image_encoder");
-        let processor = ClipImageProcessor::read_or_default(&folder, image_size).unwrap();
+        let processor = ClipImageProcessor::read_or_default(Folder::new(&folder).whole(), image_size).unwrap();
         for (i, picture) in pictures(&tensors).iter().enumerate() {
             let found = processor.pixel_values(picture, &Device::Cpu).unwrap();
             let name = format!("{adapter}.pixel_values{i}");
@@ -69,7 +69,7 @@ fn open_adapter(name: &str) -> IpAdapter {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
     let open = |path: &PathBuf| Weights::open(path, &placement).unwrap();
     let (adapter, encoder) = (open(&files.adapter), open(&files.image_encoder));
-    IpAdapter::load(&files, &files.image_encoder, &adapter, &encoder, TEXT_DIM).unwrap()
+    IpAdapter::load(&files, Folder::new(&files.image_encoder).whole(), &adapter, &encoder, TEXT_DIM).unwrap()
 }
 
 fn pictures(tensors: &HashMap<String, Tensor>) -> Vec<Arc<Frame>> {

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use tale_models::card::DiffusionOptions;
+use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::FluxModel;
 use tale_models::family::LoadOptions;
-use tale_models::manifest::Manifest;
 use tale_models::request::{Event, Events, Phase, Request, SessionId};
 use tale_models::runner::Runner;
 use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};

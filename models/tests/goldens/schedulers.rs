@@ -1,6 +1,7 @@
 //! Every name of a scheduler: its timesteps and steps for files of many kinds, and the pictures of an SDXL checkpoint.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
@@ -135,14 +136,11 @@ impl<'a> Case<'a> {
     }
 }
 
-/// `base` with the fields of `change`, through a file as in a checkpoint.
+/// `base` with the fields of `change`, as a checkpoint has them.
 fn file(base: &Value, change: &Value) -> SchedulerConfig {
     let mut fields = base.as_object().cloned().unwrap_or_default();
     fields.extend(change.as_object().unwrap().clone());
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("scheduler_config.json");
-    std::fs::write(&path, Value::Object(fields).to_string()).unwrap();
-    SchedulerConfig::read(&path).unwrap()
+    SchedulerConfig::parse(Path::new("scheduler_config.json"), Value::Object(fields).to_string().into()).unwrap()
 }
 
 #[test]

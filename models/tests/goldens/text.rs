@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
+use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::causal_lm::DecoderLm;
 use tale_models::families::{llama, qwen2};
@@ -13,7 +14,6 @@ use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, blocks_for};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
-use tale_models::manifest::Manifest;
 use tale_models::request::{Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::model::CausalLm;

@@ -4,10 +4,10 @@
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
 use tale_models::card::TextOptions;
+use tale_models::checkpoint::Manifest;
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
-use tale_models::manifest::Manifest;
 use tale_models::runner::text::model::CausalLm;
 use tale_models::{Error, ModelCard, TextCard};
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use tale_kernels::{AttentionOptions, attention, gelu_erf};
 
+use crate::checkpoint::{CONFIG, Component, Folder};
 use crate::device::Placement;
 use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::image_processor::ClipImageProcessor;
@@ -97,13 +98,13 @@ impl IpAdapter {
     /// `preprocessor` (where a `preprocessor_config.json` may be) are named. `text_dim` is the width of the UNet's text.
     pub fn load(
         files: &IpAdapterFiles,
-        preprocessor: &Path,
+        preprocessor: Component<'_>,
         adapter: &Weights,
         image_encoder: &Weights,
         text_dim: usize,
     ) -> Result<Self> {
-        let config_path = files.image_encoder.join("config.json");
-        let config = ClipVisionConfig::read(&config_path)?;
+        let folder = Folder::new(&files.image_encoder);
+        let config = ClipVisionConfig::read(folder.whole().fields(CONFIG)?)?;
         let processor = ClipImageProcessor::read_or_default(preprocessor, config.image_size)?;
         let projection = ImageProjection::load(&adapter.pp("image_proj"), files, &config, text_dim)?;
         let encoder = match projection {

@@ -3,8 +3,6 @@
 //! Owns: the sizes and switches of the trunk, one reading for all classes. Does not know: which folder holds the file.
 //! Source: transformers `configuration_llama.py`, `configuration_qwen2.py`.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 use crate::config::{Fields, MAX_EPS};
@@ -74,13 +72,12 @@ pub struct DecoderConfig {
 }
 
 impl DecoderConfig {
-    /// Reads the `config.json` at `path` as `class` does. Errors name the file and the field.
-    pub fn read(path: &Path, class: &ConfigClass) -> Result<Self> {
-        let fields = Fields::read(path)?;
-        check_plain(&fields)?;
+    /// Reads the fields of a `config.json` as `class` does. Errors name the file and the field.
+    pub fn read(fields: &Fields, class: &ConfigClass) -> Result<Self> {
+        check_plain(fields)?;
         let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
         let hidden_size = size("hidden_size", class.hidden_size)?;
-        let heads = Heads::read(&fields, class, hidden_size)?;
+        let heads = Heads::read(fields, class, hidden_size)?;
         let max_position_embeddings =
             fields.in_range("max_position_embeddings", class.max_position_embeddings, 1..=MAX_POSITIONS)?;
         let stated = |field| Ok::<bool, Error>(class.biases == Biases::AsStated && fields.flag(field, false)?);
@@ -99,16 +96,16 @@ impl DecoderConfig {
             qkv_bias: attention_bias || class.biases == Biases::QueriesKeysValues,
             o_bias: attention_bias,
             mlp_bias: stated("mlp_bias")?,
-            rope: Rope::from_config(path, &fields.all()?, heads.head_dim, max_position_embeddings)?,
+            rope: Rope::from_config(fields.path(), &fields.all()?, heads.head_dim, max_position_embeddings)?,
         };
         if class.knows_windows {
-            config.check_windows(&fields)?;
+            config.check_windows(fields)?;
         }
         Ok(config)
     }
 
     /// Refuses windowed attention unless the window is as wide as the context.
-    fn check_windows(&self, fields: &Fields<'_>) -> Result<()> {
+    fn check_windows(&self, fields: &Fields) -> Result<()> {
         /// What transformers assumes.
         const DEFAULT_WINDOW: usize = 4096;
         const DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
@@ -158,7 +155,7 @@ struct Heads {
 }
 
 impl Heads {
-    fn read(fields: &Fields<'_>, class: &ConfigClass, hidden_size: usize) -> Result<Self> {
+    fn read(fields: &Fields, class: &ConfigClass, hidden_size: usize) -> Result<Self> {
         let heads = fields.in_range("num_attention_heads", class.num_attention_heads, 1..=MAX_SIZE)?;
         let num_key_value_heads = match fields.nullable_or("num_key_value_heads", class.num_key_value_heads)? {
             Some(given) => fields.check_range("num_key_value_heads", given, 1..=MAX_SIZE)?,
@@ -184,7 +181,7 @@ impl Heads {
 }
 
 /// Refuses what changes the block itself: another activation, quantised matrices.
-fn check_plain(fields: &Fields<'_>) -> Result<()> {
+fn check_plain(fields: &Fields) -> Result<()> {
     let hidden_act: String = fields.or("hidden_act", SILU[0].to_owned())?;
     if !SILU.contains(&hidden_act.as_str()) {
         let problem = format!("`{hidden_act}` is not supported; known: {}", SILU.join(", "));
@@ -205,10 +202,7 @@ pub(crate) mod testing {
 
     /// What the class makes of a file with these fields.
     pub(crate) fn parse(class: &ConfigClass, fields: Value) -> Result<DecoderConfig> {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let path = dir.path().join("config.json");
-        std::fs::write(&path, fields.to_string()).expect("written");
-        DecoderConfig::read(&path, class)
+        DecoderConfig::read(&Fields::of("config.json".into(), fields.to_string().as_bytes())?, class)
     }
 
     /// Asserts that a field is refused by its name, which may have a part after a dot.

@@ -3,20 +3,20 @@
 //! Owns: a second model that has them and nothing else, for as long as it is needed. Does not know: when that is, or where
 //! it is read from.
 
-use crate::checkpoint::{Build, LentParts};
+use crate::checkpoint::{Build, LentComponents};
 use crate::device::give_back_freed_memory;
 use crate::error::Result;
 
 /// Text encoders that come and go.
 pub struct OnDemand<M> {
-    parts: LentParts,
+    parts: LentComponents,
     build: Build<M>,
     model: Option<M>,
 }
 
 impl<M> OnDemand<M> {
     /// Not there yet.
-    pub fn new(parts: LentParts, build: Build<M>) -> Self {
+    pub fn new(parts: LentComponents, build: Build<M>) -> Self {
         Self { parts, build, model: None }
     }
 
