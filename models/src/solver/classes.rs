@@ -6,8 +6,10 @@
 /// What a class's fields describe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Betas over discrete timesteps of training; of some classes also flow matching (`use_flow_sigmas`).
+    /// Betas over discrete timesteps of training.
     Betas,
+    /// Betas, or flow matching where `prediction_type` says so (`use_flow_sigmas`, `flow_shift`).
+    Either,
     /// Flow matching alone, its shift called `shift`.
     FlowMatch,
 }
@@ -19,16 +21,16 @@ const WITHOUT_SOLVER: [(&str, Kind); 17] = [
     ("DDIMParallelScheduler", Kind::Betas),
     ("DDPMParallelScheduler", Kind::Betas),
     ("DDPMScheduler", Kind::Betas),
-    ("DEISMultistepScheduler", Kind::Betas),
-    ("DPMSolverMultistepInverseScheduler", Kind::Betas),
+    ("DEISMultistepScheduler", Kind::Either),
+    ("DPMSolverMultistepInverseScheduler", Kind::Either),
     ("DPMSolverSDEScheduler", Kind::Betas),
-    ("DPMSolverSinglestepScheduler", Kind::Betas),
+    ("DPMSolverSinglestepScheduler", Kind::Either),
     ("HeunDiscreteScheduler", Kind::Betas),
     ("KDPM2AncestralDiscreteScheduler", Kind::Betas),
     ("KDPM2DiscreteScheduler", Kind::Betas),
     ("LMSDiscreteScheduler", Kind::Betas),
     ("PNDMScheduler", Kind::Betas),
-    ("SASolverScheduler", Kind::Betas),
+    ("SASolverScheduler", Kind::Either),
     ("FlowMapEulerDiscreteScheduler", Kind::FlowMatch),
     ("FlowMatchHeunDiscreteScheduler", Kind::FlowMatch),
     ("FlowMatchLCMScheduler", Kind::FlowMatch),

@@ -102,7 +102,8 @@ impl Class {
     pub(super) fn kind(self) -> Kind {
         match self {
             Self::FlowMatchEuler => Kind::FlowMatch,
-            _ => Kind::Betas,
+            Self::Dpm | Self::UniPc => Kind::Either,
+            Self::Euler | Self::EulerAncestral | Self::Ddim | Self::Lcm | Self::Tcd => Kind::Betas,
         }
     }
 }

@@ -44,6 +44,14 @@ impl Training {
         }
     }
 
+    /// Whether a class of this kind can describe the noise of this family's models.
+    fn takes(self, kind: Kind) -> bool {
+        match self {
+            Self::Discrete => kind != Kind::FlowMatch,
+            Self::Flow | Self::FlowWithMu => kind != Kind::Betas,
+        }
+    }
+
     /// Refuses a file whose fields do not describe the noise of this family's models.
     fn check(self, kind: Kind, class_name: &str, file: &SchedulerConfig) -> Result<()> {
         let is_flow = kind == Kind::FlowMatch || file.get("prediction_type") == Some(&json!("flow_prediction"));
@@ -191,7 +199,7 @@ impl Schedulers {
         let class_name = manifest.class_of("scheduler").unwrap_or("absent");
         let solved = SCHEDULERS.iter().find(|scheduler| scheduler.is_class_name() && scheduler.name == class_name);
         let kind = solved.map(|solved| solved.class.kind()).or_else(|| kind_without_solver(class_name));
-        let Some(kind) = kind else {
+        let Some(kind) = kind.filter(|kind| training.takes(*kind)) else {
             let supported = SCHEDULERS.iter().filter(|s| s.is_class_name() && training.classes().contains(&s.class));
             let supported: Vec<&str> = supported.map(|scheduler| scheduler.name).collect();
             let problem = format!("`scheduler` is {class_name}; supported: {}", supported.join(", "));
@@ -464,13 +472,18 @@ mod tests {
 
     #[test]
     fn a_class_of_models_with_other_noise_is_refused() {
-        for (class_name, training) in [
-            ("PNDMScheduler", Training::Flow),
-            ("EulerDiscreteScheduler", Training::FlowWithMu),
-            ("FlowMatchLCMScheduler", Training::Discrete),
-            ("FlowMatchEulerDiscreteScheduler", Training::Discrete),
+        let kind = |class_name| kind_without_solver(class_name).expect("is known");
+        assert!(!Training::Flow.takes(kind("PNDMScheduler")));
+        assert!(!Training::FlowWithMu.takes(Class::Euler.kind()));
+        assert!(!Training::Discrete.takes(kind("FlowMatchLCMScheduler")));
+        assert!(!Training::Discrete.takes(Class::FlowMatchEuler.kind()));
+        let flow = [("prediction_type", json!("flow_prediction"))];
+        for (class_name, fields, training) in [
+            ("DPMSolverMultistepScheduler", &[][..], Training::Flow),
+            ("DEISMultistepScheduler", &[], Training::FlowWithMu),
+            ("DEISMultistepScheduler", &flow, Training::Discrete),
         ] {
-            let error = of_unsolved(class_name, &[], training).expect_err("another kind").to_string();
+            let error = of_unsolved(class_name, fields, training).expect_err("another kind").to_string();
             assert!(error.contains("`prediction_type`") && error.contains(class_name), "{error}");
         }
         let trained = [("trained_betas", json!([0.1, 0.2]))];

@@ -244,3 +244,41 @@ fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest 
     assert_eq!(request.sampling.scheduler.name, run["scheduler"].as_str().unwrap_or(own), "the effective name");
     request
 }
+
+/// A file of a class without a solver and with a field of nobody, as the checkpoint's own: requests name another one, and
+/// get the picture that it makes of a file of its own.
+#[test]
+fn a_checkpoint_of_a_class_without_a_solver_is_served() {
+    let picture_of = |class_name: &str, options: DiffusionOptions| {
+        let dir = tempfile::tempdir().unwrap();
+        copy_folder(&case_dir("sdxl-a").join("checkpoint"), dir.path());
+        let edit = |file: &str, change: &dyn Fn(&mut Value)| {
+            let path = dir.path().join(file);
+            let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+            change(&mut json);
+            std::fs::write(path, json.to_string()).unwrap();
+        };
+        edit("model_index.json", &|index| index["scheduler"][1] = class_name.into());
+        edit("scheduler/scheduler_config.json", &|file| file["noise_sampler_seed"] = Value::Null);
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let mut model = tale_models::load(dir.path(), &placement, &LoadOptions::default(), &mut |_| ()).unwrap();
+        let ModelCard::Diffusion(card) = &model.card else { panic!("makes pictures") };
+        let request = card.resolve(options, 7)?;
+        Ok::<_, tale_models::Error>(pictures(&mut *model.runner, &[request]).remove(0).rgb)
+    };
+    let options = |scheduler: Option<&str>| DiffusionOptions {
+        prompt: "a paper boat".to_owned(),
+        width: Some(64),
+        height: Some(64),
+        num_inference_steps: Some(2),
+        scheduler: scheduler.map(str::to_owned),
+        ..DiffusionOptions::default()
+    };
+    let expected = picture_of("EulerDiscreteScheduler", options(None)).unwrap();
+    for class_name in ["PNDMScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "DPMSolverSDEScheduler"] {
+        assert!(picture_of(class_name, options(Some("euler"))).unwrap() == expected, "{class_name}");
+        let error = picture_of(class_name, options(None)).unwrap_err().to_string();
+        assert!(error.starts_with("scheduler: is needed") && error.contains(class_name), "{error}");
+        assert!(error.contains("allowed: euler, euler_a, ddim"), "{error}");
+    }
+}
