@@ -3,7 +3,7 @@
 //! A file is read by position and never mapped: its folder is written to while the server runs, and a map of a file that
 //! somebody cuts short ends the process.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -23,6 +23,8 @@ use crate::lfs;
 
 /// Longest header that is read; one of a thousand layers has about a third of a megabyte.
 const MAX_HEADER_BYTES: u64 = 64 << 20;
+/// Bytes of a tensor that are looked through at a time; whole numbers of every dtype.
+const PIECE_BYTES: usize = 1 << 20;
 /// Where diffusers writes what it knew of an adapter, as JSON.
 const ADAPTER_METADATA: &str = "lora_adapter_metadata";
 /// Keys of a header under which trainers note the alpha that they trained with.
@@ -87,8 +89,8 @@ impl std::fmt::Debug for LoraFile {
 }
 
 impl LoraFile {
-    /// Reads the header of an opened file and takes its names for layers of the model. `placement` is where the model
-    /// computes.
+    /// Reads the header of an opened file and takes its names for layers of the model; its matrices are looked through for
+    /// values that are not finite. `placement` is where the model computes.
     pub fn read(path: &Path, file: File, names: &LoraNames, placement: &Placement) -> Result<Self, Refusal> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let (tensors, header) = read_header(&file).map_err(Refusal::Unreadable)?;
@@ -102,6 +104,9 @@ impl LoraFile {
             terms: Vec::new(),
             device_bytes: 0,
         };
+        for name in terms.iter().flat_map(|term| [&term.down, &term.up]).collect::<BTreeSet<_>>() {
+            lora.check_finite(name).map_err(Refusal::Unreadable)?;
+        }
         let metadata = header.get(ADAPTER_METADATA).filter(|json| !json.is_empty());
         let metadata = metadata.map(|json| AdapterMetadata::parse(json)).transpose()?.unwrap_or_default();
         for term in terms {
@@ -166,6 +171,21 @@ impl LoraFile {
         if rank_of_weight == 4 { Ok(conv_weight(&values)?) } else { Ok(values) }
     }
 
+    /// Refuses a tensor that holds NaN or infinity, which would spoil every picture.
+    fn check_finite(&self, name: &str) -> Result<(), String> {
+        let Located { dtype, start, len, .. } = self.tensors[name];
+        let mut piece = vec![0; len.min(PIECE_BYTES)];
+        for at in (0..len).step_by(PIECE_BYTES) {
+            let piece = &mut piece[..PIECE_BYTES.min(len - at)];
+            let read = self.file.read_exact_at(piece, start + at as u64);
+            read.map_err(|error| format!("tensor `{name}` cannot be read: {error}"))?;
+            if !are_finite(piece, dtype) {
+                return Err(format!("tensor `{name}` holds a value that is not finite"));
+            }
+        }
+        Ok(())
+    }
+
     fn bytes_of(&self, located: &Located) -> Result<Vec<u8>> {
         let mut bytes = vec![0; located.len];
         let read = self.file.read_exact_at(&mut bytes, located.start);
@@ -201,6 +221,16 @@ impl LoraFile {
             LayerShape::Conv2d { .. } => placement.compute_dtype,
         };
         (term.rank * elements(&term.down) + term.part.rows.len() * elements(&term.up)) * dtype.size_in_bytes()
+    }
+}
+
+/// Whether no number of this dtype in `bytes` has an exponent of ones, as infinities and NaN have.
+fn are_finite(bytes: &[u8], dtype: DType) -> bool {
+    let halves = |exponent: u16| bytes.as_chunks().0.iter().all(|x| u16::from_le_bytes(*x) & exponent != exponent);
+    match dtype {
+        DType::F16 => halves(0x7c00),
+        DType::BF16 => halves(0x7f80),
+        _ => bytes.as_chunks().0.iter().all(|x| f32::from_le_bytes(*x).is_finite()),
     }
 }
 

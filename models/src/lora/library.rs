@@ -191,15 +191,17 @@ impl LoraLibrary {
         let unreadable = |problem: &dyn std::fmt::Display| format!("the file of `{name}` cannot be used: {problem}");
         let file = File::open(path).map_err(|error| unreadable(&error))?;
         let stamp = Stamp::of(&file).map_err(|error| unreadable(&error))?;
-        let mut known = self.known.lock().expect("no code panics while it holds the files: this is a bug");
-        if let Some(same) = known.get(path).filter(|known| known.stamp == stamp) {
+        let lock = || self.known.lock().expect("no code panics while it holds the files: this is a bug");
+        if let Some(same) = lock().get(path).filter(|known| known.stamp == stamp) {
             return Ok(same.file.clone());
         }
+        // Other requests need not wait for this file. Two that read it at once do so twice.
         let file = match LoraFile::read(path, file, &self.names, &self.placement) {
             Ok(file) => Arc::new(file),
             Err(Refusal::Unreadable(problem)) => return Err(unreadable(&problem)),
             Err(Refusal::Mismatch(problem)) => return Err(format!("`{name}` is not for this model: {}", problem.0)),
         };
+        let mut known = lock();
         if known.len() >= MAX_KNOWN_FILES {
             known.clear();
         }

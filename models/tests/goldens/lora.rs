@@ -123,6 +123,17 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
     let infinite = [(down, tensor(&[2, 36])), (up, tensor(&[36, 2])), (&*format!("{block}.alpha"), infinite)];
     let infinite: HashMap<&str, Tensor> = infinite.into_iter().collect();
     candle_core::safetensors::save(&infinite, dir.path().join("infinite.safetensors")).unwrap();
+    let spoiled = |name: &str, dtype: candle_core::DType, value: f32| {
+        let mut values = vec![0f32; 2 * 36];
+        values[71] = value;
+        let spoiled = Tensor::from_vec(values, (2, 36), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let tensors: HashMap<&str, Tensor> = [(down, spoiled), (up, tensor(&[36, 2]))].into_iter().collect();
+        candle_core::safetensors::save(&tensors, dir.path().join(format!("{name}.safetensors"))).unwrap();
+    };
+    spoiled("nan", candle_core::DType::F32, f32::NAN);
+    spoiled("nan_bf16", candle_core::DType::BF16, f32::NAN);
+    spoiled("inf_f16", candle_core::DType::F16, f32::NEG_INFINITY);
+    spoiled("large", candle_core::DType::F16, 65504.0);
     std::fs::write(dir.path().join("short.safetensors"), b"\xff\0\0\0").unwrap();
     std::fs::write(dir.path().join("text.txt"), "no LoRA").unwrap();
     let source =
@@ -141,6 +152,9 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
         ("twice", ["two terms for layer transformer_blocks.0.attn.to_q", "qkv", block]),
         ("alpha", ["alpha", "[2]", "one number"]),
         ("infinite", ["alpha", "is not a finite number", "`infinite`"]),
+        ("nan", ["`nan` cannot be used", down, "holds a value that is not finite"]),
+        ("nan_bf16", ["`nan_bf16` cannot be used", down, "holds a value that is not finite"]),
+        ("inf_f16", ["`inf_f16` cannot be used", down, "holds a value that is not finite"]),
         ("other", ["1 of its 1 tensors are not LoRA's", "model.layers.0.weight", "`other`"]),
         ("short", ["cannot be used", "not a sound safetensors file", "`short`"]),
         ("nobody", ["is not known", "there are: alpha, bias,", "more"]),
@@ -166,6 +180,7 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
     };
     assert_eq!(footprint(&[("sound", 1.0)]) - footprint(&[]), 2 * 2 * 36 * 4);
     assert_eq!(footprint(&[("sound", 0.0)]), footprint(&[]));
+    footprint(&[("large", 1.0)]);
 }
 
 /// Files are read when they are asked for, and again when they have changed.
