@@ -83,6 +83,18 @@ struct Job {
 
     /// How many keys a row sees.
     __device__ int visible(int row) const { return causal ? min(len, row + 1) : len; }
+
+    /// What the outputs of a row are multiplied with whose exponentials have this sum, the largest of which is about 1. If
+    /// the sum is zero, no score was above minus infinity: NaN where keys have got such scores, zero where they are hidden.
+    template <bool BIASED>
+    __device__ float factor(int row, float sum) const {
+        if (sum != 0.0f) return 1.0f / sum;
+        const int keys = row < lq ? visible(row) : 0;
+        if (!BIASED) return keys > 0 ? NAN : 0.0f;
+        for (int key = 0; key < keys; ++key)
+            if (to_float(bias[row * bias_stride + key]) > -INFINITY) return NAN;
+        return 0.0f;
+    }
 };
 
 /// Where a chunk of eight 16-bit values lies in shared memory whose rows have D values.
@@ -256,6 +268,9 @@ struct Row {
     __device__ __forceinline__ float shift(float scale) const { return reference == NOTHING ? 0.0f : reference * scale; }
 };
 
+// fmaxf passes NaN over, so that a reference is never NaN. A score that is NaN becomes an exponential that is, and with it
+// the row; so does one that is infinite.
+
 /// Moves the references of rows whose scores exceed them, and corrects what those rows have summed so far.
 template <int M, int COLUMNS>
 __device__ __forceinline__ void rebase(const float (&s)[M][KEYS / 8][4], float (&o)[M][COLUMNS][4], Row (&rows)[M][2],
@@ -303,11 +318,13 @@ __device__ __forceinline__ void exponentials(float (&s)[M][KEYS / 8][4], Row (&r
             }
 }
 
-/// The warp's outputs through shared memory of its own (16 M rows of D values) to `rows` rows of `y`, `d` values each.
-template <typename T, int D, int M>
-__device__ __forceinline__ void store_rows(const float (&o)[M][D / 8][4], Row (&sums)[M][2], T* staging, T* y,
-                                           long stride, int rows, int d) {
-    const int lane = threadIdx.x % WARP_SIZE;
+/// The warp's outputs through shared memory of its own (16 M rows of D values) to the rows from `first` on, columns from
+/// `columns` on.
+template <typename T, int D, int M, bool BIASED>
+__device__ __forceinline__ void store_rows(const float (&o)[M][D / 8][4], Row (&sums)[M][2], T* staging,
+                                           const Job<T>& job, int first, int columns) {
+    const int lane = threadIdx.x % WARP_SIZE, rows = job.lq - first, d = job.d - columns;
+    T* const y = job.y + first * job.y_stride + columns;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -315,7 +332,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[M][D / 8][4], Row (&
             float sum = sums[m][half].sum;
             sum += __shfl_xor_sync(ALL_LANES, sum, 1);
             sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+            const float factor = job.template factor<BIASED>(first + m * 16 + half * 8 + lane / 4, sum);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 T* const to = staging + place<D>(m * 16 + half * 8 + lane / 4, n) + lane % 4 * 2;
@@ -325,7 +342,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[M][D / 8][4], Row (&
     __syncwarp();
     for (int i = lane; i < 16 * M * (D / 8); i += WARP_SIZE) {
         const int row = i / (D / 8), chunk = i % (D / 8);
-        if (row < rows && chunk * 8 < d) Pack<T>::load(staging + place<D>(row, chunk)).store(y + row * stride + chunk * 8);
+        if (row < rows && chunk * 8 < d) Pack<T>::load(staging + place<D>(row, chunk)).store(y + row * job.y_stride + chunk * 8);
     }
 }
 
@@ -395,7 +412,7 @@ __device__ __forceinline__ void attend(PARAMETERS(T)) {
     // Without any key the queries may still be on their way to where the outputs pass through.
     copy_async_wait<0>();
     __syncthreads();
-    store_rows<T, D, M>(o, sums, queries + top * D, job.y + row * job.y_stride + columns, job.y_stride, job.lq - row, job.d - columns);
+    store_rows<T, D, M, BIASED>(o, sums, queries + top * D, job, row, columns);
 }
 
 constexpr int F32_THREADS = 256;
@@ -517,9 +534,9 @@ __device__ __forceinline__ void attend_f32(PARAMETERS(float)) {
         float sum = sums[m].sum;
 #pragma unroll
         for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, distance);
-        const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
         const int row = job.first + top + 16 * m;
         if (row >= job.lq) continue;
+        const float factor = job.bias == nullptr ? job.template factor<false>(row, sum) : job.template factor<true>(row, sum);
 #pragma unroll
         for (int i = 0; i < PIECES; ++i)
 #pragma unroll

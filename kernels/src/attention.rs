@@ -35,7 +35,8 @@ pub struct AttentionOptions<'a> {
 }
 
 /// Softmax attention. `q [b, lq, heads, d]`, `k` and `v` `[b, lk, kv_heads, d]` with `heads` a multiple of `kv_heads`:
-/// `[b, lq, heads, d]`. Scores are never materialised as a whole. Kernels take d up to 512.
+/// `[b, lq, heads, d]`. Scores are never materialised as a whole. A row with a score that is NaN or infinite is NaN, and
+/// so is one whose scores all come out as minus infinity; one whose keys are all masked, by a bias too, is zero. Kernels take d up to 512.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, options: &AttentionOptions<'_>) -> Result<Tensor> {
     let shape = Shape::new(q, k, v, options)?;
     work::add_dense(|| shape.work(options));
@@ -316,6 +317,87 @@ pub(crate) mod tests {
         let bias = Tensor::cat(&[&hidden, &seen], 2).unwrap();
         let [q, k, v] = inputs(1, 20, 79, 64);
         check(on, [&q, &k, &v], &AttentionOptions { bias: Some(&bias), ..PEAKED });
+    });
+
+    /// Queries, keys and the size of a head: one of each, a tile and some, several tiles of keys; every kernel.
+    const SPOILED: [(usize, usize, usize); 5] = [(1, 1, 64), (65, 65, 64), (3, 130, 128), (3, 70, 160), (3, 70, 20)];
+
+    /// `x` with this value in the first column of one position of the first batch row, all heads.
+    fn spoil(x: &Tensor, position: usize, value: f32) -> Tensor {
+        let (_, positions, heads, d) = x.dims4().unwrap();
+        let mut values = values(x);
+        (0..heads).for_each(|head| values[(position * heads + head) * d] = value);
+        assert!(position < positions);
+        Tensor::from_vec(values, x.dims(), &Device::Cpu).unwrap()
+    }
+
+    /// Whether each row of a head is NaN; no row is half.
+    #[track_caller]
+    fn nan_rows(x: &Tensor) -> Vec<bool> {
+        let d = x.dim(D::Minus1).unwrap();
+        let is_nan = |row: &[f32]| {
+            let count = row.iter().filter(|value| value.is_nan()).count();
+            assert!(count == 0 || count == d, "{count} of {d} values are NaN");
+            assert!(row.iter().all(|value| value.is_nan() || value.is_finite()));
+            count == d
+        };
+        values(x).chunks(d).map(is_nan).collect()
+    }
+
+    for_each_device!(a_query_that_is_nan_makes_its_row_nan, |on: &On| {
+        for (lq, lk, d) in SPOILED {
+            let [q, k, v] = inputs(2, lq, lk, d);
+            let position = lq / 2;
+            let (q, k, v) = (on.tensor(&spoil(&q, position, f32::NAN)), on.tensor(&k), on.tensor(&v));
+            let options = AttentionOptions { causal: lq == lk, ..PEAKED };
+            let found = nan_rows(&on.run(|| attention(&q, &k, &v, &options)));
+            // Two heads; the second batch row is as ever.
+            let expected: Vec<bool> = (0..2 * 2 * lq).map(|row| row / 2 == position).collect();
+            assert_eq!(found, expected, "query {position} of {lq} over {lk} keys, d {d}");
+        }
+    });
+
+    for_each_device!(a_key_that_is_nan_makes_the_rows_nan_that_see_it, |on: &On| {
+        for (lq, lk, d) in SPOILED {
+            let [q, k, v] = inputs(2, lq, lk, d);
+            let (q, v) = (on.tensor(&q), on.tensor(&v));
+            let expected: Vec<bool> = (0..2 * 2 * lq).map(|row| row < 2 * lq).collect();
+            for key in [0, lk - 1] {
+                let k = on.tensor(&spoil(&k, key, f32::NAN));
+                let found = nan_rows(&on.run(|| attention(&q, &k, &v, &PEAKED)));
+                assert_eq!(found, expected, "key {key} of {lk}, {lq} queries, d {d}");
+            }
+            // All keys; the second batch row sees none of its own and stays zero.
+            let k = on.tensor(&k.affine(0.0, f64::NAN).unwrap());
+            let options = AttentionOptions { key_lens: Some(&[lk, 0]), ..PEAKED };
+            let found = on.run(|| attention(&q, &k, &v, &options));
+            assert_eq!(nan_rows(&found), expected, "all of {lk} keys, {lq} queries, d {d}");
+            assert!(values(&found.narrow(0, 1, 1).unwrap()).iter().all(|value| *value == 0.0));
+        }
+    });
+
+    for_each_device!(infinite_scores_make_a_row_nan_and_a_masked_row_is_zero, |on: &On| {
+        for (lq, lk, d) in SPOILED {
+            let [q, k, v] = inputs(1, lq, lk, d).map(|x| on.tensor(&x));
+            let with_bias = |bias: Tensor| {
+                let bias = on.tensor(&bias);
+                on.run(|| attention(&q, &k, &v, &AttentionOptions { bias: Some(&bias), ..PEAKED }))
+            };
+            // The last key for the second head only.
+            let mut bias = vec![0f32; 2 * lq * lk];
+            (0..lq).for_each(|row| bias[(lq + row) * lk + lk - 1] = f32::INFINITY);
+            let found = with_bias(Tensor::from_vec(bias, (2, lq, lk), &Device::Cpu).unwrap());
+            let expected: Vec<bool> = (0..2 * lq).map(|row| row % 2 == 1).collect();
+            assert_eq!(nan_rows(&found), expected, "{lk} keys, {lq} queries, d {d}");
+            let masked = with_bias(Tensor::full(f32::NEG_INFINITY, (2, lq, lk), &Device::Cpu).unwrap());
+            assert!(values(&masked).iter().all(|value| *value == 0.0), "{lq} queries, {lk} keys, d {d}");
+            // Products that are all below what f32 holds.
+            let full = |value: f32, len| on.tensor(&Tensor::full(value, (1, len, 2, d), &Device::Cpu).unwrap());
+            let (q, k) = (full(2f32.powi(15), lq), full(-2f32.powi(15), lk));
+            let options = AttentionOptions { scale: Some(1e38), ..AttentionOptions::default() };
+            let found = on.run(|| attention(&q, &k, &v, &options));
+            assert_eq!(nan_rows(&found), vec![true; 2 * lq], "{lq} queries, {lk} keys, d {d}");
+        }
     });
 
     for_each_device!(keys_past_a_row_s_length_do_not_count, |on: &On| {

@@ -3,7 +3,8 @@
 //! Owns: the online softmax that dense and paged attention share. Does not know: tensors, batches, how rows are dealt
 //! out. For every tile of [`KEYS`] keys: scores `q kᵀ` into scratch, exponentials against the largest score so far,
 //! `o = o · correction + p v`. Tiles start at multiples of [`KEYS`] and every row is computed by itself, so a row has
-//! the same bits whichever rows share its tile and whatever comes after the keys that it sees.
+//! the same bits whichever rows share its tile and whatever comes after the keys that it sees. A row with a score that is
+//! NaN or infinite is NaN as in torch, one whose keys are all hidden is zero.
 //!
 //! Scratch: queries, outputs and scores of the rows, one tile of keys (transposed) and values: under 500 KiB for a
 //! head of 128.
@@ -245,9 +246,13 @@ impl<T: Element> Flash<'_, T> {
         if let Some(bias) = self.bias {
             row::add(s, &mut p[..seen], &bias[spec.bias + first..][..seen]);
         }
+        // A maximum may pass NaN over. Where it finds another score, the exponentials are NaN; where it finds none, every
+        // score is hidden or NaN.
         let max = parts.max[row].max(row::max(s, p));
         if max == f32::NEG_INFINITY {
-            p.fill(0.0);
+            let nothing = if p[..seen].iter().any(|score| score.is_nan()) { f32::NAN } else { 0.0 };
+            p.fill(nothing);
+            parts.sum[row] += nothing;
             return;
         }
         let correction = s.first(exp(s, s.splat(parts.max[row] - max)));
@@ -277,13 +282,25 @@ impl<T: Element> Flash<'_, T> {
         unsafe { product.run(s) };
     }
 
+    /// What a row is multiplied with that has no score above minus infinity: zero where all its keys are hidden, by a bias
+    /// too, and NaN where keys have got such scores.
+    fn factor_of_nothing(&self, row: &QueryRow) -> f32 {
+        let is_seen = match self.bias {
+            Some(bias) => bias[row.bias..][..row.visible].iter().any(|bias| *bias > f32::NEG_INFINITY),
+            None => row.visible > 0,
+        };
+        if is_seen { f32::NAN } else { 0.0 }
+    }
+
     /// Divides by the sums and writes the rows out.
     #[inline(always)]
     fn finish<S: Simd>(&self, _s: S, parts: &Parts<'_>) {
         let d = self.padded();
         for (row, spec) in self.rows.iter().enumerate() {
-            let sum = parts.sum[row];
-            let factor = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+            let factor = match parts.sum[row] {
+                0.0 => self.factor_of_nothing(spec),
+                sum => 1.0 / sum,
+            };
             // SAFETY: every row has its own place of d values in the output.
             let out = unsafe { std::slice::from_raw_parts_mut(self.out.add(spec.out), self.d) };
             for i in 0..self.d {

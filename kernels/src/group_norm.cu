@@ -202,7 +202,9 @@ __device__ void rms_norm_channels(const T* x, const T* weight, T* y, long channe
     for (int i = 0; i < LEN; ++i) {
         float sum = 0;
         for (int warp = 0; warp < THREADS / WARP_SIZE; ++warp) sum += sums[warp][column][i];
-        factors[i] = sqrtf(static_cast<float>(channels)) / fmaxf(sqrtf(sum), 1e-12f);
+        const float length = sqrtf(sum);
+        // Not fmaxf, which takes a number rather than NaN.
+        factors[i] = sqrtf(static_cast<float>(channels)) / (length < 1e-12f ? 1e-12f : length);
     }
     auto write = [&](long channel, Pack<T> pack) {
         const float scale = to_float(weight[channel]);

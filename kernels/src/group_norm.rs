@@ -226,7 +226,9 @@ impl Op for NormColumns<'_> {
         }
         let root = (self.weight.len() as f32).sqrt();
         for norm in self.norms.iter_mut() {
-            *norm = root / norm.sqrt().max(1e-12);
+            let length = norm.sqrt();
+            // Not `max`, which takes a number rather than NaN.
+            *norm = root / if length < 1e-12 { 1e-12 } else { length };
         }
         for (channel, weight) in self.weight.iter().enumerate() {
             let start = self.place + channel * self.positions;
@@ -332,6 +334,25 @@ mod tests {
             on.assert_close(&on.run(|| rms_norm_channels(&x, &weight)), &expected, dims[1]);
             let found = on.run(|| rms_norm_channels_silu(&x, &weight));
             on.assert_close(&found, &oracle::silu(&expected), dims[1]);
+        }
+    });
+
+    for_each_device!(nan_makes_everything_nan_that_shares_a_norm_with_it, |on: &On| {
+        for dims in [[2, 4, 1], [2, 6, 35], [2, 402, 70]] {
+            let (channels, positions) = (dims[1], dims[2]);
+            let mut x = crate::testing::values(&spread(&dims));
+            // The last value of the first channel.
+            x[positions - 1] = f32::NAN;
+            let x = on.tensor(&Tensor::from_vec(x, &dims, &candle_core::Device::Cpu).unwrap());
+            let weight = on.tensor(&random(&[channels], 2));
+            let are_nan = |x: Tensor| crate::testing::values(&x).into_iter().map(f32::is_nan).collect::<Vec<_>>();
+            let of_groups = are_nan(on.run(|| group_norm(&x, 2, &weight, &weight, 1e-5)));
+            let of_channels = are_nan(on.run(|| rms_norm_channels(&x, &weight)));
+            for at in 0..dims.iter().product() {
+                assert_eq!(of_groups[at], at < channels / 2 * positions, "group_norm of {dims:?} at {at}");
+                let is_same_position = at < channels * positions && at % positions == positions - 1;
+                assert_eq!(of_channels[at], is_same_position, "rms_norm_channels of {dims:?} at {at}");
+            }
         }
     });
 

@@ -50,6 +50,11 @@ struct Step {
     long table_len;
     int heads, kv_heads, d, block_size, task_rows;
     float scale;  // times log2(e): exponentials are powers of two
+
+    /// What the outputs of a row are multiplied with whose exponentials have this sum, the largest of which is 1. A sum of
+    /// zero adds nothing where there are other splits. Where there are none, no score was above minus infinity, although
+    /// every row sees a key: the outputs are zero times infinity then, NaN.
+    __device__ float share_of(float sum) const { return sum == 0 && partial != nullptr ? 0.0f : 1.0f / sum; }
 };
 
 /// The rows and keys of one block.
@@ -293,7 +298,7 @@ struct TensorTile {
                 total += factor * sums[part][row];
                 for (int j = 0; j < 8; ++j) found[j] += factor * from[j];
             }
-            const float share = total > 0 ? 1.0f / total : 0.0f;
+            const float share = step.share_of(total);
             for (int j = 0; j < 8; ++j) found[j] *= share;
             write(row, column, found, top + log2f(total));
         }
@@ -442,7 +447,7 @@ struct ExactTile {
             const int row = warp * EXACT_ROWS + i;
             const long place = step.partial == nullptr ? tile.place(step, row)
                                                        : partial_row(step, blockIdx.x, gridDim.x, row) * step.d;
-            const float share = sum[i] > 0 ? 1.0f / sum[i] : 0.0f;
+            const float share = step.share_of(sum[i]);
 #pragma unroll
             for (int j = 0; j < EXACT_COLUMNS; ++j) {
                 const int column = lane + j * WARP_SIZE;

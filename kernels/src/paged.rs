@@ -485,6 +485,55 @@ mod tests {
         }
     });
 
+    // Decode rows whose keys are dealt to several blocks of a GPU, and chunks.
+    for_each_device!(nan_in_a_query_or_key_makes_the_rows_nan_that_see_it, |on: &On| {
+        for d in [64, 128, 20] {
+            let (rows, contexts) = ([1, 1, 20], [300, 300, 150]);
+            let (k, v, tables) = caches(&contexts, 1, d);
+            let slots = batch(&contexts, &contexts, tables.clone());
+            let batch = batch(&rows, &contexts, tables);
+            let q = random(&[22, 2, d], 1);
+            let (there_k, there_v) = (on.tensor(&k), on.tensor(&v));
+            let nan_rows = |q: &Tensor| -> Vec<usize> {
+                let q = on.tensor(q);
+                let found = crate::testing::values(&on.run(|| attend(&q, &there_k, &there_v, &batch, 1.0)));
+                let is_nan = |row: &[f32]| row.iter().all(|value| value.is_nan());
+                assert!(found.chunks(2 * d).all(|row| is_nan(row) || row.iter().all(|value| value.is_finite())));
+                found.chunks(2 * d).enumerate().filter(|(_, row)| is_nan(row)).map(|(index, _)| index).collect()
+            };
+            let nan_query = |row: usize| {
+                let nan = Tensor::full(f32::NAN, (1, 2, d), q.device()).unwrap();
+                Tensor::cat(&[&q.narrow(0, 0, row).unwrap(), &nan, &q.narrow(0, row + 1, 21 - row).unwrap()], 0)
+                    .unwrap()
+            };
+            assert!(nan_rows(&q).is_empty());
+            let infinite = q.affine(f64::INFINITY, 0.0).unwrap();
+            assert_eq!(nan_rows(&infinite).len(), 22);
+            for row in [0, 2, 21] {
+                assert_eq!(nan_rows(&nan_query(row)), [row], "d {d}");
+            }
+            // The first key of the first sequence, then all of the second one's.
+            let nan = |count: usize| on.tensor(&Tensor::full(f32::NAN, (count, 1, d), q.device()).unwrap());
+            let spoil = |first: usize, count: usize| {
+                let slot_mapping = slots.slot_mapping[first..first + count].to_vec();
+                let len = slot_mapping.len();
+                let table = slots.block_tables[if first < 300 { 0 } else { 1 }].clone();
+                let rows = PagedBatch {
+                    cu_seqlens_q: vec![0, len],
+                    context_lens: vec![len],
+                    block_tables: vec![table],
+                    slot_mapping,
+                };
+                let old = there_v.copy().unwrap();
+                on.run(|| write_kv(&nan(len), &nan(len), &there_k, &old, &rows.prepare(2, &there_k)?));
+            };
+            spoil(0, 1);
+            assert_eq!(nan_rows(&q), [0], "d {d}");
+            spoil(300, 300);
+            assert_eq!(nan_rows(&q), [0, 1], "d {d}");
+        }
+    });
+
     for_each_device!(what_lies_behind_the_context_does_not_matter, |on: &On| {
         for d in [64, 8] {
             let (k, v, tables) = caches(&[20, 45], 1, d);

@@ -259,8 +259,8 @@ impl WanVaeDecoder {
         Ok(WanDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
     }
 
-    /// Decodes the next latent frame: f32 pixels `[frames, 3, height, width]` in -1..=1. The first latent frame gives
-    /// one frame, each later one as many as the temporal scale factor says. Fails when all are decoded.
+    /// Decodes the next latent frame: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
+    /// cut by whoever rounds them, so that what is not finite is still seen there. The first latent frame gives one frame, each later one as many as the temporal scale factor says. Fails when all are decoded.
     pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
         let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?.to_dtype(self.compute_dtype)?; // [1, z, 1, h, w]
         let past = &mut decoding.past;
@@ -272,7 +272,7 @@ impl WanVaeDecoder {
         let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
         decoding.next += 1;
         decoding.past.is_first = false;
-        Ok(x.to_dtype(DType::F32)?.clamp(-1f32, 1f32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
+        Ok(x.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
 }
 

@@ -14,6 +14,7 @@ mod hidden_states;
 mod ip_adapter;
 mod lora;
 mod noise_solvers;
+mod not_finite;
 mod on_demand;
 mod overflow;
 mod pointers;

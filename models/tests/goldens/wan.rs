@@ -291,7 +291,8 @@ fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Ten
     let mut decoding = model.begin_decode(latents, request).expect("decoding begins");
     let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").expect("frames");
     let chunks: Vec<Tensor> = (0..model.num_decode_steps(request)).map(chunk).collect();
-    Tensor::cat(&chunks, 0).expect("chunks of one size")
+    // As the reference's decoder, which cuts what is rounded to a byte anyway.
+    Tensor::cat(&chunks, 0).and_then(|pixels| pixels.clamp(-1f32, 1f32)).expect("chunks of one size")
 }
 
 /// Runs all requests to their end; the frames of each, in order.

@@ -137,7 +137,8 @@ impl KlEncoder {
 /// Of the moments of a whole picture.
 fn posterior(moments: &Tensor) -> Result<Posterior> {
     let halves = moments.chunk(2, 1)?;
-    let log_variance = halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())?;
+    // Zero times what is not finite is NaN, which the kernels of a GPU take for the lower limit.
+    let log_variance = (halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())? + (&halves[1] * 0.0)?)?;
     Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
 }
 
