@@ -131,6 +131,12 @@ impl ClipImageProcessor {
             return Err(format!("a size is not in 1 to {MAX_SIDE}"));
         }
         let (mean, std) = (config.image_mean, config.image_std);
+        if !(config.rescale_factor.is_finite() && config.rescale_factor > 0.0) {
+            return Err(format!("rescale_factor is {}; it must be above 0", config.rescale_factor));
+        }
+        if std.iter().any(|std| !(std.is_finite() && *std > 0.0)) {
+            return Err(format!("image_std is {std:?}; each must be above 0"));
+        }
         Ok(Self { size, crop, rescale_factor: config.rescale_factor, mean, std })
     }
 
@@ -211,6 +217,8 @@ mod tests {
         check(json!({"do_center_crop": false}), 224, "do_center_crop");
         check(json!({"image_processor_type": "SiglipImageProcessor"}), 224, "SiglipImageProcessor");
         check(json!({"size": 0}), 224, "a size");
+        check(json!({"image_std": [0.2, 0, 0.2]}), 224, "image_std");
+        check(json!({"rescale_factor": 0}), 224, "rescale_factor");
     }
 
     /// `center_crop` of transformers: a picture that is smaller than the crop lies in the middle of zeros, the odd row

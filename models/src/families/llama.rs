@@ -48,9 +48,10 @@ pub fn decoder_config(manifest: &Manifest) -> Result<DecoderConfig> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::layers::decoder::testing::{parse, refused};
-    use serde_json::json;
 
     /// `LlamaConfig()` of transformers 5.24.
     #[test]

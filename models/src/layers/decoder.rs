@@ -3,9 +3,9 @@
 //! steps), or a pass has whole sequences and keeps none (text encoders).
 //!
 //! The published blocks of these families are the same but for which projections have biases, so there is one block
-//! here and one reading of `config.json`, to which a family states how its class differs ([`ConfigClass`]). Deliberately does not know: which
-//! family it computes, what is made of its hidden states, sessions. Activations are `[l, hidden_size]`: the rows of all
-//! sequences, one after the other, without a batch dimension.
+//! here and one reading of `config.json`, to which a family states how its class differs ([`ConfigClass`]). Deliberately
+//! does not know: which family it computes, what is made of its hidden states, sessions. Activations are
+//! `[l, hidden_size]`: the rows of all sequences, one after the other, without a batch dimension.
 
 use std::collections::BTreeMap;
 
@@ -18,11 +18,11 @@ use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
 mod config;
-#[cfg(test)]
-pub(crate) use config::testing;
 mod dense;
 mod rows;
 
+#[cfg(test)]
+pub(crate) use config::testing;
 pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use dense::DenseInput;
 pub use rows::{DecoderInput, PreparedInput, StepSizes};

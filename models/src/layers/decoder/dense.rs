@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use crate::error::Result;
-
 use candle_core::Tensor;
+
+use crate::error::Result;
 
 /// Rows of equal lengths, in each of which some tokens count and the others are padding before or after them.
 ///
