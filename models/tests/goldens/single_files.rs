@@ -217,11 +217,11 @@ fn metadata_counts_where_no_tensor_says_something_else() {
     };
     let (velocity, zero_snr) = (("prediction_type", json!("v_prediction")), ("rescale_betas_zero_snr", json!(true)));
     for said in ["v", "V_Prediction", "v-prediction", " v_pred "] {
-        assert_eq!(settings(&[], said), [velocity.clone()], "{said}");
+        assert_eq!(settings(&[], said), std::slice::from_ref(&velocity), "{said}");
     }
     for said in ["epsilon", "eps"] {
         assert_eq!(settings(&[], said), [("prediction_type", json!("epsilon"))], "{said}");
-        assert_eq!(settings(&["v_pred"], said), [velocity.clone()], "a tensor counts more than {said}");
+        assert_eq!(settings(&["v_pred"], said), std::slice::from_ref(&velocity), "a tensor counts more than {said}");
     }
     assert_eq!(settings(&["v_pred"], "v-zsnr"), [velocity.clone(), zero_snr.clone()]);
     assert_eq!(settings(&["v_pred", "ztsnr"], "v"), [velocity, zero_snr]);

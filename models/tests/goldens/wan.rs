@@ -205,7 +205,6 @@ fn checkpoints_of_other_pipelines_are_refused_by_name() {
     refused("model_index.json", "boundary_ratio", 0.9.into());
     refused("model_index.json", "transformer_2", serde_json::json!(["diffusers", "WanTransformer3DModel"]));
     refused("model_index.json", "expand_timesteps", true.into());
-    refused("model_index.json", "scheduler", serde_json::json!(["diffusers", "DDIMScheduler"]));
     refused("transformer/config.json", "image_dim", 1280.into());
     refused("transformer/config.json", "added_kv_proj_dim", 5120.into());
     refused("transformer/config.json", "in_channels", 36.into());
