@@ -235,3 +235,16 @@ impl IntoResponse for ApiError {
         response
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_that_fails_is_not_the_clients_fault() {
+        let error = ApiError::from(tale_models::Error::ChatTemplate("invalid operation (in chat_template:3)".into()));
+        assert_eq!(error.status, StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!((error.body.kind, error.body.code), ("server_error", Some("chat_template_failed")));
+        assert!(error.body.param.is_none() && error.body.message.contains("chat_template:3"), "{error:?}");
+    }
+}
