@@ -3,14 +3,15 @@
 //! Owns: the table of kinds. Does not know: how a network is built. What a file lacks comes from its base, a folder in
 //! diffusers' layout: configurations, tokenizers, scheduler, and every component whose weights are not in the file.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use crate::device::Placement;
 use crate::error::{Error, Result};
-use crate::weights::Weights;
 use crate::weights::single::{PartOfFile, WeightFile};
+use crate::weights::{MetadataValue, Weights};
 
 /// A kind of single file.
 struct Kind {
@@ -24,6 +25,8 @@ struct Kind {
     beginnings: &'static [&'static str],
     /// Tensors that no other kind has together, after the beginning.
     marks: &'static [&'static str],
+    /// `general.architecture` of GGUF files of this kind; some converters give none.
+    architectures: &'static [&'static str],
     /// Whether names are those of the original implementation.
     is_original: bool,
     /// The other components that a file may hold: folder in the base, and what their names may begin with.
@@ -45,6 +48,7 @@ const KINDS: &[Kind] = &[
         denoiser: "unet",
         beginnings: DENOISER_BEGINNINGS,
         marks: &["input_blocks.0.0.weight", "label_emb.0.0.weight"],
+        architectures: &[],
         is_original: true,
         others: &[
             ("text_encoder", &["conditioner.embedders.0.transformer."]),
@@ -60,6 +64,7 @@ const KINDS: &[Kind] = &[
         denoiser: "unet",
         beginnings: &[""],
         marks: &["conv_in.weight", "add_embedding.linear_1.weight", "conv_norm_out.weight"],
+        architectures: &[],
         is_original: false,
         others: &[],
         companions: &[],
@@ -70,6 +75,7 @@ const KINDS: &[Kind] = &[
         denoiser: "transformer",
         beginnings: DENOISER_BEGINNINGS,
         marks: &["double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight"],
+        architectures: &["flux"],
         is_original: true,
         others: &[
             ("text_encoder", &["text_encoders.clip_l.transformer."]),
@@ -84,6 +90,7 @@ const KINDS: &[Kind] = &[
         denoiser: "transformer",
         beginnings: &[""],
         marks: &["transformer_blocks.0.norm1_context.linear.weight", "single_transformer_blocks.0.proj_mlp.weight"],
+        architectures: &["flux"],
         is_original: false,
         others: &[],
         companions: &[],
@@ -96,9 +103,6 @@ const PREDICTION_TYPE: &str = "modelspec.prediction_type";
 const MARKERS: [&str; 2] = ["v_pred", "ztsnr"];
 /// Markers of models with a noise schedule that is not SDXL's.
 const FOREIGN_SCHEDULES: [&str; 3] = ["edm_mean", "edm_std", "edm_vpred.sigma_max"];
-/// Architecture of GGUF files that are read. Some converters give none.
-const GGUF_ARCHITECTURE: &str = "flux";
-
 /// A single file, recognised but not loaded.
 #[derive(Clone)]
 pub struct SingleFile {
@@ -120,10 +124,7 @@ impl SingleFile {
     /// Opens the file at `path` and recognises it by the names of its tensors.
     pub fn open(path: &Path) -> Result<Self> {
         let file = WeightFile::open(path)?;
-        if let Some(other) = file.architecture().filter(|name| *name != GGUF_ARCHITECTURE) {
-            let problem = format!("is a GGUF file of architecture `{other}`; read are those of `{GGUF_ARCHITECTURE}`");
-            return Err(Error::checkpoint(path, problem));
-        }
+        check_architecture(&file)?;
         let found = KINDS.iter().find_map(|kind| Some((kind, kind.beginning(&file)?)));
         let Some((kind, beginning)) = found else { return Err(unknown(&file)) };
         if let Some(marker) = FOREIGN_SCHEDULES.iter().find(|marker| file.contains(marker)) {
@@ -217,7 +218,11 @@ impl SingleFile {
 
     /// What the metadata says of a model with a discrete noise schedule; for others the key has no settled meaning.
     fn schedule_of_metadata(&self) -> Option<Schedule> {
-        let said = self.file.metadata(PREDICTION_TYPE).filter(|_| self.kind.pipelines == SDXL_PIPELINES)?;
+        let said = self
+            .file
+            .metadata(PREDICTION_TYPE)
+            .and_then(MetadataValue::as_text)
+            .filter(|_| self.kind.pipelines == SDXL_PIPELINES)?;
         let schedule = Schedule::named(said);
         if schedule.is_none() {
             let path = self.path().display();
@@ -279,6 +284,19 @@ impl Kind {
 /// A component beside the denoiser. Tensors of it that nobody asks for are reported and do no harm.
 fn part(beginning: &str) -> PartOfFile {
     PartOfFile { beginning: beginning.to_owned(), is_original: true, must_fit: false }
+}
+
+/// Refuses GGUF files that say to be of no kind that is read.
+fn check_architecture(file: &WeightFile) -> Result<()> {
+    let read: BTreeSet<&str> = KINDS.iter().flat_map(|kind| kind.architectures).copied().collect();
+    match file.architecture() {
+        Some(other) if !read.contains(other) => {
+            let read = read.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let problem = format!("is a GGUF file of architecture `{other}`; read are those of {read}");
+            Err(Error::checkpoint(file.path(), problem))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn unknown(file: &WeightFile) -> Error {

@@ -11,6 +11,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
 use super::mapped::{Files, Located};
+use super::metadata::{Metadata, MetadataValue};
 use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};
@@ -118,10 +119,10 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
 }
 
 /// What the header of a mapped safetensors file says beside its tensors (`__metadata__`). The header has been checked.
-pub(super) fn read_metadata(mmap: &[u8]) -> BTreeMap<String, String> {
+pub(super) fn read_metadata(mmap: &[u8]) -> Metadata {
     let header = SafeTensors::read_metadata(mmap).ok();
     let metadata = header.and_then(|(_, header)| header.metadata().clone());
-    metadata.unwrap_or_default().into_iter().collect()
+    metadata.unwrap_or_default().into_iter().map(|(key, text)| (key, MetadataValue::Text(text))).collect()
 }
 
 /// Tensors of a mapped file; `file` is its position among the component's files.

@@ -1,5 +1,5 @@
-//! The header of a GGUF file: names, types and places of its tensors. Nothing in it is believed: counts, lengths, offsets
-//! and sizes are held against the file before anything is taken from them.
+//! The header of a GGUF file: its metadata; names, types and places of its tensors. Nothing in it is believed: counts,
+//! lengths, offsets and sizes are held against the file before anything is taken from them.
 //!
 //! Source of the format: ggml `docs/gguf.md` (versions 2 and 3, little-endian). Dimensions are listed from the innermost
 //! on, the other way round than everywhere else. ComfyUI-GGUF goes beyond it in two ways, which are read too: kernels of
@@ -14,6 +14,7 @@ use candle_core::quantized::GgmlDType;
 use safetensors::Dtype;
 
 use super::mapped::Located;
+use super::metadata::{Metadata, MetadataValue};
 use super::stored::Stored;
 use crate::error::{Error, Result};
 
@@ -25,10 +26,14 @@ const MAX_DIMENSIONS: u32 = 5;
 const ORIGINAL_SHAPE: &str = "comfy.gguf.orig_shape.";
 /// Lists of lists, of which the format allows any depth and nobody needs any.
 const MAX_DEPTH: usize = 4;
-/// Least bytes of a metadata entry (length of its key, type, a value) and of a tensor's (length of its name, number of
-/// dimensions, type, offset).
+/// Values of all metadata together, those in lists included: the largest vocabularies, with scores, types and merges, have
+/// a million.
+const MAX_VALUES: usize = 8 << 20;
+/// Least bytes of a metadata entry (length of its key, type, a value), of a tensor's (length of its name, number of
+/// dimensions, type, offset) and of a value in a list.
 const MIN_ENTRY_BYTES: usize = 13;
 const MIN_TENSOR_BYTES: usize = 24;
+const MIN_VALUE_BYTES: usize = 1;
 
 /// Types by their numbers in files.
 const TYPES: [(u32, Stored); 13] = [
@@ -49,8 +54,7 @@ const TYPES: [(u32, Stored); 13] = [
 
 /// What a header says.
 pub(super) struct Header {
-    /// `general.architecture`.
-    pub architecture: Option<String>,
+    pub metadata: Metadata,
     pub tensors: Vec<(String, Located)>,
 }
 
@@ -62,7 +66,7 @@ pub(super) fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
 type Checked<T> = Result<T, String>;
 
 fn read(bytes: &[u8]) -> Checked<Header> {
-    let mut reader = Reader { bytes, at: MAGIC.len() };
+    let mut reader = Reader { bytes, at: MAGIC.len(), num_values: 0 };
     match reader.u32()? {
         2 | 3 => {}
         version if matches!(version.swap_bytes(), 1..=3) => return Err("it is big-endian".to_owned()),
@@ -70,50 +74,49 @@ fn read(bytes: &[u8]) -> Checked<Header> {
     }
     let num_tensors = reader.count(MIN_TENSOR_BYTES, "tensors")?;
     let num_entries = reader.count(MIN_ENTRY_BYTES, "metadata entries")?;
-    let metadata = (0..num_entries).try_fold(Metadata::default(), |metadata, _| metadata.and_entry(&mut reader))?;
-    let alignment = metadata.alignment.unwrap_or(DEFAULT_ALIGNMENT);
+    let entry = |_| Ok((reader.string()?.to_owned(), reader.value()?));
+    let metadata: Metadata = (0..num_entries).map(entry).collect::<Checked<_>>()?;
+    let alignment = metadata.get("general.alignment").and_then(MetadataValue::as_integer);
+    let alignment = alignment.map_or(DEFAULT_ALIGNMENT, |bytes| usize::try_from(bytes).unwrap_or(0));
     if !alignment.is_power_of_two() || alignment < 8 {
         return Err(format!("general.alignment is {alignment}; it must be a power of two from 8 on"));
     }
     let claims: Vec<Claim<'_>> = (0..num_tensors).map(|_| reader.tensor()).collect::<Checked<_>>()?;
     let data = reader.at.checked_next_multiple_of(alignment).ok_or("its header never ends")?;
+    let original_shapes = original_shapes(&metadata)?;
     let mut tensors = Vec::with_capacity(claims.len());
     for claim in &claims {
         let (name, mut located) = claim.locate(data, alignment, bytes.len())?;
-        if let Some(shape) = metadata.original_shapes.get(claim.name) {
+        if let Some(shape) = original_shapes.get(claim.name) {
             located.shape = claim.reshaped(shape)?;
         }
         tensors.push((name, located));
     }
     check_apart(&tensors)?;
-    Ok(Header { architecture: metadata.architecture.map(str::to_owned), tensors })
+    Ok(Header { metadata, tensors })
 }
 
-/// What of the metadata is asked for.
-#[derive(Default)]
-struct Metadata<'a> {
-    architecture: Option<&'a str>,
-    alignment: Option<usize>,
-    /// By the name of the tensor, outermost dimension first.
-    original_shapes: BTreeMap<&'a str, Vec<usize>>,
-}
-
-impl<'a> Metadata<'a> {
-    /// Together with the entry that `reader` is at.
-    fn and_entry(mut self, reader: &mut Reader<'a>) -> Checked<Self> {
-        let key = reader.string()?;
+/// Shapes by the names of their tensors, outermost dimension first.
+fn original_shapes(metadata: &Metadata) -> Checked<BTreeMap<&str, Vec<usize>>> {
+    let mut shapes = BTreeMap::new();
+    for (key, value) in metadata {
         if let Some(tensor) = key.strip_prefix(ORIGINAL_SHAPE) {
-            let shape = reader.shape().map_err(|problem| format!("`{key}` {problem}"))?;
-            self.original_shapes.insert(tensor, shape);
-            return Ok(self);
+            shapes.insert(tensor, shape_of(value).map_err(|problem| format!("`{key}` {problem}"))?);
         }
-        match (key, reader.value()?) {
-            ("general.architecture", Value::String(name)) => self.architecture = Some(name),
-            ("general.alignment", Value::U32(bytes)) => self.alignment = Some(bytes as usize),
-            _ => {}
-        }
-        Ok(self)
     }
+    Ok(shapes)
+}
+
+fn shape_of(value: &MetadataValue) -> Checked<Vec<usize>> {
+    let list = value.as_list().ok_or("is no list")?;
+    if list.len() > MAX_DIMENSIONS as usize {
+        return Err(format!("has {} dimensions; at most {MAX_DIMENSIONS} are possible", list.len()));
+    }
+    let dimension = |value: &MetadataValue| {
+        let dimension = value.as_integer().ok_or("is no list of whole numbers")?;
+        usize::try_from(dimension).map_err(|_| "has a negative dimension".to_owned())
+    };
+    list.iter().map(dimension).collect()
 }
 
 /// What a header claims of one tensor.
@@ -190,16 +193,11 @@ fn check_apart(tensors: &[(String, Located)]) -> Checked<()> {
     }
 }
 
-/// A metadata value, as far as it is asked for.
-enum Value<'a> {
-    String(&'a str),
-    U32(u32),
-    Other,
-}
-
 struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
+    /// Metadata values read so far.
+    num_values: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -238,53 +236,39 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(len)?).map_err(|error| format!("a name in it is not text: {error}"))
     }
 
-    /// A metadata value that is a list of sizes, in any of the integer types that writers choose for one.
-    fn shape(&mut self) -> Checked<Vec<usize>> {
-        const LIST: u32 = 9;
-        if self.u32()? != LIST {
-            return Err("is no list".to_owned());
-        }
+    fn value(&mut self) -> Checked<MetadataValue> {
         let kind = self.u32()?;
-        let len = self.size()?;
-        if len > MAX_DIMENSIONS as usize {
-            return Err(format!("has {len} dimensions; at most {MAX_DIMENSIONS} are possible"));
-        }
-        let mut dimension = || -> Checked<Option<usize>> {
-            Ok(match kind {
-                4 => usize::try_from(self.u32()?).ok(),
-                5 => self.array().map(i32::from_le_bytes)?.try_into().ok(),
-                10 => self.array().map(u64::from_le_bytes)?.try_into().ok(),
-                11 => self.array().map(i64::from_le_bytes)?.try_into().ok(),
-                _ => return Err("is no list of whole numbers".to_owned()),
-            })
-        };
-        (0..len).map(|_| dimension()?.ok_or_else(|| "has a negative dimension".to_owned())).collect()
+        self.value_of(kind, MAX_DEPTH)
     }
 
-    fn value(&mut self) -> Checked<Value<'a>> {
-        match self.u32()? {
-            4 => self.u32().map(Value::U32),
-            8 => self.string().map(Value::String),
-            kind => self.skip(kind, MAX_DEPTH).map(|()| Value::Other),
+    /// A value of the type with this number, with lists in it down to `depth`.
+    fn value_of(&mut self, kind: u32, depth: usize) -> Checked<MetadataValue> {
+        self.num_values += 1;
+        if self.num_values > MAX_VALUES {
+            return Err(format!("its metadata has more than {MAX_VALUES} values"));
         }
+        Ok(match kind {
+            0 => MetadataValue::Integer(u8::from_le_bytes(self.array()?).into()),
+            1 => MetadataValue::Integer(i8::from_le_bytes(self.array()?).into()),
+            2 => MetadataValue::Integer(u16::from_le_bytes(self.array()?).into()),
+            3 => MetadataValue::Integer(i16::from_le_bytes(self.array()?).into()),
+            4 => MetadataValue::Integer(self.u32()?.into()),
+            5 => MetadataValue::Integer(i32::from_le_bytes(self.array()?).into()),
+            6 => MetadataValue::Float(f32::from_le_bytes(self.array()?).into()),
+            7 => MetadataValue::Flag(self.array()? != [0]),
+            8 => MetadataValue::Text(self.string()?.to_owned()),
+            9 if depth > 0 => MetadataValue::List(self.list(depth - 1)?),
+            10 => MetadataValue::Integer(u64::from_le_bytes(self.array()?).into()),
+            11 => MetadataValue::Integer(i64::from_le_bytes(self.array()?).into()),
+            12 => MetadataValue::Float(f64::from_le_bytes(self.array()?)),
+            _ => return Err(format!("a metadata value has the unknown type {kind}")),
+        })
     }
 
-    fn skip(&mut self, kind: u32, depth: usize) -> Checked<()> {
-        if let Some(len) = fixed_len(kind) {
-            return self.take(len).map(drop);
-        }
-        match kind {
-            8 => self.string().map(drop),
-            9 if depth > 0 => {
-                let kind = self.u32()?;
-                let len = self.size()?;
-                match fixed_len(kind) {
-                    Some(each) => self.take(len.saturating_mul(each)).map(drop),
-                    None => (0..len).try_for_each(|_| self.skip(kind, depth - 1)),
-                }
-            }
-            _ => Err(format!("a metadata value has the unknown type {kind}")),
-        }
+    fn list(&mut self, depth: usize) -> Checked<Vec<MetadataValue>> {
+        let kind = self.u32()?;
+        let len = self.count(MIN_VALUE_BYTES, "values of a list")?;
+        (0..len).map(|_| self.value_of(kind, depth)).collect()
     }
 
     fn tensor(&mut self) -> Checked<Claim<'a>> {
@@ -302,17 +286,6 @@ impl<'a> Reader<'a> {
             format!("tensor `{name}` has type {number} of ggml; read are {known}")
         })?;
         Ok(Claim { name, dimensions, stored, offset: self.size()? })
-    }
-}
-
-/// Bytes of a metadata value of a type that always has as many.
-fn fixed_len(kind: u32) -> Option<usize> {
-    match kind {
-        0 | 1 | 7 => Some(1),
-        2 | 3 => Some(2),
-        4..=6 => Some(4),
-        10..=12 => Some(8),
-        _ => None,
     }
 }
 
@@ -375,7 +348,7 @@ mod tests {
     fn tensors_are_found_where_they_lie() {
         let bytes = Made::default().bytes();
         let header = read(&bytes).expect("is sound");
-        assert_eq!(header.architecture.as_deref(), Some("flux"));
+        assert_eq!(header.metadata["general.architecture"].as_text(), Some("flux"));
         let data = bytes.len() - 140;
         let found: Vec<_> = header.tensors.iter().map(|(name, t)| (&name[..], &t.shape[..], t.bytes.clone())).collect();
         assert_eq!(found, [("a", &[2, 32][..], data..data + 68), ("b", &[3][..], data + 128..data + 140)]);
@@ -421,6 +394,50 @@ mod tests {
         entry.extend((shape.len() as u64).to_le_bytes());
         shape.iter().for_each(|dim| entry.extend(dim.to_le_bytes()));
         entry
+    }
+
+    /// A metadata entry `x` of the type with this number.
+    fn entry(kind: u32, value: &[u8]) -> Vec<u8> {
+        [&1u64.to_le_bytes()[..], b"x", &kind.to_le_bytes(), value].concat()
+    }
+
+    #[test]
+    fn metadata_is_kept_with_its_types() {
+        let header = read(&Made::default().bytes()).expect("is sound");
+        let text = |text: &str| MetadataValue::Text(text.to_owned());
+        assert_eq!(header.metadata["general.alignment"].as_integer(), Some(64));
+        assert_eq!(header.metadata["list"].as_list(), Some(&[text("x"), text("yz")][..]));
+        let numbers = [0x0201, 0x0403, 0x0605].map(MetadataValue::Integer);
+        assert_eq!(header.metadata["n"].as_list(), Some(&numbers[..]));
+
+        let value = |kind: u32, bytes: &[u8]| {
+            let made = Made { more: vec![entry(kind, bytes)], ..Made::default() };
+            read(&made.bytes()).expect("is sound").metadata.remove("x").expect("is kept")
+        };
+        assert_eq!(value(0, &[200]), MetadataValue::Integer(200));
+        assert_eq!(value(1, &[200]), MetadataValue::Integer(-56));
+        assert_eq!(value(2, &[0, 200]), MetadataValue::Integer(51_200));
+        assert_eq!(value(5, &(-7i32).to_le_bytes()), MetadataValue::Integer(-7));
+        assert_eq!(value(6, &0.5f32.to_le_bytes()), MetadataValue::Float(0.5));
+        assert_eq!(value(7, &[1]), MetadataValue::Flag(true));
+        assert_eq!(value(10, &u64::MAX.to_le_bytes()), MetadataValue::Integer(u64::MAX.into()));
+        assert_eq!(value(11, &i64::MIN.to_le_bytes()), MetadataValue::Integer(i64::MIN.into()));
+        assert_eq!(value(12, &1e300f64.to_le_bytes()), MetadataValue::Float(1e300));
+        // A list with one list that has one flag.
+        let nested = [&[9, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..], &[7, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(value(9, &nested), MetadataValue::List(vec![MetadataValue::List(vec![MetadataValue::Flag(false)])]));
+    }
+
+    #[test]
+    fn metadata_is_bounded() {
+        let with = |kind: u32, value: &[u8]| Made { more: vec![entry(kind, value)], ..Made::default() };
+        check(with(13, &[0]), "unknown type 13");
+        let long = [&[0, 0, 0, 0][..], &(1u64 << 40).to_le_bytes()].concat();
+        check(with(9, &long), "claims 1099511627776 values of a list");
+        let many = [&[0, 0, 0, 0][..], &(MAX_VALUES as u64).to_le_bytes(), &vec![0; MAX_VALUES]].concat();
+        check(with(9, &many), "more than 8388608 values");
+        let deep = [9u32, 1, 0].map(u32::to_le_bytes).concat().repeat(6);
+        check(with(9, &deep), "unknown type 9");
     }
 
     #[test]

@@ -26,12 +26,14 @@ mod dummy;
 mod files;
 mod gguf;
 mod mapped;
+mod metadata;
 pub mod names;
 mod record;
 pub mod single;
 mod stored;
 mod ties;
 
+pub use self::metadata::MetadataValue;
 pub use self::record::WeightsReport;
 pub use self::stored::Stored;
 pub use self::ties::Tie;

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use super::mapped::{Files, Located};
+use super::metadata::{Metadata, MetadataValue};
 use super::{Origin, Source, Weights, files, gguf};
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -20,8 +21,14 @@ pub struct WeightFile {
     path: PathBuf,
     files: Arc<Vec<(PathBuf, Mmap)>>,
     tensors: Arc<BTreeMap<String, Located>>,
-    architecture: Option<String>,
-    metadata: Arc<BTreeMap<String, String>>,
+    format: Format,
+    metadata: Arc<Metadata>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Safetensors,
+    Gguf,
 }
 
 /// Which tensors of a file are a component's.
@@ -49,14 +56,11 @@ impl WeightFile {
             return Err(Error::checkpoint(path, "is empty"));
         }
         let mmap = files::map(path)?;
-        let mut metadata = BTreeMap::new();
-        let (tensors, architecture) = if mmap.starts_with(gguf::MAGIC) {
+        let (format, tensors, metadata) = if mmap.starts_with(gguf::MAGIC) {
             let header = gguf::read_header(path, &mmap)?;
-            (header.tensors, header.architecture)
+            (Format::Gguf, header.tensors, header.metadata)
         } else if looks_like_safetensors(&mmap) {
-            let tensors = files::read_header(path, &mmap, 0)?;
-            metadata = files::read_metadata(&mmap);
-            (tensors, None)
+            (Format::Safetensors, files::read_header(path, &mmap, 0)?, files::read_metadata(&mmap))
         } else if looks_like_pickle(&mmap) {
             let problem =
                 "is a pickle (.ckpt, .pt, .bin), which can run code when read; only safetensors and GGUF files are";
@@ -68,7 +72,7 @@ impl WeightFile {
             path: path.to_owned(),
             files: Arc::new(vec![(path.to_owned(), mmap)]),
             tensors: Arc::new(tensors.into_iter().collect()),
-            architecture,
+            format,
             metadata: Arc::new(metadata),
         })
     }
@@ -80,12 +84,13 @@ impl WeightFile {
 
     /// `general.architecture` of a GGUF file.
     pub fn architecture(&self) -> Option<&str> {
-        self.architecture.as_deref()
+        let is_gguf = self.format == Format::Gguf;
+        self.metadata.get("general.architecture").filter(|_| is_gguf).and_then(MetadataValue::as_text)
     }
 
-    /// What the header of a safetensors file says under this key of its `__metadata__`.
-    pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.metadata.get(key).map(String::as_str)
+    /// What the header says under this key, of a safetensors file in its `__metadata__`.
+    pub fn metadata(&self, key: &str) -> Option<&MetadataValue> {
+        self.metadata.get(key)
     }
 
     /// Whether it holds a tensor of this name.
