@@ -149,7 +149,7 @@ impl<'a> OpenWeights<'a> {
 
     fn bytes(&self, which: impl Fn(&str) -> bool) -> usize {
         let opened = self.opened.iter().filter(|(name, _)| which(name));
-        opened.map(|(_, weights)| weights.report().resident_bytes).sum()
+        opened.map(|(_, weights)| weights.resident_bytes()).sum()
     }
 
     /// What is to be said of each component that was opened.

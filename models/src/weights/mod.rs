@@ -224,13 +224,18 @@ impl Weights {
         self.record().used.extend(names.take_while(|name| name.starts_with(&below)).cloned());
     }
 
-    /// What was used so far, and what is left over.
+    /// What was used so far, and what is left over. The problems are given once.
     pub fn report(&self) -> WeightsReport {
         let dummy = match self.source.origin {
             Origin::Dummy(dtype) => Some(dtype),
             Origin::Files(_) => None,
         };
         self.record().report(self.source.published(), dummy)
+    }
+
+    /// Bytes of the tensors loaded so far.
+    pub fn resident_bytes(&self) -> usize {
+        self.record().resident_bytes
     }
 
     /// Bytes of the tensors loaded so far that every pass over the network reads: all but tables.

@@ -106,3 +106,20 @@ fn a_checkpoint_that_has_changed_lends_nothing() {
     assert!(error.contains("has changed since the model was loaded"), "{error}");
     assert!(events.drain().any(|(id, event)| id == SessionId(1) && matches!(event, Event::Finished { .. })));
 }
+
+#[test]
+fn what_an_encoder_lacks_is_reported_wherever_it_will_be() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_folder(&case_dir("wan-a").join("checkpoint"), dir.path());
+    let path = dir.path().join("text_encoder/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["num_layers"] = (config["num_layers"].as_u64().unwrap() + 1).into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
+    for text_encoders in [TextEncoders::Resident, TextEncoders::OnDemand] {
+        let options = LoadOptions { text_encoders, ..LoadOptions::default() };
+        let inspection = loading::inspect(dir.path(), &placement, &options).unwrap();
+        let (_, report) = inspection.components.iter().find(|(name, _)| name == "text_encoder").unwrap();
+        assert!(!report.problems.is_empty(), "{text_encoders:?}");
+    }
+}
