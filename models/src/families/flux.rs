@@ -19,6 +19,7 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
+use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraSupport, Sites};
 use crate::memory::MemoryPlan;
@@ -44,10 +45,8 @@ pub mod original;
 pub mod transformer;
 
 use original::FluxNames;
-use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig};
+use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig, PACK};
 
-/// Side of the square of latent positions that one image token holds.
-const PACK: usize = 2;
 /// Latent positions on each side of a picture of default size (`default_sample_size` of the pipeline).
 const DEFAULT_SAMPLE_SIZE: usize = 128;
 const MAX_SIDE: usize = 4096;
@@ -215,11 +214,6 @@ impl FluxModel {
         let squares = tokens.reshape((rows, columns, channels, PACK, PACK))?.permute((2, 0, 3, 1, 4))?;
         Ok(squares.reshape((1, channels, rows * PACK, columns * PACK))?)
     }
-}
-
-/// The rows of `x [rows, ...]`, each `[1, ...]`.
-fn split(x: &Tensor) -> Result<Vec<Tensor>> {
-    (0..x.dim(0)?).map(|row| Ok(x.narrow(0, row, 1)?.contiguous()?)).collect()
 }
 
 /// Each part may be sound and yet not belong to the others.
@@ -398,7 +392,7 @@ impl DiffusionModel for FluxModel {
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {
-        split(&self.with_input(rows, |input| self.transformer.forward(input))?)
+        split_rows(&self.with_input(rows, |input| self.transformer.forward(input))?)
     }
 
     fn predict_cached(
@@ -406,7 +400,7 @@ impl DiffusionModel for FluxModel {
         rows: &[DenoiseRow<'_, FluxConditioning>],
         caches: &mut [&mut BlockCache],
     ) -> Result<Vec<Tensor>> {
-        split(&self.with_input(rows, |input| self.transformer.forward_cached(input, caches))?)
+        split_rows(&self.with_input(rows, |input| self.transformer.forward_cached(input, caches))?)
     }
 
     fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {

@@ -1,5 +1,7 @@
 //! One file per model family, and the table of them.
 
+use candle_core::Tensor;
+
 use crate::checkpoint::Manifest;
 use crate::error::{Error, Result};
 use crate::family::Family;
@@ -13,6 +15,11 @@ pub mod wan;
 
 /// All families of this build.
 pub const FAMILIES: &[&dyn Family] = &[&llama::Llama, &qwen2::Qwen2, &flux::Flux, &sdxl::Sdxl, &wan::Wan];
+
+/// The rows `[1, ...]` of the predictions for a batch.
+fn split_rows(predictions: &Tensor) -> Result<Vec<Tensor>> {
+    (0..predictions.dim(0)?).map(|row| Ok(predictions.narrow(0, row, 1)?.contiguous()?)).collect()
+}
 
 /// The family of the checkpoint.
 pub(crate) fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {

@@ -20,6 +20,7 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
 use crate::encoders::rows_of;
 use crate::error::{Error, Result};
+use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
@@ -583,7 +584,7 @@ impl DiffusionModel for SdxlModel {
             Some(recordings) if !self.adapters.is_active() => recordings.forward(&self.unet, &input)?,
             _ => self.unet.forward(&input)?,
         };
-        (0..rows.len()).map(|row| Ok(prediction.narrow(0, row, 1)?.contiguous()?)).collect()
+        split_rows(&prediction)
     }
 
     fn record_nothing(&mut self) {

@@ -21,6 +21,7 @@ use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
+use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
@@ -442,12 +443,12 @@ impl DiffusionModel for WanModel {
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
         let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
-        split(&self.transformer.forward(&latents, &timesteps, &text)?)
+        split_rows(&self.transformer.forward(&latents, &timesteps, &text)?)
     }
 
     fn predict_cached(&self, rows: &[DenoiseRow<'_, Tensor>], caches: &mut [&mut BlockCache]) -> Result<Vec<Tensor>> {
         let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
-        split(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
+        split_rows(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
     }
 
     fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
@@ -493,11 +494,6 @@ impl Inputs {
             text: Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?.to_dtype(dtype)?,
         })
     }
-}
-
-/// The rows of `x [n, ...]`, each `[1, ...]`.
-fn split(x: &Tensor) -> Result<Vec<Tensor>> {
-    (0..x.dim(0)?).map(|row| Ok(x.narrow(0, row, 1)?)).collect()
 }
 
 /// `WanTransformer3DModel` without image conditioning.

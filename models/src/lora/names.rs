@@ -141,11 +141,11 @@ impl NetworkNames {
     }
 }
 
-fn part_of(layer: &str, shape: LayerShape, part: elsewhere::Part) -> Part {
+fn part_of(layer: &str, shape: LayerShape, part: elsewhere::Extent) -> Part {
     match part {
-        elsewhere::Part::Whole => whole(layer, shape),
-        elsewhere::Part::SwappedHalves => Part { swap_halves: true, ..whole(layer, shape) },
-        elsewhere::Part::Rows(elsewhere::Rows { first, count, .. }) => {
+        elsewhere::Extent::Whole => whole(layer, shape),
+        elsewhere::Extent::SwappedHalves => Part { swap_halves: true, ..whole(layer, shape) },
+        elsewhere::Extent::Rows(elsewhere::Rows { first, count, .. }) => {
             let start = first * shape.outputs() / count;
             Part { rows: start..start + shape.outputs(), ..whole(layer, shape) }
         }
@@ -442,12 +442,12 @@ mod tests {
 
     impl elsewhere::Names for Original {
         fn place(&self, name: &str) -> Option<Place> {
-            let third = |first| elsewhere::Part::Rows(elsewhere::Rows { first, count: 1, of: 3 });
+            let third = |first| elsewhere::Extent::Rows(elsewhere::Rows { first, count: 1, of: 3 });
             let (name, part) = match name {
                 "blocks.0.attn.to_q.weight" => ("double.0.qkv.weight", third(0)),
                 "blocks.0.attn.to_k.weight" => ("double.0.qkv.weight", third(1)),
                 "blocks.0.attn.to_v.weight" => ("double.0.qkv.weight", third(2)),
-                "norm_out.linear.weight" => ("final.adaLN.weight", elsewhere::Part::SwappedHalves),
+                "norm_out.linear.weight" => ("final.adaLN.weight", elsewhere::Extent::SwappedHalves),
                 _ => return None,
             };
             Some(Place { name: name.to_owned(), part })

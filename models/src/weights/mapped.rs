@@ -16,7 +16,7 @@ use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use tale_kernels::QuantisedMatrix;
 
-use super::names::Part;
+use super::names::Extent;
 use super::stored::Stored;
 use crate::error::{Error, Result};
 
@@ -51,9 +51,9 @@ pub(super) struct Slice {
 }
 
 /// Shape of the file's tensor of which a tensor of this shape is the part.
-pub(super) fn whole_shape(part: Part, shape: &[usize]) -> Vec<usize> {
+pub(super) fn whole_shape(part: Extent, shape: &[usize]) -> Vec<usize> {
     let mut whole = shape.to_vec();
-    if let (Part::Rows(rows), Some(first)) = (part, whole.first_mut()) {
+    if let (Extent::Rows(rows), Some(first)) = (part, whole.first_mut()) {
         *first = first.saturating_mul(rows.of) / rows.count;
     }
     whole
@@ -61,17 +61,17 @@ pub(super) fn whole_shape(part: Part, shape: &[usize]) -> Vec<usize> {
 
 impl Slice {
     /// `located` has been checked to have the shape of the whole, so that its rows divide as `part` says.
-    pub(super) fn new(located: &Located, part: Part) -> Self {
+    pub(super) fn new(located: &Located, part: Extent) -> Self {
         let Range { start, end } = located.bytes;
         let mut pieces = Vec::with_capacity(2);
         match part {
-            Part::Whole => pieces.push(start..end),
-            Part::Rows(rows) => {
+            Extent::Whole => pieces.push(start..end),
+            Extent::Rows(rows) => {
                 let share = (end - start) / rows.of;
                 let first = start + rows.first * share;
                 pieces.push(first..first + rows.count * share);
             }
-            Part::SwappedHalves => {
+            Extent::SwappedHalves => {
                 let middle = start + (end - start) / 2;
                 pieces.extend([middle..end, start..middle]);
             }

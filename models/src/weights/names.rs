@@ -10,12 +10,12 @@ pub struct Place {
     /// Name of the tensor that holds it.
     pub name: String,
     /// How much of that.
-    pub part: Part,
+    pub part: Extent,
 }
 
 /// How much of a file's tensor a network's tensor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Part {
+pub enum Extent {
     /// All of it.
     Whole,
     /// Some of its rows, which lie side by side with those of other tensors (fused projections).
@@ -38,7 +38,7 @@ pub struct Rows {
 impl Place {
     /// A tensor under another name.
     pub fn whole(name: impl Into<String>) -> Self {
-        Self { name: name.into(), part: Part::Whole }
+        Self { name: name.into(), part: Extent::Whole }
     }
 }
 

@@ -6,7 +6,7 @@
 use candle_core::{DType, Device};
 
 use super::mapped::{Files, Located, Slice};
-use super::names::Part;
+use super::names::Extent;
 use super::{Origin, Weights};
 use crate::error::Result;
 
@@ -42,7 +42,7 @@ impl Weights {
         if one.shape != two.shape {
             return Ok(false);
         }
-        let slices = [Slice::new(one, Part::Whole), Slice::new(two, Part::Whole)];
+        let slices = [Slice::new(one, Extent::Whole), Slice::new(two, Extent::Whole)];
         let are_equal = match one.stored == two.stored {
             true => files.bytes(&slices[0]) == files.bytes(&slices[1]),
             false => {

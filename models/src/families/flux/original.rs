@@ -5,7 +5,7 @@
 //! the same input are one matrix there, and the last modulation has its shift before its scale.
 
 use super::transformer::MLP_RATIO;
-use crate::weights::names::{Names, Part, Place, Rows, split_index};
+use crate::weights::names::{Extent, Names, Place, Rows, split_index};
 
 /// Of a transformer of any depth and width.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +24,7 @@ impl Names for FluxNames {
             "norm_out" => {
                 let leaf = rest.strip_prefix("linear.")?;
                 let name = format!("final_layer.adaLN_modulation.1.{leaf}");
-                Some(Place { name, part: Part::SwappedHalves })
+                Some(Place { name, part: Extent::SwappedHalves })
             }
             _ => None,
         }
@@ -48,7 +48,7 @@ fn of_embedders(name: &str) -> Option<String> {
 }
 
 /// What follows the name of a list of blocks; `place` says it of a layer in a block.
-fn in_block(list: &str, name: &str, place: fn(&str) -> Option<(&'static str, Part)>) -> Option<Place> {
+fn in_block(list: &str, name: &str, place: fn(&str) -> Option<(&'static str, Extent)>) -> Option<Place> {
     let (block, rest) = split_index(name)?;
     let (layer, leaf) = rest.rsplit_once('.')?;
     let (layer, part) = place(layer)?;
@@ -57,43 +57,43 @@ fn in_block(list: &str, name: &str, place: fn(&str) -> Option<(&'static str, Par
     Some(Place { name: format!("{list}.{block}.{layer}.{leaf}"), part })
 }
 
-fn double_block(layer: &str) -> Option<(&'static str, Part)> {
-    let third = |first| Part::Rows(Rows { first, count: 1, of: 3 });
+fn double_block(layer: &str) -> Option<(&'static str, Extent)> {
+    let third = |first| Extent::Rows(Rows { first, count: 1, of: 3 });
     Some(match layer {
-        "norm1.linear" => ("img_mod.lin", Part::Whole),
+        "norm1.linear" => ("img_mod.lin", Extent::Whole),
         "attn.to_q" => ("img_attn.qkv", third(0)),
         "attn.to_k" => ("img_attn.qkv", third(1)),
         "attn.to_v" => ("img_attn.qkv", third(2)),
-        "attn.norm_q" => ("img_attn.norm.query_norm", Part::Whole),
-        "attn.norm_k" => ("img_attn.norm.key_norm", Part::Whole),
-        "attn.to_out.0" => ("img_attn.proj", Part::Whole),
-        "ff.net.0.proj" => ("img_mlp.0", Part::Whole),
-        "ff.net.2" => ("img_mlp.2", Part::Whole),
-        "norm1_context.linear" => ("txt_mod.lin", Part::Whole),
+        "attn.norm_q" => ("img_attn.norm.query_norm", Extent::Whole),
+        "attn.norm_k" => ("img_attn.norm.key_norm", Extent::Whole),
+        "attn.to_out.0" => ("img_attn.proj", Extent::Whole),
+        "ff.net.0.proj" => ("img_mlp.0", Extent::Whole),
+        "ff.net.2" => ("img_mlp.2", Extent::Whole),
+        "norm1_context.linear" => ("txt_mod.lin", Extent::Whole),
         "attn.add_q_proj" => ("txt_attn.qkv", third(0)),
         "attn.add_k_proj" => ("txt_attn.qkv", third(1)),
         "attn.add_v_proj" => ("txt_attn.qkv", third(2)),
-        "attn.norm_added_q" => ("txt_attn.norm.query_norm", Part::Whole),
-        "attn.norm_added_k" => ("txt_attn.norm.key_norm", Part::Whole),
-        "attn.to_add_out" => ("txt_attn.proj", Part::Whole),
-        "ff_context.net.0.proj" => ("txt_mlp.0", Part::Whole),
-        "ff_context.net.2" => ("txt_mlp.2", Part::Whole),
+        "attn.norm_added_q" => ("txt_attn.norm.query_norm", Extent::Whole),
+        "attn.norm_added_k" => ("txt_attn.norm.key_norm", Extent::Whole),
+        "attn.to_add_out" => ("txt_attn.proj", Extent::Whole),
+        "ff_context.net.0.proj" => ("txt_mlp.0", Extent::Whole),
+        "ff_context.net.2" => ("txt_mlp.2", Extent::Whole),
         _ => return None,
     })
 }
 
 /// `linear1` is query, key, value and the feed-forward's way in, which is [`MLP_RATIO`] times as wide as each of them.
-fn single_block(layer: &str) -> Option<(&'static str, Part)> {
-    let of_linear1 = |first, count| ("linear1", Part::Rows(Rows { first, count, of: 3 + MLP_RATIO }));
+fn single_block(layer: &str) -> Option<(&'static str, Extent)> {
+    let of_linear1 = |first, count| ("linear1", Extent::Rows(Rows { first, count, of: 3 + MLP_RATIO }));
     Some(match layer {
-        "norm.linear" => ("modulation.lin", Part::Whole),
+        "norm.linear" => ("modulation.lin", Extent::Whole),
         "attn.to_q" => of_linear1(0, 1),
         "attn.to_k" => of_linear1(1, 1),
         "attn.to_v" => of_linear1(2, 1),
         "proj_mlp" => of_linear1(3, MLP_RATIO),
-        "attn.norm_q" => ("norm.query_norm", Part::Whole),
-        "attn.norm_k" => ("norm.key_norm", Part::Whole),
-        "proj_out" => ("linear2", Part::Whole),
+        "attn.norm_q" => ("norm.query_norm", Extent::Whole),
+        "attn.norm_k" => ("norm.key_norm", Extent::Whole),
+        "proj_out" => ("linear2", Extent::Whole),
         _ => return None,
     })
 }
@@ -103,19 +103,23 @@ mod tests {
     use super::*;
 
     #[track_caller]
-    fn check(name: &str, original: &str, part: Part) {
+    fn check(name: &str, original: &str, part: Extent) {
         assert_eq!(FluxNames.place(name), Some(Place { name: original.to_owned(), part }), "{name}");
     }
 
     #[test]
     fn names_are_the_original_ones() {
-        let rows = |first, count, of| Part::Rows(Rows { first, count, of });
-        check("x_embedder.weight", "img_in.weight", Part::Whole);
-        check("time_text_embed.guidance_embedder.linear_2.bias", "guidance_in.out_layer.bias", Part::Whole);
+        let rows = |first, count, of| Extent::Rows(Rows { first, count, of });
+        check("x_embedder.weight", "img_in.weight", Extent::Whole);
+        check("time_text_embed.guidance_embedder.linear_2.bias", "guidance_in.out_layer.bias", Extent::Whole);
         check("transformer_blocks.7.attn.add_k_proj.bias", "double_blocks.7.txt_attn.qkv.bias", rows(1, 1, 3));
-        check("transformer_blocks.0.attn.norm_q.weight", "double_blocks.0.img_attn.norm.query_norm.scale", Part::Whole);
+        check(
+            "transformer_blocks.0.attn.norm_q.weight",
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            Extent::Whole,
+        );
         check("single_transformer_blocks.37.proj_mlp.weight", "single_blocks.37.linear1.weight", rows(3, 4, 7));
-        check("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight", Part::SwappedHalves);
+        check("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight", Extent::SwappedHalves);
         for unknown in ["transformer_blocks.x.attn.to_q.weight", "transformer_blocks.0.attn.to_r.weight", "x", ""] {
             assert_eq!(FluxNames.place(unknown), None, "{unknown}");
         }

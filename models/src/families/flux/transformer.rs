@@ -25,7 +25,7 @@ const ROPE_THETA: f64 = 10_000.0;
 const TIME_CHANNELS: usize = 256;
 pub(super) const MLP_RATIO: usize = 4;
 /// Side of the square of latent positions that one image token holds.
-const PACK: usize = 2;
+pub(super) const PACK: usize = 2;
 
 /// Bound on what a configuration may claim, so that products of sizes do not overflow.
 const MAX_SIZE: usize = 1 << 16;

@@ -5,7 +5,7 @@
 //! `convert_ldm_unet_checkpoint` and `convert_open_clip_checkpoint`.
 
 use super::config::UNetConfig;
-use crate::weights::names::{Names, Part, Place, Rows, split_index};
+use crate::weights::names::{Extent, Names, Place, Rows, split_index};
 
 /// Of a UNet: all blocks of the way down are one list, `input_blocks`, and so are those of the way up, `output_blocks`.
 #[derive(Debug, Clone)]
@@ -147,7 +147,7 @@ impl Names for OpenClipNames {
 fn of_text_layer(name: &str) -> Option<Place> {
     let (layer, leaf) = name.rsplit_once('.')?;
     let third =
-        |first| Place { name: format!("attn.in_proj_{leaf}"), part: Part::Rows(Rows { first, count: 1, of: 3 }) };
+        |first| Place { name: format!("attn.in_proj_{leaf}"), part: Extent::Rows(Rows { first, count: 1, of: 3 }) };
     let whole = |layer: &str| Place::whole(format!("{layer}.{leaf}"));
     Some(match layer {
         "layer_norm1" => whole("ln_1"),
@@ -212,7 +212,7 @@ mod tests {
     #[test]
     fn projections_of_a_text_layer_are_thirds_of_one() {
         let place = OpenClipNames.place("encoder.layers.31.self_attn.v_proj.bias").expect("is known");
-        let part = Part::Rows(Rows { first: 2, count: 1, of: 3 });
+        let part = Extent::Rows(Rows { first: 2, count: 1, of: 3 });
         assert_eq!(place, Place { name: "transformer.resblocks.31.attn.in_proj_bias".to_owned(), part });
         check(&OpenClipNames, "encoder.layers.4.mlp.fc2.bias", Some("transformer.resblocks.4.mlp.c_proj.bias"));
         check(&OpenClipNames, "embeddings.position_embedding.weight", Some("positional_embedding"));
