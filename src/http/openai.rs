@@ -7,7 +7,7 @@
 //!
 //! The reference is the `openai` package's `types/`, version 3.57. Does not know: what the other fields mean.
 
-use super::body::{Object, Value};
+use super::body::value::{Object, Value};
 use super::error::ApiError;
 
 /// What is made of one field. `null` always asks for nothing.

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use minijinja::value::{Kwargs, Object, ObjectRepr, Value, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
-use super::python::{self, Args, Given, fail, strftime, to_str, views};
+use super::python::text::views;
+use super::python::{self, Args, Given, fail, strftime, to_str};
 
 /// Longest `range`, as in Jinja2's sandbox.
 const MAX_RANGE: i64 = 100_000;

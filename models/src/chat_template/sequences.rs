@@ -5,7 +5,6 @@
 use minijinja::value::{Kwargs, Tuple, Value, from_args};
 use minijinja::{Environment, Error, State, filters};
 
-use super::filters::is_filter;
 use super::python::{self, Args, Given, fail, to_str};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -84,7 +83,7 @@ fn map(state: &mut State, value: &Value, given: Given) -> Result<Vec<Value>> {
         let default = |found: Value| if found.is_undefined() { args.get(1).cloned().unwrap_or(found) } else { found };
         return items.iter().map(|item| Ok(default(attribute_of(item, attribute)?))).collect();
     };
-    if !is_filter(filter) {
+    if !state.perform_test("filter", &[Value::from(filter)])? {
         return Err(Error::new(
             minijinja::ErrorKind::UnknownFilter,
             format_args!("No filter named '{filter}'.").to_string(),

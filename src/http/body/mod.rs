@@ -11,14 +11,14 @@ use axum::http::{HeaderMap, header};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
-pub(super) use self::value::{Object, Value};
+use self::value::{Object, Value};
 use super::error::ApiError;
 use super::openai::{self, Field};
 
 mod encoding;
 mod form;
 mod reader;
-mod value;
+pub(super) mod value;
 
 /// Most bytes of a body: a prompt of a million tokens has about half of them.
 pub const MAX_BODY_BYTES: usize = 8 << 20;

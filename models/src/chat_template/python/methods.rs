@@ -3,7 +3,7 @@
 use minijinja::value::{Tuple, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
-use super::views::View;
+use super::text::views::View;
 use super::{Args, Result, fail, integer, strings};
 
 /// A method by name, with its parameters and what it does.

@@ -12,7 +12,6 @@ pub(super) mod methods;
 pub(super) mod strftime;
 pub(super) mod strings;
 pub(super) mod text;
-pub(super) mod views;
 
 pub(super) use text::{repr, to_str};
 

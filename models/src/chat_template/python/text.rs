@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use minijinja::value::{Value, ValueKind};
 
+pub mod views;
+
 /// `str(value)`; an undefined value is the empty text, as in Jinja2.
 pub fn to_str(value: &Value) -> String {
     match value.kind() {
@@ -31,8 +33,7 @@ pub fn repr(value: &Value) -> String {
 
 /// Whether a sequence is none of Python's lists and tuples.
 pub fn has_own_repr(value: &Value) -> bool {
-    value.downcast_object_ref::<super::views::View>().is_some()
-        || value.downcast_object_ref::<super::views::Range>().is_some()
+    value.downcast_object_ref::<views::View>().is_some() || value.downcast_object_ref::<views::Range>().is_some()
 }
 
 fn repr_sequence(value: &Value) -> String {

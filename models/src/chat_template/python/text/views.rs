@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use minijinja::value::{Enumerator, Object, ObjectRepr, Value};
 
-use super::text;
+use super::repr;
 
 /// `dict.keys()`, `.values()` and `.items()`: they print under their own names and have no index.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ impl Object for View {
     }
 
     fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}({})", self.name, text::repr(&Value::from(self.items.clone())))
+        write!(f, "{}({})", self.name, repr(&Value::from(self.items.clone())))
     }
 }
 
