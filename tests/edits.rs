@@ -145,6 +145,18 @@ async fn wrong_pictures_are_refused_with_their_field() {
         (vec![image(), text("strength", "1.5")], "strength", "0 to 1"),
         (vec![image(), text("strength", "-0.5")], "strength", "0 to 1"),
         (vec![image(), text("strength", "0.1")], "strength", "leaves no step of num_inference_steps (4)"),
+        (
+            vec![image(), text("loras[][name]", "x"), text("loras[][name]", "y")],
+            "loras",
+            "is not supported by this model",
+        ),
+        (
+            vec![image(), text("loras.0.name", "x"), text("loras.0.weight", SECRET)],
+            "loras[0].weight",
+            "must be a number",
+        ),
+        (vec![image(), text("loras[0][name]", "x"), text("loras[2][name]", "y")], "loras[2][name]", "skips elements"),
+        (vec![image(), text("seed", "18446744073709551616")], "seed", "is a whole number out of range"),
         (vec![image(), text("strength", SECRET)], "strength", "must be a number"),
         (vec![image(), text("seed", "1.5")], "seed", "must be a whole number"),
         (vec![image(), text("size", "64x50")], "size", "multiples of 16"),

@@ -280,6 +280,9 @@ pub(super) enum Prompt {
     Tokens(Vec<u32>),
 }
 
+/// What is said of numbers that name no token.
+const NO_TOKEN: &str = "is not a token of any vocabulary";
+
 /// An element of a list of prompts, or of tokens.
 enum Element {
     Text(String),
@@ -303,7 +306,15 @@ impl<'de> Deserialize<'de> for Element {
             }
 
             fn visit_u64<E: serde::de::Error>(self, token: u64) -> Result<Element, E> {
-                u32::try_from(token).map(Element::Token).map_err(|_| E::custom("is not a token of any vocabulary"))
+                u32::try_from(token).map(Element::Token).map_err(|_| E::custom(NO_TOKEN))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, _: i64) -> Result<Element, E> {
+                Err(E::custom(NO_TOKEN))
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, _: f64) -> Result<Element, E> {
+                Err(E::custom(NO_TOKEN))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Element, A::Error> {
@@ -380,7 +391,9 @@ mod tests {
         check("[[1], [2, 3]]", "[Tokens([1]), Tokens([2, 3])]");
         check("[]", "[Tokens([])]");
         check("[1, \"a\"]", "mixes tokens with prompts");
-        check("[5000000000]", "is not a token");
+        for number in ["5000000000", "-1", "0.5", "1e30"] {
+            check(&format!("[{number}]"), "is not a token");
+        }
         check("7", "invalid type");
     }
 
