@@ -1,150 +1,128 @@
-//! The effective parameters of a picture: what answers echo, and what a PNG file remembers of how it was made.
+//! The effective parameters of an image or a video: what answers echo, and what a PNG file remembers of how it was made.
 //!
-//! As JSON they are a body that `POST /v1/images/generations` takes as it is and answers with the same picture. One list
-//! for the answer, the file and the way back, so that none of them can forget a field.
+//! As JSON they are a body that the endpoint takes as it is and answers with the same result. Which parameters there are,
+//! and how a value is read, is said by their declarations ([`PARAMETERS`]). Also reads the image files that requests bring,
+//! for the server and the command line alike.
 
-use serde::{Deserialize, Serialize};
-use tale_models::card::DiffusionOptions;
-use tale_models::diffusion::{Acceleration, DiffusionRequest};
-use tale_models::lora::LoraOption;
-use tale_models::solver::names::Spacing;
+use std::sync::Arc;
+
+use serde::{Serialize, Serializer};
+use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::parameters::{IMAGE, MASK, PARAMETERS, SEED};
+use tale_models::diffusion::references::MAX_REFERENCE_PIXELS;
+use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
+
+use crate::media::{InputError, decode_picture};
 
 /// Keyword of the PNG text that holds them.
 pub const KEYWORD: &str = "parameters";
+/// The field that names the model.
+const MODEL: &str = "model";
 
-/// Everything that decides what a picture looks like.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[allow(missing_docs)]
-pub struct PictureParameters {
+/// Everything that decides what an image or a video looks like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EffectiveParameters {
     /// The name under which the model was served; on the command line the name of its folder.
     pub model: String,
-    pub prompt: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub negative_prompt: Option<String>,
-    pub width: usize,
-    pub height: usize,
-    pub num_inference_steps: usize,
-    pub guidance_scale: f64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub true_cfg_scale: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guidance_interval: Option<[f64; 2]>,
-    #[serde(default)]
-    pub acceleration: Acceleration,
-    pub scheduler: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub timestep_spacing: Option<Spacing>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub eta: Option<f64>,
-    pub max_sequence_length: usize,
-    pub vae_tiling: bool,
-    /// Of a picture that was made from another one, which has to be given again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub strength: Option<f64>,
-    /// Of a picture that followed reference pictures, which have to be given again.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ip_adapter_scale: Option<f64>,
-    /// Of a picture that a refiner has finished.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub denoising_end: Option<f64>,
-    pub seed: u64,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub loras: Vec<LoraParameter>,
+    task: Task,
+    options: Options,
 }
 
-/// One LoRA of a picture.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LoraParameter {
-    /// Its file without `.safetensors`.
-    pub name: String,
-    /// 1 is what its author meant.
-    #[serde(default = "one")]
-    pub weight: f64,
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-impl From<LoraParameter> for LoraOption {
-    fn from(LoraParameter { name, weight }: LoraParameter) -> Self {
-        Self { name, weight }
-    }
-}
-
-impl PictureParameters {
+impl EffectiveParameters {
     /// Of a request to the model of this name.
     pub fn new(model: &str, request: &DiffusionRequest) -> Self {
-        Self {
-            model: model.to_owned(),
-            prompt: request.prompt.text.clone(),
-            negative_prompt: request
-                .guidance
-                .negative_prompt
-                .as_ref()
-                .and_then(|prompt| prompt.text())
-                .map(str::to_owned),
-            width: request.canvas.width,
-            height: request.canvas.height,
-            num_inference_steps: request.sampling.num_inference_steps,
-            guidance_scale: request.guidance.guidance_scale,
-            true_cfg_scale: request.guidance.true_cfg_scale,
-            // Without a negative prediction there is no part of the steps to speak of.
-            guidance_interval: request.guidance.negative_prompt.is_some().then_some(request.guidance.interval),
-            acceleration: request.acceleration,
-            scheduler: request.sampling.scheduler.name.to_owned(),
-            timestep_spacing: request.sampling.timestep_spacing,
-            eta: request.sampling.eta,
-            max_sequence_length: request.prompt.max_sequence_length,
-            vae_tiling: request.vae_tiling,
-            strength: request.edit.as_ref().map(|edit| edit.strength),
-            ip_adapter_scale: request.references.as_ref().map(|references| references.scale),
-            denoising_end: request.refinement.map(|refinement| refinement.denoising_end),
-            seed: request.sampling.seed,
-            loras: request.loras.iter().map(|l| LoraParameter { name: l.name.clone(), weight: l.weight }).collect(),
-        }
+        let task = match (&request.edit, request.canvas.fps) {
+            (Some(_), _) => Task::ImageEdit,
+            (None, 0) => Task::ImageGeneration,
+            (None, _) => Task::Video,
+        };
+        Self { model: model.to_owned(), task, options: request.echo() }
     }
 
-    /// The same for one picture of several.
+    /// The same for one image of several.
     pub fn with_seed(&self, seed: u64) -> Self {
-        Self { seed, ..self.clone() }
+        Self { options: self.options.clone().with(&SEED, seed), ..self.clone() }
     }
 
-    /// What a client would say to have the same picture again.
-    pub fn into_options(self) -> DiffusionOptions {
-        DiffusionOptions {
-            prompt: self.prompt,
-            negative_prompt: self.negative_prompt,
-            width: Some(self.width),
-            height: Some(self.height),
-            num_frames: None,
-            fps: None,
-            num_inference_steps: Some(self.num_inference_steps),
-            guidance_scale: Some(self.guidance_scale),
-            true_cfg_scale: self.true_cfg_scale,
-            guidance_interval: self.guidance_interval,
-            acceleration: Some(self.acceleration),
-            scheduler: Some(self.scheduler),
-            timestep_spacing: self.timestep_spacing,
-            eta: self.eta,
-            seed: Some(self.seed),
-            max_sequence_length: Some(self.max_sequence_length),
-            vae_tiling: Some(self.vae_tiling),
-            reference_images: Vec::new(),
-            ip_adapter_scale: self.ip_adapter_scale,
-            loras: self.loras.into_iter().map(LoraOption::from).collect(),
-            partial_images: None,
-            image: None,
-            mask: None,
-            strength: self.strength,
-            denoising_end: self.denoising_end,
-        }
+    /// What a client would say to have the same image again.
+    pub fn into_options(self) -> Options {
+        self.options
     }
 
     /// The text of a PNG file.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("numbers and text are always JSON: this is a bug")
     }
+
+    /// Reads the text of a PNG file; what is wrong is said with the field's name.
+    pub fn from_json(text: &str) -> Result<Self, String> {
+        let fields: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let mut parameters = Self { model: String::new(), task: Task::ImageEdit, options: Options::default() };
+        for (name, value) in fields {
+            if name == MODEL {
+                parameters.model = value.as_str().ok_or("model: must be a string")?.to_owned();
+                continue;
+            }
+            let declaration = PARAMETERS.iter().find(|of| of.name == name).ok_or(format!("{name}: is not known"))?;
+            let value = declaration.read(value).map_err(|error| format!("{name}: {error}"))?;
+            if let Some(value) = value {
+                declaration.check(&value).map_err(|error| error.to_string())?;
+                parameters.options.insert(declaration, value);
+            }
+        }
+        Ok(parameters)
+    }
+}
+
+impl Serialize for EffectiveParameters {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serde_json::Map::from_iter([(MODEL.to_owned(), self.model.as_str().into())]);
+        let of_task = PARAMETERS.iter().copied().filter(|declaration| declaration.is_for(self.task));
+        fields.extend(self.options.to_json(of_task));
+        fields.serialize(serializer)
+    }
+}
+
+/// Decodes the image files of a parameter. Transparent parts of the image to edit are its mask, unless one is given
+/// later. An error comes with the number of the file.
+pub fn set_images(
+    options: &mut Options,
+    declaration: &'static Declaration,
+    files: &[impl AsRef<[u8]>],
+) -> Result<(), (usize, InputError)> {
+    let mut pictures = Vec::with_capacity(files.len());
+    let mut pixels = 0;
+    for (number, file) in files.iter().enumerate() {
+        let picture = decode_picture(file.as_ref()).map_err(|error| (number, error))?;
+        pixels += picture.frame.width * picture.frame.height;
+        pictures.push(picture);
+        // More are refused for their size; no more than that are decoded.
+        if pixels > MAX_REFERENCE_PIXELS {
+            break;
+        }
+    }
+    let value = match declaration.kind {
+        Kind::Images { .. } => Value::Images(pictures.into_iter().map(|picture| Arc::new(picture.frame)).collect()),
+        Kind::Mask => match pictures.pop() {
+            Some(picture) => Value::Mask(Arc::new(picture.into_mask().map_err(|error| (0, error))?)),
+            None => return Ok(()),
+        },
+        _ => match pictures.pop() {
+            Some(picture) => {
+                if declaration.name == IMAGE.declaration.name {
+                    options.set(&MASK, picture.transparent().map(Arc::new));
+                }
+                Value::Image(Arc::new(picture.frame))
+            }
+            None => return Ok(()),
+        },
+    };
+    options.insert(declaration, value);
+    Ok(())
+}
+
+/// Whether its values are image files.
+pub fn is_image(declaration: &Declaration) -> bool {
+    matches!(declaration.kind, Kind::Image | Kind::Images { .. } | Kind::Mask)
 }

@@ -128,7 +128,7 @@ async fn wrong_pictures_are_refused_with_their_field() {
     let image = || file("image", photo(64, 64));
     let cases: Vec<(Vec<Part<'_>>, &str, &str)> = vec![
         (vec![], "image", "is missing"),
-        (vec![file("image[]", photo(64, 64)), file("image[]", photo(64, 64))], "image", "2 pictures; must be one"),
+        (vec![file("image[]", photo(64, 64)), file("image[]", photo(64, 64))], "image", "2 images; must be one"),
         (vec![image(), image()], "image", "given twice"),
         (vec![file("image", SECRET.into())], "image", "must be a PNG, JPEG or WebP"),
         (vec![text("image", SECRET)], "image", "must be a file, base64 or a data URL"),

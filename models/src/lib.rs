@@ -21,6 +21,7 @@ pub mod lfs;
 pub mod loading;
 pub mod lora;
 pub mod memory;
+pub mod parameter;
 pub mod phase;
 pub mod presets;
 pub mod prompt;
@@ -39,7 +40,8 @@ pub mod vae;
 pub mod weights;
 pub mod work;
 
-pub use card::{DiffusionCard, ModelCard, TextCard};
+pub use card::{ModelCard, TextCard};
+pub use diffusion::DiffusionCard;
 pub use error::{Error, Result};
 pub use family::LoadedModel;
 pub use loading::load;

@@ -1,6 +1,6 @@
 //! What a request needs in bytes, phase by phase, said before its first step.
 //!
-//! Owns: the plan, and the rule by which it chooses tiles for a VAE. Does not know: what is free at the moment; a plan
+//! Owns: the plan. Does not know: what is free at the moment; a plan
 //! depends on the request, the model and the room that the device has for work, and on nothing else, so that the same
 //! request gives the same picture whatever else is running.
 
@@ -62,24 +62,6 @@ impl MemoryPlan {
     }
 }
 
-/// When a model's VAE works in tiles of a picture instead of the whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VaeTiling {
-    /// Pixels on each side of a tile.
-    pub tile_side: usize,
-    /// Bytes that the VAE needs for each pixel of an untiled picture.
-    pub bytes_per_pixel: usize,
-}
-
-impl VaeTiling {
-    /// Whether a picture is worked on in tiles when nobody has asked: where it is larger than one tile, and as a whole
-    /// would need more than the device has for work, `room_bytes`.
-    pub fn is_needed(&self, width: usize, height: usize, room_bytes: usize) -> bool {
-        let is_larger = width > self.tile_side || height > self.tile_side;
-        is_larger && width.saturating_mul(height).saturating_mul(self.bytes_per_pixel) > room_bytes
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,14 +79,5 @@ mod tests {
             Some(PhaseBytes { phase: Phase::Encode, bytes: 14 })
         );
         assert_eq!(plan.clone().holding_in(Phase::VaeEncode, 9), plan);
-    }
-
-    #[test]
-    fn tiles_are_for_pictures_that_do_not_fit_as_a_whole() {
-        let tiling = VaeTiling { tile_side: 64, bytes_per_pixel: 10 };
-        assert!(!tiling.is_needed(64, 64, 0), "one tile is the whole picture");
-        assert!(!tiling.is_needed(128, 64, 128 * 64 * 10));
-        assert!(tiling.is_needed(128, 64, 128 * 64 * 10 - 1));
-        assert!(tiling.is_needed(64, 65, 0));
     }
 }

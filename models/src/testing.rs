@@ -3,18 +3,20 @@
 //! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
 //! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
+use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{DiffusionCard, DiffusionRequest, Medium};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::card::{
-    CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
-    SamplingDefaults, StepRounding, TextCard,
-};
+use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
-use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
-use crate::lora::LoraSupport;
 use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::diffusion::previews::due_preview;
@@ -81,12 +83,12 @@ pub fn text_model(script: Script) -> Result<LoadedModel> {
 
 /// A picture model: 64x64 by default, four steps, no guidance, also from pictures.
 pub fn picture_model(script: Script) -> LoadedModel {
-    loaded(ModelCard::Diffusion(diffusion_card(Medium::Picture)), script)
+    loaded(ModelCard::Diffusion(diffusion_card(Medium::Image)), script)
 }
 
 /// A clip model: 64x64, nine frames at 8 per second by default, four steps, classifier-free guidance.
 pub fn clip_model(script: Script) -> LoadedModel {
-    loaded(ModelCard::Diffusion(diffusion_card(Medium::Clip)), script)
+    loaded(ModelCard::Diffusion(diffusion_card(Medium::Video)), script)
 }
 
 fn loaded(card: ModelCard, script: Script) -> LoadedModel {
@@ -94,42 +96,36 @@ fn loaded(card: ModelCard, script: Script) -> LoadedModel {
 }
 
 fn diffusion_card(medium: Medium) -> DiffusionCard {
-    let is_clip = medium == Medium::Clip;
-    DiffusionCard {
-        family: "scripted",
-        medium,
-        defaults: DiffusionDefaults {
-            width: 64,
-            height: 64,
-            num_frames: if is_clip { 9 } else { 1 },
-            fps: if is_clip { 8 } else { 0 },
-            num_inference_steps: 4,
-            guidance_scale: if is_clip { 5.0 } else { 0.0 },
-            max_sequence_length: 64,
-        },
+    let prompts = Prompts::Plain { default_length: 64, max_length: 128 };
+    let frames = FrameSupport { default_num_frames: 9, default_fps: 8, multiple: 4, max_frames: 81 };
+    let canvas = CanvasSupport {
+        default_width: 64,
+        default_height: 64,
         size_multiple: 16,
         max_side: 512,
         max_pixels: 256 * 256,
-        max_frames: if is_clip { 81 } else { 1 },
-        frames_multiple: if is_clip { 4 } else { 1 },
-        max_sequence_length: 128,
-        prompts: Prompts::Plain,
-        guidance: if is_clip { Guidance::ClassifierFree } else { Guidance::None },
-        loras: LoraSupport::Unsupported,
-        schedulers: if is_clip { flow_schedulers() } else { discrete_schedulers() },
-        vae_tiling: None,
-        has_ip_adapter: !is_clip,
-        refiner: (!is_clip).then(discrete_schedulers),
-        room_bytes: usize::MAX,
-        acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }),
-        edits: if is_clip { Edits::default() } else { EDITS },
+        frames: (medium == Medium::Video).then_some(frames),
+    };
+    let (schedulers, kind, default_scale) = match medium {
+        Medium::Image => (discrete_schedulers(), GuidanceKind::None, 0.0),
+        Medium::Video => (flow_schedulers(), GuidanceKind::ClassifierFree, 5.0),
+    };
+    let sampling = SamplingSupport { default_steps: 4, schedulers };
+    let guidance = GuidanceSupport { kind, default_scale };
+    let card = DiffusionCard::new("scripted", prompts, canvas, sampling, guidance);
+    let card = DiffusionCard { acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }), ..card };
+    match medium {
+        Medium::Image => {
+            DiffusionCard { edits: Some(EDITS), has_ip_adapter: true, refiner: Some(discrete_schedulers()), ..card }
+        }
+        Medium::Video => card,
     }
 }
 
 /// Both kinds, with half of the steps.
-const EDITS: Edits = {
+const EDITS: EditSupport = {
     let defaults = EditDefaults { strength: 0.5, guidance_scale: 0.0 };
-    Edits {
+    EditSupport {
         image_to_image: Some(defaults),
         inpainting: Some(defaults),
         rounding: StepRounding::Taken,
@@ -320,14 +316,15 @@ fn gradient((width, height): (usize, usize), seed: u64, index: usize) -> Frame {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::card::DiffusionOptions;
+    use crate::diffusion::parameters::PROMPT;
+    use crate::parameter::Options;
 
     #[test]
     fn a_clip_is_encoded_denoised_decoded_and_complete() {
         let LoadedModel { card: ModelCard::Diffusion(card), mut runner, .. } = clip_model(Script::default()) else {
             panic!("the clip model has a diffusion card");
         };
-        let request = card.resolve(DiffusionOptions { prompt: "x".into(), ..Default::default() }, 0).expect("valid");
+        let request = card.resolve(&Options::default().with(&PROMPT, "x".to_owned()), 0).expect("valid");
         runner.submit(SessionId(1), Request::Diffusion(request)).expect("accepted");
         let mut events = Events::default();
         let (mut phases, mut frames) = (Vec::new(), 0);

@@ -6,9 +6,13 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use tale_models::diffusion::parameters::{
+    HEIGHT, IMAGE, MASK, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, STRENGTH, VAE_TILING, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use serde_json::{Value, json};
-use tale_models::card::DiffusionOptions;
+
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
@@ -52,13 +56,13 @@ const SMALL_CHANGE_BYTES: usize = 1 << 20;
 fn sessions_take_at_most_their_footprint() {
     // Scratch memory belongs to threads, not to sessions: with two of them it is small change on every machine.
     rayon::ThreadPoolBuilder::new().num_threads(2).build_global().expect("the first use of the pool");
-    let options = |width, height, num_frames| DiffusionOptions {
-        prompt: "A cat".to_owned(),
-        width: Some(width),
-        height: Some(height),
-        num_frames,
-        num_inference_steps: Some(3),
-        ..Default::default()
+    let options = |width, height, num_frames| {
+        Options::default()
+            .with(&PROMPT, "A cat".to_owned())
+            .with(&WIDTH, width)
+            .with(&HEIGHT, height)
+            .with(&NUM_FRAMES, num_frames)
+            .with(&NUM_INFERENCE_STEPS, 3)
     };
     let golden = |case: &str| repository().join("tests/goldens").join(case).join("checkpoint");
     for (case, options) in [
@@ -68,9 +72,9 @@ fn sessions_take_at_most_their_footprint() {
         ("flux-dev", options(256, 192, None)),
         ("sdxl-a", options(256, 192, None)),
         ("sdxl-b", options(128, 160, None)),
-        ("flux-dev", DiffusionOptions { vae_tiling: Some(true), ..options(768, 512, None) }),
+        ("flux-dev", options(768, 512, None).with(&VAE_TILING, true)),
     ] {
-        if options.num_frames.is_none() {
+        if !options.has(&NUM_FRAMES) {
             let edit = from_a_picture(&options);
             check(&format!("{case} from a picture"), &golden(case), &LoadOptions::default(), edit);
         }
@@ -85,15 +89,16 @@ fn sessions_take_at_most_their_footprint() {
 }
 
 /// The same from a part of a picture.
-fn from_a_picture(options: &DiffusionOptions) -> DiffusionOptions {
-    let (width, height) = (options.width.unwrap_or(0), options.height.unwrap_or(0));
+fn from_a_picture(options: &Options) -> Options {
+    let width = options.get(&WIDTH).unwrap_or(0);
+    let height = options.get(&HEIGHT).unwrap_or(0);
     let image = Some(Arc::new(Frame { width, height, rgb: vec![99; width * height * 3] }));
     let mask = Some(Arc::new(Mask { width, height, grey: vec![200; width * height] }));
-    DiffusionOptions { image, mask, strength: Some(0.9), ..options.clone() }
+    options.clone().with(&IMAGE, image).with(&MASK, mask).with(&STRENGTH, 0.9)
 }
 
 /// Every phase takes at most what the plan says, and the greediest one not much less.
-fn check(case: &str, checkpoint: &Path, load_options: &LoadOptions, options: DiffusionOptions) {
+fn check(case: &str, checkpoint: &Path, load_options: &LoadOptions, options: Options) {
     let (plan, peaks) = run(case, checkpoint, load_options, options);
     for PhaseBytes { phase, bytes } in plan.phases() {
         let peak = peaks[phase];
@@ -110,12 +115,12 @@ fn run(
     case: &str,
     checkpoint: &Path,
     load_options: &LoadOptions,
-    options: DiffusionOptions,
+    options: Options,
 ) -> (MemoryPlan, HashMap<Phase, usize>) {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU");
     let mut model = load(checkpoint, &placement, load_options, &mut |_| ()).expect("a sound checkpoint");
     let ModelCard::Diffusion(card) = &model.card else { panic!("{case} makes pictures or clips") };
-    let request = Request::Diffusion(card.resolve(options, 1).expect("a valid request"));
+    let request = Request::Diffusion(card.resolve(&options, 1).expect("a valid request"));
     let plan = model.runner.plan(&request);
 
     // What threads keep for their work belongs to no session: it is there after the first one.

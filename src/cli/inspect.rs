@@ -168,7 +168,7 @@ impl RequestReport {
         let ModelCard::Diffusion(card) = model.card.with_room(free_bytes.unwrap_or(usize::MAX)) else {
             return Ok(None);
         };
-        let request = card.resolve(card.plainest(), 0)?;
+        let request = card.resolve(&card.plainest(), 0)?;
         let (width, height, num_frames) = (request.canvas.width, request.canvas.height, request.canvas.num_frames);
         let vae_tiling = request.vae_tiling;
         let plan = model.runner.plan(&Request::Diffusion(request));
@@ -177,8 +177,8 @@ impl RequestReport {
             width,
             height,
             num_frames,
-            scheduler: card.schedulers.own_name().to_owned(),
-            schedulers: card.schedulers.iter().map(|scheduler| scheduler.name).collect(),
+            scheduler: card.sampling.schedulers.own_name().to_owned(),
+            schedulers: card.sampling.schedulers.iter().map(|scheduler| scheduler.name).collect(),
             vae_tiling,
             on_demand_bytes: inspection.on_demand_bytes,
             phases: phases.map(|of| PhaseReport { phase: of.phase.as_str(), memory_bytes: of.bytes }).collect(),

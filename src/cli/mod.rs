@@ -7,6 +7,7 @@ mod bench;
 mod generate;
 mod inspect;
 mod logs;
+mod parameters;
 mod progress;
 #[cfg(feature = "pull")]
 mod pull;

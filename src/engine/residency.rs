@@ -59,7 +59,7 @@ impl Choice {
 /// What the model's default request needs; nothing of a model that asks for more than a prompt.
 fn default_request(model: &LoadedModel) -> MemoryPlan {
     let ModelCard::Diffusion(card) = &model.card else { return MemoryPlan::default() };
-    let request = card.resolve(card.plainest(), 0);
+    let request = card.resolve(&card.plainest(), 0);
     request.map_or_else(|_| MemoryPlan::default(), |request| model.runner.plan(&Request::Diffusion(request)))
 }
 

@@ -16,7 +16,7 @@ use axum::middleware::from_fn_with_state;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use tale_models::DiffusionCard;
-use tale_models::card::Medium;
+use tale_models::diffusion::Medium;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
@@ -37,6 +37,7 @@ mod images;
 mod jobs;
 mod models;
 mod openai;
+mod parameters;
 mod sse;
 mod text;
 mod videos;
@@ -259,9 +260,9 @@ fn random_seed() -> u64 {
 
 /// 400 for a model of another kind, naming where it is served.
 fn wrong_endpoint(card: &DiffusionCard) -> ApiError {
-    let endpoint = match card.medium {
-        Medium::Picture => "makes pictures; use /v1/images/generations",
-        Medium::Clip => "makes clips; use /v1/videos",
+    let endpoint = match card.medium() {
+        Medium::Image => "makes pictures; use /v1/images/generations",
+        Medium::Video => "makes clips; use /v1/videos",
     };
     ApiError::field("model", endpoint)
 }

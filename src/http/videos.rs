@@ -6,18 +6,21 @@ use axum::Json;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Deserializer, Serialize};
-use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::diffusion::{Acceleration, DiffusionRequest};
+use serde::Serialize;
+use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport};
+use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
+use tale_models::diffusion::{Canvas, DiffusionRequest, Medium};
+use tale_models::parameter::{Declaration, Options, Parameter, Task};
 use tale_models::{DiffusionCard, ModelCard};
 
-use super::diffusion::{self, Interval, Size, saturate};
+use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
 use super::{AppState, body, unix_seconds};
 use crate::job::drive::drive;
 use crate::job::store::{Order, Page};
 use crate::job::{Change, Failure, Job, JobId, JobState, UnknownJob};
 use crate::media::{ClipFormat, MAX_GIF_FPS};
+use crate::parameters::EffectiveParameters;
 
 mod content;
 
@@ -34,138 +37,47 @@ const DEFAULT_POLL_MS: u128 = 1000;
 /// Tells the client of OpenAI when to look again.
 pub(super) const POLL_HEADER: &str = "openai-poll-after-ms";
 
-/// The body, as JSON or as a form.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VideoBody {
-    model: String,
-    prompt: String,
-    size: Option<String>,
-    width: Option<u64>,
-    height: Option<u64>,
-    seconds: Option<Seconds>,
-    num_frames: Option<u64>,
-    fps: Option<u64>,
-    output_format: Option<OutputFormat>,
-    negative_prompt: Option<String>,
-    num_inference_steps: Option<u64>,
-    guidance_scale: Option<f64>,
-    scheduler: Option<String>,
-    guidance_interval: Option<Interval>,
-    acceleration: Option<Acceleration>,
-    seed: Option<u64>,
-    max_sequence_length: Option<u64>,
+static SECONDS: Parameter<f64> = Parameter::seconds(
+    "seconds",
+    "Length instead of `num_frames`: the first frame and as many groups of frames as fit in the time.",
+);
+
+static OUTPUT_FORMAT: Parameter<String> =
+    Parameter::choice("output_format", &["mp4", "webm", "gif"], "Format of the file; mp4 when absent.");
+
+/// The fields that are no parameters of the model.
+pub(super) static OWN: &[&Declaration] =
+    &[&MODEL.declaration, &SIZE.declaration, &SECONDS.declaration, &OUTPUT_FORMAT.declaration];
+
+fn resolve(mut options: Options, card: &ModelCard) -> Result<DiffusionRequest, ApiError> {
+    let size = SizeField::take(&mut options)?;
+    let num_frames = frames(&options, card)?;
+    options.set(&NUM_FRAMES, num_frames);
+    let resolved = diffusion::resolve(card, &options, size);
+    resolved.map_err(|error| if options.has(&SECONDS) { error.within("num_frames", "seconds") } else { error })
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum OutputFormat {
-    Mp4,
-    Webm,
-    Gif,
-}
-
-impl From<OutputFormat> for ClipFormat {
-    fn from(format: OutputFormat) -> Self {
-        match format {
-            OutputFormat::Mp4 => ClipFormat::Mp4,
-            OutputFormat::Webm => ClipFormat::Webm,
-            OutputFormat::Gif => ClipFormat::Gif,
+/// `num_frames`, or the frames of `seconds`.
+fn frames(options: &Options, card: &ModelCard) -> Result<Option<usize>, ApiError> {
+    let num_frames = options.get(&NUM_FRAMES);
+    let ModelCard::Diffusion(DiffusionCard { canvas: CanvasSupport { frames: Some(frames), .. }, .. }) = card else {
+        return Ok(num_frames);
+    };
+    let Some(seconds) = options.get(&SECONDS) else { return Ok(num_frames) };
+    let of_seconds = frames_of(seconds, options.get(&FPS).unwrap_or(frames.default_fps), frames);
+    match num_frames {
+        Some(num_frames) if num_frames != of_seconds => {
+            let problem = format!("is {of_seconds} frames, which contradicts num_frames; give one of them");
+            Err(ApiError::field("seconds", problem))
         }
-    }
-}
-
-/// A number, which OpenAI's client sends as a string.
-#[derive(Debug, Clone, Copy)]
-struct Seconds(f64);
-
-impl<'de> Deserialize<'de> for Seconds {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct SecondsVisitor;
-
-        impl serde::de::Visitor<'_> for SecondsVisitor {
-            type Value = Seconds;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a number of seconds")
-            }
-
-            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Seconds, E> {
-                if value.is_finite() && value > 0.0 {
-                    return Ok(Seconds(value));
-                }
-                Err(E::custom("must be more than 0"))
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Seconds, E> {
-                self.visit_f64(value as f64)
-            }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Seconds, E> {
-                let value = text.trim().parse().map_err(|_| E::custom("must be a number of seconds"))?;
-                self.visit_f64(value)
-            }
-        }
-
-        deserializer.deserialize_any(SecondsVisitor)
-    }
-}
-
-impl VideoBody {
-    fn resolve(self, card: &ModelCard) -> Result<DiffusionRequest, ApiError> {
-        let size = Size::new(self.size.as_deref(), self.width, self.height)?;
-        let is_by_seconds = self.seconds.is_some();
-        let options = DiffusionOptions {
-            num_frames: self.frames(card)?,
-            prompt: self.prompt,
-            negative_prompt: self.negative_prompt,
-            width: size.width,
-            height: size.height,
-            fps: self.fps.map(saturate),
-            num_inference_steps: self.num_inference_steps.map(saturate),
-            guidance_scale: self.guidance_scale,
-            scheduler: self.scheduler,
-            // No scheduler of a clip model has these.
-            timestep_spacing: None,
-            eta: None,
-            true_cfg_scale: None,
-            guidance_interval: self.guidance_interval.map(|Interval(interval)| interval),
-            acceleration: self.acceleration,
-            seed: self.seed,
-            max_sequence_length: self.max_sequence_length.map(saturate),
-            vae_tiling: None,
-            reference_images: Vec::new(),
-            ip_adapter_scale: None,
-            loras: Vec::new(),
-            partial_images: None,
-            image: None,
-            mask: None,
-            strength: None,
-            denoising_end: None,
-        };
-        let resolved = diffusion::resolve(card, options, size);
-        resolved.map_err(|error| if is_by_seconds { error.within("num_frames", "seconds") } else { error })
-    }
-
-    /// `num_frames`, or the frames of `seconds`.
-    fn frames(&self, card: &ModelCard) -> Result<Option<usize>, ApiError> {
-        let num_frames = self.num_frames.map(saturate);
-        let (Some(Seconds(seconds)), ModelCard::Diffusion(card)) = (self.seconds, card) else { return Ok(num_frames) };
-        let of_seconds = frames_of(seconds, self.fps.map_or(card.defaults.fps, saturate), card);
-        match num_frames {
-            Some(num_frames) if num_frames != of_seconds => {
-                let problem = format!("is {of_seconds} frames, which contradicts num_frames; give one of them");
-                Err(ApiError::field("seconds", problem))
-            }
-            _ => Ok(Some(of_seconds)),
-        }
+        _ => Ok(Some(of_seconds)),
     }
 }
 
 /// Frames of a clip of `seconds`: the first frame, and as many groups of `frames_multiple` frames as fit in the time. 5
 /// seconds at 16 frames per second are 81 frames for a model that makes 4k+1.
-fn frames_of(seconds: f64, fps: usize, card: &DiffusionCard) -> usize {
-    let multiple = card.frames_multiple.max(1);
+fn frames_of(seconds: f64, fps: usize, frames: &FrameSupport) -> usize {
+    let multiple = frames.multiple;
     // A billionth of a frame more, so that 0.3 * 10 is 3.
     let groups = (seconds * fps as f64 / multiple as f64 + 1e-9).floor();
     (groups as usize).saturating_mul(multiple).saturating_add(1)
@@ -176,7 +88,6 @@ fn frames_of(seconds: f64, fps: usize, card: &DiffusionCard) -> usize {
 pub(super) struct WireVideo {
     id: String,
     object: &'static str,
-    model: String,
     status: &'static str,
     progress: u8,
     created_at: u64,
@@ -184,23 +95,10 @@ pub(super) struct WireVideo {
     completed_at: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<WireFailure>,
-    prompt: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    negative_prompt: Option<String>,
     size: String,
     seconds: String,
-    width: usize,
-    height: usize,
-    num_frames: usize,
-    fps: usize,
-    num_inference_steps: usize,
-    guidance_scale: f64,
-    scheduler: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    guidance_interval: Option<[f64; 2]>,
-    acceleration: Acceleration,
-    seed: u64,
-    max_sequence_length: usize,
+    #[serde(flatten)]
+    parameters: EffectiveParameters,
     output_format: &'static str,
 }
 
@@ -230,34 +128,20 @@ pub(super) fn status(state: &JobState) -> &'static str {
 
 impl From<&Job> for WireVideo {
     fn from(job: &Job) -> Self {
-        let request = job.request.clone();
-        let guidance_interval = diffusion::interval(&request);
+        let Canvas { width, height, num_frames, fps } = job.request.canvas;
         let is_completed = matches!(job.state, JobState::Completed(_));
         Self {
             id: job.id.to_string(),
             object: "video",
-            model: job.model.clone(),
             status: status(&job.state),
             progress: job.progress.percent,
             created_at: unix_seconds(job.created),
             completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
             error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
-            prompt: request.prompt.text,
-            negative_prompt: request.guidance.negative_prompt.and_then(|negative| negative.text().map(str::to_owned)),
-            size: format!("{}x{}", request.canvas.width, request.canvas.height),
+            size: format!("{width}x{height}"),
             // The inverse of `frames_of`: what the first frame is followed by.
-            seconds: ((request.canvas.num_frames.max(1) - 1) as f64 / request.canvas.fps.max(1) as f64).to_string(),
-            width: request.canvas.width,
-            height: request.canvas.height,
-            num_frames: request.canvas.num_frames,
-            fps: request.canvas.fps,
-            num_inference_steps: request.sampling.num_inference_steps,
-            guidance_scale: request.guidance.guidance_scale,
-            scheduler: request.sampling.scheduler.name,
-            guidance_interval,
-            acceleration: request.acceleration,
-            seed: request.sampling.seed,
-            max_sequence_length: request.prompt.max_sequence_length,
+            seconds: ((num_frames.max(1) - 1) as f64 / fps.max(1) as f64).to_string(),
+            parameters: EffectiveParameters::new(&job.model, &job.request),
             output_format: job.format.as_str(),
         }
     }
@@ -276,11 +160,13 @@ fn answer(job: &Job) -> Response {
 
 /// `POST /v1/videos`.
 pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let body: VideoBody = body::json_or_form(request, body::MAX_BODY_BYTES).await?;
-    let card = diffusion::card(&state, &body.model, Medium::Clip)?;
-    let (model, output_format) = (body.model.clone(), body.output_format);
-    let request = body.resolve(&card)?;
-    let format = format(output_format, &request)?;
+    let body = body::json_or_form_value(request, body::MAX_BODY_BYTES).await?;
+    let options = super::parameters::read(body, OWN, Task::Video)?.options;
+    let model = options.get(&MODEL).unwrap_or_default();
+    let card = diffusion::card(&state, &model, Medium::Video)?;
+    let format = options.get(&OUTPUT_FORMAT);
+    let request = resolve(options, &card)?;
+    let format = clip_format(format.as_deref(), &request)?;
     let session = state.engine()?.submit(&model, tale_models::Request::Diffusion(request.clone()))?;
     let job = Job::new(model, request, format);
     state.jobs().insert(job.clone())?;
@@ -372,8 +258,8 @@ pub(super) async fn delete(State(state): State<AppState>, Path(id): Path<String>
     Ok(Json(Deleted { id: id.to_string(), object: "video.deleted", deleted: true }))
 }
 
-fn format(output_format: Option<OutputFormat>, request: &DiffusionRequest) -> Result<ClipFormat, ApiError> {
-    let format = output_format.map_or(ClipFormat::Mp4, ClipFormat::from);
+fn clip_format(name: Option<&str>, request: &DiffusionRequest) -> Result<ClipFormat, ApiError> {
+    let format = name.and_then(ClipFormat::from_extension).unwrap_or(ClipFormat::Mp4);
     if format == ClipFormat::Gif && request.canvas.fps > MAX_GIF_FPS {
         return Err(ApiError::field("fps", format!("is {}; gif plays at most {MAX_GIF_FPS}", request.canvas.fps)));
     }

@@ -4,15 +4,19 @@
 //! at least is said by the runner ([`Runner::next_work`](crate::Runner::next_work)); what the device can do is measured in
 //! the same run. Peak memory is measured too.
 
+use crate::diffusion::DiffusionRequest;
+use crate::diffusion::guidance::GuidanceKind;
+use crate::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH,
+};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::Roofs;
 use super::memory::{forget_peak, peak_bytes};
-use crate::card::{DiffusionOptions, Guidance, ModelCard, TextOptions};
+use crate::card::{ModelCard, TextOptions};
 use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
-use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, blocks_for};
@@ -242,24 +246,24 @@ impl Sizes {
                 // More text than the encoder looks at, so that the prompt has all the tokens that it may have.
                 const CHARACTERS_PER_TOKEN: usize = 16;
                 let sentence = "a lighthouse in the fog, and waves below it; ";
-                let tokens = options.prompt_tokens.unwrap_or(card.defaults.max_sequence_length);
-                if tokens == 0 || tokens > card.max_sequence_length {
-                    let problem = format!("is {tokens}; allowed: 1 to {}", card.max_sequence_length);
+                let tokens = options.prompt_tokens.unwrap_or(card.prompts.default_length());
+                if tokens == 0 || tokens > card.prompts.max_length() {
+                    let problem = format!("is {tokens}; allowed: 1 to {}", card.prompts.max_length());
                     return Err(Error::invalid("prompt_tokens", problem));
                 }
                 let characters = tokens * CHARACTERS_PER_TOKEN;
-                let asked = DiffusionOptions {
-                    prompt: sentence.repeat(characters.div_ceil(sentence.len())),
-                    width: options.width,
-                    height: options.height,
-                    num_frames: options.num_frames,
-                    max_sequence_length: Some(tokens),
-                    num_inference_steps: Some(DENOISE_STEPS),
-                    // One prediction per row: a guided one is two of them.
-                    guidance_scale: (card.guidance == Guidance::ClassifierFree).then_some(1.0),
-                    ..card.plainest()
-                };
-                Ok(Self::Diffusion(Box::new(card.resolve(asked, 0)?)))
+                // One prediction per row: a guided one is two of them.
+                let one_prediction = (card.guidance.kind == GuidanceKind::ClassifierFree).then_some(1.0);
+                let asked = card
+                    .plainest()
+                    .with(&PROMPT, sentence.repeat(characters.div_ceil(sentence.len())))
+                    .with(&WIDTH, options.width)
+                    .with(&HEIGHT, options.height)
+                    .with(&NUM_FRAMES, options.num_frames)
+                    .with(&MAX_SEQUENCE_LENGTH, tokens)
+                    .with(&NUM_INFERENCE_STEPS, DENOISE_STEPS)
+                    .with(&GUIDANCE_SCALE, one_prediction);
+                Ok(Self::Diffusion(Box::new(card.resolve(&asked, 0)?)))
             }
         }
     }

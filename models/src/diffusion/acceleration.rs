@@ -1,13 +1,20 @@
 //! How much of the denoising may be left out.
+//!
+//! Owns: `acceleration`, and the thresholds that its words mean for a model. Does not know: how blocks are skipped
+//! ([`BlockCache`](crate::runner::diffusion::block_cache::BlockCache)).
 
-use serde::{Deserialize, Serialize};
+use crate::error::{Error, Result};
+use crate::parameter::{Options, Parameter, ParameterType, Value};
 
-use crate::error::Error;
+/// See [`Acceleration`].
+pub static ACCELERATION: Parameter<Acceleration> = Parameter::choice(
+    "acceleration",
+    &Acceleration::NAMES,
+    "How much of the denoising may be left out where it hardly changes the result; none when absent.",
+);
 
-/// How much of the denoising may be left out. What it means is the card's affair
-/// ([`CacheThresholds`](crate::card::CacheThresholds)).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// How much of the denoising may be left out. What it means is the model's affair ([`CacheThresholds`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Acceleration {
     /// Everything is computed.
     #[default]
@@ -19,23 +26,55 @@ pub enum Acceleration {
 }
 
 impl Acceleration {
-    /// Its name on the wire and on the command line.
+    const ALL: [Self; 3] = [Self::None, Self::Safe, Self::Fast];
+    const NAMES: [&'static str; 3] = ["none", "safe", "fast"];
+
+    /// The one of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|acceleration| acceleration.as_str() == name)
+    }
+
+    /// Its name in requests and answers.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Safe => "safe",
-            Self::Fast => "fast",
+        Self::NAMES[self as usize]
+    }
+}
+
+impl ParameterType for Acceleration {
+    fn from_value(value: &Value) -> Option<Self> {
+        Self::named(&String::from_value(value)?)
+    }
+
+    fn into_value(self) -> Value {
+        Value::Text(self.as_str().to_owned())
+    }
+}
+
+/// Of a first-block cache: how much of what the first block adds may be new in a pass whose other blocks are skipped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CacheThresholds {
+    /// Of [`Acceleration::Safe`].
+    pub safe: f64,
+    /// Of [`Acceleration::Fast`].
+    pub fast: f64,
+}
+
+impl CacheThresholds {
+    /// Of the cache of each of a request's branches, if it has one.
+    pub fn threshold(&self, acceleration: Acceleration) -> Option<f64> {
+        match acceleration {
+            Acceleration::None => None,
+            Acceleration::Safe => Some(self.safe),
+            Acceleration::Fast => Some(self.fast),
         }
     }
 }
 
-impl std::str::FromStr for Acceleration {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        [Self::None, Self::Safe, Self::Fast]
-            .into_iter()
-            .find(|acceleration| acceleration.as_str() == name)
-            .ok_or_else(|| Error::invalid("acceleration", "is not known; allowed: none, safe, fast"))
+/// `support` is `None` for models that can skip nothing.
+pub(super) fn resolve(support: Option<&CacheThresholds>, options: &Options) -> Result<Acceleration> {
+    let asked = options.get(&ACCELERATION).unwrap_or_default();
+    if asked != Acceleration::None && support.is_none() {
+        return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
     }
+    Ok(asked)
 }

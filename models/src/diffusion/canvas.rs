@@ -1,4 +1,44 @@
 //! Size and length of what is made.
+//!
+//! Owns: `width`, `height`, `num_frames` and `fps`, and what a model allows of them.
+
+use crate::error::{Error, Result};
+use crate::parameter::{Options, Parameter, VIDEOS, check_range};
+
+/// Largest side that any model makes, in pixels.
+const MAX_SIDE: usize = 16_384;
+/// Longest video that any model makes, in frames.
+const MAX_FRAMES: usize = 100_000;
+/// Highest frame rate.
+pub const MAX_FPS: usize = 120;
+
+/// See [`Canvas::width`].
+pub static WIDTH: Parameter<usize> = Parameter::integer(
+    "width",
+    1,
+    MAX_SIDE,
+    "Pixels; a multiple of what the model says. The model's own default when absent, of an edit the image's own width.",
+)
+.narrowed_by_models();
+
+/// See [`Canvas::height`].
+pub static HEIGHT: Parameter<usize> =
+    Parameter::integer("height", 1, MAX_SIDE, "Pixels, as `width`; one may be given without the other.")
+        .narrowed_by_models();
+
+/// See [`Canvas::num_frames`].
+pub static NUM_FRAMES: Parameter<usize> = Parameter::integer(
+    "num_frames",
+    1,
+    MAX_FRAMES,
+    "Frames of the video: one more than a multiple of what the model says, such as 4k+1.",
+)
+.only_for(VIDEOS)
+.narrowed_by_models();
+
+/// See [`Canvas::fps`].
+pub static FPS: Parameter<usize> =
+    Parameter::integer("fps", 1, MAX_FPS, "Frames per second of the file; changes no frame.").only_for(VIDEOS);
 
 /// Size of an image, or size and length of a video.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,4 +51,108 @@ pub struct Canvas {
     pub num_frames: usize,
     /// Frames per second of a video; 0 for an image.
     pub fps: usize,
+}
+
+impl Canvas {
+    pub(super) fn echo(&self, options: &mut Options) {
+        options.set(&WIDTH, self.width);
+        options.set(&HEIGHT, self.height);
+        if self.fps > 0 {
+            options.set(&NUM_FRAMES, self.num_frames);
+            options.set(&FPS, self.fps);
+        }
+    }
+}
+
+/// What a model can make, and what it makes unless told otherwise.
+#[derive(Debug, Clone, Copy)]
+pub struct CanvasSupport {
+    /// Pixels.
+    pub default_width: usize,
+    /// Pixels.
+    pub default_height: usize,
+    /// Width and height must be multiples of this.
+    pub size_multiple: usize,
+    /// Largest width and height.
+    pub max_side: usize,
+    /// Most pixels of one frame.
+    pub max_pixels: usize,
+    /// Of models that make videos.
+    pub frames: Option<FrameSupport>,
+}
+
+/// The frames that a model of videos can make.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameSupport {
+    /// Where the client gives no `num_frames`.
+    pub default_num_frames: usize,
+    /// Where the client gives no `fps`.
+    pub default_fps: usize,
+    /// `num_frames` must be `multiple * k + 1`.
+    pub multiple: usize,
+    /// Most frames.
+    pub max_frames: usize,
+}
+
+impl CanvasSupport {
+    /// `image`: size of the image that the request begins from. As in diffusers the result has that size, down to what the
+    /// model can make, unless the client gives another.
+    pub(super) fn resolve(&self, options: &Options, image: Option<(usize, usize)>) -> Result<Canvas> {
+        let own = |side: usize| side - side % self.size_multiple;
+        let (default_width, default_height) = match image {
+            Some((width, height)) => (own(width), own(height)),
+            None => (self.default_width, self.default_height),
+        };
+        let (num_frames, fps) = match &self.frames {
+            None => (1, 0),
+            Some(frames) => frames.resolve(options)?,
+        };
+        let canvas = Canvas {
+            width: options.get(&WIDTH).unwrap_or(default_width),
+            height: options.get(&HEIGHT).unwrap_or(default_height),
+            num_frames,
+            fps,
+        };
+        let has_own_size = !options.has(&WIDTH) && !options.has(&HEIGHT);
+        self.check_size(&canvas).map_err(|error| match image {
+            Some((width, height)) if has_own_size => {
+                let problem = format!("is {width}x{height}, a size that this model does not make");
+                Error::invalid("image", format!("{problem} ({error}); give width and height"))
+            }
+            _ => error,
+        })?;
+        Ok(canvas)
+    }
+
+    fn check_size(&self, canvas: &Canvas) -> Result<()> {
+        for (field, pixels) in [("width", canvas.width), ("height", canvas.height)] {
+            if pixels == 0 || pixels % self.size_multiple != 0 || pixels > self.max_side {
+                let Self { size_multiple: multiple, max_side: max, .. } = self;
+                let problem = format!("is {pixels}; allowed: multiples of {multiple} from {multiple} to {max}");
+                return Err(Error::invalid(field, problem));
+            }
+        }
+        let Canvas { width, height, .. } = canvas;
+        let pixels = width * height;
+        if pixels > self.max_pixels {
+            let problem = format!("{width}x{height} has {pixels} pixels; at most {}", self.max_pixels);
+            return Err(Error::invalid("size", problem));
+        }
+        Ok(())
+    }
+}
+
+impl FrameSupport {
+    /// Frames, and frames per second.
+    fn resolve(&self, options: &Options) -> Result<(usize, usize)> {
+        let Self { multiple, max_frames, .. } = *self;
+        let frames = options.get(&NUM_FRAMES).unwrap_or(self.default_num_frames);
+        if frames == 0 || frames % multiple != 1 % multiple || frames > max_frames {
+            let problem = format!("is {frames}; allowed: {multiple}k+1 from 1 to {max_frames}");
+            return Err(Error::invalid("num_frames", problem));
+        }
+        let fps = options.get(&FPS).unwrap_or(self.default_fps);
+        check_range("fps", fps, 1, MAX_FPS)?;
+        Ok((frames, fps))
+    }
 }

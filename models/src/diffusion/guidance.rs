@@ -1,7 +1,47 @@
 //! How far the prompt is followed, what is steered away from, and in which steps.
+//!
+//! Owns: `guidance_scale`, `true_cfg_scale`, `guidance_interval` and `negative_prompt`, and how they depend on each
+//! other.
 
+use crate::error::{Error, Result};
+use crate::parameter::{IMAGES, Options, Parameter};
+
+use super::prompt::MAX_PROMPT_BYTES;
+
+/// Largest guidance scale.
+pub const MAX_GUIDANCE_SCALE: f64 = 100.0;
 /// Every step is guided.
 pub const WHOLE_INTERVAL: [f64; 2] = [0.0, 1.0];
+
+/// See [`Guidance::guidance_scale`].
+pub static GUIDANCE_SCALE: Parameter<f64> = Parameter::number(
+    "guidance_scale",
+    0.0,
+    MAX_GUIDANCE_SCALE,
+    "How closely the prompt is followed, as in diffusers; the model's own default when absent.",
+);
+
+/// See [`Guidance::true_cfg_scale`].
+pub static TRUE_CFG_SCALE: Parameter<f64> = Parameter::number(
+    "true_cfg_scale",
+    1.0,
+    MAX_GUIDANCE_SCALE,
+    "Scale of a second, negative prediction for models whose guidance_scale is another thing (FLUX.1); 1 is off.",
+)
+.only_for(IMAGES);
+
+/// See [`Guidance::interval`].
+pub static GUIDANCE_INTERVAL: Parameter<[f64; 2]> = Parameter::interval(
+    "guidance_interval",
+    "Part of the steps that make the negative prediction: step i of n does where start <= i/n < end.",
+);
+
+/// See [`Guidance::negative_prompt`].
+pub static NEGATIVE_PROMPT: Parameter<String> = Parameter::text(
+    "negative_prompt",
+    MAX_PROMPT_BYTES,
+    "What to steer away from; needs a guidance scale above 1. Absent is not the same as empty for SDXL.",
+);
 
 /// Guidance of a request.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +76,15 @@ impl Guidance {
         let fraction = index as f64 / steps as f64;
         self.negative_prompt.is_some() && start <= fraction && fraction < end
     }
+
+    pub(super) fn echo(&self, options: &mut Options) {
+        options.set(&GUIDANCE_SCALE, self.guidance_scale);
+        options.set(&TRUE_CFG_SCALE, self.true_cfg_scale);
+        // Without a negative prediction the interval has no meaning.
+        options.set(&GUIDANCE_INTERVAL, self.negative_prompt.as_ref().map(|_| self.interval));
+        let negative = self.negative_prompt.as_ref().and_then(NegativePrompt::text);
+        options.set(&NEGATIVE_PROMPT, negative.map(str::to_owned));
+    }
 }
 
 /// What the second branch of classifier-free guidance is told.
@@ -53,6 +102,100 @@ impl NegativePrompt {
         match self {
             Self::Absent => None,
             Self::Text(text) => Some(text),
+        }
+    }
+}
+
+/// How `guidance_scale` enters a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuidanceKind {
+    /// Not at all (timestep-distilled models): only 0 is accepted. A negative prompt is used at `true_cfg_scale`.
+    None,
+    /// As an input of the transformer. A negative prompt is used at `true_cfg_scale`.
+    Embedded,
+    /// By a second, negative prediction when the scale is above 1.
+    ClassifierFree,
+}
+
+/// How a model is guided.
+#[derive(Debug, Clone, Copy)]
+pub struct GuidanceSupport {
+    /// How the scale enters.
+    pub kind: GuidanceKind,
+    /// Where the client gives no `guidance_scale`.
+    pub default_scale: f64,
+}
+
+impl GuidanceSupport {
+    /// `edit_scale` is the default of a request that begins from an image.
+    pub(super) fn resolve(&self, options: &Options, edit_scale: Option<f64>) -> Result<Guidance> {
+        let default_scale = edit_scale.unwrap_or(self.default_scale);
+        let guidance = Guidance {
+            guidance_scale: options.get(&GUIDANCE_SCALE).unwrap_or(default_scale),
+            true_cfg_scale: self.true_cfg_scale(options.get(&TRUE_CFG_SCALE))?,
+            interval: options.get(&GUIDANCE_INTERVAL).unwrap_or(WHOLE_INTERVAL),
+            negative_prompt: options.get(&NEGATIVE_PROMPT).map(NegativePrompt::Text),
+        };
+        if self.kind == GuidanceKind::None && guidance.guidance_scale != 0.0 {
+            let problem = "this model was distilled without guidance; only 0 is allowed";
+            return Err(Error::invalid("guidance_scale", problem));
+        }
+        self.with_negative_prompt(guidance)
+    }
+
+    /// Off (1) where the client gives none; `None` for models that are guided by `guidance_scale`.
+    fn true_cfg_scale(&self, asked: Option<f64>) -> Result<Option<f64>> {
+        match (self.kind, asked) {
+            (GuidanceKind::ClassifierFree, None) => Ok(None),
+            (GuidanceKind::ClassifierFree, Some(_)) => {
+                Err(Error::invalid("true_cfg_scale", "this model is guided by guidance_scale; leave it out"))
+            }
+            (GuidanceKind::None | GuidanceKind::Embedded, asked) => Ok(Some(asked.unwrap_or(1.0))),
+        }
+    }
+
+    /// Refuses a negative prompt without a scale and a scale without a negative prompt.
+    fn with_negative_prompt(&self, mut guidance: Guidance) -> Result<Guidance> {
+        let has_text = guidance.negative_prompt.is_some();
+        match (self.kind, guidance.cfg_scale() > 1.0) {
+            (_, false) if has_text => {
+                let problem = format!("has no effect unless {} is above 1; leave it out", self.cfg_field());
+                return Err(Error::invalid("negative_prompt", problem));
+            }
+            (GuidanceKind::ClassifierFree, true) => {
+                guidance.negative_prompt.get_or_insert(NegativePrompt::Absent);
+            }
+            // diffusers ignores the scale then; nothing is ignored here.
+            (GuidanceKind::None | GuidanceKind::Embedded, true) if !has_text => {
+                let problem = "has no effect without a negative_prompt; give one, possibly the empty one";
+                return Err(Error::invalid("true_cfg_scale", problem));
+            }
+            _ => (),
+        }
+        Ok(guidance)
+    }
+
+    /// Refuses an interval that changes nothing or holds none of the `steps` that are made.
+    pub(super) fn check_interval(&self, guidance: &Guidance, steps: usize) -> Result<()> {
+        let refuse = |problem: String| Err(Error::invalid("guidance_interval", problem));
+        if guidance.interval == WHOLE_INTERVAL {
+            return Ok(());
+        }
+        if guidance.negative_prompt.is_none() {
+            return refuse(format!("has no effect unless {} is above 1; leave it out", self.cfg_field()));
+        }
+        if !(0..steps).any(|index| guidance.is_guided_at(index, steps)) {
+            let second = 1.0 / steps as f64;
+            return refuse(format!("holds none of the {steps} steps, the first of which are at 0 and {second}"));
+        }
+        Ok(())
+    }
+
+    /// The field that scales the negative prediction.
+    fn cfg_field(&self) -> &'static str {
+        match self.kind {
+            GuidanceKind::None | GuidanceKind::Embedded => "true_cfg_scale",
+            GuidanceKind::ClassifierFree => "guidance_scale",
         }
     }
 }

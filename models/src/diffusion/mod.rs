@@ -1,19 +1,29 @@
 //! What a request for an image or a video consists of, one module for each capability.
 //!
-//! Owns: the validated request, made of one part for each capability. Does not know: networks, sessions, steps.
+//! Owns: the validated request. Each module owns its parameters, their validation, its part of the request and of the
+//! model's card, and what answers echo of it. Does not know: networks, sessions, steps.
 
 pub mod acceleration;
 pub mod canvas;
+pub mod card;
 pub mod edit;
 pub mod guidance;
+pub mod loras;
+pub mod parameters;
+pub mod previews;
 pub mod prompt;
 pub mod references;
 pub mod refinement;
 pub mod sampling;
+#[cfg(test)]
+mod tests;
+pub mod tiling;
 
 use crate::lora::LoraUse;
+use crate::parameter::Options;
 pub use acceleration::Acceleration;
 pub use canvas::Canvas;
+pub use card::{DiffusionCard, Medium};
 pub use edit::Edit;
 pub use guidance::{Guidance, NegativePrompt};
 pub use prompt::Prompt;
@@ -21,7 +31,20 @@ pub use references::References;
 pub use refinement::Refinement;
 pub use sampling::Sampling;
 
-/// Effective parameters of an image or a video, as they are echoed. Made by [`crate::DiffusionCard::resolve`].
+/// `options`, and those of `base` where they have none. What belongs to a value that is replaced is not taken over: the
+/// length to its prompts, which it would cut, spacing and `eta` to their scheduler.
+pub fn options_over(options: Options, mut base: Options) -> Options {
+    if options.has(&prompt::PROMPT) || options.has(&guidance::NEGATIVE_PROMPT) {
+        base.set(&prompt::MAX_SEQUENCE_LENGTH, None);
+    }
+    if options.has(&sampling::SCHEDULER) {
+        base.set(&sampling::TIMESTEP_SPACING, None);
+        base.set(&sampling::ETA, None);
+    }
+    options.or(base)
+}
+
+/// Effective parameters of an image or a video, as they are echoed. Made by [`DiffusionCard::resolve`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct DiffusionRequest {
     /// What to show.
@@ -81,5 +104,29 @@ impl DiffusionRequest {
             return steps_before + steps - first_step_after;
         }
         steps - self.edit.as_ref().map_or(0, |edit| edit.first_step)
+    }
+
+    /// What a client would say to have the same result again. Images that it gave are not repeated.
+    pub fn echo(&self) -> Options {
+        let mut options = Options::default();
+        self.prompt.echo(&mut options);
+        self.canvas.echo(&mut options);
+        self.sampling.echo(&mut options);
+        self.guidance.echo(&mut options);
+        options.set(&acceleration::ACCELERATION, self.acceleration);
+        loras::echo(&self.loras, &mut options);
+        if self.canvas.fps == 0 {
+            options.set(&tiling::VAE_TILING, self.vae_tiling);
+        }
+        if let Some(edit) = &self.edit {
+            edit.echo(&mut options);
+        }
+        if let Some(references) = &self.references {
+            references.echo(&mut options);
+        }
+        if let Some(refinement) = &self.refinement {
+            refinement.echo(&mut options);
+        }
+        options
     }
 }

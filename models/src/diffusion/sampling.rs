@@ -1,6 +1,59 @@
 //! The way from noise to latents: steps, scheduler, seed.
+//!
+//! Owns: `num_inference_steps`, `scheduler`, `timestep_spacing`, `eta` and `seed`. Does not know: what a scheduler
+//! computes.
 
-use crate::solver::names::{Loop, Scheduler, Spacing};
+use crate::error::{Error, Result};
+use crate::parameter::{IMAGES, Options, Parameter, ParameterType, Value, check_range};
+use crate::solver::names::{Loop, SCHEDULER_NAMES, Scheduler, Spacing};
+use crate::solver::schedulers::{Chosen, Schedulers};
+
+/// Most denoising steps of one request.
+pub const MAX_INFERENCE_STEPS: usize = 1000;
+/// What diffusers' pipelines hand to steps that have an `eta`.
+const DEFAULT_ETA: f64 = 0.0;
+
+/// See [`Sampling::num_inference_steps`].
+pub static NUM_INFERENCE_STEPS: Parameter<usize> = Parameter::integer(
+    "num_inference_steps",
+    1,
+    MAX_INFERENCE_STEPS,
+    "Denoising steps; the model's own default when absent.",
+)
+.narrowed_by_models();
+
+/// See [`Sampling::scheduler`].
+pub static SCHEDULER: Parameter<String> =
+    Parameter::name("scheduler", &SCHEDULER_NAMES, "How the latents are sampled; the checkpoint's own when absent.");
+
+/// See [`Sampling::timestep_spacing`].
+pub static TIMESTEP_SPACING: Parameter<Spacing> = Parameter::choice(
+    "timestep_spacing",
+    Spacing::NAMES,
+    "Which timesteps of training the scheduler visits, where that is its choice; the checkpoint's own when absent.",
+)
+.only_for(IMAGES);
+
+/// See [`Sampling::eta`].
+pub static ETA: Parameter<f64> =
+    Parameter::number("eta", 0.0, 1.0, "Share of fresh noise in the steps of DDIM and TCD; 0 when absent.")
+        .only_for(IMAGES);
+
+/// See [`Sampling::seed`].
+pub static SEED: Parameter<u64> = Parameter::seed(
+    "seed",
+    "Seed of torch.Generator(\"cpu\"): the same seed gives the same result; drawn at random and echoed when absent.",
+);
+
+impl ParameterType for Spacing {
+    fn from_value(value: &Value) -> Option<Self> {
+        String::from_value(value)?.parse().ok()
+    }
+
+    fn into_value(self) -> Value {
+        Value::Text(self.as_str().to_owned())
+    }
+}
 
 /// How the latents are sampled.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,5 +80,50 @@ impl Sampling {
     pub fn denoising_loop(&self, image_seq_len: Option<usize>) -> Loop {
         let Self { num_inference_steps: steps, timestep_spacing, eta, .. } = *self;
         Loop { steps, timestep_spacing, eta, image_seq_len }
+    }
+
+    pub(super) fn echo(&self, options: &mut Options) {
+        options.set(&NUM_INFERENCE_STEPS, self.num_inference_steps);
+        options.set(&SCHEDULER, self.scheduler.name.to_owned());
+        options.set(&TIMESTEP_SPACING, self.timestep_spacing);
+        options.set(&ETA, self.eta);
+        options.set(&SEED, self.seed);
+    }
+}
+
+/// How a model can be sampled.
+#[derive(Debug, Clone)]
+pub struct SamplingSupport {
+    /// Steps where the client gives none.
+    pub default_steps: usize,
+    /// The solvers that the checkpoint can be sampled with.
+    pub schedulers: Schedulers,
+}
+
+impl SamplingSupport {
+    /// `fallback_seed` is used where the client gives none.
+    pub(super) fn resolve(&self, options: &Options, fallback_seed: u64) -> Result<Sampling> {
+        let asked = options.get(&SCHEDULER);
+        let Chosen { scheduler, timestep_spacing, max_steps } =
+            self.schedulers.choose(asked.as_deref(), options.get(&TIMESTEP_SPACING))?;
+        let steps = options.get(&NUM_INFERENCE_STEPS).unwrap_or(self.default_steps.min(max_steps));
+        check_range("num_inference_steps", steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
+        Ok(Sampling {
+            num_inference_steps: steps,
+            scheduler,
+            timestep_spacing,
+            eta: eta(scheduler, options.get(&ETA))?,
+            seed: options.get(&SEED).unwrap_or(fallback_seed),
+        })
+    }
+}
+
+fn eta(scheduler: &Scheduler, asked: Option<f64>) -> Result<Option<f64>> {
+    match asked {
+        Some(_) if !scheduler.takes_eta() => {
+            Err(Error::invalid("eta", format!("has no effect with scheduler {}", scheduler.name)))
+        }
+        None if !scheduler.takes_eta() => Ok(None),
+        asked => Ok(Some(asked.unwrap_or(DEFAULT_ETA))),
     }
 }

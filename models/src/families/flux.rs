@@ -4,17 +4,20 @@
 //! Source: diffusers `pipelines/flux/pipeline_flux.py` and its siblings for image to image and inpainting. Noise is drawn
 //! in f32, as diffusers does for an f32 pipeline.
 
+use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::canvas::CanvasSupport;
+use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use crate::card::{
-    CacheThresholds, DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts,
-    StepRounding,
-};
+use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::device::Placement;
-use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::encoders::{rows_of, slices};
@@ -246,42 +249,36 @@ fn card(
     schedulers: Schedulers,
     placement: &Placement,
 ) -> DiffusionCard {
-    let (num_inference_steps, guidance_scale, max_sequence_length, guidance) = match transformer.guidance_embeds {
-        true => (28, 3.5, 512, Guidance::Embedded),
-        false => (4, 0.0, 256, Guidance::None),
+    let (default_steps, default_scale, max_length, kind) = match transformer.guidance_embeds {
+        true => (28, 3.5, 512, GuidanceKind::Embedded),
+        false => (4, 0.0, 256, GuidanceKind::None),
     };
     // Of `FluxImg2ImgPipeline.__call__` and `FluxInpaintPipeline.__call__`.
-    let edit_guidance_scale = if guidance == Guidance::None { 0.0 } else { 7.0 };
+    let edit_guidance_scale = if kind == GuidanceKind::None { 0.0 } else { 7.0 };
     let edit = Some(EditDefaults { strength: 0.6, guidance_scale: edit_guidance_scale });
     let side = DEFAULT_SAMPLE_SIZE * vae.vae_scale_factor();
-    DiffusionCard {
-        family: Flux.name(),
-        medium: Medium::Picture,
-        defaults: DiffusionDefaults {
-            width: side,
-            height: side,
-            num_frames: 1,
-            fps: 0,
-            num_inference_steps,
-            guidance_scale,
-            max_sequence_length,
-        },
+    let prompts = Prompts::Plain { default_length: max_length, max_length };
+    let canvas = CanvasSupport {
+        default_width: side,
+        default_height: side,
         size_multiple: vae.vae_scale_factor() * PACK,
         max_side: MAX_SIDE,
         max_pixels: MAX_PIXELS,
-        max_frames: 1,
-        frames_multiple: 1,
-        max_sequence_length,
-        prompts: Prompts::Plain,
-        guidance,
-        loras: LoraSupport::NoFolder,
-        schedulers,
-        vae_tiling: vae.vae_tiling(placement.compute_dtype, LATENT_COPIES),
-        has_ip_adapter: false,
-        refiner: None,
-        room_bytes: usize::MAX,
+        frames: None,
+    };
+    let sampling = SamplingSupport { default_steps, schedulers };
+    let guidance = GuidanceSupport { kind, default_scale };
+    DiffusionCard {
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
-        edits: Edits { image_to_image: edit, inpainting: edit, rounding: StepRounding::LeftOut, is_needed: false },
+        loras: LoraSupport::NoFolder,
+        tiling: vae.vae_tiling(placement.compute_dtype, LATENT_COPIES),
+        edits: Some(EditSupport {
+            image_to_image: edit,
+            inpainting: edit,
+            rounding: StepRounding::LeftOut,
+            is_needed: false,
+        }),
+        ..DiffusionCard::new(Flux.name(), prompts, canvas, sampling, guidance)
     }
 }
 
@@ -387,6 +384,7 @@ impl DiffusionModel for FluxModel {
         let (rows, columns) = self.grid(request);
         Ok(self
             .card
+            .sampling
             .schedulers
             .start(request.sampling.scheduler, &request.sampling.denoising_loop(Some(rows * columns))))
     }

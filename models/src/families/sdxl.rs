@@ -4,18 +4,21 @@
 //! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
 //! siblings for image to image and inpainting. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
+use crate::diffusion::canvas::CanvasSupport;
+use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::card::{
-    DiffusionCard, DiffusionDefaults, EditDefaults, Edits, Guidance, Medium, ModelCard, Prompts, StepRounding,
-};
+use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights, Reread};
 use crate::device::Placement;
-use crate::diffusion::DiffusionRequest;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
 use crate::encoders::rows_of;
@@ -65,7 +68,7 @@ const DEFAULT_SAMPLE_SIZE: usize = 128;
 const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
 /// Those of `StableDiffusionXLImg2ImgPipeline.__call__` and `StableDiffusionXLInpaintPipeline.__call__`.
-const EDITS: Edits = Edits {
+const EDITS: EditSupport = EditSupport {
     image_to_image: Some(EditDefaults { strength: 0.3, guidance_scale: 5.0 }),
     inpainting: Some(EditDefaults { strength: 0.9999, guidance_scale: 7.5 }),
     rounding: StepRounding::Taken,
@@ -263,7 +266,7 @@ impl SdxlModel {
                 return Err(Error::checkpoint(folder, problem));
             }
         }
-        self.card.refiner = Some(refiner.card.schedulers.clone());
+        self.card.refiner = Some(refiner.card.sampling.schedulers.clone());
         if let Prompts::Chunked(rule) = &mut self.card.prompts {
             // No prompt may be cut by it that is whole for the model.
             rule.tokenizers.push(refiner.tokenizer_2.clone());
@@ -383,34 +386,22 @@ impl Sizes {
     fn card(&self, schedulers: Schedulers, tokenizers: Vec<Tokenizer>, dtype: DType) -> DiffusionCard {
         let side = self.unet.sample_size.unwrap_or(DEFAULT_SAMPLE_SIZE) * self.vae.vae_scale_factor();
         let chunks = ChunkRule { tokenizers, positions: self.text_encoder_2.max_position_embeddings };
-        DiffusionCard {
-            family: Sdxl.name(),
-            medium: Medium::Picture,
-            defaults: DiffusionDefaults {
-                width: side,
-                height: side,
-                num_frames: 1,
-                fps: 0,
-                num_inference_steps: DEFAULT_STEPS,
-                guidance_scale: DEFAULT_GUIDANCE_SCALE,
-                max_sequence_length: chunks.positions,
-            },
+        let prompts = Prompts::Chunked(chunks);
+        let canvas = CanvasSupport {
+            default_width: side,
+            default_height: side,
             size_multiple: self.vae.vae_scale_factor(),
             max_side: MAX_SIDE,
             max_pixels: MAX_PIXELS,
-            max_frames: 1,
-            frames_multiple: 1,
-            max_sequence_length: chunks.max_length(),
-            prompts: Prompts::Chunked(chunks),
-            guidance: Guidance::ClassifierFree,
+            frames: None,
+        };
+        let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
+        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
+        DiffusionCard {
             loras: LoraSupport::NoFolder,
-            schedulers,
-            vae_tiling: self.vae.vae_tiling(dtype, LATENT_COPIES),
-            has_ip_adapter: false,
-            refiner: None,
-            room_bytes: usize::MAX,
-            acceleration: None,
-            edits: Edits { is_needed: self.requires_aesthetics_score, ..EDITS },
+            tiling: self.vae.vae_tiling(dtype, LATENT_COPIES),
+            edits: Some(EditSupport { is_needed: self.requires_aesthetics_score, ..EDITS }),
+            ..DiffusionCard::new(Sdxl.name(), prompts, canvas, sampling, guidance)
         }
     }
 
@@ -555,7 +546,7 @@ impl DiffusionModel for SdxlModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
+        Ok(self.card.sampling.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {

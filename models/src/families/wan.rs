@@ -4,6 +4,12 @@
 //! denoising loop, guidance, batching, RGB bytes.
 //! Source: diffusers `models/transformers/transformer_wan.py`, `pipelines/wan/pipeline_wan.py`.
 
+use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{Acceleration, DiffusionCard, DiffusionRequest};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
@@ -13,11 +19,10 @@ use tale_kernels::{
     AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
 };
 
-use crate::card::{CacheThresholds, DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, ModelCard, Prompts};
+use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::config::check_eps;
 use crate::device::Placement;
-use crate::diffusion::{Acceleration, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
@@ -25,7 +30,6 @@ use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
-use crate::lora::LoraSupport;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::Phase;
@@ -51,16 +55,14 @@ const MAX_FRAMES: usize = 257;
 const MAX_SEQUENCE_LENGTH: usize = 512;
 /// The pipeline refuses other sizes whatever the patches are.
 const PIPELINE_SIZE_MULTIPLE: usize = 16;
-/// Defaults of `WanPipeline.__call__`; the rate is the one at which its example saves the clip.
-const DEFAULTS: DiffusionDefaults = DiffusionDefaults {
-    width: 832,
-    height: 480,
-    num_frames: 81,
-    fps: 16,
-    num_inference_steps: 50,
-    guidance_scale: 5.0,
-    max_sequence_length: MAX_SEQUENCE_LENGTH,
-};
+/// Defaults of `WanPipeline.__call__`.
+const DEFAULT_WIDTH: usize = 832;
+const DEFAULT_HEIGHT: usize = 480;
+const DEFAULT_FRAMES: usize = 81;
+const DEFAULT_STEPS: usize = 50;
+const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
+/// The rate at which its example saves the video.
+const DEFAULT_FPS: usize = 16;
 
 /// Measured by the author of github.com/testdummyvt/diffsynth-wan-cache, whose README has the clips: 1.13 and 1.36 times as
 /// fast for the 1.3B model, which falls apart at 0.06; the 14B one is a little more patient.
@@ -304,26 +306,25 @@ impl Sizes {
         let [_, patch_height, patch_width] = self.transformer.patch_size;
         let (spatial, temporal) = (self.vae.scale_factor_spatial, self.vae.scale_factor_temporal);
         let positions = self.transformer.rope_max_seq_len;
-        DiffusionCard {
-            family: Wan.name(),
-            medium: Medium::Clip,
-            defaults: DEFAULTS,
+        let prompts = Prompts::Plain { default_length: MAX_SEQUENCE_LENGTH, max_length: MAX_SEQUENCE_LENGTH };
+        let canvas = CanvasSupport {
+            default_width: DEFAULT_WIDTH,
+            default_height: DEFAULT_HEIGHT,
             size_multiple: lcm(PIPELINE_SIZE_MULTIPLE, lcm(spatial * patch_height, spatial * patch_width)),
             max_side: MAX_SIDE.min(positions * spatial * patch_height.min(patch_width)),
             max_pixels: MAX_PIXELS,
-            max_frames: MAX_FRAMES.min((positions - 1) * temporal + 1),
-            frames_multiple: temporal,
-            max_sequence_length: MAX_SEQUENCE_LENGTH,
-            prompts: Prompts::Plain,
-            guidance: Guidance::ClassifierFree,
-            loras: LoraSupport::Unsupported,
-            schedulers,
-            vae_tiling: None,
-            has_ip_adapter: false,
-            refiner: None,
-            room_bytes: usize::MAX,
+            frames: Some(FrameSupport {
+                default_num_frames: DEFAULT_FRAMES,
+                default_fps: DEFAULT_FPS,
+                multiple: temporal,
+                max_frames: MAX_FRAMES.min((positions - 1) * temporal + 1),
+            }),
+        };
+        let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
+        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
+        DiffusionCard {
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
-            edits: Edits::default(),
+            ..DiffusionCard::new(Wan.name(), prompts, canvas, sampling, guidance)
         }
     }
 
@@ -438,7 +439,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
+        Ok(self.card.sampling.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
     }
 
     fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use serde::Deserialize;
+
 use super::file::{LoraFile, Refusal};
 use super::names::{LoraNames, listed};
 use crate::device::Placement;
@@ -25,12 +27,18 @@ const MAX_KNOWN_FILES: usize = 128;
 const EXTENSION: &str = "safetensors";
 
 /// What a client says of one adapter.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LoraOption {
     /// The file's name without `.safetensors`.
     pub name: String,
     /// 1 is what its author meant; 0 is nothing.
+    #[serde(default = "one")]
     pub weight: f64,
+}
+
+fn one() -> f64 {
+    1.0
 }
 
 /// One adapter of a request, found and checked.

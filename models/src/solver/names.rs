@@ -50,6 +50,17 @@ pub static SCHEDULERS: [Scheduler; 19] = [
     Scheduler { name: "FlowMatchEulerDiscreteScheduler", class: Class::FlowMatchEuler, settings: &[] },
 ];
 
+/// The names of [`SCHEDULERS`].
+pub static SCHEDULER_NAMES: [&str; SCHEDULERS.len()] = {
+    let mut names = [""; SCHEDULERS.len()];
+    let mut i = 0;
+    while i < names.len() {
+        names[i] = SCHEDULERS[i].name;
+        i += 1;
+    }
+    names
+};
+
 const fn dpmpp_2m(algorithm_type: &'static str, karras: bool) -> [(&'static str, Setting); 3] {
     [
         ("algorithm_type", Setting::Word(algorithm_type)),
@@ -121,6 +132,9 @@ pub enum Spacing {
 }
 
 impl Spacing {
+    /// All names, as [`Spacing::as_str`] gives them.
+    pub const NAMES: &[&str] = &["linspace", "leading", "trailing"];
+
     /// Its name in files, on the wire and on the command line.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -10,9 +10,9 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Deserializer};
 use tale_kernels::{AttentionOptions, attention};
 
+use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
-use crate::memory::VaeTiling;
 use crate::vae::preview::{FIT_SIDE, LatentRgb};
 use crate::vae::tiling::{Mosaic, Tiling};
 use crate::weights::Weights;
@@ -234,7 +234,7 @@ impl KlConfig {
         let square = self.vae_scale_factor().pow(2);
         let held = latent_copies * self.latent_channels * size_of::<f32>();
         let bytes_per_pixel = (self.decode_bytes(square, dtype) + held).div_ceil(square);
-        Some(VaeTiling { tile_side: self.sample_size, bytes_per_pixel })
+        Some(VaeTiling { tile_side: self.sample_size, bytes_per_pixel, room_bytes: None })
     }
 
     /// The tiles of latents of this height and width; `None` where they are decoded as a whole.

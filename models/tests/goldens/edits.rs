@@ -3,12 +3,18 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, IMAGE, MASK, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SCHEDULER,
+    SEED, STRENGTH, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{DType, Tensor};
 use tale_models::ModelCard;
-use tale_models::card::{DiffusionCard, DiffusionOptions};
+
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::request::{Frame, Mask};
@@ -65,22 +71,20 @@ impl Run {
     fn request(&self, card: &DiffusionCard) -> DiffusionRequest {
         let facts = &self.facts;
         let size = |field: &str| facts[field].as_u64().map(|value| value as usize);
-        let options = DiffusionOptions {
-            prompt: facts["prompt"].as_str().unwrap().to_owned(),
-            negative_prompt: facts["negative_prompt"].as_str().map(str::to_owned),
-            width: size("width"),
-            height: size("height"),
-            num_inference_steps: size("num_inference_steps"),
-            guidance_scale: facts["guidance_scale"].as_f64(),
-            scheduler: facts["scheduler"].as_str().map(str::to_owned),
-            seed: facts["seed"].as_u64(),
-            max_sequence_length: size("max_sequence_length"),
-            strength: facts["strength"].as_f64(),
-            image: Some(self.picture()),
-            mask: self.mask(),
-            ..Default::default()
-        };
-        card.resolve(options, 0).unwrap()
+        let options = Options::default()
+            .with(&PROMPT, facts["prompt"].as_str().unwrap().to_owned())
+            .with(&NEGATIVE_PROMPT, facts["negative_prompt"].as_str().map(str::to_owned))
+            .with(&WIDTH, size("width"))
+            .with(&HEIGHT, size("height"))
+            .with(&NUM_INFERENCE_STEPS, size("num_inference_steps"))
+            .with(&GUIDANCE_SCALE, facts["guidance_scale"].as_f64())
+            .with(&SCHEDULER, facts["scheduler"].as_str().map(str::to_owned))
+            .with(&SEED, facts["seed"].as_u64())
+            .with(&MAX_SEQUENCE_LENGTH, size("max_sequence_length"))
+            .with(&STRENGTH, facts["strength"].as_f64())
+            .with(&IMAGE, self.picture())
+            .with(&MASK, self.mask());
+        card.resolve(&options, 0).unwrap()
     }
 }
 
@@ -155,18 +159,16 @@ fn edits_in_a_batch_are_those_made_alone() {
         let mask = Arc::new(mask);
         let variants: Vec<DiffusionRequest> = (0..4)
             .map(|i| {
-                let options = DiffusionOptions {
-                    prompt: "A boat".to_owned(),
-                    width: side,
-                    height: side,
-                    num_inference_steps: Some(3 + i),
-                    guidance_scale: Some(3.0),
-                    image: has_picture(i).then(|| picture.clone()),
-                    mask: (i > 1).then(|| mask.clone()),
-                    strength: has_picture(i).then_some(0.4 + 0.2 * i as f64),
-                    ..Default::default()
-                };
-                card.resolve(options, 100 + i as u64).unwrap()
+                let options = Options::default()
+                    .with(&PROMPT, "A boat".to_owned())
+                    .with(&WIDTH, side)
+                    .with(&HEIGHT, side)
+                    .with(&NUM_INFERENCE_STEPS, 3 + i)
+                    .with(&GUIDANCE_SCALE, 3.0)
+                    .with(&IMAGE, has_picture(i).then(|| picture.clone()))
+                    .with(&MASK, (i > 1).then(|| mask.clone()))
+                    .with(&STRENGTH, has_picture(i).then_some(0.4 + 0.2 * i as f64));
+                card.resolve(&options, 100 + i as u64).unwrap()
             })
             .collect();
         let alone: Vec<Frame> =
@@ -183,8 +185,8 @@ fn edits_in_a_batch_are_those_made_alone() {
 #[test]
 fn a_refiner_makes_nothing_without_a_picture() {
     let (card, _) = load_runner(REFINER, 1);
-    let options = DiffusionOptions { prompt: "a boat".to_owned(), ..Default::default() };
-    let error = card.resolve(options, 0).expect_err("there is no picture").to_string();
+    let options = Options::default().with(&PROMPT, "a boat".to_owned());
+    let error = card.resolve(&options, 0).expect_err("there is no picture").to_string();
     assert!(error.starts_with("image: is missing"), "{error}");
 }
 

@@ -1,11 +1,16 @@
 //! FLUX.1 and its solver, stage by stage.
 
 use std::collections::HashMap;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
-use tale_models::card::DiffusionOptions;
+
 use tale_models::checkpoint::Manifest;
+
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::{FluxConditioning, FluxModel};
@@ -203,14 +208,14 @@ fn cancel_at_any_step_leaves_nothing() {
 #[test]
 fn card_carries_the_pipelines_defaults_and_limits() {
     let dev = load_model("flux-dev").card().clone();
-    assert_eq!((dev.defaults.width, dev.defaults.num_inference_steps, dev.defaults.guidance_scale), (1024, 28, 3.5));
-    assert_eq!((dev.size_multiple, dev.max_sequence_length), (16, 512));
+    assert_eq!((dev.canvas.default_width, dev.sampling.default_steps, dev.guidance.default_scale), (1024, 28, 3.5));
+    assert_eq!((dev.canvas.size_multiple, dev.prompts.max_length()), (16, 512));
     let schnell = load_model("flux-schnell").card().clone();
     // Its VAE has three levels.
-    assert_eq!((schnell.defaults.width, schnell.defaults.num_inference_steps), (512, 4));
-    assert_eq!((schnell.size_multiple, schnell.max_sequence_length), (8, 256));
-    let guided = DiffusionOptions { prompt: "a fox".into(), guidance_scale: Some(2.0), ..Default::default() };
-    assert!(schnell.resolve(guided, 0).is_err(), "schnell was distilled without guidance");
+    assert_eq!((schnell.canvas.default_width, schnell.sampling.default_steps), (512, 4));
+    assert_eq!((schnell.canvas.size_multiple, schnell.prompts.max_length()), (8, 256));
+    let guided = Options::default().with(&PROMPT, "a fox".to_owned()).with(&GUIDANCE_SCALE, 2.0);
+    assert!(schnell.resolve(&guided, 0).is_err(), "schnell was distilled without guidance");
 }
 
 #[test]
@@ -349,17 +354,15 @@ pub fn requests(case: &str, card: &tale_models::DiffusionCard) -> Vec<DiffusionR
     let golden = golden_json(case);
     let size = |value: &serde_json::Value| value.as_u64().map(|value| value as usize);
     let request = |run: &serde_json::Value| {
-        let options = DiffusionOptions {
-            prompt: run["prompt"].as_str().unwrap().to_owned(),
-            width: size(&run["width"]),
-            height: size(&run["height"]),
-            num_inference_steps: size(&run["num_inference_steps"]),
-            guidance_scale: run["guidance_scale"].as_f64(),
-            seed: run["seed"].as_u64(),
-            max_sequence_length: size(&run["max_sequence_length"]),
-            ..Default::default()
-        };
-        card.resolve(options, 0).unwrap()
+        let options = Options::default()
+            .with(&PROMPT, run["prompt"].as_str().unwrap().to_owned())
+            .with(&WIDTH, size(&run["width"]))
+            .with(&HEIGHT, size(&run["height"]))
+            .with(&NUM_INFERENCE_STEPS, size(&run["num_inference_steps"]))
+            .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+            .with(&SEED, run["seed"].as_u64())
+            .with(&MAX_SEQUENCE_LENGTH, size(&run["max_sequence_length"]));
+        card.resolve(&options, 0).unwrap()
     };
     golden["runs"].as_array().unwrap().iter().map(request).collect()
 }
@@ -396,7 +399,7 @@ fn row(values: &[f64]) -> Tensor {
 fn prompts_encoded_together_have_the_bits_of_lone_ones() {
     for case in ["flux-dev", "flux-schnell"] {
         let model = load_model(case);
-        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let request = model.card().resolve(&Options::default(), 0).unwrap();
         let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
         let together = model.encode(&prompts, &request).unwrap();
         for (prompt, together) in prompts.iter().zip(&together) {

@@ -2,11 +2,17 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use tale_models::diffusion::parameters::{
+    ACCELERATION, GUIDANCE_INTERVAL, GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES,
+    NUM_INFERENCE_STEPS, PROMPT, SEED, TRUE_CFG_SCALE, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::Tensor;
 use serde_json::Value;
-use tale_models::card::DiffusionOptions;
+
 use tale_models::checkpoint::Manifest;
+
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::{Acceleration, DiffusionRequest};
 use tale_models::families::flux::FluxModel;
@@ -115,7 +121,7 @@ fn at_threshold_0_the_cache_changes_no_bit() {
 }
 
 fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
-    let request = small_request(model.card(), DiffusionOptions::default());
+    let request = small_request(model.card(), Options::default());
     let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
     let mut cache = BlockCache::new(0.0);
     let mut generator = TorchGenerator::new(3);
@@ -148,16 +154,14 @@ fn accelerated_sessions_of_a_batch_give_the_pictures_of_lone_ones() {
     let variants: Vec<DiffusionRequest> = (0..5)
         .map(|i| {
             let guided = i % 2 == 1;
-            let options = DiffusionOptions {
-                prompt: format!("A boat and {i} more"),
-                negative_prompt: guided.then(|| "Rain".to_owned()),
-                true_cfg_scale: guided.then_some(2.0),
-                guidance_interval: (i == 3).then_some([0.0, 0.5]),
-                acceleration: Some([Acceleration::Safe, Acceleration::Fast, Acceleration::None][i % 3]),
-                seed: Some(100 + i as u64),
-                num_inference_steps: Some(14 + 2 * i),
-                ..Default::default()
-            };
+            let options = Options::default()
+                .with(&PROMPT, format!("A boat and {i} more"))
+                .with(&NEGATIVE_PROMPT, guided.then(|| "Rain".to_owned()))
+                .with(&TRUE_CFG_SCALE, guided.then_some(2.0))
+                .with(&GUIDANCE_INTERVAL, (i == 3).then_some([0.0, 0.5]))
+                .with(&ACCELERATION, [Acceleration::Safe, Acceleration::Fast, Acceleration::None][i % 3])
+                .with(&SEED, 100 + i as u64)
+                .with(&NUM_INFERENCE_STEPS, 14 + 2 * i);
             small_request(&card, options)
         })
         .collect();
@@ -206,8 +210,8 @@ fn work_is_what_a_pass_does_at_least_and_memory_what_the_caches_keep() {
 #[test]
 fn where_nothing_can_be_skipped_acceleration_is_refused() {
     let (card, _) = load(&case_dir("sdxl-a").join("checkpoint"), 1);
-    let options = DiffusionOptions { prompt: "x".into(), acceleration: Some(Acceleration::Safe), ..Default::default() };
-    let refused = card.resolve(options, 0).unwrap_err().to_string();
+    let options = Options::default().with(&PROMPT, "x".to_owned()).with(&ACCELERATION, Acceleration::Safe);
+    let refused = card.resolve(&options, 0).unwrap_err().to_string();
     assert!(refused.starts_with("acceleration: ") && refused.contains("allowed: none"), "{refused}");
 }
 
@@ -224,28 +228,34 @@ fn patterns(run: &Value) -> Vec<String> {
 fn request(run: &Value, card: &DiffusionCard) -> DiffusionRequest {
     let size = |field: &str| run[field].as_u64().map(|value| value as usize);
     let interval = |interval: &Vec<Value>| [interval[0].as_f64().unwrap(), interval[1].as_f64().unwrap()];
-    let options = DiffusionOptions {
-        prompt: run["prompt"].as_str().unwrap().to_owned(),
-        negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
-        width: size("width"),
-        height: size("height"),
-        num_frames: size("num_frames"),
-        num_inference_steps: size("steps"),
-        guidance_scale: run["guidance_scale"].as_f64(),
-        true_cfg_scale: run["true_cfg_scale"].as_f64(),
-        guidance_interval: run["guidance_interval"].as_array().map(interval),
-        acceleration: run["acceleration"].as_str().map(|name| name.parse().unwrap()),
-        seed: run["seed"].as_u64(),
-        max_sequence_length: size("max_sequence_length"),
-        ..Default::default()
-    };
-    card.resolve(options, 0).unwrap()
+    let options = Options::default()
+        .with(&PROMPT, run["prompt"].as_str().unwrap().to_owned())
+        .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+        .with(&WIDTH, size("width"))
+        .with(&HEIGHT, size("height"))
+        .with(&NUM_FRAMES, size("num_frames"))
+        .with(&NUM_INFERENCE_STEPS, size("steps"))
+        .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+        .with(&TRUE_CFG_SCALE, run["true_cfg_scale"].as_f64())
+        .with(&GUIDANCE_INTERVAL, run["guidance_interval"].as_array().map(interval))
+        .with(&ACCELERATION, run["acceleration"].as_str().map(|name| Acceleration::named(name).unwrap()))
+        .with(&SEED, run["seed"].as_u64())
+        .with(&MAX_SEQUENCE_LENGTH, size("max_sequence_length"));
+    card.resolve(&options, 0).unwrap()
 }
 
-fn small_request(card: &DiffusionCard, options: DiffusionOptions) -> DiffusionRequest {
+fn small_request(card: &DiffusionCard, options: Options) -> DiffusionRequest {
     let (width, height, max_sequence_length) = (Some(64), Some(32), Some(16));
-    let num_frames = (card.defaults.num_frames > 1).then_some(5);
-    card.resolve(DiffusionOptions { width, height, num_frames, max_sequence_length, ..options }, 0).unwrap()
+    let num_frames = card.canvas.frames.map(|_| 5);
+    card.resolve(
+        &options
+            .with(&WIDTH, width)
+            .with(&HEIGHT, height)
+            .with(&NUM_FRAMES, num_frames)
+            .with(&MAX_SEQUENCE_LENGTH, max_sequence_length),
+        0,
+    )
+    .unwrap()
 }
 
 /// A committed checkpoint, or a copy of it with some tensors of the transformer scaled.

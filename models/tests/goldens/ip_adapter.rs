@@ -3,11 +3,17 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, IP_ADAPTER_SCALE, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, REFERENCE_IMAGES, SEED,
+    WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{Device, Tensor};
-use tale_models::card::{DiffusionCard, DiffusionOptions};
+
 use tale_models::checkpoint::{Folder, Manifest};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::encoders::image_processor::ClipImageProcessor;
 use tale_models::families::sdxl::SdxlModel;
@@ -86,7 +92,7 @@ fn pictures_are_the_reference_ones() {
     let tensors = golden_tensors(CASE);
     for (run, (adapter, options)) in runs(&tensors).into_iter().enumerate() {
         let (card, mut runner) = load_runner(&adapter, 4);
-        let picture = &crate::support::pictures(&mut *runner, &[card.resolve(options, 0).unwrap()])[0];
+        let picture = &crate::support::pictures(&mut *runner, &[card.resolve(&options, 0).unwrap()])[0];
         let expected: Vec<u8> = tensors[&format!("run{run}.image")].flatten_all().unwrap().to_vec1().unwrap();
         let found = psnr(&picture.rgb, &expected);
         println!("run {run}: {found:.1} dB");
@@ -100,7 +106,7 @@ fn predictions_are_the_reference_ones() {
     let tensors = golden_tensors(CASE);
     for (run, (adapter, options)) in runs(&tensors).into_iter().enumerate() {
         let model = open_model(&adapter);
-        let request = model.card().resolve(options, 0).unwrap();
+        let request = model.card().resolve(&options, 0).unwrap();
         let mut other = request.clone();
         other.references.as_mut().unwrap().scale = 0.1;
         let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
@@ -130,14 +136,15 @@ fn batched_sessions_give_the_pictures_of_lone_ones() {
             .into_iter()
             .enumerate()
             .map(|(i, references)| {
-                let options = DiffusionOptions {
-                    prompt: "A boat".to_owned(),
-                    ip_adapter_scale: (!references.is_empty()).then_some(1.0 - 0.2 * i as f64),
-                    reference_images: references.iter().map(|k| pictures(&tensors)[*k].clone()).collect(),
-                    guidance_scale: Some(if i == 1 { 1.0 } else { 4.0 }),
-                    ..small(2 + i)
-                };
-                card.resolve(options, i as u64).unwrap()
+                let options = small(2 + i)
+                    .with(&PROMPT, "A boat".to_owned())
+                    .with(&IP_ADAPTER_SCALE, (!references.is_empty()).then_some(1.0 - 0.2 * i as f64))
+                    .with(
+                        &REFERENCE_IMAGES,
+                        references.iter().map(|k| pictures(&tensors)[*k].clone()).collect::<Vec<_>>(),
+                    )
+                    .with(&GUIDANCE_SCALE, if i == 1 { 1.0 } else { 4.0 });
+                card.resolve(&options, i as u64).unwrap()
             })
             .collect();
         let alone: Vec<Frame> = variants
@@ -159,9 +166,9 @@ fn scale_zero_and_no_picture_are_no_adapter() {
             Some(adapter) => load_runner(adapter, 2),
             None => load(ModelSource::at(case_dir("sdxl-a").join("checkpoint")), 2).unwrap(),
         };
-        let reference_images = scale.iter().map(|_| pictures(&tensors)[0].clone()).collect();
-        let options = DiffusionOptions { reference_images, ip_adapter_scale: scale, ..small(2) };
-        crate::support::pictures(&mut *runner, &[card.resolve(options, 1).unwrap()]).remove(0)
+        let reference_images: Vec<_> = scale.iter().map(|_| pictures(&tensors)[0].clone()).collect();
+        let options = small(2).with(&REFERENCE_IMAGES, reference_images).with(&IP_ADAPTER_SCALE, scale);
+        crate::support::pictures(&mut *runner, &[card.resolve(&options, 1).unwrap()]).remove(0)
     };
     let plain = picture(None, None);
     for (adapter, _) in ADAPTERS {
@@ -179,7 +186,7 @@ fn pictures_are_encoded_in_a_step_of_their_own() {
     for (id, picture) in [(0, 0), (1, 0), (2, 1)] {
         // Equal bytes, not the same ones.
         let reference_images = vec![Arc::new(Frame::clone(&pictures(&tensors)[picture]))];
-        let request = card.resolve(DiffusionOptions { reference_images, ..small(1) }, id).unwrap();
+        let request = card.resolve(&small(1).with(&REFERENCE_IMAGES, reference_images), id).unwrap();
         runner.submit(SessionId(id), Request::Diffusion(request)).unwrap();
     }
     let mut events = Events::default();
@@ -246,8 +253,8 @@ fn an_adapter_is_part_of_the_memory_plan() {
     let (card, runner) = load_runner("plus", 4);
     let bytes = |images: usize| {
         let reference_images = vec![pictures(&tensors)[0].clone(); images];
-        let options = DiffusionOptions { reference_images, ..small(2) };
-        let plan = runner.plan(&Request::Diffusion(card.resolve(options, 1).unwrap()));
+        let options = small(2).with(&REFERENCE_IMAGES, reference_images);
+        let plan = runner.plan(&Request::Diffusion(card.resolve(&options, 1).unwrap()));
         [Phase::Encode, Phase::Denoise].map(|wanted| plan.phases().iter().find(|of| of.phase == wanted).unwrap().bytes)
     };
     let (none, one, eight) = (bytes(0), bytes(1), bytes(8));
@@ -255,27 +262,28 @@ fn an_adapter_is_part_of_the_memory_plan() {
 }
 
 /// Adapter and options of each run.
-fn runs(tensors: &HashMap<String, Tensor>) -> Vec<(String, DiffusionOptions)> {
+fn runs(tensors: &HashMap<String, Tensor>) -> Vec<(String, Options)> {
     let golden = golden_json(CASE);
     let run = |facts: &serde_json::Value| {
-        let options = DiffusionOptions {
-            prompt: facts["prompt"].as_str().unwrap().to_owned(),
-            negative_prompt: facts["negative_prompt"].as_str().map(str::to_owned),
-            num_inference_steps: facts["num_inference_steps"].as_u64().map(|steps| steps as usize),
-            guidance_scale: facts["guidance_scale"].as_f64(),
-            seed: facts["seed"].as_u64(),
-            reference_images: indices(&facts["references"]).map(|i| pictures(tensors)[i].clone()).collect(),
-            ip_adapter_scale: facts["scale"].as_f64(),
-            ..small(0)
-        };
+        let options = small(0)
+            .with(&PROMPT, facts["prompt"].as_str().unwrap().to_owned())
+            .with(&NEGATIVE_PROMPT, facts["negative_prompt"].as_str().map(str::to_owned))
+            .with(&NUM_INFERENCE_STEPS, facts["num_inference_steps"].as_u64().map(|steps| steps as usize))
+            .with(&GUIDANCE_SCALE, facts["guidance_scale"].as_f64())
+            .with(&SEED, facts["seed"].as_u64())
+            .with(
+                &REFERENCE_IMAGES,
+                indices(&facts["references"]).map(|i| pictures(tensors)[i].clone()).collect::<Vec<_>>(),
+            )
+            .with(&IP_ADAPTER_SCALE, facts["scale"].as_f64());
         (facts["adapter"].as_str().unwrap().to_owned(), options)
     };
     golden["runs"].as_array().unwrap().iter().map(run).collect()
 }
 
-fn small(steps: usize) -> DiffusionOptions {
+fn small(steps: usize) -> Options {
     let side = Some(64);
-    DiffusionOptions { width: side, height: side, num_inference_steps: Some(steps), ..DiffusionOptions::default() }
+    Options::default().with(&WIDTH, side).with(&HEIGHT, side).with(&NUM_INFERENCE_STEPS, steps)
 }
 
 fn source(adapter: &str) -> ModelSource {

@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, LORAS, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{Device, Tensor};
-use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::lora::LoraOption;
@@ -28,7 +32,7 @@ fn pictures_are_the_reference_ones() {
         let model = models.entry(run.checkpoint.clone()).or_insert_with(|| Loaded::new(&run.checkpoint, &run.files));
         let image: Vec<u8> =
             tensors[&format!("run{}.image", run.image.unwrap_or(index))].flatten_all().unwrap().to_vec1().unwrap();
-        let request = model.card.resolve(run.options(), 0).unwrap();
+        let request = model.card.resolve(&run.options(), 0).unwrap();
         let found = psnr(&pictures(&mut *model.runner, &[request])[0].rgb, &image);
         println!("{} {:?}: {found:.1} dB", run.files, run.loras);
         assert!(found >= MIN_PSNR, "{} {:?}: {found:.1} dB", run.files, run.loras);
@@ -53,9 +57,8 @@ fn sessions_with_different_files_do_not_mix() {
             .iter()
             .enumerate()
             .map(|(i, set)| {
-                let options =
-                    DiffusionOptions { loras: options_of(set), num_inference_steps: Some(2 + i % 2), ..run.options() };
-                model.card.resolve(options, 0).unwrap()
+                let options = run.options().with(&LORAS, options_of(set)).with(&NUM_INFERENCE_STEPS, 2 + i % 2);
+                model.card.resolve(&options, 0).unwrap()
             })
             .collect();
         let alone: Vec<Frame> = requests
@@ -81,8 +84,8 @@ fn sessions_with_different_files_do_not_mix() {
 fn what_does_not_fit_is_refused_with_names_and_shapes() {
     let flux = Loaded::new("flux-dev", "sdxl");
     let refused = |card: &DiffusionCard, loras: &[(&str, f64)]| {
-        let options = DiffusionOptions { prompt: "x".into(), loras: options_of(loras), ..Default::default() };
-        match card.resolve(options, 0) {
+        let options = Options::default().with(&PROMPT, "x".to_owned()).with(&LORAS, options_of(loras));
+        match card.resolve(&options, 0) {
             Err(Error::InvalidRequest { field, problem }) => format!("{field} {problem}"),
             other => panic!("{loras:?}: {other:?}"),
         }
@@ -175,8 +178,8 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
     check(refused(&plain.card, &[("sound", 1.0)]), &["loras", "no folder"]);
 
     let footprint = |loras: &[(&str, f64)]| {
-        let options = DiffusionOptions { prompt: "x".into(), loras: options_of(loras), ..Default::default() };
-        model.runner.plan(&Request::Diffusion(model.card.resolve(options, 0).unwrap())).peak_bytes()
+        let options = Options::default().with(&PROMPT, "x".to_owned()).with(&LORAS, options_of(loras));
+        model.runner.plan(&Request::Diffusion(model.card.resolve(&options, 0).unwrap())).peak_bytes()
     };
     assert_eq!(footprint(&[("sound", 1.0)]) - footprint(&[]), 2 * 2 * 36 * 4);
     assert_eq!(footprint(&[("sound", 0.0)]), footprint(&[]));
@@ -192,13 +195,13 @@ fn files_may_come_and_change_while_the_model_is_loaded() {
     // A cache that holds nothing: files are read again by each session, and stay as long as it needs them.
     let mut model = Loaded::from(source, LoadOptions { lora_cache_bytes: 0, ..LoadOptions::default() });
     let run = runs().into_iter().find(|run| run.files == "sdxl").unwrap();
-    let options = || DiffusionOptions { loras: options_of(&[("style", 1.0)]), ..run.options() };
-    assert!(model.card.resolve(options(), 0).unwrap_err().to_string().contains("the folder of LoRA files is empty"));
+    let options = || run.options().with(&LORAS, options_of(&[("style", 1.0)]));
+    assert!(model.card.resolve(&options(), 0).unwrap_err().to_string().contains("the folder of LoRA files is empty"));
     let mut picture_with = |file: &str| {
         let new = dir.path().join("style.new");
         std::fs::copy(case_dir(CASE).join(format!("sdxl/{file}.safetensors")), &new).unwrap();
         std::fs::rename(new, dir.path().join("style.safetensors")).unwrap();
-        let request = model.card.resolve(options(), 0).unwrap();
+        let request = model.card.resolve(&options(), 0).unwrap();
         (pictures(&mut *model.runner, std::slice::from_ref(&request)).remove(0).rgb, request)
     };
     let (peft, of_peft) = picture_with("peft");
@@ -247,19 +250,17 @@ fn runs() -> Vec<Run> {
 }
 
 impl Run {
-    fn options(&self) -> DiffusionOptions {
+    fn options(&self) -> Options {
         let size = |name: &str| self.arguments[name].as_u64().map(|value| value as usize);
-        DiffusionOptions {
-            prompt: self.arguments["prompt"].as_str().unwrap().to_owned(),
-            negative_prompt: self.arguments["negative_prompt"].as_str().map(str::to_owned),
-            width: size("width"),
-            height: size("height"),
-            num_inference_steps: size("num_inference_steps"),
-            guidance_scale: self.arguments["guidance_scale"].as_f64(),
-            seed: self.arguments["seed"].as_u64(),
-            loras: self.loras.clone(),
-            ..Default::default()
-        }
+        Options::default()
+            .with(&PROMPT, self.arguments["prompt"].as_str().unwrap().to_owned())
+            .with(&NEGATIVE_PROMPT, self.arguments["negative_prompt"].as_str().map(str::to_owned))
+            .with(&WIDTH, size("width"))
+            .with(&HEIGHT, size("height"))
+            .with(&NUM_INFERENCE_STEPS, size("num_inference_steps"))
+            .with(&GUIDANCE_SCALE, self.arguments["guidance_scale"].as_f64())
+            .with(&SEED, self.arguments["seed"].as_u64())
+            .with(&LORAS, self.loras.clone())
     }
 }
 

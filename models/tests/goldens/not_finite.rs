@@ -3,9 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use tale_models::diffusion::parameters::{HEIGHT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH};
+use tale_models::parameter::Options;
 
 use candle_core::{DType, Device, Tensor};
-use tale_models::card::{DiffusionOptions, TextOptions};
+use tale_models::card::TextOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
 use tale_models::{Error, Event, Events, ModelCard, ModelSource, Request, SessionId};
@@ -99,15 +101,13 @@ fn run(checkpoint: &Path) -> Option<Error> {
             Request::Text(card.resolve(card.encode_prompt(prompt).unwrap(), options, 0).unwrap())
         }
         ModelCard::Diffusion(card) => {
-            let options = DiffusionOptions {
-                prompt: prompt.to_owned(),
-                width: Some(64),
-                height: Some(64),
-                num_frames: (card.frames_multiple > 1).then_some(5),
-                num_inference_steps: Some(1),
-                ..DiffusionOptions::default()
-            };
-            Request::Diffusion(card.resolve(options, 0).unwrap())
+            let options = Options::default()
+                .with(&PROMPT, prompt.to_owned())
+                .with(&WIDTH, 64)
+                .with(&HEIGHT, 64)
+                .with(&NUM_FRAMES, card.canvas.frames.map(|_| 5))
+                .with(&NUM_INFERENCE_STEPS, 1);
+            Request::Diffusion(card.resolve(&options, 0).unwrap())
         }
     };
     model.runner.submit(SessionId(0), request).unwrap();

@@ -1,11 +1,15 @@
 //! Text encoders that are there only while prompts are encoded, beside the same model that keeps them.
 
-use tale_models::card::{DiffusionCard, DiffusionOptions, Medium};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::parameters::{
+    DENOISING_END, HEIGHT, LORAS, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH,
+};
+use tale_models::diffusion::{DiffusionCard, Medium};
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::loading;
 use tale_models::lora::LoraOption;
+use tale_models::parameter::Options;
 use tale_models::request::Phase;
 use tale_models::{Event, Events, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
@@ -33,24 +37,28 @@ fn card(model: &LoadedModel) -> &DiffusionCard {
     card
 }
 
-fn options(prompt: &str) -> DiffusionOptions {
+fn options(prompt: &str) -> Options {
     let side = Some(64);
     let num_inference_steps = Some(2);
-    DiffusionOptions { prompt: prompt.into(), width: side, height: side, num_inference_steps, ..Default::default() }
+    Options::default()
+        .with(&PROMPT, prompt.to_owned())
+        .with(&WIDTH, side)
+        .with(&HEIGHT, side)
+        .with(&NUM_INFERENCE_STEPS, num_inference_steps)
 }
 
 /// Requests that come one step after the other, so that prompts are encoded between other sessions' steps: with a
 /// negative prompt, with other adapters, with a refiner.
 fn requests(card: &DiffusionCard, loras: &[&str], refined: bool) -> Vec<DiffusionRequest> {
-    let num_frames = (card.medium == Medium::Clip).then_some(1);
+    let num_frames = (card.medium() == Medium::Video).then_some(1);
     let lora = |name: &&str| vec![LoraOption { name: (*name).to_owned(), weight: 1.0 }];
     let mut all = vec![options("A lighthouse"), options("Seven ships"), options("A lighthouse")];
     if refined {
-        all.push(DiffusionOptions { denoising_end: Some(0.5), ..options("A harbour") });
+        all.push(options("A harbour").with(&DENOISING_END, 0.5));
     }
-    all.extend(loras.iter().map(|name| DiffusionOptions { loras: lora(name), ..options("A lighthouse") }));
-    let all = all.into_iter().map(|options| DiffusionOptions { num_frames, ..options }).enumerate();
-    all.map(|(seed, options)| card.resolve(options, seed as u64).unwrap()).collect()
+    all.extend(loras.iter().map(|name| options("A lighthouse").with(&LORAS, lora(name))));
+    let all = all.into_iter().map(|options| options.with(&NUM_FRAMES, num_frames)).enumerate();
+    all.map(|(seed, options)| card.resolve(&options, seed as u64).unwrap()).collect()
 }
 
 #[test]
@@ -87,7 +95,7 @@ fn a_checkpoint_that_has_changed_lends_nothing() {
     let dir = tempfile::tempdir().unwrap();
     copy_folder(&case_dir("flux-dev").join("checkpoint"), dir.path());
     let mut model = load(&ModelSource::at(dir.path()), TextEncoders::OnDemand);
-    let request = |prompt| Request::Diffusion(card(&model).resolve(options(prompt), 1).unwrap());
+    let request = |prompt| Request::Diffusion(card(&model).resolve(&options(prompt), 1).unwrap());
     let (first, second) = (request("A lighthouse"), request("Seven ships"));
     let runner = &mut model.runner;
     let mut events = Events::default();

@@ -2,10 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use tale_models::diffusion::parameters::{
+    HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, TRUE_CFG_SCALE, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::Tensor;
-use tale_models::card::DiffusionOptions;
+
 use tale_models::checkpoint::Manifest;
+
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::FluxModel;
@@ -115,18 +120,16 @@ fn overflowing(component: &str, layer: &str, change: impl Fn(&Tensor) -> Tensor)
 }
 
 fn request(card: &DiffusionCard, negative: &[&str]) -> DiffusionRequest {
-    let options = DiffusionOptions {
-        prompt: "A small boat".into(),
-        negative_prompt: negative.first().map(|text| (*text).to_owned()),
-        true_cfg_scale: negative.first().map(|_| 2.0),
-        width: Some(32),
-        height: Some(32),
-        num_inference_steps: Some(2),
-        max_sequence_length: Some(16),
-        seed: Some(5),
-        ..Default::default()
-    };
-    card.resolve(options, 0).unwrap()
+    let options = Options::default()
+        .with(&PROMPT, "A small boat".to_owned())
+        .with(&NEGATIVE_PROMPT, negative.first().map(|text| (*text).to_owned()))
+        .with(&TRUE_CFG_SCALE, negative.first().map(|_| 2.0))
+        .with(&WIDTH, 32)
+        .with(&HEIGHT, 32)
+        .with(&NUM_INFERENCE_STEPS, 2)
+        .with(&MAX_SEQUENCE_LENGTH, 16)
+        .with(&SEED, 5);
+    card.resolve(&options, 0).unwrap()
 }
 
 /// In f16 on the emulator, if this build has it, and on a GPU, if there is one.

@@ -1,7 +1,9 @@
 //! Previews of whole checkpoints: how many there are, that they know the VAE's colours, that they change nothing.
 
 use candle_core::{Device, Tensor};
-use tale_models::card::DiffusionOptions;
+use tale_models::diffusion::parameters::{HEIGHT, NUM_INFERENCE_STEPS, PARTIAL_IMAGES, PROMPT, WIDTH};
+use tale_models::parameter::Options;
+
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
 use tale_models::request::Frame;
@@ -18,16 +20,14 @@ fn make(case: &str, partial_images: usize) -> (Vec<Frame>, Frame) {
     let folder = case_dir(case).join("checkpoint");
     let loaded = tale_models::load(&folder, &placement, &LoadOptions::default(), &mut |_| ()).unwrap();
     let ModelCard::Diffusion(card) = loaded.card else { panic!("{case} makes pictures") };
-    let options = DiffusionOptions {
-        prompt: "A boat".to_owned(),
-        width: Some(64),
-        height: Some(96),
-        num_inference_steps: Some(8),
-        partial_images: Some(partial_images),
-        ..Default::default()
-    };
+    let options = Options::default()
+        .with(&PROMPT, "A boat".to_owned())
+        .with(&WIDTH, 64)
+        .with(&HEIGHT, 96)
+        .with(&NUM_INFERENCE_STEPS, 8)
+        .with(&PARTIAL_IMAGES, partial_images);
     let (mut runner, mut events) = (loaded.runner, Events::default());
-    runner.submit(SessionId(0), Request::Diffusion(card.resolve(options, 5).unwrap())).unwrap();
+    runner.submit(SessionId(0), Request::Diffusion(card.resolve(&options, 5).unwrap())).unwrap();
     let (mut previews, mut picture) = (Vec::new(), None);
     while runner.next().is_some() {
         runner.step(&mut events).unwrap();

@@ -1,9 +1,13 @@
 //! Pictures that SDXL begins and its refiner finishes, within one session.
 
 use std::collections::HashMap;
+use tale_models::diffusion::parameters::{
+    DENOISING_END, GUIDANCE_SCALE, HEIGHT, IMAGE, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SCHEDULER, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
-use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::loading;
@@ -55,19 +59,17 @@ fn pictures_are_those_of_both_pipelines() {
     let (card, mut runner) = load_runner(source(BASE, REFINER), 4);
     for (i, facts) in facts["runs"].as_array().unwrap().iter().enumerate() {
         let size = |field: &str| facts[field].as_u64().map(|value| value as usize);
-        let options = DiffusionOptions {
-            prompt: facts["prompt"].as_str().unwrap().to_owned(),
-            negative_prompt: facts["negative_prompt"].as_str().map(str::to_owned),
-            width: size("width"),
-            height: size("height"),
-            num_inference_steps: size("num_inference_steps"),
-            guidance_scale: facts["guidance_scale"].as_f64(),
-            scheduler: facts["scheduler"].as_str().map(str::to_owned),
-            denoising_end: facts["denoising_end"].as_f64(),
-            seed: facts["seed"].as_u64(),
-            ..Default::default()
-        };
-        let found = pictures(&mut *runner, &[card.resolve(options, 0).unwrap()]).0.remove(0);
+        let options = Options::default()
+            .with(&PROMPT, facts["prompt"].as_str().unwrap().to_owned())
+            .with(&NEGATIVE_PROMPT, facts["negative_prompt"].as_str().map(str::to_owned))
+            .with(&WIDTH, size("width"))
+            .with(&HEIGHT, size("height"))
+            .with(&NUM_INFERENCE_STEPS, size("num_inference_steps"))
+            .with(&GUIDANCE_SCALE, facts["guidance_scale"].as_f64())
+            .with(&SCHEDULER, facts["scheduler"].as_str().map(str::to_owned))
+            .with(&DENOISING_END, facts["denoising_end"].as_f64())
+            .with(&SEED, facts["seed"].as_u64());
+        let found = pictures(&mut *runner, &[card.resolve(&options, 0).unwrap()]).0.remove(0);
         let expected: Vec<u8> = tensors[&format!("run{i}.image")].flatten_all().unwrap().to_vec1().unwrap();
         let found = psnr(&found.rgb, &expected);
         println!("run {i}: {found:.1} dB");
@@ -75,15 +77,13 @@ fn pictures_are_those_of_both_pipelines() {
     }
 }
 
-fn options() -> DiffusionOptions {
-    DiffusionOptions {
-        prompt: "A boat".to_owned(),
-        width: Some(64),
-        height: Some(64),
-        num_inference_steps: Some(5),
-        guidance_scale: Some(3.0),
-        ..Default::default()
-    }
+fn options() -> Options {
+    Options::default()
+        .with(&PROMPT, "A boat".to_owned())
+        .with(&WIDTH, 64)
+        .with(&HEIGHT, 64)
+        .with(&NUM_INFERENCE_STEPS, 5)
+        .with(&GUIDANCE_SCALE, 3.0)
 }
 
 /// Some of which stay with the base, and others are handed over after other numbers of steps.
@@ -94,7 +94,7 @@ fn refined_pictures_in_a_batch_are_those_made_alone() {
     let variants: Vec<DiffusionRequest> = ends
         .into_iter()
         .enumerate()
-        .map(|(i, denoising_end)| card.resolve(DiffusionOptions { denoising_end, ..options() }, 70 + i as u64).unwrap())
+        .map(|(i, denoising_end)| card.resolve(&options().with(&DENOISING_END, denoising_end), 70 + i as u64).unwrap())
         .collect();
     let alone: Vec<Frame> =
         variants.iter().map(|request| pictures(&mut *runner, std::slice::from_ref(request)).0.remove(0)).collect();
@@ -106,7 +106,7 @@ fn refined_pictures_in_a_batch_are_those_made_alone() {
     }
     // A refiner that is loaded and not asked for does nothing.
     let (plain, mut runner) = load_runner(ModelSource { refiner: None, ..source(BASE, REFINER) }, 8);
-    let request = plain.resolve(options(), 71).unwrap();
+    let request = plain.resolve(&options(), 71).unwrap();
     assert_eq!(pictures(&mut *runner, &[request]).0[0].rgb, alone[1].rgb);
 }
 
@@ -115,7 +115,7 @@ fn a_handover_that_cannot_be_is_refused_by_its_field() {
     let (card, mut runner) = load_runner(source(BASE, REFINER), 4);
     let (plain, mut unrefined) = load_runner(ModelSource { refiner: None, ..source(BASE, REFINER) }, 4);
     let image = std::sync::Arc::new(Frame { width: 64, height: 64, rgb: vec![90; 64 * 64 * 3] });
-    let at = |denoising_end| DiffusionOptions { denoising_end: Some(denoising_end), ..options() };
+    let at = |denoising_end| options().with(&DENOISING_END, denoising_end);
     let cases = [
         (&plain, at(0.5), "without a refiner"),
         (&card, at(0.0), "above 0 and below 1"),
@@ -123,13 +123,13 @@ fn a_handover_that_cannot_be_is_refused_by_its_field() {
         (&card, at(f64::NAN), "above 0 and below 1"),
         (&card, at(0.001), "leaves the model no step of 5"),
         (&card, at(0.9999), "leaves the refiner no step of 5"),
-        (&card, DiffusionOptions { image: Some(image), ..at(0.5) }, "leave it or image out"),
+        (&card, at(0.5).with(&IMAGE, image), "leave it or image out"),
     ];
     for (card, options, problem) in cases {
-        let error = card.resolve(options, 0).expect_err(problem).to_string();
+        let error = card.resolve(&options, 0).expect_err(problem).to_string();
         assert!(error.starts_with("denoising_end: ") && error.contains(problem), "{error}");
     }
-    let request = card.resolve(at(0.5), 0).unwrap();
+    let request = card.resolve(&at(0.5), 0).unwrap();
     assert!(unrefined.submit(SessionId(0), Request::Diffusion(request.clone())).is_err());
     // Both networks' conditioning is planned for.
     let bytes = |runner: &dyn Runner, request: &DiffusionRequest| runner.plan(&Request::Diffusion(request.clone()));
@@ -171,8 +171,8 @@ fn a_refiner_that_overflows_f16_computes_once_more_in_f32() {
     let picture = |placement: &Placement| {
         let loaded = tale_models::load(&source, placement, &LoadOptions::default(), &mut |_| ()).unwrap();
         let ModelCard::Diffusion(card) = loaded.card else { panic!("SDXL makes pictures") };
-        let (mut runner, options) = (loaded.runner, DiffusionOptions { denoising_end: Some(0.5), ..options() });
-        pictures(&mut *runner, &[card.resolve(options, 7).unwrap()]).0.remove(0)
+        let (mut runner, options) = (loaded.runner, options().with(&DENOISING_END, 0.5));
+        pictures(&mut *runner, &[card.resolve(&options, 7).unwrap()]).0.remove(0)
     };
     let expected = picture(&Placement::open(DeviceSpec::Cpu, WeightDtype::F32).unwrap());
     let check = |placement: &Placement| {

@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use tale_models::diffusion::parameters::{
+    ETA, GUIDANCE_SCALE, HEIGHT, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SCHEDULER, SEED, TIMESTEP_SPACING, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use tale_models::card::DiffusionOptions;
+
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
@@ -226,20 +230,18 @@ fn load(run: &Value) -> (DiffusionCard, Box<dyn Runner>) {
 fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest {
     let text = |value: &Value| value.as_str().map(str::to_owned);
     let size = |value: &Value| value.as_u64().map(|value| value as usize);
-    let options = DiffusionOptions {
-        prompt: text(&base["prompt"]).unwrap(),
-        negative_prompt: text(&base["negative_prompt"]),
-        width: size(&base["width"]),
-        height: size(&base["height"]),
-        guidance_scale: base["guidance_scale"].as_f64(),
-        num_inference_steps: size(&run["num_inference_steps"]),
-        scheduler: text(&run["scheduler"]),
-        timestep_spacing: run["timestep_spacing"].as_str().map(|spacing| spacing.parse().unwrap()),
-        eta: run["eta"].as_f64(),
-        seed: run["seed"].as_u64(),
-        ..Default::default()
-    };
-    let request = card.resolve(options, 0).unwrap();
+    let options = Options::default()
+        .with(&PROMPT, text(&base["prompt"]).unwrap())
+        .with(&NEGATIVE_PROMPT, text(&base["negative_prompt"]))
+        .with(&WIDTH, size(&base["width"]))
+        .with(&HEIGHT, size(&base["height"]))
+        .with(&GUIDANCE_SCALE, base["guidance_scale"].as_f64())
+        .with(&NUM_INFERENCE_STEPS, size(&run["num_inference_steps"]))
+        .with(&SCHEDULER, text(&run["scheduler"]))
+        .with(&TIMESTEP_SPACING, run["timestep_spacing"].as_str().map(|spacing| spacing.parse().unwrap()))
+        .with(&ETA, run["eta"].as_f64())
+        .with(&SEED, run["seed"].as_u64());
+    let request = card.resolve(&options, 0).unwrap();
     let own = run["own"].as_str().unwrap_or("EulerDiscreteScheduler");
     assert_eq!(request.sampling.scheduler.name, run["scheduler"].as_str().unwrap_or(own), "the effective name");
     request
@@ -249,7 +251,7 @@ fn request(base: &Value, run: &Value, card: &DiffusionCard) -> DiffusionRequest 
 /// get the picture that it makes of a file of its own.
 #[test]
 fn a_checkpoint_of_a_class_without_a_solver_is_served() {
-    let picture_of = |class_name: &str, options: DiffusionOptions| {
+    let picture_of = |class_name: &str, options: Options| {
         let dir = tempfile::tempdir().unwrap();
         copy_folder(&case_dir("sdxl-a").join("checkpoint"), dir.path());
         let edit = |file: &str, change: &dyn Fn(&mut Value)| {
@@ -263,16 +265,16 @@ fn a_checkpoint_of_a_class_without_a_solver_is_served() {
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
         let mut model = tale_models::load(dir.path(), &placement, &LoadOptions::default(), &mut |_| ()).unwrap();
         let ModelCard::Diffusion(card) = &model.card else { panic!("makes pictures") };
-        let request = card.resolve(options, 7)?;
+        let request = card.resolve(&options, 7)?;
         Ok::<_, tale_models::Error>(pictures(&mut *model.runner, &[request]).remove(0).rgb)
     };
-    let options = |scheduler: Option<&str>| DiffusionOptions {
-        prompt: "a paper boat".to_owned(),
-        width: Some(64),
-        height: Some(64),
-        num_inference_steps: Some(2),
-        scheduler: scheduler.map(str::to_owned),
-        ..DiffusionOptions::default()
+    let options = |scheduler: Option<&str>| {
+        Options::default()
+            .with(&PROMPT, "a paper boat".to_owned())
+            .with(&WIDTH, 64)
+            .with(&HEIGHT, 64)
+            .with(&NUM_INFERENCE_STEPS, 2)
+            .with(&SCHEDULER, scheduler.map(str::to_owned))
     };
     let expected = picture_of("EulerDiscreteScheduler", options(None)).unwrap();
     for class_name in ["PNDMScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "DPMSolverSDEScheduler"] {

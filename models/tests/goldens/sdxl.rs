@@ -1,13 +1,18 @@
 //! SDXL, stage by stage and as a whole.
 
 use std::collections::HashMap;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
 use tale_models::ModelCard;
-use tale_models::card::{DiffusionCard, DiffusionOptions};
+
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::{SdxlConditioning, SdxlModel};
 use tale_models::family::LoadOptions;
@@ -117,16 +122,17 @@ fn batched_sessions_give_the_pictures_of_lone_ones() {
         let (card, mut runner) = load_runner(case, 3);
         let variants: Vec<DiffusionRequest> = (0..4)
             .map(|i| {
-                let options = DiffusionOptions {
-                    prompt: format!("A boat {i}"),
-                    negative_prompt: [None, Some(String::new()), Some("rain".to_owned())].get(i).cloned().flatten(),
-                    width: Some(72),
-                    height: Some(40),
-                    num_inference_steps: Some(2 + i),
-                    guidance_scale: Some(if i == 3 { 1.0 } else { 2.0 + i as f64 }),
-                    ..Default::default()
-                };
-                card.resolve(options, 100 + i as u64).unwrap()
+                let options = Options::default()
+                    .with(&PROMPT, format!("A boat {i}"))
+                    .with(
+                        &NEGATIVE_PROMPT,
+                        [None, Some(String::new()), Some("rain".to_owned())].get(i).cloned().flatten(),
+                    )
+                    .with(&WIDTH, 72)
+                    .with(&HEIGHT, 40)
+                    .with(&NUM_INFERENCE_STEPS, 2 + i)
+                    .with(&GUIDANCE_SCALE, if i == 3 { 1.0 } else { 2.0 + i as f64 });
+                card.resolve(&options, 100 + i as u64).unwrap()
             })
             .collect();
         let alone: Vec<Frame> =
@@ -144,15 +150,13 @@ fn batched_sessions_give_the_pictures_of_lone_ones() {
 fn no_negative_prompt_is_not_the_empty_one_where_the_checkpoint_says_zeros() {
     let picture = |case: &str, negative_prompt: Option<&str>| {
         let (card, mut runner) = load_runner(case, 4);
-        let options = DiffusionOptions {
-            prompt: "A boat".to_owned(),
-            negative_prompt: negative_prompt.map(str::to_owned),
-            width: Some(64),
-            height: Some(64),
-            num_inference_steps: Some(2),
-            ..Default::default()
-        };
-        pictures(&mut *runner, &[card.resolve(options, 1).unwrap()]).remove(0).rgb
+        let options = Options::default()
+            .with(&PROMPT, "A boat".to_owned())
+            .with(&NEGATIVE_PROMPT, negative_prompt.map(str::to_owned))
+            .with(&WIDTH, 64)
+            .with(&HEIGHT, 64)
+            .with(&NUM_INFERENCE_STEPS, 2);
+        pictures(&mut *runner, &[card.resolve(&options, 1).unwrap()]).remove(0).rgb
     };
     assert!(psnr(&picture("sdxl-a", None), &picture("sdxl-a", Some(""))) < 45.0);
     assert_eq!(picture("sdxl-b", None), picture("sdxl-b", Some("")));
@@ -161,11 +165,11 @@ fn no_negative_prompt_is_not_the_empty_one_where_the_checkpoint_says_zeros() {
 #[test]
 fn card_carries_the_pipelines_defaults_and_limits() {
     let a = open_model("sdxl-a").card().clone();
-    assert_eq!((a.defaults.width, a.defaults.num_inference_steps, a.defaults.guidance_scale), (128, 50, 5.0));
-    assert_eq!((a.size_multiple, a.defaults.max_sequence_length, a.max_sequence_length), (8, 77, 4 * 77));
+    assert_eq!((a.canvas.default_width, a.sampling.default_steps, a.guidance.default_scale), (128, 50, 5.0));
+    assert_eq!((a.canvas.size_multiple, a.prompts.default_length(), a.prompts.max_length()), (8, 77, 4 * 77));
     // Three levels of the VAE, 12 latents to a side.
     let b = open_model("sdxl-b").card().clone();
-    assert_eq!((b.defaults.width, b.size_multiple), (48, 4));
+    assert_eq!((b.canvas.default_width, b.canvas.size_multiple), (48, 4));
 }
 
 /// f16 cannot hold what the published VAE computes: with `force_upcast` it computes in f32 beside an f16 UNet.
@@ -261,19 +265,16 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
     let golden = golden_json(case);
     let size = |value: &serde_json::Value| value.as_u64().map(|value| value as usize);
     let request = |run: &serde_json::Value| {
-        let options = DiffusionOptions {
-            prompt: run["prompt"].as_str().unwrap().to_owned(),
-            negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
-            width: size(&run["width"]),
-            height: size(&run["height"]),
-            num_inference_steps: size(&run["num_inference_steps"]),
-            guidance_scale: run["guidance_scale"].as_f64(),
-            seed: run["seed"].as_u64(),
-            // As the pipeline, which cuts prompts.
-            max_sequence_length: Some(card.defaults.max_sequence_length),
-            ..Default::default()
-        };
-        card.resolve(options, 0).unwrap()
+        let options = Options::default()
+            .with(&PROMPT, run["prompt"].as_str().unwrap().to_owned())
+            .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+            .with(&WIDTH, size(&run["width"]))
+            .with(&HEIGHT, size(&run["height"]))
+            .with(&NUM_INFERENCE_STEPS, size(&run["num_inference_steps"]))
+            .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+            .with(&SEED, run["seed"].as_u64())
+            .with(&MAX_SEQUENCE_LENGTH, card.prompts.default_length());
+        card.resolve(&options, 0).unwrap()
     };
     golden["runs"].as_array().unwrap().iter().map(request).collect()
 }
@@ -288,7 +289,7 @@ fn row(values: &[f64]) -> Tensor {
 fn prompts_encoded_together_have_the_bits_of_lone_ones() {
     for case in CASES {
         let model = open_model(case);
-        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let request = model.card().resolve(&Options::default(), 0).unwrap();
         let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
         let together = model.encode(&prompts, &request).unwrap();
         for (prompt, together) in prompts.iter().zip(&together) {

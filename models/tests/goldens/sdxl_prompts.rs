@@ -1,9 +1,13 @@
 //! Long and weighted prompts of SDXL: embeddings made by the rules from transformers' encoders, pictures by diffusers.
 
 use serde_json::Value;
-use tale_models::card::{DiffusionCard, DiffusionOptions};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
 use tale_models::families::sdxl::SdxlConditioning;
+use tale_models::parameter::Options;
 use tale_models::runner::diffusion::DiffusionModel;
 
 use crate::sdxl::{branches, load_runner, open_model};
@@ -13,18 +17,16 @@ const CASE: &str = "sdxl-prompts";
 const TEXT_TOLERANCE: f64 = 1e-5;
 const MIN_PSNR: f64 = 50.0;
 
-fn options(run: &Value) -> DiffusionOptions {
+fn options(run: &Value) -> Options {
     let size = |name: &str| run[name].as_u64().map(|value| value as usize);
-    DiffusionOptions {
-        prompt: run["prompt"].as_str().unwrap().to_owned(),
-        negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
-        width: size("width"),
-        height: size("height"),
-        num_inference_steps: size("num_inference_steps"),
-        guidance_scale: run["guidance_scale"].as_f64(),
-        seed: run["seed"].as_u64(),
-        ..Default::default()
-    }
+    Options::default()
+        .with(&PROMPT, run["prompt"].as_str().unwrap().to_owned())
+        .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+        .with(&WIDTH, size("width"))
+        .with(&HEIGHT, size("height"))
+        .with(&NUM_INFERENCE_STEPS, size("num_inference_steps"))
+        .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+        .with(&SEED, run["seed"].as_u64())
 }
 
 fn runs() -> Vec<(usize, String, Value)> {
@@ -35,7 +37,7 @@ fn runs() -> Vec<(usize, String, Value)> {
 
 /// The request, which takes as many chunks as the reference did.
 fn resolve(card: &DiffusionCard, run: &Value) -> DiffusionRequest {
-    let request = card.resolve(options(run), 0).unwrap();
+    let request = card.resolve(&options(run), 0).unwrap();
     assert_eq!(request.prompt.max_sequence_length as u64, run["max_sequence_length"].as_u64().unwrap());
     request
 }
@@ -67,7 +69,7 @@ fn pictures_are_the_reference_ones() {
     for (i, checkpoint, run) in runs() {
         let (card, mut runner) = load_runner(&checkpoint, 4);
         let request = resolve(&card, &run);
-        let short = card.resolve(DiffusionOptions { prompt: "A boat".to_owned(), ..options(&run) }, 0).unwrap();
+        let short = card.resolve(&options(&run).with(&PROMPT, "A boat".to_owned()), 0).unwrap();
         let expected = tensors[&format!("run{i}.image")].flatten_all().unwrap().to_vec1::<u8>().unwrap();
         for together in [vec![request.clone()], vec![request.clone(), short, request]] {
             let found = psnr(&pictures(&mut *runner, &together)[0].rgb, &expected);
@@ -81,9 +83,12 @@ fn pictures_are_the_reference_ones() {
 fn a_prompt_is_cut_only_where_the_client_says() {
     let card = open_model("sdxl-a").card().clone();
     let ask = |prompt: String, max_sequence_length: Option<usize>| {
-        let options =
-            DiffusionOptions { prompt, max_sequence_length, width: Some(64), height: Some(64), ..Default::default() };
-        card.resolve(options, 0).map(|request| request.prompt.max_sequence_length).map_err(|error| error.to_string())
+        let options = Options::default()
+            .with(&PROMPT, prompt)
+            .with(&MAX_SEQUENCE_LENGTH, max_sequence_length)
+            .with(&WIDTH, 64)
+            .with(&HEIGHT, 64);
+        card.resolve(&options, 0).map(|request| request.prompt.max_sequence_length).map_err(|error| error.to_string())
     };
     let words = |count: usize| vec!["x"; count].join(" ");
     for (count, length) in [(0, 77), (75, 77), (76, 154), (150, 154), (151, 231), (300, 308)] {
@@ -113,9 +118,8 @@ fn what_is_longer_than_it_was_asked_to_be_is_cut() {
     let long = vec!["boat"; 200].join(" ");
     let cut = vec!["boat"; 75].join(" ");
     let encode = |prompt: &str| {
-        let options =
-            DiffusionOptions { prompt: prompt.to_owned(), max_sequence_length: Some(77), ..Default::default() };
-        let request = model.card().resolve(options, 0).unwrap();
+        let options = Options::default().with(&PROMPT, prompt.to_owned()).with(&MAX_SEQUENCE_LENGTH, 77);
+        let request = model.card().resolve(&options, 0).unwrap();
         model.encode(&[prompt], &request).unwrap().remove(0).prompt_embeds
     };
     assert_close("cut", &encode(&long), &encode(&cut), 0.0);

@@ -8,11 +8,15 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
-use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::original::FluxNames;
 use tale_models::families::flux::transformer::{FluxTransformer, FluxTransformerConfig};
@@ -566,18 +570,16 @@ fn card(model: &LoadedModel) -> &DiffusionCard {
 fn request(run: &str, card: &DiffusionCard) -> DiffusionRequest {
     let run = &golden_json("single-files")[run];
     let size = |field: &str| run[field].as_u64().map(|value| value as usize);
-    let options = DiffusionOptions {
-        prompt: run["prompt"].as_str().unwrap().to_owned(),
-        negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
-        width: size("width"),
-        height: size("height"),
-        num_inference_steps: size("num_inference_steps"),
-        guidance_scale: run["guidance_scale"].as_f64(),
-        seed: run["seed"].as_u64(),
-        max_sequence_length: size("max_sequence_length"),
-        ..Default::default()
-    };
-    card.resolve(options, 0).unwrap()
+    let options = Options::default()
+        .with(&PROMPT, run["prompt"].as_str().unwrap().to_owned())
+        .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+        .with(&WIDTH, size("width"))
+        .with(&HEIGHT, size("height"))
+        .with(&NUM_INFERENCE_STEPS, size("num_inference_steps"))
+        .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+        .with(&SEED, run["seed"].as_u64())
+        .with(&MAX_SEQUENCE_LENGTH, size("max_sequence_length"));
+    card.resolve(&options, 0).unwrap()
 }
 
 #[track_caller]

@@ -1,9 +1,13 @@
 //! Pictures whose VAE works in tiles.
 
 use std::sync::Arc;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, IMAGE, NUM_INFERENCE_STEPS, PROMPT, SEED, STRENGTH, VAE_TILING, WIDTH,
+};
+use tale_models::parameter::Options;
 
-use tale_models::card::{DiffusionCard, DiffusionOptions};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::LoadOptions;
 use tale_models::request::{Frame, Phase};
@@ -41,17 +45,17 @@ fn pictures_in_tiles_are_the_reference_ones() {
     for (run, facts) in golden["runs"].as_array().expect("runs").iter().enumerate() {
         let (card, mut runner) = load(facts["checkpoint"].as_str().expect("a case"));
         let number = |field: &str| facts[field].as_u64().map(|value| value as usize);
-        let options = |vae_tiling| DiffusionOptions {
-            prompt: facts["prompt"].as_str().expect("a prompt").to_owned(),
-            width: number("width"),
-            height: number("height"),
-            num_inference_steps: number("num_inference_steps"),
-            guidance_scale: facts["guidance_scale"].as_f64(),
-            seed: facts["seed"].as_u64(),
-            vae_tiling,
-            ..Default::default()
+        let options = |vae_tiling| {
+            Options::default()
+                .with(&PROMPT, facts["prompt"].as_str().expect("a prompt").to_owned())
+                .with(&WIDTH, number("width"))
+                .with(&HEIGHT, number("height"))
+                .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
+                .with(&GUIDANCE_SCALE, facts["guidance_scale"].as_f64())
+                .with(&SEED, facts["seed"].as_u64())
+                .with(&VAE_TILING, vae_tiling)
         };
-        let asked = card.resolve(options(Some(true)), 0).expect("valid");
+        let asked = card.resolve(&options(Some(true)), 0).expect("valid");
         let expected: Vec<u8> =
             tensors[&format!("run{run}.image")].flatten_all().and_then(|x| x.to_vec1()).expect("a picture");
         let (found, tiles) = picture(&mut *runner, asked.clone());
@@ -61,7 +65,7 @@ fn pictures_in_tiles_are_the_reference_ones() {
         assert_eq!(Some(tiles), number("tiles"), "run {run}");
 
         // Where there is room for the whole picture nobody asks for tiles; where there is none the plan does.
-        let whole = card.resolve(options(None), 0).expect("valid");
+        let whole = card.resolve(&options(None), 0).expect("valid");
         assert!(!whole.vae_tiling);
         let (untiled, steps) = picture(&mut *runner, whole.clone());
         assert_eq!(steps, 1);
@@ -74,7 +78,7 @@ fn pictures_in_tiles_are_the_reference_ones() {
         let ModelCard::Diffusion(small) = ModelCard::Diffusion(card.clone()).with_room(bytes(&asked)) else {
             panic!("makes pictures")
         };
-        assert_eq!(small.resolve(options(None), 0).expect("valid"), asked);
+        assert_eq!(small.resolve(&options(None), 0).expect("valid"), asked);
     }
 }
 
@@ -88,18 +92,18 @@ fn pictures_to_begin_from_are_encoded_in_tiles() {
         };
         let number = |field: &str| facts[field].as_u64().expect("a number") as usize;
         let (width, height) = (number("width"), number("height"));
-        let options = |vae_tiling| DiffusionOptions {
-            prompt: facts["prompt"].as_str().expect("a prompt").to_owned(),
-            image: Some(Arc::new(Frame { width, height, rgb: pixels("input") })),
-            strength: facts["strength"].as_f64(),
-            num_inference_steps: Some(number("num_inference_steps")),
-            guidance_scale: facts["guidance_scale"].as_f64(),
-            seed: facts["seed"].as_u64(),
-            vae_tiling: Some(vae_tiling),
-            ..Default::default()
+        let options = |vae_tiling| {
+            Options::default()
+                .with(&PROMPT, facts["prompt"].as_str().expect("a prompt").to_owned())
+                .with(&IMAGE, Arc::new(Frame { width, height, rgb: pixels("input") }))
+                .with(&STRENGTH, facts["strength"].as_f64())
+                .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
+                .with(&GUIDANCE_SCALE, facts["guidance_scale"].as_f64())
+                .with(&SEED, facts["seed"].as_u64())
+                .with(&VAE_TILING, vae_tiling)
         };
         let (tiled, whole) =
-            (card.resolve(options(true), 0).expect("valid"), card.resolve(options(false), 0).expect("valid"));
+            (card.resolve(&options(true), 0).expect("valid"), card.resolve(&options(false), 0).expect("valid"));
         let work = |runner: &mut dyn Runner, request: &DiffusionRequest| {
             runner.submit(SessionId(2), Request::Diffusion(request.clone())).expect("accepted");
             let (mut events, mut flops) = (Events::default(), 0.0);

@@ -1,11 +1,16 @@
 //! Wan2.1 text-to-video and its solver, stage by stage.
 
 use std::path::Path;
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
+};
+use tale_models::parameter::Options;
 
 use candle_core::Tensor;
-use tale_models::card::{DiffusionCard, DiffusionOptions};
+
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::wan::WanModel;
 use tale_models::family::LoadOptions;
@@ -245,20 +250,17 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
     let golden = golden_json(case);
     let request = |run: &serde_json::Value| {
         let number = |field: &str| run[field].as_u64().map(|value| value as usize);
-        let options = DiffusionOptions {
-            prompt: run["prompt"].as_str().expect("a prompt").to_owned(),
-            negative_prompt: run["negative_prompt"].as_str().map(str::to_owned),
-            width: number("width"),
-            height: number("height"),
-            num_frames: number("num_frames"),
-            num_inference_steps: number("num_inference_steps"),
-            guidance_scale: run["guidance_scale"].as_f64(),
-            seed: run["seed"].as_u64(),
-            max_sequence_length: number("max_sequence_length"),
-            vae_tiling: None,
-            ..Default::default()
-        };
-        card.resolve(options, 0).expect("a valid request")
+        let options = Options::default()
+            .with(&PROMPT, run["prompt"].as_str().expect("a prompt").to_owned())
+            .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+            .with(&WIDTH, number("width"))
+            .with(&HEIGHT, number("height"))
+            .with(&NUM_FRAMES, number("num_frames"))
+            .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
+            .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+            .with(&SEED, run["seed"].as_u64())
+            .with(&MAX_SEQUENCE_LENGTH, number("max_sequence_length"));
+        card.resolve(&options, 0).expect("a valid request")
     };
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
 }
@@ -325,7 +327,7 @@ fn row(values: &[f64]) -> Tensor {
 fn prompts_encoded_together_have_the_bits_of_lone_ones() {
     for case in ["wan-a", "wan-b"] {
         let model = open_model(case);
-        let request = model.card().resolve(DiffusionOptions::default(), 0).unwrap();
+        let request = model.card().resolve(&Options::default(), 0).unwrap();
         let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
         let together = model.encode(&prompts, &request).unwrap();
         for (prompt, together) in prompts.iter().zip(&together) {

@@ -1,20 +1,19 @@
 //! `tale generate image`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::Args;
-use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::diffusion::{Canvas, Sampling};
-use tale_models::lora::LoraOption;
+use tale_models::diffusion::{Canvas, Medium, Sampling};
+use tale_models::parameter::Options;
 use tale_models::request::Frame;
 use tale_models::{ModelSource, Request};
 
-use super::diffusion::{DiffusionArgs, SUBJECT, card_for, follow, subject};
+use super::diffusion::{card_for, follow};
 use super::{CliError, Generator, ModelArgs, random_seed};
+use crate::cli::parameters::{Images, ParameterArgs, SUBJECT, subject};
 use crate::engine::{EngineOptions, Session};
-use crate::media::{InputError, InputPicture, PictureFormat, decode_picture, encode_picture, read_png_text};
-use crate::parameters::{self, PictureParameters};
+use crate::media::{PictureFormat, encode_picture, read_png_text};
+use crate::parameters::{self, EffectiveParameters};
 
 #[derive(Debug, Args)]
 #[command(group = subject())]
@@ -42,38 +41,13 @@ pub struct ImageArgs {
     #[arg(long, value_name = "DIR")]
     loras: Option<PathBuf>,
 
-    /// A LoRA of that folder and how much of it, such as sketch:0.8; may be given several times [default weight: 1]
-    #[arg(long, value_name = "NAME[:WEIGHT]", value_parser = parse_lora)]
-    lora: Vec<LoraOption>,
-
     /// Pictures to make, with seeds that count up from --seed; more than one are called FILE-0, FILE-1, ...
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_PICTURES))]
     n: u8,
 
-    /// Picture to begin from: .png, .jpg or .webp
-    #[arg(long, value_name = "FILE")]
-    image: Option<PathBuf>,
-
-    /// What to make anew of --image: where this picture is transparent, or white if it has no alpha. A transparent
-    /// part of --image says the same
-    #[arg(long, value_name = "FILE", requires = "image")]
-    mask: Option<PathBuf>,
-
-    /// How far --image is taken back to noise, 0 to 1 [default: that of diffusers' pipeline]
-    #[arg(long, value_name = "X", requires = "image")]
-    strength: Option<f64>,
-
-    /// Picture whose look is followed, for models with --ip-adapter: .png, .jpg or .webp; may be given several times
-    #[arg(long = "reference", value_name = "FILE")]
-    references: Vec<PathBuf>,
-
-    /// How much of the reference pictures is followed, 0 to 1 [default: 1]
-    #[arg(long, value_name = "X", requires = "references")]
-    ip_adapter_scale: Option<f64>,
-
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
-    diffusion: DiffusionArgs,
+    parameters: ParameterArgs<Images>,
 }
 
 /// Most pictures of one command.
@@ -87,20 +61,17 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
     check_folder(&args.output)?;
     let base = match &args.parameters_from {
         Some(path) => read_parameters(path)?.into_options(),
-        None => DiffusionOptions::default(),
+        None => Options::default(),
     };
-    let mut base = with_input(base, &args)?;
-    if !args.lora.is_empty() {
-        base.loras = args.lora;
-    }
-    let mut options = EngineOptions::default();
+    let options = args.parameters.options_over(base)?;
+    let mut engine = EngineOptions::default();
     // There is no second request to keep anything for.
-    options.load.lora_cache_bytes = 0;
+    engine.load.lora_cache_bytes = 0;
     let source = ModelSource { loras: args.loras, ..args.model.source() };
-    let mut generator = Generator::load_from(source, &args.model, options)?;
+    let mut generator = Generator::load_from(source, &args.model, engine)?;
     let card = generator.card.clone();
-    let request = card_for(Medium::Picture, &card)?.resolve(args.diffusion.options_over(base), random_seed())?;
-    let parameters = PictureParameters::new(&folder_name(&args.model.model), &request);
+    let request = card_for(Medium::Image, &card)?.resolve(&options, random_seed())?;
+    let parameters = EffectiveParameters::new(&folder_name(&args.model.model), &request);
     generator.note(|| {
         let Canvas { width, height, .. } = request.canvas;
         let Sampling { num_inference_steps, scheduler, seed, .. } = request.sampling;
@@ -128,36 +99,6 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// `base` with the pictures that the arguments name.
-fn with_input(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptions, CliError> {
-    let base = with_references(base, args)?;
-    let Some(path) = &args.image else { return Ok(base) };
-    let image = read_picture("--image", path)?;
-    let mask = match &args.mask {
-        Some(path) => Some(read_picture("--mask", path)?.into_mask().map_err(|error| refused("--mask", path, error))?),
-        None => image.transparent(),
-    };
-    let (image, mask) = (Some(Arc::new(image.frame)), mask.map(Arc::new));
-    Ok(DiffusionOptions { image, mask, strength: args.strength.or(base.strength), ..base })
-}
-
-fn with_references(base: DiffusionOptions, args: &ImageArgs) -> Result<DiffusionOptions, CliError> {
-    let mut reference_images = Vec::with_capacity(args.references.len());
-    for path in &args.references {
-        reference_images.push(Arc::new(read_picture("--reference", path)?.frame));
-    }
-    Ok(DiffusionOptions { reference_images, ip_adapter_scale: args.ip_adapter_scale.or(base.ip_adapter_scale), ..base })
-}
-
-fn read_picture(argument: &str, path: &Path) -> Result<InputPicture, CliError> {
-    let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
-    decode_picture(&bytes).map_err(|error| refused(argument, path, error))
-}
-
-fn refused(argument: &str, path: &Path, error: InputError) -> CliError {
-    CliError::Argument(format!("{argument}: {} {error}", path.display()))
-}
-
 /// The file of picture `i` of `n`.
 fn numbered(path: &Path, i: usize, n: u8) -> PathBuf {
     if n == 1 {
@@ -167,17 +108,6 @@ fn numbered(path: &Path, i: usize, n: u8) -> PathBuf {
     path.with_file_name(format!("{}-{i}.{}", part(path.file_stem()), part(path.extension())))
 }
 
-/// `NAME`, or `NAME:WEIGHT`.
-fn parse_lora(argument: &str) -> Result<LoraOption, String> {
-    let (name, weight) = argument.rsplit_once(':').unwrap_or((argument, "1"));
-    let weight =
-        weight.parse().map_err(|_| format!("`{weight}` is not a weight; expected NAME:WEIGHT, such as sketch:0.8"))?;
-    if name.is_empty() {
-        return Err("the name is empty; expected NAME:WEIGHT, such as sketch:0.8".to_owned());
-    }
-    Ok(LoraOption { name: name.to_owned(), weight })
-}
-
 /// What the parameters of a picture call a model that nobody has named.
 fn folder_name(model: &Path) -> String {
     let path = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
@@ -185,12 +115,13 @@ fn folder_name(model: &Path) -> String {
 }
 
 /// The parameters that tale wrote into a picture.
-pub fn read_parameters(path: &Path) -> Result<PictureParameters, CliError> {
+pub fn read_parameters(path: &Path) -> Result<EffectiveParameters, CliError> {
     let refuse = |problem: String| CliError::Argument(format!("{}: {problem}", path.display()));
     let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
     let text = read_png_text(&bytes, parameters::KEYWORD).map_err(|error| refuse(error.to_string()))?;
     let text = text.ok_or_else(|| refuse("says nothing of how it was made".to_owned()))?;
-    serde_json::from_str(&text).map_err(|error| refuse(format!("its parameters are not those of tale: {error}")))
+    EffectiveParameters::from_json(&text)
+        .map_err(|problem| refuse(format!("its parameters are not those of tale: {problem}")))
 }
 
 fn format_of(path: &Path) -> Result<PictureFormat, CliError> {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::{Event, ModelCard, ModelSource, Request, card};
+use tale_models::{Event, ModelCard, ModelSource, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -195,7 +195,7 @@ impl Signals {
 fn wrong_medium(card: &ModelCard) -> CliError {
     let command = match card {
         ModelCard::Text(_) => "text",
-        ModelCard::Diffusion(card) if card.medium == card::Medium::Picture => "image",
+        ModelCard::Diffusion(card) if card.medium() == tale_models::diffusion::Medium::Image => "image",
         ModelCard::Diffusion(_) => "video",
     };
     CliError::Argument(format!("--model: this checkpoint is for `tale generate {command}`"))

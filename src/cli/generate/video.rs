@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tale_models::Request;
-use tale_models::card::{DiffusionOptions, Medium};
-use tale_models::diffusion::{Canvas, DiffusionRequest, Sampling};
+use tale_models::diffusion::{Canvas, DiffusionRequest, Medium, Sampling};
+use tale_models::parameter::Options;
 use tale_models::request::Frame;
 
-use super::diffusion::{DiffusionArgs, card_for, follow, subject};
+use super::diffusion::{card_for, follow};
 use super::{CliError, Generator, ModelArgs, random_seed};
+use crate::cli::parameters::{ParameterArgs, Videos, subject};
 use crate::engine::EngineOptions;
 use crate::media::{self, ClipEncoder, ClipFormat, FrameFolder};
 
@@ -25,24 +26,15 @@ pub struct VideoArgs {
 
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
-    diffusion: DiffusionArgs,
-
-    /// Frames of the clip
-    #[arg(long, value_name = "N")]
-    num_frames: Option<usize>,
-
-    /// Frames per second of the file
-    #[arg(long, value_name = "N")]
-    fps: Option<usize>,
+    parameters: ParameterArgs<Videos>,
 }
 
 pub fn run(args: VideoArgs) -> Result<(), CliError> {
     let target = Target::of(&args.output)?;
+    let options = args.parameters.options_over(Options::default())?;
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
-    let clip = DiffusionOptions { num_frames: args.num_frames, fps: args.fps, ..DiffusionOptions::default() };
-    let options = args.diffusion.options_over(clip);
-    let request = card_for(Medium::Clip, &card)?.resolve(options, random_seed())?;
+    let request = card_for(Medium::Video, &card)?.resolve(&options, random_seed())?;
     generator.note(|| {
         let Canvas { width, height, num_frames, fps } = request.canvas;
         let Sampling { num_inference_steps, scheduler, seed, .. } = request.sampling;

@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, header};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
+pub(super) use self::reader::of_field;
 use self::value::{Object, Value};
 use super::error::ApiError;
 use super::openai::{self, Field};
@@ -18,6 +19,7 @@ use super::openai::{self, Field};
 mod encoding;
 mod form;
 mod reader;
+pub(super) mod upload;
 pub(super) mod value;
 
 /// Most bytes of a body: a prompt of a million tokens has about half of them.
@@ -42,12 +44,13 @@ impl<'de> Deserialize<'de> for Seed {
 
 /// The JSON body of a request, without those of OpenAI's `fields` that ask for nothing.
 pub(super) async fn json<T: DeserializeOwned>(request: Request, fields: &[&[Field]]) -> Result<T, ApiError> {
-    let mut body = json_of_at_most(request, MAX_BODY_BYTES).await?;
+    let mut body = json_value(request, MAX_BODY_BYTES).await?;
     openai::settle(fields, &mut body)?;
     reader::read(body)
 }
 
-async fn json_of_at_most(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
+/// The JSON body of a request, as a tree.
+pub(super) async fn json_value(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
     if !has_media_type(request.headers(), "application/json") {
         return Err(ApiError::media_type("application/json"));
     }
@@ -55,17 +58,8 @@ async fn json_of_at_most(request: Request, max_bytes: usize) -> Result<Value, Ap
     Value::from_json(&read(&parts.headers, body, max_bytes).await?)
 }
 
-/// As [`json`], for bodies that may hold pictures.
-pub(super) async fn json_with_pictures<T: DeserializeOwned>(request: Request) -> Result<T, ApiError> {
-    reader::read(json_of_at_most(request, MAX_PICTURE_BODY_BYTES).await?)
-}
-
-/// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same.
-pub(super) async fn json_or_form<T: DeserializeOwned>(request: Request, max_bytes: usize) -> Result<T, ApiError> {
-    reader::read(json_or_form_value(request, max_bytes).await?)
-}
-
-async fn json_or_form_value(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
+/// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same, as a tree.
+pub(super) async fn json_or_form_value(request: Request, max_bytes: usize) -> Result<Value, ApiError> {
     let is_json = has_media_type(request.headers(), "application/json");
     if !is_json && !has_media_type(request.headers(), "multipart/form-data") {
         return Err(ApiError::media_type("application/json or multipart/form-data"));

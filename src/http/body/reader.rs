@@ -17,10 +17,16 @@ use crate::http::error::ApiError;
 
 /// The body that `value` is.
 pub(super) fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
-    match value {
-        Value::Object(_) => T::deserialize(value).map_err(ApiError::from),
-        other => Err(ApiError::field("body", format!("must be an object; found {}", other.kind()))),
-    }
+    Ok(T::deserialize(Value::Object(value.into_object()?))?)
+}
+
+/// What `read` makes of the value of the field called `name`.
+pub(in crate::http) fn of_field<T>(
+    name: &str,
+    value: Value,
+    read: impl FnOnce(Value) -> Result<T, ReadError>,
+) -> Result<T, ApiError> {
+    read(value).map_err(|error| error.within(Step::Key(name.to_owned())).into())
 }
 
 /// What is wrong, and where.

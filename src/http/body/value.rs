@@ -69,6 +69,14 @@ impl Value {
         }
     }
 
+    /// The fields of a body.
+    pub(in crate::http) fn into_object(self) -> Result<Object, ApiError> {
+        match self {
+            Self::Object(fields) => Ok(fields),
+            other => Err(ApiError::field("body", format!("must be an object; found {}", other.kind()))),
+        }
+    }
+
     /// A number as JSON or a form has it.
     fn number(number: f64) -> Self {
         match number {

@@ -10,6 +10,7 @@ use axum::body::{Body, Bytes};
 use axum::response::Response;
 use serde::Serialize;
 use tale_models::Event;
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::request::{Frame, Usage};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
@@ -19,7 +20,7 @@ use super::Encoding;
 use crate::engine::Session;
 use crate::http::error::{ApiError, ErrorEnvelope};
 use crate::http::sse;
-use crate::parameters::PictureParameters;
+use crate::parameters::EffectiveParameters;
 
 /// Events that may lie ready for a client: as many as a picture has, with the last one.
 const MAX_UNSENT_EVENTS: usize = 4;
@@ -43,9 +44,8 @@ pub(super) struct Head {
     pub(super) names: Names,
     pub(super) created_at: u64,
     pub(super) encoding: Encoding,
-    pub(super) parameters: PictureParameters,
-    pub(super) partial_images: usize,
-    pub(super) num_reference_images: Option<usize>,
+    pub(super) parameters: EffectiveParameters,
+    pub(super) request: DiffusionRequest,
 }
 
 /// The answer, once the session has begun; work that fails at once fails with a status.
@@ -93,7 +93,7 @@ async fn write(head: Head, mut session: Session, writes: mpsc::Sender<Result<Byt
 
 impl Head {
     async fn partial_image(&self, index: usize, frame: Frame) -> Result<Bytes, ApiError> {
-        let size = (self.parameters.width, self.parameters.height);
+        let size = (self.request.canvas.width, self.request.canvas.height);
         let b64_json = self.encoding.encode_preview(frame, size).await?;
         Ok(self.event(self.names.partial_image, b64_json, Some(index), None))
     }
@@ -109,10 +109,10 @@ impl Head {
                 output_tokens: completion_tokens,
                 total_tokens: prompt_tokens + completion_tokens,
             },
-            skipped_passes: super::skipped_passes(&self.parameters, usage),
-            partial_images: self.partial_images,
+            skipped_passes: super::skipped_passes(&self.request, usage),
+            partial_images: self.request.partial_images,
             metadata: self.encoding.metadata,
-            num_reference_images: self.num_reference_images,
+            num_reference_images: super::num_reference_images(&self.request),
             parameters: &self.parameters,
         };
         Ok(self.event(self.names.completed, b64_json, None, Some(whole)))
@@ -124,7 +124,7 @@ impl Head {
             b64_json,
             partial_image_index: index,
             created_at: self.created_at,
-            size: format!("{}x{}", self.parameters.width, self.parameters.height),
+            size: format!("{}x{}", self.request.canvas.width, self.request.canvas.height),
             quality: "auto",
             background: "opaque",
             output_format: self.encoding.format.as_str(),
@@ -164,7 +164,7 @@ struct Whole<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     num_reference_images: Option<usize>,
     #[serde(flatten)]
-    parameters: &'a PictureParameters,
+    parameters: &'a EffectiveParameters,
 }
 
 /// Pictures are not counted in tokens, so that its numbers are 0; clients expect the field.

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::batcher::PictureInput;
 use super::block_cache::BlockCache;
 use super::references::ReferenceModel;
-use crate::card::DiffusionCard;
+use crate::diffusion::DiffusionCard;
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::lora::Adapters;

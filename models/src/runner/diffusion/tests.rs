@@ -8,10 +8,13 @@ use candle_core::{Device, Tensor};
 
 use super::batcher::PictureInput;
 use super::*;
-use crate::card::{DiffusionCard, DiffusionDefaults, Edits, Guidance, Medium, Prompts};
+use crate::diffusion::DiffusionCard;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{Canvas, Prompt, Sampling};
 use crate::diffusion::{Edit, NegativePrompt};
-use crate::lora::LoraSupport;
 use crate::request::{Frame, Mask, SamplingParams, TextRequest};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
@@ -49,36 +52,18 @@ impl Drop for Counted {
 
 impl Toy {
     fn new() -> Self {
-        let defaults = DiffusionDefaults {
-            width: 2,
-            height: 2,
-            num_frames: 1,
-            fps: 1,
-            num_inference_steps: 3,
-            guidance_scale: 1.0,
-            max_sequence_length: 8,
-        };
-        let card = DiffusionCard {
-            family: "toy",
-            medium: Medium::Clip,
-            defaults,
+        let prompts = Prompts::Plain { default_length: 8, max_length: 8 };
+        let canvas = CanvasSupport {
+            default_width: 2,
+            default_height: 2,
             size_multiple: 1,
             max_side: 8,
             max_pixels: 64,
-            max_frames: 8,
-            frames_multiple: 1,
-            max_sequence_length: 8,
-            prompts: Prompts::Plain,
-            guidance: Guidance::ClassifierFree,
-            schedulers: flow_schedulers(),
-            vae_tiling: None,
-            has_ip_adapter: false,
-            refiner: None,
-            room_bytes: usize::MAX,
-            acceleration: None,
-            loras: LoraSupport::Unsupported,
-            edits: Edits::default(),
+            frames: Some(FrameSupport { default_num_frames: 1, default_fps: 1, multiple: 1, max_frames: 8 }),
         };
+        let sampling = SamplingSupport { default_steps: 3, schedulers: flow_schedulers() };
+        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: 1.0 };
+        let card = DiffusionCard::new("toy", prompts, canvas, sampling, guidance);
         Self {
             card,
             alive: Arc::default(),

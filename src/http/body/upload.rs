@@ -12,7 +12,7 @@ use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 /// A file's bytes: as they are in a form, and in JSON as base64, alone or in a data URL.
-pub(super) struct Upload(pub(super) Bytes);
+pub(in crate::http) struct Upload(pub(in crate::http) Bytes);
 
 // Bodies are printed; files are not.
 impl fmt::Debug for Upload {
@@ -97,7 +97,7 @@ fn standard_symbol(byte: u8) -> u8 {
 
 /// One value, or a list of them.
 #[derive(Debug)]
-pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
+pub(in crate::http) struct OneOrMany<T>(pub(in crate::http) Vec<T>);
 
 impl<'de> Deserialize<'de> for OneOrMany<Upload> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -1,0 +1,159 @@
+//! What a model of images or videos can do: one part for each capability.
+//!
+//! Owns: the card, and the order in which a request is validated. What each parameter means stands with its capability.
+
+use crate::error::{Error, Result};
+use crate::lora::LoraSupport;
+use crate::parameter::{IMAGES, Options, VIDEOS};
+use crate::solver::schedulers::Schedulers;
+
+use super::DiffusionRequest;
+use super::acceleration::{self, CacheThresholds};
+use super::canvas::CanvasSupport;
+use super::edit::{self, EditSupport};
+use super::guidance::GuidanceSupport;
+use super::loras;
+use super::parameters::PARAMETERS;
+use super::previews::PARTIAL_IMAGES;
+use super::prompt::Prompts;
+use super::references::References;
+use super::refinement::Refinement;
+use super::sampling::{SCHEDULER, SamplingSupport};
+use super::tiling::VaeTiling;
+
+/// Card of an image or video model.
+#[derive(Debug, Clone)]
+pub struct DiffusionCard {
+    /// Family name, as in the table of families.
+    pub family: &'static str,
+    /// What the text encoders make of prompts.
+    pub prompts: Prompts,
+    /// Sizes and lengths.
+    pub canvas: CanvasSupport,
+    /// Steps and schedulers.
+    pub sampling: SamplingSupport,
+    /// How guidance enters.
+    pub guidance: GuidanceSupport,
+    /// What `acceleration` means; `None` where nothing can be skipped.
+    pub acceleration: Option<CacheThresholds>,
+    /// Which LoRAs there are to choose from.
+    pub loras: LoraSupport,
+    /// When the VAE works in tiles; `None` where it has none.
+    pub tiling: Option<VaeTiling>,
+    /// How it makes images from images; `None` where it does not.
+    pub edits: Option<EditSupport>,
+    /// Whether it follows reference images.
+    pub has_ip_adapter: bool,
+    /// The solvers of its refiner, where it is served with one.
+    pub refiner: Option<Schedulers>,
+}
+
+/// What a diffusion model makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Medium {
+    /// One frame.
+    Image,
+    /// Frames in time.
+    Video,
+}
+
+impl DiffusionCard {
+    /// A model that begins from noise and has no optional capability.
+    pub fn new(
+        family: &'static str,
+        prompts: Prompts,
+        canvas: CanvasSupport,
+        sampling: SamplingSupport,
+        guidance: GuidanceSupport,
+    ) -> Self {
+        Self {
+            family,
+            prompts,
+            canvas,
+            sampling,
+            guidance,
+            acceleration: None,
+            loras: LoraSupport::Unsupported,
+            tiling: None,
+            edits: None,
+            has_ip_adapter: false,
+            refiner: None,
+        }
+    }
+
+    /// What it makes.
+    pub fn medium(&self) -> Medium {
+        match self.canvas.frames {
+            None => Medium::Image,
+            Some(_) => Medium::Video,
+        }
+    }
+
+    /// What the plainest request asks for: nothing, but a scheduler where the model has none of its own.
+    pub fn plainest(&self) -> Options {
+        let schedulers = &self.sampling.schedulers;
+        let first = schedulers.iter().next().filter(|_| schedulers.own().is_none());
+        Options::default().with(&SCHEDULER, first.map(|scheduler| scheduler.name.to_owned()))
+    }
+
+    /// The card on a device that has so many bytes for work beside all weights.
+    pub fn with_room(mut self, room_bytes: usize) -> Self {
+        self.tiling = self.tiling.map(|tiling| VaeTiling { room_bytes: Some(room_bytes), ..tiling });
+        self
+    }
+
+    /// Of the first-block cache of each of the request's branches, if it has one.
+    pub fn cache_threshold(&self, request: &DiffusionRequest) -> Option<f64> {
+        self.acceleration?.threshold(request.acceleration)
+    }
+
+    /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none. Resizes an input
+    /// image, which takes time.
+    pub fn resolve(&self, options: &Options, fallback_seed: u64) -> Result<DiffusionRequest> {
+        options.check(PARAMETERS.iter().copied())?;
+        self.check_medium(options)?;
+        let prompt = self.prompts.resolve(options)?;
+        let edit = edit::asked(self.edits.as_ref(), options)?;
+        let sampling = self.sampling.resolve(options, fallback_seed)?;
+        let references = References::resolve(self.has_ip_adapter, options)?;
+        let loras = loras::resolve(&self.loras, options)?;
+        let canvas = self.canvas.resolve(options, edit.as_ref().map(edit::Asked::image_size))?;
+        let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
+        let acceleration = acceleration::resolve(self.acceleration.as_ref(), options)?;
+        let edit = edit.map(|edit| edit.resolve(&canvas, sampling.num_inference_steps)).transpose()?;
+        let own = &self.sampling.schedulers;
+        let refinement = Refinement::resolve(options, &sampling, own, self.refiner.as_ref(), edit.is_some())?;
+        let held_bytes = self.loras.footprint_bytes(&loras);
+        let vae_tiling = VaeTiling::resolve(self.tiling.as_ref(), options, &canvas, held_bytes)?;
+        let partial_images = options.get(&PARTIAL_IMAGES).unwrap_or(0);
+        let request = DiffusionRequest {
+            prompt,
+            canvas,
+            sampling,
+            guidance,
+            acceleration,
+            loras,
+            vae_tiling,
+            partial_images,
+            edit,
+            references,
+            refinement,
+        };
+        self.guidance.check_interval(&request.guidance, request.steps_made())?;
+        Ok(request)
+    }
+
+    /// Refuses parameters that are for the other medium.
+    fn check_medium(&self, options: &Options) -> Result<()> {
+        let (tasks, makes) = match self.medium() {
+            Medium::Image => (IMAGES, "images"),
+            Medium::Video => (VIDEOS, "videos"),
+        };
+        let is_other = |tasks_of: &[_]| !tasks.iter().any(|task| tasks_of.contains(task));
+        let other = PARAMETERS.iter().find(|of| options.value(of).is_some() && is_other(of.tasks));
+        match other {
+            None => Ok(()),
+            Some(other) => Err(Error::invalid(other.name, format!("this model makes {makes}; leave it out"))),
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Whether the VAE works on tiles of the image.
+//!
+//! Owns: `vae_tiling`, and the rule by which tiles are chosen where nobody asks. Does not know: how tiles are blended, nor
+//! what is free at the moment: the choice depends on the request, the model and the room that the device has for work, and
+//! on nothing else, so that the same request gives the same image whatever else is running.
+
+use crate::error::{Error, Result};
+use crate::parameter::{IMAGES, Options, Parameter};
+
+use super::Canvas;
+
+/// Whether the VAE works in tiles.
+pub static VAE_TILING: Parameter<bool> = Parameter::flag_or_auto(
+    "vae_tiling",
+    "Whether the VAE works on tiles of the image, as diffusers' enable_vae_tiling; \"auto\" tiles where memory is short.",
+)
+.only_for(IMAGES);
+
+/// When a model's VAE works on tiles of an image instead of the whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VaeTiling {
+    /// Pixels on each side of a tile.
+    pub tile_side: usize,
+    /// Bytes that the VAE needs for each pixel of an untiled image.
+    pub bytes_per_pixel: usize,
+    /// Bytes that the device has for work beside all weights; `None` where nobody bounds them.
+    pub room_bytes: Option<usize>,
+}
+
+impl VaeTiling {
+    /// `held_bytes` of the room are taken by what else the request holds.
+    pub(super) fn resolve(
+        support: Option<&Self>,
+        options: &Options,
+        canvas: &Canvas,
+        held_bytes: usize,
+    ) -> Result<bool> {
+        match (options.get(&VAE_TILING), support) {
+            (Some(asked), Some(_)) => Ok(asked),
+            (None, Some(tiling)) => Ok(tiling.is_needed(canvas, held_bytes)),
+            (Some(true), None) => Err(Error::invalid("vae_tiling", "this model's VAE has no tiles; leave it out")),
+            (Some(false) | None, None) => Ok(false),
+        }
+    }
+
+    /// Whether an image is worked on in tiles when nobody has asked: where it is larger than one tile, and as a whole
+    /// would need more than the device has for work.
+    fn is_needed(&self, canvas: &Canvas, held_bytes: usize) -> bool {
+        let Canvas { width, height, .. } = *canvas;
+        let is_larger = width > self.tile_side || height > self.tile_side;
+        let needed_bytes = width.saturating_mul(height).saturating_mul(self.bytes_per_pixel);
+        let has_room = |room_bytes: usize| needed_bytes <= room_bytes.saturating_sub(held_bytes);
+        is_larger && !self.room_bytes.is_none_or(has_room)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_for_images_that_do_not_fit_as_a_whole() {
+        let is_needed = |(width, height), room_bytes, held_bytes| {
+            let tiling = VaeTiling { tile_side: 64, bytes_per_pixel: 10, room_bytes };
+            tiling.is_needed(&Canvas { width, height, num_frames: 1, fps: 0 }, held_bytes)
+        };
+        assert!(!is_needed((64, 64), Some(0), 0), "one tile is the whole image");
+        assert!(!is_needed((128, 64), Some(128 * 64 * 10), 0));
+        assert!(is_needed((128, 64), Some(128 * 64 * 10 - 1), 0));
+        assert!(is_needed((128, 64), Some(128 * 64 * 10), 1));
+        assert!(is_needed((64, 65), Some(0), 0));
+        assert!(!is_needed((64, 65), None, 0));
+    }
+}

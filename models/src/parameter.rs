@@ -1,0 +1,577 @@
+//! Parameters of requests, each declared once: name, kind, bounds, what it is for, and one sentence of documentation.
+//!
+//! Owns: what a declaration says, the values that clients give, and the check of a value against its declaration. The
+//! JSON body, the form, the command-line flag, the echo, the documentation and the OpenAPI schema are all made from
+//! declarations. Does not know: which parameters there are (each stands with its capability), what models allow, HTTP.
+
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use serde::de::{Error as _, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::error::{Error, Result};
+use crate::lora::LoraOption;
+use crate::request::{Frame, Mask};
+
+/// What a client asks for with a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// An image from text.
+    ImageGeneration,
+    /// An image from an image.
+    ImageEdit,
+    /// A video.
+    Video,
+}
+
+/// Images, from text or from an image.
+pub const IMAGES: &[Task] = &[Task::ImageGeneration, Task::ImageEdit];
+/// Images from an image.
+pub const EDITS: &[Task] = &[Task::ImageEdit];
+/// Videos.
+pub const VIDEOS: &[Task] = &[Task::Video];
+/// Images and videos.
+pub const ALL_TASKS: &[Task] = &[Task::ImageGeneration, Task::ImageEdit, Task::Video];
+
+/// What values a parameter takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// Text of at most so many bytes.
+    Text {
+        /// Inclusive.
+        max_bytes: usize,
+    },
+    /// `true` or `false`.
+    Flag,
+    /// `true`, `false`, or `"auto"`, which is as good as absent.
+    FlagOrAuto,
+    /// A whole number. Models may narrow the bounds.
+    Integer {
+        /// Inclusive.
+        min: u64,
+        /// Inclusive.
+        max: u64,
+    },
+    /// A whole number of 64 bits. A negative one stands for the same bits without a sign, as in `torch.manual_seed`.
+    Seed,
+    /// A number. Models may narrow the bounds.
+    Number {
+        /// Inclusive.
+        min: f64,
+        /// Inclusive.
+        max: f64,
+    },
+    /// A time above 0 in seconds, which clients also send as text.
+    Seconds,
+    /// `[start, end]` with `0 <= start < end <= 1`.
+    Interval,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+    /// One of these names; which of them a request may use is the model's affair.
+    Name(&'static [&'static str]),
+    /// A list of LoRA files by name, each with a weight.
+    Loras,
+    /// An image file.
+    Image,
+    /// At most so many image files.
+    Images {
+        /// Inclusive.
+        max: usize,
+    },
+    /// An image file that says where another image is made anew.
+    Mask,
+}
+
+/// All that is said of one parameter.
+#[derive(Debug, PartialEq)]
+pub struct Declaration {
+    /// As in JSON bodies, forms and answers.
+    pub name: &'static str,
+    /// One sentence, for the documentation, the OpenAPI schema and the command line's help.
+    pub doc: &'static str,
+    /// What values it takes.
+    pub kind: Kind,
+    /// What it is for.
+    pub tasks: &'static [Task],
+    /// Whether a request has to have it.
+    pub is_required: bool,
+    /// Whether every model checks it against narrower bounds of its own, which then are the ones to name.
+    is_narrowed: bool,
+    /// The command-line flag, where that is not the name with dashes.
+    flag: Option<&'static str>,
+}
+
+impl Declaration {
+    /// The command-line flag, without the two dashes before it.
+    pub fn flag(&self) -> String {
+        self.flag.map_or_else(|| self.name.replace('_', "-"), str::to_owned)
+    }
+
+    /// Whether requests for `task` may have it.
+    pub fn is_for(&self, task: Task) -> bool {
+        self.tasks.contains(&task)
+    }
+
+    /// Reads a value from JSON, or from what spells it as JSON does; `None` where it is as good as absent. Images are
+    /// for the caller to read.
+    pub fn read<'de, D: Deserializer<'de>>(&self, deserializer: D) -> std::result::Result<Option<Value>, D::Error> {
+        Ok(Some(match self.kind {
+            Kind::Text { .. } | Kind::Choice(_) | Kind::Name(_) => Value::Text(String::deserialize(deserializer)?),
+            Kind::Flag => Value::Flag(bool::deserialize(deserializer)?),
+            Kind::FlagOrAuto => return deserializer.deserialize_any(FlagOrAuto),
+            Kind::Integer { .. } => Value::Integer(u64::deserialize(deserializer)?),
+            Kind::Seed => Value::Integer(seed(i128::deserialize(deserializer)?)),
+            Kind::Number { .. } => Value::Number(f64::deserialize(deserializer)?),
+            Kind::Seconds => Value::Number(deserializer.deserialize_any(Seconds)?),
+            Kind::Interval => Value::Interval(<[f64; 2]>::deserialize(deserializer)?),
+            Kind::Loras => Value::Loras(Vec::deserialize(deserializer)?),
+            Kind::Image | Kind::Images { .. } | Kind::Mask => return Err(D::Error::custom("is an image")),
+        }))
+    }
+
+    /// Refuses a value that no model takes, with the allowed ones.
+    pub fn check(&self, value: &Value) -> Result<()> {
+        let refuse = |problem: String| Err(Error::invalid(self.name, problem));
+        match (self.kind, value) {
+            _ if self.is_narrowed => Ok(()),
+            (Kind::Text { max_bytes }, Value::Text(text)) if text.len() > max_bytes => {
+                refuse(format!("has {} bytes; at most {max_bytes}", text.len()))
+            }
+            (Kind::Integer { min, max }, Value::Integer(value)) if !(min..=max).contains(value) => {
+                refuse(format!("is {value}; allowed: {min} to {max}"))
+            }
+            // `contains` is false for NaN.
+            (Kind::Number { min, max }, Value::Number(value)) if !(min..=max).contains(value) => {
+                refuse(format!("is {value}; allowed: {min} to {max}"))
+            }
+            (Kind::Seconds, Value::Number(seconds)) if !(seconds.is_finite() && *seconds > 0.0) => {
+                refuse("must be more than 0".to_owned())
+            }
+            (Kind::Interval, Value::Interval([start, end])) if !(*start >= 0.0 && start < end && *end <= 1.0) => {
+                refuse(format!("is [{start}, {end}]; allowed: [start, end] with 0 <= start < end <= 1"))
+            }
+            (Kind::Choice(words), Value::Text(word)) if !words.contains(&word.as_str()) => {
+                refuse(format!("is not known; allowed: {}", words.join(", ")))
+            }
+            (Kind::Images { max }, Value::Images(images)) if images.len() > max => {
+                refuse(format!("are {}; allowed: 1 to {max}", images.len()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A seed of 64 bits, with or without a sign.
+fn seed(number: i128) -> u64 {
+    // Readers let nothing pass that has more bits.
+    number as u64
+}
+
+/// Reads [`Kind::Seconds`].
+struct Seconds;
+
+impl Visitor<'_> for Seconds {
+    type Value = f64;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a number of seconds")
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, seconds: f64) -> std::result::Result<f64, E> {
+        Ok(seconds)
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, seconds: u64) -> std::result::Result<f64, E> {
+        Ok(seconds as f64)
+    }
+
+    fn visit_i64<E: serde::de::Error>(self, seconds: i64) -> std::result::Result<f64, E> {
+        Ok(seconds as f64)
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<f64, E> {
+        text.trim().parse().map_err(|_| E::custom("must be a number of seconds"))
+    }
+}
+
+/// Reads [`Kind::FlagOrAuto`], also as the text of a form.
+struct FlagOrAuto;
+
+impl Visitor<'_> for FlagOrAuto {
+    type Value = Option<Value>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("true, false or \"auto\"")
+    }
+
+    fn visit_bool<E: serde::de::Error>(self, flag: bool) -> std::result::Result<Self::Value, E> {
+        Ok(Some(Value::Flag(flag)))
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
+        match text {
+            "auto" => Ok(None),
+            "true" => Ok(Some(Value::Flag(true))),
+            "false" => Ok(Some(Value::Flag(false))),
+            _ => Err(E::custom("must be true, false or \"auto\"")),
+        }
+    }
+}
+
+/// What a client said about a parameter, in the type of its [`Kind`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// Of [`Kind::Text`], [`Kind::Choice`] and [`Kind::Name`].
+    Text(String),
+    /// Of [`Kind::Flag`] and [`Kind::FlagOrAuto`].
+    Flag(bool),
+    /// Of [`Kind::Integer`] and [`Kind::Seed`].
+    Integer(u64),
+    /// Of [`Kind::Number`] and [`Kind::Seconds`].
+    Number(f64),
+    /// Of [`Kind::Interval`].
+    Interval([f64; 2]),
+    /// Of [`Kind::Loras`].
+    Loras(Vec<LoraOption>),
+    /// Of [`Kind::Image`].
+    Image(Arc<Frame>),
+    /// Of [`Kind::Images`].
+    Images(Vec<Arc<Frame>>),
+    /// Of [`Kind::Mask`].
+    Mask(Arc<Mask>),
+}
+
+impl Value {
+    /// As JSON; `None` for images, which answers do not repeat.
+    pub fn to_json(&self) -> Option<serde_json::Value> {
+        Some(match self {
+            Self::Text(text) => text.as_str().into(),
+            Self::Flag(flag) => (*flag).into(),
+            Self::Integer(number) => (*number).into(),
+            Self::Number(number) => (*number).into(),
+            Self::Interval(interval) => interval.to_vec().into(),
+            Self::Loras(loras) => {
+                let loras = loras.iter().map(|lora| serde_json::json!({"name": lora.name, "weight": lora.weight}));
+                loras.collect()
+            }
+            Self::Image(_) | Self::Images(_) | Self::Mask(_) => return None,
+        })
+    }
+}
+
+/// A type in which the code of a capability has the values of its parameters.
+pub trait ParameterType: Sized {
+    /// `None` where the value is of another kind.
+    fn from_value(value: &Value) -> Option<Self>;
+
+    /// The value that [`ParameterType::from_value`] gives back.
+    fn into_value(self) -> Value;
+}
+
+/// Types that are one variant of [`Value`].
+macro_rules! parameter_types {
+    ($($type:ty => $variant:ident),* $(,)?) => {
+        $(impl ParameterType for $type {
+            fn from_value(value: &Value) -> Option<Self> {
+                match value {
+                    Value::$variant(value) => Some(value.clone()),
+                    _ => None,
+                }
+            }
+
+            fn into_value(self) -> Value {
+                Value::$variant(self)
+            }
+        })*
+    };
+}
+
+parameter_types! {
+    String => Text,
+    bool => Flag,
+    u64 => Integer,
+    f64 => Number,
+    [f64; 2] => Interval,
+    Vec<LoraOption> => Loras,
+    Arc<Frame> => Image,
+    Vec<Arc<Frame>> => Images,
+    Arc<Mask> => Mask,
+}
+
+impl ParameterType for usize {
+    /// A number that does not fit is over every limit.
+    fn from_value(value: &Value) -> Option<Self> {
+        u64::from_value(value).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
+    }
+
+    fn into_value(self) -> Value {
+        Value::Integer(self as u64)
+    }
+}
+
+/// A declaration, and the type in which its capability has its values.
+pub struct Parameter<T> {
+    /// What is said of it.
+    pub declaration: Declaration,
+    values: PhantomData<fn() -> T>,
+}
+
+impl<T> Parameter<T> {
+    const fn new(name: &'static str, kind: Kind, doc: &'static str) -> Self {
+        let declaration =
+            Declaration { name, doc, kind, tasks: ALL_TASKS, is_required: false, is_narrowed: false, flag: None };
+        Self { declaration, values: PhantomData }
+    }
+
+    /// For these tasks alone.
+    pub const fn only_for(mut self, tasks: &'static [Task]) -> Self {
+        self.declaration.tasks = tasks;
+        self
+    }
+
+    /// A request has to have it.
+    pub const fn required(mut self) -> Self {
+        self.declaration.is_required = true;
+        self
+    }
+
+    /// Every model has narrower bounds, which its own check names.
+    pub const fn narrowed_by_models(mut self) -> Self {
+        self.declaration.is_narrowed = true;
+        self
+    }
+
+    /// With this command-line flag.
+    pub const fn flag(mut self, flag: &'static str) -> Self {
+        self.declaration.flag = Some(flag);
+        self
+    }
+}
+
+impl<T: ParameterType> Parameter<T> {
+    /// One of `words`; `T` is made from a word.
+    pub const fn choice(name: &'static str, words: &'static [&'static str], doc: &'static str) -> Self {
+        Self::new(name, Kind::Choice(words), doc)
+    }
+}
+
+impl Parameter<String> {
+    /// Text of at most `max_bytes`.
+    pub const fn text(name: &'static str, max_bytes: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Text { max_bytes }, doc)
+    }
+
+    /// One of `names`, of which a model may know fewer.
+    pub const fn name(name: &'static str, names: &'static [&'static str], doc: &'static str) -> Self {
+        Self::new(name, Kind::Name(names), doc)
+    }
+}
+
+impl Parameter<bool> {
+    /// `true` or `false`.
+    pub const fn boolean(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Flag, doc)
+    }
+
+    /// `true`, `false`, or `"auto"`, which is as good as absent.
+    pub const fn flag_or_auto(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::FlagOrAuto, doc)
+    }
+}
+
+impl Parameter<usize> {
+    /// A whole number from `min` to `max`.
+    pub const fn integer(name: &'static str, min: usize, max: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Integer { min: min as u64, max: max as u64 }, doc)
+    }
+}
+
+impl Parameter<u64> {
+    /// Any whole number of 64 bits.
+    pub const fn seed(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Seed, doc)
+    }
+}
+
+impl Parameter<f64> {
+    /// A number from `min` to `max`.
+    pub const fn number(name: &'static str, min: f64, max: f64, doc: &'static str) -> Self {
+        Self::new(name, Kind::Number { min, max }, doc)
+    }
+}
+
+impl Parameter<f64> {
+    /// A time in seconds.
+    pub const fn seconds(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Seconds, doc)
+    }
+}
+
+impl Parameter<[f64; 2]> {
+    /// A part of the steps.
+    pub const fn interval(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Interval, doc)
+    }
+}
+
+impl Parameter<Vec<LoraOption>> {
+    /// LoRA files by name.
+    pub const fn loras(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Loras, doc)
+    }
+}
+
+impl Parameter<Arc<Frame>> {
+    /// An image.
+    pub const fn image(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Image, doc)
+    }
+}
+
+impl Parameter<Vec<Arc<Frame>>> {
+    /// At most `max` images.
+    pub const fn images(name: &'static str, max: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Images { max }, doc)
+    }
+}
+
+impl Parameter<Arc<Mask>> {
+    /// A mask.
+    pub const fn mask(name: &'static str, doc: &'static str) -> Self {
+        Self::new(name, Kind::Mask, doc)
+    }
+}
+
+/// What a client said: values by parameter. Absent ones take the model's defaults.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Options(BTreeMap<&'static str, Value>);
+
+impl Options {
+    /// The value of a parameter, if the client gave one.
+    pub fn get<T: ParameterType>(&self, parameter: &Parameter<T>) -> Option<T> {
+        let value = self.0.get(parameter.declaration.name)?;
+        Some(T::from_value(value).expect("a value is set in the type of its parameter: this is a bug"))
+    }
+
+    /// Whether the client gave a value.
+    pub fn has<T>(&self, parameter: &Parameter<T>) -> bool {
+        self.0.contains_key(parameter.declaration.name)
+    }
+
+    /// The value of a declared parameter, whatever its type.
+    pub fn value(&self, declaration: &Declaration) -> Option<&Value> {
+        self.0.get(declaration.name)
+    }
+
+    /// Sets a value, or none.
+    pub fn set<T: ParameterType>(&mut self, parameter: &Parameter<T>, value: impl Into<Option<T>>) {
+        match value.into() {
+            Some(value) => self.0.insert(parameter.declaration.name, value.into_value()),
+            None => self.0.remove(parameter.declaration.name),
+        };
+    }
+
+    /// The same options with another value, or without one.
+    pub fn with<T: ParameterType>(mut self, parameter: &Parameter<T>, value: impl Into<Option<T>>) -> Self {
+        self.set(parameter, value);
+        self
+    }
+
+    /// Sets the value of a declared parameter, which must be of its kind.
+    pub fn insert(&mut self, declaration: &'static Declaration, value: Value) {
+        self.0.insert(declaration.name, value);
+    }
+
+    /// These options, and those of `defaults` where these have none.
+    pub fn or(mut self, defaults: Self) -> Self {
+        for (name, value) in defaults.0 {
+            self.0.entry(name).or_insert(value);
+        }
+        self
+    }
+
+    /// Refuses what no model takes: values out of the bounds of their declarations, and parameters that are not
+    /// for `task`.
+    pub fn check<'a>(&self, declarations: impl IntoIterator<Item = &'a Declaration>) -> Result<()> {
+        for declaration in declarations {
+            if let Some(value) = self.0.get(declaration.name) {
+                declaration.check(value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The values as a JSON object, in the order of `declarations`.
+    pub fn to_json<'a>(
+        &self,
+        declarations: impl IntoIterator<Item = &'a Declaration>,
+    ) -> serde_json::Map<String, serde_json::Value> {
+        let value = |declaration: &Declaration| self.0.get(declaration.name)?.to_json();
+        let fields = declarations.into_iter().filter_map(|of| Some((of.name.to_owned(), value(of)?)));
+        fields.collect()
+    }
+}
+
+/// Refuses a value out of bounds, NaN too, with the bounds.
+pub(crate) fn check_range<T: PartialOrd + std::fmt::Display + Copy>(
+    field: &str,
+    value: T,
+    min: T,
+    max: T,
+) -> Result<()> {
+    if value >= min && value <= max {
+        return Ok(());
+    }
+    Err(Error::invalid(field, format!("is {value}; allowed: {min} to {max}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEPS: Parameter<usize> = Parameter::integer("steps", 1, 1000, "Steps.");
+    const SCALE: Parameter<f64> = Parameter::number("scale", 0.0, 100.0, "Scale.").only_for(IMAGES);
+    const PART: Parameter<[f64; 2]> = Parameter::interval("a_part", "A part.");
+    const NOTE: Parameter<String> = Parameter::text("note", 3, "A note.").flag("remark");
+
+    #[track_caller]
+    fn check<T: ParameterType>(parameter: &Parameter<T>, value: T, problem: Option<&str>) {
+        let found = parameter.declaration.check(&value.into_value()).err().map(|error| error.to_string());
+        assert_eq!(found.as_deref(), problem);
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_refused_with_the_bounds() {
+        check(&STEPS, 1, None);
+        check(&STEPS, 1000, None);
+        check(&STEPS, 0, Some("steps: is 0; allowed: 1 to 1000"));
+        check(&STEPS, 1001, Some("steps: is 1001; allowed: 1 to 1000"));
+        check(&SCALE, 100.0, None);
+        check(&SCALE, -0.5, Some("scale: is -0.5; allowed: 0 to 100"));
+        check(&SCALE, f64::NAN, Some("scale: is NaN; allowed: 0 to 100"));
+        check(&PART, [0.0, 1.0], None);
+        check(&PART, [0.5, 0.5], Some("a_part: is [0.5, 0.5]; allowed: [start, end] with 0 <= start < end <= 1"));
+        check(&NOTE, "abc".into(), None);
+        check(&NOTE, "abcd".into(), Some("note: has 4 bytes; at most 3"));
+    }
+
+    #[test]
+    fn options_hold_what_was_set_and_become_json_in_the_order_of_the_declarations() {
+        let options = Options::default().with(&SCALE, 2.5).with(&STEPS, 7);
+        assert_eq!((options.get(&STEPS), options.get(&SCALE), options.get(&NOTE)), (Some(7), Some(2.5), None));
+        let declarations = [&STEPS.declaration, &SCALE.declaration, &NOTE.declaration];
+        let json = serde_json::Value::from(options.to_json(declarations)).to_string();
+        assert_eq!(json, r#"{"steps":7,"scale":2.5}"#);
+        let defaults = Options::default().with(&STEPS, 1).with(&NOTE, "x".to_owned());
+        let merged = options.clone().or(defaults);
+        assert_eq!((merged.get(&STEPS), merged.get(&NOTE)), (Some(7), Some("x".to_owned())));
+        assert!(!options.with(&STEPS, None).has(&STEPS));
+    }
+
+    #[test]
+    fn a_flag_is_the_name_with_dashes_unless_it_is_said() {
+        assert_eq!((PART.declaration.flag(), NOTE.declaration.flag()), ("a-part".into(), "remark".into()));
+    }
+}

@@ -1,0 +1,234 @@
+//! Command-line flags of the parameters of images and videos, as their declarations say.
+//!
+//! Owns: how a value is written on a command line. Does not know: what any parameter means.
+
+use std::marker::PhantomData;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser as _, ValueParser};
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Args, Command, FromArgMatches, value_parser};
+use tale_models::diffusion::options_over;
+use tale_models::diffusion::parameters::{PARAMETERS, PARTIAL_IMAGES, PROMPT};
+use tale_models::lora::LoraOption;
+use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
+
+use super::CliError;
+use crate::parameters::{is_image, set_images};
+
+/// The group of arguments that say what to show.
+pub const SUBJECT: &str = "subject";
+
+/// At least one of them is needed.
+pub fn subject() -> ArgGroup {
+    ArgGroup::new(SUBJECT).required(true).multiple(true)
+}
+
+/// What a command makes.
+pub trait Makes {
+    /// As the declarations of parameters have it.
+    const TASK: Task;
+}
+
+/// Images, also from images.
+#[derive(Debug)]
+pub struct Images;
+
+impl Makes for Images {
+    const TASK: Task = Task::ImageEdit;
+}
+
+/// Videos.
+#[derive(Debug)]
+pub struct Videos;
+
+impl Makes for Videos {
+    const TASK: Task = Task::Video;
+}
+
+/// One flag for each parameter; absent ones take the model's own defaults.
+#[derive(Debug)]
+pub struct ParameterArgs<M> {
+    options: Options,
+    /// Parameters that are to take the model's own default, whatever other options say.
+    cleared: Vec<&'static str>,
+    files: Vec<(&'static Declaration, Vec<PathBuf>)>,
+    makes: PhantomData<M>,
+}
+
+impl<M: Makes> ParameterArgs<M> {
+    /// What was said, and `base` for the rest. Reads and decodes the image files.
+    pub fn options_over(self, base: Options) -> Result<Options, CliError> {
+        let mut options = self.options;
+        for (declaration, paths) in self.files {
+            let read =
+                |path: &PathBuf| std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source });
+            let files = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+            set_images(&mut options, declaration, &files).map_err(|(number, error)| {
+                let path = paths[number].display();
+                CliError::Argument(format!("--{}: {path} {error}", declaration.flag()))
+            })?;
+        }
+        let base = PARAMETERS.iter().filter(|of| !self.cleared.contains(&of.name)).fold(
+            Options::default(),
+            |mut kept, declaration| {
+                if let Some(value) = base.value(declaration) {
+                    kept.insert(declaration, value.clone());
+                }
+                kept
+            },
+        );
+        Ok(options_over(options, base))
+    }
+}
+
+/// The parameters that a command has flags for. Nobody would see previews.
+fn declarations<M: Makes>() -> impl Iterator<Item = &'static Declaration> {
+    let has_flag =
+        |declaration: &&Declaration| declaration.is_for(M::TASK) && declaration.name != PARTIAL_IMAGES.declaration.name;
+    PARAMETERS.iter().copied().filter(has_flag)
+}
+
+impl<M: Makes> Args for ParameterArgs<M> {
+    fn augment_args(command: Command) -> Command {
+        let command = command.next_help_heading("Generation");
+        declarations::<M>().fold(command, |command, declaration| command.arg(flag(declaration)))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+/// What a flag says.
+#[derive(Debug, Clone)]
+enum Said {
+    Value(Value),
+    /// The model's own default.
+    Auto,
+}
+
+impl<M: Makes> FromArgMatches for ParameterArgs<M> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let mut found =
+            Self { options: Options::default(), cleared: Vec::new(), files: Vec::new(), makes: PhantomData };
+        for declaration in declarations::<M>() {
+            found.take(declaration, matches);
+        }
+        Ok(found)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl<M: Makes> ParameterArgs<M> {
+    fn take(&mut self, declaration: &'static Declaration, matches: &ArgMatches) {
+        let id = id(declaration);
+        let id = id.as_str();
+        if is_image(declaration) {
+            let paths: Vec<PathBuf> = matches.get_many(id).into_iter().flatten().cloned().collect();
+            if !paths.is_empty() {
+                self.files.push((declaration, paths));
+            }
+            return;
+        }
+        let mut loras = Vec::new();
+        for said in matches.get_many::<Said>(id).into_iter().flatten() {
+            match said {
+                Said::Value(Value::Loras(one)) => loras.extend(one.iter().cloned()),
+                Said::Value(value) => self.options.insert(declaration, value.clone()),
+                Said::Auto => self.cleared.push(declaration.name),
+            }
+        }
+        if !loras.is_empty() {
+            self.options.insert(declaration, Value::Loras(loras));
+        }
+    }
+}
+
+/// What clap calls the argument; a command's own arguments may have a parameter's name.
+fn id(declaration: &Declaration) -> String {
+    format!("parameter:{}", declaration.name)
+}
+
+fn flag(declaration: &'static Declaration) -> Arg {
+    let is_repeated = matches!(declaration.kind, Kind::Images { .. } | Kind::Loras);
+    let doc = declaration.doc.trim_end_matches('.');
+    let help = if is_repeated { format!("{doc}; may be given several times") } else { doc.to_owned() };
+    let arg = Arg::new(id(declaration)).long(declaration.flag()).value_name(value_name(declaration.kind)).help(help);
+    let arg = arg.value_parser(parser(declaration)).action(match is_repeated {
+        true => ArgAction::Append,
+        false => ArgAction::Set,
+    });
+    // A number below 0 is for the declaration to refuse.
+    let arg = arg.allow_negative_numbers(true);
+    match declaration.name == PROMPT.declaration.name {
+        true => arg.group(SUBJECT),
+        false => arg,
+    }
+}
+
+fn value_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Text { .. } => "TEXT",
+        Kind::Flag | Kind::FlagOrAuto | Kind::Choice(_) => "HOW",
+        Kind::Name(_) => "NAME",
+        Kind::Integer { .. } | Kind::Seed => "N",
+        Kind::Number { .. } => "X",
+        Kind::Seconds => "SECONDS",
+        Kind::Interval => "START,END",
+        Kind::Loras => "NAME[:WEIGHT]",
+        Kind::Image | Kind::Images { .. } | Kind::Mask => "FILE",
+    }
+}
+
+fn parser(declaration: &'static Declaration) -> ValueParser {
+    let words = match declaration.kind {
+        Kind::Choice(words) => words,
+        Kind::Flag => &["true", "false"],
+        Kind::FlagOrAuto => &["auto", "true", "false"],
+        _ if is_image(declaration) => return value_parser!(PathBuf).into(),
+        _ => return ValueParser::from(move |text: &str| parse(declaration, text)),
+    };
+    PossibleValuesParser::new(words).try_map(move |word| parse(declaration, &word)).into()
+}
+
+/// Reads the text of one flag. Bounds are for the model to check, which has narrower ones.
+fn parse(declaration: &Declaration, text: &str) -> Result<Said, String> {
+    let value = match declaration.kind {
+        Kind::Flag | Kind::FlagOrAuto if text == "auto" => return Ok(Said::Auto),
+        Kind::Flag | Kind::FlagOrAuto => Value::Flag(text == "true"),
+        Kind::Integer { min, max } => {
+            Value::Integer(text.parse().map_err(|_| format!("expected a whole number from {min} to {max}"))?)
+        }
+        Kind::Seed => Value::Integer(seed(text).ok_or("expected a whole number of 64 bits")?),
+        Kind::Number { .. } | Kind::Seconds => Value::Number(text.parse().map_err(|_| "expected a number")?),
+        Kind::Interval => Value::Interval(interval(text).ok_or("expected two numbers, such as 0,0.4")?),
+        Kind::Loras => Value::Loras(vec![lora(text)?]),
+        _ => Value::Text(text.to_owned()),
+    };
+    Ok(Said::Value(value))
+}
+
+/// With or without a sign, as `torch.manual_seed` takes it.
+fn seed(text: &str) -> Option<u64> {
+    text.parse::<u64>().ok().or_else(|| text.parse::<i64>().ok().map(i64::cast_unsigned))
+}
+
+fn interval(text: &str) -> Option<[f64; 2]> {
+    let (start, end) = text.split_once(',')?;
+    Some([start.trim().parse().ok()?, end.trim().parse().ok()?])
+}
+
+/// `NAME`, or `NAME:WEIGHT`.
+fn lora(text: &str) -> Result<LoraOption, String> {
+    let (name, weight) = text.rsplit_once(':').unwrap_or((text, "1"));
+    let weight =
+        weight.parse().map_err(|_| format!("`{weight}` is not a weight; expected NAME:WEIGHT, such as sketch:0.8"))?;
+    if name.is_empty() {
+        return Err("the name is empty; expected NAME:WEIGHT, such as sketch:0.8".to_owned());
+    }
+    Ok(LoraOption { name: name.to_owned(), weight })
+}

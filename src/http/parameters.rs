@@ -1,0 +1,108 @@
+//! From a body to the values of its parameters, as their declarations say.
+//!
+//! Owns: which fields a body may have, and the words for those that it may not. Does not know: what any of them means.
+
+use axum::body::Bytes;
+use serde::Deserialize;
+use tale_models::diffusion::parameters::PARAMETERS;
+use tale_models::parameter::{Declaration, Kind, Options, Task};
+
+use super::body::of_field;
+use super::body::upload::{OneOrMany, Upload};
+use super::body::value::Value;
+use super::error::ApiError;
+use crate::parameters::{is_image, set_images};
+
+/// What a body says. Its images are not decoded yet.
+#[derive(Debug)]
+pub(super) struct Given {
+    /// Everything but images.
+    pub(super) options: Options,
+    files: Vec<(&'static Declaration, Vec<Bytes>)>,
+}
+
+/// Reads a body for `task`; `own` are the endpoint's fields beside the parameters of the model.
+pub(super) fn read(body: Value, own: &[&'static Declaration], task: Task) -> Result<Given, ApiError> {
+    let mut fields = body.into_object()?;
+    let declarations = || own.iter().copied().chain(PARAMETERS.iter().copied().filter(|of| of.is_for(task)));
+    let mut given = Given { options: Options::default(), files: Vec::new() };
+    for declaration in declarations() {
+        match fields.remove(declaration.name) {
+            None | Some(Value::Null) if declaration.is_required => {
+                return Err(ApiError::field_code(declaration.name, "missing_required_parameter", "is missing"));
+            }
+            None | Some(Value::Null) => (),
+            Some(value) => given.take(declaration, value)?,
+        }
+    }
+    match fields.pop_first() {
+        None => Ok(given),
+        Some((name, _)) => Err(unknown(&name, declarations())),
+    }
+}
+
+/// A field that the endpoint does not have.
+fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a Declaration>) -> ApiError {
+    let problem = match PARAMETERS.iter().find(|declaration| declaration.name == name).map(|of| of.tasks) {
+        Some([Task::ImageEdit]) => "is for /v1/images/edits".to_owned(),
+        Some([Task::Video]) => "is for /v1/videos".to_owned(),
+        Some(_) => "is for images".to_owned(),
+        None => {
+            let known: Vec<&str> = known.map(|declaration| declaration.name).collect();
+            format!("is not known here; known: {}", known.join(", "))
+        }
+    };
+    ApiError::field_code(name, "unknown_parameter", problem)
+}
+
+impl Given {
+    fn take(&mut self, declaration: &'static Declaration, value: Value) -> Result<(), ApiError> {
+        let name = declaration.name;
+        if is_image(declaration) {
+            let OneOrMany(uploads) = of_field(name, value, OneOrMany::<Upload>::deserialize)?;
+            check_count(declaration, uploads.len())?;
+            self.files.push((declaration, uploads.into_iter().map(|Upload(bytes)| bytes).collect()));
+            return Ok(());
+        }
+        if let Some(value) = of_field(name, value, |value| declaration.read(value))? {
+            declaration.check(&value)?;
+            self.options.insert(declaration, value);
+        }
+        Ok(())
+    }
+
+    /// Whether the body has a value of this parameter.
+    pub(super) fn has(&self, declaration: &Declaration) -> bool {
+        self.options.value(declaration).is_some() || self.files.iter().any(|(of, _)| of.name == declaration.name)
+    }
+
+    /// Whether there are images to decode.
+    pub(super) fn has_files(&self) -> bool {
+        !self.files.is_empty()
+    }
+
+    /// The options with the images decoded, which takes time.
+    pub(super) fn decode(self) -> Result<Options, ApiError> {
+        let mut options = self.options;
+        for (declaration, files) in self.files {
+            set_images(&mut options, declaration, &files).map_err(|(number, error)| {
+                let is_list = matches!(declaration.kind, Kind::Images { .. });
+                let name = declaration.name;
+                ApiError::field(if is_list { format!("{name}[{number}]") } else { name.to_owned() }, error)
+            })?;
+        }
+        Ok(options)
+    }
+}
+
+fn check_count(declaration: &Declaration, count: usize) -> Result<(), ApiError> {
+    match declaration.kind {
+        Kind::Images { max } if count > max => {
+            Err(ApiError::field(declaration.name, format!("are {count}; allowed: 1 to {max}")))
+        }
+        Kind::Image | Kind::Mask if count != 1 => {
+            Err(ApiError::field(declaration.name, format!("holds {count} images; must be one")))
+        }
+        _ => Ok(()),
+    }
+}
