@@ -38,7 +38,6 @@ pub mod text_stream;
 pub mod tokenizer;
 pub mod vae;
 pub mod weights;
-pub mod work;
 
 pub use card::{ModelCard, TextCard};
 pub use diffusion::DiffusionCard;

@@ -25,7 +25,6 @@ use crate::solver::config::SchedulerConfig;
 use crate::solver::names::Scheduler;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::{Tokenizer, bytes};
-use crate::work::StepWork;
 
 /// The root of the repository, for what tests read from it. Asked when a test runs and not when it is compiled:
 /// `scripts/gpu-check` runs test binaries beside a copy of their files, on a machine without cargo.
@@ -202,11 +201,6 @@ impl Runner for ScriptedRunner {
 
     fn next(&self) -> Option<StepPlan> {
         self.batch().map(|(phase, sessions)| StepPlan { phase, sessions: sessions.len() })
-    }
-
-    /// A script computes nothing.
-    fn next_work(&self) -> StepWork {
-        StepWork::default()
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {

@@ -14,7 +14,6 @@ use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
 use crate::weights::Weights;
-use crate::work::StepWork;
 
 /// `config.json` of a CLIP text encoder. Defaults are those of transformers.
 #[derive(Debug, Clone, Deserialize)]
@@ -52,11 +51,6 @@ impl Default for ClipTextConfig {
 }
 
 impl ClipTextConfig {
-    /// Operations of a forward pass over `l` tokens through all layers; a token looks at those before it and at itself.
-    pub fn flops(&self, l: usize) -> f64 {
-        self.num_hidden_layers as f64 * self.layer().flops(l)
-    }
-
     /// Reads the file at `path`, where the configuration of a whole CLIP has that of its text encoder as one field.
     pub fn read(fields: Fields) -> Result<Self> {
         let fields = fields.below("text_config")?;
@@ -106,8 +100,6 @@ pub struct ClipTextEncoder {
     position_embedding: Tensor,
     layers: Vec<ClipLayer>,
     final_layer_norm: LayerNorm,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
     /// `[projection_dim, hidden_size]` of a `CLIPTextModelWithProjection`.
     text_projection: Option<Linear>,
 }
@@ -117,7 +109,7 @@ impl ClipTextEncoder {
     pub fn load_with_projection(weights: &Weights, config: ClipTextConfig) -> Result<Self> {
         let text_projection = load_projection(weights, &config)?;
         let encoder = Self::load(weights, config)?;
-        Ok(Self { text_projection: Some(text_projection), weight_bytes: weights.streamed_bytes(), ..encoder })
+        Ok(Self { text_projection: Some(text_projection), ..encoder })
     }
 
     /// Tensors `embeddings.*`, `encoder.layers.*`, `final_layer_norm.*`, below `text_model.` or bare.
@@ -135,15 +127,9 @@ impl ClipTextEncoder {
                 .map(|layer| ClipLayer::load(&layers.pp(layer), &config.layer()))
                 .collect::<Result<_>>()?,
             final_layer_norm: LayerNorm::load(&weights.pp("final_layer_norm"), hidden, config.layer_norm_eps)?,
-            weight_bytes: weights.streamed_bytes(),
             text_projection: None,
             config,
         })
-    }
-
-    /// Least work of a forward pass over so many rows of `l` tokens through all layers.
-    pub fn work(&self, rows: usize, l: usize) -> StepWork {
-        StepWork { flops: rows as f64 * self.config.flops(l), bytes: self.weight_bytes as f64 }
     }
 
     /// The configuration.

@@ -13,7 +13,6 @@ use crate::config::check_eps;
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::weights::Weights;
-use crate::work::{attention_flops, linear_flops};
 
 /// Bound on what a configuration may claim.
 const MAX_LAYERS: usize = 1 << 10;
@@ -55,13 +54,6 @@ impl ClipLayerConfig {
             return Err(Error::checkpoint(path, problem));
         }
         Ok(())
-    }
-
-    /// Operations over `l` vectors.
-    pub fn flops(&self, l: usize) -> f64 {
-        let matrices = self.hidden_size * (4 * self.hidden_size + 2 * self.intermediate_size);
-        let pairs = if self.causal { l * (l + 1) / 2 } else { l * l };
-        linear_flops(l, matrices) + attention_flops(pairs as f64, self.hidden_size)
     }
 
     /// Bytes that `l` vectors need at their peak in `dtype`: what the heads or the inner vectors take, and the residual

@@ -14,7 +14,6 @@ use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::weights::Weights;
-use crate::work::{StepWork, linear_flops};
 
 /// Bounds on what a configuration may claim.
 const MAX_SIZE: usize = 1 << 16;
@@ -136,8 +135,6 @@ pub struct ClipVisionEncoder {
     layers: Vec<ClipLayer>,
     /// Norm and projection of the class token, where `image_embeds` are asked for.
     head: Option<(LayerNorm, Linear)>,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
 }
 
 impl ClipVisionEncoder {
@@ -162,7 +159,7 @@ impl ClipVisionEncoder {
         let post_layernorm = LayerNorm::load(&model.pp("post_layernorm"), hidden, eps)?;
         let visual_projection = Linear::load_no_bias(&weights.pp("visual_projection"), hidden, projected)?;
         let head = Some((post_layernorm, visual_projection));
-        Ok(Self { head, weight_bytes: weights.streamed_bytes(), ..encoder })
+        Ok(Self { head, ..encoder })
     }
 
     fn load_layers(weights: &Weights, config: ClipVisionConfig, num_layers: usize) -> Result<Self> {
@@ -182,7 +179,6 @@ impl ClipVisionEncoder {
                 .map(|layer| ClipLayer::load(&layers.pp(layer), &config.layer()))
                 .collect::<Result<_>>()?,
             head: None,
-            weight_bytes: weights.streamed_bytes(),
             config,
         })
     }
@@ -190,16 +186,6 @@ impl ClipVisionEncoder {
     /// The configuration.
     pub fn config(&self) -> &ClipVisionConfig {
         &self.config
-    }
-
-    /// Least work of a pass over so many pictures.
-    pub fn work(&self, pictures: usize) -> StepWork {
-        let config = &self.config;
-        let positions = config.num_positions();
-        let patches = linear_flops(positions - 1, config.patch_values() * config.hidden_size);
-        let layers = self.layers.len() as f64 * config.layer().flops(positions);
-        let head = self.head.as_ref().map_or(0.0, |_| linear_flops(1, config.hidden_size * config.projection_dim));
-        StepWork { flops: pictures as f64 * (patches + layers + head), bytes: self.weight_bytes as f64 }
     }
 
     /// `image_embeds [b, projection_dim]` of `pixel_values [b, 3, image_size, image_size]` (f32), of an encoder that was
@@ -246,8 +232,10 @@ fn vision_model(weights: &Weights) -> Weights {
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+    use tale_kernels::work::{count, dry};
 
     use super::*;
+    use crate::device::{DeviceSpec, Placement, WeightDtype};
 
     fn config(fields: Value) -> ClipVisionConfig {
         serde_json::from_value(fields).expect("the rest has defaults")
@@ -262,13 +250,18 @@ mod tests {
 
     /// ViT-bigG/14 of 224 pixels: 257 positions, which its 48 layers take 0.97 TFLOP for.
     #[test]
-    fn work_is_counted_from_the_configuration() {
+    fn the_published_network_has_the_operations_of_its_size() {
         let config = config(json!({
             "hidden_size": 1664, "intermediate_size": 8192, "num_hidden_layers": 48, "num_attention_heads": 16,
             "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1280,
         }));
-        assert_eq!(config.num_positions(), 257);
-        let flops = 48.0 * config.layer().flops(257);
+        let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
+        let weights = Weights::dummy_dry(Path::new("image_encoder"), DType::F16, &placement);
+        let encoder = ClipVisionEncoder::load_with_projection(&weights, config).expect("fits");
+        let pixels = Tensor::zeros((1, CHANNELS, 224, 224), DType::F32, &placement.device).expect("zeros");
+        let (embeds, counted) = count(|| dry(|| encoder.image_embeds(&pixels)));
+        assert_eq!(embeds.expect("is counted").dims(), [1, 1280]);
+        let flops = counted.total().flops;
         assert!((0.93e12..0.98e12).contains(&flops), "{flops}");
     }
 

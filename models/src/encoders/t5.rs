@@ -15,7 +15,6 @@ use crate::encoders::rows_of;
 use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::{Tie, Weights};
-use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder.
 #[derive(Debug, Clone)]
@@ -71,14 +70,6 @@ impl T5Config {
             return Err(fields.error("relative_attention_max_distance", problem));
         }
         Ok(())
-    }
-
-    /// Operations of a forward pass over `l` tokens.
-    pub fn flops(&self, l: usize) -> f64 {
-        let inner = self.num_heads * self.d_kv;
-        let feed_forward = if self.feed_forward_proj == FeedForwardKind::Relu { 2 } else { 3 };
-        let matrices = self.d_model * (4 * inner + feed_forward * self.d_ff);
-        self.num_layers as f64 * (linear_flops(l, matrices) + attention_flops((l * l) as f64, inner))
     }
 
     /// Bytes that a forward pass over so many rows of `l` tokens keeps at its peak: the position bias, once more while it is
@@ -143,9 +134,6 @@ pub struct T5Encoder {
     buckets: Buckets,
     /// Of the networks that read the hidden states.
     compute_dtype: DType,
-    config: T5Config,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
 }
 
 impl T5Encoder {
@@ -181,14 +169,7 @@ impl T5Encoder {
                 max_distance: config.relative_attention_max_distance,
             },
             compute_dtype,
-            config: config.clone(),
-            weight_bytes: weights.streamed_bytes(),
         })
-    }
-
-    /// Least work of a forward pass over rows of so many tokens.
-    pub fn work(&self, lens: &[usize]) -> StepWork {
-        StepWork { flops: lens.iter().map(|l| self.config.flops(*l)).sum(), bytes: self.weight_bytes as f64 }
     }
 
     /// Hidden states `[1, l, d_model]` of each row's l tokens, in the compute dtype; every token sees every other one of

@@ -12,12 +12,11 @@ use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
-use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, PreparedInput, StepSizes};
+use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, PreparedInput};
 use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::weights::{Tie, Weights};
-use crate::work::StepWork;
 
 /// The file with the ways in which a model's author generates.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -81,14 +80,6 @@ impl CausalLm for DecoderLm {
     fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
         let states = self.decoder.paged(input, caches)?;
         states.map(|states| self.head(&states)).transpose()
-    }
-
-    fn work(&self, sizes: &StepSizes) -> StepWork {
-        let head_bytes = if sizes.logit_rows > 0 { self.lm_head.weight_bytes() } else { 0 };
-        StepWork {
-            flops: self.decoder.config().flops(sizes),
-            bytes: (self.decoder.step_bytes(sizes) + head_bytes) as f64,
-        }
     }
 }
 

@@ -41,7 +41,6 @@ use crate::vae::Posterior;
 use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
-use crate::work::StepWork;
 
 mod lora;
 pub mod original;
@@ -352,27 +351,6 @@ impl DiffusionModel for FluxModel {
             .collect())
     }
 
-    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        // Padding is not masked, so it is computed too.
-        let clip_len = self.text_encoder.config().max_position_embeddings;
-        let t5_lens = vec![request.prompt.max_sequence_length; prompts.len()];
-        self.text_encoder.work(prompts.len(), clip_len) + self.text_encoder_2.work(&t5_lens)
-    }
-
-    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
-        let (grid_rows, columns) = self.grid(request);
-        self.transformer.work(rows, request.prompt.max_sequence_length, grid_rows * columns)
-    }
-
-    fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
-        let (grid_rows, columns) = self.grid(request);
-        self.transformer.cached_work(computed, skipping, request.prompt.max_sequence_length, grid_rows * columns)
-    }
-
-    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
-        self.vae.work(self.latents(request), request.vae_tiling, step)
-    }
-
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
         let (rows, columns) = self.grid(request);
         let shape = (1, self.vae_config.latent_channels, rows * PACK, columns * PACK);
@@ -435,10 +413,6 @@ impl DiffusionModel for FluxModel {
 impl PictureModel for FluxModel {
     fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
         self.vae_encoder.encode(&input.picture, input.blanked.as_deref(), input.tiled)
-    }
-
-    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
-        self.vae_encoder.work((input.picture.height, input.picture.width), input.tiled)
     }
 
     fn picture_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {

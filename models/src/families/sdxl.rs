@@ -42,7 +42,6 @@ use crate::vae::Posterior;
 use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
-use crate::work::StepWork;
 
 pub mod config;
 pub mod ip_adapter;
@@ -298,12 +297,6 @@ impl SdxlModel {
 }
 
 impl SdxlModel {
-    /// Tokens of all reference pictures of a request.
-    fn reference_tokens(&self, request: &DiffusionRequest) -> usize {
-        let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
-        pictures * self.ip_adapter.as_ref().map_or(0, IpAdapter::num_tokens)
-    }
-
     /// Most bytes that recorded steps keep.
     fn recordings_bytes(&self) -> usize {
         if !self.placement.is_gpu() {
@@ -518,25 +511,8 @@ impl DiffusionModel for SdxlModel {
         })
     }
 
-    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        let length = request.prompt.max_sequence_length.min(self.sizes.text_encoder_2.max_position_embeddings);
-        let rows = prompts.len() * (request.prompt.max_sequence_length / length);
-        let first = self.first.as_ref().map_or_else(StepWork::default, |(_, encoder)| encoder.work(rows, length));
-        first + self.text_encoder_2.work(rows, length)
-    }
-
     fn reference_model(&self) -> Option<&dyn ReferenceModel> {
         self.ip_adapter.as_ref().map(|adapter| adapter as &dyn ReferenceModel)
-    }
-
-    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
-        let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.unet.work(rows, request.prompt.max_sequence_length, self.reference_tokens(request), (height, width))
-    }
-
-    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
-        let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.vae.work((height, width), request.vae_tiling, step)
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -617,10 +593,6 @@ impl DiffusionModel for SdxlModel {
 impl PictureModel for SdxlModel {
     fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
         self.vae_encoder.encode(&input.picture, input.blanked.as_deref(), input.tiled)
-    }
-
-    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
-        self.vae_encoder.work((input.picture.height, input.picture.width), input.tiled)
     }
 
     fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {

@@ -43,7 +43,6 @@ use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::{Padded, Tokenizer};
 use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// The published model was trained on 480p and 720p and 81 frames; past these bounds time and memory grow and quality
 /// falls. 1280x720 and its neighbours in multiples of 16.
@@ -164,20 +163,6 @@ impl WanConfig {
     /// Width of the transformer.
     fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
-    }
-
-    /// Operations of a forward pass over one row of `latent_pixels` in all frames and `text` tokens.
-    pub fn flops(&self, latent_pixels: usize, text: usize) -> f64 {
-        let (dim, patch) = (self.dim(), self.patch_size.iter().product::<usize>());
-        let (tokens, square) = (latent_pixels / patch, dim * dim);
-        // Self-attention has four projections, cross-attention two of the tokens and two of the text.
-        let block = linear_flops(tokens, 6 * square + 2 * dim * self.ffn_dim)
-            + linear_flops(text, 2 * square)
-            + attention_flops((tokens * (tokens + text)) as f64, dim);
-        self.num_layers as f64 * block
-            + linear_flops(tokens, (self.in_channels + self.out_channels) * patch * dim)
-            + linear_flops(text, self.text_dim * dim + square)
-            + linear_flops(1, self.freq_dim * dim + 7 * square)
     }
 
     fn check(&self, path: &Path) -> Result<()> {
@@ -417,22 +402,6 @@ impl DiffusionModel for WanModel {
         hidden.map(|(x, padded)| Ok(x.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)).collect()
     }
 
-    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork {
-        // A prompt that cannot be tokenized fails in its step.
-        let padded = self.tokenized(prompts, request).unwrap_or_default();
-        self.text_encoder.work(&padded.iter().map(|padded| padded.num_tokens).collect::<Vec<_>>())
-    }
-
-    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork {
-        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
-        self.transformer.work(rows, frames * height * width, request.prompt.max_sequence_length)
-    }
-
-    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork {
-        let [_, _, _, height, width] = self.sizes.latent_shape(request);
-        self.vae.work(height, width, step == 0)
-    }
-
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
         let shape = self.sizes.latent_shape(request);
         Ok(Tensor::from_vec(generator.randn(shape.iter().product()), shape.to_vec(), self.transformer.device())?)
@@ -450,11 +419,6 @@ impl DiffusionModel for WanModel {
     fn predict_cached(&self, rows: &[DenoiseRow<'_, Tensor>], caches: &mut [&mut BlockCache]) -> Result<Vec<Tensor>> {
         let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
         split_rows(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
-    }
-
-    fn predict_cached_work(&self, request: &DiffusionRequest, computed: usize, skipping: usize) -> StepWork {
-        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
-        self.transformer.cached_work(computed, skipping, frames * height * width, request.prompt.max_sequence_length)
     }
 
     fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
@@ -510,10 +474,6 @@ pub struct WanTransformer {
     proj_out: Linear,
     compute_dtype: DType,
     config: WanConfig,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
-    /// Of these, bytes of the blocks after the first.
-    other_block_bytes: usize,
 }
 
 impl WanTransformer {
@@ -523,14 +483,9 @@ impl WanTransformer {
         let condition = weights.pp("condition_embedder");
         let text = condition.pp("text_embedder");
         let mut blocks = Vec::with_capacity(config.num_layers);
-        let mut bytes_after_first = 0;
         for layer in 0..config.num_layers {
             blocks.push(Block::load(&weights.pp("blocks").pp(layer), config)?);
-            if layer == 0 {
-                bytes_after_first = weights.streamed_bytes();
-            }
         }
-        let other_block_bytes = weights.streamed_bytes() - bytes_after_first;
         let patch_values = config.out_channels * config.patch_size.iter().product::<usize>();
         Ok(Self {
             patch_embedding: PatchEmbedding::load(&weights.pp("patch_embedding"), config)?,
@@ -545,24 +500,7 @@ impl WanTransformer {
             proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
             compute_dtype: weights.placement().compute_dtype,
             config: config.clone(),
-            weight_bytes: weights.streamed_bytes(),
-            other_block_bytes,
         })
-    }
-
-    /// Least work of a forward pass over so many rows of `latent_pixels` in all frames and `text` tokens.
-    pub fn work(&self, rows: usize, latent_pixels: usize, text: usize) -> StepWork {
-        StepWork { flops: rows as f64 * self.config.flops(latent_pixels, text), bytes: self.weight_bytes as f64 }
-    }
-
-    /// Least work of a forward pass over `computed` rows that go through all blocks and `skipping` ones that may leave out
-    /// all but the first.
-    pub fn cached_work(&self, computed: usize, skipping: usize, latent_pixels: usize, text: usize) -> StepWork {
-        let first_block = WanConfig { num_layers: 1, ..self.config.clone() };
-        let flops = computed as f64 * self.config.flops(latent_pixels, text)
-            + skipping as f64 * first_block.flops(latent_pixels, text);
-        let bytes = if computed > 0 { self.weight_bytes } else { self.weight_bytes - self.other_block_bytes };
-        StepWork { flops, bytes: bytes as f64 }
     }
 
     /// f32 `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,

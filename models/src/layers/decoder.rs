@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use tale_kernels::{AttentionOptions, PreparedBatch};
 
 use crate::error::Result;
-use crate::kv::{BLOCK_SIZE, KvCaches, LayerCache};
+use crate::kv::{KvCaches, LayerCache};
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
@@ -25,7 +25,7 @@ mod rows;
 pub(crate) use config::testing;
 pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use dense::DenseInput;
-pub use rows::{DecoderInput, PreparedInput, StepSizes};
+pub use rows::{DecoderInput, PreparedInput};
 
 /// The layers between tokens and a head: embedding, blocks, final norm.
 #[derive(Debug)]
@@ -34,8 +34,6 @@ pub struct Decoder {
     embed_tokens: Embedding,
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
-    /// Bytes of the layers' weights, which every step reads.
-    layer_bytes: usize,
     device: Device,
 }
 
@@ -52,16 +50,9 @@ impl Decoder {
         for index in 0..config.num_hidden_layers {
             layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config)?);
         }
-        let layer_bytes = weights.streamed_bytes();
         let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
         let device = weights.placement().device.clone();
-        Ok(Self { config, embed_tokens, layers, norm, layer_bytes, device })
-    }
-
-    /// Bytes that a paged step reads: the layers' weights, keys and values.
-    pub fn step_bytes(&self, sizes: &StepSizes) -> usize {
-        let kv_bytes = self.config.kv_shape().block_bytes(self.embed_tokens.compute_dtype) / BLOCK_SIZE;
-        self.layer_bytes + kv_bytes * sizes.context
+        Ok(Self { config, embed_tokens, layers, norm, device })
     }
 
     /// Its sizes.

@@ -50,11 +50,6 @@ impl Linear {
         Ok(Self { slot, ..Self::new(weight, bias) })
     }
 
-    /// Bytes of the matrix.
-    pub fn weight_bytes(&self) -> usize {
-        self.weight.resident_bytes()
-    }
-
     /// `[..., in]` to `[..., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.weight.forward(x, self.bias.as_ref())?;
@@ -75,7 +70,7 @@ pub struct Embedding {
 impl Embedding {
     /// Tensor `weight [num, dim]`.
     pub fn load(weights: &Weights, num: usize, dim: usize) -> Result<Self> {
-        Ok(Self { weight: weights.table(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
+        Ok(Self { weight: weights.matrix(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
     }
 
     /// `ids [l]` (u32) to `[l, dim]` in the compute dtype, whatever the table's is.

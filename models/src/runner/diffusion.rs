@@ -15,7 +15,6 @@ use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, Usage};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::vae::Posterior;
-use crate::work::StepWork;
 
 pub mod batcher;
 pub mod block_cache;
@@ -185,20 +184,6 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             Some(Input::Prompts(prompts)) => Some(prompts),
             _ => None,
         })
-    }
-
-    fn encode_work(&self, input: &Input, ids: &[SessionId]) -> StepWork {
-        match input {
-            Input::Prompts(prompts) => {
-                let (model, request) = (model_of(&self.model, prompts.network), &self.session(ids[0]).request);
-                let texts = distinct_texts(self.prompts(ids));
-                texts.chunks(MAX_ENCODE_ROWS).map(|pass| model.encode_work(pass, request)).sum()
-            }
-            Input::Picture(input) => self.model.picture_model().expect(PICTURES_ARE_TAKEN).encode_picture_work(input),
-            Input::References(ReferenceInput { pictures, guided }) => {
-                self.model.reference_model().expect(PICTURES_ARE_TAKEN).encode_work(pictures.len(), *guided)
-            }
-        }
     }
 
     /// One denoising step of every member.
@@ -371,19 +356,6 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         std::mem::take(&mut self.session_mut(id).denoising_mut().caches)
     }
 
-    /// Least work of a denoising step of these sessions.
-    fn denoise_work(&self, ids: &[SessionId]) -> StepWork {
-        let rows: Vec<bool> = ids.iter().flat_map(|id| self.session(*id).rows_that_may_skip()).collect();
-        let request = &self.session(ids[0]).request;
-        let model = model_of(&self.model, self.session(ids[0]).network());
-        let is_cached = model.card().cache_threshold(request).is_some();
-        let pass = |rows: &[bool]| match rows.iter().filter(|may_skip| **may_skip).count() {
-            skipping if is_cached => model.predict_cached_work(request, rows.len() - skipping, skipping),
-            _ => model.predict_work(request, rows.len()),
-        };
-        rows.chunks(self.max_rows).map(pass).sum()
-    }
-
     /// The next chunk of pixels of one session.
     fn decode(&mut self, id: SessionId, events: &mut Events) -> Result<()> {
         let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
@@ -514,17 +486,6 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     fn next(&self) -> Option<StepPlan> {
         let batch = self.batcher.peek()?;
         Some(StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() })
-    }
-
-    fn next_work(&self) -> StepWork {
-        let Some(batch) = self.batcher.peek() else { return StepWork::default() };
-        let first = self.session(batch.sessions[0]);
-        match &first.stage {
-            Stage::Encode { inputs, .. } => self.encode_work(&inputs[0], &batch.sessions),
-            Stage::Denoise(_) => self.denoise_work(&batch.sessions),
-            Stage::Latents(_) => model_of(&self.model, first.network()).decode_work(&first.request, 0),
-            Stage::Decode { done, .. } => model_of(&self.model, first.network()).decode_work(&first.request, *done),
-        }
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {

@@ -3,7 +3,6 @@
 use crate::error::Result;
 use crate::memory::MemoryPlan;
 use crate::request::{Events, Phase, Request, SessionId};
-use crate::work::StepWork;
 
 pub mod diffusion;
 pub mod text;
@@ -44,10 +43,6 @@ pub trait Runner: Send {
 
     /// What the next call of `step` would do; `None` when there is nothing to do.
     fn next(&self) -> Option<StepPlan>;
-
-    /// What the next call of `step` would have to do at least; nothing when there is nothing to do. Counted from the
-    /// configuration and the sizes of the batch.
-    fn next_work(&self) -> StepWork;
 
     /// Does one bounded piece of work and says what came of it. After an error (or a panic) the caller must call
     /// [`Runner::evict_step`].

@@ -13,7 +13,7 @@ use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
-use crate::layers::decoder::{DecoderInput, StepSizes};
+use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
@@ -23,7 +23,6 @@ use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::sampler::{self, Sampler};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
-use crate::work::StepWork;
 
 pub mod batcher;
 pub mod model;
@@ -272,15 +271,6 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         self.batcher.plan().map(|plan| summary(&plan))
     }
 
-    fn next_work(&self) -> StepWork {
-        let Some(plan) = self.batcher.plan() else { return StepWork::default() };
-        let mut sizes = StepSizes::default();
-        for chunk in &plan.chunks {
-            sizes.push(chunk.start, chunk.num_tokens, chunk.samples);
-        }
-        self.model.network.work(&sizes)
-    }
-
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
         let Some(plan) = self.batcher.plan() else {
             return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
@@ -363,10 +353,6 @@ mod tests {
                 logits.push(row);
             }
             input.asked_for(&Tensor::new(logits, &Device::Cpu)?)
-        }
-
-        fn work(&self, _sizes: &StepSizes) -> StepWork {
-            StepWork::default()
         }
     }
 

@@ -16,12 +16,10 @@ use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::vae::preview::{FIT_SIDE, LatentRgb};
 use crate::vae::tiling::{Mosaic, Tiling};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
 pub mod encoder;
 
 pub use encoder::KlEncoder;
-use encoder::resnet_flops;
 
 /// Of every group norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -163,31 +161,6 @@ impl KlConfig {
         1 << (self.block_out_channels.len() - 1)
     }
 
-    /// Operations of decoding one picture from latents of this height and width. Source of the count: the layers below,
-    /// in their order.
-    pub fn decode_flops(&self, height: usize, width: usize) -> f64 {
-        let channels = &self.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let mut pixels = height * width;
-        let mut flops = conv_flops(self.latent_channels, last, 9, pixels) + 2.0 * resnet_flops(last, last, pixels);
-        if self.use_post_quant_conv {
-            flops += conv_flops(self.latent_channels, self.latent_channels, 1, pixels);
-        }
-        if self.mid_block_add_attention {
-            flops += linear_flops(pixels, 4 * last * last) + attention_flops((pixels * pixels) as f64, last);
-        }
-        let mut previous = last;
-        for (level, to) in channels.iter().copied().rev().enumerate() {
-            flops += resnet_flops(previous, to, pixels) + self.layers_per_block as f64 * resnet_flops(to, to, pixels);
-            if level + 1 < channels.len() {
-                pixels *= 4;
-                flops += conv_flops(to, to, 9, pixels);
-            }
-            previous = to;
-        }
-        flops + conv_flops(first, self.out_channels, 9, pixels)
-    }
-
     /// The dtype in which the VAE computes where its neighbours compute in `dtype`: the published VAE of SDXL makes
     /// black pictures in f16 (diffusers takes it to f32 too, and issue 4325 there says why).
     pub fn own_dtype(&self, dtype: DType) -> DType {
@@ -301,8 +274,6 @@ pub struct KlDecoder {
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
     config: KlConfig,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
     /// Fitted when the first preview is asked for.
     latent_rgb: OnceLock<LatentRgb>,
 }
@@ -311,7 +282,6 @@ impl KlDecoder {
     /// Tensors `decoder.*` and `post_quant_conv.*`.
     pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
         let weights = &weights.computing_in(config.own_dtype(weights.placement().compute_dtype));
-        let bytes_before = weights.streamed_bytes();
         let decoder = weights.pp("decoder");
         let groups = config.norm_num_groups;
         let latent = config.latent_channels;
@@ -338,21 +308,8 @@ impl KlDecoder {
             conv_norm_out: GroupNorm::load(&decoder.pp("conv_norm_out"), groups, first, NORM_EPS)?,
             conv_out: Conv2d::load(&decoder.pp("conv_out"), first, config.out_channels, 3, 1)?,
             config: config.clone(),
-            weight_bytes: weights.streamed_bytes() - bytes_before,
             latent_rgb: OnceLock::new(),
         })
-    }
-
-    /// Least work of step number `step` of decoding latents of this height and width, in tiles or not.
-    pub fn work(&self, latents: (usize, usize), tiled: bool, step: usize) -> StepWork {
-        let (height, width) = match self.config.tiles(latents, tiled) {
-            Some(tiling) => {
-                let window = tiling.window(latents.0, latents.1, step);
-                (window.height, window.width)
-            }
-            None => latents,
-        };
-        StepWork { flops: self.config.decode_flops(height, width), bytes: self.weight_bytes as f64 }
     }
 
     /// Begins to decode scaled f32 `latents [1, latent_channels, h, w]`, in tiles if asked and if there is more than one.

@@ -14,7 +14,6 @@ use tale_kernels::{AttentionOptions, CausalPadding, attention, rms_norm_channels
 use crate::error::{Error, Result};
 use crate::layers::{self, Conv2d, Conv3d};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
@@ -125,38 +124,6 @@ impl WanVaeConfig {
         self.temperal_downsample.iter().rev().nth(level).copied()
     }
 
-    /// Operations of decoding one latent frame of this height and width: the first one, which gives one frame, or a
-    /// later one. Source of the count: the layers below, in their order.
-    pub fn decode_flops(&self, height: usize, width: usize, is_first: bool) -> f64 {
-        /// Of a convolution over time and space.
-        const TAPS: usize = 27;
-        let resnet = |from: usize, to: usize, values: usize| {
-            let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, values) };
-            conv_flops(from, to, TAPS, values) + conv_flops(to, to, TAPS, values) + shortcut
-        };
-        let (dims, z_dim, mut pixels, mut frames) = (self.level_dims(), self.z_dim, height * width, 1);
-        let middle = conv_flops(z_dim, z_dim, 1, pixels)
-            + conv_flops(z_dim, dims[0], TAPS, pixels)
-            + 2.0 * resnet(dims[0], dims[0], pixels)
-            + linear_flops(pixels, 4 * dims[0] * dims[0])
-            + attention_flops((pixels * pixels) as f64, dims[0]);
-        let (mut flops, mut from) = (middle, dims[0]);
-        for (level, dim) in dims.iter().copied().enumerate() {
-            let values = pixels * frames;
-            flops += resnet(from, dim, values) + self.num_res_blocks as f64 * resnet(dim, dim, values);
-            if let Some(in_time) = self.upsampling(level) {
-                if in_time && !is_first {
-                    flops += conv_flops(dim, 2 * dim, 3, values);
-                    frames *= 2;
-                }
-                pixels *= 4;
-                flops += conv_flops(dim, dim / 2, 9, pixels * frames);
-            }
-            from = dim / 2;
-        }
-        flops + conv_flops(dims[dims.len() - 1], self.out_channels, TAPS, pixels * frames)
-    }
-
     /// Most values of the compute dtype that decoding latents of this height and width holds at a time.
     pub fn peak_values(&self, height: usize, width: usize) -> usize {
         let dims = self.level_dims();
@@ -196,9 +163,6 @@ pub struct WanVaeDecoder {
     norm_out: Norm,
     conv_out: CausalConv3d,
     num_slots: usize,
-    config: WanVaeConfig,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
 }
 
 /// A decode between two frames. Dropping it frees all that it remembers.
@@ -243,14 +207,7 @@ impl WanVaeDecoder {
             norm_out: Norm::load(&decoder.pp("norm_out"), &[last, 1, 1, 1])?,
             conv_out: loader.causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
             num_slots: loader.num_slots,
-            config: config.clone(),
-            weight_bytes: weights.streamed_bytes(),
         })
-    }
-
-    /// Least work of decoding one latent frame of this height and width, the first one or a later one.
-    pub fn work(&self, height: usize, width: usize, is_first: bool) -> StepWork {
-        StepWork { flops: self.config.decode_flops(height, width, is_first), bytes: self.weight_bytes as f64 }
     }
 
     /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`.

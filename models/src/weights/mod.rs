@@ -203,15 +203,6 @@ impl Weights {
         record.dequantised_bytes = record.dequantised_bytes.max(bytes);
     }
 
-    /// As [`Weights::matrix`], for a table of which a pass reads the rows that it looks up and no others.
-    pub fn table(&self, rows: usize, cols: usize, name: &str) -> Result<Tensor> {
-        let before = self.record().resident_bytes;
-        let table = self.matrix(rows, cols, name)?;
-        let mut record = self.record();
-        record.table_bytes += record.resident_bytes - before;
-        Ok(table)
-    }
-
     /// Marks a tensor as known and deliberately not loaded, so that it is not reported as unused.
     pub fn ignore(&self, name: &str) {
         self.record().used.insert(self.place(&self.full_name(name)).name);
@@ -236,12 +227,6 @@ impl Weights {
     /// Bytes of the tensors loaded so far.
     pub fn resident_bytes(&self) -> usize {
         self.record().resident_bytes
-    }
-
-    /// Bytes of the tensors loaded so far that every pass over the network reads: all but tables.
-    pub fn streamed_bytes(&self) -> usize {
-        let record = self.record();
-        record.resident_bytes - record.table_bytes
     }
 
     /// The tensors of the files, all below the component's beginning, that have no place in the network; an error where

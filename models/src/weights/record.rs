@@ -18,8 +18,6 @@ pub(super) struct Record {
     /// Elements of the used tensors.
     used_elements: usize,
     pub(super) resident_bytes: usize,
-    /// Of these, bytes of tables.
-    pub(super) table_bytes: usize,
     /// Most bytes that a product with one of the matrices takes for a moment.
     pub(super) dequantised_bytes: usize,
 }

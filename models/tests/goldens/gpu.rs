@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
+use tale_kernels::work::count;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
@@ -142,7 +143,8 @@ fn sessions_that_come_and_go_say_what_they_say_alone() {
     });
 }
 
-/// Three sequences of one token each, step after step: what is replayed has the bits of what is computed.
+/// Three sequences of one token each, step after step: what is replayed has the bits of what is computed, and counts as
+/// much, whatever it was filled up with and however long contexts were when it was recorded.
 #[test]
 fn recorded_steps_compute_what_steps_compute() {
     on_every_gpu(|gpu| {
@@ -163,9 +165,15 @@ fn recorded_steps_compute_what_steps_compute() {
                     input.want_logits_of_last_row();
                 }
                 assert!(DecodeRecordings::takes(&input));
-                let expected = network.forward(&input, &computed).expect("computed").expect("logits were asked for");
-                let found = recordings.forward(&network, input, &recorded).expect("computed");
+                let (expected, work) = count(|| network.forward(&input, &computed).expect("computed"));
+                let (found, recorded_work) =
+                    count(|| recordings.forward(&network, input, &recorded).expect("computed"));
+                let expected = expected.expect("logits were asked for");
                 assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);
+                for (found, expected) in [(recorded_work.dense, work.dense), (recorded_work.paged, work.paged)] {
+                    assert!((found.flops / expected.flops - 1.0).abs() < 1e-9, "{found:?}, expected {expected:?}");
+                    assert!((found.bytes / expected.bytes - 1.0).abs() < 1e-9, "{found:?}, expected {expected:?}");
+                }
                 assert_eq!(recordings.len(), if step < 3 { 1 } else { 2 });
             }
         });
@@ -198,7 +206,9 @@ fn recorded_denoising_steps_compute_what_steps_compute() {
                     time_ids: &[vec![64.0, 64.0, 0.0, 0.0, 64.0, 64.0], vec![32.0, 32.0, 0.0, step as f32, 32.0, 32.0]],
                     references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
                 };
-                let (found, expected) = (recordings.forward(&unet, &input).unwrap(), unet.forward(&input).unwrap());
+                let (found, recorded_work) = count(|| recordings.forward(&unet, &input).unwrap());
+                let (expected, work) = count(|| unet.forward(&input).unwrap());
+                assert_eq!(recorded_work, work);
                 assert_close(&format!("{} step {step}", gpu.name), &found, &expected, 0.0);
                 assert_eq!(recordings.len(), [1, 1, 1, 2, 3, 3][step]);
             }

@@ -6,6 +6,7 @@ use tale_models::diffusion::parameters::{
 };
 use tale_models::parameter::Options;
 
+use tale_kernels::work::count;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
@@ -108,8 +109,9 @@ fn pictures_to_begin_from_are_encoded_in_tiles() {
             runner.submit(SessionId(2), Request::Diffusion(request.clone())).expect("accepted");
             let (mut events, mut flops) = (Events::default(), 0.0);
             while runner.next().is_some_and(|plan| plan.phase != Phase::Denoise) {
-                flops = runner.next_work().flops;
-                runner.step(&mut events).expect("a step");
+                let (step, counted) = count(|| runner.step(&mut events));
+                step.expect("a step");
+                flops = counted.total().flops;
             }
             runner.cancel(SessionId(2));
             flops

@@ -209,7 +209,7 @@ struct Line<'a, T> {
 struct StepFields<'a> {
     shape: &'a str,
     seconds: f64,
-    /// Least multiplications and additions, and least bytes read.
+    /// Multiplications and additions, and bytes read.
     flops: f64,
     bytes: f64,
     /// Which of the two the device's limit for is met first: `flops` or `bytes`.

@@ -16,7 +16,6 @@ use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Linear, RmsNorm};
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// Of every norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -70,27 +69,6 @@ impl FluxTransformerConfig {
     /// Width of the streams.
     pub fn inner_dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
-    }
-
-    /// Operations of a forward pass over one row of `text_len` and `image_len` tokens.
-    pub fn flops(&self, text_len: usize, image_len: usize) -> f64 {
-        let (dim, l) = (self.inner_dim(), text_len + image_len);
-        let square = dim * dim;
-        // Query, key, value and output, and a feed-forward in and out: in a single block the same in another order.
-        let block = linear_flops(l, (4 + 2 * MLP_RATIO) * square) + attention_flops((l * l) as f64, dim);
-        // From the one condition of a row: six parts for each stream, three, two.
-        let modulations = (12 * self.num_layers + 3 * self.num_single_layers + 2) * square;
-        let embedders = if self.guidance_embeds { 3 } else { 2 } * square
-            + (if self.guidance_embeds { 2 } else { 1 } * TIME_CHANNELS + self.pooled_projection_dim) * dim;
-        (self.num_layers + self.num_single_layers) as f64 * block
-            + linear_flops(1, modulations + embedders)
-            + linear_flops(text_len, self.joint_attention_dim * dim)
-            + linear_flops(image_len, (self.in_channels + self.predicted_channels()) * dim)
-    }
-
-    /// Operations of a forward pass whose other blocks than the first are skipped.
-    pub fn first_block_flops(&self, text_len: usize, image_len: usize) -> f64 {
-        Self { num_layers: 1, num_single_layers: 0, ..self.clone() }.flops(text_len, image_len)
     }
 
     /// Whether there is a first block of two streams, and another one that could be skipped.
@@ -162,12 +140,8 @@ pub struct FluxTransformer {
     norm_out: Modulation<2>,
     proj_out: Linear,
     compute_dtype: DType,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
     /// Bytes that the largest of its quantised matrices takes for a moment.
     dequantised_bytes: usize,
-    /// Of these, bytes of the blocks after the first.
-    other_block_bytes: usize,
 }
 
 impl FluxTransformer {
@@ -176,45 +150,22 @@ impl FluxTransformer {
         let dim = config.inner_dim();
         let double = weights.pp("transformer_blocks");
         let single = weights.pp("single_transformer_blocks");
-        let mut transformer_blocks = Vec::with_capacity(config.num_layers);
-        let mut bytes_after_first = 0;
-        for i in 0..config.num_layers {
-            transformer_blocks.push(DoubleBlock::load(&double.pp(i), &config)?);
-            if i == 0 {
-                bytes_after_first = weights.streamed_bytes();
-            }
-        }
+        let transformer_blocks =
+            (0..config.num_layers).map(|i| DoubleBlock::load(&double.pp(i), &config)).collect::<Result<_>>()?;
         let single_transformer_blocks =
             (0..config.num_single_layers).map(|i| SingleBlock::load(&single.pp(i), &config)).collect::<Result<_>>()?;
         Ok(Self {
             transformer_blocks,
             single_transformer_blocks,
-            other_block_bytes: weights.streamed_bytes() - bytes_after_first,
             x_embedder: Linear::load(&weights.pp("x_embedder"), config.in_channels, dim)?,
             context_embedder: Linear::load(&weights.pp("context_embedder"), config.joint_attention_dim, dim)?,
             time_text_embed: TimeTextEmbed::load(&weights.pp("time_text_embed"), &config)?,
             norm_out: Modulation::load(&weights.pp("norm_out"), dim)?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, config.predicted_channels())?,
             compute_dtype: weights.placement().compute_dtype,
-            weight_bytes: weights.streamed_bytes(),
             dequantised_bytes: weights.dequantised_bytes(),
             config,
         })
-    }
-
-    /// Least work of a forward pass over so many rows.
-    pub fn work(&self, rows: usize, text_len: usize, image_len: usize) -> StepWork {
-        let flops = rows as f64 * self.config.flops(text_len, image_len);
-        StepWork { flops, bytes: self.weight_bytes as f64 }
-    }
-
-    /// Least work of a forward pass over `computed` rows that go through all blocks and `skipping` ones that may leave out
-    /// all but the first.
-    pub fn cached_work(&self, computed: usize, skipping: usize, text_len: usize, image_len: usize) -> StepWork {
-        let flops = computed as f64 * self.config.flops(text_len, image_len)
-            + skipping as f64 * self.config.first_block_flops(text_len, image_len);
-        let bytes = if computed > 0 { self.weight_bytes } else { self.weight_bytes - self.other_block_bytes };
-        StepWork { flops, bytes: bytes as f64 }
     }
 
     /// Most bytes that a forward pass takes for a moment to multiply with a quantised matrix.

@@ -9,7 +9,6 @@ use serde_json::{Map, Value, json};
 
 use crate::config::check_eps;
 use crate::error::{Error, Result};
-use crate::work::{attention_flops, conv_flops, linear_flops};
 
 /// Bound on what a configuration may claim, so that products of sizes do not overflow.
 const MAX_SIZE: usize = 1 << 16;
@@ -340,66 +339,6 @@ impl UNetConfig {
         skips
     }
 
-    /// Operations of a pass over one row of latents of this height and width with `text` tokens. Source of the count: the
-    /// layers of `unet.rs`, in their order.
-    pub fn flops(&self, text: usize, (height, width): (usize, usize)) -> f64 {
-        let (first, time) = (self.block_out_channels[0], self.time_embed_dim());
-        let area = |level: usize| height.div_ceil(1 << level) * width.div_ceil(1 << level);
-        let embedders = first * time + self.projection_class_embeddings_input_dim * time + 2 * time * time;
-        let mut flops = linear_flops(1, embedders);
-        flops += conv_flops(self.in_channels, first, self.conv_in_kernel.pow(2), area(0));
-        flops += conv_flops(first, self.out_channels, self.conv_out_kernel.pow(2), area(0));
-        let last = self.levels() - 1;
-        if let Some(shape) = self.mid_transformer() {
-            flops +=
-                2.0 * self.resnet_flops(shape.channels, shape.channels, area(last)) + shape.flops(area(last), text);
-        }
-        flops + self.down_flops(text, &area) + self.up_flops(text, &area)
-    }
-
-    fn down_flops(&self, text: usize, area: &dyn Fn(usize) -> usize) -> f64 {
-        let mut flops = 0.0;
-        let mut previous = self.block_out_channels[0];
-        for (level, channels) in self.block_out_channels.iter().copied().enumerate() {
-            for layer in 0..self.layers(level) {
-                let transformer = self.down_transformer(level, layer);
-                flops += self.resnet_flops(previous, channels, area(level));
-                flops += transformer.map_or(0.0, |shape| shape.flops(area(level), text));
-                previous = channels;
-            }
-            if level + 1 < self.levels() {
-                flops += conv_flops(channels, channels, 9, area(level + 1));
-            }
-        }
-        flops
-    }
-
-    fn up_flops(&self, text: usize, area: &dyn Fn(usize) -> usize) -> f64 {
-        let mut flops = 0.0;
-        let mut skips = self.skip_channels();
-        let mut previous = self.block_out_channels[self.levels() - 1];
-        for (block, level) in (0..self.levels()).rev().enumerate() {
-            let channels = self.block_out_channels[level];
-            for layer in 0..=self.layers(level) {
-                let joined = previous + skips.pop().unwrap_or(0);
-                let transformer = self.up_transformer(block, layer);
-                flops += self.resnet_flops(joined, channels, area(level));
-                flops += transformer.map_or(0.0, |shape| shape.flops(area(level), text));
-                previous = channels;
-            }
-            if level > 0 {
-                flops += conv_flops(channels, channels, 9, area(level - 1));
-            }
-        }
-        flops
-    }
-
-    fn resnet_flops(&self, from: usize, to: usize, positions: usize) -> f64 {
-        let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, positions) };
-        let time = linear_flops(1, self.time_embed_dim() * to);
-        conv_flops(from, to, 9, positions) + conv_flops(to, to, 9, positions) + time + shortcut
-    }
-
     /// Bytes of activations of one row over `latents` positions in `dtype`: the skips, and beside them the widest of what
     /// the levels compute.
     pub fn forward_bytes(&self, latents: usize, dtype: candle_core::DType) -> usize {
@@ -433,18 +372,7 @@ pub(super) struct TransformerShape {
     pub layers: usize,
 }
 
-impl TransformerShape {
-    /// Operations over so many positions and tokens of text: both projections, and in each block attention over the
-    /// picture and the text and the feed-forward network, whose matrices have twelve times the elements of a square one.
-    fn flops(&self, positions: usize, text: usize) -> f64 {
-        let (c, n) = (self.channels, positions as f64);
-        let picture = linear_flops(positions, 4 * c * c) + attention_flops(n * n, c);
-        let looked_at = linear_flops(positions, 2 * c * c) + linear_flops(text, 2 * self.cross_attention_dim * c);
-        let feed_forward = linear_flops(positions, 12 * c * c);
-        let block = picture + looked_at + attention_flops(n * text as f64, c) + feed_forward;
-        linear_flops(positions, 2 * c * c) + self.layers as f64 * block
-    }
-}
+impl TransformerShape {}
 
 /// Tensors as wide as a transformer's stream that are alive at once in its feed-forward network: the picture, the stream
 /// and its normed copy (3), values and gates (8), both halves copied (8), their products (4), and what the kernels hold
@@ -492,16 +420,6 @@ mod tests {
         assert!(config.down_transformer(0, 0).is_none() && config.up_transformer(2, 0).is_none());
         let deepest = config.up_transformer(0, 2).expect("the smallest pictures have transformers");
         assert_eq!((deepest.channels, deepest.heads, deepest.layers), (1280, 20, 10));
-    }
-
-    /// For 1024x1024 and 768x768 pixels, held against a count that was made elsewhere.
-    #[test]
-    fn the_published_network_has_the_operations_of_its_size() {
-        let config: UNetConfig = serde_json::from_value(published()).expect("the published configuration");
-        for (side, expected) in [(128, 6.76), (96, 3.64)] {
-            let found = config.flops(77, (side, side)) / 1e12;
-            assert!((found - expected).abs() < 0.02, "{found} TFLOP, expected {expected}");
-        }
     }
 
     #[test]

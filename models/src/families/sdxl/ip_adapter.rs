@@ -20,7 +20,6 @@ use crate::layers::{LayerNorm, Linear};
 use crate::request::Frame;
 use crate::runner::diffusion::references::{ReferenceModel, ReferenceTokens};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, linear_flops};
 
 /// Tokens that a base adapter makes of one picture; the class does not configure it.
 const BASE_TOKENS: usize = 4;
@@ -165,16 +164,6 @@ impl ReferenceModel for IpAdapter {
         };
         Ok(ReferenceTokens { positive: Tensor::cat(&tokens, 1)?, negative })
     }
-
-    fn encode_work(&self, pictures: usize, guided: bool) -> StepWork {
-        let projected = pictures + usize::from(guided);
-        let encoded = match self.projection {
-            ImageProjection::Base(_) => pictures,
-            ImageProjection::Plus(_) => projected,
-        };
-        let flops = projected as f64 * self.projection.flops(self.encoder.config());
-        self.encoder.work(encoded) + StepWork { flops, bytes: 0.0 }
-    }
 }
 
 /// From what the encoder says of a picture to tokens.
@@ -217,14 +206,6 @@ impl ImageProjection {
             false => Self::Base(BaseProjection::load(weights, encoder.projection_dim, text_dim)?),
         })
     }
-
-    /// Operations for one picture.
-    fn flops(&self, encoder: &ClipVisionConfig) -> f64 {
-        match self {
-            Self::Base(projection) => linear_flops(1, projection.elements),
-            Self::Plus(resampler) => resampler.flops(encoder.num_positions()),
-        }
-    }
 }
 
 /// `ImageProjection`: one vector to a few tokens.
@@ -233,8 +214,6 @@ struct BaseProjection {
     proj: Linear,
     norm: LayerNorm,
     text_dim: usize,
-    /// Of the matrix.
-    elements: usize,
 }
 
 impl BaseProjection {
@@ -243,7 +222,6 @@ impl BaseProjection {
             proj: Linear::load(&weights.pp("proj"), embed_dim, BASE_TOKENS * text_dim)?,
             norm: LayerNorm::load(&weights.pp("norm"), text_dim, NORM_EPS)?,
             text_dim,
-            elements: embed_dim * BASE_TOKENS * text_dim,
         })
     }
 
@@ -264,9 +242,6 @@ struct Resampler {
     proj_out: Linear,
     norm_out: LayerNorm,
     num_queries: usize,
-    hidden: usize,
-    embed_dim: usize,
-    text_dim: usize,
 }
 
 impl Resampler {
@@ -286,9 +261,6 @@ impl Resampler {
             proj_out: Linear::load(&weights.pp("proj_out"), hidden, text_dim)?,
             norm_out: LayerNorm::load(&weights.pp("norm_out"), text_dim, NORM_EPS)?,
             num_queries,
-            hidden,
-            embed_dim,
-            text_dim,
         })
     }
 
@@ -298,18 +270,6 @@ impl Resampler {
         let latents =
             self.layers.iter().try_fold(self.latents.clone(), |latents, layer| layer.forward(&x, &latents))?;
         self.norm_out.forward(&self.proj_out.forward(&latents)?)
-    }
-
-    fn flops(&self, positions: usize) -> f64 {
-        let (queries, hidden) = (self.num_queries, self.hidden);
-        let ends = linear_flops(positions, self.embed_dim * hidden) + linear_flops(queries, hidden * self.text_dim);
-        let layers = self.layers.iter().map(|layer| {
-            let keys = positions + queries;
-            linear_flops(queries, 2 * hidden * (layer.inner + layer.feed_forward))
-                + linear_flops(keys, 2 * hidden * layer.inner)
-                + attention_flops((queries * keys) as f64, layer.inner)
-        });
-        ends + layers.sum::<f64>()
     }
 }
 
@@ -329,8 +289,6 @@ struct ResamplerLayer {
     ff_out: Linear,
     /// Width of all heads together.
     inner: usize,
-    /// Width within the feed-forward network.
-    feed_forward: usize,
 }
 
 impl ResamplerLayer {
@@ -351,7 +309,6 @@ impl ResamplerLayer {
             ff_in: Linear::load_no_bias(&feed_forward.pp("1"), hidden, wide)?,
             ff_out: Linear::load_no_bias(&feed_forward.pp("3"), wide, hidden)?,
             inner,
-            feed_forward: wide,
         })
     }
 

@@ -16,7 +16,6 @@ use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Conv2d, GroupNorm, LayerNorm, Linear};
 use crate::weights::Weights;
-use crate::work::StepWork;
 
 use super::config::TransformerShape;
 pub use super::config::UNetConfig;
@@ -59,10 +58,6 @@ pub struct ReferenceInput<'a> {
 pub struct UNet {
     config: UNetConfig,
     compute_dtype: DType,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
-    /// Bytes of the image attention's, where there is one.
-    image_weight_bytes: Option<usize>,
     conv_in: Conv2d,
     time_embedding: ConditionEmbedder,
     add_embedding: ConditionEmbedder,
@@ -99,8 +94,6 @@ impl UNet {
                 config.norm_eps,
             )?,
             conv_out: Conv2d::load(&conv_out, first, config.out_channels, kernel_out, kernel_out / 2)?,
-            weight_bytes: weights.streamed_bytes(),
-            image_weight_bytes: None,
             config,
         })
     }
@@ -120,7 +113,6 @@ impl UNet {
                 format!("is for a UNet with more than the {} attentions over the text of this one", index / 2);
             return Err(Error::checkpoint(path, problem));
         }
-        self.image_weight_bytes = Some(weights.streamed_bytes());
         Ok(self)
     }
 
@@ -134,15 +126,6 @@ impl UNet {
     /// The configuration.
     pub fn config(&self) -> &UNetConfig {
         &self.config
-    }
-
-    /// Least work of a pass over `rows` rows with `text` tokens, `references` tokens of reference pictures, and latents of
-    /// this height and width.
-    pub fn work(&self, rows: usize, text: usize, references: usize, latents: (usize, usize)) -> StepWork {
-        // A token of a picture costs what one of the text does.
-        let flops = rows as f64 * self.config.flops(text + references, latents);
-        let image_weights = if references > 0 { self.image_weight_bytes.unwrap_or(0) } else { 0 };
-        StepWork { flops, bytes: (self.weight_bytes + image_weights) as f64 }
     }
 
     /// The prediction `[b, out_channels, h, w]`, f32.

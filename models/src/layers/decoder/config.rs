@@ -8,9 +8,7 @@ use serde_json::Value;
 use crate::config::{Fields, MAX_EPS};
 use crate::error::{Error, Result};
 use crate::kv::KvShape;
-use crate::layers::decoder::StepSizes;
 use crate::layers::rope::Rope;
-use crate::work::{attention_flops, linear_flops};
 
 /// Bounds on what a configuration may claim, so that products of sizes do not overflow.
 const MAX_SIZE: usize = 1 << 22;
@@ -126,15 +124,6 @@ impl DecoderConfig {
     /// Most tokens of prompt and answer together.
     pub fn context_len(&self) -> usize {
         self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
-    }
-
-    /// Operations of a step, those of a head over the vocabulary included.
-    pub fn flops(&self, sizes: &StepSizes) -> f64 {
-        let (hidden, attention) = (self.hidden_size, self.num_attention_heads * self.head_dim);
-        let kv = self.num_key_value_heads * self.head_dim;
-        let matrices = hidden * (2 * attention + 2 * kv + 3 * self.intermediate_size);
-        let layer = linear_flops(sizes.rows, matrices) + attention_flops(sizes.attended as f64, attention);
-        self.num_hidden_layers as f64 * layer + linear_flops(sizes.logit_rows, self.vocab_size * hidden)
     }
 
     /// What the KV cache of one token consists of.

@@ -43,6 +43,11 @@ impl DecoderInput {
         self.tokens.len()
     }
 
+    /// Positions that the rows' sequences have behind them, the rows included, summed over the sequences.
+    pub fn context(&self) -> usize {
+        self.paged.context_lens.iter().sum()
+    }
+
     /// Whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
@@ -56,29 +61,6 @@ impl DecoderInput {
     /// Asks for the logits of all rows, as a comparison with a reference does.
     pub fn want_all_logits(&mut self) {
         self.logit_rows = (0..self.tokens.len() as u32).collect();
-    }
-}
-
-/// Sizes of a step that decide about its work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StepSizes {
-    /// Tokens that enter.
-    pub rows: usize,
-    /// Positions that they look at, summed over them: each looks at all before it and at itself.
-    pub attended: usize,
-    /// Positions of all sequences.
-    pub context: usize,
-    /// Tokens whose logits are wanted.
-    pub logit_rows: usize,
-}
-
-impl StepSizes {
-    /// Adds `num_tokens` of a sequence from position `start` on.
-    pub fn push(&mut self, start: usize, num_tokens: usize, wants_logits: bool) {
-        self.rows += num_tokens;
-        self.attended += num_tokens * start + num_tokens * (num_tokens + 1) / 2;
-        self.context += start + num_tokens;
-        self.logit_rows += usize::from(wants_logits);
     }
 }
 

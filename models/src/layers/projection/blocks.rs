@@ -33,8 +33,4 @@ impl Projection for Blocks {
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Ok(tale_kernels::linear_quantised(x, &self.0, bias)?)
     }
-
-    fn resident_bytes(&self) -> usize {
-        self.0.size_in_bytes()
-    }
 }

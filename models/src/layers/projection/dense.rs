@@ -21,8 +21,4 @@ impl Projection for Dense {
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         Ok(tale_kernels::linear(x, &self.0, bias)?)
     }
-
-    fn resident_bytes(&self) -> usize {
-        self.0.elem_count() * self.0.dtype().size_in_bytes()
-    }
 }

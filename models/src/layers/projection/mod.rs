@@ -21,9 +21,6 @@ pub(super) use dense::Dense;
 pub trait Projection: Debug + Send + Sync {
     /// `x [..., in]` to `x Wᵀ + bias`, `[..., out]`. `bias [out]`.
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor>;
-
-    /// Bytes that it takes on its device.
-    fn resident_bytes(&self) -> usize;
 }
 
 /// Loads the `[out, in]` matrix of the layer that has the view's name, if the files keep it in the loader's format.

@@ -44,7 +44,7 @@ impl BlockCache {
     }
 
     /// Whether the next pass may be skipped, if its first block allows.
-    pub fn may_skip(&self) -> bool {
+    fn may_skip(&self) -> bool {
         self.threshold > 0.0 && self.kept.is_some() && self.consecutive < MAX_CONSECUTIVE_SKIPS
     }
 

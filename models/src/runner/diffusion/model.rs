@@ -16,7 +16,6 @@ use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::vae::Posterior;
-use crate::work::StepWork;
 
 /// What a picture or video family supplies; the runner does the rest.
 pub trait DiffusionModel: Send {
@@ -51,15 +50,6 @@ pub trait DiffusionModel: Send {
         unreachable!("the family says that an absent prompt is the empty one: this is a bug")
     }
 
-    /// Least work of [`DiffusionModel::encode`].
-    fn encode_work(&self, prompts: &[&str], request: &DiffusionRequest) -> StepWork;
-
-    /// Least work of [`DiffusionModel::predict`] over so many rows.
-    fn predict_work(&self, request: &DiffusionRequest, rows: usize) -> StepWork;
-
-    /// Least work of the call of [`DiffusionModel::decode_next`] with this number, from 0 on.
-    fn decode_work(&self, request: &DiffusionRequest, step: usize) -> StepWork;
-
     /// Standard normal noise `[1, ...]` in f32, drawn in the order in which the diffusers pipeline draws it, already in the
     /// shape that `predict` takes.
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor>;
@@ -78,12 +68,6 @@ pub trait DiffusionModel: Send {
         _rows: &[DenoiseRow<'_, Self::Conditioning>],
         _caches: &mut [&mut BlockCache],
     ) -> Result<Vec<Tensor>> {
-        unreachable!("the card allows no acceleration: this is a bug")
-    }
-
-    /// Least work of [`DiffusionModel::predict_cached`] over `computed` rows that go through all blocks and `skipping` ones
-    /// that may leave out all but the first.
-    fn predict_cached_work(&self, _request: &DiffusionRequest, _computed: usize, _skipping: usize) -> StepWork {
         unreachable!("the card allows no acceleration: this is a bug")
     }
 
@@ -140,9 +124,6 @@ pub trait PictureModel {
 
     /// What the VAE says of one of them.
     fn encode_picture(&self, input: &PictureInput) -> Result<Posterior>;
-
-    /// Least work of [`PictureModel::encode_picture`].
-    fn encode_picture_work(&self, input: &PictureInput) -> StepWork;
 
     /// A sample of a posterior as `predict` takes latents: scaled, and packed where the family packs.
     fn picture_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor>;

@@ -6,15 +6,11 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::request::Frame;
-use crate::work::StepWork;
 
 /// Encodes reference pictures. Requests with [`crate::diffusion::References`] are for models with this alone.
 pub trait ReferenceModel {
     /// All pictures of a request; `guided` says whether it has a negative branch.
     fn encode(&self, pictures: &[Arc<Frame>], guided: bool) -> Result<ReferenceTokens>;
-
-    /// Least work of [`ReferenceModel::encode`].
-    fn encode_work(&self, pictures: usize, guided: bool) -> StepWork;
 }
 
 /// What the branches of a session see of its reference pictures. Sessions with the same pictures share it.

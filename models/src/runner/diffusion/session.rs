@@ -217,12 +217,6 @@ impl<M: DiffusionModel> Session<M> {
         denoising
     }
 
-    /// For each row of the next denoising step, whether its cache may answer.
-    pub(super) fn rows_that_may_skip(&self) -> impl Iterator<Item = bool> {
-        let caches = &self.denoising().caches;
-        (0..self.num_rows()).map(|branch| caches.get(branch).is_some_and(BlockCache::may_skip))
-    }
-
     /// Rows that the next step adds to a denoising batch; none where it is of another kind.
     pub(super) fn num_rows(&self) -> usize {
         let Stage::Denoise(denoising) = &self.stage else { return 0 };

@@ -20,7 +20,6 @@ use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::names::Scheduler;
 use crate::testing::flow_schedulers;
-use crate::work::StepWork;
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
 /// contains one of `encode`, `denoise`, `decode` goes wrong in that phase, in the way that it also contains: `error`,
@@ -148,24 +147,12 @@ impl DiffusionModel for Toy {
         prompts.iter().map(encode).collect()
     }
 
-    fn encode_work(&self, prompts: &[&str], _request: &DiffusionRequest) -> StepWork {
-        StepWork { flops: prompts.iter().map(|prompt| prompt.len() as f64).sum(), bytes: 1.0 }
-    }
-
     fn absent_is_empty(&self) -> bool {
         self.absent_is_empty
     }
 
     fn encode_absent(&self, _request: &DiffusionRequest) -> Result<Counted> {
         Ok(self.counted(-1.0, "absent"))
-    }
-
-    fn predict_work(&self, _request: &DiffusionRequest, rows: usize) -> StepWork {
-        StepWork { flops: 100.0 * rows as f64, bytes: 10.0 }
-    }
-
-    fn decode_work(&self, _request: &DiffusionRequest, step: usize) -> StepWork {
-        StepWork { flops: 1000.0 + step as f64, bytes: 100.0 }
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -230,10 +217,6 @@ impl PictureModel for Toy {
         let red: Vec<f32> = rgb.iter().step_by(3).map(|value| f32::from(*value)).collect();
         let mean = Tensor::from_vec(red, (1, 1, *height, *width), &Device::Cpu)?;
         Ok(Posterior { std: mean.ones_like()?.affine(0.5, 0.0)?, mean })
-    }
-
-    fn encode_picture_work(&self, input: &PictureInput) -> StepWork {
-        StepWork { flops: 7.0 * input.picture.width as f64, bytes: 3.0 }
     }
 
     fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
@@ -382,26 +365,6 @@ fn tiles_are_steps_and_the_picture_comes_last() {
     assert_empty(&runner);
 }
 
-/// The work of each step before it is done: two prompts in one pass, guided predictions in passes of at most three rows, two chunks.
-#[test]
-fn work_is_that_of_the_step_that_comes_next() {
-    let mut runner = DiffusionRunner::new(Toy::new(), 3);
-    assert_eq!(runner.next_work(), StepWork::default());
-    submit(&mut runner, 1, with(guided("123456", "12"), |request| request.sampling.num_inference_steps = 1));
-    let mut works = Vec::new();
-    while runner.next().is_some() {
-        works.push(runner.next_work());
-        step(&mut runner);
-    }
-    let expected = [(8.0, 1.0), (200.0, 10.0), (1000.0, 100.0), (1001.0, 100.0)];
-    assert_eq!(works, expected.map(|(flops, bytes)| StepWork { flops, bytes }));
-    // More rows than one pass takes: the weights are read once for each pass.
-    let mut narrow = DiffusionRunner::new(Toy::new(), 1);
-    submit(&mut narrow, 1, guided("123456", "12"));
-    step(&mut narrow);
-    assert_eq!(narrow.next_work(), StepWork { flops: 200.0, bytes: 20.0 });
-}
-
 #[test]
 fn guidance_extrapolates_from_the_negative_prediction() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
@@ -427,12 +390,7 @@ fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
     submit(&mut runner, 1, request);
     step(&mut runner);
-    let mut works = Vec::new();
-    for _ in 0..steps {
-        works.push(runner.next_work().flops);
-        step(&mut runner);
-    }
-    assert_eq!(works, [100.0, 200.0, 200.0, 100.0]);
+    (0..steps).for_each(|_| drop(step(&mut runner)));
     assert_eq!(*runner.model().passes.lock().expect("lock"), [1, 2, 2, 1]);
     let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
     let expected = TorchGenerator::new(1).randn(4).into_iter().map(|mut x| {
@@ -521,7 +479,6 @@ fn a_family_may_have_its_own_idea_of_an_absent_prompt() {
         1,
         with(guided("a boat", ""), |request| request.guidance.negative_prompt = Some(NegativePrompt::Absent)),
     );
-    assert_eq!(runner.next_work().flops, 6.0);
     run(&mut runner);
     assert_eq!(*runner.model().encoded.lock().expect("lock"), ["a boat"]);
 }
@@ -535,7 +492,6 @@ fn a_picture_is_encoded_after_the_prompts_and_left_out_steps_are_not_counted() {
     submit(&mut runner, 1, edit([9; 4], None, 1));
     step(&mut runner);
     assert_eq!(runner.next().map(|plan| plan.phase), Some(Phase::VaeEncode));
-    assert_eq!(runner.next_work(), StepWork { flops: 14.0, bytes: 3.0 });
 }
 
 #[test]

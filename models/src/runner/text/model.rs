@@ -6,9 +6,8 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::kv::{KvCaches, KvShape};
-use crate::layers::decoder::{DecoderInput, PreparedInput, StepSizes};
+use crate::layers::decoder::{DecoderInput, PreparedInput};
 use crate::tokenizer::Tokenizer;
-use crate::work::StepWork;
 
 /// A network that gives the logits of the token after each row of a step; the runner does the rest.
 ///
@@ -30,9 +29,6 @@ pub trait CausalLm: Send {
     /// that were asked for, in the order of asking and the compute dtype; `None` when none were. Nothing but launches,
     /// so that it can be recorded.
     fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>>;
-
-    /// Least work of a step.
-    fn work(&self, sizes: &StepSizes) -> StepWork;
 
     /// [`CausalLm::logits`] of a step that is not recorded.
     fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {

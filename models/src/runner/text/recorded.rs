@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 
 use candle_core::Tensor;
+use tale_kernels::work::{self, Counted, Work};
 use tale_kernels::{Recording, copy_into};
 
 use super::model::CausalLm;
@@ -32,6 +33,7 @@ pub struct DecodeRecordings {
 struct Recorded {
     /// Its tensors have the addresses that were recorded.
     input: PreparedInput<'static>,
+    size: Size,
     logits: Tensor,
     recording: Recording,
 }
@@ -47,28 +49,37 @@ impl DecodeRecordings {
         (1..=MAX_ROWS).contains(&input.len()) && input.is_decode()
     }
 
-    /// As [`CausalLm::forward`], for a step that is taken. The logits are overwritten by the next step.
-    pub fn forward<M: CausalLm>(&mut self, network: &M, mut input: DecoderInput, caches: &KvCaches) -> Result<Tensor> {
+    /// As [`CausalLm::forward`], for a step that is taken. The logits are overwritten by the next step. Counted is what the
+    /// step itself does, without the rows that only fill it up.
+    pub fn forward<M: CausalLm>(&mut self, network: &M, input: DecoderInput, caches: &KvCaches) -> Result<Tensor> {
+        let size = Size::of(&input);
+        let (recorded, counted) = work::count(|| self.filled_up(network, input, caches));
+        let recorded = recorded?;
+        work::add(recorded.size.counted_of(size, counted));
+        let logits = recorded.logits.narrow(0, 0, size.rows)?;
+        if self.recordings.len() == MAX_RECORDINGS {
+            self.recordings.pop_front();
+        }
+        self.recordings.push_back(recorded);
+        Ok(logits)
+    }
+
+    /// The recording, new or repeated, that has computed this step.
+    fn filled_up<M: CausalLm>(&mut self, network: &M, mut input: DecoderInput, caches: &KvCaches) -> Result<Recorded> {
         let rows = input.len();
         for _ in rows..bucket(rows) {
             input.push(&[0], 0, &self.filler);
             input.want_logits_of_last_row();
         }
         let prepared = network.prepare(&input, caches)?;
-        let recorded = match self.take(&prepared) {
+        match self.take(&prepared) {
             Some(recorded) => {
                 recorded.input.refill(&prepared)?;
                 recorded.recording.replay()?;
-                recorded
+                Ok(recorded)
             }
-            None => Recorded::new(network, prepared.into_owned(), caches)?,
-        };
-        let logits = recorded.logits.narrow(0, 0, rows)?;
-        if self.recordings.len() == MAX_RECORDINGS {
-            self.recordings.pop_front();
+            None => Recorded::new(network, prepared.into_owned(), Size::of(&input), caches),
         }
-        self.recordings.push_back(recorded);
-        Ok(logits)
     }
 
     fn take(&mut self, input: &PreparedInput<'_>) -> Option<Recorded> {
@@ -89,7 +100,7 @@ impl DecodeRecordings {
 
 impl Recorded {
     /// Computes the step, which loads every kernel that it needs, and records it for the next ones.
-    fn new<M: CausalLm>(network: &M, input: PreparedInput<'static>, caches: &KvCaches) -> Result<Self> {
+    fn new<M: CausalLm>(network: &M, input: PreparedInput<'static>, size: Size, caches: &KvCaches) -> Result<Self> {
         let compute = || {
             let logits = network.logits(&input, caches)?;
             Ok(logits.expect("a step that is taken wants logits: this is a bug"))
@@ -99,7 +110,34 @@ impl Recorded {
             let again = compute().map_err(|error: Error| candle_core::Error::wrap(error))?;
             copy_into(&again, &logits)
         })?;
-        Ok(Self { input, logits, recording })
+        Ok(Self { input, size, logits, recording })
+    }
+}
+
+/// What decides about the work of a decode step.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    /// Sequences, of one token each.
+    rows: usize,
+    /// Positions of all of them, the new ones included.
+    context: usize,
+}
+
+impl Size {
+    fn of(input: &DecoderInput) -> Self {
+        Self { rows: input.len(), context: input.context() }
+    }
+
+    /// What a step of size `step` does, if one of this size with the same launches does what was `counted`: products
+    /// grow with the rows, attention with the contexts, and weights are read once whatever the size.
+    fn counted_of(self, step: Self, counted: Counted) -> Counted {
+        let rows = step.rows as f64 / self.rows as f64;
+        let context = step.context as f64 / self.context as f64;
+        let Counted { dense, paged } = counted;
+        Counted {
+            dense: Work { flops: dense.flops * rows, ..dense },
+            paged: Work { flops: paged.flops * context, bytes: paged.bytes * context },
+        }
     }
 }
 

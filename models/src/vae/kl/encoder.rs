@@ -12,7 +12,6 @@ use crate::request::{Frame, MASK_THRESHOLD, Mask};
 use crate::vae::Posterior;
 use crate::vae::tiling::{Mosaic, Window};
 use crate::weights::Weights;
-use crate::work::{StepWork, attention_flops, conv_flops, linear_flops};
 
 /// Bounds of the logarithm of a variance.
 const LOG_VARIANCE: std::ops::RangeInclusive<f64> = -30.0..=20.0;
@@ -31,15 +30,12 @@ pub struct KlEncoder {
     conv_out: Conv2d,
     quant_conv: Option<Conv2d>,
     config: KlConfig,
-    /// Bytes of the weights that a pass reads.
-    weight_bytes: usize,
 }
 
 impl KlEncoder {
     /// Tensors `encoder.*` and `quant_conv.*`.
     pub fn load(weights: &Weights, config: &KlConfig) -> Result<Self> {
         let weights = &weights.computing_in(config.own_dtype(weights.placement().compute_dtype));
-        let bytes_before = weights.streamed_bytes();
         let encoder = weights.pp("encoder");
         let groups = config.norm_num_groups;
         let moments = 2 * config.latent_channels;
@@ -65,18 +61,7 @@ impl KlEncoder {
                 false => None,
             },
             config: config.clone(),
-            weight_bytes: weights.streamed_bytes() - bytes_before,
         })
-    }
-
-    /// Least work of encoding a picture of this height and width, in tiles or not.
-    pub fn work(&self, (height, width): (usize, usize), tiled: bool) -> StepWork {
-        let bytes = self.weight_bytes as f64;
-        let pass = |window: Window| StepWork { flops: self.config.encode_flops(window.height, window.width), bytes };
-        match self.config.picture_tiles((height, width), tiled) {
-            None => pass(Window { top: 0, left: 0, height, width }),
-            Some(tiling) => (0..tiling.count(height, width)).map(|tile| pass(tiling.window(height, width, tile))).sum(),
-        }
     }
 
     /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers. `tiled`: in
@@ -158,38 +143,7 @@ fn pixels(picture: &Frame, blanked: Option<&Mask>, window: Window) -> Vec<f32> {
     pixels
 }
 
-impl KlConfig {
-    /// Operations of encoding one picture of this height and width. Source of the count: the layers above.
-    pub fn encode_flops(&self, height: usize, width: usize) -> f64 {
-        let channels = &self.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let moments = 2 * self.latent_channels;
-        let mut pixels = height * width;
-        let mut flops = conv_flops(self.in_channels, first, 9, pixels);
-        let mut previous = first;
-        for (level, to) in channels.iter().copied().enumerate() {
-            let further = self.layers_per_block.saturating_sub(1) as f64;
-            flops += resnet_flops(previous, to, pixels) + further * resnet_flops(to, to, pixels);
-            if level + 1 < channels.len() {
-                pixels /= 4;
-                flops += conv_flops(to, to, 9, pixels);
-            }
-            previous = to;
-        }
-        flops += 2.0 * resnet_flops(last, last, pixels) + conv_flops(last, moments, 9, pixels);
-        if self.mid_block_add_attention {
-            flops += linear_flops(pixels, 4 * last * last) + attention_flops((pixels * pixels) as f64, last);
-        }
-        let quant_conv = if self.use_quant_conv { conv_flops(moments, moments, 1, pixels) } else { 0.0 };
-        flops + quant_conv
-    }
-}
-
-/// Of a residual block over so many places.
-pub(super) fn resnet_flops(from: usize, to: usize, pixels: usize) -> f64 {
-    let shortcut = if from == to { 0.0 } else { conv_flops(from, to, 1, pixels) };
-    conv_flops(from, to, 9, pixels) + conv_flops(to, to, 9, pixels) + shortcut
-}
+impl KlConfig {}
 
 /// One level: residual blocks, then half the size (but for the last).
 #[derive(Debug, Clone)]

@@ -1,0 +1,211 @@
+//! What the steps of published models do, held against counts that were made elsewhere.
+//!
+//! The steps are those that `tale bench step` measures, dry: weights take no memory and nothing is computed, so that the
+//! largest models are counted in seconds.
+
+use serde_json::Value;
+use tale_kernels::work::dry;
+
+use super::*;
+use crate::config::read_json;
+use crate::presets::{Configurations, Preset};
+
+const T: f64 = 1e12;
+/// Pixels of a side of a latent.
+const PIXELS: usize = 8;
+
+fn preset(name: &str) -> Configurations {
+    Configurations::of_preset(name.parse::<&Preset>().expect("is in the table")).expect("can be written")
+}
+
+/// Of one picture or clip, or of a language model's prompt alone.
+fn options(prompt_tokens: usize) -> StepOptions {
+    let (width, height, num_frames) = (None, None, None);
+    let (load_format, prompt_tokens, batches) = (LoadFormat::Dummy, Some(prompt_tokens), vec![1]);
+    StepOptions { load_format, prompt_tokens, batches, width, height, num_frames, repeat: 1 }
+}
+
+/// A bench over weights that take no memory; its steps are counted within [`dry`].
+fn dry_bench(folder: &Configurations, options: &StepOptions) -> LoadedBench {
+    let placement = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
+    let plan = StepBench::plan(folder.path(), DeviceSpec::Cpu, WeightDtype::Auto, options).expect("is sound");
+    let (_, model) = plan_model(folder.path(), &placement, &plan.load).expect("is sound");
+    LoadedBench {
+        plan,
+        placement,
+        model,
+        roofs: Roofs { bytes_per_second: 1.0, flops_per_second: 1.0 },
+        load_seconds: 0.0,
+        load_peak_bytes: 0,
+        events: Events::default(),
+        next: 0,
+    }
+}
+
+/// Operations of one request, in TFLOP.
+#[derive(Debug, Clone, Copy)]
+struct Counts {
+    /// Of one step.
+    denoise: f64,
+    /// Of all chunks.
+    decode: f64,
+}
+
+fn counts(folder: &Configurations, options: &StepOptions) -> Counts {
+    let mut bench = dry_bench(folder, options);
+    let samples = dry(|| bench.submit(1, 0).and_then(|()| bench.drain())).expect("is counted");
+    let of = |phase| total(&samples, phase).work.flops / T;
+    Counts { denoise: of(Phase::Denoise) / DENOISE_STEPS as f64, decode: of(Phase::VaeDecode) }
+}
+
+/// To the digits that are given.
+#[track_caller]
+fn check(found: f64, expected: f64, tolerance: f64) {
+    assert!((found - expected).abs() <= tolerance, "{found} TFLOP, expected {expected}");
+}
+
+/// What a model does for pictures or clips of any size, from what it does for small ones: operations are a polynomial of
+/// second degree in the positions of latents, since nothing but attention grows faster than they do, and three sizes say
+/// which. At full size the tensors that candle writes between our operations would take seconds and gigabytes.
+struct Model {
+    /// Of latents of each size, in [`Model::SIZES`].
+    frame: [Counts; 3],
+    /// As above, of a clip of two latent frames; of pictures the same again.
+    two_frames: [Counts; 3],
+}
+
+impl Model {
+    /// Height and width of latents.
+    const SIZES: [(usize, usize); 3] = [(4, 8), (8, 8), (8, 16)];
+
+    fn of_pictures(folder: &Configurations, prompt_tokens: usize) -> Self {
+        let frame = Self::SIZES.map(|size| counts(folder, &sized(size, None, prompt_tokens)));
+        Self { frame, two_frames: frame }
+    }
+
+    fn of_clips(name: &str, prompt_tokens: usize) -> Self {
+        let folder = preset(name);
+        set(&folder, "text_encoder", "num_layers", 1);
+        let of = |frames| Self::SIZES.map(|size| counts(&folder, &sized(size, Some(frames), prompt_tokens)));
+        Self { frame: of(1), two_frames: of(5) }
+    }
+
+    /// Of a step over so many positions, in all frames together: attention does not know one frame from the next.
+    fn denoise(&self, positions: usize) -> f64 {
+        at(positions, self.frame.map(|counts| counts.denoise))
+    }
+
+    /// Of latent frames of so many positions each.
+    fn decode(&self, frames: usize, positions: usize) -> f64 {
+        let first = at(positions, self.frame.map(|counts| counts.decode));
+        let both = at(positions, self.two_frames.map(|counts| counts.decode));
+        first + (frames - 1) as f64 * (both - first)
+    }
+}
+
+fn sized((height, width): (usize, usize), num_frames: Option<usize>, prompt_tokens: usize) -> StepOptions {
+    let (height, width) = (Some(height * PIXELS), Some(width * PIXELS));
+    StepOptions { height, width, num_frames, ..options(prompt_tokens) }
+}
+
+/// The value at `positions` of the polynomial that has `values` at [`Model::SIZES`] (Lagrange).
+fn at(positions: usize, values: [f64; 3]) -> f64 {
+    let areas = Model::SIZES.map(|(height, width)| (height * width) as f64);
+    let weight = |i: usize| -> f64 {
+        let others = areas.iter().filter(|area| **area != areas[i]);
+        others.map(|area| (positions as f64 - area) / (areas[i] - area)).product()
+    };
+    values.iter().enumerate().map(|(i, value)| weight(i) * value).sum()
+}
+
+/// Of layers there need to be no more than tell what one does; what was there before.
+fn set(folder: &Configurations, component: &str, field: &str, layers: usize) -> usize {
+    let path = folder.path().join(component).join("config.json");
+    let mut config: Value = read_json(&path).expect("is there");
+    let before = config[field].as_u64().expect("is published") as usize;
+    config[field] = layers.into();
+    std::fs::write(&path, config.to_string()).expect("written");
+    before
+}
+
+/// Of a step of FLUX.1 for 1024 x 1024 pixels, from networks of one and of two blocks of each kind.
+fn flux_step(name: &str, prompt_tokens: usize) -> f64 {
+    let folder = preset(name);
+    set(&folder, "text_encoder_2", "num_layers", 1);
+    let double = set(&folder, "transformer", "num_layers", 1);
+    let single = set(&folder, "transformer", "num_single_layers", 1);
+    let step = || Model::of_pictures(&folder, prompt_tokens).denoise(128 * 128);
+    let one_of_each = step();
+    set(&folder, "transformer", "num_layers", 2);
+    let of_double = step() - one_of_each;
+    set(&folder, "transformer", "num_layers", 1);
+    set(&folder, "transformer", "num_single_layers", 2);
+    let of_single = step() - one_of_each;
+    one_of_each + (double - 1) as f64 * of_double + (single - 1) as f64 * of_single
+}
+
+#[test]
+fn flux_has_the_operations_of_its_size() {
+    check(flux_step("flux.1-dev", 512), 74.4, 0.05);
+    check(flux_step("flux.1-schnell", 256), 69.5, 0.05);
+}
+
+#[test]
+fn parts_of_flux_have_the_operations_of_their_sizes() {
+    let folder = preset("flux.1-dev");
+    let mut bench = dry_bench(&folder, &options(512));
+    let encode = dry(|| bench.submit(1, 0).and_then(|()| bench.step())).expect("is counted").expect("a step");
+    assert_eq!(encode.phase, Phase::Encode);
+    check(encode.work.flops / T, 5.0, 0.5);
+    folder.keep_layers(1).expect("cut");
+    check(Model::of_pictures(&folder, 8).decode(1, 128 * 128), 10.47, 0.05);
+}
+
+#[test]
+fn sdxl_has_the_operations_of_its_size() {
+    let sdxl = Model::of_pictures(&preset("sdxl"), 77);
+    check(sdxl.denoise(128 * 128), 6.76, 0.02);
+    check(sdxl.denoise(96 * 96), 3.64, 0.02);
+    check(sdxl.decode(1, 128 * 128), 10.47, 0.05);
+}
+
+/// What stands for full sizes is what they do.
+#[test]
+fn larger_pictures_do_what_small_ones_say() {
+    let sdxl = Model::of_pictures(&preset("sdxl"), 77);
+    let found = counts(&preset("sdxl"), &sized((16, 24), None, 77));
+    check(sdxl.denoise(16 * 24), found.denoise, 1e-9);
+    check(sdxl.decode(1, 16 * 24), found.decode, 1e-9);
+}
+
+#[test]
+fn wan_has_the_operations_of_its_size() {
+    // 480 x 832 is 60 x 104 latents; 81 frames are 21.
+    let small = Model::of_clips("wan2.1-t2v-1.3b", 512);
+    check(small.denoise(21 * 60 * 104), 283.0, 0.5);
+    check(small.denoise(2 * 8 * 8), small.two_frames[1].denoise, 1e-9);
+    let large = Model::of_clips("wan2.1-t2v-14b", 512);
+    check(large.denoise(21 * 60 * 104), 1678.0, 1.0);
+    check(large.denoise(21 * 90 * 160), 6523.0, 1.5);
+    check(large.decode(21, 60 * 104), 275.0, 2.0);
+    check(large.decode(21, 90 * 160), 639.0, 5.0);
+    check(large.decode(33, 60 * 104), 438.0, 3.0);
+}
+
+#[test]
+fn a_token_takes_two_operations_for_each_parameter() {
+    let folder = preset("llama-3.1-8b");
+    // 8.03 B parameters, of which the embedding is looked up.
+    let read = 8.030e9 - 0.525e9;
+    let mut bench = dry_bench(&folder, &options(1));
+    let token = dry(|| bench.submit(1, 3).and_then(|()| bench.decode_together(1))).expect("is counted")[0];
+    assert_eq!(token.phase, Phase::Decode);
+    check(token.work.flops / T, 2.0 * read / T, 1e-5);
+    // In bf16. A token of context has 128 KiB of keys and values in f32.
+    assert!((token.work.bytes / (2.0 * read) - 1.0).abs() < 1e-3, "{} bytes", token.work.bytes);
+    // A prompt of 2048 tokens: 30.7 TFLOP is the count for 7.5 B and no attention; ours has no logits but one.
+    let mut bench = dry_bench(&folder, &options(2048));
+    let samples = dry(|| bench.submit(1, 1).and_then(|()| bench.drain())).expect("is counted");
+    let attention = 32.0 * 4.0 * (2048.0 * 2049.0 / 2.0) * 4096.0 / T;
+    check(total(&samples, Phase::Prefill).work.flops / T - attention, 2.0 * 2048.0 * 6.98e-3, 0.01);
+}
