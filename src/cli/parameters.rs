@@ -189,7 +189,7 @@ fn parser(declaration: &'static Declaration) -> ValueParser {
         Kind::Choice(words) => words,
         Kind::Flag => &["true", "false"],
         Kind::FlagOrAuto => &["auto", "true", "false"],
-        _ if is_image(declaration) => return value_parser!(PathBuf).into(),
+        _ if is_image(declaration) => return value_parser!(PathBuf),
         _ => return ValueParser::from(move |text: &str| parse(declaration, text)),
     };
     PossibleValuesParser::new(words).try_map(move |word| parse(declaration, &word)).into()

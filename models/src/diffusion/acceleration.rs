@@ -4,7 +4,7 @@
 //! ([`BlockCache`](crate::runner::diffusion::block_cache::BlockCache)).
 
 use crate::error::{Error, Result};
-use crate::parameter::{Options, Parameter, ParameterType, Value};
+use crate::parameter::{Declaration, Options, Parameter, ParameterType, Value};
 
 /// See [`Acceleration`].
 pub static ACCELERATION: Parameter<Acceleration> = Parameter::choice(
@@ -12,6 +12,9 @@ pub static ACCELERATION: Parameter<Acceleration> = Parameter::choice(
     &Acceleration::NAMES,
     "How much of the denoising may be left out where it hardly changes the result; none when absent.",
 );
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&ACCELERATION.declaration];
 
 /// How much of the denoising may be left out. What it means is the model's affair ([`CacheThresholds`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

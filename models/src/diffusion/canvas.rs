@@ -3,7 +3,7 @@
 //! Owns: `width`, `height`, `num_frames` and `fps`, and what a model allows of them.
 
 use crate::error::{Error, Result};
-use crate::parameter::{Options, Parameter, VIDEOS, check_range};
+use crate::parameter::{Declaration, Options, Parameter, VIDEOS, check_range};
 
 /// Largest side that any model makes, in pixels.
 const MAX_SIDE: usize = 16_384;
@@ -39,6 +39,10 @@ pub static NUM_FRAMES: Parameter<usize> = Parameter::integer(
 /// See [`Canvas::fps`].
 pub static FPS: Parameter<usize> =
     Parameter::integer("fps", 1, MAX_FPS, "Frames per second of the file; changes no frame.").only_for(VIDEOS);
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] =
+    &[&WIDTH.declaration, &HEIGHT.declaration, &NUM_FRAMES.declaration, &FPS.declaration];
 
 /// Size of an image, or size and length of a video.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::parameter::{EDITS, Options, Parameter};
+use crate::parameter::{Declaration, EDITS, Options, Parameter};
 use crate::request::{Frame, Mask};
 use crate::resample::Filter;
 
@@ -31,6 +31,9 @@ pub static STRENGTH: Parameter<f64> = Parameter::number(
     "How far `image` is taken back to noise: 1 all the way; the default of diffusers' pipeline when absent.",
 )
 .only_for(EDITS);
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&IMAGE.declaration, &MASK.declaration, &STRENGTH.declaration];
 
 /// An image that is made into another one.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,7 +4,7 @@
 //! other.
 
 use crate::error::{Error, Result};
-use crate::parameter::{IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter};
 
 use super::prompt::MAX_PROMPT_BYTES;
 
@@ -42,6 +42,14 @@ pub static NEGATIVE_PROMPT: Parameter<String> = Parameter::text(
     MAX_PROMPT_BYTES,
     "What to steer away from; needs a guidance scale above 1. Absent is not the same as empty for SDXL.",
 );
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[
+    &NEGATIVE_PROMPT.declaration,
+    &GUIDANCE_SCALE.declaration,
+    &TRUE_CFG_SCALE.declaration,
+    &GUIDANCE_INTERVAL.declaration,
+];
 
 /// Guidance of a request.
 #[derive(Debug, Clone, PartialEq)]

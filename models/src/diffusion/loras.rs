@@ -4,7 +4,7 @@
 
 use crate::error::Result;
 use crate::lora::{LoraOption, LoraSupport, LoraUse};
-use crate::parameter::{IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter};
 
 /// Low-rank terms that are added to the model's layers for one request alone.
 pub static LORAS: Parameter<Vec<LoraOption>> = Parameter::loras(
@@ -13,6 +13,9 @@ pub static LORAS: Parameter<Vec<LoraOption>> = Parameter::loras(
 )
 .only_for(IMAGES)
 .flag("lora");
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&LORAS.declaration];
 
 pub(super) fn resolve(support: &LoraSupport, options: &Options) -> Result<Vec<LoraUse>> {
     support.resolve(&options.get(&LORAS).unwrap_or_default())

@@ -1,5 +1,8 @@
 //! The table of all parameters of images and videos, each of which stands with its capability.
 
+use std::sync::LazyLock;
+
+use super::{acceleration, canvas, edit, guidance, loras, previews, prompt, references, refinement, sampling, tiling};
 use crate::parameter::Declaration;
 
 pub use super::acceleration::ACCELERATION;
@@ -15,30 +18,19 @@ pub use super::sampling::{ETA, NUM_INFERENCE_STEPS, SCHEDULER, SEED, TIMESTEP_SP
 pub use super::tiling::VAE_TILING;
 
 /// Every parameter of images and videos, in the order in which documentation and answers have them.
-pub static PARAMETERS: &[&Declaration] = &[
-    &PROMPT.declaration,
-    &NEGATIVE_PROMPT.declaration,
-    &WIDTH.declaration,
-    &HEIGHT.declaration,
-    &NUM_FRAMES.declaration,
-    &FPS.declaration,
-    &NUM_INFERENCE_STEPS.declaration,
-    &GUIDANCE_SCALE.declaration,
-    &TRUE_CFG_SCALE.declaration,
-    &GUIDANCE_INTERVAL.declaration,
-    &ACCELERATION.declaration,
-    &SCHEDULER.declaration,
-    &TIMESTEP_SPACING.declaration,
-    &ETA.declaration,
-    &MAX_SEQUENCE_LENGTH.declaration,
-    &VAE_TILING.declaration,
-    &IMAGE.declaration,
-    &MASK.declaration,
-    &STRENGTH.declaration,
-    &REFERENCE_IMAGES.declaration,
-    &IP_ADAPTER_SCALE.declaration,
-    &DENOISING_END.declaration,
-    &SEED.declaration,
-    &LORAS.declaration,
-    &PARTIAL_IMAGES.declaration,
-];
+pub static PARAMETERS: LazyLock<Vec<&'static Declaration>> = LazyLock::new(|| {
+    [
+        prompt::PARAMETERS,
+        guidance::PARAMETERS,
+        canvas::PARAMETERS,
+        sampling::PARAMETERS,
+        acceleration::PARAMETERS,
+        edit::PARAMETERS,
+        references::PARAMETERS,
+        refinement::PARAMETERS,
+        loras::PARAMETERS,
+        tiling::PARAMETERS,
+        previews::PARAMETERS,
+    ]
+    .concat()
+});

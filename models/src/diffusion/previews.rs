@@ -2,7 +2,7 @@
 //!
 //! Owns: `partial_images`. When previews are due, and what they show, is the runner's and the families' affair.
 
-use crate::parameter::{IMAGES, Parameter};
+use crate::parameter::{Declaration, IMAGES, Parameter};
 pub use crate::runner::diffusion::previews::MAX_PREVIEWS;
 
 /// Most previews that a streamed answer shows.
@@ -13,3 +13,6 @@ pub static PARTIAL_IMAGES: Parameter<usize> = Parameter::integer(
     "Previews on the way, spread evenly over the steps; they change nothing in the image. Needs `stream`.",
 )
 .only_for(IMAGES);
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&PARTIAL_IMAGES.declaration];

@@ -4,7 +4,7 @@
 
 use crate::encoders::clip_chunks::ChunkRule;
 use crate::error::Result;
-use crate::parameter::{Options, Parameter, check_range};
+use crate::parameter::{Declaration, Options, Parameter, check_range};
 use crate::prompt::plain_text;
 
 use super::guidance::NEGATIVE_PROMPT;
@@ -26,6 +26,9 @@ pub static MAX_SEQUENCE_LENGTH: Parameter<usize> = Parameter::integer(
     "Tokens that prompts are padded or cut to; the model's own default when absent.",
 )
 .narrowed_by_models();
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&PROMPT.declaration, &MAX_SEQUENCE_LENGTH.declaration];
 
 /// What to show, and how much of it is read.
 #[derive(Debug, Clone, PartialEq, Eq)]

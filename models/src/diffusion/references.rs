@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::parameter::{IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter};
 use crate::request::Frame;
 
 /// Most reference images of one request.
@@ -32,6 +32,9 @@ pub static IP_ADAPTER_SCALE: Parameter<f64> = Parameter::number(
     "How much of the reference images is followed; 1 when absent, as in diffusers.",
 )
 .only_for(IMAGES);
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&REFERENCE_IMAGES.declaration, &IP_ADAPTER_SCALE.declaration];
 
 /// Images that an IP-Adapter follows.
 #[derive(Debug, Clone, PartialEq)]

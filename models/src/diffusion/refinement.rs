@@ -3,8 +3,8 @@
 //! Owns: `denoising_end`, and how it divides the steps. Does not know: the refiner's networks.
 
 use crate::error::{Error, Result};
-use crate::parameter::{IMAGES, Options, Parameter, check_range};
-use crate::solver::schedulers::Schedulers;
+use crate::parameter::{Declaration, IMAGES, Options, Parameter, check_range};
+use crate::solver::schedulers::{Asked, Schedulers};
 
 use super::Sampling;
 
@@ -18,6 +18,9 @@ pub static DENOISING_END: Parameter<f64> = Parameter::number(
 )
 .only_for(IMAGES)
 .narrowed_by_models();
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&DENOISING_END.declaration];
 
 /// Which steps a model makes and which its refiner, by the schedules of both.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,7 +59,8 @@ impl Refinement {
             return refuse(format!("is {denoising_end}; allowed: above 0 and below 1"));
         }
         let steps = sampling.num_inference_steps;
-        let of_refiner = refiner.choose(Some(sampling.scheduler.name), sampling.timestep_spacing)?;
+        let of_refiner = refiner
+            .choose(Asked { scheduler: Some(sampling.scheduler.name), timestep_spacing: sampling.timestep_spacing })?;
         check_range("num_inference_steps", steps, 1, of_refiner.max_steps)?;
         let the_loop = sampling.denoising_loop(None);
         let steps_before = own.steps_before(sampling.scheduler, &the_loop, denoising_end);

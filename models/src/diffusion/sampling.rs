@@ -4,9 +4,9 @@
 //! computes.
 
 use crate::error::{Error, Result};
-use crate::parameter::{IMAGES, Options, Parameter, ParameterType, Value, check_range};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter, ParameterType, Value, check_range};
 use crate::solver::names::{Loop, SCHEDULER_NAMES, Scheduler, Spacing};
-use crate::solver::schedulers::{Chosen, Schedulers};
+use crate::solver::schedulers::{Asked, Chosen, Schedulers};
 
 /// Most denoising steps of one request.
 pub const MAX_INFERENCE_STEPS: usize = 1000;
@@ -44,6 +44,15 @@ pub static SEED: Parameter<u64> = Parameter::seed(
     "seed",
     "Seed of torch.Generator(\"cpu\"): the same seed gives the same result; drawn at random and echoed when absent.",
 );
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[
+    &NUM_INFERENCE_STEPS.declaration,
+    &SCHEDULER.declaration,
+    &TIMESTEP_SPACING.declaration,
+    &ETA.declaration,
+    &SEED.declaration,
+];
 
 impl ParameterType for Spacing {
     fn from_value(value: &Value) -> Option<Self> {
@@ -103,9 +112,10 @@ pub struct SamplingSupport {
 impl SamplingSupport {
     /// `fallback_seed` is used where the client gives none.
     pub(super) fn resolve(&self, options: &Options, fallback_seed: u64) -> Result<Sampling> {
-        let asked = options.get(&SCHEDULER);
-        let Chosen { scheduler, timestep_spacing, max_steps } =
-            self.schedulers.choose(asked.as_deref(), options.get(&TIMESTEP_SPACING))?;
+        let name = options.get(&SCHEDULER);
+        let Chosen { scheduler, timestep_spacing, max_steps } = self
+            .schedulers
+            .choose(Asked { scheduler: name.as_deref(), timestep_spacing: options.get(&TIMESTEP_SPACING) })?;
         let steps = options.get(&NUM_INFERENCE_STEPS).unwrap_or(self.default_steps.min(max_steps));
         check_range("num_inference_steps", steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
         Ok(Sampling {

@@ -5,7 +5,7 @@
 //! on nothing else, so that the same request gives the same image whatever else is running.
 
 use crate::error::{Error, Result};
-use crate::parameter::{IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter};
 
 use super::Canvas;
 
@@ -15,6 +15,9 @@ pub static VAE_TILING: Parameter<bool> = Parameter::flag_or_auto(
     "Whether the VAE works on tiles of the image, as diffusers' enable_vae_tiling; \"auto\" tiles where memory is short.",
 )
 .only_for(IMAGES);
+
+/// The parameters of this capability.
+pub(super) static PARAMETERS: &[&Declaration] = &[&VAE_TILING.declaration];
 
 /// When a model's VAE works on tiles of an image instead of the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

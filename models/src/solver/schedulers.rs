@@ -188,8 +188,24 @@ enum Own {
 #[derive(Debug, Clone)]
 pub struct Schedulers {
     own: Own,
-    choices: Vec<(&'static Scheduler, SolverConfig)>,
+    choices: Vec<Choice>,
     num_train_timesteps: usize,
+}
+
+/// A name that a checkpoint can be sampled under.
+#[derive(Debug, Clone)]
+struct Choice {
+    scheduler: &'static Scheduler,
+    config: SolverConfig,
+}
+
+/// What a request says of its scheduler.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Asked<'a> {
+    /// The checkpoint's own without one.
+    pub scheduler: Option<&'a str>,
+    /// The file's own without one.
+    pub timestep_spacing: Option<Spacing>,
 }
 
 impl Schedulers {
@@ -226,9 +242,9 @@ impl Schedulers {
     pub fn new(own: &'static Scheduler, file: &SchedulerConfig, training: Training) -> Result<Self> {
         let file = as_kept(own.name, file);
         let mut choices = Vec::new();
-        for (scheduler, config) in candidates(own.class, &file, training) {
-            match config {
-                Ok(config) => choices.push((scheduler, config)),
+        for (scheduler, choice) in candidates(own.class, &file, training) {
+            match choice {
+                Ok(choice) => choices.push(choice),
                 Err(error) if scheduler == own => return Err(error),
                 Err(_) => (),
             }
@@ -244,9 +260,9 @@ impl Schedulers {
         // Of a flow-matching model the file spells the shift as one of these two does.
         let from = if kind == Kind::FlowMatch { Class::FlowMatchEuler } else { Class::UniPc };
         let (mut choices, mut problem) = (Vec::new(), None);
-        for (scheduler, config) in candidates(from, file, training) {
-            match config {
-                Ok(config) => choices.push((scheduler, config)),
+        for (_, choice) in candidates(from, file, training) {
+            match choice {
+                Ok(choice) => choices.push(choice),
                 Err(error) => problem = problem.or(Some(error)),
             }
         }
@@ -276,8 +292,8 @@ impl Schedulers {
     }
 
     /// The scheduler that a request asks for, or the checkpoint's own; likewise its spacing.
-    pub fn choose(&self, asked: Option<&str>, timestep_spacing: Option<Spacing>) -> Result<Chosen> {
-        let asked = match (asked, &self.own) {
+    pub fn choose(&self, asked: Asked<'_>) -> Result<Chosen> {
+        let name = match (asked.scheduler, &self.own) {
             (Some(asked), _) => asked,
             (None, Own::Solved(own)) => own.name,
             (None, Own::Unsolved(class_name)) => {
@@ -286,12 +302,12 @@ impl Schedulers {
                 return Err(Error::invalid("scheduler", problem));
             }
         };
-        let choice = self.choices.iter().find(|(scheduler, _)| scheduler.name == asked);
-        let (scheduler, config) = choice.ok_or_else(|| {
+        let choice = self.choices.iter().find(|choice| choice.scheduler.name == name);
+        let Choice { scheduler, config } = choice.ok_or_else(|| {
             Error::invalid("scheduler", format!("is none of this model's; allowed: {}", self.names()))
         })?;
         let mut config = config.clone();
-        match (config.spaced(), timestep_spacing) {
+        match (config.spaced(), asked.timestep_spacing) {
             (Some(schedule), Some(spacing)) => schedule.set_spacing(spacing),
             (None, Some(_)) => {
                 let problem = format!("has no effect with scheduler {}; leave it out", scheduler.name);
@@ -305,7 +321,7 @@ impl Schedulers {
 
     /// All that a request may ask for.
     pub fn iter(&self) -> impl Iterator<Item = &'static Scheduler> {
-        self.choices.iter().map(|(scheduler, _)| *scheduler)
+        self.choices.iter().map(|choice| choice.scheduler)
     }
 
     fn names(&self) -> String {
@@ -323,8 +339,8 @@ impl Schedulers {
 
     /// The solver of a loop whose steps and spacing [`Schedulers::choose`] allows.
     pub fn start(&self, scheduler: &Scheduler, the_loop: &Loop) -> Box<dyn Solver> {
-        let choice = self.choices.iter().find(|(choice, _)| *choice == scheduler);
-        let mut config = choice.expect("the card has checked the scheduler: this is a bug").1.clone();
+        let choice = self.choices.iter().find(|choice| choice.scheduler == scheduler);
+        let mut config = choice.expect("the card has checked the scheduler: this is a bug").config.clone();
         if let (Some(schedule), Some(spacing)) = (config.spaced(), the_loop.timestep_spacing) {
             schedule.set_spacing(spacing);
         }
@@ -350,12 +366,13 @@ fn candidates(
     from: Class,
     file: &SchedulerConfig,
     training: Training,
-) -> impl Iterator<Item = (&'static Scheduler, Result<SolverConfig>)> {
+) -> impl Iterator<Item = (&'static Scheduler, Result<Choice>)> {
     let schedulers = SCHEDULERS.iter().filter(move |scheduler| training.classes().contains(&scheduler.class));
     schedulers.map(move |scheduler| {
         let settings = training.settings(from, scheduler.class, file);
         let file = file.with(settings.into_iter().chain(scheduler.settings()));
-        (scheduler, SolverConfig::new(scheduler.class, &file, training))
+        let config = SolverConfig::new(scheduler.class, &file, training);
+        (scheduler, config.map(|config| Choice { scheduler, config }))
     })
 }
 
@@ -369,6 +386,10 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     use super::*;
+
+    fn named(scheduler: &str) -> Asked<'_> {
+        Asked { scheduler: Some(scheduler), ..Asked::default() }
+    }
     use crate::rng::TorchGenerator;
     use crate::testing::{discrete_schedulers, flow_schedulers, repository};
 
@@ -387,8 +408,8 @@ mod tests {
     #[test]
     fn without_a_name_the_checkpoints_own_class_is_chosen() {
         let schedulers = discrete_schedulers();
-        assert_eq!(schedulers.choose(None, None).expect("its own").scheduler.name, "EulerDiscreteScheduler");
-        let error = schedulers.choose(Some("flow_euler"), None).expect_err("not for this model").to_string();
+        assert_eq!(schedulers.choose(Asked::default()).expect("its own").scheduler.name, "EulerDiscreteScheduler");
+        let error = schedulers.choose(named("flow_euler")).expect_err("not for this model").to_string();
         assert!(error.contains("euler, euler_a, ddim") && !error.contains("FlowMatch"), "{error}");
     }
 
@@ -396,10 +417,10 @@ mod tests {
     fn a_spacing_is_taken_where_it_decides_about_the_timesteps() {
         let schedulers = discrete_schedulers();
         for name in ["euler", "euler_a", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] {
-            let own = schedulers.choose(Some(name), None).expect("offered");
+            let own = schedulers.choose(named(name)).expect("offered");
             assert!(own.timestep_spacing.is_some(), "{name}");
             for timestep_spacing in [Spacing::Leading, Spacing::Trailing, Spacing::Linspace].map(Some) {
-                let chosen = schedulers.choose(Some(name), timestep_spacing).expect("taken");
+                let chosen = schedulers.choose(Asked { timestep_spacing, ..named(name) }).expect("taken");
                 assert_eq!(chosen.timestep_spacing, timestep_spacing, "{name}");
                 let solver =
                     schedulers.start(chosen.scheduler, &Loop { steps: 4, timestep_spacing, ..Loop::default() });
@@ -408,8 +429,11 @@ mod tests {
             }
         }
         for name in ["dpmpp_2m_karras", "dpmpp_2m_sde_karras", "lcm", "tcd"] {
-            assert_eq!(schedulers.choose(Some(name), None).expect("offered").timestep_spacing, None);
-            let error = schedulers.choose(Some(name), Some(Spacing::Trailing)).expect_err(name).to_string();
+            assert_eq!(schedulers.choose(named(name)).expect("offered").timestep_spacing, None);
+            let error = schedulers
+                .choose(Asked { timestep_spacing: Some(Spacing::Trailing), ..named(name) })
+                .expect_err(name)
+                .to_string();
             assert!(error.contains("timestep_spacing") && error.contains("no effect"), "{error}");
         }
     }
@@ -436,10 +460,10 @@ mod tests {
         for class_name in ["PNDMScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "DPMSolverSDEScheduler"] {
             let schedulers = of_unsolved(class_name, &file, Training::Discrete).expect("other names make sense");
             assert!(schedulers.own().is_none() && schedulers.own_name() == class_name);
-            let error = schedulers.choose(None, None).expect_err("names none").to_string();
+            let error = schedulers.choose(Asked::default()).expect_err("names none").to_string();
             let parts = ["scheduler: is needed", class_name, "allowed: euler, euler_a, ddim"];
             assert!(parts.iter().all(|part| error.contains(part)), "{error}");
-            let named = schedulers.choose(Some("euler"), None).expect("has a solver").scheduler;
+            let named = schedulers.choose(named("euler")).expect("has a solver").scheduler;
             let start = |schedulers: &Schedulers| {
                 schedulers.start(named, &Loop { steps: 5, ..Loop::default() }).timesteps().to_vec()
             };
@@ -454,7 +478,7 @@ mod tests {
     fn a_class_without_a_solver_may_describe_a_flow_matching_model() {
         let shifted = |class_name: &str, fields: &[(&'static str, Value)]| {
             let schedulers = of_unsolved(class_name, fields, Training::Flow).expect("flow matching");
-            let named = schedulers.choose(Some("flow_euler"), None).expect("has a solver").scheduler;
+            let named = schedulers.choose(named("flow_euler")).expect("has a solver").scheduler;
             schedulers.start(named, &Loop { steps: 4, ..Loop::default() }).timesteps().to_vec()
         };
         let own = Scheduler::named("FlowMatchEulerDiscreteScheduler").expect("known");
@@ -509,7 +533,7 @@ mod tests {
         let (clean, noise) = (tensor(1), tensor(2));
         let (discrete, flow) = (discrete_schedulers(), flow_schedulers());
         for (schedulers, is_flow) in [(&discrete, false), (&flow, true)] {
-            for (scheduler, _) in &schedulers.choices {
+            for scheduler in schedulers.iter() {
                 let solver = schedulers.start(scheduler, &Loop { steps: 6, ..Loop::default() });
                 // DDIM cuts the clean sample at 1 where it is configured so, as by default.
                 let clean = match scheduler.class {

@@ -18,7 +18,7 @@ use tale_models::runner::Runner;
 use tale_models::solver::Solver;
 use tale_models::solver::config::SchedulerConfig;
 use tale_models::solver::names::{Loop, SCHEDULERS, Scheduler};
-use tale_models::solver::schedulers::{Chosen, Schedulers, Training};
+use tale_models::solver::schedulers::{Asked, Chosen, Schedulers, Training};
 use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, pictures, psnr};
@@ -74,7 +74,9 @@ impl<'a> Case<'a> {
         let file = file(if case["base"] == true { base } else { &Value::Null }, change);
         let schedulers = Schedulers::new(Scheduler::named(own).unwrap(), &file, training).unwrap();
         let (seed, steps) = (case["seed"].as_u64().unwrap(), case["steps"].as_u64().unwrap() as usize);
-        let chosen = schedulers.choose(Some(name), None).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let chosen = schedulers
+            .choose(Asked { scheduler: Some(name), ..Asked::default() })
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
         let Chosen { scheduler, max_steps, .. } = chosen;
         assert!(steps <= max_steps, "{what}: {max_steps} steps");
         let mut generator = TorchGenerator::new(seed);

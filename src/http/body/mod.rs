@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
 pub(super) use self::reader::of_field;
-use self::value::{Object, Value};
+use self::value::Value;
 use super::error::ApiError;
 use super::openai::{self, Field};
 
