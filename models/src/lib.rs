@@ -15,6 +15,7 @@ pub mod encoders;
 pub mod error;
 pub mod families;
 pub mod family;
+pub mod frame;
 pub mod kv;
 pub mod layers;
 pub mod lfs;

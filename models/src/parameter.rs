@@ -12,8 +12,8 @@ use serde::de::{Error as _, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::error::{Error, Result};
+use crate::frame::{Frame, Mask};
 use crate::lora::LoraOption;
-use crate::request::{Frame, Mask};
 
 /// What a client asks for with a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::frame::{Frame, Mask};
 use crate::parameter::{Declaration, EDITS, Options, Parameter};
-use crate::request::{Frame, Mask};
 use crate::resample::Filter;
 
 use super::Canvas;

@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use crate::parameter::{Declaration, IMAGES, Options, Parameter};
 
-use super::prompt::MAX_PROMPT_BYTES;
+use super::prompt::NEGATIVE_PROMPT;
 
 /// Largest guidance scale.
 pub const MAX_GUIDANCE_SCALE: f64 = 100.0;
@@ -34,13 +34,6 @@ pub static TRUE_CFG_SCALE: Parameter<f64> = Parameter::number(
 pub static GUIDANCE_INTERVAL: Parameter<[f64; 2]> = Parameter::interval(
     "guidance_interval",
     "Part of the steps that make the negative prediction: step i of n does where start <= i/n < end.",
-);
-
-/// See [`Guidance::negative_prompt`].
-pub static NEGATIVE_PROMPT: Parameter<String> = Parameter::text(
-    "negative_prompt",
-    MAX_PROMPT_BYTES,
-    "What to steer away from; needs a guidance scale above 1. Absent is not the same as empty for SDXL.",
 );
 
 /// The parameters of this capability.

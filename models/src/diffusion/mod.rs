@@ -34,7 +34,7 @@ pub use sampling::Sampling;
 /// `options`, and those of `base` where they have none. What belongs to a value that is replaced is not taken over: the
 /// length to its prompts, which it would cut, spacing and `eta` to their scheduler.
 pub fn options_over(options: Options, mut base: Options) -> Options {
-    if options.has(&prompt::PROMPT) || options.has(&guidance::NEGATIVE_PROMPT) {
+    if options.has(&prompt::PROMPT) || options.has(&prompt::NEGATIVE_PROMPT) {
         base.set(&prompt::MAX_SEQUENCE_LENGTH, None);
     }
     if options.has(&sampling::SCHEDULER) {

@@ -7,8 +7,6 @@ use crate::error::Result;
 use crate::parameter::{Declaration, Options, Parameter, check_range};
 use crate::prompt::plain_text;
 
-use super::guidance::NEGATIVE_PROMPT;
-
 /// Longest prompt or negative prompt: far more than any text encoder reads.
 pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 /// Longest sequence of any text encoder.
@@ -17,6 +15,13 @@ const MAX_TOKENS: usize = 4096;
 /// See [`Prompt::text`].
 pub static PROMPT: Parameter<String> =
     Parameter::text("prompt", MAX_PROMPT_BYTES, "What to show; may be empty, as in diffusers.").required();
+
+/// See [`Guidance::negative_prompt`](super::guidance::Guidance::negative_prompt).
+pub static NEGATIVE_PROMPT: Parameter<String> = Parameter::text(
+    "negative_prompt",
+    MAX_PROMPT_BYTES,
+    "What to steer away from; needs a guidance scale above 1. Absent is not the same as empty for SDXL.",
+);
 
 /// See [`Prompt::max_sequence_length`].
 pub static MAX_SEQUENCE_LENGTH: Parameter<usize> = Parameter::integer(

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::frame::Frame;
 use crate::parameter::{Declaration, IMAGES, Options, Parameter};
-use crate::request::Frame;
 
 /// Most reference images of one request.
 pub const MAX_REFERENCE_IMAGES: usize = 8;
