@@ -4,7 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::parameter::{Declaration, IMAGES, Options, Parameter, check_range};
-use crate::solver::schedulers::{Asked, Schedulers};
+use crate::solver::schedulers::Schedulers;
 
 use super::Sampling;
 
@@ -59,8 +59,7 @@ impl Refinement {
             return refuse(format!("is {denoising_end}; allowed: above 0 and below 1"));
         }
         let steps = sampling.num_inference_steps;
-        let of_refiner = refiner
-            .choose(Asked { scheduler: Some(sampling.scheduler.name), timestep_spacing: sampling.timestep_spacing })?;
+        let of_refiner = refiner.choose(sampling.asked())?;
         check_range("num_inference_steps", steps, 1, of_refiner.max_steps)?;
         let the_loop = sampling.denoising_loop(None);
         let steps_before = own.steps_before(sampling.scheduler, &the_loop, denoising_end);

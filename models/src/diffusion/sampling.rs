@@ -91,6 +91,12 @@ impl Sampling {
         Loop { steps, timestep_spacing, eta, image_seq_len }
     }
 
+    /// What a request would say to have the same scheduler again.
+    pub(super) fn asked(&self) -> Asked<'static> {
+        let Self { scheduler, timestep_spacing, .. } = *self;
+        Asked { scheduler: Some(scheduler.name), timestep_spacing }
+    }
+
     pub(super) fn echo(&self, options: &mut Options) {
         options.set(&NUM_INFERENCE_STEPS, self.num_inference_steps);
         options.set(&SCHEDULER, self.scheduler.name.to_owned());
