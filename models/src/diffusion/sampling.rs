@@ -4,7 +4,7 @@
 //! computes.
 
 use crate::error::{Error, Result};
-use crate::parameter::{Declaration, IMAGES, Options, Parameter, ParameterType, Value, check_range};
+use crate::parameter::{Declaration, IMAGES, Options, Parameter, ParameterType, VIDEOS, Value, check_range};
 use crate::solver::names::{Loop, SCHEDULER_NAMES, Scheduler, Spacing};
 use crate::solver::schedulers::{Asked, Chosen, Schedulers};
 
@@ -39,6 +39,16 @@ pub static ETA: Parameter<f64> =
     Parameter::number("eta", 0.0, 1.0, "Share of fresh noise in the steps of DDIM and TCD; 0 when absent.")
         .only_for(IMAGES);
 
+/// See [`Sampling::flow_shift`].
+pub static FLOW_SHIFT: Parameter<f64> = Parameter::number(
+    "flow_shift",
+    0.01,
+    100.0,
+    "Shift of the sigmas of flow matching, as diffusers' `flow_shift`; Wan2.1 wants 3 at 480p and 5 at 720p. The \
+     checkpoint's own when absent.",
+)
+.only_for(VIDEOS);
+
 /// See [`Sampling::seed`].
 pub static SEED: Parameter<u64> = Parameter::seed(
     "seed",
@@ -51,6 +61,7 @@ pub(super) static PARAMETERS: &[&Declaration] = &[
     &SCHEDULER.declaration,
     &TIMESTEP_SPACING.declaration,
     &ETA.declaration,
+    &FLOW_SHIFT.declaration,
     &SEED.declaration,
 ];
 
@@ -75,6 +86,8 @@ pub struct Sampling {
     pub timestep_spacing: Option<Spacing>,
     /// Share of fresh noise in the steps of DDIM and TCD, 0 to 1; `None` for the other schedulers.
     pub eta: Option<f64>,
+    /// Shift of the sigmas, where the scheduler is of flow matching with a constant one.
+    pub flow_shift: Option<f64>,
     /// Seed of `torch.Generator("cpu")`.
     pub seed: u64,
 }
@@ -82,19 +95,19 @@ pub struct Sampling {
 impl Sampling {
     /// So many steps of a scheduler that takes no further settings.
     pub fn new(scheduler: &'static Scheduler, num_inference_steps: usize, seed: u64) -> Self {
-        Self { num_inference_steps, scheduler, timestep_spacing: None, eta: None, seed }
+        Self { num_inference_steps, scheduler, timestep_spacing: None, eta: None, flow_shift: None, seed }
     }
 
     /// The loop of the scheduler. `image_seq_len`: tokens of the image, of families whose sigmas depend on it.
     pub fn denoising_loop(&self, image_seq_len: Option<usize>) -> Loop {
-        let Self { num_inference_steps: steps, timestep_spacing, eta, .. } = *self;
-        Loop { steps, timestep_spacing, eta, image_seq_len }
+        let Self { num_inference_steps: steps, timestep_spacing, eta, flow_shift, .. } = *self;
+        Loop { steps, timestep_spacing, eta, flow_shift, image_seq_len }
     }
 
     /// What a request would say to have the same scheduler again.
     pub(super) fn asked(&self) -> Asked<'static> {
-        let Self { scheduler, timestep_spacing, .. } = *self;
-        Asked { scheduler: Some(scheduler.name), timestep_spacing }
+        let Self { scheduler, timestep_spacing, flow_shift, .. } = *self;
+        Asked { scheduler: Some(scheduler.name), timestep_spacing, flow_shift }
     }
 
     pub(super) fn echo(&self, options: &mut Options) {
@@ -102,6 +115,7 @@ impl Sampling {
         options.set(&SCHEDULER, self.scheduler.name.to_owned());
         options.set(&TIMESTEP_SPACING, self.timestep_spacing);
         options.set(&ETA, self.eta);
+        options.set(&FLOW_SHIFT, self.flow_shift);
         options.set(&SEED, self.seed);
     }
 }
@@ -119,9 +133,11 @@ impl SamplingSupport {
     /// `fallback_seed` is used where the client gives none.
     pub(super) fn resolve(&self, options: &Options, fallback_seed: u64) -> Result<Sampling> {
         let name = options.get(&SCHEDULER);
-        let Chosen { scheduler, timestep_spacing, max_steps } = self
-            .schedulers
-            .choose(Asked { scheduler: name.as_deref(), timestep_spacing: options.get(&TIMESTEP_SPACING) })?;
+        let Chosen { scheduler, timestep_spacing, flow_shift, max_steps } = self.schedulers.choose(Asked {
+            scheduler: name.as_deref(),
+            timestep_spacing: options.get(&TIMESTEP_SPACING),
+            flow_shift: options.get(&FLOW_SHIFT),
+        })?;
         let steps = options.get(&NUM_INFERENCE_STEPS).unwrap_or(self.default_steps.min(max_steps));
         check_range("num_inference_steps", steps, 1, max_steps.min(MAX_INFERENCE_STEPS))?;
         Ok(Sampling {
@@ -129,6 +145,7 @@ impl SamplingSupport {
             scheduler,
             timestep_spacing,
             eta: eta(scheduler, options.get(&ETA))?,
+            flow_shift,
             seed: options.get(&SEED).unwrap_or(fallback_seed),
         })
     }

@@ -166,6 +166,8 @@ pub struct Loop {
     pub timestep_spacing: Option<Spacing>,
     /// Of DDIM and TCD.
     pub eta: Option<f64>,
+    /// Another shift of the sigmas than the checkpoint's, of flow-matching models without `mu`.
+    pub flow_shift: Option<f64>,
     /// Tokens of the picture, where the pipeline hands over sigmas and `mu` (FLUX.1).
     pub image_seq_len: Option<usize>,
 }

@@ -159,12 +159,14 @@ fn as_kept(class_name: &str, file: &SchedulerConfig) -> SchedulerConfig {
 }
 
 /// What a request has chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Chosen {
     /// The solver.
     pub scheduler: &'static Scheduler,
     /// Where it decides about the timesteps.
     pub timestep_spacing: Option<Spacing>,
+    /// Where it shifts flow-matching sigmas by a constant.
+    pub flow_shift: Option<f64>,
     /// Most steps of a loop.
     pub max_steps: usize,
 }
@@ -190,13 +192,44 @@ pub struct Schedulers {
     own: Own,
     choices: Vec<Choice>,
     num_train_timesteps: usize,
+    training: Training,
 }
 
 /// A name that a checkpoint can be sampled under.
 #[derive(Debug, Clone)]
 struct Choice {
     scheduler: &'static Scheduler,
+    /// The checkpoint's fields with what the name sets.
+    file: SchedulerConfig,
     config: SolverConfig,
+}
+
+impl Choice {
+    /// Where the class has the shift of flow-matching sigmas, if it has a constant one.
+    fn shift_field(&self) -> Option<&'static str> {
+        match &self.config {
+            SolverConfig::UniPc(config) if config.is_flow() => Some("flow_shift"),
+            SolverConfig::FlowMatchEuler(config) if !config.use_dynamic_shifting => Some("shift"),
+            _ => None,
+        }
+    }
+
+    /// As diffusers' `from_config(config, flow_shift=shift)`.
+    fn shifted(&self, shift: f64, training: Training) -> Result<SolverConfig> {
+        let field = self.shift_field();
+        let field = field.ok_or_else(|| self.has_no_effect("flow_shift"))?;
+        SolverConfig::new(self.scheduler.class, &self.file.with([(field, json!(shift))]), training)
+    }
+
+    /// The shift of the checkpoint; of every class 1 where the file has none.
+    fn own_shift(&self) -> Option<f64> {
+        let field = self.shift_field()?;
+        Some(self.file.get(field).and_then(Value::as_f64).unwrap_or(1.0))
+    }
+
+    fn has_no_effect(&self, field: &str) -> Error {
+        Error::invalid(field, format!("has no effect with scheduler {}; leave it out", self.scheduler.name))
+    }
 }
 
 /// What a request says of its scheduler.
@@ -206,6 +239,8 @@ pub struct Asked<'a> {
     pub scheduler: Option<&'a str>,
     /// The file's own without one.
     pub timestep_spacing: Option<Spacing>,
+    /// The file's own without one.
+    pub flow_shift: Option<f64>,
 }
 
 impl Schedulers {
@@ -249,7 +284,7 @@ impl Schedulers {
                 Err(_) => (),
             }
         }
-        Ok(Self { own: Own::Solved(own), choices, num_train_timesteps: num_train_timesteps(&file) })
+        Ok(Self { own: Own::Solved(own), choices, num_train_timesteps: num_train_timesteps(&file), training })
     }
 
     /// As [`Schedulers::new`] for a file that was written for a class without a solver for this family. An error where it
@@ -272,7 +307,12 @@ impl Schedulers {
         tracing::warn!(
             "{class_name}, the model's own scheduler, has no solver: requests have to name another scheduler"
         );
-        Ok(Self { own: Own::Unsolved(class_name.to_owned()), choices, num_train_timesteps: num_train_timesteps(file) })
+        Ok(Self {
+            own: Own::Unsolved(class_name.to_owned()),
+            choices,
+            num_train_timesteps: num_train_timesteps(file),
+            training,
+        })
     }
 
     /// The scheduler that samples requests that name none; of a class without a solver there is none.
@@ -302,21 +342,22 @@ impl Schedulers {
                 return Err(Error::invalid("scheduler", problem));
             }
         };
-        let choice = self.choices.iter().find(|choice| choice.scheduler.name == name);
-        let Choice { scheduler, config } = choice.ok_or_else(|| {
+        let choice = self.choices.iter().find(|choice| choice.scheduler.name == name).ok_or_else(|| {
             Error::invalid("scheduler", format!("is none of this model's; allowed: {}", self.names()))
         })?;
-        let mut config = config.clone();
+        let scheduler = choice.scheduler;
+        let mut config = match asked.flow_shift {
+            Some(shift) => choice.shifted(shift, self.training)?,
+            None => choice.config.clone(),
+        };
         match (config.spaced(), asked.timestep_spacing) {
             (Some(schedule), Some(spacing)) => schedule.set_spacing(spacing),
-            (None, Some(_)) => {
-                let problem = format!("has no effect with scheduler {}; leave it out", scheduler.name);
-                return Err(Error::invalid("timestep_spacing", problem));
-            }
+            (None, Some(_)) => return Err(choice.has_no_effect("timestep_spacing")),
             (_, None) => (),
         }
         let timestep_spacing = config.spaced().map(|schedule| schedule.spacing());
-        Ok(Chosen { scheduler, timestep_spacing, max_steps: config.max_steps() })
+        let flow_shift = asked.flow_shift.or_else(|| choice.own_shift());
+        Ok(Chosen { scheduler, timestep_spacing, flow_shift, max_steps: config.max_steps() })
     }
 
     /// All that a request may ask for.
@@ -340,7 +381,12 @@ impl Schedulers {
     /// The solver of a loop whose steps and spacing [`Schedulers::choose`] allows.
     pub fn start(&self, scheduler: &Scheduler, the_loop: &Loop) -> Box<dyn Solver> {
         let choice = self.choices.iter().find(|choice| choice.scheduler == scheduler);
-        let mut config = choice.expect("the card has checked the scheduler: this is a bug").config.clone();
+        let choice = choice.expect("the card has checked the scheduler: this is a bug");
+        let shifted = the_loop.flow_shift.map(|shift| choice.shifted(shift, self.training));
+        let mut config = match shifted {
+            Some(config) => config.expect("the card has checked the shift: this is a bug"),
+            None => choice.config.clone(),
+        };
         if let (Some(schedule), Some(spacing)) = (config.spaced(), the_loop.timestep_spacing) {
             schedule.set_spacing(spacing);
         }
@@ -372,7 +418,7 @@ fn candidates(
         let settings = training.settings(from, scheduler.class, file);
         let file = file.with(settings.into_iter().chain(scheduler.settings()));
         let config = SolverConfig::new(scheduler.class, &file, training);
-        (scheduler, config.map(|config| Choice { scheduler, config }))
+        (scheduler, config.map(|config| Choice { scheduler, file, config }))
     })
 }
 
@@ -492,6 +538,34 @@ mod tests {
             ("flow_shift", json!(3.0)),
         ];
         assert_eq!(shifted("DPMSolverMultistepScheduler", &flow), expected);
+    }
+
+    /// As `from_config(config, flow_shift=...)` of diffusers: what a file with that shift gives.
+    #[test]
+    fn a_request_may_shift_the_sigmas_otherwise() {
+        let own = Scheduler::named("UniPCMultistepScheduler").expect("known");
+        let file = |shift: f64| {
+            let fields = [
+                ("prediction_type", json!("flow_prediction")),
+                ("use_flow_sigmas", json!(true)),
+                ("flow_shift", json!(shift)),
+            ];
+            Schedulers::new(own, &SchedulerConfig::default().with(fields), Training::Flow).expect("flow matching")
+        };
+        let checkpoint = file(3.0);
+        for name in ["unipc", "flow_euler"] {
+            let asked = |flow_shift| checkpoint.choose(Asked { flow_shift, ..named(name) }).expect("has a shift");
+            assert_eq!((asked(None).flow_shift, asked(Some(5.0)).flow_shift), (Some(3.0), Some(5.0)));
+            let scheduler = asked(None).scheduler;
+            let timesteps = |schedulers: &Schedulers, flow_shift| {
+                let the_loop = Loop { steps: 5, flow_shift, ..Loop::default() };
+                schedulers.start(scheduler, &the_loop).timesteps().to_vec()
+            };
+            assert_eq!(timesteps(&checkpoint, Some(5.0)), timesteps(&file(5.0), None));
+            assert_ne!(timesteps(&checkpoint, Some(5.0)), timesteps(&checkpoint, None));
+        }
+        let refused = discrete_schedulers().choose(Asked { flow_shift: Some(5.0), ..named("euler") });
+        assert!(refused.expect_err("has none").to_string().starts_with("flow_shift: has no effect"));
     }
 
     #[test]
