@@ -115,6 +115,46 @@ async fn a_completion_that_asks_for_nothing_in_many_words_is_the_plain_completio
     }
 }
 
+/// As SDKs and chat frontends send an image.
+#[tokio::test]
+async fn an_image_that_asks_for_nothing_in_many_words_is_the_plain_image() {
+    let server = server().await;
+    let plain = json!({"model": "pictures", "prompt": "", "seed": -1, "num_inference_steps": 2.0});
+    let expected = server.post("/v1/images/generations", &plain).await.expect(200).json();
+    assert_eq!(expected["seed"], u64::MAX);
+    for extra in [
+        json!({"user": "u1", "quality": "auto", "background": "opaque", "moderation": "low", "style": null}),
+        json!({"quality": "standard", "background": "auto", "safety_identifier": "u1", "input_fidelity": null}),
+        json!({"user": null, "quality": null, "n": null, "size": null, "stream": null, "output_format": null, "svg": null}),
+    ] {
+        let answer = server.post("/v1/images/generations", &with(&plain, &extra)).await.expect(200).json();
+        assert_eq!(answer["data"], expected["data"], "{extra}");
+    }
+    for (extra, param) in [
+        (json!({"quality": "high"}), "quality"),
+        (json!({"background": "transparent"}), "background"),
+        (json!({"style": "vivid"}), "style"),
+    ] {
+        let refusal = server.post("/v1/images/generations", &with(&plain, &extra)).await.expect(400).json();
+        assert_eq!(
+            (&refusal["error"]["param"], &refusal["error"]["code"]),
+            (&json!(param), &json!("unsupported_value"))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_job_says_how_long_its_file_plays_and_takes_that_back() {
+    let server = server().await;
+    for num_frames in [1, 5, 33] {
+        let body = json!({"model": "clips", "prompt": "", "num_frames": num_frames, "fps": 8, "user": "u1"});
+        let job = server.post("/v1/videos", &body).await.expect(200).json();
+        assert_eq!(job["seconds"], (f64::from(num_frames) / 8.0).to_string());
+        let again = json!({"model": "clips", "prompt": "", "seconds": job["seconds"], "fps": 8});
+        assert_eq!(server.post("/v1/videos", &again).await.expect(200).json()["num_frames"], num_frames);
+    }
+}
+
 /// The scripted model begins its answer where the seed says.
 #[tokio::test]
 async fn a_seed_is_any_number_of_64_bits() {

@@ -161,7 +161,7 @@ async fn wrong_pictures_are_refused_with_their_field() {
         (vec![image(), text("seed", "1.5")], "seed", "must be a whole number"),
         (vec![image(), text("size", "64x50")], "size", "multiples of 16"),
         (vec![image(), text("n", "11")], "n", "1 to 10"),
-        (vec![image(), text("input_fidelity", "high")], "input_fidelity", "is not known here"),
+        (vec![image(), text("input_fidelity", "high")], "input_fidelity", "is not supported"),
     ];
     for (mut parts, param, message) in cases {
         parts.extend([text("model", "pictures"), text("prompt", SECRET)]);

@@ -51,7 +51,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
         (&json!("video"), &json!("queued"), &json!(0))
     );
     let effective = json!({
-        "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4", "num_frames": 33, "fps": 8, "seed": 5,
+        "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4.125", "num_frames": 33, "fps": 8, "seed": 5,
         "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": null, "max_sequence_length": 64,
         "output_format": "mp4", "guidance_interval": [0.0, 0.5], "acceleration": "none", "scheduler": "unipc",
     });

@@ -40,6 +40,32 @@ pub(super) const CHAT: &[&[Field]] = &[TEXT, CHAT_ALONE];
 /// Of `/v1/completions`.
 pub(super) const COMPLETION: &[&[Field]] = &[TEXT, COMPLETION_ALONE];
 
+/// Of `/v1/images/generations` and `/v1/images/edits`.
+pub(super) const IMAGE: &[&[Field]] = &[IMAGES];
+/// Of `/v1/videos`.
+pub(super) const VIDEO: &[&[Field]] = &[VIDEOS];
+
+const IMAGES: &[Field] = &[
+    label("user"),
+    label("safety_identifier"),
+    field(
+        "quality",
+        |value, _| is_one_of(value, &["auto", "standard"]),
+        "is not supported; must be auto (see num_inference_steps)",
+    ),
+    field("background", |value, _| is_one_of(value, &["auto", "opaque"]), "is always opaque; must be opaque or auto"),
+    field("moderation", |value, _| is_one_of(value, &["auto", "low"]), "there is none here; must be auto or low"),
+    field("input_fidelity", |value, _| is_one_of(value, &["low"]), "is not supported; must be low (see strength)"),
+    unsupported("style", "is not supported; say it in the prompt"),
+    unsupported("complexity", "is not supported; leave it out"),
+    unsupported("frame_count", "images do not move; leave it out"),
+    unsupported("frame_duration_ms", "images do not move; leave it out"),
+    unsupported("svg", "is not supported; leave it out"),
+    unsupported("markup", "is not supported; leave it out"),
+];
+
+const VIDEOS: &[Field] = &[label("user"), label("safety_identifier")];
+
 const TEXT: &[Field] = &[
     label("user"),
     label("safety_identifier"),
@@ -258,6 +284,25 @@ mod tests {
     }
 
     #[test]
+    fn what_asks_for_nothing_of_an_image_is_taken_and_the_rest_refused_by_name() {
+        let neutral = [
+            r#""user": "u1", "safety_identifier": "u1", "quality": "auto", "background": "opaque", "moderation": "low""#,
+            r#""quality": "standard", "background": "auto", "moderation": "auto", "input_fidelity": "low", "style": null"#,
+        ];
+        let refused = [
+            (r#""quality": "high""#, "quality"),
+            (r#""quality": "hd""#, "quality"),
+            (r#""background": "transparent""#, "background"),
+            (r#""moderation": "none""#, "moderation"),
+            (r#""input_fidelity": "high""#, "input_fidelity"),
+            (r#""style": "vivid""#, "style"),
+            (r#""frame_count": 9"#, "frame_count"),
+        ];
+        check(IMAGE, r#""prompt": "x""#, &neutral, &refused);
+        check(VIDEO, r#""prompt": "x""#, &[r#""user": "u1""#], &[]);
+    }
+
+    #[test]
     fn messages_may_be_sent_back_whole() {
         let message = |extra: &str| format!(r#"{{"messages": [{{"role": "user"}}, {{"role": "assistant"{extra}}}]}}"#);
         let plain = Value::from_json(message("").as_bytes()).expect("JSON");
@@ -279,7 +324,7 @@ mod tests {
     #[test]
     fn null_asks_for_nothing_and_every_field_is_documented() {
         let document = include_str!("../../docs/http-api.md");
-        for field in CHAT.iter().chain(COMPLETION).copied().flatten() {
+        for field in [CHAT, COMPLETION, IMAGE, VIDEO].concat().into_iter().flatten() {
             let name = field.path.rsplit('.').next().expect("has a last part");
             assert!(document.contains(&format!("`{name}`")), "{} is not in docs/http-api.md", field.path);
             if !field.path.contains('.') {

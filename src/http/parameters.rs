@@ -11,6 +11,7 @@ use super::body::of_field;
 use super::body::upload::{OneOrMany, Upload};
 use super::body::value::Value;
 use super::error::ApiError;
+use super::openai::{self, Field};
 use crate::parameters::{is_image, set_images};
 
 /// What a body says. Its images are not decoded yet.
@@ -22,7 +23,8 @@ pub(super) struct Given {
 }
 
 /// Reads a body for `task`; `own` are the endpoint's fields beside the parameters of the model.
-pub(super) fn read(body: Value, own: &[&'static Declaration], task: Task) -> Result<Given, ApiError> {
+pub(super) fn read(mut body: Value, own: &[&'static Declaration], task: Task) -> Result<Given, ApiError> {
+    openai::settle(fields_of_openai(task), &mut body)?;
     let mut fields = body.into_object()?;
     let declarations = || own.iter().copied().chain(PARAMETERS.iter().copied().filter(|of| of.is_for(task)));
     let mut given = Given { options: Options::default(), files: Vec::new() };
@@ -38,6 +40,14 @@ pub(super) fn read(body: Value, own: &[&'static Declaration], task: Task) -> Res
     match fields.pop_first() {
         None => Ok(given),
         Some((name, _)) => Err(unknown(&name, declarations())),
+    }
+}
+
+/// What OpenAI's API has beside the parameters.
+fn fields_of_openai(task: Task) -> &'static [&'static [Field]] {
+    match task {
+        Task::ImageGeneration | Task::ImageEdit => openai::IMAGE,
+        Task::Video => openai::VIDEO,
     }
 }
 

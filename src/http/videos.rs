@@ -74,13 +74,22 @@ fn frames(options: &Options, card: &ModelCard) -> Result<Option<usize>, ApiError
     }
 }
 
-/// Frames of a clip of `seconds`: the first frame, and as many groups of `frames_multiple` frames as fit in the time. 5
-/// seconds at 16 frames per second are 81 frames for a model that makes 4k+1.
+/// Frames of a clip of `seconds`: the first frame, and as many groups of `frames.multiple` frames as fit in the time. 5
+/// seconds at 16 frames per second are 81 frames for a model that makes 4k+1. Of a model that makes any number of frames
+/// they are those that fit in the time, at least one. The [`duration`] of a clip always gives its own frames.
 fn frames_of(seconds: f64, fps: usize, frames: &FrameSupport) -> usize {
     let multiple = frames.multiple;
     // A billionth of a frame more, so that 0.3 * 10 is 3.
-    let groups = (seconds * fps as f64 / multiple as f64 + 1e-9).floor();
-    (groups as usize).saturating_mul(multiple).saturating_add(1)
+    let groups = (seconds * fps as f64 / multiple as f64 + 1e-9).floor() as usize;
+    match multiple {
+        1 => groups.max(1),
+        _ => groups.saturating_mul(multiple).saturating_add(1),
+    }
+}
+
+/// Seconds that a file of these frames plays.
+fn duration(num_frames: usize, fps: usize) -> f64 {
+    num_frames as f64 / fps.max(1) as f64
 }
 
 /// A clip as the API shows it: OpenAI's fields, and the effective parameters beside them.
@@ -139,8 +148,7 @@ impl From<&Job> for WireVideo {
             completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
             error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
             size: format!("{width}x{height}"),
-            // The inverse of `frames_of`: what the first frame is followed by.
-            seconds: ((num_frames.max(1) - 1) as f64 / fps.max(1) as f64).to_string(),
+            seconds: duration(num_frames, fps).to_string(),
             parameters: EffectiveParameters::new(&job.model, &job.request),
             output_format: job.format.as_str(),
         }
@@ -264,4 +272,34 @@ fn clip_format(name: Option<&str>, request: &DiffusionRequest) -> Result<ClipFor
         return Err(ApiError::field("fps", format!("is {}; gif plays at most {MAX_GIF_FPS}", request.canvas.fps)));
     }
     Ok(format)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAMES: FrameSupport = FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 401 };
+
+    #[test]
+    fn the_duration_of_a_clip_asks_for_the_same_clip() {
+        for multiple in [1, 4, 8] {
+            let support = FrameSupport { multiple, ..FRAMES };
+            for fps in 1..=120 {
+                for num_frames in (1..=400).step_by(multiple) {
+                    let seconds: f64 = duration(num_frames, fps).to_string().parse().expect("a number");
+                    assert_eq!(frames_of(seconds, fps, &support), num_frames, "{seconds} s at {fps}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn seconds_are_the_first_frame_and_groups_that_fit() {
+        for (multiple, seconds, fps, num_frames) in
+            [(4, 5.0, 16, 81), (4, 4.0, 8, 33), (4, 0.01, 16, 1), (8, 1.0, 24, 25), (1, 0.3, 10, 3), (1, 0.01, 10, 1)]
+        {
+            let support = FrameSupport { multiple, ..FRAMES };
+            assert_eq!(frames_of(seconds, fps, &support), num_frames, "{seconds} s at {fps}");
+        }
+    }
 }
