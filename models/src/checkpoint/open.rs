@@ -105,6 +105,11 @@ impl<'a> OpenWeights<'a> {
         self.placement
     }
 
+    /// Whether the model is read for some of its components alone, to be dropped when they have done their work.
+    pub fn is_partial(&self) -> bool {
+        matches!(self.on_device, OnDevice::Only(_))
+    }
+
     /// Whether this is an inspection: tensors take no memory, so nothing large may be computed from them.
     pub fn is_dry(&self) -> bool {
         self.mode != Mode::Load

@@ -80,6 +80,11 @@ impl LentComponents {
         self.bytes
     }
 
+    /// Whether the component of this name is one of them.
+    pub fn contains(&self, component: &str) -> bool {
+        self.names.iter().any(|name| name == component)
+    }
+
     /// A model that has them on the device and nothing else there.
     pub fn read<M>(&self, build: Build<M>) -> Result<M> {
         let names: Vec<&str> = self.names.iter().map(String::as_str).collect();

@@ -1,6 +1,7 @@
 //! FLUX.1 (dev and schnell): CLIP and T5 prompts, one transformer, flow-matching Euler, KL-VAE.
 //!
-//! Owns: how the parts fit together, packing of latents, limits and defaults. Does not know: sessions, batching.
+//! Owns: how the parts fit together, packing of latents, limits and defaults; the way of a request is in `pipeline`. Does
+//! not know: sessions, batching.
 //! Source: diffusers `pipelines/flux/pipeline_flux.py` and its siblings for image to image and inpainting. Noise is drawn
 //! in f32, as diffusers does for an f32 pipeline.
 
@@ -13,41 +14,32 @@ use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 
 use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
-use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
-use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraSupport, Sites};
-use crate::memory::MemoryPlan;
-use crate::prompt::plain_text;
-use crate::request::{Frame, Mask, Phase};
-use crate::rng::TorchGenerator;
-use crate::runner::diffusion::batcher::PictureInput;
-use crate::runner::diffusion::block_cache::BlockCache;
 use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
-use crate::solver::Solver;
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::Posterior;
-use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
+use crate::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
 
 mod lora;
 pub mod original;
+pub mod pipeline;
 pub mod transformer;
 
 use original::FluxNames;
-use transformer::{FluxInput, FluxTransformer, FluxTransformerConfig, PACK};
+use transformer::{FluxTransformer, FluxTransformerConfig, PACK, TransformerInput};
 
 /// Latent positions on each side of a picture of default size (`default_sample_size` of the pipeline).
 const DEFAULT_SAMPLE_SIZE: usize = 128;
@@ -119,7 +111,7 @@ pub struct FluxModel {
 }
 
 /// What the transformer needs of one prompt.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct FluxConditioning {
     /// Of T5, `[1, max_sequence_length, joint_attention_dim]`.
     pub prompt_embeds: Tensor,
@@ -183,7 +175,7 @@ impl FluxModel {
     fn with_input<T>(
         &self,
         rows: &[DenoiseRow<'_, FluxConditioning>],
-        forward: impl FnOnce(&FluxInput<'_>) -> Result<T>,
+        forward: impl FnOnce(&TransformerInput<'_>) -> Result<T>,
     ) -> Result<T> {
         // Of another dtype only where another model has encoded the prompt.
         let dtype = self.placement.compute_dtype;
@@ -192,7 +184,7 @@ impl FluxModel {
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
         let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance.guidance_scale as f32).collect();
-        forward(&FluxInput {
+        forward(&TransformerInput {
             latents: &stack(|row| row.latents.clone())?,
             prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
             pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?.to_dtype(dtype)?,
@@ -278,151 +270,6 @@ fn card(
             is_needed: false,
         }),
         ..DiffusionCard::new(Flux.name(), prompts, canvas, sampling, guidance)
-    }
-}
-
-impl DiffusionModel for FluxModel {
-    type Conditioning = FluxConditioning;
-    type Decoding = KlDecoding;
-
-    fn card(&self) -> &DiffusionCard {
-        &self.card
-    }
-
-    fn adapters(&self) -> Option<&Adapters> {
-        Some(&self.adapters)
-    }
-
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        let (rows, columns) = self.grid(request);
-        let (text_len, image_len) = (request.prompt.max_sequence_length, rows * columns);
-        let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
-        let branches = 1 + usize::from(request.guidance.negative_prompt.is_some());
-        let conditioning = branches * text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
-        // The sample; of each branch what the model sees of it and predicts, in the batch and by itself.
-        let latents = (1 + 3 * branches) * image_len * transformer.in_channels * size_of::<f32>();
-        let encode = self.t5_config.forward_bytes(branches, text_len, &self.placement);
-        let denoise = branches * (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
-        let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
-        let caches = match self.card.cache_threshold(request) {
-            Some(_) => branches * CACHED_WIDTHS * image_len * transformer.inner_dim() * dtype.size_in_bytes(),
-            None => 0,
-        };
-        let preview = if request.partial_images > 0 { self.vae_config.preview_bytes(dtype) } else { 0 };
-        let (picture, begin) = match &request.edit {
-            // Its latents, its noise, its mask.
-            Some(_) => (
-                3 * latents,
-                self.vae_config.peak_encode_bytes(
-                    (request.canvas.height, request.canvas.width),
-                    request.vae_tiling,
-                    dtype,
-                ),
-            ),
-            None => (0, 0),
-        };
-        let phases = [
-            (Phase::Encode, conditioning + encode),
-            (Phase::VaeEncode, conditioning + latents + begin),
-            (
-                Phase::Denoise,
-                conditioning
-                    + latents
-                    + picture
-                    + (denoise + caches + self.transformer.dequantised_bytes()).max(preview),
-            ),
-            (Phase::VaeDecode, latents + decode),
-        ];
-        MemoryPlan::new(phases.into_iter().filter(|(phase, _)| *phase != Phase::VaeEncode || request.edit.is_some()))
-    }
-
-    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<FluxConditioning>> {
-        let clip_len = self.text_encoder.config().max_position_embeddings;
-        let plain = prompts.iter().map(|prompt| plain_text("prompt", prompt)).collect::<Result<Vec<_>>>()?;
-        let prompts: Vec<&str> = plain.iter().map(String::as_str).collect();
-        let clip_ids = self.tokenizer.encode_padded_rows(&prompts, clip_len)?;
-        // The padding is not masked: the model was trained to see it.
-        let t5_ids = self.tokenizer_2.encode_padded_rows(&prompts, request.prompt.max_sequence_length)?;
-        let prompt_embeds = self.text_encoder_2.forward(&slices(&t5_ids))?;
-        let pooled = rows_of(&self.text_encoder.pooled(&slices(&clip_ids))?)?;
-        let parts = prompt_embeds.into_iter().zip(pooled);
-        Ok(parts
-            .map(|(prompt_embeds, pooled_prompt_embeds)| FluxConditioning { prompt_embeds, pooled_prompt_embeds })
-            .collect())
-    }
-
-    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
-        let (rows, columns) = self.grid(request);
-        let shape = (1, self.vae_config.latent_channels, rows * PACK, columns * PACK);
-        let noise = generator.randn(shape.1 * shape.2 * shape.3);
-        self.pack(&Tensor::from_vec(noise, shape, &self.placement.device)?, (rows, columns))
-    }
-
-    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        let (rows, columns) = self.grid(request);
-        Ok(self
-            .card
-            .sampling
-            .schedulers
-            .start(request.sampling.scheduler, &request.sampling.denoising_loop(Some(rows * columns))))
-    }
-
-    fn predict(&self, rows: &[DenoiseRow<'_, FluxConditioning>]) -> Result<Vec<Tensor>> {
-        split_rows(&self.with_input(rows, |input| self.transformer.forward(input))?)
-    }
-
-    fn predict_cached(
-        &self,
-        rows: &[DenoiseRow<'_, FluxConditioning>],
-        caches: &mut [&mut BlockCache],
-    ) -> Result<Vec<Tensor>> {
-        split_rows(&self.with_input(rows, |input| self.transformer.forward_cached(input, caches))?)
-    }
-
-    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
-        let dtype = self.placement.compute_dtype;
-        match phase {
-            Phase::Denoise if dtype != DType::F32 => &["transformer"],
-            Phase::VaeDecode if self.vae_config.own_dtype(dtype) != DType::F32 => &["vae"],
-            _ => &[],
-        }
-    }
-
-    fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Option<Frame>> {
-        let (width, height, rgb) = self.vae.preview(&self.unpack(latents, self.grid(request))?)?;
-        Ok(Some(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() }))
-    }
-
-    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {
-        self.vae.begin(&self.unpack(latents, self.grid(request))?, request.vae_tiling)
-    }
-
-    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
-        self.vae_config.num_decode_steps(self.latents(request), request.vae_tiling)
-    }
-
-    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding)
-    }
-
-    fn picture_model(&self) -> Option<&dyn PictureModel> {
-        Some(self)
-    }
-}
-
-impl PictureModel for FluxModel {
-    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
-        self.vae_encoder.encode(&input.picture, input.blanked.as_deref(), input.tiled)
-    }
-
-    fn picture_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {
-        self.pack(&self.vae_encoder.scaled(sample)?, self.grid(request))
-    }
-
-    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor> {
-        let (grid, channels) = (self.grid(request), self.vae_config.latent_channels);
-        let mask = self.vae_encoder.latent_mask(mask)?.broadcast_as((1, channels, grid.0 * PACK, grid.1 * PACK))?;
-        self.pack(&mask.contiguous()?, grid)
     }
 }
 

@@ -1,7 +1,7 @@
 //! SDXL base 1.0, its fine-tunes and its refiner: two CLIP prompts, a UNet, steps along a discrete noise schedule, KL-VAE.
 //!
-//! Owns: how the parts fit together, what stands for an absent negative prompt, limits and defaults. Does not know:
-//! sessions, guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
+//! Owns: how the parts fit together, limits and defaults; the way of a request is in `pipeline`. Does not know: sessions,
+//! guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
 //! siblings for image to image and inpainting. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
 use crate::diffusion::canvas::CanvasSupport;
@@ -13,39 +13,32 @@ use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use serde::Deserialize;
 
 use crate::card::ModelCard;
-use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights, Reread};
+use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
-use crate::encoders::clip_chunks::{Chunk, ChunkRule, chunks, ids, weigh};
-use crate::encoders::rows_of;
+use crate::encoders::clip_chunks::ChunkRule;
 use crate::error::{Error, Result};
-use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
-use crate::prompt::Prompt;
-use crate::request::{Frame, Mask, Phase};
-use crate::rng::TorchGenerator;
-use crate::runner::diffusion::batcher::PictureInput;
+use crate::request::Phase;
 use crate::runner::diffusion::on_demand::OnDemand;
-use crate::runner::diffusion::references::ReferenceModel;
-use crate::runner::diffusion::retry::{InF32, reread_in_f32};
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner, PictureModel, to_byte};
-use crate::solver::Solver;
+use crate::runner::diffusion::retry::reread_in_f32;
+use crate::runner::diffusion::{DiffusionModel, DiffusionRunner};
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
-use crate::vae::Posterior;
-use crate::vae::kl::{KlConfig, KlDecoder, KlDecoding, KlEncoder};
+use crate::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use crate::vae::original::KlNames;
 use crate::weights::Weights;
 
 pub mod config;
 pub mod ip_adapter;
 pub mod original;
+pub mod pipeline;
 pub mod recorded;
 pub mod unet;
 
@@ -53,7 +46,7 @@ use config::{SCORE_TIME_IDS, SIZE_TIME_IDS, UNetConfig};
 use ip_adapter::{IpAdapter, IpAdapterFiles};
 use original::{OpenClipNames, UNetNames};
 use recorded::DenoiseRecordings;
-use unet::{ReferenceInput, UNet, UNetInput};
+use unet::UNet;
 
 const PIPELINE: &str = "StableDiffusionXLPipeline";
 /// As whose the refiner is published. It has the second text encoder alone.
@@ -106,18 +99,18 @@ impl Family for Sdxl {
         let in_f32 = reread_in_f32(open.reread(), build);
         let (card, resident_bytes) = (model.card().clone(), model.recordings_bytes() + model.adapters.cache_bytes());
         let text_encoders = open.lent().map(|parts| OnDemand::new(parts, build));
-        let runner = DiffusionRunner::new(model, options.max_denoise_rows).with_text_encoders(text_encoders);
-        let mut runner = runner.retrying(in_f32);
-        if open.source().refiner.is_some() {
-            runner = runner.retrying_refiner(reread_refiner_in_f32(open.reread()));
-        }
+        let runner =
+            DiffusionRunner::new(model, options.max_denoise_rows).with_text_encoders(text_encoders).retrying(in_f32);
         Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
 fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
     let placement = open.placement().clone();
-    let model = SdxlModel::load(manifest, &placement, &mut |component| open.component(manifest, component))?;
+    let mut model = SdxlModel::load(manifest, &placement, &mut |component| open.component(manifest, component))?;
+    if open.is_partial() {
+        model.recordings = None;
+    }
     let model = with_ip_adapter(model, manifest, open)?;
     match open.source().refiner.clone() {
         None => Ok(model),
@@ -133,21 +126,16 @@ fn build_refiner(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<Sdxl
         return Err(Error::checkpoint(manifest.root(), problem));
     }
     let placement = open.placement().clone();
-    SdxlModel::load(manifest, &placement, &mut |name| open.component_beside(&of_refiner(name), manifest, name))
+    let beside = &mut |name: &str| open.component_beside(&of_refiner(name), manifest, name);
+    let mut model = SdxlModel::load(manifest, &placement, beside)?;
+    if open.is_partial() {
+        model.recordings = None;
+    }
+    Ok(model)
 }
 
 fn of_refiner(component: &str) -> String {
     format!("refiner/{component}")
-}
-
-fn reread_refiner_in_f32(reread: Reread) -> InF32<SdxlModel> {
-    let in_f32 = reread_in_f32(reread, |manifest, open| {
-        Ok(*build(manifest, open)?.refiner.expect("it was there when the model was read: this is a bug"))
-    });
-    Box::new(move |components, phase, request| {
-        let names: Vec<String> = components.iter().map(|component| of_refiner(component)).collect();
-        in_f32(&names.iter().map(String::as_str).collect::<Vec<_>>(), phase, request)
-    })
 }
 
 fn with_ip_adapter(model: SdxlModel, manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<SdxlModel> {
@@ -168,7 +156,7 @@ pub struct SdxlModel {
     tokenizer_2: Tokenizer,
     text_encoder_2: ClipTextEncoder,
     unet: UNet,
-    /// None in a model that lives for one step.
+    /// None in a model that lives for a few steps.
     recordings: Option<DenoiseRecordings>,
     vae: KlDecoder,
     ip_adapter: Option<IpAdapter>,
@@ -190,15 +178,6 @@ struct Sizes {
     force_zeros_for_empty_prompt: bool,
     /// Whether the UNet is told an aesthetic score in place of the size that is wanted.
     requires_aesthetics_score: bool,
-}
-
-/// What the UNet needs of one prompt.
-#[derive(Debug)]
-pub struct SdxlConditioning {
-    /// The last but one hidden states of the encoders side by side, `[1, max_sequence_length, cross_attention_dim]`.
-    pub prompt_embeds: Tensor,
-    /// `text_embeds` of the second encoder, `[1, projection_dim]`.
-    pub pooled_prompt_embeds: Tensor,
 }
 
 impl SdxlModel {
@@ -442,180 +421,5 @@ impl Sizes {
             (Phase::VaeDecode, latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().filter(|(phase, _)| *phase != Phase::VaeEncode || request.edit.is_some()))
-    }
-}
-
-impl DiffusionModel for SdxlModel {
-    type Conditioning = SdxlConditioning;
-    type Decoding = KlDecoding;
-
-    fn card(&self) -> &DiffusionCard {
-        &self.card
-    }
-
-    fn adapters(&self) -> Option<&Adapters> {
-        Some(&self.adapters)
-    }
-
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        let (ip_adapter, dtype) = (self.ip_adapter.as_ref(), self.placement.compute_dtype);
-        let plan = self.sizes.plan(request, ip_adapter, dtype);
-        let (Some(refiner), Some(_)) = (&self.refiner, request.refinement) else { return plan };
-        // While one of them works, what the other has encoded is there too.
-        let own = self.sizes.conditioning_bytes(request, ip_adapter, dtype);
-        let others = refiner.sizes.conditioning_bytes(request, None, dtype);
-        plan.or(&refiner.sizes.plan(request, None, dtype)).holding(own.max(others))
-    }
-
-    fn refiner(&self) -> Option<&Self> {
-        self.refiner.as_deref()
-    }
-
-    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<SdxlConditioning>> {
-        let (positions, length) =
-            (self.sizes.text_encoder_2.max_position_embeddings, request.prompt.max_sequence_length);
-        let prompts = prompts.iter().map(|prompt| Prompt::parse("prompt", prompt)).collect::<Result<Vec<_>>>()?;
-        let chunks_of = |tokenizer: &Tokenizer| -> Result<Vec<Chunk>> {
-            let chunks = prompts.iter().map(|prompt| chunks(tokenizer, prompt, positions, length));
-            Ok(chunks.collect::<Result<Vec<_>>>()?.concat())
-        };
-        let rows = |chunks: &[Chunk], hidden: Tensor| -> Result<Tensor> {
-            Ok(weigh(hidden, chunks)?.reshape((prompts.len(), length, ()))?)
-        };
-        let mut hidden = Vec::with_capacity(2);
-        if let Some((tokenizer, encoder)) = &self.first {
-            let chunks = chunks_of(tokenizer)?;
-            hidden.push(rows(&chunks, encoder.penultimate(&ids(&chunks))?)?);
-        }
-        let chunks = chunks_of(&self.tokenizer_2)?;
-        let (second, pooled) = self.text_encoder_2.penultimate_and_text_embeds(&ids(&chunks))?;
-        hidden.push(rows(&chunks, second)?);
-        // The first chunk speaks for the whole prompt where one vector has to (as in compel and ComfyUI; the community
-        // pipeline takes the last one, which may be all padding).
-        let pooled = rows_of(&pooled)?.into_iter().step_by(chunks.len() / prompts.len());
-        let parts = rows_of(&Tensor::cat(&hidden, 2)?)?.into_iter().zip(pooled);
-        Ok(parts
-            .map(|(prompt_embeds, pooled_prompt_embeds)| SdxlConditioning { prompt_embeds, pooled_prompt_embeds })
-            .collect())
-    }
-
-    fn absent_is_empty(&self) -> bool {
-        !self.sizes.force_zeros_for_empty_prompt
-    }
-
-    fn encode_absent(&self, request: &DiffusionRequest) -> Result<SdxlConditioning> {
-        let zeros = |shape: &[usize]| Tensor::zeros(shape, self.placement.compute_dtype, &self.placement.device);
-        Ok(SdxlConditioning {
-            prompt_embeds: zeros(&[1, request.prompt.max_sequence_length, self.sizes.unet.text_dim()])?,
-            pooled_prompt_embeds: zeros(&[1, self.sizes.text_encoder_2.projection_dim])?,
-        })
-    }
-
-    fn reference_model(&self) -> Option<&dyn ReferenceModel> {
-        self.ip_adapter.as_ref().map(|adapter| adapter as &dyn ReferenceModel)
-    }
-
-    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
-        let shape = self.sizes.latent_shape(request);
-        let noise = generator.randn(shape.1 * shape.2 * shape.3);
-        Ok(Tensor::from_vec(noise, shape, &self.placement.device)?)
-    }
-
-    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.sampling.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
-    }
-
-    fn predict(&self, rows: &[DenoiseRow<'_, SdxlConditioning>]) -> Result<Vec<Tensor>> {
-        // Of another dtype only where another model has encoded the prompt.
-        let dtype = self.placement.compute_dtype;
-        let stack = |part: fn(&DenoiseRow<'_, SdxlConditioning>) -> Tensor| {
-            Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
-        };
-        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
-        let time_ids: Vec<Vec<f32>> = rows.iter().map(|row| self.time_ids(row)).collect();
-        // The rows of a batch have equally many, or none.
-        let tokens: Option<Vec<&Tensor>> = rows.iter().map(|row| row.references).collect();
-        let tokens = tokens.map(|tokens| Tensor::cat(&tokens, 0)?.to_dtype(dtype)).transpose()?;
-        let scales = rows.iter().filter_map(|row| row.request.references.as_ref());
-        let scales: Vec<f32> = scales.map(|references| references.scale as f32).collect();
-        let input = UNetInput {
-            latents: &stack(|row| row.latents.clone())?,
-            timesteps: &timesteps,
-            prompt_embeds: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
-            pooled_prompt_embeds: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?.to_dtype(dtype)?,
-            time_ids: &time_ids,
-            references: tokens.as_ref().map(|tokens| ReferenceInput { tokens, scales: &scales }),
-        };
-        // A recording holds the layers as they were, without terms.
-        let prediction = match &self.recordings {
-            Some(recordings) if !self.adapters.is_active() => recordings.forward(&self.unet, &input)?,
-            _ => self.unet.forward(&input)?,
-        };
-        split_rows(&prediction)
-    }
-
-    fn record_nothing(&mut self) {
-        self.recordings = None;
-    }
-
-    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
-        let dtype = self.placement.compute_dtype;
-        match phase {
-            Phase::Denoise if dtype != DType::F32 => &["unet", "ip_adapter"],
-            Phase::VaeDecode if self.sizes.vae.own_dtype(dtype) != DType::F32 => &["vae"],
-            _ => &[],
-        }
-    }
-
-    fn preview(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Option<Frame>> {
-        let (width, height, rgb) = self.vae.preview(latents)?;
-        Ok(Some(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() }))
-    }
-
-    fn begin_decode(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<KlDecoding> {
-        self.vae.begin(latents, request.vae_tiling)
-    }
-
-    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
-        let (_, _, height, width) = self.sizes.latent_shape(request);
-        self.sizes.vae.num_decode_steps((height, width), request.vae_tiling)
-    }
-
-    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding)
-    }
-
-    fn picture_model(&self) -> Option<&dyn PictureModel> {
-        Some(self)
-    }
-}
-
-impl PictureModel for SdxlModel {
-    fn encode_picture(&self, input: &PictureInput) -> Result<Posterior> {
-        self.vae_encoder.encode(&input.picture, input.blanked.as_deref(), input.tiled)
-    }
-
-    fn picture_latents(&self, sample: &Tensor, _request: &DiffusionRequest) -> Result<Tensor> {
-        self.vae_encoder.scaled(sample)
-    }
-
-    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor> {
-        let mask = self.vae_encoder.latent_mask(mask)?;
-        Ok(mask.broadcast_as(self.sizes.latent_shape(request))?.contiguous()?)
-    }
-}
-
-impl SdxlModel {
-    /// Original size, crop and target size or aesthetic score as the pipelines fill them in: the picture's own size, not
-    /// cropped.
-    fn time_ids(&self, row: &DenoiseRow<'_, SdxlConditioning>) -> Vec<f32> {
-        let (height, width) = (row.request.canvas.height as f32, row.request.canvas.width as f32);
-        let mut ids = vec![height, width, 0.0, 0.0];
-        match (self.sizes.requires_aesthetics_score, row.is_negative) {
-            (false, _) => ids.extend([height, width]),
-            (true, false) => ids.push(AESTHETIC_SCORE),
-            (true, true) => ids.push(NEGATIVE_AESTHETIC_SCORE),
-        }
-        ids
     }
 }

@@ -23,26 +23,23 @@ use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::config::check_eps;
 use crate::device::Placement;
-use crate::encoders::prompt_clean::prompt_clean;
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
-use crate::families::split_rows;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::memory::MemoryPlan;
-use crate::prompt::plain_text;
 use crate::request::Phase;
-use crate::rng::TorchGenerator;
+use crate::runner::diffusion::DiffusionRunner;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
-use crate::solver::Solver;
 use crate::solver::schedulers::{Schedulers, Training};
-use crate::tokenizer::{Padded, Tokenizer};
-use crate::vae::wan::{WanDecoding, WanVaeConfig, WanVaeDecoder};
+use crate::tokenizer::Tokenizer;
+use crate::vae::wan::{WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
+
+pub mod pipeline;
 
 /// The published model was trained on 480p and 720p and 81 frames; past these bounds time and memory grow and quality
 /// falls. 1280x720 and its neighbours in multiples of 16.
@@ -363,14 +360,6 @@ impl WanConfig {
     }
 }
 
-impl WanModel {
-    fn tokenized(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Padded>> {
-        let length = request.prompt.max_sequence_length;
-        let clean = |prompt: &str| -> Result<String> { Ok(prompt_clean(&plain_text("prompt", prompt)?)) };
-        prompts.iter().map(|prompt| self.tokenizer.encode_padded(&clean(prompt)?, length)).collect()
-    }
-}
-
 fn lcm(a: usize, b: usize) -> usize {
     let gcd = |mut a: usize, mut b: usize| {
         while b != 0 {
@@ -379,86 +368,6 @@ fn lcm(a: usize, b: usize) -> usize {
         a
     };
     a / gcd(a, b) * b
-}
-
-impl DiffusionModel for WanModel {
-    /// `[1, max_sequence_length, text_dim]` in the compute dtype, zeros past the prompt.
-    type Conditioning = Tensor;
-    type Decoding = WanDecoding;
-
-    fn card(&self) -> &DiffusionCard {
-        &self.card
-    }
-
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, &self.placement)
-    }
-
-    fn encode(&self, prompts: &[&str], request: &DiffusionRequest) -> Result<Vec<Tensor>> {
-        let padded = self.tokenized(prompts, request)?;
-        let tokens: Vec<&[u32]> = padded.iter().map(|padded| &padded.ids[..padded.num_tokens]).collect();
-        let hidden = self.text_encoder.forward(&tokens)?; // each [1, num_tokens, text_dim]
-        let hidden = hidden.iter().zip(&padded);
-        hidden.map(|(x, padded)| Ok(x.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)).collect()
-    }
-
-    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
-        let shape = self.sizes.latent_shape(request);
-        Ok(Tensor::from_vec(generator.randn(shape.iter().product()), shape.to_vec(), self.transformer.device())?)
-    }
-
-    fn solver(&self, request: &DiffusionRequest) -> Result<Box<dyn Solver>> {
-        Ok(self.card.sampling.schedulers.start(request.sampling.scheduler, &request.sampling.denoising_loop(None)))
-    }
-
-    fn predict(&self, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
-        let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
-        split_rows(&self.transformer.forward(&latents, &timesteps, &text)?)
-    }
-
-    fn predict_cached(&self, rows: &[DenoiseRow<'_, Tensor>], caches: &mut [&mut BlockCache]) -> Result<Vec<Tensor>> {
-        let Inputs { latents, timesteps, text } = Inputs::new(rows, self.placement.compute_dtype)?;
-        split_rows(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
-    }
-
-    fn narrow_components(&self, phase: Phase) -> &'static [&'static str] {
-        match phase {
-            _ if self.placement.compute_dtype == DType::F32 => &[],
-            Phase::Denoise => &["transformer"],
-            Phase::VaeDecode => &["vae"],
-            _ => &[],
-        }
-    }
-
-    fn begin_decode(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<WanDecoding> {
-        self.vae.begin(latents)
-    }
-
-    fn num_decode_steps(&self, request: &DiffusionRequest) -> usize {
-        self.sizes.latent_shape(request)[2]
-    }
-
-    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding).map(Some)
-    }
-}
-
-/// Rows side by side, as the transformer takes them.
-struct Inputs {
-    latents: Tensor,
-    timesteps: Vec<f32>,
-    text: Tensor,
-}
-
-impl Inputs {
-    /// `dtype`: of the transformer; the text has another one only where another model has encoded it.
-    fn new(rows: &[DenoiseRow<'_, Tensor>], dtype: DType) -> Result<Self> {
-        Ok(Self {
-            latents: Tensor::cat(&rows.iter().map(|row| row.latents).collect::<Vec<_>>(), 0)?,
-            timesteps: rows.iter().map(|row| row.timestep as f32).collect(),
-            text: Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?.to_dtype(dtype)?,
-        })
-    }
 }
 
 /// `WanTransformer3DModel` without image conditioning.

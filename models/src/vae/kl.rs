@@ -19,7 +19,7 @@ use crate::weights::Weights;
 
 pub mod encoder;
 
-pub use encoder::KlEncoder;
+pub use encoder::{KlEncoder, KlEncoding};
 
 /// Of every group norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;

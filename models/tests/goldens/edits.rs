@@ -121,7 +121,7 @@ fn the_vae_says_of_a_picture_what_the_reference_says() {
         let encoder = KlEncoder::load(&component.weights(&placement).unwrap(), &config).unwrap();
         for run in Run::all(case) {
             let edit = run.request(&card).edit.unwrap();
-            let posterior = encoder.encode(&edit.image, None, false).unwrap();
+            let posterior = encoder.encode_next(&mut encoder.begin(edit.image, false)).unwrap().unwrap();
             assert_close(&format!("{} mean", run.name), &posterior.mean, run.get("mean").unwrap(), TOLERANCE);
             assert_close(&format!("{} deviation", run.name), &posterior.std, run.get("std").unwrap(), TOLERANCE);
         }
@@ -222,7 +222,7 @@ fn the_encoder_computes_in_f32_where_f16_overflows() {
     let mean = |dtype| {
         let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
         let encoder = KlEncoder::load(&component.weights(&placement).unwrap(), &config).unwrap();
-        let posterior = encoder.encode(&picture, None, false).unwrap();
+        let posterior = encoder.encode_next(&mut encoder.begin(picture.clone(), false)).unwrap().unwrap();
         assert_eq!((posterior.mean.dtype(), posterior.std.dtype()), (DType::F32, DType::F32));
         posterior.mean
     };

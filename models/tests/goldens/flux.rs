@@ -13,10 +13,12 @@ use tale_models::checkpoint::Manifest;
 
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
+use tale_models::families::flux::pipeline::{FluxEncoded, FluxInput};
 use tale_models::families::flux::{FluxConditioning, FluxModel};
 use tale_models::family::LoadOptions;
 use tale_models::request::{Frame, Phase};
 use tale_models::rng::TorchGenerator;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
@@ -25,7 +27,7 @@ use tale_models::vae::kl::{KlConfig, KlDecoder};
 use tale_models::weights::Weights;
 use tale_models::{Event, Events, ModelCard, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, pictures_and, psnr};
+use crate::support::{assert_close, case_dir, conditioning, encode, golden_json, golden_tensors, pictures_and, psnr};
 
 const CASES: [&str; 2] = ["flux-dev", "flux-schnell"];
 /// f32 on both sides, other orders of summation.
@@ -74,13 +76,13 @@ fn every_stage_is_the_reference_one() {
         let tensors = golden_tensors(case);
         for (run, request) in requests(case, model.card()).into_iter().enumerate() {
             let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
-            let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
+            let conditioning = conditioning(&model, &request).remove(0);
             golden.check("pooled_prompt_embeds", &conditioning.pooled_prompt_embeds, TEXT_TOLERANCE);
             golden.check("prompt_embeds", &conditioning.prompt_embeds, TEXT_TOLERANCE);
 
             let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.sampling.seed)).unwrap();
             golden.check("noise", &noise, 1e-6);
-            let solver = model.solver(&request).unwrap();
+            let solver = model.course(&request).unwrap().solver;
             golden.check("timesteps", &row(solver.timesteps()), 1e-7);
 
             let prediction = predict_one(&model, &noise, solver.timesteps()[0], &conditioning, &request);
@@ -94,7 +96,7 @@ fn every_stage_is_the_reference_one() {
 /// Each step from what the reference had before it, so that errors do not add up.
 fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let conditioning = golden.conditioning();
-    let mut solver = model.solver(request).unwrap();
+    let mut solver = model.course(request).unwrap().solver;
     let mut generator = TorchGenerator::new(request.sampling.seed);
     let mut latents = golden.get("noise").clone();
     for step in 0..request.sampling.num_inference_steps {
@@ -107,7 +109,7 @@ fn check_denoising(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRe
 
 fn check_pixels(model: &FluxModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let last = golden.get(&format!("latents{}", request.sampling.num_inference_steps - 1));
-    let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap().unwrap();
+    let pixels = model.decode_next(&mut model.begin_decode(FIRST_EXPERT, last, request).unwrap()).unwrap().unwrap();
     assert_eq!(pixels.dims(), [1, 3, request.canvas.height, request.canvas.width]);
     let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
     let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
@@ -172,16 +174,9 @@ fn rows_of_a_batch_predict_what_they_predict_alone() {
         let rows: Vec<_> = latents
             .iter()
             .zip(timesteps)
-            .map(|(latents, timestep)| DenoiseRow {
-                latents,
-                timestep,
-                conditioning: &conditioning,
-                is_negative: false,
-                references: None,
-                request: &request,
-            })
+            .map(|(latents, timestep)| DenoiseRow { latents, timestep, conditioning: &conditioning, request: &request })
             .collect();
-        let batched = model.predict(&rows).unwrap();
+        let batched = model.predict(FIRST_EXPERT, &rows).unwrap();
         for (row, batched) in rows.iter().zip(batched) {
             let alone = predict_one(&model, row.latents, row.timestep, &conditioning, &request);
             assert_close(&format!("{case} at {}", row.timestep), &batched, &alone, 1e-6);
@@ -374,10 +369,7 @@ fn predict_one(
     conditioning: &FluxConditioning,
     request: &DiffusionRequest,
 ) -> Tensor {
-    model
-        .predict(&[DenoiseRow { latents, timestep, conditioning, is_negative: false, references: None, request }])
-        .unwrap()
-        .remove(0)
+    model.predict(FIRST_EXPERT, &[DenoiseRow { latents, timestep, conditioning, request }]).unwrap().remove(0)
 }
 
 /// Runs sessions to their end, each submitted one step after the one before, and checks what they tell.
@@ -401,9 +393,12 @@ fn prompts_encoded_together_have_the_bits_of_lone_ones() {
         let model = load_model(case);
         let request = model.card().resolve(&Options::default(), 0).unwrap();
         let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
-        let together = model.encode(&prompts, &request).unwrap();
-        for (prompt, together) in prompts.iter().zip(&together) {
-            let alone = model.encode(&[prompt], &request).unwrap().remove(0);
+        let inputs = prompts.map(|prompt| FluxInput::Text(prompt.to_owned()));
+        let pass = &model.inputs(&request)[0].pass;
+        let together = encode(&model, pass, &inputs.each_ref());
+        for ((prompt, input), together) in prompts.iter().zip(&inputs).zip(&together) {
+            let alone = encode(&model, pass, &[input]).remove(0);
+            let (FluxEncoded::Text(together), FluxEncoded::Text(alone)) = (together, &alone) else { panic!("texts") };
             assert_close(prompt, &together.prompt_embeds, &alone.prompt_embeds, 0.0);
             assert_close(prompt, &together.pooled_prompt_embeds, &alone.pooled_prompt_embeds, 0.0);
         }

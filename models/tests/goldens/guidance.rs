@@ -23,11 +23,14 @@ use tale_models::request::{Event, Events, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
 use tale_models::runner::diffusion::block_cache::{BlockCache, MAX_CONSECUTIVE_SKIPS};
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::{DiffusionCard, ModelCard};
 use tempfile::TempDir;
 
-use crate::support::{case_dir, copy_folder, edit_tensors, golden_json, golden_tensors, psnr, run_to_end};
+use crate::support::{
+    case_dir, conditioning, copy_folder, edit_tensors, golden_json, golden_tensors, psnr, run_to_end,
+};
 
 const MIN_PSNR: f64 = 50.0;
 /// The cache itself costs about 50 dB: a wrong one must not pass for a right one.
@@ -72,31 +75,22 @@ fn the_cache_skips_the_passes_that_the_reference_skips() {
 fn skips<M: DiffusionModel>(model: &M, run: &Value) -> Vec<String> {
     let request = request(run, model.card());
     let threshold = model.card().cache_threshold(&request).unwrap();
-    let mut branches = vec![model.encode(&[&request.prompt.text], &request).unwrap().remove(0)];
-    if let Some(negative) = &request.guidance.negative_prompt {
-        branches.push(model.encode(&[negative.text().unwrap()], &request).unwrap().remove(0));
-    }
+    let branches = conditioning(model, &request);
     let mut caches: Vec<BlockCache> = branches.iter().map(|_| BlockCache::new(threshold)).collect();
     let mut found = vec![String::new(); branches.len()];
     let mut generator = TorchGenerator::new(request.sampling.seed);
     let mut latents = model.initial_latents(&request, &mut generator).unwrap();
-    let mut solver = model.solver(&request).unwrap();
+    let mut solver = model.course(&request).unwrap().solver;
     let steps = request.sampling.num_inference_steps;
     for step in 0..steps {
         let timestep = solver.timesteps()[step];
         let guided = request.guidance.is_guided_at(step, steps);
         let mut predict = |branch: usize| {
             let (conditioning, cache) = (&branches[branch], &mut caches[branch]);
-            let row = DenoiseRow {
-                latents: &latents,
-                timestep,
-                conditioning,
-                is_negative: false,
-                references: None,
-                request: &request,
-            };
+            let row = DenoiseRow { latents: &latents, timestep, conditioning, request: &request };
             let before = cache.skipped();
-            let prediction = model.predict_cached(&[row], &mut [&mut *cache]).unwrap().remove(0);
+            let cached = model.cached_prediction().unwrap();
+            let prediction = cached.predict_cached(FIRST_EXPERT, &[row], &mut [&mut *cache]).unwrap().remove(0);
             found[branch].push(if cache.skipped() > before { '-' } else { 'x' });
             prediction
         };
@@ -123,24 +117,16 @@ fn at_threshold_0_the_cache_changes_no_bit() {
 
 fn check_threshold_0<M: DiffusionModel>(case: &str, model: &M) {
     let request = small_request(model.card(), Options::default());
-    let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
+    let conditioning = &conditioning(model, &request)[0];
     let mut cache = BlockCache::new(0.0);
     let mut generator = TorchGenerator::new(3);
     let latents = model.initial_latents(&request, &mut generator).unwrap();
     // The same input again and again: nothing could be more alike.
     for timestep in [900.0, 900.0, 450.5, 450.5] {
-        let row = || {
-            [DenoiseRow {
-                latents: &latents,
-                timestep,
-                conditioning: &conditioning,
-                is_negative: false,
-                references: None,
-                request: &request,
-            }]
-        };
-        let plain = model.predict(&row()).unwrap();
-        let cached = model.predict_cached(&row(), &mut [&mut cache]).unwrap();
+        let row = || [DenoiseRow { latents: &latents, timestep, conditioning, request: &request }];
+        let plain = model.predict(FIRST_EXPERT, &row()).unwrap();
+        let cached = model.cached_prediction().unwrap();
+        let cached = cached.predict_cached(FIRST_EXPERT, &row(), &mut [&mut cache]).unwrap();
         assert_eq!(values(&plain[0]), values(&cached[0]), "{case} at {timestep}");
     }
     assert_eq!(cache.skipped(), 0);

@@ -18,17 +18,18 @@ use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::encoders::image_processor::ClipImageProcessor;
 use tale_models::families::sdxl::SdxlModel;
-use tale_models::families::sdxl::ip_adapter::{IpAdapter, IpAdapterFiles};
+use tale_models::families::sdxl::ip_adapter::{IpAdapter, IpAdapterFiles, ReferenceEncoding, ReferenceTokens};
+use tale_models::families::sdxl::pipeline::SdxlConditioning;
 use tale_models::family::LoadOptions;
 use tale_models::loading;
 use tale_models::request::{Frame, Phase};
 use tale_models::runner::Runner;
-use tale_models::runner::diffusion::references::ReferenceModel;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::weights::Weights;
 use tale_models::{Event, Events, ModelCard, ModelSource, Request, SessionId};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr, relative_error};
+use crate::support::{assert_close, case_dir, conditioning, golden_json, golden_tensors, psnr, relative_error};
 
 const MIN_PSNR: f64 = 50.0;
 const CASE: &str = "ip-adapter";
@@ -58,13 +59,22 @@ fn tokens_of_both_branches_are_the_reference_ones() {
     for (run, facts) in golden["runs"].as_array().unwrap().iter().enumerate() {
         let adapter = open_adapter(facts["adapter"].as_str().unwrap());
         let references: Vec<Arc<Frame>> = indices(&facts["references"]).map(|i| pictures[i].clone()).collect();
-        let found = adapter.encode(&references, true).unwrap();
+        let found = encode_references(&adapter, &references, true);
         assert_eq!(found.positive.dim(1).unwrap(), references.len() * adapter.num_tokens());
         assert_close(&format!("run {run} tokens"), &found.positive, &tensors[&format!("run{run}.tokens")], 1e-5);
         let negative = found.negative.unwrap();
         assert_close(&format!("run {run} negative"), &negative, &tensors[&format!("run{run}.negative_tokens")], 1e-5);
-        assert!(adapter.encode(&references, false).unwrap().negative.is_none());
+        assert!(encode_references(&adapter, &references, false).negative.is_none());
     }
+}
+
+fn encode_references(adapter: &IpAdapter, images: &[Arc<Frame>], guided: bool) -> ReferenceTokens {
+    let mut encoding = ReferenceEncoding::new(images.to_vec(), guided);
+    let steps = IpAdapter::num_encode_steps(images.len(), guided);
+    let mut results: Vec<_> = (0..steps).map(|_| adapter.encode_next(&mut encoding).unwrap()).collect();
+    let last = results.pop().unwrap();
+    assert!(results.iter().all(Option::is_none));
+    last.expect("all tokens come with the last step")
 }
 
 fn indices(value: &serde_json::Value) -> impl Iterator<Item = usize> {
@@ -110,16 +120,16 @@ fn predictions_are_the_reference_ones() {
         let request = model.card().resolve(&options, 0).unwrap();
         let mut other = request.clone();
         other.references.as_mut().unwrap().scale = 0.1;
-        let conditioning = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
-        let solver = model.solver(&request).unwrap();
+        let tokens = tensors[&format!("run{run}.tokens")].clone();
+        let conditioning = SdxlConditioning { references: Some(tokens), ..conditioning(&model, &request).remove(0) };
+        let solver = model.course(&request).unwrap().solver;
         let noise = (&tensors[&format!("run{run}.noise")] * solver.init_noise_sigma()).unwrap();
         let latents = solver.scale_model_input(0, &noise).unwrap();
-        let references = Some(&tensors[&format!("run{run}.tokens")]);
         let row = |request| {
             let (latents, timestep, conditioning) = (&latents, solver.timesteps()[0], &conditioning);
-            DenoiseRow { latents, timestep, conditioning, is_negative: false, references, request }
+            DenoiseRow { latents, timestep, conditioning, request }
         };
-        let found = model.predict(&[row(&other), row(&request)]).unwrap();
+        let found = model.predict(FIRST_EXPERT, &[row(&other), row(&request)]).unwrap();
         assert_close(&format!("run {run}"), &found[1], &tensors[&format!("run{run}.prediction0")], 1e-4);
         let apart = relative_error(&found[0], &found[1]);
         assert!(apart > 1e-2, "run {run}: the scale of a row changes nothing ({apart:.1e})");
@@ -197,7 +207,8 @@ fn pictures_are_encoded_in_a_step_of_their_own() {
         assert!(counted.total().flops > 0.0);
         steps.push(plan.sessions);
     }
-    assert_eq!(steps, [3, 2, 1], "prompts of all, the shared picture, the other one");
+    // Two text encoders; then of each picture its own tokens and those of the negative branch.
+    assert_eq!(steps, [3, 3, 2, 1, 2, 1], "prompts of all, the shared picture, the other one");
     let progress: Vec<(usize, usize)> = events
         .drain()
         .filter_map(|(id, event)| match event {
@@ -205,7 +216,7 @@ fn pictures_are_encoded_in_a_step_of_their_own() {
             _ => None,
         })
         .collect();
-    assert_eq!(progress, [(1, 2), (2, 2)]);
+    assert_eq!(progress, [(1, 4), (2, 4), (3, 4), (4, 4)]);
 }
 
 #[test]

@@ -17,7 +17,9 @@ use tale_models::families::flux::FluxModel;
 use tale_models::family::LoadOptions;
 use tale_models::request::{Event, Events, Phase, Request, SessionId};
 use tale_models::runner::Runner;
-use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};
+use tale_models::runner::diffusion::DiffusionRunner;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
+use tale_models::runner::diffusion::narrow::NarrowNetworks;
 use tale_models::{DiffusionCard, ModelCard};
 use tempfile::TempDir;
 
@@ -98,7 +100,7 @@ fn only_networks_of_fewer_bits_are_tried_again() {
     let checkpoint = case_dir("flux-dev").join("checkpoint");
     let components = |dtype, phase| {
         let placement = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
-        flux(&checkpoint, &placement).narrow_components(phase).to_vec()
+        flux(&checkpoint, &placement).components(phase, FIRST_EXPERT).to_vec()
     };
     assert_eq!(components(WeightDtype::F16, Phase::Denoise), ["transformer"]);
     assert_eq!(components(WeightDtype::Bf16, Phase::VaeDecode), ["vae"]);

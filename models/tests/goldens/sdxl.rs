@@ -14,16 +14,20 @@ use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
-use tale_models::families::sdxl::{SdxlConditioning, SdxlModel};
+use tale_models::families::sdxl::SdxlModel;
+use tale_models::families::sdxl::pipeline::{SdxlConditioning, SdxlEncoded, SdxlInput};
 use tale_models::family::LoadOptions;
 use tale_models::request::Frame;
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::Runner;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel};
 use tale_models::vae::kl::{KlConfig, KlDecoder};
 use tale_models::weights::Weights;
 
-use crate::support::{assert_close, case_dir, copy_folder, golden_json, golden_tensors, pictures, psnr};
+use crate::support::{
+    assert_close, case_dir, conditioning, copy_folder, encode, golden_json, golden_tensors, pictures, psnr,
+};
 
 const CASES: [&str; 2] = ["sdxl-a", "sdxl-b"];
 /// f32 on both sides, other orders of summation.
@@ -37,13 +41,13 @@ fn every_stage_is_the_reference_one() {
         let (model, tensors) = (open_model(case), golden_tensors(case));
         for (run, request) in requests(case, model.card()).into_iter().enumerate() {
             let golden = Golden { name: format!("{case} run {run}"), run, tensors: &tensors };
-            let branches = branches(&model, &request);
-            golden.check("prompt_embeds", &branches[0].prompt_embeds, TEXT_TOLERANCE);
-            golden.check("pooled_prompt_embeds", &branches[0].pooled_prompt_embeds, TEXT_TOLERANCE);
+            let branches = conditioning(&model, &request);
+            golden.check("prompt_embeds", &branches[0].text.prompt_embeds, TEXT_TOLERANCE);
+            golden.check("pooled_prompt_embeds", &branches[0].text.pooled_prompt_embeds, TEXT_TOLERANCE);
             assert_eq!(branches.len(), if request.guidance.guidance_scale > 1.0 { 2 } else { 1 });
             if let Some(negative) = branches.get(1) {
-                golden.check("negative_prompt_embeds", &negative.prompt_embeds, TEXT_TOLERANCE);
-                golden.check("negative_pooled_prompt_embeds", &negative.pooled_prompt_embeds, TEXT_TOLERANCE);
+                golden.check("negative_prompt_embeds", &negative.text.prompt_embeds, TEXT_TOLERANCE);
+                golden.check("negative_pooled_prompt_embeds", &negative.text.pooled_prompt_embeds, TEXT_TOLERANCE);
             }
             let noise = model.initial_latents(&request, &mut TorchGenerator::new(request.sampling.seed)).unwrap();
             golden.check("noise", &noise, 1e-6);
@@ -55,24 +59,15 @@ fn every_stage_is_the_reference_one() {
 
 /// Each step from what the reference had before it, so that errors do not add up.
 fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRequest, branches: &[SdxlConditioning]) {
-    let (mut solver, mut generator) = (model.solver(request).unwrap(), TorchGenerator::new(request.sampling.seed));
+    let mut solver = model.course(request).unwrap().solver;
+    let mut generator = TorchGenerator::new(request.sampling.seed);
     golden.check("timesteps", &row(solver.timesteps()), 1e-7);
     let mut latents = (golden.get("noise") * solver.init_noise_sigma()).unwrap();
     for step in 0..request.sampling.num_inference_steps {
         let input = solver.scale_model_input(step, &latents).unwrap();
         let timestep = solver.timesteps()[step];
-        let rows: Vec<_> = branches
-            .iter()
-            .map(|conditioning| DenoiseRow {
-                latents: &input,
-                timestep,
-                conditioning,
-                is_negative: false,
-                references: None,
-                request,
-            })
-            .collect();
-        let predictions = model.predict(&rows).unwrap();
+        let row = |conditioning| DenoiseRow { latents: &input, timestep, conditioning, request };
+        let predictions = model.predict(FIRST_EXPERT, &branches.iter().map(row).collect::<Vec<_>>()).unwrap();
         if step == 0 {
             golden.check("prediction0", &predictions[0], TOLERANCE);
         }
@@ -90,7 +85,7 @@ fn check_denoising(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRe
 
 fn check_pixels(model: &SdxlModel, golden: &Golden<'_>, request: &DiffusionRequest) {
     let last = golden.get(&format!("latents{}", request.sampling.num_inference_steps - 1));
-    let pixels = model.decode_next(&mut model.begin_decode(last, request).unwrap()).unwrap().unwrap();
+    let pixels = model.decode_next(&mut model.begin_decode(FIRST_EXPERT, last, request).unwrap()).unwrap().unwrap();
     assert_eq!(pixels.dims(), [1, 3, request.canvas.height, request.canvas.width]);
     let bytes = ((pixels.clamp(-1f32, 1f32).unwrap() + 1.0).unwrap() * 127.5).unwrap().round().unwrap();
     let bytes: Vec<f32> = bytes.permute((0, 2, 3, 1)).unwrap().flatten_all().unwrap().to_vec1().unwrap();
@@ -247,19 +242,6 @@ pub fn load_runner(case: &str, max_denoise_rows: usize) -> (DiffusionCard, Box<d
     (card, loaded.runner)
 }
 
-/// The positive branch, and the negative one where there is guidance.
-pub fn branches(model: &SdxlModel, request: &DiffusionRequest) -> Vec<SdxlConditioning> {
-    let mut branches = vec![model.encode(&[&request.prompt.text], request).unwrap().remove(0)];
-    if let Some(negative) = &request.guidance.negative_prompt {
-        branches.push(match negative.text() {
-            Some(text) => model.encode(&[text], request).unwrap().remove(0),
-            None if model.absent_is_empty() => model.encode(&[""], request).unwrap().remove(0),
-            None => model.encode_absent(request).unwrap(),
-        });
-    }
-    branches
-}
-
 /// The runs of a case as the server would resolve them.
 pub fn requests(case: &str, card: &DiffusionCard) -> Vec<DiffusionRequest> {
     let golden = golden_json(case);
@@ -291,9 +273,14 @@ fn prompts_encoded_together_have_the_bits_of_lone_ones() {
         let model = open_model(case);
         let request = model.card().resolve(&Options::default(), 0).unwrap();
         let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
-        let together = model.encode(&prompts, &request).unwrap();
-        for (prompt, together) in prompts.iter().zip(&together) {
-            let alone = model.encode(&[prompt], &request).unwrap().remove(0);
+        let inputs = prompts.map(|prompt| SdxlInput::Text(FIRST_EXPERT, prompt.to_owned()));
+        let pass = &model.inputs(&request)[0].pass;
+        let together = encode(&model, pass, &inputs.each_ref());
+        for ((prompt, input), together) in prompts.iter().zip(&inputs).zip(&together) {
+            let alone = encode(&model, pass, &[input]).remove(0);
+            let (SdxlEncoded::Text(_, together), SdxlEncoded::Text(_, alone)) = (together, &alone) else {
+                panic!("texts")
+            };
             assert_close(prompt, &together.prompt_embeds, &alone.prompt_embeds, 0.0);
             assert_close(prompt, &together.pooled_prompt_embeds, &alone.pooled_prompt_embeds, 0.0);
         }

@@ -6,12 +6,12 @@ use tale_models::diffusion::DiffusionRequest;
 use tale_models::diffusion::parameters::{
     GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
 };
-use tale_models::families::sdxl::SdxlConditioning;
+use tale_models::families::sdxl::pipeline::SdxlConditioning;
 use tale_models::parameter::Options;
 use tale_models::runner::diffusion::DiffusionModel;
 
-use crate::sdxl::{branches, load_runner, open_model};
-use crate::support::{assert_close, golden_json, golden_tensors, pictures, psnr};
+use crate::sdxl::{load_runner, open_model};
+use crate::support::{assert_close, conditioning, golden_json, golden_tensors, pictures, psnr};
 
 const CASE: &str = "sdxl-prompts";
 const TEXT_TOLERANCE: f64 = 1e-5;
@@ -48,7 +48,7 @@ fn embeddings_are_the_reference_ones() {
     for (i, checkpoint, run) in runs() {
         let model = open_model(&checkpoint);
         let request = resolve(model.card(), &run);
-        let check = |prefix: &str, found: &SdxlConditioning| {
+        let check = |prefix: &str, SdxlConditioning { text: found, .. }: &SdxlConditioning| {
             for (name, tensor) in
                 [("prompt_embeds", &found.prompt_embeds), ("pooled_prompt_embeds", &found.pooled_prompt_embeds)]
             {
@@ -56,7 +56,7 @@ fn embeddings_are_the_reference_ones() {
                 assert_close(&name, tensor, &tensors[&name], TEXT_TOLERANCE);
             }
         };
-        let branches = branches(&model, &request);
+        let branches = conditioning(&model, &request);
         check("", &branches[0]);
         check("negative_", &branches[1]);
     }
@@ -120,7 +120,7 @@ fn what_is_longer_than_it_was_asked_to_be_is_cut() {
     let encode = |prompt: &str| {
         let options = Options::default().with(&PROMPT, prompt.to_owned()).with(&MAX_SEQUENCE_LENGTH, 77);
         let request = model.card().resolve(&options, 0).unwrap();
-        model.encode(&[prompt], &request).unwrap().remove(0).prompt_embeds
+        conditioning(&model, &request).remove(0).text.prompt_embeds
     };
     assert_close("cut", &encode(&long), &encode(&cut), 0.0);
 }

@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::request::Frame;
+use tale_models::runner::diffusion::DiffusionModel;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
+use tale_models::runner::diffusion::inputs::{Inputs, Pass};
 use tale_models::runner::{Runner, StepPlan};
 use tale_models::testing::repository;
 use tale_models::{Event, Events, Request, SessionId};
@@ -134,4 +138,25 @@ pub fn pictures_and(
 /// The pictures of sessions that ran as in [`run_to_end`].
 pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
     pictures_and(runner, requests, |_, _, _| ())
+}
+
+/// What a model makes of different inputs of one pass, in one go.
+pub fn encode<M: DiffusionModel>(model: &M, pass: &Pass, rows: &[&M::Input]) -> Vec<M::Encoded> {
+    let mut encoding = model.begin_encode(pass, rows).unwrap();
+    loop {
+        if let Some(encoded) = model.encode_next(&mut encoding).unwrap() {
+            return encoded;
+        }
+    }
+}
+
+/// What the model's first expert is conditioned on, of the positive branch, and of the negative one where there is guidance.
+/// Each input has a pass of its own.
+pub fn conditioning<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Vec<M::Conditioning> {
+    let inputs = model.inputs(request);
+    let encoded = |Inputs { pass, rows }: &Inputs<M::Input>| -> Vec<Arc<M::Encoded>> {
+        rows.iter().flat_map(|row| encode(model, pass, &[row])).map(Arc::new).collect()
+    };
+    let encoded: Vec<_> = inputs.iter().flat_map(encoded).collect();
+    model.conditioning(FIRST_EXPERT, &encoded, request).unwrap()
 }

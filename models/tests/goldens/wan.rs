@@ -17,6 +17,7 @@ use tale_models::family::LoadOptions;
 use tale_models::loading::inspect;
 use tale_models::request::{Event, Events, Frame, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
+use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
@@ -24,7 +25,7 @@ use tale_models::solver::config::SchedulerConfig;
 use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
 use tale_models::solver::unipc::{UniPc, UniPcConfig};
 
-use crate::support::{assert_close, case_dir, golden_json, golden_tensors, psnr};
+use crate::support::{assert_close, case_dir, conditioning, encode, golden_json, golden_tensors, psnr};
 
 /// Coefficients are f64 here and f32 in the reference, whose third-order terms cancel to a few digits over 50 steps.
 const THIRD_ORDER_TOLERANCE: f64 = 5e-5;
@@ -95,20 +96,16 @@ fn every_stage_is_that_of_the_reference() {
             let close = |what: &str, found: &Tensor, tolerance: f64| {
                 assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
             };
-            let prompt_embeds = model.encode(&[&request.prompt.text], &request).unwrap().remove(0);
-            close("prompt_embeds", &prompt_embeds, 1e-4);
-            let mut branches = vec![prompt_embeds];
-            if let Some(negative_prompt) = &request.guidance.negative_prompt {
-                branches.push(match negative_prompt.text() {
-                    Some(text) => model.encode(&[text], &request).unwrap().remove(0),
-                    None => model.encode(&[""], &request).unwrap().remove(0),
-                });
-                close("negative_prompt_embeds", &branches[1], 1e-4);
+            let branches = conditioning(&model, &request);
+            close("prompt_embeds", &branches[0], 1e-4);
+            assert_eq!(branches.len(), 1 + usize::from(request.guidance.negative_prompt.is_some()));
+            if let Some(negative) = branches.get(1) {
+                close("negative_prompt_embeds", negative, 1e-4);
             }
             let mut generator = TorchGenerator::new(request.sampling.seed);
             let mut latents = model.initial_latents(&request, &mut generator).unwrap();
             close("noise", &latents, 0.0);
-            let mut solver = model.solver(&request).unwrap();
+            let mut solver = model.course(&request).unwrap().solver;
             close("timesteps", &row(solver.timesteps()), 0.0);
 
             for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
@@ -272,9 +269,8 @@ fn predict(
     timestep: f64,
     branches: &[Tensor],
 ) -> Vec<Tensor> {
-    let row =
-        |conditioning| DenoiseRow { latents, timestep, conditioning, is_negative: false, references: None, request };
-    model.predict(&branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
+    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, request };
+    model.predict(FIRST_EXPERT, &branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
 }
 
 /// Classifier-free guidance, when there is a negative branch.
@@ -289,9 +285,9 @@ fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
 }
 
 fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Tensor {
-    let mut decoding = model.begin_decode(latents, request).expect("decoding begins");
+    let mut decoding = model.begin_decode(FIRST_EXPERT, latents, request).expect("decoding begins");
     let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").expect("frames");
-    let chunks: Vec<Tensor> = (0..model.num_decode_steps(request)).map(chunk).collect();
+    let chunks: Vec<Tensor> = (0..model.num_decode_steps(FIRST_EXPERT, request)).map(chunk).collect();
     // As the reference's decoder, which cuts what is rounded to a byte anyway.
     Tensor::cat(&chunks, 0).and_then(|pixels| pixels.clamp(-1f32, 1f32)).expect("chunks of one size")
 }
@@ -328,10 +324,11 @@ fn prompts_encoded_together_have_the_bits_of_lone_ones() {
     for case in ["wan-a", "wan-b"] {
         let model = open_model(case);
         let request = model.card().resolve(&Options::default(), 0).unwrap();
-        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
-        let together = model.encode(&prompts, &request).unwrap();
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"].map(str::to_owned);
+        let pass = &model.inputs(&request)[0].pass;
+        let together = encode(&model, pass, &prompts.each_ref());
         for (prompt, together) in prompts.iter().zip(&together) {
-            assert_close(prompt, together, &model.encode(&[prompt], &request).unwrap()[0], 0.0);
+            assert_close(prompt, together, &encode(&model, pass, &[prompt])[0], 0.0);
         }
     }
 }

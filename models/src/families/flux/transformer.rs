@@ -113,7 +113,7 @@ impl FluxTransformerConfig {
 
 /// One forward pass: rows that share a shape.
 #[derive(Debug)]
-pub struct FluxInput<'a> {
+pub struct TransformerInput<'a> {
     /// Packed, f32 `[b, li, in_channels]`.
     pub latents: &'a Tensor,
     /// `[b, lt, joint_attention_dim]` in the compute dtype.
@@ -179,14 +179,14 @@ impl FluxTransformer {
     }
 
     /// The velocity of each row, packed as the latents: f32 `[b, li, in_channels]`.
-    pub fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
+    pub fn forward(&self, input: &TransformerInput<'_>) -> Result<Tensor> {
         let Entered { text, image, condition, rope } = self.enter(input)?;
         let image = self.blocks_from(0, text, image, &condition, &rope)?;
         self.leave(&image, &condition)
     }
 
     /// As [`FluxTransformer::forward`], where the rows that their caches let go skip all blocks but the first.
-    pub fn forward_cached(&self, input: &FluxInput<'_>, caches: &mut [&mut BlockCache]) -> Result<Tensor> {
+    pub fn forward_cached(&self, input: &TransformerInput<'_>, caches: &mut [&mut BlockCache]) -> Result<Tensor> {
         let Entered { text, image, condition, rope } = self.enter(input)?;
         let (text, after) = self.transformer_blocks[0].forward(&text, &image, &condition, &rope)?;
         let image = through_blocks(caches, &image, &after, |rows| {
@@ -195,7 +195,7 @@ impl FluxTransformer {
         self.leave(&image, &condition)
     }
 
-    fn enter(&self, input: &FluxInput<'_>) -> Result<Entered> {
+    fn enter(&self, input: &TransformerInput<'_>) -> Result<Entered> {
         let condition = silu(&self.time_text_embed.forward(input)?)?;
         let image = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?;
         let text = self.context_embedder.forward(input.prompt_embeds)?;
@@ -262,7 +262,7 @@ impl TimeTextEmbed {
     }
 
     /// `[b, dim]`.
-    fn forward(&self, input: &FluxInput<'_>) -> Result<Tensor> {
+    fn forward(&self, input: &TransformerInput<'_>) -> Result<Tensor> {
         let device = input.latents.device();
         // The pipeline divides by 1000 and the model multiplies again; in f32 that is not quite nothing.
         let timesteps: Vec<f32> = input.timesteps.iter().map(|timestep| timestep / 1000.0 * 1000.0).collect();

@@ -18,7 +18,6 @@ use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::request::Frame;
-use crate::runner::diffusion::references::{ReferenceModel, ReferenceTokens};
 use crate::weights::Weights;
 
 /// Tokens that a base adapter makes of one picture; the class does not configure it.
@@ -151,18 +150,63 @@ impl IpAdapter {
     }
 }
 
-impl ReferenceModel for IpAdapter {
-    /// The pictures, one after the other, are more to look at; their order is nothing to the UNet.
-    fn encode(&self, pictures: &[Arc<Frame>], guided: bool) -> Result<ReferenceTokens> {
-        let mut tokens = Vec::with_capacity(pictures.len());
-        for picture in pictures {
-            tokens.push(self.tokens(&self.processor.pixel_values(picture, &self.placement.device)?)?);
+impl IpAdapter {
+    /// Calls of [`IpAdapter::encode_next`] for so many images; `guided`: with a negative branch.
+    pub fn num_encode_steps(images: usize, guided: bool) -> usize {
+        images + usize::from(guided)
+    }
+
+    /// The tokens of the next image, then what stands for the images in the negative branch; all tokens once that is done.
+    ///
+    /// The images, one after the other, are more to look at; their order is nothing to the UNet.
+    pub fn encode_next(&self, encoding: &mut ReferenceEncoding) -> Result<Option<ReferenceTokens>> {
+        let ReferenceEncoding { images, guided, tokens } = encoding;
+        let mut negative = None;
+        match images.get(tokens.len()) {
+            Some(image) => {
+                tokens.push(self.tokens(&self.processor.pixel_values(image, &self.placement.device)?)?);
+                if tokens.len() < images.len() || *guided {
+                    return Ok(None);
+                }
+            }
+            None => negative = Some(self.no_picture()?.repeat((1, images.len(), 1))?),
         }
-        let negative = match guided {
-            true => Some(self.no_picture()?.repeat((1, pictures.len(), 1))?),
-            false => None,
-        };
-        Ok(ReferenceTokens { positive: Tensor::cat(&tokens, 1)?, negative })
+        Ok(Some(ReferenceTokens { positive: Tensor::cat(tokens, 1)?, negative }))
+    }
+}
+
+/// Reference images on their way to tokens.
+#[derive(Debug)]
+pub struct ReferenceEncoding {
+    images: Vec<Arc<Frame>>,
+    guided: bool,
+    /// Of the images that are done.
+    tokens: Vec<Tensor>,
+}
+
+impl ReferenceEncoding {
+    /// Nothing is done yet; `guided`: with a negative branch.
+    pub fn new(images: Vec<Arc<Frame>>, guided: bool) -> Self {
+        Self { images, guided, tokens: Vec::new() }
+    }
+}
+
+/// What the branches of a session see of its reference images.
+#[derive(Debug)]
+pub struct ReferenceTokens {
+    /// Of the images, one after the other: `[1, tokens, width]`.
+    pub positive: Tensor,
+    /// What stands for them in the negative branch, in the same shape; a session without guidance has none.
+    pub negative: Option<Tensor>,
+}
+
+impl ReferenceTokens {
+    /// Of the branch with this number: the positive one is first.
+    pub fn of_branch(&self, branch: usize) -> &Tensor {
+        match branch {
+            0 => &self.positive,
+            _ => self.negative.as_ref().expect("a guided session encodes its negative branch: this is a bug"),
+        }
     }
 }
 

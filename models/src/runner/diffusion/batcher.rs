@@ -5,174 +5,101 @@
 //! waits for more than n - 1 steps between two of its own, whatever the others are doing.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
+use super::course::Expert;
+use super::inputs::{Inputs, distinct};
+use super::passes::PassId;
+use crate::diffusion::Canvas;
 use crate::lora::LoraKey;
-use crate::request::{Frame, Mask, Phase, SessionId};
+use crate::request::{Phase, SessionId};
 
-/// Most texts of one encoding step: more wait for the next one, so that a step stays bounded.
-pub const MAX_ENCODE_ROWS: usize = 8;
-
-/// What decides about who may share a step.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum StepKey {
-    /// Inputs to encode: prompts of several sessions in one pass, equal ones once; a picture for those that wait for it.
-    Encode(Input),
+/// What decides about who may share a step. `I` is what a family has encoded.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StepKey<I> {
+    /// The first step of a pass over inputs of several sessions, equal ones once.
+    Encode(Inputs<I>),
+    /// The next step of a pass that is under way.
+    GoOnEncoding(PassId, Phase),
     /// One prediction per row, at timesteps that may differ.
     Denoise(ShapeKey),
     /// One chunk of pixels; a session decodes alone.
     VaeDecode(SessionId),
 }
 
-/// What a session encodes before it denoises, in a step of its own.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Input {
-    /// For the text encoders.
-    Prompts(Prompts),
-    /// For the VAE.
-    Picture(PictureInput),
-    /// For the vision encoder.
-    References(ReferenceInput),
-}
-
-/// Whose networks do a session's work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Network {
-    /// The model's own.
-    Base,
-    /// Those of the refiner that takes over from it.
-    Refiner,
-}
-
-/// All reference pictures of a session.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReferenceInput {
-    /// In any sizes.
-    pub pictures: Vec<Arc<Frame>>,
-    /// Whether there is a negative branch.
-    pub guided: bool,
-}
-
-/// All texts of a session.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prompts {
-    /// The prompt, then the negative one where there is guidance; `None` where the client gave none and that is not the
-    /// same as the empty text.
-    pub texts: Vec<Option<String>>,
-    /// Tokens that they are padded or cut to.
-    pub max_sequence_length: usize,
-    /// What is added to the text encoders' layers.
-    pub loras: LoraKey,
-    /// Whose text encoders.
-    pub network: Network,
-}
-
-/// Each text once, in the order in which they first come.
-pub fn distinct_texts<'a>(prompts: impl IntoIterator<Item = &'a Prompts>) -> Vec<&'a str> {
-    let mut distinct = Vec::new();
-    for text in prompts.into_iter().flat_map(|prompts| prompts.texts.iter().flatten()) {
-        if !distinct.contains(&text.as_str()) {
-            distinct.push(text);
-        }
-    }
-    distinct
-}
-
-/// A picture for the VAE.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PictureInput {
-    /// In the size of the request.
-    pub picture: Arc<Frame>,
-    /// What is blanked before.
-    pub blanked: Option<Arc<Mask>>,
-    /// Whether the VAE works on it in tiles, where it is larger than one.
-    pub tiled: bool,
-}
-
-impl Input {
-    /// Kind of the step that encodes it.
-    pub fn phase(&self) -> Phase {
-        match self {
-            Input::Prompts(_) | Input::References(_) => Phase::Encode,
-            Input::Picture(_) => Phase::VaeEncode,
-        }
-    }
-}
-
 /// What the rows of one denoising batch have in common, so that their tensors stack and one network serves them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShapeKey {
-    /// Pixels.
-    pub width: usize,
-    /// Pixels.
-    pub height: usize,
-    /// Frames of a clip; 1 for a picture.
-    pub num_frames: usize,
-    /// Tokens of the prompt.
-    pub max_sequence_length: usize,
+    /// Of the latents.
+    pub canvas: CanvasKey,
+    /// Of the conditioning, as its family says.
+    pub conditioning: Vec<usize>,
     /// Whether each row has a first-block cache.
     pub is_cached: bool,
-    /// Reference pictures of each row.
-    pub num_references: usize,
     /// What is added to the network's layers.
     pub loras: LoraKey,
     /// Whose network.
-    pub network: Network,
+    pub expert: Expert,
 }
 
-impl StepKey {
+/// Width, height and frames.
+pub type CanvasKey = [usize; 3];
+
+/// What latents of this canvas must agree in.
+pub fn canvas_key(canvas: &Canvas) -> CanvasKey {
+    [canvas.width, canvas.height, canvas.num_frames]
+}
+
+impl<I: PartialEq> StepKey<I> {
     /// Kind of the step.
     pub fn phase(&self) -> Phase {
         match self {
-            StepKey::Encode(input) => input.phase(),
+            StepKey::Encode(inputs) => inputs.pass.phase,
+            StepKey::GoOnEncoding(_, phase) => *phase,
             StepKey::Denoise(_) => Phase::Denoise,
             StepKey::VaeDecode(_) => Phase::VaeDecode,
         }
     }
 
     /// Whether a session with this key may take a step that one with the key `leader` leads.
-    fn joins(&self, leader: &StepKey) -> bool {
+    fn joins(&self, leader: &Self) -> bool {
         match (self, leader) {
-            (StepKey::Encode(Input::Prompts(own)), StepKey::Encode(Input::Prompts(leader))) => {
-                let key = |prompts: &Prompts| (prompts.max_sequence_length, prompts.network);
-                key(own) == key(leader) && own.loras == leader.loras
-            }
+            (StepKey::Encode(own), StepKey::Encode(leader)) => own.pass == leader.pass,
             _ => self == leader,
         }
     }
 
-    fn prompts(&self) -> Option<&Prompts> {
+    fn inputs(&self) -> Option<&Inputs<I>> {
         match self {
-            StepKey::Encode(Input::Prompts(prompts)) => Some(prompts),
+            StepKey::Encode(inputs) => Some(inputs),
             _ => None,
         }
     }
 }
 
 /// Sessions that take one step together, in the order in which they waited.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Batch {
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch<I> {
     /// Of the first member, which the others join.
-    pub key: StepKey,
+    pub key: StepKey<I>,
     /// At least one.
     pub sessions: Vec<SessionId>,
 }
 
 /// The queue of sessions that wait for their next step.
 #[derive(Debug)]
-pub struct Batcher {
-    queue: VecDeque<Waiting>,
+pub struct Batcher<I> {
+    queue: VecDeque<Waiting<I>>,
     max_rows: usize,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct Waiting<I> {
     session: SessionId,
-    key: StepKey,
+    key: StepKey<I>,
     rows: usize,
 }
 
-impl Batcher {
+impl<I: Clone + PartialEq> Batcher<I> {
     /// `max_rows`: most rows of one denoising step. A session that alone has more rows than a step may have still gets its
     /// step (alone); the runner then computes its rows one after the other.
     pub fn new(max_rows: usize) -> Self {
@@ -181,7 +108,7 @@ impl Batcher {
 
     /// Puts a session that is not in the queue at its back. `rows` is what it adds to a denoising batch: one, and one more
     /// where its next step is guided; other steps do the same work for one session as for many and add none.
-    pub fn enqueue(&mut self, session: SessionId, key: StepKey, rows: usize) {
+    pub fn enqueue(&mut self, session: SessionId, key: StepKey<I>, rows: usize) {
         self.queue.push_back(Waiting { session, key, rows });
     }
 
@@ -191,7 +118,7 @@ impl Batcher {
     }
 
     /// What [`Batcher::take`] would give.
-    pub fn peek(&self) -> Option<Batch> {
+    pub fn peek(&self) -> Option<Batch<I>> {
         let front = self.queue.front()?;
         let mut batch = vec![front];
         for waiting in self.queue.iter().skip(1).filter(|waiting| waiting.key.joins(&front.key)) {
@@ -205,14 +132,15 @@ impl Batcher {
     }
 
     /// Whether so many rows may take one step; other steps than encoding and denoising have none.
-    fn fits(&self, batch: &[&Waiting]) -> bool {
-        let texts = distinct_texts(batch.iter().filter_map(|waiting| waiting.key.prompts()));
+    fn fits(&self, batch: &[&Waiting<I>]) -> bool {
+        let inputs = batch[0].key.inputs();
+        let encoded = distinct(batch.iter().filter_map(|waiting| waiting.key.inputs())).len();
         let rows: usize = batch.iter().map(|waiting| waiting.rows).sum();
-        texts.len() <= MAX_ENCODE_ROWS && rows <= self.max_rows
+        inputs.is_none_or(|inputs| encoded <= inputs.pass.max_rows) && rows <= self.max_rows
     }
 
     /// Takes the next step's sessions out of the queue; the caller enqueues those that go on.
-    pub fn take(&mut self) -> Option<Batch> {
+    pub fn take(&mut self) -> Option<Batch<I>> {
         let batch = self.peek()?;
         self.queue.retain(|waiting| !batch.sessions.contains(&waiting.session));
         Some(batch)
@@ -226,21 +154,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::runner::diffusion::inputs::Pass;
 
     /// A key and the rows that come with it.
-    type Step = (StepKey, usize);
+    type Step = (StepKey<String>, usize);
+
+    /// Most texts of a pass.
+    const MAX_TEXTS: usize = 8;
 
     fn shape(width: usize, guided: bool) -> Step {
-        let shape = ShapeKey {
-            width,
-            height: 64,
-            num_frames: 1,
-            max_sequence_length: 8,
-            is_cached: false,
-            num_references: 0,
-            loras: LoraKey::default(),
-            network: Network::Base,
-        };
+        of_expert(0, width, guided)
+    }
+
+    fn of_expert(expert: Expert, width: usize, guided: bool) -> Step {
+        let canvas = canvas_key(&Canvas { width, height: 64, num_frames: 1, fps: 0 });
+        let loras = LoraKey::default();
+        let shape = ShapeKey { canvas, conditioning: vec![8], is_cached: false, loras, expert };
         (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
 
@@ -248,17 +177,17 @@ mod tests {
         prompts(&[prompt], 8)
     }
 
-    fn prompts(texts: &[&str], max_sequence_length: usize) -> Step {
-        let texts = texts.iter().map(|text| Some((*text).to_owned())).collect();
-        (
-            StepKey::Encode(Input::Prompts(Prompts {
-                texts,
-                max_sequence_length,
-                loras: LoraKey::default(),
-                network: Network::Base,
-            })),
-            0,
-        )
+    fn prompts(texts: &[&str], sequence_length: usize) -> Step {
+        let loras = Some(LoraKey::default());
+        let pass =
+            Pass { phase: Phase::Encode, components: &["text_encoder"], sequence_length, loras, max_rows: MAX_TEXTS };
+        let rows = texts.iter().map(|text| (*text).to_owned()).collect();
+        (StepKey::Encode(Inputs { pass, rows }), 0)
+    }
+
+    fn image(name: &str) -> Step {
+        let pass = Pass { phase: Phase::VaeEncode, components: &["vae"], sequence_length: 0, loras: None, max_rows: 1 };
+        (StepKey::Encode(Inputs { pass, rows: vec![name.to_owned()] }), 0)
     }
 
     fn decode(id: u64) -> Step {
@@ -279,8 +208,9 @@ mod tests {
         let with = |file: u64, (key, rows): Step| {
             let loras = LoraKey::of_file(file);
             match key {
-                StepKey::Encode(Input::Prompts(prompts)) => {
-                    (StepKey::Encode(Input::Prompts(Prompts { loras, ..prompts })), rows)
+                StepKey::Encode(Inputs { pass, rows: texts }) => {
+                    let pass = Pass { loras: Some(loras), ..pass };
+                    (StepKey::Encode(Inputs { pass, rows: texts }), rows)
                 }
                 StepKey::Denoise(shape) => (StepKey::Denoise(ShapeKey { loras, ..shape }), rows),
                 other => (other, rows),
@@ -318,30 +248,36 @@ mod tests {
     fn texts_of_one_length_are_encoded_together_and_equal_ones_count_once() {
         check(1, &[encode("a"), encode("b"), encode("a"), shape(64, false)], &[0, 1, 2]);
         check(1, &[encode("a"), prompts(&["b"], 9), prompts(&["c", "a"], 8)], &[0, 2]);
-        let many: Vec<String> = (0..MAX_ENCODE_ROWS).map(|i| i.to_string()).collect();
+        let many: Vec<String> = (0..MAX_TEXTS).map(|i| i.to_string()).collect();
         let mut keys: Vec<Step> = many.iter().map(|text| prompts(&[text, "0"], 8)).collect();
         keys.push(encode("one too many"));
         keys.push(encode("3"));
-        let all_but_one: Vec<u64> = (0..keys.len() as u64).filter(|id| *id != MAX_ENCODE_ROWS as u64).collect();
+        let all_but_one: Vec<u64> = (0..keys.len() as u64).filter(|id| *id != MAX_TEXTS as u64).collect();
         check(1, &keys, &all_but_one);
     }
 
     #[test]
     fn a_session_with_more_texts_than_a_step_takes_has_one_alone() {
-        let many: Vec<String> = (0..=MAX_ENCODE_ROWS).map(|i| i.to_string()).collect();
+        let many: Vec<String> = (0..=MAX_TEXTS).map(|i| i.to_string()).collect();
         let many: Vec<&str> = many.iter().map(String::as_str).collect();
         check(1, &[prompts(&many, 8), encode("other")], &[0]);
     }
 
     #[test]
-    fn an_absent_text_takes_no_row() {
-        let absent = Prompts {
-            texts: vec![Some("a".into()), None],
-            max_sequence_length: 8,
-            loras: LoraKey::default(),
-            network: Network::Base,
-        };
-        assert_eq!(distinct_texts([&absent, &absent]), ["a"]);
+    fn an_image_is_encoded_for_those_that_wait_for_it_alone() {
+        check(4, &[image("a"), image("b"), encode("a"), image("a")], &[0, 3]);
+    }
+
+    #[test]
+    fn those_of_one_pass_go_on_together() {
+        let on = |pass: u64| (StepKey::GoOnEncoding(PassId::numbered(pass), Phase::Encode), 0);
+        check(4, &[on(1), on(2), encode("a"), on(1)], &[0, 3]);
+    }
+
+    #[test]
+    fn rows_of_different_experts_never_share_a_pass() {
+        check(4, &[of_expert(0, 64, false), of_expert(1, 64, false), of_expert(0, 64, true)], &[0, 2]);
+        check(4, &[of_expert(1, 64, false), of_expert(0, 64, false), of_expert(1, 64, false)], &[0, 2]);
     }
 
     #[test]
@@ -390,7 +326,7 @@ mod tests {
     }
 
     /// Steps once and checks the rules that hold for every step.
-    fn step(batcher: &mut Batcher, max_rows: usize, sessions: &mut BTreeMap<u64, Simulated>) {
+    fn step(batcher: &mut Batcher<String>, max_rows: usize, sessions: &mut BTreeMap<u64, Simulated>) {
         let promised = batcher.peek();
         let batch = batcher.take();
         assert_eq!(promised, batch);

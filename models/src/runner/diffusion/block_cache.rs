@@ -7,11 +7,24 @@
 use candle_core::Tensor;
 use tale_kernels::relative_l1;
 
+use super::course::Expert;
+use super::row::DenoiseRow;
 use crate::error::Result;
 
 /// Most passes in a row that are answered from what was kept; then one is computed whatever the first block says, so that
 /// a long loop of small steps cannot drift on one old answer.
 pub const MAX_CONSECUTIVE_SKIPS: usize = 3;
+
+/// What a family adds that can skip blocks.
+pub trait CachedPrediction<C> {
+    /// As [`predict`](super::DiffusionModel::predict), with the cache of each row.
+    fn predict_cached(
+        &self,
+        expert: Expert,
+        rows: &[DenoiseRow<'_, C>],
+        caches: &mut [&mut BlockCache],
+    ) -> Result<Vec<Tensor>>;
+}
 
 /// What one row remembers from pass to pass.
 #[derive(Debug)]

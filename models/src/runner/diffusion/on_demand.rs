@@ -25,7 +25,12 @@ impl<M> OnDemand<M> {
         self.parts.bytes()
     }
 
-    /// Has them there.
+    /// Whether the networks of these components are among them.
+    pub fn has(&self, components: &[&str]) -> bool {
+        components.iter().any(|component| self.parts.contains(component))
+    }
+
+    /// Reads them, if they are away.
     pub fn fetch(&mut self) -> Result<()> {
         if self.model.is_none() {
             self.model = Some(self.parts.read(self.build)?);

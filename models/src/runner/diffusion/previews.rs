@@ -1,4 +1,16 @@
-//! After which denoising steps a session shows how far it has come. Pure.
+//! Previews: after which denoising steps a session shows how far it has come, and how.
+
+use candle_core::Tensor;
+
+use crate::diffusion::DiffusionRequest;
+use crate::error::Result;
+use crate::request::Frame;
+
+/// What a family adds that can show latents on their way.
+pub trait Previews {
+    /// A rough image of them, cheap beside a step and as small as it likes.
+    fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Frame>;
+}
 
 /// Most previews of one request.
 pub const MAX_PREVIEWS: usize = 3;

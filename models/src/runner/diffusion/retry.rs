@@ -1,12 +1,10 @@
 //! What happens when a network of fewer than 32 bits overflows: its part of the work is done once more in f32.
 //!
-//! Owns: finding out, and reading the networks of one phase in f32, for as long as that work takes. Does not know:
+//! Owns: reading the networks of one phase in f32, for as long as that work takes. Does not know:
 //! sessions, what is computed. The second model is freed after the step that needed it, so that what a session has reserved
 //! is what it holds between steps; the bytes that it takes in the step are asked of the device beforehand.
 
-use candle_core::Tensor;
-
-use super::DiffusionModel;
+use super::model::DiffusionModel;
 use crate::checkpoint::{Build, Reread};
 use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
@@ -23,9 +21,7 @@ pub fn reread_in_f32<M: DiffusionModel + 'static>(reread: Reread, build: Build<M
         let work_bytes = plan.phases().iter().find(|of| of.phase == phase).map_or(0, |of| of.bytes);
         let lora_bytes = model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
         check_room(phase, weight_bytes + work_bytes + lora_bytes, reread.spare_bytes()?)?;
-        let mut model = reread.in_f32(components, build)?;
-        model.record_nothing();
-        Ok(model)
+        reread.in_f32(components, build)
     })
 }
 
@@ -39,30 +35,9 @@ fn check_room(phase: Phase, needed_bytes: usize, spare_bytes: Option<usize>) -> 
     }
 }
 
-/// For each tensor (f32, on one device) whether all its values are finite. One number for each leaves the device.
-pub fn are_finite(tensors: &[Tensor]) -> Result<Vec<bool>> {
-    // Zero times what is finite is zero, and NaN otherwise.
-    let sums = tensors.iter().map(|x| x.affine(0.0, 0.0)?.sum_all()).collect::<candle_core::Result<Vec<_>>>()?;
-    Ok(Tensor::stack(&sums, 0)?.to_vec1::<f32>()?.into_iter().map(|sum| sum == 0.0).collect())
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
-
-    #[test]
-    fn what_is_not_finite_is_found() {
-        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).expect("a tensor");
-        let tensors = [
-            tensor(&[0.0, -3e38]),
-            tensor(&[1.0, f32::NAN]),
-            tensor(&[f32::INFINITY]),
-            tensor(&[f32::NEG_INFINITY, 1.0]),
-        ];
-        assert_eq!(are_finite(&tensors).expect("sums"), [true, false, false, false]);
-    }
 
     #[test]
     fn what_does_not_fit_is_refused_with_both_figures() {

@@ -8,32 +8,29 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::DiffusionModel;
-use super::references::ReferenceTokens;
 use crate::diffusion::{DiffusionRequest, Edit};
 use crate::error::Result;
+use crate::request::Mask;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::vae::Posterior;
 
-/// What a session has encoded.
-pub struct Encoded<C> {
-    /// One per guidance branch, the positive one first.
-    pub prompts: Vec<Arc<C>>,
-    /// The same for the refiner, where it takes over.
-    pub refiner_prompts: Vec<Arc<C>>,
-    /// As listed by [`super::PictureModel::pictures`].
-    pub pictures: Vec<Arc<Posterior>>,
-    /// Of the reference pictures, where there are some.
-    pub references: Option<Arc<ReferenceTokens>>,
+/// What a family adds whose loop may begin from an image. Requests with an [`Edit`] are for it alone.
+pub trait ImageStart<E> {
+    /// What the VAE says of the image, among all that the request has encoded.
+    fn posterior<'a>(&self, encoded: &'a [Arc<E>]) -> &'a Posterior;
+
+    /// A sample of a posterior as `predict` takes latents: scaled, and packed where the family packs.
+    fn image_latents(&self, sample: &Tensor, request: &DiffusionRequest) -> Result<Tensor>;
+
+    /// The mask, for each value of the latents that `predict` takes: 1 where it is made anew, else 0.
+    fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor>;
 }
 
 /// What the loop begins from.
 pub struct Start {
-    /// At `timesteps()[first_step]` of the solver.
+    /// At the first timestep that is not left out.
     pub latents: Tensor,
-    /// Steps of the schedule that are left out.
-    pub first_step: usize,
     /// What happens to the latents after each step, where a part of a picture is kept.
     pub repaint: Option<Repaint>,
 }
@@ -42,49 +39,51 @@ pub struct Start {
 pub struct Repaint {
     /// 1 where the loop's own latents stay, 0 where the picture comes back.
     mask: Tensor,
-    picture: Tensor,
+    image: Tensor,
     noise: Tensor,
 }
 
 impl Repaint {
     /// The latents that the loop goes on with at `timesteps()[next]`; after the last step the picture has no noise.
     pub fn blend(&self, latents: &Tensor, next: usize, solver: &dyn Solver) -> Result<Tensor> {
-        let picture = match next < solver.timesteps().len() {
-            true => solver.add_noise(next, &self.picture, &self.noise)?,
-            false => self.picture.clone(),
+        let image = match next < solver.timesteps().len() {
+            true => solver.add_noise(next, &self.image, &self.noise)?,
+            false => self.image.clone(),
         };
-        let kept = (self.mask.affine(-1.0, 1.0)? * picture)?;
+        let kept = (self.mask.affine(-1.0, 1.0)? * image)?;
         Ok((kept + (&self.mask * latents)?)?)
     }
 }
 
-/// Draws what the session begins from. Later draws of its steps go on with the same `generator`.
-pub fn start<M: DiffusionModel>(
-    model: &M,
+/// Draws what the session begins from. Later draws of its steps go on with the same `generator`. `noise` draws the initial
+/// noise in the shape of the latents.
+pub fn start<E>(
+    family: Option<&dyn ImageStart<E>>,
     request: &DiffusionRequest,
-    pictures: &[Arc<Posterior>],
+    encoded: &[Arc<E>],
     solver: &dyn Solver,
     generator: &mut TorchGenerator,
+    noise: impl FnOnce(&mut TorchGenerator) -> Result<Tensor>,
 ) -> Result<Start> {
-    let (Some(edit), Some(family), [posterior]) = (&request.edit, model.picture_model(), pictures) else {
-        let latents = (model.initial_latents(request, generator)? * solver.init_noise_sigma())?;
-        return Ok(Start { latents, first_step: 0, repaint: None });
+    let (Some(edit), Some(family)) = (&request.edit, family) else {
+        let latents = (noise(generator)? * solver.init_noise_sigma())?;
+        return Ok(Start { latents, repaint: None });
     };
-    let picture = family.picture_latents(&posterior.sample(generator)?, request)?;
-    let noise = model.initial_latents(request, generator)?;
+    let image = family.image_latents(&family.posterior(encoded).sample(generator)?, request)?;
+    let noise = noise(generator)?;
     let latents = match begins_from_noise(edit) {
         true => (&noise * solver.init_noise_sigma())?,
-        false => solver.add_noise(edit.first_step, &picture, &noise)?,
+        false => solver.add_noise(edit.first_step, &image, &noise)?,
     };
     let repaint = match &edit.mask {
         None => None,
         Some(mask) => {
-            // The reference also draws latents of the picture without its masked part, which it then has no use for.
-            generator.randn(picture.elem_count());
-            Some(Repaint { mask: family.mask_latents(mask, request)?, picture, noise })
+            // The reference also draws latents of the image without its masked part, which it then has no use for.
+            generator.randn(image.elem_count());
+            Some(Repaint { mask: family.mask_latents(mask, request)?, image, noise })
         }
     };
-    Ok(Start { latents, first_step: edit.first_step, repaint })
+    Ok(Start { latents, repaint })
 }
 
 /// A masked part at full strength keeps nothing of the picture, not even what the last bit of signal at the first

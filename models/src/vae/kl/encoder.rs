@@ -3,6 +3,8 @@
 //! Owns: the encoder, and pictures as its input. Does not know: who draws from the answer. Source: diffusers
 //! `models/autoencoders/{autoencoder_kl,vae}.py`, `models/downsampling.py`; `image_processor.py` for the input.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::{Attention, KlConfig, LatentScale, NORM_EPS, Resnet};
@@ -10,7 +12,7 @@ use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm};
 use crate::request::{Frame, MASK_THRESHOLD, Mask};
 use crate::vae::Posterior;
-use crate::vae::tiling::{Mosaic, Window};
+use crate::vae::tiling::{Mosaic, Tiling, Window};
 use crate::weights::Weights;
 
 /// Bounds of the logarithm of a variance.
@@ -30,6 +32,22 @@ pub struct KlEncoder {
     conv_out: Conv2d,
     quant_conv: Option<Conv2d>,
     config: KlConfig,
+}
+
+/// State of an encoding between two tiles.
+#[derive(Debug)]
+pub struct KlEncoding {
+    image: Arc<Frame>,
+    /// `None` where it is encoded as a whole.
+    tiles: Option<Tiles>,
+}
+
+#[derive(Debug)]
+struct Tiles {
+    tiling: Tiling,
+    mosaic: Mosaic,
+    /// Number of the next one.
+    next: usize,
 }
 
 impl KlEncoder {
@@ -64,21 +82,30 @@ impl KlEncoder {
         })
     }
 
-    /// What the latents of a picture may be, without the part that is `blanked`: grey there, as in diffusers. `tiled`: in
-    /// tiles, where it is larger than one.
-    pub fn encode(&self, picture: &Frame, blanked: Option<&Mask>, tiled: bool) -> Result<Posterior> {
-        let (height, width) = (picture.height, picture.width);
-        let moments = |window| self.moments(pixels(picture, blanked, window), window);
-        let Some(tiling) = self.config.picture_tiles((height, width), tiled) else {
-            return posterior(&moments(Window { top: 0, left: 0, height, width })?);
+    /// Steps that an image of this height and width takes, in tiles or not.
+    pub fn num_encode_steps(&self, (height, width): (usize, usize), tiled: bool) -> usize {
+        self.config.picture_tiles((height, width), tiled).map_or(1, |tiling| tiling.count(height, width))
+    }
+
+    /// Begins to encode an image; `tiled`: in tiles, where it is larger than one.
+    pub fn begin(&self, image: Arc<Frame>, tiled: bool) -> KlEncoding {
+        let (height, width) = (image.height, image.width);
+        let tiling = self.config.picture_tiles((height, width), tiled);
+        let tiles = tiling.map(|tiling| Tiles { tiling, mosaic: Mosaic::new(tiling, height, width), next: 0 });
+        KlEncoding { image, tiles }
+    }
+
+    /// The whole image, or its next tile; what its latents may be once that was the last.
+    pub fn encode_next(&self, encoding: &mut KlEncoding) -> Result<Option<Posterior>> {
+        let KlEncoding { image, tiles } = encoding;
+        let (height, width) = (image.height, image.width);
+        let moments = |window| self.moments(pixels(image, window), window);
+        let Some(Tiles { tiling, mosaic, next }) = tiles else {
+            return posterior(&moments(Window { top: 0, left: 0, height, width })?).map(Some);
         };
-        let mut mosaic = Mosaic::new(tiling, height, width);
-        for tile in 0..tiling.count(height, width) {
-            if let Some(whole) = mosaic.push(moments(tiling.window(height, width, tile))?)? {
-                return posterior(&whole);
-            }
-        }
-        unreachable!("a mosaic is whole with its last tile: this is a bug")
+        let whole = mosaic.push(moments(tiling.window(height, width, *next))?)?;
+        *next += 1;
+        whole.map(|whole| posterior(&whole)).transpose()
     }
 
     /// Mean and logarithm of the variance of the latents of these pixels, side by side in f32.
@@ -127,17 +154,14 @@ fn posterior(moments: &Tensor) -> Result<Posterior> {
     Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
 }
 
-/// Of a part of a picture, channel by channel, in -1..=1.
-fn pixels(picture: &Frame, blanked: Option<&Mask>, window: Window) -> Vec<f32> {
-    let is_blank = |i: usize| blanked.is_some_and(|mask| mask.grey[i] >= MASK_THRESHOLD);
+/// Of a part of an image, channel by channel, in -1..=1.
+fn pixels(image: &Frame, window: Window) -> Vec<f32> {
     let mut pixels = Vec::with_capacity(3 * window.height * window.width);
     for channel in 0..3 {
         for row in window.top..window.top + window.height {
-            let first = row * picture.width + window.left;
-            pixels.extend((first..first + window.width).map(|i| match is_blank(i) {
-                true => 0.0,
-                false => 2.0 * (f32::from(picture.rgb[3 * i + channel]) / 255.0) - 1.0,
-            }));
+            let first = row * image.width + window.left;
+            let places = first..first + window.width;
+            pixels.extend(places.map(|i| 2.0 * (f32::from(image.rgb[3 * i + channel]) / 255.0) - 1.0));
         }
     }
     pixels

@@ -1,0 +1,182 @@
+//! The denoising of one session, from the first timestep to the last.
+//!
+//! Owns: the rows of a step, guidance, the way from one step to the next and from one expert to the next. Does not know:
+//! other sessions, and who predicts.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::block_cache::BlockCache;
+use super::course::{Course, Expert, Stretch};
+use super::model::DiffusionModel;
+use super::previews::due_preview;
+use super::row::DenoiseRow;
+use super::start::{Repaint, Start, start};
+use crate::diffusion::DiffusionRequest;
+use crate::error::Result;
+use crate::rng::TorchGenerator;
+use crate::solver::Solver;
+
+/// State of a session between its first and its last denoising step. `C` is the family's conditioning.
+pub(super) struct Denoising<C> {
+    pub(super) latents: Tensor,
+    /// The latents as the solver wants the model to see them.
+    model_input: Tensor,
+    solver: Box<dyn Solver>,
+    /// One per guidance branch; none without acceleration.
+    pub(super) caches: Vec<BlockCache>,
+    /// The request's own: the solver goes on where the initial noise left off.
+    generator: TorchGenerator,
+    /// Where the loop is in the solver's timesteps.
+    index: usize,
+    done: usize,
+    /// Steps in all.
+    total: usize,
+    repaint: Option<Repaint>,
+    stretch: Conditioned<C>,
+    /// What comes after this stretch.
+    later: VecDeque<Conditioned<C>>,
+}
+
+/// A stretch of the course, and what its expert denoises with.
+struct Conditioned<C> {
+    expert: Expert,
+    steps: Range<usize>,
+    solver: Option<Box<dyn Solver>>,
+    /// One per guidance branch, the positive one first.
+    conditioning: Vec<C>,
+}
+
+/// What a step leads to.
+pub(super) enum Advanced {
+    ToTheNext,
+    /// With the final latents.
+    ToTheEnd(Tensor),
+}
+
+impl<C> Denoising<C> {
+    pub(super) fn begin<M: DiffusionModel<Conditioning = C>>(
+        model: &M,
+        request: &DiffusionRequest,
+        encoded: &[Arc<M::Encoded>],
+    ) -> Result<Self> {
+        let mut generator = TorchGenerator::new(request.sampling.seed);
+        let first_step = request.edit.as_ref().map_or(0, |edit| edit.first_step);
+        let course = model.course(request)?.starting_at(first_step);
+        let total = course.num_steps();
+        let Course { solver, stretches } = course;
+        let noise = |generator: &mut TorchGenerator| model.initial_latents(request, generator);
+        let Start { latents, repaint } = start(model.image_start(), request, encoded, &*solver, &mut generator, noise)?;
+        let conditioned = |Stretch { expert, steps, solver }| -> Result<Conditioned<C>> {
+            Ok(Conditioned { expert, steps, solver, conditioning: model.conditioning(expert, encoded, request)? })
+        };
+        let mut later = stretches.into_iter().map(conditioned).collect::<Result<VecDeque<_>>>()?;
+        let stretch = later.pop_front().expect("a course has a step: this is a bug of the family");
+        let threshold = model.card().cache_threshold(request);
+        let branches = stretch.conditioning.iter();
+        let caches = threshold.map_or(Vec::new(), |threshold| branches.map(|_| BlockCache::new(threshold)).collect());
+        Ok(Self {
+            model_input: solver.scale_model_input(stretch.steps.start, &latents)?,
+            latents,
+            solver,
+            caches,
+            generator,
+            index: stretch.steps.start,
+            done: 0,
+            total,
+            repaint,
+            stretch,
+            later,
+        })
+    }
+
+    /// Who predicts in the coming step.
+    pub(super) fn expert(&self) -> Expert {
+        self.stretch.expert
+    }
+
+    /// Of the coming step, one per guidance branch, the positive one first.
+    pub(super) fn conditioning(&self) -> &[C] {
+        &self.stretch.conditioning
+    }
+
+    /// Steps done, and steps in all.
+    pub(super) fn progress(&self) -> (usize, usize) {
+        (self.done, self.total)
+    }
+
+    /// Predictions that came from caches so far.
+    pub(super) fn skipped_passes(&self) -> usize {
+        self.caches.iter().map(BlockCache::skipped).sum()
+    }
+
+    /// Rows of the coming step: one, and one more where it is guided.
+    pub(super) fn num_rows(&self, request: &DiffusionRequest) -> usize {
+        1 + usize::from(request.guidance.is_guided_at(self.done, self.total))
+    }
+
+    /// Rows of the coming step: the positive branch, then the negative one if the step is guided.
+    pub(super) fn rows<'a>(&'a self, request: &'a DiffusionRequest) -> impl Iterator<Item = DenoiseRow<'a, C>> {
+        let timestep = self.solver.timesteps()[self.index];
+        let branches = self.conditioning().iter().take(self.num_rows(request));
+        let latents = &self.model_input;
+        branches.map(move |conditioning| DenoiseRow { latents, timestep, conditioning, request })
+    }
+
+    /// Takes this session's predictions and merges them: `negative + scale * (positive - negative)`.
+    pub(super) fn guided(
+        &self,
+        predictions: &mut impl Iterator<Item = Tensor>,
+        request: &DiffusionRequest,
+    ) -> Result<Tensor> {
+        let mut next = || predictions.next().expect("one prediction per row: this is a bug");
+        let positive = next();
+        if self.num_rows(request) == 1 {
+            return Ok(positive);
+        }
+        let negative = next();
+        Ok((&negative + ((positive - &negative)? * request.guidance.cfg_scale())?)?)
+    }
+
+    /// Moves the latents one timestep on.
+    pub(super) fn advance(&mut self, prediction: &Tensor) -> Result<Advanced> {
+        self.latents = self.solver.step(self.index, prediction, &self.latents, &mut self.generator)?;
+        self.index += 1;
+        if let Some(repaint) = &self.repaint {
+            self.latents = repaint.blend(&self.latents, self.index, &*self.solver)?;
+        }
+        self.done += 1;
+        if self.done == self.total {
+            return Ok(Advanced::ToTheEnd(self.latents.clone()));
+        }
+        if self.index == self.stretch.steps.end {
+            self.go_on_to_the_next_expert();
+        }
+        self.model_input = self.solver.scale_model_input(self.index, &self.latents)?;
+        Ok(Advanced::ToTheNext)
+    }
+
+    /// The latents go on as they are: what is noise in them stays, and none is added.
+    fn go_on_to_the_next_expert(&mut self) {
+        self.stretch = self.later.pop_front().expect("a stretch follows before the last step: this is a bug");
+        self.index = self.stretch.steps.start;
+        if let Some(solver) = self.stretch.solver.take() {
+            self.solver = solver;
+        }
+        // What is kept is another network's.
+        self.caches.iter_mut().for_each(BlockCache::forget);
+    }
+
+    /// The number of the preview that the coming step shows, if it shows one.
+    pub(super) fn due_preview(&self, request: &DiffusionRequest) -> Option<usize> {
+        due_preview(self.done + 1, self.total, request.partial_images)
+    }
+
+    /// The image that the coming step heads for.
+    pub(super) fn predict_clean(&self, prediction: &Tensor) -> Result<Tensor> {
+        self.solver.predict_clean(self.index, prediction, &self.latents)
+    }
+}

@@ -1,0 +1,91 @@
+//! The encoding steps of the runner.
+//!
+//! Owns: whose inputs a pass takes, on which model it is computed, what becomes of its members. Does not know: what is
+//! encoded.
+
+use super::inputs::{Pass, distinct};
+use super::model::DiffusionModel;
+use super::on_demand::OnDemand;
+use super::passes::PassId;
+use super::session::Session;
+use super::{DiffusionRunner, MEMBERS_EXIST, Outcome};
+use crate::error::Result;
+use crate::request::{Event, Events, SessionId};
+
+impl<M: DiffusionModel> DiffusionRunner<M> {
+    /// The first step of a pass over what all members have encoded next.
+    pub(super) fn begin_pass(&mut self, pass: &Pass, ids: &[SessionId], events: &mut Events) -> Result<()> {
+        if self.is_lent(pass) {
+            self.text_encoders.as_mut().expect(IS_LENT).fetch()?;
+        }
+        let inputs = ids.iter().filter_map(|id| self.session(*id).next_inputs());
+        let rows: Vec<M::Input> = distinct(inputs).into_iter().cloned().collect();
+        let model = encoder(&self.model, &self.text_encoders, self.is_lent(pass));
+        let id = self.passes.begin(model, pass, rows)?;
+        self.advance_pass(id, ids, events)
+    }
+
+    /// The next step of a pass that is under way.
+    pub(super) fn advance_pass(&mut self, pass_id: PassId, ids: &[SessionId], events: &mut Events) -> Result<()> {
+        let pass = self.passes.pass(pass_id).clone();
+        self.activate_in_encoders(&pass, ids)?;
+        let model = encoder(&self.model, &self.text_encoders, self.is_lent(&pass));
+        let finished = self.passes.advance(model, pass_id)?;
+        for id in ids {
+            let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
+            let (done, total) = session.encode_mut().advance(pass_id, finished.as_ref());
+            session.finish_encoding(&self.model)?;
+            events.emit(*id, Event::Progress { phase: pass.phase, done, total });
+            self.settle(*id, Outcome::GoesOn, events);
+        }
+        self.release_text_encoders();
+        Ok(())
+    }
+
+    /// Puts the terms of the members' requests, which are the same ones, into the layers of the encoders.
+    fn activate_in_encoders(&mut self, pass: &Pass, ids: &[SessionId]) -> Result<()> {
+        if pass.loras.is_none() {
+            return Ok(());
+        }
+        if !self.is_lent(pass) {
+            return self.activate(ids);
+        }
+        // The layers of encoders that come and go are not the model's.
+        let lent = encoder(&self.model, &self.text_encoders, true);
+        if let Some(adapters) = lent.adapters() {
+            adapters.activate(adapters.prepare(&self.session(ids[0]).request.loras)?.as_ref());
+        }
+        Ok(())
+    }
+
+    /// Whether encoders that come and go compute this pass.
+    fn is_lent(&self, pass: &Pass) -> bool {
+        self.text_encoders.as_ref().is_some_and(|encoders| encoders.has(pass.components))
+    }
+
+    /// Lets text encoders go that nobody waits for: whoever does has their bytes reserved.
+    pub(super) fn release_text_encoders(&mut self) {
+        let is_awaited = |session: &Session<M>| session.next_inputs().is_some_and(|inputs| self.is_lent(&inputs.pass));
+        if !self.sessions.values().any(is_awaited)
+            && let Some(text_encoders) = &mut self.text_encoders
+        {
+            text_encoders.release();
+        }
+    }
+
+    /// Forgets the passes that no session takes part in any more.
+    pub(super) fn release_passes(&mut self) {
+        let sessions = &self.sessions;
+        self.passes.retain(|pass| sessions.values().any(|session| session.pass_under_way() == Some(pass)));
+    }
+}
+
+/// The model that has the encoders.
+fn encoder<'a, M>(model: &'a M, text_encoders: &'a Option<OnDemand<M>>, is_lent: bool) -> &'a M {
+    match text_encoders {
+        Some(encoders) if is_lent => encoders.model(),
+        _ => model,
+    }
+}
+
+const IS_LENT: &str = "a pass is lent where there are encoders on demand: this is a bug";
