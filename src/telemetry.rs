@@ -42,7 +42,7 @@ pub fn metrics_handle() -> &'static PrometheusHandle {
 
 /// Handles of one model's metrics, made once so that a step only touches atomics.
 pub struct ModelMetrics {
-    steps: [(Phase, Histogram); 6],
+    steps: [(Phase, Histogram); 7],
     first_token: [Histogram; 2],
     inter_token: [Histogram; 2],
     queue_time: [Histogram; 2],
@@ -55,7 +55,15 @@ impl ModelMetrics {
     /// Of the model with this name.
     pub fn new(model: &str) -> Self {
         metrics_handle();
-        let phases = [Phase::Prefill, Phase::Decode, Phase::Encode, Phase::VaeEncode, Phase::Denoise, Phase::VaeDecode];
+        let phases = [
+            Phase::Prefill,
+            Phase::Decode,
+            Phase::Load,
+            Phase::Encode,
+            Phase::VaeEncode,
+            Phase::Denoise,
+            Phase::VaeDecode,
+        ];
         let outcomes = ["stop", "length", "complete", "failed", "cancelled"];
         let histograms = |ours: &'static str, theirs: &'static str| {
             [ours, theirs].map(|name| histogram!(name, "model_name" => model.to_owned()))

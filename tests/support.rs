@@ -76,7 +76,7 @@ pub async fn start(setup: Setup) -> Server {
             }
             if fail.load(Relaxed) { Err(tale_models::Error::NotFinite { phase: "script" }) } else { Ok(()) }
         };
-        Script { max_batch: setup.max_batch, footprint_bytes, on_step: Box::new(on_step) }
+        Script { max_batch: setup.max_batch, footprint_bytes, on_step: Box::new(on_step), ..Script::default() }
     };
     let models = vec![
         ("words".to_owned(), text_model(script(0)).expect("the tokenizer is sound")),

@@ -7,6 +7,8 @@ pub enum Phase {
     Prefill,
     /// Language: one token per sequence.
     Decode,
+    /// Diffusion: a part of networks that are not on the device all the time, read from their files.
+    Load,
     /// Diffusion: text encoders, and the vision encoder of reference pictures.
     Encode,
     /// Diffusion: an input picture to latents.
@@ -23,6 +25,7 @@ impl Phase {
         match self {
             Phase::Prefill => "prefill",
             Phase::Decode => "decode",
+            Phase::Load => "load",
             Phase::Encode => "encode",
             Phase::VaeEncode => "vae_encode",
             Phase::Denoise => "denoise",

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplate;
+use crate::checkpoint::STEP_BYTES;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
 use crate::memory::MemoryPlan;
@@ -54,13 +55,24 @@ pub struct Script {
     pub max_batch: usize,
     /// Bytes that each session reserves.
     pub footprint_bytes: usize,
+    /// Bytes of text encoders on demand, read by each image and video in steps of at most [`STEP_BYTES`]; 0 where they are
+    /// there.
+    pub encoder_bytes: usize,
+    /// Bytes that its denoising steps borrow.
+    pub borrowed_bytes: usize,
     /// See [`OnStep`].
     pub on_step: OnStep,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { max_batch: 64, footprint_bytes: 0, on_step: Box::new(|_, _| Ok(())) }
+        Self {
+            max_batch: 64,
+            footprint_bytes: 0,
+            encoder_bytes: 0,
+            borrowed_bytes: 0,
+            on_step: Box::new(|_, _| Ok(())),
+        }
     }
 }
 
@@ -189,6 +201,7 @@ impl Runner for ScriptedRunner {
     fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {
         let phase = match request {
             Request::Text(_) => Phase::Prefill,
+            Request::Diffusion(_) if self.script.encoder_bytes > 0 => Phase::Load,
             Request::Diffusion(_) => Phase::Encode,
         };
         self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false });
@@ -203,6 +216,18 @@ impl Runner for ScriptedRunner {
         self.batch().map(|(phase, sessions)| StepPlan { phase, sessions: sessions.len() })
     }
 
+    fn borrowed_bytes(&self) -> usize {
+        match self.batch() {
+            Some((Phase::Denoise, _)) => self.script.borrowed_bytes,
+            _ => 0,
+        }
+    }
+
+    fn evict_next(&mut self) -> Vec<SessionId> {
+        self.stepping = self.batch().map_or(Vec::new(), |(_, batch)| batch);
+        self.evict_step()
+    }
+
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
         let (phase, batch) = self.batch().ok_or_else(|| Error::Device("a step without work".into()))?;
         let plan = StepPlan { phase, sessions: batch.len() };
@@ -210,7 +235,7 @@ impl Runner for ScriptedRunner {
         (self.script.on_step)(plan, &self.stepping)?;
         for id in std::mem::take(&mut self.stepping) {
             let Some(session) = self.sessions.get_mut(&id) else { continue };
-            if session.advance(id, events) {
+            if session.advance(id, self.script.encoder_bytes, events) {
                 self.sessions.remove(&id);
             }
         }
@@ -231,7 +256,7 @@ impl Runner for ScriptedRunner {
 
 impl Scripted {
     /// One step; true when the session has ended.
-    fn advance(&mut self, id: SessionId, events: &mut Events) -> bool {
+    fn advance(&mut self, id: SessionId, encoder_bytes: usize, events: &mut Events) -> bool {
         if !self.begun {
             self.begun = true;
             events.emit(id, Event::Started);
@@ -240,7 +265,8 @@ impl Scripted {
         let finished = match &self.request {
             Request::Text(request) => advance_text(&mut self.phase, &mut self.done, request, |e| events.emit(id, e)),
             Request::Diffusion(request) => {
-                advance_diffusion(&mut self.phase, &mut self.done, request, |e| events.emit(id, e))
+                let loading = encoder_bytes.div_ceil(STEP_BYTES);
+                advance_diffusion(&mut self.phase, &mut self.done, request, loading, |e| events.emit(id, e))
             }
         };
         if let Some((reason, usage)) = finished {
@@ -272,9 +298,11 @@ fn advance_diffusion(
     phase: &mut Phase,
     done: &mut usize,
     request: &DiffusionRequest,
+    load_steps: usize,
     mut emit: impl FnMut(Event),
 ) -> Option<(FinishReason, Usage)> {
     let (total, next) = match *phase {
+        Phase::Load => (load_steps, Phase::Encode),
         Phase::Encode => (1, Phase::Denoise),
         Phase::Denoise => (request.sampling.num_inference_steps, Phase::VaeDecode),
         _ => (request.canvas.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),

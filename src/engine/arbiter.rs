@@ -194,7 +194,7 @@ mod tests {
         fn no_busy_runner_starves(
             costs in prop::collection::vec((1u32..2000, 0usize..4), 2..6),
         ) {
-            let phases = [Phase::Decode, Phase::Denoise, Phase::VaeDecode, Phase::Encode];
+            let phases = [Phase::Decode, Phase::Denoise, Phase::VaeDecode, Phase::Encode, Phase::Load];
             let work: Vec<_> = costs.iter().map(|(ms, phase)| (phases[*phase], f64::from(*ms) / 1000.0)).collect();
             let slowest = work.iter().map(|w| w.1).fold(0.0, f64::max);
             let steps = run(&vec![1.0; work.len()], &work, slowest * 200.0);

@@ -11,6 +11,8 @@ pub enum Owner {
     Model(usize),
     /// Everything that a running generation needs beside them.
     Session(SessionId),
+    /// What the model at this position needs for a while beside its weights and its sessions' plans.
+    Borrowed(usize),
 }
 
 /// A reservation that does not fit.
@@ -47,6 +49,16 @@ impl Ledger {
         Ok(())
     }
 
+    /// Makes what an owner holds more or less, or changes nothing.
+    pub fn resize(&mut self, owner: Owner, bytes: usize) -> Result<(), Shortage> {
+        let free_bytes = self.free_bytes() + self.held_bytes(owner);
+        if bytes > free_bytes {
+            return Err(Shortage { needed_bytes: bytes, free_bytes });
+        }
+        self.release(owner);
+        if bytes > 0 { self.reserve(owner, bytes) } else { Ok(()) }
+    }
+
     /// Gives back what the owner holds; nothing happens when it holds nothing.
     pub fn release(&mut self, owner: Owner) {
         self.used_bytes -= self.reservations.remove(&owner).unwrap_or(0);
@@ -61,6 +73,11 @@ impl Ledger {
     /// Bytes that nobody holds.
     pub fn free_bytes(&self) -> usize {
         self.capacity_bytes - self.used_bytes
+    }
+
+    /// Bytes that one owner holds.
+    pub fn held_bytes(&self, owner: Owner) -> usize {
+        self.reservations.get(&owner).copied().unwrap_or(0)
     }
 
     /// Bytes that somebody holds.
@@ -87,6 +104,20 @@ mod tests {
         assert_eq!(shortage, Shortage { needed_bytes: 31, free_bytes: 30 });
         assert_eq!((ledger.used_bytes(), ledger.session_capacity_bytes()), (70, 30));
         ledger.reserve(Owner::Session(SessionId(1)), 30).expect("fits exactly");
+    }
+
+    #[test]
+    fn what_is_borrowed_may_grow_and_shrink() {
+        let mut ledger = Ledger::new(100);
+        let owner = Owner::Borrowed(0);
+        ledger.reserve(Owner::Model(0), 70).expect("fits");
+        ledger.resize(owner, 10).expect("fits");
+        ledger.resize(owner, 30).expect("fits exactly");
+        let shortage = ledger.resize(owner, 31).expect_err("does not fit");
+        assert_eq!(shortage, Shortage { needed_bytes: 31, free_bytes: 30 });
+        assert_eq!((ledger.used_bytes(), ledger.session_capacity_bytes()), (100, 30));
+        ledger.resize(owner, 0).expect("fits");
+        assert_eq!(ledger.used_bytes(), 70);
     }
 
     proptest! {

@@ -7,13 +7,15 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use tale_models::checkpoint::STEP_BYTES;
 use tale_models::diffusion::{Canvas, DiffusionRequest, Prompt, Sampling};
-use tale_models::request::{SamplingParams, TextRequest};
-use tale_models::runner::RunnerStatus;
+use tale_models::request::{Phase, SamplingParams, TextRequest};
+use tale_models::runner::{RunnerStatus, StepPlan};
 use tale_models::solver::names::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
 use tale_models::{Error, Event, Request, Runner, SessionId};
 
+use super::arbiter::is_text;
 use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
 use super::worker::{Clock, Command, DeviceWorker};
@@ -102,7 +104,7 @@ impl World {
                     _ => Ok(()),
                 }
             };
-            let script = Script { max_batch: 3, footprint_bytes, on_step: Box::new(on_step) };
+            let script = Script { max_batch: 3, footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
             (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
         });
         let runners = runners.collect();
@@ -228,7 +230,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
             log.lock().expect("no panic inside").push((index, sessions.to_vec()));
             Ok(())
         };
-        let script = Script { max_batch: 4, footprint_bytes, on_step: Box::new(on_step) };
+        let script = Script { max_batch: 4, footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
         (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
     };
     let mut worker = DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), clock.clone());
@@ -248,6 +250,92 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
     let first_large = steps.iter().position(|(runner, _)| *runner == 1).expect("the large one ran");
     let before: BTreeSet<_> = steps[..first_large].iter().flat_map(|(_, sessions)| sessions).collect();
     assert!(before.len() <= 70, "{} sessions overtook it", before.len());
+}
+
+/// Encoders of 9.5 GB from a disk of 1 GB/s would be one step of ten seconds.
+#[test]
+fn a_token_stream_waits_for_one_bounded_step_while_encoders_are_read() {
+    const ENCODER_BYTES: usize = 9_500_000_000;
+    const BYTES_PER_SECOND: f64 = 1e9;
+    let (clock, log) = (VirtualClock::default(), Arc::new(Mutex::new(Vec::<(Phase, Duration)>::new())));
+    let runner = |name: &str, encoder_bytes: usize| {
+        let (clock, log) = (clock.clone(), log.clone());
+        let mut bytes_left = encoder_bytes;
+        let on_step = move |plan: StepPlan, _: &[SessionId]| {
+            let cost = match plan.phase {
+                Phase::Load => {
+                    let read = bytes_left.min(STEP_BYTES);
+                    bytes_left -= read;
+                    Duration::from_secs_f64(read as f64 / BYTES_PER_SECOND)
+                }
+                Phase::Prefill | Phase::Decode => Duration::from_millis(10),
+                _ => Duration::from_millis(100),
+            };
+            clock.advance(cost);
+            log.lock().expect("no panic inside").push((plan.phase, cost));
+            Ok(())
+        };
+        let script = Script { encoder_bytes, on_step: Box::new(on_step), ..Script::default() };
+        (name.to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
+    };
+    let runners = vec![runner("text", 0), runner("clips", ENCODER_BYTES)];
+    let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), clock.clone());
+    for (id, model, request) in [(1, 0, text(1000)), (2, 1, clip(4))] {
+        worker.count_submission(model);
+        let mailbox = Arc::new(Mailbox::default());
+        worker.handle(Command::Submit { id: SessionId(id), model, request, mailbox });
+    }
+    while worker.has_work(1) || log.lock().expect("no panic inside").is_empty() {
+        assert!(worker.turn());
+    }
+    let steps = log.lock().expect("no panic inside").clone();
+    let loads = steps.iter().filter(|(phase, _)| *phase == Phase::Load);
+    assert_eq!(loads.clone().count(), ENCODER_BYTES.div_ceil(STEP_BYTES));
+    let longest = Duration::from_secs_f64(STEP_BYTES as f64 / BYTES_PER_SECOND);
+    assert!(loads.clone().all(|(_, cost)| *cost <= longest));
+    // Between two text steps there is one other step at most, and it is bounded.
+    for between in steps.split(|(phase, _)| is_text(*phase)) {
+        assert!(between.len() <= 1, "{between:?}");
+        assert!(between.iter().all(|(_, cost)| *cost <= longest), "{between:?}");
+    }
+    let told = steps.iter().map(|(phase, _)| *phase).collect::<BTreeSet<_>>();
+    assert!(told.contains(&Phase::VaeDecode), "the clip was made: {told:?}");
+}
+
+/// What a step borrows is reserved while it is held, and where it is not there the sessions of that step end and no others.
+#[test]
+fn what_steps_borrow_is_in_the_books() {
+    for (capacity, fits) in [(150, true), (149, false)] {
+        let script = Script { footprint_bytes: 100, borrowed_bytes: 50, ..Script::default() };
+        let runner = Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>;
+        let runners = vec![("clips".to_owned(), runner)];
+        let mut worker = DeviceWorker::new(runners, Ledger::new(capacity), VirtualClock::default());
+        let mailbox = Arc::new(Mailbox::default());
+        worker.count_submission(0);
+        worker.handle(Command::Submit { id: SessionId(1), model: 0, request: clip(2), mailbox: mailbox.clone() });
+        let mut used = Vec::new();
+        while worker.turn() {
+            used.push(worker.ledger().used_bytes());
+        }
+        let events = std::iter::from_fn(|| match mailbox.poll(Waker::noop()) {
+            Poll::Ready(event) => event,
+            Poll::Pending => None,
+        });
+        let last = events.last();
+        match fits {
+            true => {
+                // Encoding, two denoising steps, two chunks: the first denoising step finds it reserved after its turn.
+                assert_eq!(used, [100, 150, 100, 100, 0]);
+                assert!(matches!(last, Some(Event::Finished { .. })), "{last:?}");
+            }
+            false => {
+                assert_eq!(used, [100, 0]);
+                let Some(Event::Failed(error)) = last else { panic!("{last:?}") };
+                assert_eq!(error.to_string(), "not enough memory: 50 bytes needed in phase denoise, 49 free");
+            }
+        }
+        assert_eq!(worker.ledger().used_bytes(), 0);
+    }
 }
 
 fn engine(script: Script, max_queued_sessions: usize) -> Engine {

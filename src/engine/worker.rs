@@ -17,7 +17,7 @@ use tale_models::runner::StepPlan;
 use tale_models::{Error, Event, Events, Request, Runner, SessionId};
 
 use super::arbiter::{Arbiter, Candidate};
-use super::ledger::{Ledger, Owner};
+use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
 use super::{Gauges, ModelGauges};
 use crate::telemetry::ModelMetrics;
@@ -222,6 +222,9 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     fn step(&mut self, candidate: Candidate) {
+        if let Err(shortage) = self.reserve_borrowed(candidate.runner) {
+            return self.end_for_want_of_memory(candidate, shortage);
+        }
         let runner = &mut self.runners[candidate.runner];
         let before = self.clock.now();
         let outcome = guarded(|| runner.step(&mut self.events));
@@ -235,6 +238,38 @@ impl<C: Clock> DeviceWorker<C> {
             tracing::error!(phase, sessions, evicted = evicted.len(), %error, "a step failed; its sessions are ended");
             evicted.into_iter().for_each(|id| self.events.emit(id, Event::Failed(error.restate())));
         }
+        self.give_back_borrowed(candidate.runner);
+    }
+
+    /// Reserves what the next step of a runner needs beside what its sessions have.
+    fn reserve_borrowed(&mut self, runner: usize) -> Result<(), Shortage> {
+        self.ledger.resize(Owner::Borrowed(runner), self.runners[runner].borrowed_bytes())
+    }
+
+    /// Gives back what a runner no longer needs. More is reserved before the step that needs it.
+    fn give_back_borrowed(&mut self, runner: usize) {
+        let needed = self.runners[runner].borrowed_bytes();
+        let held = self.ledger.held_bytes(Owner::Borrowed(runner));
+        if needed < held && self.ledger.resize(Owner::Borrowed(runner), needed).is_ok() {
+            self.admission_due = true;
+        }
+    }
+
+    /// Ends the sessions of a step whose memory there is not.
+    fn end_for_want_of_memory(&mut self, candidate: Candidate, shortage: Shortage) {
+        let phase = candidate.plan.phase;
+        let Shortage { needed_bytes, free_bytes } = shortage;
+        tracing::warn!(
+            phase = phase.as_str(),
+            needed_bytes,
+            free_bytes,
+            "no memory for a step; its sessions are ended"
+        );
+        for id in self.runners[candidate.runner].evict_next() {
+            let error = Error::OutOfMemory { phase: Some(phase), needed_bytes, free_bytes };
+            self.events.emit(id, Event::Failed(error));
+        }
+        self.give_back_borrowed(candidate.runner);
     }
 
     fn publish_events(&mut self) {
@@ -285,6 +320,7 @@ impl<C: Clock> DeviceWorker<C> {
         let model = live.model;
         self.metrics[model].cancelled();
         self.runners[model].cancel(id);
+        self.give_back_borrowed(model);
         self.waiting.retain(|waiting| waiting.id != id);
         if let Some(mailbox) = self.forget(id) {
             mailbox.close();

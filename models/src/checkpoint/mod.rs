@@ -22,6 +22,7 @@ mod manifest;
 mod open;
 mod over_base;
 mod random;
+mod reading;
 mod reread;
 
 pub use component::Component;
@@ -29,6 +30,7 @@ pub use folder::Folder;
 pub use manifest::Manifest;
 pub(crate) use open::OnDevice;
 pub use open::{Build, OpenWeights};
+pub use reading::{DryModel, Reading, STEP_BYTES};
 pub use reread::{LentComponents, Reread};
 
 /// The file with a component's configuration.

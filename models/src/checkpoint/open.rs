@@ -4,13 +4,14 @@
 //! Does not know: what is built of them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::reread::{LentComponents, Reread};
 use super::{CONFIG, LoadFormat, Manifest, Mode};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::source::ModelSource;
-use crate::weights::{Weights, WeightsReport};
+use crate::weights::{Ahead, Weights, WeightsReport};
 
 /// Which components are for the device; the others are dry: not even their shapes are made there.
 #[derive(Clone, Copy)]
@@ -44,6 +45,8 @@ pub struct OpenWeights<'a> {
     format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
     opened: Vec<(String, Weights)>,
+    /// Where tensors are noted or lie ready, if they do.
+    ahead: Option<&'a Arc<Ahead>>,
 }
 
 impl<'a> OpenWeights<'a> {
@@ -55,7 +58,16 @@ impl<'a> OpenWeights<'a> {
         format: LoadFormat,
         on_component: &'a mut dyn FnMut(&str),
     ) -> Self {
-        Self { source, placement, on_device: OnDevice::All, mode, format, on_component, opened: Vec::new() }
+        Self {
+            source,
+            placement,
+            on_device: OnDevice::All,
+            mode,
+            format,
+            on_component,
+            opened: Vec::new(),
+            ahead: None,
+        }
     }
 
     /// Only these are for the device.
@@ -63,13 +75,17 @@ impl<'a> OpenWeights<'a> {
         Self { on_device, ..self }
     }
 
+    /// What the components on the device ask for is noted in `ahead`, or is ready there.
+    pub(super) fn with_ahead(self, ahead: Option<&'a Arc<Ahead>>) -> Self {
+        Self { ahead, ..self }
+    }
+
     /// The weights of the component of this name; the empty name is the whole checkpoint.
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = manifest.component(name)?;
         let (mode, placement) = self.how(name);
         let weights = component.open(mode, &placement)?;
-        self.opened.push((name.to_owned(), weights.clone()));
-        Ok(weights)
+        Ok(self.opened_as(name, weights))
     }
 
     /// The weights of a component of another checkpoint, which goes with this one. `name` is that under which they are
@@ -79,8 +95,7 @@ impl<'a> OpenWeights<'a> {
         self.check_has_files(&component.path(""))?;
         let (mode, placement) = self.how(name);
         let weights = component.open(mode, &placement)?;
-        self.opened.push((name.to_owned(), weights.clone()));
-        Ok(weights)
+        Ok(self.opened_as(name, weights))
     }
 
     /// The weights in a folder or file that goes with the checkpoint, by the name under which they are reported.
@@ -91,8 +106,7 @@ impl<'a> OpenWeights<'a> {
             Mode::Load => Weights::open(path, &placement)?,
             Mode::Inspect => Weights::open_dry(path, &placement)?,
         };
-        self.opened.push((name.to_owned(), weights.clone()));
-        Ok(weights)
+        Ok(self.opened_as(name, weights))
     }
 
     /// Where the model lies, and what goes with it.
@@ -122,6 +136,14 @@ impl<'a> OpenWeights<'a> {
             LoadFormat::Dummy => {
                 Err(Error::checkpoint(path, "goes with the files of a checkpoint, not with random weights"))
             }
+        }
+    }
+
+    fn opened_as(&mut self, name: &str, weights: Weights) -> Weights {
+        self.opened.push((name.to_owned(), weights.clone()));
+        match self.ahead {
+            Some(ahead) if self.on_device.contains(name) => weights.with_ahead(ahead, name),
+            _ => weights,
         }
     }
 

@@ -4,14 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use candle_core::DType;
 
+use super::reading::{DryModel, Reading};
 use super::{Build, LoadFormat, Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::source::ModelSource;
+use crate::weights::Ahead;
 
 /// Where a model was read from, to read parts of it in f32 later. No file is kept open or mapped meanwhile: whoever
 /// overwrites it must not end the process.
@@ -30,16 +33,38 @@ impl Reread {
         Self { source, files, placement, format }
     }
 
-    /// A model whose components of these names are read in f32. The others are dry: they take no memory, and nothing may be
-    /// computed from them.
-    pub fn in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<M> {
-        Ok(self.built(&self.placement.computing_in(DType::F32), Mode::Load, components, build)?.0)
+    /// Begins to read a model whose components of these names are in f32. The others are dry: they take no memory, and
+    /// nothing may be computed from them.
+    pub fn begin_in_f32<M>(
+        self: &Arc<Self>,
+        components: &[&str],
+        build: Build<M>,
+    ) -> Result<(Reading<M>, DryModel<M>)> {
+        let components = components.iter().map(|name| (*name).to_owned()).collect();
+        Reading::begin(self, self.placement.computing_in(DType::F32), components, build)
     }
 
-    /// The same, wholly dry, and the bytes of the weights that would be read.
-    pub fn dry_in_f32<M>(&self, components: &[&str], build: Build<M>) -> Result<(M, usize)> {
-        let placement = self.placement.computing_in(DType::F32).in_memory_of_the_host();
-        self.built(&placement, Mode::Inspect, components, build)
+    /// The model that has these components and no others, wholly dry, and the bytes that they take. What it asks for is
+    /// noted in `ahead`.
+    pub(super) fn noted<M>(
+        &self,
+        placement: &Placement,
+        components: &[String],
+        build: Build<M>,
+        ahead: &Arc<Ahead>,
+    ) -> Result<(M, usize)> {
+        self.built(&placement.in_memory_of_the_host(), Mode::Inspect, components, build, ahead)
+    }
+
+    /// The model that has these components and no others, of what is ready in `ahead`.
+    pub(super) fn built_of<M>(
+        &self,
+        placement: &Placement,
+        components: &[String],
+        build: Build<M>,
+        ahead: &Arc<Ahead>,
+    ) -> Result<M> {
+        Ok(self.built(placement, Mode::Load, components, build, ahead)?.0)
     }
 
     /// See [`Placement::spare_bytes`].
@@ -48,7 +73,15 @@ impl Reread {
     }
 
     /// A model that has these components and no others, and the bytes that they take.
-    fn built<M>(&self, placement: &Placement, mode: Mode, components: &[&str], build: Build<M>) -> Result<(M, usize)> {
+    fn built<M>(
+        &self,
+        placement: &Placement,
+        mode: Mode,
+        components: &[String],
+        build: Build<M>,
+        ahead: &Arc<Ahead>,
+    ) -> Result<(M, usize)> {
+        let components: Vec<&str> = components.iter().map(String::as_str).collect();
         if WeightFiles::of(&self.source) != self.files {
             let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
             return Err(Error::checkpoint(&self.source.path, problem));
@@ -56,7 +89,7 @@ impl Reread {
         let manifest = Manifest::read(&self.source)?.in_format(self.format);
         let on_component = &mut |_: &str| ();
         let open = OpenWeights::new(&self.source, placement, mode, self.format, on_component);
-        let mut open = open.restricted_to(OnDevice::Only(components));
+        let mut open = open.restricted_to(OnDevice::Only(&components)).with_ahead(Some(ahead));
         let model = build(&manifest, &mut open)?;
         Ok((model, open.resident_bytes()))
     }
@@ -67,12 +100,12 @@ pub struct LentComponents {
     names: Vec<String>,
     /// What they take on the device while they are there.
     bytes: usize,
-    reread: Reread,
+    reread: Arc<Reread>,
 }
 
 impl LentComponents {
     pub(super) fn new(names: Vec<String>, bytes: usize, reread: Reread) -> Self {
-        Self { names, bytes, reread }
+        Self { names, bytes, reread: Arc::new(reread) }
     }
 
     /// What they take on the device while they are there.
@@ -80,15 +113,14 @@ impl LentComponents {
         self.bytes
     }
 
-    /// Whether the component of this name is one of them.
-    pub fn contains(&self, component: &str) -> bool {
-        self.names.iter().any(|name| name == component)
+    /// Their names.
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
-    /// A model that has them on the device and nothing else there.
-    pub fn read<M>(&self, build: Build<M>) -> Result<M> {
-        let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
-        Ok(self.reread.built(&self.reread.placement, Mode::Load, &names, build)?.0)
+    /// Begins to read a model that has them on the device and nothing else there.
+    pub fn read<M>(&self, build: Build<M>) -> Result<Reading<M>> {
+        Ok(Reading::begin(&self.reread, self.reread.placement.clone(), self.names.clone(), build)?.0)
     }
 }
 

@@ -3,11 +3,10 @@
 //! Owns: which sessions share a step, and the step: prediction and decoding; encoding is in `encoding`, what is done once
 //! more in `mending`. A session's own way is in `session`. Does not know: any architecture, solver or VAE.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use candle_core::Tensor;
 
-use crate::device::give_back_freed_memory;
 use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
@@ -20,6 +19,7 @@ pub mod course;
 mod denoising;
 mod encoding;
 pub mod inputs;
+pub mod loading;
 mod mending;
 mod model;
 pub mod narrow;
@@ -34,10 +34,12 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, StepKey};
+use batcher::{Batcher, Load, StepKey};
 use block_cache::BlockCache;
 use course::Expert;
+use mending::{MendKey, Wide};
 pub use model::DiffusionModel;
+use narrow::are_finite;
 use on_demand::OnDemand;
 use passes::Passes;
 pub(crate) use pixels::to_byte;
@@ -57,6 +59,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     text_encoders: Option<OnDemand<M>>,
     /// Reads a second one where this one is too narrow.
     in_f32: Option<InF32<M>>,
+    /// What was read or is being read in f32.
+    wide: BTreeMap<MendKey, Wide<M>>,
     max_rows: usize,
     batcher: Batcher<M::Input>,
     passes: Passes<M>,
@@ -80,6 +84,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             model,
             text_encoders: None,
             in_f32: None,
+            wide: BTreeMap::new(),
             max_rows,
             batcher: Batcher::new(max_rows),
             passes: Passes::new(),
@@ -107,14 +112,15 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn denoise(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
         self.activate(ids)?;
         let predictions = self.predict(ids)?;
-        let predictions = self.mended(ids, predictions)?;
-        for (id, prediction) in ids.iter().zip(predictions) {
-            let outcome = match prediction {
-                Err(error) => Outcome::Failed(error),
-                Ok(prediction) => {
+        let finite = are_finite(&predictions)?;
+        for ((id, prediction), is_finite) in ids.iter().zip(predictions).zip(finite) {
+            let outcome = match is_finite {
+                true => {
                     self.advance(*id, &prediction, events)?;
                     Outcome::GoesOn
                 }
+                // Whoever shares the step hears nothing of it.
+                false => self.begin_mending(*id, Phase::Denoise),
             };
             self.settle(*id, outcome, events);
         }
@@ -151,6 +157,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn forget(&mut self, id: SessionId) -> bool {
         let was_there = self.sessions.remove(&id).is_some();
         self.release_passes();
+        self.release_wide();
         self.release_text_encoders();
         if let Some(adapters) = self.model.adapters() {
             adapters.release_unused();
@@ -192,22 +199,27 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         std::mem::take(&mut self.session_mut(id).denoising_mut().caches)
     }
 
-    /// The next chunk of pixels of one session.
+    /// The next chunk of pixels of one session. A chunk that is not finite sends it back to the first, in f32; frames that
+    /// are out already are not sent again.
     fn decode(&mut self, id: SessionId, events: &mut Events) -> Result<()> {
         let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
-        let (pixels, done) = session.decode_next(&self.model)?;
-        let total = self.model.num_decode_steps(session.latents().expert, &session.request);
+        let wide = session.mend_key().and_then(|key| self.wide.get(&key)).and_then(Wide::model);
+        let (pixels, done) = session.decode_next(wide.unwrap_or(&self.model))?;
+        let total = self.model.num_decode_steps(session.expert(), &session.request);
+        let is_told = done <= session.told;
         if let Some(pixels) = pixels {
             let Some(frames) = to_frames(&pixels, &session.request)? else {
-                let outcome =
-                    self.decode_in_f32(id, done - 1, events).map_or_else(Outcome::Failed, |()| Outcome::Complete);
-                give_back_freed_memory();
+                let outcome = self.begin_mending(id, Phase::VaeDecode);
                 self.settle(id, outcome, events);
                 return Ok(());
             };
-            events.emit(id, Event::Frames(frames));
+            if !is_told {
+                events.emit(id, Event::Frames(frames));
+            }
         }
-        events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
+        if !is_told {
+            events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
+        }
         self.settle(id, if done < total { Outcome::GoesOn } else { Outcome::Complete }, events);
         Ok(())
     }
@@ -229,9 +241,20 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     fn enqueue(&mut self, id: SessionId) {
         let session = self.session(id);
-        let key = session.step_key(id, &self.model);
-        let rows = session.num_rows();
+        let key = self.step_key(id, session);
+        // What is mended is done alone.
+        let rows = if session.mending.is_some() { 0 } else { session.num_rows() };
         self.batcher.enqueue(id, key, rows);
+    }
+
+    /// What a session does next: wait for networks that are away, or what its stage says.
+    fn step_key(&self, id: SessionId, session: &Session<M>) -> StepKey<M::Input> {
+        match session.mend_key() {
+            Some(key @ (expert, phase)) if self.wide_model(key).is_none() => StepKey::Load(Load::InF32(expert, phase)),
+            Some((_, Phase::Denoise)) => StepKey::Mend(id),
+            None if self.waits_for_encoders(session) => StepKey::Load(Load::TextEncoders),
+            _ => session.step_key(id, &self.model),
+        }
     }
 
     fn announce(&mut self, events: &mut Events) {
@@ -332,15 +355,30 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         Some(StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() })
     }
 
+    fn borrowed_bytes(&self) -> usize {
+        self.mending_bytes()
+    }
+
+    fn evict_next(&mut self) -> Vec<SessionId> {
+        let members = self.batcher.take().map_or(Vec::new(), |batch| batch.sessions);
+        for id in &members {
+            self.forget(*id);
+        }
+        members
+    }
+
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
         let batch = self.batcher.take().expect("step is called when there is a next one: this is a bug");
         let plan = StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() };
         self.in_step.clone_from(&batch.sessions);
         self.announce(events);
         match batch.key {
+            StepKey::Load(Load::TextEncoders) => self.load_text_encoders(&batch.sessions, events)?,
+            StepKey::Load(Load::InF32(expert, phase)) => self.load_in_f32((expert, phase), &batch.sessions, events),
             StepKey::Encode(inputs) => self.begin_pass(&inputs.pass, &batch.sessions, events)?,
             StepKey::GoOnEncoding(pass, _) => self.advance_pass(pass, &batch.sessions, events)?,
             StepKey::Denoise(_) => self.denoise(&batch.sessions, events)?,
+            StepKey::Mend(session) => self.mend_prediction(session, events)?,
             StepKey::VaeDecode(session) => self.decode(session, events)?,
         }
         self.in_step.clear();

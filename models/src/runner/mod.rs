@@ -44,6 +44,14 @@ pub trait Runner: Send {
     /// What the next call of `step` would do; `None` when there is nothing to do.
     fn next(&self) -> Option<StepPlan>;
 
+    /// Bytes that the runner needs for its next step beside the weights and what its sessions have reserved, and holds
+    /// until it asks for fewer; 0 but for work that is done once more in wider networks. The caller reserves them before
+    /// the step.
+    fn borrowed_bytes(&self) -> usize;
+
+    /// Forgets the sessions of the next step, whose borrowed bytes there are not, and names them. The others go on.
+    fn evict_next(&mut self) -> Vec<SessionId>;
+
     /// Does one bounded piece of work and says what came of it. After an error (or a panic) the caller must call
     /// [`Runner::evict_step`].
     fn step(&mut self, events: &mut Events) -> Result<StepPlan>;

@@ -271,6 +271,15 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         self.batcher.plan().map(|plan| summary(&plan))
     }
 
+    fn borrowed_bytes(&self) -> usize {
+        0
+    }
+
+    /// Nothing is borrowed for it.
+    fn evict_next(&mut self) -> Vec<SessionId> {
+        Vec::new()
+    }
+
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
         let Some(plan) = self.batcher.plan() else {
             return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });

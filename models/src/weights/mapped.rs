@@ -79,6 +79,21 @@ impl Slice {
         Self { file: located.file, stored: located.stored, pieces }
     }
 
+    /// The values in this range of its bytes.
+    pub(super) fn range(&self, bytes: Range<usize>) -> Self {
+        let mut pieces = Vec::with_capacity(self.pieces.len());
+        let mut before = 0;
+        for piece in &self.pieces {
+            let start = bytes.start.clamp(before, before + piece.len()) - before;
+            let end = bytes.end.clamp(before, before + piece.len()) - before;
+            if start < end {
+                pieces.push(piece.start + start..piece.start + end);
+            }
+            before += piece.len();
+        }
+        Self { file: self.file, stored: self.stored, pieces }
+    }
+
     /// Bytes.
     pub(super) fn len(&self) -> usize {
         self.pieces.iter().map(Range::len).sum()

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{DType, Device, Tensor};
 
+use self::ahead::{Asked, How, Key, Made, Wanted};
 use self::mapped::{Files, Located, Slice, elements, whole_shape};
 use self::names::{Names, Place};
 use self::record::Record;
@@ -22,6 +23,7 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::lora::{LayerShape, Sites, Slot};
 
+mod ahead;
 mod dummy;
 mod files;
 mod gguf;
@@ -33,6 +35,7 @@ pub mod single;
 mod stored;
 mod ties;
 
+pub use self::ahead::Ahead;
 pub use self::metadata::MetadataValue;
 pub use self::record::WeightsReport;
 pub use self::stored::Stored;
@@ -48,6 +51,8 @@ pub struct Weights {
     names: Option<Arc<dyn Names>>,
     /// Where layers note that they take adapters, if they do.
     sites: Option<Arc<Sites>>,
+    /// Where what is asked for is noted or lies ready, and the component's name there.
+    ahead: Option<(Arc<Ahead>, Arc<str>)>,
 }
 
 struct Source {
@@ -102,7 +107,7 @@ impl Weights {
 
     fn over(source: Source, placement: &Placement) -> Self {
         let (source, placement) = (Arc::new(source), placement.clone());
-        Self { source, placement, prefix: String::new(), names: None, sites: None }
+        Self { source, placement, prefix: String::new(), names: None, sites: None, ahead: None }
     }
 
     /// The same view with the names that the network's tensors have in the original implementation, if it is that
@@ -127,6 +132,12 @@ impl Weights {
     /// The same view for a network whose layers take adapters: they enter themselves in `sites` as they load.
     pub fn noting(&self, sites: &Arc<Sites>) -> Self {
         Self { sites: Some(sites.clone()), ..self.clone() }
+    }
+
+    /// The same view of the component of this name with tensors that are made ready before they are asked for: a dry view
+    /// notes what is asked for, another one takes what is ready.
+    pub fn with_ahead(self, ahead: &Arc<Ahead>, component: &str) -> Self {
+        Self { ahead: Some((ahead.clone(), component.into())), ..self }
     }
 
     /// The place for adapters of the layer that has this view's name, where the network takes any.
@@ -176,18 +187,28 @@ impl Weights {
         self.load(&[rows, cols], name, Placement::matrix_dtype)
     }
 
-    /// What `read` makes of a tensor's bytes as the files keep them, whatever they mean: integers, blocks of quantised
-    /// values. `shape` is that of the tensor in the files. Of a dry view `None`.
-    pub fn packed<T>(&self, shape: &[usize], name: &str, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<Option<T>> {
+    /// What `read` makes, on the device, of a tensor's bytes as the files keep them, whatever they mean: integers, blocks
+    /// of quantised values. `shape` is that of the tensor in the files. Of a dry view `None`.
+    pub fn packed<T: Send + 'static>(
+        &self,
+        shape: &[usize],
+        name: &str,
+        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
+    ) -> Result<Option<T>> {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
         let found = self.source.find_in_files(&place, shape);
         let Some((files, slice)) = self.or_noted(&place, found)? else { return Ok(None) };
         self.record().note_use(&full_name, &place.name, elements(shape), slice.len());
         if self.source.dry {
+            let make = move |bytes: &[u8], device: &Device| Ok(Box::new(read(bytes, device)?) as Made);
+            self.note_ahead(&full_name, &place, shape, slice.len(), How::Bytes(Box::new(make)));
             return Ok(None);
         }
-        let made = read(&files.bytes(&slice))?;
+        if let Some(made) = self.take_ahead(&full_name, None) {
+            return Ok(Some(made));
+        }
+        let made = read(&files.bytes(&slice), &self.placement.device)?;
         files.drop_pages(&slice);
         Ok(Some(made))
     }
@@ -265,11 +286,33 @@ impl Weights {
         let elements = elements(shape);
         let bytes = elements.saturating_mul(dtype.size_in_bytes());
         self.record().note_use(&full_name, &place.name, elements, bytes);
-        match found {
-            _ if source.dry => placeholder(shape, dtype, &placement.device),
-            Found::InFiles(files, slice) => files.read(&slice, shape, dtype, &placement.device),
-            Found::Dummy(_) => dummy::tensor(&full_name, shape, dtype, &placement.device),
+        if source.dry {
+            self.note_ahead(&full_name, &place, shape, found.bytes_to_read(bytes), How::Values(dtype));
+            return placeholder(shape, dtype, &placement.device);
         }
+        match self.take_ahead(&full_name, Some(dtype)) {
+            Some(tensor) => Ok(tensor),
+            None => found.read(&full_name, shape, dtype, &placement.device),
+        }
+    }
+
+    /// Notes for whoever makes it ready that a tensor is asked for, if somebody does.
+    fn note_ahead(&self, full_name: &str, place: &Place, shape: &[usize], bytes: usize, how: How) {
+        let Some((ahead, component)) = &self.ahead else { return };
+        let dtype = match how {
+            How::Values(dtype) => Some(dtype),
+            _ => None,
+        };
+        let key = Key { component: component.clone(), tensor: full_name.to_owned(), dtype };
+        let (source, place) = (self.source.clone(), place.clone());
+        let asked = Asked { key, source, place, shape: shape.to_vec(), bytes, bytes_done: 0 };
+        ahead.note(Wanted { asked, how });
+    }
+
+    /// What is ready of a tensor: values in this dtype, or what was made of its bytes.
+    fn take_ahead<T: 'static>(&self, full_name: &str, dtype: Option<DType>) -> Option<T> {
+        let (ahead, component) = self.ahead.as_ref()?;
+        ahead.take(&Key { component: component.clone(), tensor: full_name.to_owned(), dtype })
     }
 
     /// What was found at `place`; a dry view notes the problem where nothing was, and goes on.
@@ -324,6 +367,22 @@ enum Found<'a> {
 }
 
 impl Found<'_> {
+    /// The tensor, in this dtype and where it will live.
+    fn read(&self, full_name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        match self {
+            Self::InFiles(files, slice) => files.read(slice, shape, dtype, device),
+            Self::Dummy(_) => dummy::tensor(full_name, shape, dtype, device),
+        }
+    }
+
+    /// Bytes that are read or made for it, of which the tensor has `bytes`.
+    fn bytes_to_read(&self, bytes: usize) -> usize {
+        match self {
+            Self::InFiles(_, slice) => slice.len(),
+            Self::Dummy(_) => bytes,
+        }
+    }
+
     fn published_dtype(&self) -> DType {
         match self {
             Self::InFiles(_, slice) => slice.stored.dtype(),
@@ -344,6 +403,11 @@ impl Source {
             Origin::Files(files) => &files.tensors,
             Origin::Dummy(_) => &NONE,
         }
+    }
+
+    /// Whether there are files, parts of whose tensors can be read.
+    fn has_files(&self) -> bool {
+        matches!(self.origin, Origin::Files(_))
     }
 
     fn beginning(&self) -> &str {

@@ -180,18 +180,97 @@ fn integers_are_had_as_they_lie_and_not_as_numbers() {
     let open = || Weights::open(dir.path(), &placement(WeightDtype::Auto)).expect("open").pp("q");
     let weights = open();
     assert_eq!(weights.stored("qweight"), Some(Stored::Plain(Dtype::I32)));
-    let bytes = weights.packed(&[2, 2], "qweight", |bytes| Ok(bytes.to_vec())).expect("is there");
+    let bytes = weights.packed(&[2, 2], "qweight", |bytes, _| Ok(bytes.to_vec())).expect("is there");
     assert_eq!(bytes, Some(values));
     let report = weights.report();
     assert_eq!((report.resident_bytes, report.unused), (16, Vec::<String>::new()));
 
     let weights = open();
     assert!(error_of(weights.matrix(2, 2, "qweight")).contains("`q.qweight` has dtype I32; read are F32"));
-    assert!(error_of(weights.packed(&[4], "qweight", |_| Ok(()))).contains("has shape [2, 2], expected [4]"));
-    assert!(error_of(weights.packed(&[4], "scales", |_| Ok(()))).contains("`q.scales` is missing"));
+    assert!(error_of(weights.packed(&[4], "qweight", |_, _| Ok(()))).contains("has shape [2, 2], expected [4]"));
+    assert!(error_of(weights.packed(&[4], "scales", |_, _| Ok(()))).contains("`q.scales` is missing"));
     let dry = Weights::open_dry(dir.path(), &placement(WeightDtype::Auto)).expect("open").pp("q");
-    assert_eq!(dry.packed(&[2, 2], "qweight", |_| Ok(())).expect("is noted"), None);
-    assert_eq!(dry.packed(&[4], "scales", |_| Ok(())).expect("is noted"), None);
+    assert_eq!(dry.packed(&[2, 2], "qweight", |_, _| Ok(())).expect("is noted"), None);
+    assert_eq!(dry.packed(&[4], "scales", |_, _| Ok(())).expect("is noted"), None);
     let report = dry.report();
     assert_eq!((report.resident_bytes, report.problems.len()), (16, 1));
+}
+
+/// A network with a large table, a vector and packed bytes.
+fn ask(weights: &Weights) -> Vec<Tensor> {
+    let packed = weights.packed(&[4], "bytes", |bytes, device| Ok(Tensor::new(bytes, device)?)).expect("bytes");
+    let asked = [weights.matrix(8, 4, "table"), weights.get(&[3], "vector"), weights.get(&[2], "vector.2")];
+    asked.into_iter().map(|tensor| tensor.expect("is there")).chain(packed).collect()
+}
+
+fn folder_to_ask() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let table: Vec<u8> = (0..32).flat_map(|i| bf16::from_f32(i as f32).to_le_bytes()).collect();
+    let vector: Vec<u8> = [1f32, 2.0, 3.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let tensors = [
+        ("a.bytes", TensorView::new(Dtype::U8, vec![4], &[7, 8, 9, 10]).expect("view")),
+        ("a.table", TensorView::new(Dtype::BF16, vec![8, 4], &table).expect("view")),
+        ("a.vector", TensorView::new(Dtype::F32, vec![3], &vector).expect("view")),
+        ("a.vector.2", TensorView::new(Dtype::F32, vec![2], &vector[..8]).expect("view")),
+    ];
+    serialize_to_file(tensors, None, &dir.path().join("model.safetensors")).expect("write");
+    dir
+}
+
+/// Whatever the budget of a step is, no step reads more, and what comes is what comes without steps. A row of the table has
+/// 8 bytes.
+#[test]
+fn what_is_read_ahead_is_read_in_bounded_steps_and_found() {
+    let dir = folder_to_ask();
+    let values = |tensors: Vec<Tensor>| -> Vec<Vec<f32>> {
+        let values = |x: Tensor| x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+        tensors.into_iter().map(|tensor| values(tensor).expect("values")).collect()
+    };
+    for dtype in [WeightDtype::Auto, WeightDtype::F32, WeightDtype::F16] {
+        let placement = placement(dtype);
+        let view = || Weights::open(dir.path(), &placement).expect("open").pp("a");
+        let plain = values(ask(&view()));
+        for (budget, steps) in [(1000, 1), (88, 1), (64, 3), (20, 6), (12, 11)] {
+            let ahead = Arc::new(Ahead::new(&placement.device));
+            let dry = Weights::open_dry(dir.path(), &placement).expect("open").pp("a");
+            ask(&dry.with_ahead(&ahead, "network"));
+            assert_eq!(ahead.num_steps(budget), steps, "{budget} bytes a step");
+            let mut taken = 0;
+            let mut left = ahead.bytes_left();
+            assert_eq!(left, 64 + 12 + 8 + 4);
+            loop {
+                let goes_on = ahead.advance(budget).expect("reads");
+                taken += 1;
+                assert!(left - ahead.bytes_left() <= budget, "step {taken} of {budget} bytes");
+                left = ahead.bytes_left();
+                if !goes_on {
+                    break;
+                }
+            }
+            assert_eq!((taken, left), (steps, 0), "{budget} bytes a step");
+            let ready = view().with_ahead(&ahead, "network");
+            assert_eq!(values(ask(&ready)), plain, "{budget} bytes a step");
+            assert_eq!(ready.report().resident_bytes, view_report(&view()));
+        }
+    }
+}
+
+fn view_report(weights: &Weights) -> usize {
+    ask(weights);
+    weights.report().resident_bytes
+}
+
+/// What a network asks for that it had not asked for, or that another component has, is read as ever.
+#[test]
+fn what_is_not_ready_is_read_there_and_then() {
+    let dir = folder_to_ask();
+    let placement = placement(WeightDtype::Auto);
+    let ahead = Arc::new(Ahead::new(&placement.device));
+    let dry = Weights::open_dry(dir.path(), &placement).expect("open").pp("a");
+    dry.with_ahead(&ahead, "network").get(&[3], "vector").expect("is noted");
+    assert!(!ahead.advance(1000).expect("reads"));
+    let view = Weights::open(dir.path(), &placement).expect("open").pp("a");
+    for component in ["another", "network"] {
+        assert_eq!(ask(&view.clone().with_ahead(&ahead, component)).len(), 4);
+    }
 }

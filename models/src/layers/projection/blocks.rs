@@ -17,8 +17,8 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
     }
     let placement = weights.placement();
     weights.note_dequantised(placement.dequantised_bytes(out_features.saturating_mul(in_features)));
-    let matrix = weights.packed(&[out_features, in_features], "weight", |bytes| {
-        Ok(QuantisedMatrix::new(bytes, dtype, (out_features, in_features), &placement.device)?)
+    let matrix = weights.packed(&[out_features, in_features], "weight", move |bytes, device| {
+        Ok(QuantisedMatrix::new(bytes, dtype, (out_features, in_features), device)?)
     })?;
     Ok(Some(match matrix {
         Some(matrix) => Arc::new(Blocks(matrix)),

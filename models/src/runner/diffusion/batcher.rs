@@ -16,14 +16,27 @@ use crate::request::{Phase, SessionId};
 /// What decides about who may share a step. `I` is what a family has encoded.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StepKey<I> {
+    /// A bounded part of networks that these sessions wait for.
+    Load(Load),
     /// The first step of a pass over inputs of several sessions, equal ones once.
     Encode(Inputs<I>),
     /// The next step of a pass that is under way.
     GoOnEncoding(PassId, Phase),
     /// One prediction per row, at timesteps that may differ.
     Denoise(ShapeKey),
+    /// The last prediction of a session once more, in f32; alone.
+    Mend(SessionId),
     /// One chunk of pixels; a session decodes alone.
     VaeDecode(SessionId),
+}
+
+/// Networks that are not on the device all the time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Load {
+    /// The text encoders.
+    TextEncoders,
+    /// Those of an expert for a phase, in f32.
+    InF32(Expert, Phase),
 }
 
 /// What the rows of one denoising batch have in common, so that their tensors stack and one network serves them.
@@ -53,9 +66,10 @@ impl<I: PartialEq> StepKey<I> {
     /// Kind of the step.
     pub fn phase(&self) -> Phase {
         match self {
+            StepKey::Load(_) => Phase::Load,
             StepKey::Encode(inputs) => inputs.pass.phase,
             StepKey::GoOnEncoding(_, phase) => *phase,
-            StepKey::Denoise(_) => Phase::Denoise,
+            StepKey::Denoise(_) | StepKey::Mend(_) => Phase::Denoise,
             StepKey::VaeDecode(_) => Phase::VaeDecode,
         }
     }

@@ -1,4 +1,4 @@
-//! The encoding steps of the runner.
+//! The encoding steps of the runner, and the steps that read the encoders before.
 //!
 //! Owns: whose inputs a pass takes, on which model it is computed, what becomes of its members. Does not know: what is
 //! encoded.
@@ -10,14 +10,28 @@ use super::passes::PassId;
 use super::session::Session;
 use super::{DiffusionRunner, MEMBERS_EXIST, Outcome};
 use crate::error::Result;
-use crate::request::{Event, Events, SessionId};
+use crate::request::{Event, Events, Phase, SessionId};
 
 impl<M: DiffusionModel> DiffusionRunner<M> {
+    /// The next part of the text encoders that all members wait for.
+    pub(super) fn load_text_encoders(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
+        let text_encoders = self.text_encoders.as_mut().expect(IS_LENT);
+        let (done, total) = text_encoders.load_on()?;
+        for id in ids {
+            events.emit(*id, Event::Progress { phase: Phase::Load, done, total });
+            self.settle(*id, Outcome::GoesOn, events);
+        }
+        Ok(())
+    }
+
+    /// Whether a session's next pass waits for encoders that are away.
+    pub(super) fn waits_for_encoders(&self, session: &Session<M>) -> bool {
+        let is_away = self.text_encoders.as_ref().is_some_and(|encoders| encoders.model().is_none());
+        is_away && session.next_inputs().is_some_and(|inputs| self.is_lent(&inputs.pass))
+    }
+
     /// The first step of a pass over what all members have encoded next.
     pub(super) fn begin_pass(&mut self, pass: &Pass, ids: &[SessionId], events: &mut Events) -> Result<()> {
-        if self.is_lent(pass) {
-            self.text_encoders.as_mut().expect(IS_LENT).fetch()?;
-        }
         let inputs = ids.iter().filter_map(|id| self.session(*id).next_inputs());
         let rows: Vec<M::Input> = distinct(inputs).into_iter().cloned().collect();
         let model = encoder(&self.model, &self.text_encoders, self.is_lent(pass));
@@ -83,7 +97,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 /// The model that has the encoders.
 fn encoder<'a, M>(model: &'a M, text_encoders: &'a Option<OnDemand<M>>, is_lent: bool) -> &'a M {
     match text_encoders {
-        Some(encoders) if is_lent => encoders.model(),
+        Some(encoders) if is_lent => {
+            encoders.model().expect("a pass begins when its encoders are there: this is a bug")
+        }
         _ => model,
     }
 }

@@ -1,110 +1,146 @@
 //! The steps of the runner whose results are not finite in fewer than 32 bits: they are done once more in f32.
 //!
-//! Owns: what is done once more, and for whom. Does not know: how a network is read in f32 (`retry`).
-
-use candle_core::Tensor;
+//! A session whose prediction or pixels are not finite is *mended*: the networks of that phase are read in f32, in steps
+//! of their own, and its part of the work is done again with them. Owns: those networks, for as long as a session waits
+//! for them or works with them. Does not know: how a network is read in f32 (`retry`).
 
 use super::block_cache::BlockCache;
 use super::course::Expert;
+use super::loading::Coming;
 use super::model::DiffusionModel;
 use super::narrow::are_finite;
-use super::pixels::to_frames;
+use super::retry::{ReadInF32, WorkBytes};
 use super::session::Session;
-use super::{DiffusionRunner, predict_in_passes};
+use super::{DiffusionRunner, MEMBERS_EXIST, Outcome, predict_in_passes};
 use crate::device::give_back_freed_memory;
-use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
-use crate::request::{Event, Events, Phase, SessionId};
+use crate::request::{Events, Phase, SessionId};
+
+/// Whose work is mended, and which.
+pub(super) type MendKey = (Expert, Phase);
+
+/// The networks of one phase in f32, there or on their way.
+pub(super) struct Wide<M> {
+    model: Coming<M>,
+    weight_bytes: usize,
+    work_bytes: WorkBytes,
+}
+
+impl<M> Wide<M> {
+    /// Once it is there.
+    pub(super) fn model(&self) -> Option<&M> {
+        self.model.model()
+    }
+}
 
 impl<M: DiffusionModel> DiffusionRunner<M> {
-    /// Predictions that are not finite are made once more in f32; where that does not help either, they are the errors of
-    /// their sessions, and of those alone.
-    pub(super) fn mended(&mut self, ids: &[SessionId], predictions: Vec<Tensor>) -> Result<Vec<Result<Tensor>>> {
-        let finite = are_finite(&predictions)?;
-        let broken: Vec<SessionId> =
-            ids.iter().zip(&finite).filter(|(_, finite)| !**finite).map(|(id, _)| *id).collect();
-        let again = self.predict_in_f32(&broken);
-        if !broken.is_empty() {
-            give_back_freed_memory();
+    /// What becomes of a session whose last result is not finite.
+    pub(super) fn begin_mending(&mut self, id: SessionId, phase: Phase) -> Outcome {
+        let session = self.session_mut(id);
+        if session.mending.is_some() {
+            return Outcome::Failed(Error::NotFinite { phase: phase.as_str() });
         }
-        let mut again = again.into_iter();
-        let mended = predictions.into_iter().zip(finite).map(|(prediction, finite)| match finite {
-            true => Ok(prediction),
-            false => again.next().expect("one for each that is broken: this is a bug"),
-        });
-        Ok(mended.collect())
-    }
-
-    fn predict_in_f32(&mut self, ids: &[SessionId]) -> Vec<Result<Tensor>> {
-        // The one with the most rows needs the most memory.
-        let Some(largest) = ids.iter().max_by_key(|id| self.session(**id).num_rows()) else { return Vec::new() };
-        let request = &self.session(*largest).request;
-        let expert = self.session(*largest).denoising().expert();
-        let model = self.read_in_f32(expert, Phase::Denoise, request).and_then(|model| {
-            // The members of a step have the same ones.
-            if let Some(adapters) = model.adapters() {
-                adapters.activate(adapters.prepare(&request.loras)?.as_ref());
-            }
-            Ok(model)
-        });
-        let model = match model {
-            Ok(model) => model,
-            Err(error) => return ids.iter().map(|_| Err(error.restate())).collect(),
-        };
-        ids.iter()
-            .map(|id| {
-                // What is kept may be what is not finite.
-                self.session_mut(*id).denoising_mut().caches.iter_mut().for_each(BlockCache::forget);
-                predict_alone(self.session(*id), &model, self.max_rows)
-            })
-            .collect()
-    }
-
-    /// A model whose networks of `phase` compute in f32; an error where this one's do so already.
-    fn read_in_f32(&self, expert: Expert, phase: Phase, request: &DiffusionRequest) -> Result<M> {
+        let expert = session.expert();
         let narrow = self.model.narrow_networks();
-        let components = narrow.map_or(&[][..], |networks| networks.components(phase, expert));
-        match &self.in_f32 {
-            Some(read) if !components.is_empty() => {
-                tracing::warn!(phase = phase.as_str(), "a value is not finite; computing once more in f32");
-                read(components, phase, request)
-            }
-            _ => Err(Error::NotFinite { phase: phase.as_str() }),
+        if self.in_f32.is_none() || narrow.is_none_or(|networks| networks.components(phase, expert).is_empty()) {
+            return Outcome::Failed(Error::NotFinite { phase: phase.as_str() });
+        }
+        tracing::warn!(phase = phase.as_str(), "a value is not finite; computing once more in f32");
+        self.session_mut(id).begin_mending(phase);
+        Outcome::GoesOn
+    }
+
+    /// The networks that a session is mended with, once they are there.
+    pub(super) fn wide_model(&self, key: MendKey) -> Option<&M> {
+        self.wide.get(&key).and_then(Wide::model)
+    }
+
+    /// The next step of reading networks in f32 for these sessions. Where they cannot be read, that is the error of these
+    /// sessions.
+    pub(super) fn load_in_f32(&mut self, key: MendKey, ids: &[SessionId], events: &mut Events) {
+        let read = self.read_on_in_f32(key, ids);
+        if read.is_err() {
+            self.wide.remove(&key);
+        }
+        for id in ids {
+            let outcome = match &read {
+                Ok(()) => Outcome::GoesOn,
+                Err(error) => Outcome::Failed(error.restate()),
+            };
+            self.settle(*id, outcome, events);
         }
     }
 
-    /// All pixels once more, in f32 and at once: a chunk depends on those before it, which were narrow too. Frames of the
-    /// first `told` chunks are out already.
-    pub(super) fn decode_in_f32(&self, id: SessionId, told: usize, events: &mut Events) -> Result<()> {
-        let session = self.session(id);
-        let latents = session.latents();
-        let model = self.read_in_f32(latents.expert, Phase::VaeDecode, &session.request)?;
-        let mut decoding = model.begin_decode(latents.expert, &latents.values, &session.request)?;
-        let total = model.num_decode_steps(latents.expert, &session.request);
-        for done in 1..=total {
-            let pixels = model.decode_next(&mut decoding)?;
-            if done <= told {
-                continue;
+    fn read_on_in_f32(&mut self, key: MendKey, ids: &[SessionId]) -> Result<()> {
+        match self.wide.get_mut(&key) {
+            Some(wide) => wide.model.advance().map(|_| ()),
+            None => {
+                // Nothing is read before the caller has heard of its bytes.
+                let wide = self.begin_in_f32(key, ids)?;
+                self.wide.insert(key, wide);
+                Ok(())
             }
-            if let Some(pixels) = pixels {
-                let frames = to_frames(&pixels, &session.request)?;
-                let frames = frames.ok_or(Error::NotFinite { phase: Phase::VaeDecode.as_str() })?;
-                events.emit(id, Event::Frames(frames));
-            }
-            events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
         }
+    }
+
+    fn begin_in_f32(&self, (expert, phase): MendKey, ids: &[SessionId]) -> Result<Wide<M>> {
+        let narrow = self.model.narrow_networks().expect(IS_NARROW);
+        let read = self.in_f32.as_ref().expect(IS_NARROW);
+        // The one with the most rows needs the most memory.
+        let largest =
+            ids.iter().max_by_key(|id| self.session(**id).num_rows()).expect("a step has members: this is a bug");
+        let ReadInF32 { loading, weight_bytes, work_bytes } =
+            read(narrow.components(phase, expert), phase, &self.session(*largest).request)?;
+        Ok(Wide { model: Coming::new(loading), weight_bytes, work_bytes })
+    }
+
+    /// A prediction once more, and the step that it leads to.
+    pub(super) fn mend_prediction(&mut self, id: SessionId, events: &mut Events) -> Result<()> {
+        let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
+        // What is kept may be what is not finite.
+        session.denoising_mut().caches.iter_mut().for_each(BlockCache::forget);
+        let key = (session.expert(), Phase::Denoise);
+        let model = self.wide_model(key).expect("a session waits for its networks: this is a bug");
+        let session = self.session(id);
+        if let Some(adapters) = model.adapters() {
+            adapters.activate(adapters.prepare(&session.request.loras)?.as_ref());
+        }
+        let denoising = session.denoising();
+        let rows: Vec<_> = denoising.rows(&session.request).collect();
+        let predictions = predict_in_passes(model, denoising.expert(), &rows, self.max_rows, &mut [])?;
+        let prediction = denoising.guided(&mut predictions.into_iter(), &session.request)?;
+        let outcome = match are_finite(std::slice::from_ref(&prediction))?[..] {
+            [true] => {
+                self.session_mut(id).mending = None;
+                self.advance(id, &prediction, events)?;
+                Outcome::GoesOn
+            }
+            _ => Outcome::Failed(Error::NotFinite { phase: Phase::Denoise.as_str() }),
+        };
+        self.settle(id, outcome, events);
+        self.release_wide();
         Ok(())
     }
-}
 
-/// The guided prediction of one session by another model, if it is finite.
-fn predict_alone<M: DiffusionModel>(session: &Session<M>, model: &M, max_rows: usize) -> Result<Tensor> {
-    let denoising = session.denoising();
-    let rows: Vec<_> = denoising.rows(&session.request).collect();
-    let predictions = predict_in_passes(model, denoising.expert(), &rows, max_rows, &mut [])?;
-    let prediction = denoising.guided(&mut predictions.into_iter(), &session.request)?;
-    match are_finite(std::slice::from_ref(&prediction))?[..] {
-        [true] => Ok(prediction),
-        _ => Err(Error::NotFinite { phase: Phase::Denoise.as_str() }),
+    /// Bytes of the networks in f32 and of the work with them, which no session has reserved.
+    pub(super) fn mending_bytes(&self) -> usize {
+        let of_one = |(key, wide): (&MendKey, &Wide<M>)| {
+            let waiting = self.sessions.values().filter(|session| session.mend_key() == Some(*key));
+            wide.weight_bytes + waiting.map(|session| (wide.work_bytes)(&session.request)).max().unwrap_or(0)
+        };
+        self.wide.iter().map(of_one).sum()
+    }
+
+    /// Lets networks in f32 go that nobody waits for or works with.
+    pub(super) fn release_wide(&mut self) {
+        let before = self.wide.len();
+        let sessions = &self.sessions;
+        let is_needed = |key: &MendKey| sessions.values().any(|session: &Session<M>| session.mend_key() == Some(*key));
+        self.wide.retain(|key, _| is_needed(key));
+        if self.wide.len() < before {
+            give_back_freed_memory();
+        }
     }
 }
+
+const IS_NARROW: &str = "only what was computed in fewer bits is mended: this is a bug";

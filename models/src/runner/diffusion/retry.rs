@@ -1,27 +1,43 @@
-//! What happens when a network of fewer than 32 bits overflows: its part of the work is done once more in f32.
+//! Reading networks of fewer than 32 bits in f32, for what overflows in them.
 //!
-//! Owns: reading the networks of one phase in f32, for as long as that work takes. Does not know:
-//! sessions, what is computed. The second model is freed after the step that needed it, so that what a session has reserved
-//! is what it holds between steps; the bytes that it takes in the step are asked of the device beforehand.
+//! Owns: which bytes that takes. Does not know: sessions, what is computed.
 
+use super::loading::Loading;
 use super::model::DiffusionModel;
-use crate::checkpoint::{Build, Reread};
+use crate::checkpoint::{Build, DryModel, Reread};
 use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::request::Phase;
 
-/// Reads a model whose components with these names compute in f32, and which has no others, for a phase of a request.
-pub type InF32<M> = Box<dyn Fn(&[&str], Phase, &DiffusionRequest) -> Result<M> + Send>;
+/// Begins to read a model whose components with these names compute in f32, and which has no others, for a phase of a
+/// request.
+pub type InF32<M> = Box<dyn Fn(&[&str], Phase, &DiffusionRequest) -> Result<ReadInF32<M>> + Send>;
+
+/// A model in f32 on its way.
+pub struct ReadInF32<M> {
+    /// It has the networks of one phase.
+    pub loading: Box<dyn Loading<M>>,
+    /// What these take.
+    pub weight_bytes: usize,
+    /// What the work for a request takes beside them.
+    pub work_bytes: WorkBytes,
+}
+
+/// Bytes for a request.
+pub type WorkBytes = Box<dyn Fn(&DiffusionRequest) -> usize + Send>;
 
 /// Reads from where the model was read, if the device has the bytes for the weights and the work.
 pub fn reread_in_f32<M: DiffusionModel + 'static>(reread: Reread, build: Build<M>) -> InF32<M> {
+    let reread = std::sync::Arc::new(reread);
     Box::new(move |components, phase, request| {
-        let (model, weight_bytes) = reread.dry_in_f32(components, build)?;
-        let plan = model.plan(request);
-        let work_bytes = plan.phases().iter().find(|of| of.phase == phase).map_or(0, |of| of.bytes);
-        let lora_bytes = model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
-        check_room(phase, weight_bytes + work_bytes + lora_bytes, reread.spare_bytes()?)?;
-        reread.in_f32(components, build)
+        let (loading, DryModel { model, weight_bytes }) = reread.begin_in_f32(components, build)?;
+        let work_bytes = move |request: &DiffusionRequest| {
+            let plan = model.plan(request);
+            let bytes = plan.phases().iter().find(|of| of.phase == phase).map_or(0, |of| of.bytes);
+            bytes + model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras))
+        };
+        check_room(phase, weight_bytes + work_bytes(request), reread.spare_bytes()?)?;
+        Ok(ReadInF32 { loading: Box::new(loading), weight_bytes, work_bytes: Box::new(work_bytes) })
     })
 }
 

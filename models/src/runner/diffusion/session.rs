@@ -9,9 +9,10 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::batcher::{ShapeKey, StepKey, canvas_key};
-use super::course::Expert;
+use super::course::{Expert, FIRST_EXPERT};
 use super::denoising::{Advanced, Denoising};
 use super::inputs::Inputs;
+use super::mending::MendKey;
 use super::model::DiffusionModel;
 use super::passes::{Finished, PassId};
 use crate::diffusion::DiffusionRequest;
@@ -27,6 +28,10 @@ pub(super) struct Session<M: DiffusionModel> {
     /// The terms of its request, on the device from its first step on; `None` before that, and where it has none.
     pub(super) adapters: Option<Arc<AdapterSet>>,
     pub(super) stage: Stage<M>,
+    /// The phase whose last result is to be made once more, in f32.
+    pub(super) mending: Option<Phase>,
+    /// Chunks whose frames are out, where decoding began once more.
+    pub(super) told: usize,
 }
 
 pub(super) enum Stage<M: DiffusionModel> {
@@ -62,7 +67,7 @@ pub(super) struct Latents {
 impl<M: DiffusionModel> Session<M> {
     pub(super) fn new(request: DiffusionRequest, model: &M) -> Self {
         let stage = Stage::Encode(Encode::new(model, &request));
-        Self { request, started: false, adapters: None, skipped_passes: 0, stage }
+        Self { request, started: false, adapters: None, skipped_passes: 0, stage, mending: None, told: 0 }
     }
 
     pub(super) fn step_key(&self, id: SessionId, model: &M) -> StepKey<M::Input> {
@@ -79,6 +84,30 @@ impl<M: DiffusionModel> Session<M> {
                 expert: denoising.expert(),
             }),
             Stage::Latents(_) | Stage::Decode { .. } => StepKey::VaeDecode(id),
+        }
+    }
+
+    /// Who denoises in the next step, or made the latents; the first expert before that.
+    pub(super) fn expert(&self) -> Expert {
+        match &self.stage {
+            Stage::Encode(_) => FIRST_EXPERT,
+            Stage::Denoise(denoising) => denoising.expert(),
+            Stage::Latents(latents) | Stage::Decode { latents, .. } => latents.expert,
+        }
+    }
+
+    /// The networks in f32 that it is mended with.
+    pub(super) fn mend_key(&self) -> Option<MendKey> {
+        self.mending.map(|phase| (self.expert(), phase))
+    }
+
+    /// From now on the last result of `phase` is made once more. All chunks are decoded again: one depends on those before
+    /// it, which were narrow too.
+    pub(super) fn begin_mending(&mut self, phase: Phase) {
+        self.mending = Some(phase);
+        if let Stage::Decode { latents, done, .. } = &self.stage {
+            self.told = done - 1;
+            self.stage = Stage::Latents(latents.clone());
         }
     }
 
@@ -142,14 +171,6 @@ impl<M: DiffusionModel> Session<M> {
             self.stage = Stage::Latents(Latents { values, expert });
         }
         Ok(progress)
-    }
-
-    /// Final latents.
-    pub(super) fn latents(&self) -> &Latents {
-        match &self.stage {
-            Stage::Latents(latents) | Stage::Decode { latents, .. } => latents,
-            _ => unreachable!("{STAGE_FITS}"),
-        }
     }
 
     /// The next pixels, if frames are whole with this chunk, and how many chunks are done with it.

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::Tensor;
 
+use super::loading::Loading;
+use super::retry::ReadInF32;
 use super::session::Stage;
 use super::*;
 use crate::diffusion::{Canvas, Edit, NegativePrompt, Prompt, Sampling};
@@ -16,10 +18,11 @@ use crate::solver::names::Scheduler;
 mod experts;
 mod failures;
 mod inputs;
+mod loading;
 mod steps;
 mod toy;
 
-use toy::Toy;
+use toy::{Arriving, Toy};
 
 /// From a picture of four red values, without the first of three steps.
 fn edit(red: [u8; 4], mask: Option<[u8; 4]>, seed: u64) -> DiffusionRequest {

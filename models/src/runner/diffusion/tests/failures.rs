@@ -91,7 +91,8 @@ fn what_overflows_is_done_once_more_in_f32() {
         let mut runner = DiffusionRunner::new(Toy::new(), 4).retrying(Box::new(move |components, of, _| {
             assert_eq!((components, of), (&["net"][..], phase));
             count.fetch_add(1, Ordering::Relaxed);
-            Ok(Toy::wide())
+            let loading = Box::new(Arriving::new(Toy::wide(), 2));
+            Ok(ReadInF32 { loading, weight_bytes: 0, work_bytes: Box::new(|_| 0) })
         }));
         let overflowing = format!("overflow in {wrong}");
         submit(&mut runner, 1, request(&overflowing, 1));

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::super::course::{Course, Expert};
 use super::super::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass};
+use super::super::loading::Loading;
 use super::super::narrow::NarrowNetworks;
 use super::super::previews::Previews;
 use super::super::start::ImageStart;
@@ -43,6 +44,8 @@ pub(super) struct Toy {
     pub(super) encode_steps: usize,
     /// The timestep below which a second expert predicts: the negative of what the first one would.
     pub(super) boundary: Option<f64>,
+    /// Of a model that was lent.
+    pub(super) _held: Option<Held>,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -99,6 +102,7 @@ impl Toy {
             is_wide: false,
             encode_steps: 1,
             boundary: None,
+            _held: None,
         }
     }
 
@@ -342,5 +346,61 @@ impl ImageStart<ToyEncoded> for Toy {
     fn mask_latents(&self, mask: &Mask, _request: &DiffusionRequest) -> Result<Tensor> {
         let values: Vec<f32> = mask.grey.iter().map(|value| f32::from(u8::from(*value >= 128))).collect();
         Ok(Tensor::from_vec(values, (1, 1, mask.height, mask.width), &Device::Cpu)?)
+    }
+}
+
+/// A model that arrives after so many steps.
+pub(super) struct Arriving {
+    model: Option<Toy>,
+    total: usize,
+    done: usize,
+    /// The step that fails, from 1 on.
+    fails_at: Option<usize>,
+    held: Option<Held>,
+}
+
+/// Counts itself while it is there.
+pub(super) struct Held(Arc<AtomicUsize>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Arriving {
+    pub(super) fn new(model: Toy, total: usize) -> Self {
+        Self { model: Some(model), total, done: 0, fails_at: None, held: None }
+    }
+
+    /// While it arrives, and while its model is there.
+    pub(super) fn counted_in(mut self, held: &Arc<AtomicUsize>) -> Self {
+        held.fetch_add(1, Ordering::Relaxed);
+        self.held = Some(Held(held.clone()));
+        self
+    }
+}
+
+impl Arriving {
+    pub(super) fn failing_at(self, step: Option<usize>) -> Self {
+        Self { fails_at: step, ..self }
+    }
+}
+
+impl Loading<Toy> for Arriving {
+    fn num_steps(&self) -> usize {
+        self.total
+    }
+
+    fn advance(&mut self) -> Result<Option<Toy>> {
+        self.done += 1;
+        if self.fails_at == Some(self.done) {
+            return Err(Error::Device("a load was told to fail".into()));
+        }
+        if self.done < self.total {
+            return Ok(None);
+        }
+        let model = self.model.take().expect("no more steps than promised");
+        Ok(Some(Toy { _held: self.held.take(), ..model }))
     }
 }
