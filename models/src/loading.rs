@@ -47,6 +47,7 @@ pub fn load(
     let family = detect(&manifest)?;
     let open = OpenWeights::new(&source, placement, Mode::Load, options.load_format, on_component);
     let mut open = open.restricted_to(on_device(family, options));
+    let manifest = open.remembering(manifest);
     let mut model = load_with(family, &manifest, &mut open, options)?;
     model.resident_bytes += open.resident_bytes();
     for (component, report) in open.reports() {

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::over_base::OverBase;
 use super::random::RandomWeights;
+use super::remembered::{Remembered, Tokenizers};
 use super::{CONFIG, Checkpoint, Component, Folder, LoadFormat, MODEL_INDEX};
 use crate::error::{Error, Result};
 use crate::source::ModelSource;
@@ -81,6 +82,12 @@ impl Manifest {
             LoadFormat::Auto => self,
             LoadFormat::Dummy => Self { checkpoint: Arc::new(RandomWeights(self.checkpoint)), ..self },
         }
+    }
+
+    /// The same with these tokenizers, where they were read before; others are added to them.
+    pub(super) fn remembering(self, tokenizers: &Tokenizers) -> Self {
+        let remembered = Remembered { checkpoint: self.checkpoint, tokenizers: tokenizers.clone() };
+        Self { checkpoint: Arc::new(remembered), ..self }
     }
 
     /// The folder, or of a single file its base.

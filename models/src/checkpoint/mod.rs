@@ -23,6 +23,7 @@ mod open;
 mod over_base;
 mod random;
 mod reading;
+mod remembered;
 mod reread;
 
 pub use component::Component;

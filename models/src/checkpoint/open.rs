@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::remembered::Tokenizers;
 use super::reread::{LentComponents, Reread};
 use super::{CONFIG, LoadFormat, Manifest, Mode};
 use crate::device::Placement;
@@ -45,6 +46,8 @@ pub struct OpenWeights<'a> {
     format: LoadFormat,
     on_component: &'a mut dyn FnMut(&str),
     opened: Vec<(String, Weights)>,
+    /// Of the model, for whoever reads parts of it once more.
+    tokenizers: Tokenizers,
     /// Where tensors are noted or lie ready, if they do.
     ahead: Option<&'a Arc<Ahead>>,
 }
@@ -67,12 +70,18 @@ impl<'a> OpenWeights<'a> {
             on_component,
             opened: Vec::new(),
             ahead: None,
+            tokenizers: Tokenizers::default(),
         }
     }
 
     /// Only these are for the device.
     pub(crate) fn restricted_to(self, on_device: OnDevice<'a>) -> Self {
         Self { on_device, ..self }
+    }
+
+    /// The model's manifest, whose tokenizers are remembered for whoever reads parts of the model once more.
+    pub(crate) fn remembering(&self, manifest: Manifest) -> Manifest {
+        manifest.remembering(&self.tokenizers)
     }
 
     /// What the components on the device ask for is noted in `ahead`, or is ready there.
@@ -194,6 +203,6 @@ impl<'a> OpenWeights<'a> {
 
     /// For whoever may want to read parts of the model once more.
     pub fn reread(&self) -> Reread {
-        Reread::new(self.source.clone(), self.placement.clone(), self.format)
+        Reread::new(self.source.clone(), self.placement.clone(), self.format, self.tokenizers.clone())
     }
 }

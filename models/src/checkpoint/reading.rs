@@ -43,10 +43,10 @@ impl<M> Reading<M> {
     ) -> Result<(Self, DryModel<M>)> {
         let ahead = Arc::new(Ahead::new(&placement.device));
         let (model, weight_bytes) = reread.noted(&placement, &components, build, &ahead)?;
-        let (reread, is_read) = (reread.clone(), false);
         // The last step builds.
         let num_steps = ahead.num_steps(STEP_BYTES) + 1;
-        let reading = Self { reread, placement, components, build, ahead, num_steps, is_read };
+        let is_read = ahead.bytes_left() == 0;
+        let reading = Self { reread: reread.clone(), placement, components, build, ahead, num_steps, is_read };
         Ok((reading, DryModel { model, weight_bytes }))
     }
 

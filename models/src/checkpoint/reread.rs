@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use candle_core::DType;
 
 use super::reading::{DryModel, Reading};
+use super::remembered::Tokenizers;
 use super::{Build, LoadFormat, Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -24,13 +25,14 @@ pub struct Reread {
     files: WeightFiles,
     placement: Placement,
     format: LoadFormat,
+    tokenizers: Tokenizers,
 }
 
 impl Reread {
     /// Of the model at `source`, whose files are now as they were when it was read.
-    pub(super) fn new(source: ModelSource, placement: Placement, format: LoadFormat) -> Self {
+    pub(super) fn new(source: ModelSource, placement: Placement, format: LoadFormat, tokenizers: Tokenizers) -> Self {
         let files = WeightFiles::of(&source);
-        Self { source, files, placement, format }
+        Self { source, files, placement, format, tokenizers }
     }
 
     /// Begins to read a model whose components of these names are in f32. The others are dry: they take no memory, and
@@ -86,7 +88,7 @@ impl Reread {
             let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
             return Err(Error::checkpoint(&self.source.path, problem));
         }
-        let manifest = Manifest::read(&self.source)?.in_format(self.format);
+        let manifest = Manifest::read(&self.source)?.in_format(self.format).remembering(&self.tokenizers);
         let on_component = &mut |_: &str| ();
         let open = OpenWeights::new(&self.source, placement, mode, self.format, on_component);
         let mut open = open.restricted_to(OnDevice::Only(&components)).with_ahead(Some(ahead));
