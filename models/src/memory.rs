@@ -37,6 +37,12 @@ impl MemoryPlan {
         self
     }
 
+    /// The same with a phase before all others.
+    pub fn after(mut self, phase: Phase, bytes: usize) -> Self {
+        self.0.insert(0, PhaseBytes { phase, bytes });
+        self
+    }
+
     /// What either of two plans needs, one of the same phases.
     pub fn or(mut self, other: &Self) -> Self {
         for phase in &mut self.0 {

@@ -34,7 +34,7 @@ impl Choice {
         let on_demand = Sizes { resident_bytes: inspection.resident_bytes(), request_bytes: plan.peak_bytes() };
         // The encoders' bytes belong to the model then, and not to the phase in which they work.
         let without_encoders = plan.phases().iter().map(|of| match of.phase {
-            Phase::Encode => of.bytes - encoder_bytes,
+            Phase::Load | Phase::Encode => of.bytes - encoder_bytes,
             _ => of.bytes,
         });
         let resident = Sizes {

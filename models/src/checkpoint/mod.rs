@@ -31,8 +31,8 @@ pub use folder::Folder;
 pub use manifest::Manifest;
 pub(crate) use open::OnDevice;
 pub use open::{Build, OpenWeights};
-pub use reading::{DryModel, Reading, STEP_BYTES};
-pub use reread::{LentComponents, Reread};
+pub use reading::{DryModel, LentComponents, Reading, STEP_BYTES};
+pub use reread::Reread;
 
 /// The file with a component's configuration.
 pub const CONFIG: &str = "config.json";

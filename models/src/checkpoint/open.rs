@@ -6,8 +6,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use super::reading::LentComponents;
 use super::remembered::Tokenizers;
-use super::reread::{LentComponents, Reread};
+use super::reread::Reread;
 use super::{CONFIG, LoadFormat, Manifest, Mode};
 use crate::device::Placement;
 use crate::error::{Error, Result};

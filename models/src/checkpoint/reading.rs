@@ -1,9 +1,12 @@
 //! Reading some components of a model in bounded steps.
 //!
 //! Owns: the two builds of a model, over weights that note what is asked for and over those that are ready, and the steps
-//! between them. Does not know: when a step is taken, or why the components are read.
+//! between them; the components that are away from the device until somebody needs them. Does not know: when a step is
+//! taken, or why.
 
 use std::sync::Arc;
+
+use candle_core::DType;
 
 use super::Build;
 use super::reread::Reread;
@@ -62,5 +65,47 @@ impl<M> Reading<M> {
         }
         self.is_read = !self.ahead.advance(STEP_BYTES)?;
         Ok(None)
+    }
+}
+
+impl Reread {
+    /// Begins to read a model whose components of these names are in f32. The others are dry: they take no memory, and
+    /// nothing may be computed from them.
+    pub fn begin_in_f32<M>(
+        self: &Arc<Self>,
+        components: &[&str],
+        build: Build<M>,
+    ) -> Result<(Reading<M>, DryModel<M>)> {
+        let components = components.iter().map(|name| (*name).to_owned()).collect();
+        Reading::begin(self, self.placement().computing_in(DType::F32), components, build)
+    }
+}
+
+/// Components that are away from the device until somebody needs them.
+pub struct LentComponents {
+    names: Vec<String>,
+    /// What they take on the device while they are there.
+    bytes: usize,
+    reread: Arc<Reread>,
+}
+
+impl LentComponents {
+    pub(super) fn new(names: Vec<String>, bytes: usize, reread: Reread) -> Self {
+        Self { names, bytes, reread: Arc::new(reread) }
+    }
+
+    /// What they take on the device while they are there.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Their names.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Begins to read a model that has them on the device and nothing else there.
+    pub fn read<M>(&self, build: Build<M>) -> Result<Reading<M>> {
+        Ok(Reading::begin(&self.reread, self.reread.placement().clone(), self.names.clone(), build)?.0)
     }
 }

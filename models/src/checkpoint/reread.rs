@@ -1,15 +1,13 @@
 //! Reading parts of a model once more, after it was loaded: in f32, or those that are away from the device in between.
 //!
-//! Owns: where the model came from, and whether its files are still the same. Does not know: when more is read, or why.
+//! Owns: where the model came from, and whether its files are still the same. Does not know: in which steps more is read
+//! (`reading`), or why.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use candle_core::DType;
-
-use super::reading::{DryModel, Reading};
 use super::remembered::Tokenizers;
 use super::{Build, LoadFormat, Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
@@ -35,17 +33,6 @@ impl Reread {
         Self { source, files, placement, format, tokenizers }
     }
 
-    /// Begins to read a model whose components of these names are in f32. The others are dry: they take no memory, and
-    /// nothing may be computed from them.
-    pub fn begin_in_f32<M>(
-        self: &Arc<Self>,
-        components: &[&str],
-        build: Build<M>,
-    ) -> Result<(Reading<M>, DryModel<M>)> {
-        let components = components.iter().map(|name| (*name).to_owned()).collect();
-        Reading::begin(self, self.placement.computing_in(DType::F32), components, build)
-    }
-
     /// The model that has these components and no others, wholly dry, and the bytes that they take. What it asks for is
     /// noted in `ahead`.
     pub(super) fn noted<M>(
@@ -67,6 +54,11 @@ impl Reread {
         ahead: &Arc<Ahead>,
     ) -> Result<M> {
         Ok(self.built(placement, Mode::Load, components, build, ahead)?.0)
+    }
+
+    /// Where the model's tensors live.
+    pub(super) fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// See [`Placement::spare_bytes`].
@@ -94,35 +86,6 @@ impl Reread {
         let mut open = open.restricted_to(OnDevice::Only(&components)).with_ahead(Some(ahead));
         let model = build(&manifest, &mut open)?;
         Ok((model, open.resident_bytes()))
-    }
-}
-
-/// Components that are away from the device until somebody needs them.
-pub struct LentComponents {
-    names: Vec<String>,
-    /// What they take on the device while they are there.
-    bytes: usize,
-    reread: Arc<Reread>,
-}
-
-impl LentComponents {
-    pub(super) fn new(names: Vec<String>, bytes: usize, reread: Reread) -> Self {
-        Self { names, bytes, reread: Arc::new(reread) }
-    }
-
-    /// What they take on the device while they are there.
-    pub fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    /// Their names.
-    pub fn names(&self) -> &[String] {
-        &self.names
-    }
-
-    /// Begins to read a model that has them on the device and nothing else there.
-    pub fn read<M>(&self, build: Build<M>) -> Result<Reading<M>> {
-        Ok(Reading::begin(&self.reread, self.reread.placement.clone(), self.names.clone(), build)?.0)
     }
 }
 

@@ -34,10 +34,10 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, Load, StepKey};
+use batcher::{Batcher, Load, MendKey, StepKey};
 use block_cache::BlockCache;
 use course::Expert;
-use mending::{MendKey, Wide};
+use mending::Wide;
 pub use model::DiffusionModel;
 use narrow::are_finite;
 use on_demand::OnDemand;
@@ -250,7 +250,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// What a session does next: wait for networks that are away, or what its stage says.
     fn step_key(&self, id: SessionId, session: &Session<M>) -> StepKey<M::Input> {
         match session.mend_key() {
-            Some(key @ (expert, phase)) if self.wide_model(key).is_none() => StepKey::Load(Load::InF32(expert, phase)),
+            Some(key) if self.wide_model(key).is_none() => StepKey::Load(Load::InF32(key)),
             Some((_, Phase::Denoise)) => StepKey::Mend(id),
             None if self.waits_for_encoders(session) => StepKey::Load(Load::TextEncoders),
             _ => session.step_key(id, &self.model),
@@ -323,8 +323,11 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         match request {
             Request::Diffusion(request) => {
                 let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
-                let text_encoders = self.text_encoders.as_ref().map_or(0, OnDemand::bytes);
-                self.model.plan(request).holding(adapters).holding_in(Phase::Encode, text_encoders)
+                let plan = self.model.plan(request).holding(adapters);
+                match self.text_encoders.as_ref().map(OnDemand::bytes) {
+                    Some(encoders) => plan.holding_in(Phase::Encode, encoders).after(Phase::Load, encoders),
+                    None => plan,
+                }
             }
             Request::Text(_) => MemoryPlan::default(),
         }
@@ -374,7 +377,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         self.announce(events);
         match batch.key {
             StepKey::Load(Load::TextEncoders) => self.load_text_encoders(&batch.sessions, events)?,
-            StepKey::Load(Load::InF32(expert, phase)) => self.load_in_f32((expert, phase), &batch.sessions, events),
+            StepKey::Load(Load::InF32(key)) => self.load_in_f32(key, &batch.sessions, events),
             StepKey::Encode(inputs) => self.begin_pass(&inputs.pass, &batch.sessions, events)?,
             StepKey::GoOnEncoding(pass, _) => self.advance_pass(pass, &batch.sessions, events)?,
             StepKey::Denoise(_) => self.denoise(&batch.sessions, events)?,

@@ -36,8 +36,11 @@ pub enum Load {
     /// The text encoders.
     TextEncoders,
     /// Those of an expert for a phase, in f32.
-    InF32(Expert, Phase),
+    InF32(MendKey),
 }
+
+/// Whose work is done once more in f32, and which.
+pub type MendKey = (Expert, Phase);
 
 /// What the rows of one denoising batch have in common, so that their tensors stack and one network serves them.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,8 +4,8 @@
 //! of their own, and its part of the work is done again with them. Owns: those networks, for as long as a session waits
 //! for them or works with them. Does not know: how a network is read in f32 (`retry`).
 
+use super::batcher::MendKey;
 use super::block_cache::BlockCache;
-use super::course::Expert;
 use super::loading::Coming;
 use super::model::DiffusionModel;
 use super::narrow::are_finite;
@@ -15,9 +15,6 @@ use super::{DiffusionRunner, MEMBERS_EXIST, Outcome, predict_in_passes};
 use crate::device::give_back_freed_memory;
 use crate::error::{Error, Result};
 use crate::request::{Events, Phase, SessionId};
-
-/// Whose work is mended, and which.
-pub(super) type MendKey = (Expert, Phase);
 
 /// The networks of one phase in f32, there or on their way.
 pub(super) struct Wide<M> {

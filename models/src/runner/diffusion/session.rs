@@ -8,11 +8,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::batcher::{ShapeKey, StepKey, canvas_key};
+use super::batcher::{MendKey, ShapeKey, StepKey, canvas_key};
 use super::course::{Expert, FIRST_EXPERT};
 use super::denoising::{Advanced, Denoising};
 use super::inputs::Inputs;
-use super::mending::MendKey;
 use super::model::DiffusionModel;
 use super::passes::{Finished, PassId};
 use crate::diffusion::DiffusionRequest;
