@@ -280,7 +280,8 @@ fn a_token_stream_waits_for_one_bounded_step_while_encoders_are_read() {
     };
     let runners = vec![runner("text", 0), runner("clips", ENCODER_BYTES)];
     let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), clock.clone());
-    for (id, model, request) in [(1, 0, text(1000)), (2, 1, clip(4))] {
+    // The stream outlasts the clip.
+    for (id, model, request) in [(1, 0, text(2000)), (2, 1, clip(4))] {
         worker.count_submission(model);
         let mailbox = Arc::new(Mailbox::default());
         worker.handle(Command::Submit { id: SessionId(id), model, request, mailbox });
