@@ -7,7 +7,10 @@ fn two_experts() -> Toy {
     Toy { boundary: Some(500.0), ..Toy::new() }
 }
 
-fn run_of(requests: &[DiffusionRequest]) -> (HashMap<u64, Vec<String>>, Vec<(Expert, usize)>) {
+/// Expert and rows of each forward pass.
+type Passes = Vec<(Expert, usize)>;
+
+fn run_of(requests: &[DiffusionRequest]) -> (HashMap<u64, Vec<String>>, Passes) {
     let mut runner = DiffusionRunner::new(two_experts(), 4);
     for (id, request) in requests.iter().enumerate() {
         submit(&mut runner, id as u64, request.clone());
