@@ -35,6 +35,7 @@ pub mod single_file;
 pub mod solver;
 pub mod source;
 pub mod testing;
+pub mod text_parameters;
 pub mod text_stream;
 pub mod tokenizer;
 pub mod vae;

@@ -8,16 +8,24 @@ use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use serde::de::{Error as _, Visitor};
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use self::value::{FlagOrAuto, Seconds, Strings, seed};
+pub use self::value::{ParameterType, Value};
 use crate::error::{Error, Result};
 use crate::frame::{Frame, Mask};
 use crate::lora::LoraOption;
 
+mod value;
+
 /// What a client asks for with a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Task {
+    /// The next message of a conversation.
+    Chat,
+    /// The continuation of a text.
+    Completion,
     /// An image from text.
     ImageGeneration,
     /// An image from an image.
@@ -26,6 +34,8 @@ pub enum Task {
     Video,
 }
 
+/// Text.
+pub const TEXT: &[Task] = &[Task::Chat, Task::Completion];
 /// Images, from text or from an image.
 pub const IMAGES: &[Task] = &[Task::ImageGeneration, Task::ImageEdit];
 /// Images from an image.
@@ -33,7 +43,7 @@ pub const EDITS: &[Task] = &[Task::ImageEdit];
 /// Videos.
 pub const VIDEOS: &[Task] = &[Task::Video];
 /// Images and videos.
-pub const ALL_TASKS: &[Task] = &[Task::ImageGeneration, Task::ImageEdit, Task::Video];
+pub const IMAGES_AND_VIDEOS: &[Task] = &[Task::ImageGeneration, Task::ImageEdit, Task::Video];
 
 /// What values a parameter takes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,6 +73,13 @@ pub enum Kind {
         /// Inclusive.
         max: f64,
     },
+    /// A number, as [`Kind::Number`] but for `min` itself.
+    NumberAbove {
+        /// Exclusive.
+        min: f64,
+        /// Inclusive.
+        max: f64,
+    },
     /// A time above 0 in seconds, which clients also send as text.
     Seconds,
     /// `[start, end]` with `0 <= start < end <= 1`.
@@ -71,6 +88,11 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// One of these names; which of them a request may use is the model's affair.
     Name(&'static [&'static str]),
+    /// A string, or a list of at most so many, none of them empty.
+    Strings {
+        /// Inclusive.
+        max: usize,
+    },
     /// A list of LoRA files by name, each with a weight.
     Loras,
     /// An image file.
@@ -123,9 +145,10 @@ impl Declaration {
             Kind::FlagOrAuto => return deserializer.deserialize_any(FlagOrAuto),
             Kind::Integer { .. } => Value::Integer(u64::deserialize(deserializer)?),
             Kind::Seed => Value::Integer(seed(i128::deserialize(deserializer)?)),
-            Kind::Number { .. } => Value::Number(f64::deserialize(deserializer)?),
+            Kind::Number { .. } | Kind::NumberAbove { .. } => Value::Number(f64::deserialize(deserializer)?),
             Kind::Seconds => Value::Number(deserializer.deserialize_any(Seconds)?),
             Kind::Interval => Value::Interval(<[f64; 2]>::deserialize(deserializer)?),
+            Kind::Strings { .. } => Value::Strings(deserializer.deserialize_any(Strings)?),
             Kind::Loras => Value::Loras(Vec::deserialize(deserializer)?),
             Kind::Image | Kind::Images { .. } | Kind::Mask => return Err(D::Error::custom("is an image")),
         }))
@@ -146,6 +169,9 @@ impl Declaration {
             (Kind::Number { min, max }, Value::Number(value)) if !(min..=max).contains(value) => {
                 refuse(format!("is {value}; allowed: {min} to {max}"))
             }
+            (Kind::NumberAbove { min, max }, Value::Number(value)) if !(*value > min && *value <= max) => {
+                refuse(format!("is {value}; allowed: above {min}, at most {max}"))
+            }
             (Kind::Seconds, Value::Number(seconds)) if !(seconds.is_finite() && *seconds > 0.0) => {
                 refuse("must be more than 0".to_owned())
             }
@@ -155,159 +181,16 @@ impl Declaration {
             (Kind::Choice(words), Value::Text(word)) if !words.contains(&word.as_str()) => {
                 refuse(format!("is not known; allowed: {}", words.join(", ")))
             }
+            (Kind::Strings { max }, Value::Strings(strings))
+                if strings.len() > max || strings.iter().any(String::is_empty) =>
+            {
+                refuse(format!("takes at most {max} strings, none empty"))
+            }
             (Kind::Images { max }, Value::Images(images)) if images.len() > max => {
                 refuse(format!("are {}; allowed: 1 to {max}", images.len()))
             }
             _ => Ok(()),
         }
-    }
-}
-
-/// A seed of 64 bits, with or without a sign.
-fn seed(number: i128) -> u64 {
-    // Readers let nothing pass that has more bits.
-    number as u64
-}
-
-/// Reads [`Kind::Seconds`].
-struct Seconds;
-
-impl Visitor<'_> for Seconds {
-    type Value = f64;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a number of seconds")
-    }
-
-    fn visit_f64<E: serde::de::Error>(self, seconds: f64) -> std::result::Result<f64, E> {
-        Ok(seconds)
-    }
-
-    fn visit_u64<E: serde::de::Error>(self, seconds: u64) -> std::result::Result<f64, E> {
-        Ok(seconds as f64)
-    }
-
-    fn visit_i64<E: serde::de::Error>(self, seconds: i64) -> std::result::Result<f64, E> {
-        Ok(seconds as f64)
-    }
-
-    fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<f64, E> {
-        text.trim().parse().map_err(|_| E::custom("must be a number of seconds"))
-    }
-}
-
-/// Reads [`Kind::FlagOrAuto`], also as the text of a form.
-struct FlagOrAuto;
-
-impl Visitor<'_> for FlagOrAuto {
-    type Value = Option<Value>;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("true, false or \"auto\"")
-    }
-
-    fn visit_bool<E: serde::de::Error>(self, flag: bool) -> std::result::Result<Self::Value, E> {
-        Ok(Some(Value::Flag(flag)))
-    }
-
-    fn visit_str<E: serde::de::Error>(self, text: &str) -> std::result::Result<Self::Value, E> {
-        match text {
-            "auto" => Ok(None),
-            "true" => Ok(Some(Value::Flag(true))),
-            "false" => Ok(Some(Value::Flag(false))),
-            _ => Err(E::custom("must be true, false or \"auto\"")),
-        }
-    }
-}
-
-/// What a client said about a parameter, in the type of its [`Kind`].
-#[derive(Debug, Clone, PartialEq)]
-pub enum Value {
-    /// Of [`Kind::Text`], [`Kind::Choice`] and [`Kind::Name`].
-    Text(String),
-    /// Of [`Kind::Flag`] and [`Kind::FlagOrAuto`].
-    Flag(bool),
-    /// Of [`Kind::Integer`] and [`Kind::Seed`].
-    Integer(u64),
-    /// Of [`Kind::Number`] and [`Kind::Seconds`].
-    Number(f64),
-    /// Of [`Kind::Interval`].
-    Interval([f64; 2]),
-    /// Of [`Kind::Loras`].
-    Loras(Vec<LoraOption>),
-    /// Of [`Kind::Image`].
-    Image(Arc<Frame>),
-    /// Of [`Kind::Images`].
-    Images(Vec<Arc<Frame>>),
-    /// Of [`Kind::Mask`].
-    Mask(Arc<Mask>),
-}
-
-impl Value {
-    /// As JSON; `None` for images, which answers do not repeat.
-    pub fn to_json(&self) -> Option<serde_json::Value> {
-        Some(match self {
-            Self::Text(text) => text.as_str().into(),
-            Self::Flag(flag) => (*flag).into(),
-            Self::Integer(number) => (*number).into(),
-            Self::Number(number) => (*number).into(),
-            Self::Interval(interval) => interval.to_vec().into(),
-            Self::Loras(loras) => {
-                let loras = loras.iter().map(|lora| serde_json::json!({"name": lora.name, "weight": lora.weight}));
-                loras.collect()
-            }
-            Self::Image(_) | Self::Images(_) | Self::Mask(_) => return None,
-        })
-    }
-}
-
-/// A type in which the code of a capability has the values of its parameters.
-pub trait ParameterType: Sized {
-    /// `None` where the value is of another kind.
-    fn from_value(value: &Value) -> Option<Self>;
-
-    /// The value that [`ParameterType::from_value`] gives back.
-    fn into_value(self) -> Value;
-}
-
-/// Types that are one variant of [`Value`].
-macro_rules! parameter_types {
-    ($($type:ty => $variant:ident),* $(,)?) => {
-        $(impl ParameterType for $type {
-            fn from_value(value: &Value) -> Option<Self> {
-                match value {
-                    Value::$variant(value) => Some(value.clone()),
-                    _ => None,
-                }
-            }
-
-            fn into_value(self) -> Value {
-                Value::$variant(self)
-            }
-        })*
-    };
-}
-
-parameter_types! {
-    String => Text,
-    bool => Flag,
-    u64 => Integer,
-    f64 => Number,
-    [f64; 2] => Interval,
-    Vec<LoraOption> => Loras,
-    Arc<Frame> => Image,
-    Vec<Arc<Frame>> => Images,
-    Arc<Mask> => Mask,
-}
-
-impl ParameterType for usize {
-    /// A number that does not fit is over every limit.
-    fn from_value(value: &Value) -> Option<Self> {
-        u64::from_value(value).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
-    }
-
-    fn into_value(self) -> Value {
-        Value::Integer(self as u64)
     }
 }
 
@@ -320,8 +203,15 @@ pub struct Parameter<T> {
 
 impl<T> Parameter<T> {
     const fn new(name: &'static str, kind: Kind, doc: &'static str) -> Self {
-        let declaration =
-            Declaration { name, doc, kind, tasks: ALL_TASKS, is_required: false, is_narrowed: false, flag: None };
+        let declaration = Declaration {
+            name,
+            doc,
+            kind,
+            tasks: IMAGES_AND_VIDEOS,
+            is_required: false,
+            is_narrowed: false,
+            flag: None,
+        };
         Self { declaration, values: PhantomData }
     }
 
@@ -382,6 +272,11 @@ impl Parameter<bool> {
 }
 
 impl Parameter<usize> {
+    /// A whole number of `min` or more.
+    pub const fn at_least(name: &'static str, min: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Integer { min: min as u64, max: u64::MAX }, doc)
+    }
+
     /// A whole number from `min` to `max`.
     pub const fn integer(name: &'static str, min: usize, max: usize, doc: &'static str) -> Self {
         Self::new(name, Kind::Integer { min: min as u64, max: max as u64 }, doc)
@@ -400,12 +295,29 @@ impl Parameter<f64> {
     pub const fn number(name: &'static str, min: f64, max: f64, doc: &'static str) -> Self {
         Self::new(name, Kind::Number { min, max }, doc)
     }
-}
 
-impl Parameter<f64> {
     /// A time in seconds.
     pub const fn seconds(name: &'static str, doc: &'static str) -> Self {
         Self::new(name, Kind::Seconds, doc)
+    }
+}
+
+impl Parameter<f32> {
+    /// A number from `min` to `max`, computed with in 32 bits.
+    pub const fn number_f32(name: &'static str, min: f64, max: f64, doc: &'static str) -> Self {
+        Self::new(name, Kind::Number { min, max }, doc)
+    }
+
+    /// A number above `min`, at most `max`.
+    pub const fn number_above(name: &'static str, min: f64, max: f64, doc: &'static str) -> Self {
+        Self::new(name, Kind::NumberAbove { min, max }, doc)
+    }
+}
+
+impl Parameter<Vec<String>> {
+    /// At most `max` strings, none of them empty.
+    pub const fn strings(name: &'static str, max: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Strings { max }, doc)
     }
 }
 
@@ -534,6 +446,8 @@ mod tests {
     const STEPS: Parameter<usize> = Parameter::integer("steps", 1, 1000, "Steps.");
     const SCALE: Parameter<f64> = Parameter::number("scale", 0.0, 100.0, "Scale.").only_for(IMAGES);
     const PART: Parameter<[f64; 2]> = Parameter::interval("a_part", "A part.");
+    const PENALTY: Parameter<f32> = Parameter::number_above("penalty", 0.0, 2.0, "A penalty.");
+    const STOP: Parameter<Vec<String>> = Parameter::strings("stop", 2, "Ends.");
     const NOTE: Parameter<String> = Parameter::text("note", 3, "A note.").flag("remark");
 
     #[track_caller]
@@ -553,6 +467,12 @@ mod tests {
         check(&SCALE, f64::NAN, Some("scale: is NaN; allowed: 0 to 100"));
         check(&PART, [0.0, 1.0], None);
         check(&PART, [0.5, 0.5], Some("a_part: is [0.5, 0.5]; allowed: [start, end] with 0 <= start < end <= 1"));
+        check(&PENALTY, 2.0, None);
+        check(&PENALTY, 0.0, Some("penalty: is 0; allowed: above 0, at most 2"));
+        check(&PENALTY, 2.5, Some("penalty: is 2.5; allowed: above 0, at most 2"));
+        check(&STOP, vec!["a".to_owned(); 2], None);
+        check(&STOP, vec!["a".to_owned(); 3], Some("stop: takes at most 2 strings, none empty"));
+        check(&STOP, vec![String::new()], Some("stop: takes at most 2 strings, none empty"));
         check(&NOTE, "abc".into(), None);
         check(&NOTE, "abcd".into(), Some("note: has 4 bytes; at most 3"));
     }

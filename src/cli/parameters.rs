@@ -1,4 +1,4 @@
-//! Command-line flags of the parameters of images and videos, as their declarations say.
+//! Command-line flags of declared parameters.
 //!
 //! Owns: how a value is written on a command line. Does not know: what any parameter means.
 
@@ -11,6 +11,7 @@ use tale_models::diffusion::options_over;
 use tale_models::diffusion::parameters::{PARAMETERS, PARTIAL_IMAGES, PROMPT};
 use tale_models::lora::LoraOption;
 use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
+use tale_models::text_parameters::TEXT_PARAMETERS;
 
 use super::CliError;
 use crate::parameters::{is_image, set_images};
@@ -27,6 +28,24 @@ pub fn subject() -> ArgGroup {
 pub trait Makes {
     /// As the declarations of parameters have it.
     const TASK: Task;
+    /// What the help puts the flags under.
+    const HEADING: &'static str;
+
+    /// The declarations among which are those for the task.
+    fn parameters() -> &'static [&'static Declaration];
+}
+
+/// Text.
+#[derive(Debug)]
+pub struct Text;
+
+impl Makes for Text {
+    const TASK: Task = Task::Completion;
+    const HEADING: &'static str = "Sampling";
+
+    fn parameters() -> &'static [&'static Declaration] {
+        TEXT_PARAMETERS
+    }
 }
 
 /// Images, also from images.
@@ -35,6 +54,11 @@ pub struct Images;
 
 impl Makes for Images {
     const TASK: Task = Task::ImageEdit;
+    const HEADING: &'static str = "Generation";
+
+    fn parameters() -> &'static [&'static Declaration] {
+        &PARAMETERS
+    }
 }
 
 /// Videos.
@@ -43,6 +67,11 @@ pub struct Videos;
 
 impl Makes for Videos {
     const TASK: Task = Task::Video;
+    const HEADING: &'static str = "Generation";
+
+    fn parameters() -> &'static [&'static Declaration] {
+        &PARAMETERS
+    }
 }
 
 /// One flag for each parameter; absent ones take the model's own defaults.
@@ -68,7 +97,7 @@ impl<M: Makes> ParameterArgs<M> {
                 CliError::Argument(format!("--{}: {path} {error}", declaration.flag()))
             })?;
         }
-        let base = PARAMETERS.iter().filter(|of| !self.cleared.contains(&of.name)).fold(
+        let base = M::parameters().iter().filter(|of| !self.cleared.contains(&of.name)).fold(
             Options::default(),
             |mut kept, declaration| {
                 if let Some(value) = base.value(declaration) {
@@ -85,12 +114,12 @@ impl<M: Makes> ParameterArgs<M> {
 fn declarations<M: Makes>() -> impl Iterator<Item = &'static Declaration> {
     let has_flag =
         |declaration: &&Declaration| declaration.is_for(M::TASK) && declaration.name != PARTIAL_IMAGES.declaration.name;
-    PARAMETERS.iter().copied().filter(has_flag)
+    M::parameters().iter().copied().filter(has_flag)
 }
 
 impl<M: Makes> Args for ParameterArgs<M> {
     fn augment_args(command: Command) -> Command {
-        let command = command.next_help_heading("Generation");
+        let command = command.next_help_heading(M::HEADING);
         declarations::<M>().fold(command, |command, declaration| command.arg(flag(declaration)))
     }
 
@@ -135,15 +164,20 @@ impl<M: Makes> ParameterArgs<M> {
             return;
         }
         let mut loras = Vec::new();
+        let mut strings = Vec::new();
         for said in matches.get_many::<Said>(id).into_iter().flatten() {
             match said {
                 Said::Value(Value::Loras(one)) => loras.extend(one.iter().cloned()),
+                Said::Value(Value::Strings(one)) => strings.extend(one.iter().cloned()),
                 Said::Value(value) => self.options.insert(declaration, value.clone()),
                 Said::Auto => self.cleared.push(declaration.name),
             }
         }
         if !loras.is_empty() {
             self.options.insert(declaration, Value::Loras(loras));
+        }
+        if !strings.is_empty() {
+            self.options.insert(declaration, Value::Strings(strings));
         }
     }
 }
@@ -154,7 +188,7 @@ fn id(declaration: &Declaration) -> String {
 }
 
 fn flag(declaration: &'static Declaration) -> Arg {
-    let is_repeated = matches!(declaration.kind, Kind::Images { .. } | Kind::Loras);
+    let is_repeated = matches!(declaration.kind, Kind::Images { .. } | Kind::Loras | Kind::Strings { .. });
     let doc = declaration.doc.trim_end_matches('.');
     let help = if is_repeated { format!("{doc}; may be given several times") } else { doc.to_owned() };
     let arg = Arg::new(id(declaration)).long(declaration.flag()).value_name(value_name(declaration.kind)).help(help);
@@ -162,8 +196,12 @@ fn flag(declaration: &'static Declaration) -> Arg {
         true => ArgAction::Append,
         false => ArgAction::Set,
     });
-    // A number below 0 is for the declaration to refuse.
-    let arg = arg.allow_negative_numbers(true);
+    let arg = match declaration.kind {
+        // A switch, which says that it is so.
+        Kind::Flag => arg.num_args(0).default_missing_value("true"),
+        // A number below 0 is for the declaration to refuse.
+        _ => arg.allow_negative_numbers(true),
+    };
     match declaration.name == PROMPT.declaration.name {
         true => arg.group(SUBJECT),
         false => arg,
@@ -172,11 +210,11 @@ fn flag(declaration: &'static Declaration) -> Arg {
 
 fn value_name(kind: Kind) -> &'static str {
     match kind {
-        Kind::Text { .. } => "TEXT",
+        Kind::Text { .. } | Kind::Strings { .. } => "TEXT",
         Kind::Flag | Kind::FlagOrAuto | Kind::Choice(_) => "HOW",
         Kind::Name(_) => "NAME",
         Kind::Integer { .. } | Kind::Seed => "N",
-        Kind::Number { .. } => "X",
+        Kind::Number { .. } | Kind::NumberAbove { .. } => "X",
         Kind::Seconds => "SECONDS",
         Kind::Interval => "START,END",
         Kind::Loras => "NAME[:WEIGHT]",
@@ -187,7 +225,6 @@ fn value_name(kind: Kind) -> &'static str {
 fn parser(declaration: &'static Declaration) -> ValueParser {
     let words = match declaration.kind {
         Kind::Choice(words) => words,
-        Kind::Flag => &["true", "false"],
         Kind::FlagOrAuto => &["auto", "true", "false"],
         _ if is_image(declaration) => return value_parser!(PathBuf),
         _ => return ValueParser::from(move |text: &str| parse(declaration, text)),
@@ -200,12 +237,18 @@ fn parse(declaration: &Declaration, text: &str) -> Result<Said, String> {
     let value = match declaration.kind {
         Kind::Flag | Kind::FlagOrAuto if text == "auto" => return Ok(Said::Auto),
         Kind::Flag | Kind::FlagOrAuto => Value::Flag(text == "true"),
+        Kind::Integer { min, max: u64::MAX } => {
+            Value::Integer(text.parse().map_err(|_| format!("expected a whole number, {min} or more"))?)
+        }
         Kind::Integer { min, max } => {
             Value::Integer(text.parse().map_err(|_| format!("expected a whole number from {min} to {max}"))?)
         }
         Kind::Seed => Value::Integer(seed(text).ok_or("expected a whole number of 64 bits")?),
-        Kind::Number { .. } | Kind::Seconds => Value::Number(text.parse().map_err(|_| "expected a number")?),
+        Kind::Number { .. } | Kind::NumberAbove { .. } | Kind::Seconds => {
+            Value::Number(text.parse().map_err(|_| "expected a number")?)
+        }
         Kind::Interval => Value::Interval(interval(text).ok_or("expected two numbers, such as 0,0.4")?),
+        Kind::Strings { .. } => Value::Strings(vec![text.to_owned()]),
         Kind::Loras => Value::Loras(vec![lora(text)?]),
         _ => Value::Text(text.to_owned()),
     };

@@ -12,7 +12,6 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
-use tale_models::diffusion::parameters::IMAGE;
 use tale_models::diffusion::{Acceleration, DiffusionRequest, Medium};
 use tale_models::parameter::Task;
 use tale_models::request::{Frame, Usage};
@@ -30,6 +29,7 @@ use crate::media::{PictureFormat, encode_picture, enlarge};
 use crate::parameters::{self, EffectiveParameters};
 
 pub use fields::MAX_IMAGES;
+pub(super) use fields::OWN;
 
 /// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
 const MAX_DECODING: usize = 4;
@@ -70,9 +70,6 @@ pub(super) async fn generate(State(state): State<AppState>, request: Request) ->
 pub(super) async fn edit(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let body = body::json_or_form_value(request, body::MAX_PICTURE_BODY_BYTES).await?;
     let given = super::parameters::read(body, fields::OWN, Task::ImageEdit)?;
-    if !given.has(&IMAGE.declaration) {
-        return Err(ApiError::field_code("image", "missing_required_parameter", "is missing"));
-    }
     make(&state, given, stream::EDIT).await
 }
 

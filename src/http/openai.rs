@@ -7,6 +7,8 @@
 //!
 //! The reference is the `openai` package's `types/`, version 3.57. Does not know: what the other fields mean.
 
+use tale_models::parameter::Task;
+
 use super::body::value::{Object, Value};
 use super::error::ApiError;
 
@@ -44,6 +46,16 @@ pub(super) const COMPLETION: &[&[Field]] = &[TEXT, COMPLETION_ALONE];
 pub(super) const IMAGE: &[&[Field]] = &[IMAGES];
 /// Of `/v1/videos`.
 pub(super) const VIDEO: &[&[Field]] = &[VIDEOS];
+
+/// Those of a body for `task`.
+pub(super) fn fields(task: Task) -> &'static [&'static [Field]] {
+    match task {
+        Task::Chat => CHAT,
+        Task::Completion => COMPLETION,
+        Task::ImageGeneration | Task::ImageEdit => IMAGE,
+        Task::Video => VIDEO,
+    }
+}
 
 const IMAGES: &[Field] = &[
     label("user"),

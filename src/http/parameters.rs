@@ -9,9 +9,9 @@ use tale_models::parameter::{Declaration, Kind, Options, Task};
 
 use super::body::of_field;
 use super::body::upload::{OneOrMany, Upload};
-use super::body::value::Value;
+use super::body::value::{Object, Value};
 use super::error::ApiError;
-use super::openai::{self, Field};
+use super::openai;
 use crate::parameters::{is_image, set_images};
 
 /// What a body says. Its images are not decoded yet.
@@ -24,11 +24,20 @@ pub(super) struct Given {
 
 /// Reads a body for `task`; `own` are the endpoint's fields beside the parameters of the model.
 pub(super) fn read(mut body: Value, own: &[&'static Declaration], task: Task) -> Result<Given, ApiError> {
-    openai::settle(fields_of_openai(task), &mut body)?;
-    let mut fields = body.into_object()?;
-    let declarations = || own.iter().copied().chain(PARAMETERS.iter().copied().filter(|of| of.is_for(task)));
+    openai::settle(openai::fields(task), &mut body)?;
+    let of_task = PARAMETERS.iter().filter(|declaration| declaration.is_for(task));
+    let declarations: Vec<_> = own.iter().chain(of_task).copied().collect();
+    take(&mut body.into_object()?, &declarations, &[])
+}
+
+/// Takes the declared fields out of a body; what is left is one of `others`.
+pub(super) fn take(
+    fields: &mut Object,
+    declarations: &[&'static Declaration],
+    others: &[&str],
+) -> Result<Given, ApiError> {
     let mut given = Given { options: Options::default(), files: Vec::new() };
-    for declaration in declarations() {
+    for declaration in declarations {
         match fields.remove(declaration.name) {
             None | Some(Value::Null) if declaration.is_required => {
                 return Err(ApiError::field_code(declaration.name, "missing_required_parameter", "is missing"));
@@ -37,28 +46,20 @@ pub(super) fn read(mut body: Value, own: &[&'static Declaration], task: Task) ->
             Some(value) => given.take(declaration, value)?,
         }
     }
-    match fields.pop_first() {
+    match fields.keys().find(|name| !others.contains(&name.as_str())) {
         None => Ok(given),
-        Some((name, _)) => Err(unknown(&name, declarations())),
-    }
-}
-
-/// What OpenAI's API has beside the parameters.
-fn fields_of_openai(task: Task) -> &'static [&'static [Field]] {
-    match task {
-        Task::ImageGeneration | Task::ImageEdit => openai::IMAGE,
-        Task::Video => openai::VIDEO,
+        Some(name) => Err(unknown(name, others.iter().copied().chain(declarations.iter().map(|of| of.name)))),
     }
 }
 
 /// A field that the endpoint does not have.
-fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a Declaration>) -> ApiError {
+fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> ApiError {
     let problem = match PARAMETERS.iter().find(|declaration| declaration.name == name).map(|of| of.tasks) {
         Some([Task::ImageEdit]) => "is for /v1/images/edits".to_owned(),
         Some([Task::Video]) => "is for /v1/videos".to_owned(),
         Some(_) => "is for images".to_owned(),
         None => {
-            let known: Vec<&str> = known.map(|declaration| declaration.name).collect();
+            let known: Vec<&str> = known.collect();
             format!("is not known here; known: {}", known.join(", "))
         }
     };
@@ -79,11 +80,6 @@ impl Given {
             self.options.insert(declaration, value);
         }
         Ok(())
-    }
-
-    /// Whether the body has a value of this parameter.
-    pub(super) fn has(&self, declaration: &Declaration) -> bool {
-        self.options.value(declaration).is_some() || self.files.iter().any(|(of, _)| of.name == declaration.name)
     }
 
     /// Whether there are images to decode.

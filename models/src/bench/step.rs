@@ -16,14 +16,16 @@ use tale_kernels::work::{Work, count};
 
 use super::Roofs;
 use super::memory::{forget_peak, peak_bytes};
-use crate::card::{ModelCard, TextOptions};
+use crate::card::ModelCard;
 use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, blocks_for};
 use crate::loading;
+use crate::parameter::Options;
 use crate::request::{Event, Events, Phase, Request, SessionId};
+use crate::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
 
 /// Tokens of a language model's prompt when nothing is said, and so about the context in which it decodes.
 const DEFAULT_PROMPT_TOKENS: usize = 512;
@@ -279,9 +281,8 @@ impl Sizes {
         };
         let ModelCard::Text(card) = card else { unreachable!("made for this card: this is a bug") };
         let token = |place: usize| ((place * 7 + number as usize * 13) % card.vocab_size) as u32;
-        let max_tokens = Some(max_tokens);
-        let options = TextOptions { max_tokens, temperature: Some(0.0), ignore_eos: true, ..Default::default() };
-        Ok(Request::Text(card.resolve((0..prompt_tokens).map(token).collect(), options, 0)?))
+        let options = Options::default().with(&MAX_TOKENS, max_tokens).with(&TEMPERATURE, 0.0).with(&IGNORE_EOS, true);
+        Ok(Request::Text(card.resolve((0..prompt_tokens).map(token).collect(), &options, 0)?))
     }
 
     /// Tokens that the sequences of a batch may answer with, so that all of them decode together for long enough.

@@ -13,7 +13,7 @@ use super::Canvas;
 
 /// See [`Edit::image`].
 pub static IMAGE: Parameter<Arc<Frame>> =
-    Parameter::image("image", "Image to begin from: PNG, JPEG or WebP.").only_for(EDITS);
+    Parameter::image("image", "Image to begin from: PNG, JPEG or WebP.").only_for(EDITS).required();
 
 /// See [`Edit::mask`].
 pub static MASK: Parameter<Arc<Mask>> = Parameter::mask(

@@ -7,9 +7,9 @@ use tale_models::diffusion::parameters::{HEIGHT, NUM_FRAMES, NUM_INFERENCE_STEPS
 use tale_models::parameter::Options;
 
 use candle_core::{DType, Device, Tensor};
-use tale_models::card::TextOptions;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
+use tale_models::text_parameters::MAX_TOKENS;
 use tale_models::{Error, Event, Events, ModelCard, ModelSource, Request, SessionId};
 
 use crate::support::{case_dir, copy_folder};
@@ -97,8 +97,8 @@ fn run(checkpoint: &Path) -> Option<Error> {
     let prompt = "a paper boat";
     let request = match &model.card {
         ModelCard::Text(card) => {
-            let options = TextOptions { max_tokens: Some(3), ..TextOptions::default() };
-            Request::Text(card.resolve(card.encode_prompt(prompt).unwrap(), options, 0).unwrap())
+            let options = Options::default().with(&MAX_TOKENS, 3);
+            Request::Text(card.resolve(card.encode_prompt(prompt).unwrap(), &options, 0).unwrap())
         }
         ModelCard::Diffusion(card) => {
             let options = Options::default()

@@ -3,12 +3,13 @@
 
 use candle_core::{DType, Tensor};
 use serde_json::{Value, json};
-use tale_models::card::TextOptions;
 use tale_models::checkpoint::Manifest;
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
+use tale_models::parameter::Options;
 use tale_models::runner::text::model::CausalLm;
+use tale_models::text_parameters::{REPETITION_PENALTY, TEMPERATURE};
 use tale_models::{Error, ModelCard, TextCard};
 
 use crate::support::assert_close;
@@ -104,13 +105,10 @@ fn a_models_own_sampling_may_lie_outside_of_the_range_of_requests() {
     let copy = Copy::of("llama-untied");
     copy.write_json("generation_config.json", &json!({"repetition_penalty": 2.5, "temperature": 3.0, "top_k": -1}));
     let model = copy.load().unwrap();
-    let resolve = |options| card(&model).resolve(vec![1, 2], options, 0);
-    let bare = resolve(TextOptions::default()).unwrap().sampling;
+    let resolve = |options: Options| card(&model).resolve(vec![1, 2], &options, 0);
+    let bare = resolve(Options::default()).unwrap().sampling;
     assert_eq!((bare.repetition_penalty, bare.temperature, bare.top_k), (2.5, 3.0, 0));
-    let asked = [
-        TextOptions { temperature: Some(3.0), ..Default::default() },
-        TextOptions { repetition_penalty: Some(2.5), ..Default::default() },
-    ];
+    let asked = [Options::default().with(&TEMPERATURE, 3.0), Options::default().with(&REPETITION_PENALTY, 2.5)];
     for options in asked {
         assert!(matches!(resolve(options), Err(Error::InvalidRequest { .. })));
     }

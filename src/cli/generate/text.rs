@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
-use tale_models::card::{TextCard, TextOptions};
+use tale_models::card::TextCard;
 use tale_models::chat_template::ChatMessage;
+use tale_models::parameter::Options;
 use tale_models::request::Usage;
 use tale_models::{Event, ModelCard, Request};
 
 use super::{CliError, Generator, ModelArgs, random_seed, wrong_medium};
+use crate::cli::parameters::{ParameterArgs, Text};
 use crate::config::ByteSize;
 use crate::engine::EngineOptions;
 
@@ -34,56 +36,7 @@ pub struct TextArgs {
 
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
-    sampling: SamplingArgs,
-}
-
-/// Absent ones take the model's own defaults.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Sampling")]
-struct SamplingArgs {
-    /// Most tokens to generate [default: what is left of the model's context]
-    #[arg(long, value_name = "N")]
-    max_tokens: Option<usize>,
-
-    /// 0 is greedy, up to 2 [default: the model's own, or 1]
-    #[arg(long, value_name = "X")]
-    temperature: Option<f32>,
-
-    /// Keep the smallest set of tokens whose probability reaches this [default: the model's own, or 1]
-    #[arg(long, value_name = "X")]
-    top_p: Option<f32>,
-
-    /// Keep the N most likely tokens; 0 keeps all [default: the model's own, or 0]
-    #[arg(long, value_name = "N")]
-    top_k: Option<usize>,
-
-    /// Drop tokens less likely than this times the most likely one [default: the model's own, or 0]
-    #[arg(long, value_name = "X")]
-    min_p: Option<f32>,
-
-    /// Subtracted once from each token that was generated, -2 to 2 [default: 0]
-    #[arg(long, value_name = "X")]
-    presence_penalty: Option<f32>,
-
-    /// Subtracted for every time that a token was generated, -2 to 2 [default: 0]
-    #[arg(long, value_name = "X")]
-    frequency_penalty: Option<f32>,
-
-    /// Weakens tokens of prompt and answer when above 1 [default: the model's own, or 1]
-    #[arg(long, value_name = "X")]
-    repetition_penalty: Option<f32>,
-
-    /// The same seed gives the same tokens [default: drawn]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-
-    /// End before this text; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    stop: Vec<String>,
-
-    /// Go on past end-of-sequence tokens until --max-tokens
-    #[arg(long)]
-    ignore_eos: bool,
+    sampling: ParameterArgs<Text>,
 }
 
 #[derive(Debug, Args)]
@@ -118,7 +71,7 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
         (Some(messages), _) => encode_chat(card, &messages)?,
         (None, prompt) => card.encode_prompt(prompt.as_deref().unwrap_or_default())?,
     };
-    let request = card.resolve(prompt, args.sampling.options(), random_seed())?;
+    let request = card.resolve(prompt, &args.sampling.options_over(Options::default())?, random_seed())?;
     let prompt_tokens = request.prompt.clone();
     generator.note(|| format!("{} prompt tokens, seed {}", prompt_tokens.len(), request.sampling.seed));
 
@@ -173,22 +126,4 @@ fn encode_chat(card: &TextCard, messages: &[ChatMessage]) -> Result<Vec<u32>, Cl
         return Err(CliError::Argument("--messages: this model has no chat template; use --prompt".into()));
     }
     Ok(card.encode_chat(messages)?)
-}
-
-impl SamplingArgs {
-    fn options(self) -> TextOptions {
-        TextOptions {
-            max_tokens: self.max_tokens,
-            temperature: self.temperature,
-            top_p: self.top_p,
-            top_k: self.top_k,
-            min_p: self.min_p,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
-            repetition_penalty: self.repetition_penalty,
-            seed: self.seed,
-            stop: self.stop,
-            ignore_eos: self.ignore_eos,
-        }
-    }
 }

@@ -8,11 +8,9 @@ use std::time::Duration;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, header};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer};
 
-pub(super) use self::reader::of_field;
-use self::value::Value;
+pub(super) use self::reader::{of_field, read};
+use self::value::{Object, Value};
 use super::error::ApiError;
 use super::openai::{self, Field};
 
@@ -31,22 +29,11 @@ const MAX_DISCARDED_BYTES: usize = 64 << 20;
 /// In this time a body has to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A seed: any whole number of 64 bits, with or without a sign. One below 0 is the one that has the same bits, as in torch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Seed(pub(super) u64);
-
-impl<'de> Deserialize<'de> for Seed {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // The body's reader has checked that 64 bits hold it.
-        i128::deserialize(deserializer).map(|seed| Self(seed as u64))
-    }
-}
-
 /// The JSON body of a request, without those of OpenAI's `fields` that ask for nothing.
-pub(super) async fn json<T: DeserializeOwned>(request: Request, fields: &[&[Field]]) -> Result<T, ApiError> {
+pub(super) async fn json(request: Request, fields: &[&[Field]]) -> Result<Object, ApiError> {
     let mut body = json_value(request, MAX_BODY_BYTES).await?;
     openai::settle(fields, &mut body)?;
-    reader::read(body)
+    body.into_object()
 }
 
 /// The JSON body of a request, as a tree.
@@ -55,7 +42,7 @@ pub(super) async fn json_value(request: Request, max_bytes: usize) -> Result<Val
         return Err(ApiError::media_type("application/json"));
     }
     let (parts, body) = request.into_parts();
-    Value::from_json(&read(&parts.headers, body, max_bytes).await?)
+    Value::from_json(&read_bytes(&parts.headers, body, max_bytes).await?)
 }
 
 /// A body of at most `max_bytes` that is JSON, or a form whose fields mean the same, as a tree.
@@ -65,7 +52,7 @@ pub(super) async fn json_or_form_value(request: Request, max_bytes: usize) -> Re
         return Err(ApiError::media_type("application/json or multipart/form-data"));
     }
     let (parts, body) = request.into_parts();
-    let body = read(&parts.headers, body, max_bytes).await?;
+    let body = read_bytes(&parts.headers, body, max_bytes).await?;
     match is_json {
         true => Value::from_json(&body),
         false => form::read(Request::from_parts(parts, Body::from(body))).await,
@@ -78,7 +65,7 @@ fn has_media_type(headers: &HeaderMap, expected: &str) -> bool {
 }
 
 /// All of a body, decompressed; `max_bytes` bounds what comes and what it becomes.
-async fn read(headers: &HeaderMap, body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
+async fn read_bytes(headers: &HeaderMap, body: Body, max_bytes: usize) -> Result<Bytes, ApiError> {
     let encoding = encoding::of(headers)?;
     let collected = tokio::time::timeout(BODY_TIMEOUT, collect(body, max_bytes)).await;
     let bytes = collected.map_err(|_| ApiError::body_timeout())??;

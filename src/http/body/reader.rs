@@ -16,7 +16,7 @@ use super::value::{Step, Value, path};
 use crate::http::error::ApiError;
 
 /// The body that `value` is.
-pub(super) fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
+pub(in crate::http) fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
     Ok(T::deserialize(Value::Object(value.into_object()?))?)
 }
 

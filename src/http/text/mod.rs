@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::response::Response;
-use tale_models::card::TextOptions;
+use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
+use tale_models::text_parameters::SEED;
 use tale_models::{ModelCard, TextCard};
 use tokio::task::spawn_blocking;
 
 use self::answer::{Head, Shape};
-use self::wire::{AnswerOptions, ChatBody, CompletionBody, MAX_CHOICES, Prompt};
+use self::wire::{MAX_CHOICES, Prompt, TextBody};
 use super::error::ApiError;
 use super::{AppState, body, openai, random_seed, sse};
 use crate::engine::Engine;
@@ -24,24 +25,23 @@ const MAX_INLINE_PROMPT_BYTES: usize = 4096;
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let mut body: ChatBody = body::json(request, openai::CHAT).await?;
+    let mut body = wire::chat(body::json(request, openai::CHAT).await?)?;
     let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
     let max_tokens_name = body.settle_max_tokens()?;
-    let (options, answer) = body.options()?;
-    let messages = body.take_messages()?;
+    let TextBody { model, options, answer, prompt: messages } = body;
+    let messages = wire::conversation(messages)?;
     let num_bytes = messages.iter().map(|message| message.content.len()).sum();
     let prompt = tokens(num_bytes, card.clone(), move |card| card.encode_chat(&messages)).await?;
-    let order = Order { shape: Shape::Chat, model: &body.model, options, answer };
+    let order = Order { shape: Shape::Chat, model: &model, options, answer };
     let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
     order.answer(engine, text(&card)?, vec![prompt]).await.map_err(renamed)
 }
 
 /// `POST /v1/completions`.
 pub(super) async fn completion(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let mut body: CompletionBody = body::json(request, openai::COMPLETION).await?;
-    let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
-    let (options, answer) = body.options()?;
-    let texts = std::mem::take(&mut body.prompt.0);
+    let body = body::json(request, openai::COMPLETION).await?;
+    let TextBody { model, options, answer, prompt: texts } = wire::completion(body)?;
+    let (engine, card) = (state.engine()?, text_card(&state, &model)?);
     if texts.len() * answer.n > MAX_CHOICES {
         let problem = format!("has {} prompts; prompts times n may be {MAX_CHOICES} at most", texts.len());
         return Err(ApiError::field("prompt", problem));
@@ -53,7 +53,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             Prompt::Text(text) => tokens(text.len(), card.clone(), move |card| card.encode_prompt(&text)).await?,
         });
     }
-    let order = Order { shape: Shape::Completion, model: &body.model, options, answer };
+    let order = Order { shape: Shape::Completion, model: &model, options, answer };
     order.answer(engine, text(&card)?, prompts).await
 }
 
@@ -61,17 +61,17 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
 struct Order<'a> {
     shape: Shape,
     model: &'a str,
-    options: TextOptions,
-    answer: AnswerOptions,
+    options: Options,
+    answer: wire::AnswerOptions,
 }
 
 impl Order<'_> {
     async fn answer(self, engine: &Engine, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Response, ApiError> {
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
-        let seed = self.options.seed.unwrap_or_else(random_seed);
+        let seed = self.options.get(&SEED).unwrap_or_else(random_seed);
         let mut sessions = Vec::with_capacity(prompts.len() * self.answer.n);
         for prompt in prompts {
-            let request = card.resolve(prompt, self.options.clone(), seed)?;
+            let request = card.resolve(prompt, &self.options, seed)?;
             for choice in 0..self.answer.n {
                 sessions.push(engine.submit(self.model, with_seed(&request, seed, choice))?);
             }

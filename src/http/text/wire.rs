@@ -4,104 +4,111 @@
 
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use tale_models::card::TextOptions;
 use tale_models::chat_template::ChatMessage;
+use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
+use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
 
-use crate::http::body::Seed;
+use crate::http::body::value::{Object, Value};
+use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
+use crate::http::{body, parameters};
 
 /// Most sessions of one request: prompts times `n`.
 pub const MAX_CHOICES: usize = 64;
 
-/// Declares a body with the fields that both endpoints share; `deny_unknown_fields` and `flatten` exclude each other.
-macro_rules! text_body {
-    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* }) => {
-        $(#[$doc])*
-        #[derive(Debug, Deserialize)]
-        #[serde(deny_unknown_fields)]
-        pub(super) struct $name {
-            pub(super) model: String,
-            $($(#[$field_doc])* pub(super) $field: $type,)*
-            pub(super) n: Option<u64>,
-            pub(super) stream: Option<bool>,
-            pub(super) stream_options: Option<StreamOptions>,
-            pub(super) max_tokens: Option<u64>,
-            temperature: Option<f64>,
-            top_p: Option<f64>,
-            top_k: Option<u64>,
-            min_p: Option<f64>,
-            presence_penalty: Option<f64>,
-            frequency_penalty: Option<f64>,
-            repetition_penalty: Option<f64>,
-            seed: Option<Seed>,
-            stop: Option<StopStrings>,
-            ignore_eos: Option<bool>,
-        }
+static N: Parameter<usize> = Parameter::integer(
+    "n",
+    1,
+    MAX_CHOICES,
+    "Choices for each prompt, at most 64 in all; choice i has seed + i. 1 when absent.",
+)
+.only_for(TEXT);
 
-        impl $name {
-            /// What the model's card is asked to resolve, and how the answer is wanted.
-            pub(super) fn options(&mut self) -> Result<(TextOptions, AnswerOptions), ApiError> {
-                let options = TextOptions {
-                    max_tokens: self.max_tokens.map(saturate),
-                    temperature: self.temperature.map(|value| value as f32),
-                    top_p: self.top_p.map(|value| value as f32),
-                    top_k: self.top_k.map(saturate),
-                    min_p: self.min_p.map(|value| value as f32),
-                    presence_penalty: self.presence_penalty.map(|value| value as f32),
-                    frequency_penalty: self.frequency_penalty.map(|value| value as f32),
-                    repetition_penalty: self.repetition_penalty.map(|value| value as f32),
-                    seed: self.seed.map(|Seed(seed)| seed),
-                    stop: self.stop.take().map(|stop| stop.0).unwrap_or_default(),
-                    ignore_eos: self.ignore_eos.unwrap_or(false),
-                };
-                let answer = AnswerOptions::new(self.n, self.stream, self.stream_options.as_ref())?;
-                Ok((options, answer))
-            }
-        }
-    };
+static STREAM: Parameter<bool> =
+    Parameter::boolean("stream", "Answer with server-sent events, as the text comes.").only_for(TEXT);
+
+static MAX_COMPLETION_TOKENS: Parameter<usize> =
+    Parameter::at_least("max_completion_tokens", 1, "OpenAI's newer name of `max_tokens`.")
+        .only_for(&[Task::Chat])
+        .narrowed_by_models();
+
+/// The fields of a chat that are no parameters of the model, but for its messages and `stream_options`.
+pub(in crate::http) static CHAT: &[&Declaration] =
+    &[&MODEL.declaration, &N.declaration, &STREAM.declaration, &MAX_COMPLETION_TOKENS.declaration];
+
+/// The same of a completion, but for its prompts.
+pub(in crate::http) static COMPLETION: &[&Declaration] = &[&MODEL.declaration, &N.declaration, &STREAM.declaration];
+
+/// What the body of either endpoint says; `prompt` is what it says of the prompts.
+#[derive(Debug)]
+pub(super) struct TextBody<T> {
+    pub(super) model: String,
+    pub(super) options: Options,
+    pub(super) answer: AnswerOptions,
+    pub(super) prompt: T,
 }
 
-text_body! {
-    /// Body of `POST /v1/chat/completions`.
-    ChatBody {
-        messages: Vec<WireMessage>,
-        /// OpenAI's newer name of `max_tokens`.
-        max_completion_tokens: Option<u64>,
-    }
+/// The fields of a body that are not declared: they are no plain values.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChatFields {
+    messages: Vec<WireMessage>,
+    stream_options: Option<StreamOptions>,
 }
 
-text_body! {
-    /// Body of `POST /v1/completions`.
-    CompletionBody {
-        prompt: Prompts,
-    }
+/// The same of a completion.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CompletionFields {
+    prompt: Prompts,
+    stream_options: Option<StreamOptions>,
 }
 
-/// A number that no limit reaches is over every limit.
-fn saturate(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
+/// Body of `POST /v1/chat/completions`. Its messages are still as the client wrote them.
+pub(super) fn chat(mut body: Object) -> Result<TextBody<Vec<WireMessage>>, ApiError> {
+    let options = take(&mut body, CHAT, "messages")?;
+    let ChatFields { messages, stream_options } = body::read(Value::Object(body))?;
+    TextBody::new(options, stream_options.as_ref(), messages)
 }
 
-impl ChatBody {
-    /// What has been said so far.
-    pub(super) fn take_messages(&mut self) -> Result<Vec<ChatMessage>, ApiError> {
-        let messages = std::mem::take(&mut self.messages).into_iter().enumerate();
-        messages.map(|(index, message)| message.into_message(index)).collect()
+/// Body of `POST /v1/completions`.
+pub(super) fn completion(mut body: Object) -> Result<TextBody<Vec<Prompt>>, ApiError> {
+    let options = take(&mut body, COMPLETION, "prompt")?;
+    let CompletionFields { prompt, stream_options } = body::read(Value::Object(body))?;
+    TextBody::new(options, stream_options.as_ref(), prompt.0)
+}
+
+/// The declared fields of a body.
+fn take(body: &mut Object, own: &[&'static Declaration], prompt: &str) -> Result<Options, ApiError> {
+    let declarations = [own, TEXT_PARAMETERS].concat();
+    Ok(parameters::take(body, &declarations, &[prompt, "stream_options"])?.options)
+}
+
+impl<T> TextBody<T> {
+    fn new(options: Options, stream_options: Option<&StreamOptions>, prompt: T) -> Result<Self, ApiError> {
+        let model = options.get(&MODEL).unwrap_or_default();
+        let answer = AnswerOptions::new(&options, stream_options)?;
+        Ok(Self { model, options, answer, prompt })
     }
 
     /// The name under which the client gave the most tokens, for errors.
     pub(super) fn settle_max_tokens(&mut self) -> Result<&'static str, ApiError> {
-        match (self.max_tokens, self.max_completion_tokens) {
+        match (self.options.get(&MAX_TOKENS), self.options.get(&MAX_COMPLETION_TOKENS)) {
             (Some(old), Some(new)) if old != new => {
                 Err(ApiError::field("max_completion_tokens", "contradicts max_tokens; give one of them"))
             }
             (_, Some(new)) => {
-                self.max_tokens = Some(new);
+                self.options.set(&MAX_TOKENS, new);
                 Ok("max_completion_tokens")
             }
             _ => Ok("max_tokens"),
         }
     }
+}
+
+/// What has been said so far.
+pub(super) fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
+    messages.into_iter().enumerate().map(|(index, message)| message.into_message(index)).collect()
 }
 
 /// How the answer is wanted.
@@ -115,12 +122,9 @@ pub(super) struct AnswerOptions {
 }
 
 impl AnswerOptions {
-    fn new(n: Option<u64>, stream: Option<bool>, options: Option<&StreamOptions>) -> Result<Self, ApiError> {
-        let n = saturate(n.unwrap_or(1));
-        if n == 0 || n > MAX_CHOICES {
-            return Err(ApiError::field("n", format!("is {n}; allowed: 1 to {MAX_CHOICES}")));
-        }
-        let stream = stream.unwrap_or(false);
+    fn new(given: &Options, options: Option<&StreamOptions>) -> Result<Self, ApiError> {
+        let n = given.get(&N).unwrap_or(1);
+        let stream = given.get(&STREAM).unwrap_or(false);
         let asked = |option: fn(&StreamOptions) -> Option<bool>| options.and_then(option).unwrap_or(false);
         let include_usage = asked(|options| options.include_usage);
         let include_obfuscation = asked(|options| options.include_obfuscation);
@@ -234,38 +238,6 @@ impl<'de> Deserialize<'de> for Content {
         }
 
         deserializer.deserialize_any(ContentVisitor)
-    }
-}
-
-/// `stop`: one string or a list.
-#[derive(Debug)]
-struct StopStrings(Vec<String>);
-
-impl<'de> Deserialize<'de> for StopStrings {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct StopVisitor;
-
-        impl<'de> Visitor<'de> for StopVisitor {
-            type Value = StopStrings;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a string or a list of strings")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<StopStrings, E> {
-                Ok(StopStrings(vec![text.to_owned()]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut strings: A) -> Result<StopStrings, A::Error> {
-                let mut stop = Vec::new();
-                while let Some(text) = strings.next_element()? {
-                    stop.push(text);
-                }
-                Ok(StopStrings(stop))
-            }
-        }
-
-        deserializer.deserialize_any(StopVisitor)
     }
 }
 

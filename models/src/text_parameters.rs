@@ -1,0 +1,110 @@
+//! Parameters of text, each declared once.
+//!
+//! Owns: what requests may say of how text is continued, within which bounds. A model's own defaults may lie outside of
+//! these. Names are those of OpenAI's API and of vLLM. Does not know: how a token is chosen
+//! ([`sampler`](crate::sampler)).
+
+use crate::parameter::{Declaration, Parameter, TEXT};
+
+/// Most tokens to generate.
+pub static MAX_TOKENS: Parameter<usize> =
+    Parameter::at_least("max_tokens", 1, "Most tokens to generate; what is left of the model's context when absent.")
+        .only_for(TEXT)
+        .narrowed_by_models();
+
+/// See [`SamplingParams::temperature`](crate::request::SamplingParams::temperature).
+pub static TEMPERATURE: Parameter<f32> = Parameter::number_f32(
+    "temperature",
+    0.0,
+    2.0,
+    "How far less likely tokens are chosen; 0 is greedy. The model's own default, or 1, when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::top_p`](crate::request::SamplingParams::top_p).
+pub static TOP_P: Parameter<f32> = Parameter::number_f32(
+    "top_p",
+    0.0,
+    1.0,
+    "Keep the smallest set of tokens whose probability reaches this; 0 is the most likely token. The model's own \
+     default, or 1, when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::top_k`](crate::request::SamplingParams::top_k).
+pub static TOP_K: Parameter<usize> = Parameter::at_least(
+    "top_k",
+    0,
+    "Keep so many of the most likely tokens; 0 keeps all. The model's own default, or 0, when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::min_p`](crate::request::SamplingParams::min_p).
+pub static MIN_P: Parameter<f32> = Parameter::number_f32(
+    "min_p",
+    0.0,
+    1.0,
+    "Drop tokens less likely than this times the most likely one. The model's own default, or 0, when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::presence_penalty`](crate::request::SamplingParams::presence_penalty).
+pub static PRESENCE_PENALTY: Parameter<f32> = Parameter::number_f32(
+    "presence_penalty",
+    -2.0,
+    2.0,
+    "Subtracted once from the logit of each token that was generated; 0 when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::frequency_penalty`](crate::request::SamplingParams::frequency_penalty).
+pub static FREQUENCY_PENALTY: Parameter<f32> = Parameter::number_f32(
+    "frequency_penalty",
+    -2.0,
+    2.0,
+    "Subtracted from the logit of a token for every time that it was generated; 0 when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::repetition_penalty`](crate::request::SamplingParams::repetition_penalty).
+pub static REPETITION_PENALTY: Parameter<f32> = Parameter::number_above(
+    "repetition_penalty",
+    0.0,
+    2.0,
+    "Weakens tokens of prompt and answer when above 1. The model's own default, or 1, when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::seed`](crate::request::SamplingParams::seed).
+pub static SEED: Parameter<u64> = Parameter::seed(
+    "seed",
+    "The same seed gives the same tokens, whatever else is running; drawn at random when absent.",
+)
+.only_for(TEXT);
+
+/// Most stop strings of one request.
+const MAX_STOP_STRINGS: usize = 16;
+
+/// See [`TextRequest::stop`](crate::request::TextRequest::stop).
+pub static STOP: Parameter<Vec<String>> =
+    Parameter::strings("stop", MAX_STOP_STRINGS, "The text ends before the first of these that appears in it.")
+        .only_for(TEXT);
+
+/// See [`TextRequest::ignore_eos`](crate::request::TextRequest::ignore_eos).
+pub static IGNORE_EOS: Parameter<bool> =
+    Parameter::boolean("ignore_eos", "Go on past end-of-sequence tokens, up to `max_tokens`.").only_for(TEXT);
+
+/// Every parameter of text, in the order of the documentation.
+pub static TEXT_PARAMETERS: &[&Declaration] = &[
+    &MAX_TOKENS.declaration,
+    &TEMPERATURE.declaration,
+    &TOP_P.declaration,
+    &TOP_K.declaration,
+    &MIN_P.declaration,
+    &PRESENCE_PENALTY.declaration,
+    &FREQUENCY_PENALTY.declaration,
+    &REPETITION_PENALTY.declaration,
+    &SEED.declaration,
+    &STOP.declaration,
+    &IGNORE_EOS.declaration,
+];
