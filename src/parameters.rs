@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 use tale_models::diffusion::DiffusionRequest;
-use tale_models::diffusion::parameters::{IMAGE, MASK, PARAMETERS, SEED};
+use tale_models::diffusion::parameters::{IMAGE, MASK, PARAMETERS, PARTIAL_IMAGES, SEED};
 use tale_models::diffusion::references::MAX_REFERENCE_PIXELS;
 use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
 
@@ -78,7 +78,7 @@ impl EffectiveParameters {
 impl Serialize for EffectiveParameters {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut fields = serde_json::Map::from_iter([(MODEL.to_owned(), self.model.as_str().into())]);
-        let of_task = PARAMETERS.iter().copied().filter(|declaration| declaration.is_for(self.task));
+        let of_task = PARAMETERS.iter().copied().filter(|of| of.is_for(self.task) && is_echoed(of));
         fields.extend(self.options.to_json(of_task));
         fields.serialize(serializer)
     }
@@ -120,6 +120,11 @@ pub fn set_images(
     };
     options.insert(declaration, value);
     Ok(())
+}
+
+/// Whether answers repeat its value: it changes the result, and is no file.
+pub fn is_echoed(declaration: &Declaration) -> bool {
+    !is_image(declaration) && declaration.name != PARTIAL_IMAGES.declaration.name
 }
 
 /// Whether its values are image files.

@@ -8,6 +8,7 @@ mod edits;
 mod images;
 mod layering;
 mod lifecycle;
+mod openapi;
 mod published;
 mod references;
 mod refusals;

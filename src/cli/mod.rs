@@ -1,4 +1,4 @@
-//! The command line: `tale serve`, `tale generate`, `tale inspect`, `tale bench`, `tale pull`.
+//! The command line: `tale serve`, `tale generate`, `tale inspect`, `tale bench`, `tale openapi`, `tale pull`.
 //!
 //! Owns: arguments, what goes to stdout and stderr, exit codes. Does not know: how anything is computed. stdout carries
 //! the answer and nothing else; progress, notes, logs and errors go to stderr.
@@ -7,6 +7,7 @@ mod bench;
 mod generate;
 mod inspect;
 mod logs;
+mod openapi;
 mod parameters;
 mod progress;
 #[cfg(feature = "pull")]
@@ -41,6 +42,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Measure the steps of a model, or single operations, beside the limits of the device
     Bench(bench::BenchArgs),
+    /// Print the OpenAPI document of the server
+    Openapi,
     /// Download a checkpoint from the Hugging Face hub
     #[cfg(feature = "pull")]
     Pull(pull::PullArgs),
@@ -127,6 +130,7 @@ pub fn run() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Bench(args) => bench::run(args),
+        Command::Openapi => openapi::run(),
         #[cfg(feature = "pull")]
         Command::Pull(args) => pull::run(&args),
     };

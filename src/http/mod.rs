@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::serve::ListenerExt;
 use tale_models::DiffusionCard;
 use tale_models::diffusion::Medium;
@@ -37,6 +37,7 @@ mod images;
 mod jobs;
 mod models;
 mod openai;
+pub mod openapi;
 mod parameters;
 mod sse;
 mod text;
@@ -152,31 +153,34 @@ impl AppState {
     }
 }
 
-/// All routes.
+/// Every path, and what answers there.
+fn routes(state: &AppState) -> Vec<(&'static str, MethodRouter<AppState>)> {
+    // Other methods of the same path need no admission, so the layer sits on the method.
+    let admitted =
+        |method: MethodRouter<AppState>| method.route_layer(from_fn_with_state(state.clone(), admission::admit));
+    vec![
+        ("/v1/chat/completions", admitted(post(text::chat))),
+        ("/v1/completions", admitted(post(text::completion))),
+        ("/v1/images/generations", admitted(post(images::generate))),
+        ("/v1/images/edits", admitted(post(images::edit))),
+        ("/v1/videos", admitted(post(videos::create)).get(videos::list)),
+        ("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete)),
+        ("/v1/videos/{id}/content", get(videos::content)),
+        ("/v1/jobs/{id}/events", get(jobs::events)),
+        ("/v1/models", get(models::list)),
+        ("/v1/models/{*id}", get(models::retrieve)),
+        ("/livez", get(health::live)),
+        ("/readyz", get(health::ready)),
+        ("/metrics", get(health::metrics)),
+        ("/openapi.json", get(openapi::serve)),
+    ]
+}
+
+/// The server.
 pub fn router(state: AppState) -> Router {
-    let admitted = from_fn_with_state(state.clone(), admission::admit);
-    let generating = Router::new()
-        .route("/v1/chat/completions", post(text::chat))
-        .route("/v1/completions", post(text::completion))
-        .route("/v1/images/generations", post(images::generate))
-        .route("/v1/images/edits", post(images::edit))
-        .route_layer(admitted.clone());
-    // GET on the same path needs no admission, so the layer sits on the method.
-    let videos = Router::new()
-        .route("/v1/videos", post(videos::create).route_layer(admitted).get(videos::list))
-        .route("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete))
-        .route("/v1/videos/{id}/content", get(videos::content))
-        .route("/v1/jobs/{id}/events", get(jobs::events));
-    let plain = Router::new()
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::retrieve))
-        .route("/livez", get(health::live))
-        .route("/readyz", get(health::ready))
-        .route("/metrics", get(health::metrics));
-    let routes = Router::new()
-        .merge(generating)
-        .merge(videos)
-        .merge(plain)
+    let paths = routes(&state).into_iter();
+    let routes = paths
+        .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .method_not_allowed_fallback(|| async { ApiError::no_method() })
         .fallback(|| async { ApiError::no_route() })
         // `body` has a bound of its own, with an error in our shape.

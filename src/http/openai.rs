@@ -16,11 +16,11 @@ use super::error::ApiError;
 #[derive(Debug)]
 pub(super) struct Field {
     /// Keys, joined by dots; `[]` behind one stands for each element of its list.
-    path: &'static str,
+    pub(super) path: &'static str,
     /// Whether the value asks for nothing, in the body that it is part of.
     is_neutral: fn(&Value, &Object) -> bool,
     /// Why other values are refused, behind the field's name.
-    problem: &'static str,
+    pub(super) problem: &'static str,
 }
 
 const fn field(path: &'static str, is_neutral: fn(&Value, &Object) -> bool, problem: &'static str) -> Field {

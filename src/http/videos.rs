@@ -24,12 +24,14 @@ use crate::parameters::EffectiveParameters;
 
 mod content;
 
-pub(super) use content::content;
+pub(super) use content::{CONTENT_QUERY, content};
 
 /// Jobs of a page when the client does not say.
 const DEFAULT_PAGE: usize = 20;
 /// Most jobs of a page.
 const MAX_PAGE: usize = 100;
+/// Longest name of a video.
+const MAX_ID_BYTES: usize = 64;
 /// Bounds of the time after which a client is told to look again.
 const POLL_MS: std::ops::RangeInclusive<u128> = 200..=5000;
 /// When nothing is known about the pace.
@@ -44,6 +46,17 @@ static SECONDS: Parameter<f64> = Parameter::seconds(
 
 static OUTPUT_FORMAT: Parameter<String> =
     Parameter::choice("output_format", &["mp4", "webm", "gif"], "Format of the file; mp4 when absent.");
+
+static AFTER: Parameter<String> =
+    Parameter::text("after", MAX_ID_BYTES, "The video behind which the page begins; the first page when absent.");
+
+static LIMIT: Parameter<usize> = Parameter::integer("limit", 1, MAX_PAGE, "Most videos of the page; 20 when absent.");
+
+static ORDER: Parameter<String> =
+    Parameter::choice("order", &["asc", "desc"], "By the time when they were ordered; desc when absent.");
+
+/// The query of the list.
+pub(super) static LIST_QUERY: &[&Declaration] = &[&AFTER.declaration, &LIMIT.declaration, &ORDER.declaration];
 
 /// The fields that are no parameters of the model.
 pub(super) static OWN: &[&Declaration] =
@@ -210,7 +223,7 @@ pub(super) struct WireVideos {
 }
 
 fn page(uri: &Uri) -> Result<Page, ApiError> {
-    let query = query(uri, &["after", "limit", "order"])?;
+    let query = query(uri, LIST_QUERY)?;
     let after = query.get("after").map(|after| after.parse::<JobId>());
     let after = after.transpose().map_err(|_| ApiError::field("after", "names no video"))?;
     let limit = match query.get("limit") {
@@ -229,9 +242,10 @@ fn page(uri: &Uri) -> Result<Page, ApiError> {
 }
 
 /// The query of a request; a name that is not `known` is refused.
-fn query(uri: &Uri, known: &[&str]) -> Result<BTreeMap<String, String>, ApiError> {
+fn query(uri: &Uri, known: &[&Declaration]) -> Result<BTreeMap<String, String>, ApiError> {
     let parsed = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(uri);
     let pairs = parsed.map_err(|_| ApiError::malformed("the query cannot be read"))?.0;
+    let known: Vec<&str> = known.iter().map(|declaration| declaration.name).collect();
     if let Some((name, _)) = pairs.iter().find(|(name, _)| !known.contains(&name.as_str())) {
         let problem = format!("is not known here; expected one of {}", known.join(", "));
         return Err(ApiError::field_code(name, "unknown_parameter", problem));

@@ -8,6 +8,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use tale_models::parameter::{Declaration, Parameter};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,13 +23,19 @@ const CHUNK_BYTES: usize = 64 << 10;
 /// Chunks that may wait for a slow client.
 const MAX_WAITING_CHUNKS: usize = 4;
 
+static VARIANT: Parameter<String> =
+    Parameter::choice("variant", &["video"], "There are no thumbnails or spritesheets.");
+
+/// The query of a file.
+pub(in crate::http) static CONTENT_QUERY: &[&Declaration] = &[&VARIANT.declaration];
+
 pub(in crate::http) async fn content(
     State(state): State<AppState>,
     Path(id): Path<String>,
     uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    match query(&uri, &["variant"])?.get("variant").map(String::as_str) {
+    match query(&uri, CONTENT_QUERY)?.get("variant").map(String::as_str) {
         None | Some("video") => (),
         Some(_) => return Err(ApiError::field("variant", "must be video; there are no thumbnails or spritesheets")),
     }

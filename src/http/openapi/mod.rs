@@ -1,0 +1,156 @@
+//! The OpenAPI document: `GET /openapi.json` and `tale openapi`.
+//!
+//! Owns: the document. Paths and answers are written down in `skeleton.json`; the fields of requests, the effective
+//! parameters in answers and the parameters of queries come from their declarations. Does not know: what any of them
+//! means, how a request is worked off.
+
+use std::sync::LazyLock;
+
+use axum::Json;
+use serde_json::{Map, Value, json};
+use tale_models::diffusion::parameters::PARAMETERS;
+use tale_models::parameter::{Declaration, Task};
+use tale_models::text_parameters::TEXT_PARAMETERS;
+
+use super::{images, openai, text, videos};
+use crate::parameters::is_echoed;
+
+mod schema;
+#[cfg(test)]
+mod table;
+#[cfg(test)]
+mod tests;
+
+static DOCUMENT: LazyLock<Value> = LazyLock::new(make);
+
+/// The document, which is of OpenAPI 3.1.
+pub fn document() -> &'static Value {
+    &DOCUMENT
+}
+
+/// `GET /openapi.json`.
+pub(super) async fn serve() -> Json<&'static Value> {
+    Json(document())
+}
+
+/// The fields that a body for `task` may have, as they are declared.
+fn fields(task: Task) -> Vec<&'static Declaration> {
+    let (own, parameters): (_, &[_]) = match task {
+        Task::Chat => (text::wire::CHAT, TEXT_PARAMETERS),
+        Task::Completion => (text::wire::COMPLETION, TEXT_PARAMETERS),
+        Task::ImageGeneration | Task::ImageEdit => (images::OWN, &PARAMETERS),
+        Task::Video => (videos::OWN, &PARAMETERS),
+    };
+    own.iter().chain(parameters.iter().filter(|declaration| declaration.is_for(task))).copied().collect()
+}
+
+fn make() -> Value {
+    let skeleton = include_str!("skeleton.json");
+    let mut document: Value = serde_json::from_str(skeleton).expect("it is tested to be JSON: this is a bug");
+    document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
+    let schemas = &mut document["components"]["schemas"];
+    for (name, task) in [
+        ("ChatRequest", Task::Chat),
+        ("CompletionRequest", Task::Completion),
+        ("ImageGenerationRequest", Task::ImageGeneration),
+        ("ImageEditRequest", Task::ImageEdit),
+        ("VideoRequest", Task::Video),
+    ] {
+        schemas[name] = request(task);
+    }
+    for (name, task) in [("ImageEditForm", Task::ImageEdit), ("VideoForm", Task::Video)] {
+        schemas[name] = form(task);
+    }
+    for (name, task) in [
+        ("ImageGenerationParameters", Task::ImageGeneration),
+        ("ImageEditParameters", Task::ImageEdit),
+        ("VideoParameters", Task::Video),
+    ] {
+        schemas[name] = effective(task);
+    }
+    add_messages(schemas);
+    add_query(&mut document["paths"]["/v1/videos"]["get"], videos::LIST_QUERY);
+    add_query(&mut document["paths"]["/v1/videos/{id}/content"]["get"], videos::CONTENT_QUERY);
+    document
+}
+
+/// A JSON body.
+fn request(task: Task) -> Value {
+    let fields = fields(task);
+    let mut properties: Map<String, Value> =
+        fields.iter().map(|declaration| (declaration.name.to_owned(), schema::in_json(declaration))).collect();
+    let mut required: Vec<&str> = fields.iter().filter(|of| of.is_required).map(|of| of.name).collect();
+    let prompt = match task {
+        Task::Chat => Some(("messages", json!({"type": "array", "items": reference("ChatMessage"), "minItems": 1}))),
+        Task::Completion => Some(("prompt", reference("Prompts"))),
+        Task::ImageGeneration | Task::ImageEdit | Task::Video => None,
+    };
+    if let Some((name, schema)) = prompt {
+        properties.insert(name.to_owned(), schema);
+        properties.insert("stream_options".to_owned(), reference("StreamOptions"));
+        required.push(name);
+    }
+    properties.extend(unsupported(task, ""));
+    object(properties, &required)
+}
+
+fn form(task: Task) -> Value {
+    let fields = fields(task);
+    let required: Vec<&str> = fields.iter().filter(|of| of.is_required).map(|of| of.name).collect();
+    let mut properties: Map<String, Value> = fields.iter().map(|declaration| schema::in_form(declaration)).collect();
+    properties.extend(unsupported(task, ""));
+    object(properties, &required)
+}
+
+fn object(properties: Map<String, Value>, required: &[&str]) -> Value {
+    json!({"type": "object", "properties": properties, "required": required, "additionalProperties": false})
+}
+
+/// What an answer repeats.
+fn effective(task: Task) -> Value {
+    let model = fields(task).into_iter().filter(|of| of.name == super::diffusion::MODEL.declaration.name);
+    let echoed = PARAMETERS.iter().copied().filter(|of| of.is_for(task) && is_echoed(of));
+    let properties: Map<String, Value> =
+        model.chain(echoed).map(|declaration| (declaration.name.to_owned(), schema::in_answer(declaration))).collect();
+    json!({
+        "type": "object",
+        "description": "The effective parameters: a request that says the same makes the same.",
+        "properties": properties,
+        "required": ["model"],
+    })
+}
+
+/// Fields of OpenAI's API that are taken where they ask for nothing: those of the objects at `path` of a body.
+fn unsupported(task: Task, path: &str) -> Map<String, Value> {
+    let of_path = openai::fields(task).iter().copied().flatten().filter_map(|field| {
+        let (parent, name) = field.path.rsplit_once('.').unwrap_or(("", field.path));
+        let description = format!("Of OpenAI's API; taken where it asks for nothing: {}.", field.problem);
+        (parent == path).then(|| (name.to_owned(), json!({"description": description})))
+    });
+    of_path.collect()
+}
+
+/// The same for the messages of a chat and for the parts of their content.
+fn add_messages(schemas: &mut Value) {
+    for (name, path) in [("ChatMessage", "messages[]"), ("TextPart", "messages[].content[]")] {
+        if let Some(properties) = schemas[name]["properties"].as_object_mut() {
+            properties.extend(unsupported(Task::Chat, path));
+        }
+    }
+}
+
+/// Adds the parameters of a query to an operation.
+fn add_query(operation: &mut Value, query: &[&Declaration]) {
+    let query = query.iter().map(|declaration| {
+        let Declaration { name, doc, kind, .. } = declaration;
+        json!({"name": name, "in": "query", "description": doc, "schema": schema::values(*kind)})
+    });
+    match &mut operation["parameters"] {
+        Value::Array(parameters) => parameters.extend(query),
+        none => *none = query.collect(),
+    }
+}
+
+fn reference(name: &str) -> Value {
+    json!({"$ref": format!("#/components/schemas/{name}")})
+}
