@@ -238,9 +238,8 @@ mod tests {
             write_kv(&k, &k, &cache, &cache, &batch)?;
             paged_attention(&q, &cache, &cache, &batch, 0.25)
         });
-        let batch = batch.prepare(heads, &cache);
-        let (_, counted) =
-            count(|| on.run(|| paged_attention(&q, &cache, &cache, batch.as_ref().expect("fits"), 0.25)));
+        let batch = on.run(|| batch.prepare(heads, &cache));
+        let (_, counted) = count(|| on.run(|| paged_attention(&q, &cache, &cache, &batch, 0.25)));
         assert_eq!((counted.dense, counted.paged.bytes), (Work::default(), bytes as f64));
     });
 
