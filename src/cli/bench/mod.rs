@@ -1,6 +1,7 @@
 //! `tale bench`: what this build does on this machine, beside what the machine can do.
 
 mod kernels;
+mod serve_mix;
 mod step;
 
 use std::fmt::Display;
@@ -24,6 +25,8 @@ enum What {
     Step(step::StepArgs),
     /// Every operation at the shapes of published models (smaller ones on the CPU)
     Kernels(kernels::KernelArgs),
+    /// How long a token stream waits beside an image and a video on one device
+    ServeMix(serve_mix::ServeMixArgs),
 }
 
 pub fn run(args: BenchArgs) -> Result<(), CliError> {
@@ -31,6 +34,7 @@ pub fn run(args: BenchArgs) -> Result<(), CliError> {
     match args.what {
         What::Step(args) => step::run(&args),
         What::Kernels(args) => kernels::run(&args),
+        What::ServeMix(args) => serve_mix::run(&args),
     }
 }
 
