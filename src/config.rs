@@ -123,7 +123,7 @@ pub struct Settings {
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
 
-    /// Web pages that may call the server from a browser, such as https://studio.example; may be given several times; * is
+    /// Web pages that may call the server from a browser, such as `https://studio.example`; may be given several times; * is
     /// every page [default: none]
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     #[serde(deserialize_with = "parsed_list")]
