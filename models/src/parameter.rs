@@ -396,6 +396,11 @@ impl Options {
         self.0.insert(declaration.name, value);
     }
 
+    /// Forgets the value of a declared parameter.
+    pub fn remove(&mut self, declaration: &Declaration) {
+        self.0.remove(declaration.name);
+    }
+
     /// These options, and those of `defaults` where these have none.
     pub fn or(mut self, defaults: Self) -> Self {
         for (name, value) in defaults.0 {
@@ -404,8 +409,7 @@ impl Options {
         self
     }
 
-    /// Refuses what no model takes: values out of the bounds of their declarations, and parameters that are not
-    /// for `task`.
+    /// Refuses what no model takes: values out of the bounds of their declarations.
     pub fn check<'a>(&self, declarations: impl IntoIterator<Item = &'a Declaration>) -> Result<()> {
         for declaration in declarations {
             if let Some(value) = self.0.get(declaration.name) {

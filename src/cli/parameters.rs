@@ -79,14 +79,14 @@ impl Makes for Videos {
 pub struct ParameterArgs<M> {
     options: Options,
     /// Parameters that are to take the model's own default, whatever other options say.
-    cleared: Vec<&'static str>,
+    cleared: Vec<&'static Declaration>,
     files: Vec<(&'static Declaration, Vec<PathBuf>)>,
     makes: PhantomData<M>,
 }
 
 impl<M: Makes> ParameterArgs<M> {
     /// What was said, and `base` for the rest. Reads and decodes the image files.
-    pub fn options_over(self, base: Options) -> Result<Options, CliError> {
+    pub fn options_over(self, mut base: Options) -> Result<Options, CliError> {
         let mut options = self.options;
         for (declaration, paths) in self.files {
             let read =
@@ -97,15 +97,7 @@ impl<M: Makes> ParameterArgs<M> {
                 CliError::Argument(format!("--{}: {path} {error}", declaration.flag()))
             })?;
         }
-        let base = M::parameters().iter().filter(|of| !self.cleared.contains(&of.name)).fold(
-            Options::default(),
-            |mut kept, declaration| {
-                if let Some(value) = base.value(declaration) {
-                    kept.insert(declaration, value.clone());
-                }
-                kept
-            },
-        );
+        self.cleared.iter().for_each(|declaration| base.remove(declaration));
         Ok(options_over(options, base))
     }
 }
@@ -170,7 +162,7 @@ impl<M: Makes> ParameterArgs<M> {
                 Said::Value(Value::Loras(one)) => loras.extend(one.iter().cloned()),
                 Said::Value(Value::Strings(one)) => strings.extend(one.iter().cloned()),
                 Said::Value(value) => self.options.insert(declaration, value.clone()),
-                Said::Auto => self.cleared.push(declaration.name),
+                Said::Auto => self.cleared.push(declaration),
             }
         }
         if !loras.is_empty() {

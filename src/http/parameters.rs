@@ -5,7 +5,7 @@
 use axum::body::Bytes;
 use serde::Deserialize;
 use tale_models::diffusion::parameters::PARAMETERS;
-use tale_models::parameter::{Declaration, Kind, Options, Task};
+use tale_models::parameter::{Declaration, IMAGES, Kind, Options, Task};
 
 use super::body::of_field;
 use super::body::upload::{OneOrMany, Upload};
@@ -57,8 +57,8 @@ fn unknown<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> ApiError {
     let problem = match PARAMETERS.iter().find(|declaration| declaration.name == name).map(|of| of.tasks) {
         Some([Task::ImageEdit]) => "is for /v1/images/edits".to_owned(),
         Some([Task::Video]) => "is for /v1/videos".to_owned(),
-        Some(_) => "is for images".to_owned(),
-        None => {
+        Some(IMAGES) => "is for images".to_owned(),
+        _ => {
             let known: Vec<&str> = known.collect();
             format!("is not known here; known: {}", known.join(", "))
         }

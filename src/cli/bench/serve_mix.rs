@@ -27,6 +27,8 @@ use crate::engine::{Engine, EngineOptions, ModelSpec, Session};
 
 /// Tokens of the stream's prompt.
 const PROMPT_TOKENS: u32 = 16;
+/// Denoising steps of each image and video: enough for all kinds of steps to meet.
+const DENOISE_STEPS: usize = 4;
 /// What is to be shown; the weights are random.
 const SUBJECT: &str = "a lighthouse in the fog, and waves below it";
 
@@ -184,7 +186,7 @@ impl Mix {
                 .with(&WIDTH, args.side)
                 .with(&HEIGHT, args.side)
                 .with(&NUM_FRAMES, frames)
-                .with(&NUM_INFERENCE_STEPS, 4);
+                .with(&NUM_INFERENCE_STEPS, DENOISE_STEPS);
             let request = Request::Diffusion(card.resolve(&options, seed)?);
             let session = self.engine.submit(model, request)?;
             if !finish(session, is_over)? {
