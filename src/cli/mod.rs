@@ -13,6 +13,7 @@ mod progress;
 #[cfg(feature = "pull")]
 mod pull;
 mod serve;
+mod threads;
 
 use std::io;
 use std::path::PathBuf;

@@ -12,7 +12,7 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Repo, RepoType};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, progress};
+use super::{CliError, logs, progress, threads};
 use crate::config::LogFormat;
 
 /// What a checkpoint may consist of. Pickles (`.bin`, `.pt`, `.ckpt`) run code when they are read: never fetched.
@@ -79,6 +79,7 @@ pub enum PullError {
 /// Fetches the checkpoint and prints the folder's path.
 pub fn run(args: &PullArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::WARN);
+    threads::check()?;
     let name = check_repo(&args.repo)?;
     let output = args.output.clone().unwrap_or_else(|| name.into());
     let hub = Hub::connect(args, &output.join(PARTIAL_DIR))?;

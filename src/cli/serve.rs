@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, progress};
+use super::{CliError, logs, progress, threads};
 use crate::config::{Config, Settings};
 use crate::engine::{Engine, EngineError};
 use crate::http::{self, AppState};
@@ -31,6 +31,7 @@ pub struct ServeArgs {
 pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let config = Config::resolve(args.config.as_deref(), args.settings)?;
     logs::init(config.log_format, LevelFilter::INFO);
+    threads::check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

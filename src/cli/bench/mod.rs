@@ -10,7 +10,7 @@ use std::io::{Write, stdout};
 use clap::{Args, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs};
+use super::{CliError, logs, threads};
 use crate::config::LogFormat;
 
 #[derive(Debug, Args)]
@@ -31,6 +31,7 @@ enum What {
 
 pub fn run(args: BenchArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::WARN);
+    threads::check()?;
     match args.what {
         What::Step(args) => step::run(&args),
         What::Kernels(args) => kernels::run(&args),

@@ -16,7 +16,7 @@ use tale_models::{Event, ModelCard, ModelSource, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, progress};
+use super::{CliError, logs, progress, threads};
 use crate::config::LogFormat;
 use crate::engine::{Engine, EngineError, EngineOptions, ModelSpec, Session};
 
@@ -87,6 +87,7 @@ impl ModelArgs {
 
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::WARN);
+    threads::check()?;
     match args.medium {
         Medium::Text(args) => text::run(args),
         Medium::Image(args) => image::run(*args),
