@@ -18,7 +18,7 @@ use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 
 use crate::engine::{EngineOptions, ModelSpec};
-use crate::http::{Origin, ServerOptions};
+use crate::http::{AllowedHost, Origin, ServerOptions};
 use crate::job::store::Retention;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
@@ -128,6 +128,12 @@ pub struct Settings {
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     #[serde(deserialize_with = "parsed_list")]
     pub cors_origins: Vec<Origin>,
+
+    /// A name by which the server may be asked, besides addresses, loopback names and names without a dot, such as
+    /// `tale.example`; `.example` is every name below; may be given several times; * is every name [default: none]
+    #[arg(long = "allowed-host", value_name = "NAME")]
+    #[serde(deserialize_with = "parsed_list")]
+    pub allowed_hosts: Vec<AllowedHost>,
 
     /// Form of the log lines on stderr [default: text]
     #[arg(long, value_name = "FORMAT")]
@@ -274,6 +280,7 @@ impl Settings {
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             output_dir: self.output_dir.or(file.output_dir),
             cors_origins: if self.cors_origins.is_empty() { file.cors_origins } else { self.cors_origins },
+            allowed_hosts: if self.allowed_hosts.is_empty() { file.allowed_hosts } else { self.allowed_hosts },
             log_format: self.log_format.or(file.log_format),
         }
     }
@@ -304,6 +311,7 @@ impl Settings {
             max_requests: or(self.max_requests, server.max_requests),
             output_dir: self.output_dir.clone(),
             cors_origins: self.cors_origins.clone(),
+            allowed_hosts: self.allowed_hosts.clone(),
             retention: Retention {
                 max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
                 max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
@@ -515,6 +523,7 @@ mod tests {
         assert_eq!(config.drain, Duration::from_secs(60));
         assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
         assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
+        assert_eq!(config.server.allowed_hosts, [".svc.cluster.local".parse().unwrap()]);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.models.len(), 2);
         assert_eq!(config.models[0].name, "chat");
@@ -605,6 +614,7 @@ mod tests {
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
         check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
         check_error("cors_origins = [\"https://a/b\"]\n", &[":1: `cors_origins`: ", "`https://a/b` is not an origin"]);
+        check_error("allowed_hosts = [\"a:80\"]\n", &[":1: `allowed_hosts`: ", "`a:80` is not a host name"]);
         check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
         check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
         check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);

@@ -249,7 +249,7 @@ async fn no_page_may_call_where_no_origin_is_configured() {
     let server = server().await;
     let answer =
         options(&server, &[("origin", "https://studio.example"), ("access-control-request-method", "POST")]).await;
-    assert_eq!(answer.expect(405).header("access-control-allow-origin"), "");
+    assert_eq!(answer.expect(403).header("access-control-allow-origin"), "");
     let any = start(Setup { cors_origins: vec!["*"], ..Setup::default() }).await;
     let answer =
         options(&any, &[("origin", "https://studio.example"), ("access-control-request-method", "POST")]).await;

@@ -45,6 +45,7 @@ pub struct Setup {
     pub max_batch: usize,
     pub clip_bytes: usize,
     pub cors_origins: Vec<&'static str>,
+    pub allowed_hosts: Vec<&'static str>,
 }
 
 impl Default for Setup {
@@ -56,6 +57,7 @@ impl Default for Setup {
             max_batch: 16,
             clip_bytes: 0,
             cors_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
         }
     }
 }
@@ -90,7 +92,13 @@ pub async fn start(setup: Setup) -> Server {
     };
     let engine = Engine::start(models, options).expect("starts");
     let cors_origins = setup.cors_origins.iter().map(|origin| origin.parse().expect("an origin")).collect();
-    let options = ServerOptions { max_requests: setup.max_requests, cors_origins, ..ServerOptions::default() };
+    let allowed_hosts = setup.allowed_hosts.iter().map(|name| name.parse().expect("a name")).collect();
+    let options = ServerOptions {
+        max_requests: setup.max_requests,
+        cors_origins,
+        allowed_hosts,
+        ..ServerOptions::default()
+    };
     let state = AppState::new(options);
     let state = state.expect("a temporary folder can be made");
     state.set_engine(engine.clone());

@@ -33,12 +33,7 @@ impl FromStr for Origin {
             let uri: Uri = origin.parse().map_err(|_| problem())?;
             let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else { return Err(problem()) };
             // What a browser sends has no path, no user, and no port that goes without saying.
-            let default_port = match scheme {
-                "http" => Some(80),
-                "https" => Some(443),
-                _ => None,
-            };
-            let is_default_port = authority.port_u16().is_some_and(|port| Some(port) == default_port);
+            let is_default_port = authority.port_u16().is_some_and(|port| Some(port) == default_port(scheme));
             if origin != format!("{scheme}://{authority}") || authority.as_str().contains(['@', '*']) || is_default_port
             {
                 return Err(problem());
@@ -52,6 +47,20 @@ impl Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.0.to_str().unwrap_or_default())
     }
+}
+
+/// The port of a scheme that goes without saying.
+pub(super) fn default_port(scheme: &str) -> Option<u16> {
+    match scheme {
+        "http" => Some(80),
+        "https" => Some(443),
+        _ => None,
+    }
+}
+
+/// Whether pages of this origin may call, as a browser spells it.
+pub(super) fn allows(origins: &[Origin], origin: &HeaderValue) -> bool {
+    origins.iter().any(|allowed| allowed.is_any() || allowed.0 == origin)
 }
 
 /// Answers what browsers ask beforehand, and says which pages may read answers. `None` where no page may.

@@ -93,6 +93,38 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", "the body did not arrive in time")
     }
 
+    /// 400: the head of a request, of which no text is repeated.
+    pub(super) fn invalid_head(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_head", message)
+    }
+
+    /// 431.
+    pub(super) fn head_too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "request_head_too_large", message)
+    }
+
+    /// 414.
+    pub(super) fn path_too_long() -> Self {
+        Self::new(StatusCode::URI_TOO_LONG, "path_too_long", "the path is too long")
+    }
+
+    /// 408: the head, not the body.
+    pub(super) fn head_timeout(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", message)
+    }
+
+    /// 503: a connection more than there may be.
+    pub(super) fn too_many_connections(message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_connections", message);
+        error.retry_after = Some(RETRY_AFTER_BUSY);
+        error
+    }
+
+    /// 403: a web page, or a name of this server, that is not configured.
+    pub(super) fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, code, message)
+    }
+
     /// 404: no such route.
     pub(super) fn no_route() -> Self {
         Self::new(StatusCode::NOT_FOUND, "unknown_url", "there is nothing at this path")
@@ -144,6 +176,27 @@ impl ApiError {
             self.body.param = Some(whole.to_owned());
         }
         self
+    }
+
+    /// The status.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// A whole answer of HTTP/1.1, for clients whose request was never one.
+    pub(super) fn to_http1(&self) -> Vec<u8> {
+        let body = serde_json::to_vec(&ErrorEnvelope { error: &self.body })
+            .expect("our types serialize into memory: this is a bug");
+        let reason = self.status.canonical_reason().unwrap_or_default();
+        let mut head = format!("HTTP/1.1 {} {reason}\r\n", self.status.as_str());
+        if let Some(seconds) = self.retry_after {
+            head.push_str(&format!("retry-after: {seconds}\r\n"));
+        }
+        head.push_str(&format!(
+            "content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+            body.len()
+        ));
+        [head.into_bytes(), body].concat()
     }
 
     /// `error` of the body, for streams whose status has been sent already.

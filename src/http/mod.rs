@@ -29,6 +29,7 @@ use crate::telemetry;
 
 mod admission;
 mod body;
+mod browsers;
 mod cors;
 mod diffusion;
 mod error;
@@ -44,6 +45,7 @@ mod text;
 mod videos;
 
 pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
+pub use browsers::AllowedHost;
 pub use cors::Origin;
 pub use images::MAX_IMAGES;
 pub use text::wire::MAX_CHOICES;
@@ -66,6 +68,8 @@ pub struct ServerOptions {
     pub retention: Retention,
     /// Web pages that may call the server from a browser.
     pub cors_origins: Vec<Origin>,
+    /// Names by which the server may be asked, besides addresses, loopback names and names without a dot.
+    pub allowed_hosts: Vec<AllowedHost>,
 }
 
 impl Default for ServerOptions {
@@ -75,6 +79,7 @@ impl Default for ServerOptions {
             output_dir: None,
             retention: Retention::default(),
             cors_origins: Vec::new(),
+            allowed_hosts: Vec::new(),
         }
     }
 }
@@ -91,6 +96,7 @@ struct Shared {
     outputs: OutputDir,
     admission: Admission,
     cors_origins: Vec<Origin>,
+    allowed_hosts: Vec<AllowedHost>,
     draining: AtomicBool,
 }
 
@@ -109,6 +115,7 @@ impl AppState {
             outputs,
             admission: Admission::new(options.max_requests),
             cors_origins: options.cors_origins,
+            allowed_hosts: options.allowed_hosts,
             draining: AtomicBool::new(false),
         })))
     }
@@ -189,6 +196,7 @@ pub fn router(state: AppState) -> Router {
         Some(cors) => routes.layer(cors),
         None => routes,
     };
+    let routes = routes.layer(from_fn_with_state(state.clone(), browsers::check));
     routes.layer(from_fn_with_state(state.clone(), admission::measure)).with_state(state)
 }
 
