@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 
 use crate::engine::{EngineOptions, ModelSpec};
-use crate::http::{AllowedHost, Origin, ServerOptions};
+use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
 use crate::job::store::Retention;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
@@ -44,6 +44,31 @@ pub struct Settings {
     /// Address and port to listen on [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
+
+    /// A second address and port, for /livez, /readyz and /metrics alone, served by a thread of its own [default: none]
+    #[arg(long, value_name = "ADDR")]
+    pub health_listen: Option<SocketAddr>,
+
+    /// Most connections; for one more an idle one is closed, and when none is, it is refused with 503 [default: 8192, or
+    /// what the limit of open files allows]
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<NonZeroUsize>,
+
+    /// Most connections of one client address, in the same way [default: three quarters of max_connections]
+    #[arg(long, value_name = "N")]
+    pub max_connections_per_address: Option<NonZeroUsize>,
+
+    /// Seconds in which the head of a request has to arrive, and a new connection's first one to begin [default: 10]
+    #[arg(long, value_name = "SECONDS")]
+    pub header_seconds: Option<NonZeroU32>,
+
+    /// Seconds that a connection stays open between an answer and the next request [default: 75]
+    #[arg(long, value_name = "SECONDS")]
+    pub idle_seconds: Option<NonZeroU32>,
+
+    /// Seconds after which a client that takes nothing of its answer is given up [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub send_seconds: Option<NonZeroU32>,
 
     /// Device that computes: cpu, or cuda:N for an NVIDIA GPU [default: cpu]
     #[arg(long, value_name = "NAME")]
@@ -102,7 +127,7 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     pub max_requests: Option<NonZeroUsize>,
 
-    /// Seconds that running work may go on after SIGTERM [default: 30]
+    /// Seconds that running work may go on after SIGTERM, SIGINT or SIGHUP [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u32>,
 
@@ -180,6 +205,8 @@ pub enum LogFormat {
 pub struct Config {
     /// Address to listen on.
     pub listen: SocketAddr,
+    /// Address of liveness, readiness and metrics alone.
+    pub health_listen: Option<SocketAddr>,
     /// What to serve; at least one, names unique.
     pub models: Vec<ModelSpec>,
     /// Device, dtypes, sizes.
@@ -240,6 +267,7 @@ impl Config {
         }
         Ok(Self {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
+            health_listen: settings.health_listen,
             engine: settings.engine_options(),
             drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
             server: settings.server_options(),
@@ -262,6 +290,12 @@ impl Settings {
         Self {
             models,
             listen: self.listen.or(file.listen),
+            health_listen: self.health_listen.or(file.health_listen),
+            max_connections: self.max_connections.or(file.max_connections),
+            max_connections_per_address: self.max_connections_per_address.or(file.max_connections_per_address),
+            header_seconds: self.header_seconds.or(file.header_seconds),
+            idle_seconds: self.idle_seconds.or(file.idle_seconds),
+            send_seconds: self.send_seconds.or(file.send_seconds),
             device: self.device.or(file.device),
             dtype: self.dtype.or(file.dtype),
             load_format: self.load_format.or(file.load_format),
@@ -305,6 +339,17 @@ impl Settings {
         }
     }
 
+    fn connection_limits(&self) -> ConnectionLimits {
+        let default = ConnectionLimits::default();
+        ConnectionLimits {
+            max_connections: self.max_connections.map(NonZeroUsize::get),
+            max_per_address: self.max_connections_per_address.map(NonZeroUsize::get),
+            header: seconds_or(self.header_seconds, default.header),
+            idle: seconds_or(self.idle_seconds, default.idle),
+            send: seconds_or(self.send_seconds, default.send),
+        }
+    }
+
     fn server_options(&self) -> ServerOptions {
         let server = ServerOptions::default();
         ServerOptions {
@@ -312,6 +357,7 @@ impl Settings {
             output_dir: self.output_dir.clone(),
             cors_origins: self.cors_origins.clone(),
             allowed_hosts: self.allowed_hosts.clone(),
+            connections: self.connection_limits(),
             retention: Retention {
                 max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
                 max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
@@ -319,6 +365,10 @@ impl Settings {
             },
         }
     }
+}
+
+fn seconds_or(set: Option<NonZeroU32>, default: Duration) -> Duration {
+    set.map_or(default, |seconds| Duration::from_secs(seconds.get().into()))
 }
 
 fn or(set: Option<NonZeroUsize>, default: usize) -> usize {
@@ -524,6 +574,10 @@ mod tests {
         assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
         assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
         assert_eq!(config.server.allowed_hosts, [".svc.cluster.local".parse().unwrap()]);
+        assert_eq!(config.health_listen, Some("10.0.0.5:8081".parse().unwrap()));
+        let ConnectionLimits { max_connections, max_per_address, header, idle, send } = config.server.connections;
+        assert_eq!((max_connections, max_per_address), (Some(4096), Some(1024)));
+        assert_eq!([header, idle, send], [5, 60, 120].map(Duration::from_secs));
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.models.len(), 2);
         assert_eq!(config.models[0].name, "chat");
@@ -559,6 +613,9 @@ mod tests {
             ("max_ended_jobs", server.retention.max_ended_jobs.to_string()),
             ("max_clip_storage", gib(server.retention.max_file_bytes as usize)),
             ("drain_seconds", drain.as_secs().to_string()),
+            ("header_seconds", server.connections.header.as_secs().to_string()),
+            ("idle_seconds", server.connections.idle.as_secs().to_string()),
+            ("send_seconds", server.connections.send.as_secs().to_string()),
         ] {
             let line = document.lines().find(|line| line.starts_with(&format!("{key} = "))).unwrap();
             let ends = |line: &str| {
@@ -615,6 +672,7 @@ mod tests {
         check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
         check_error("cors_origins = [\"https://a/b\"]\n", &[":1: `cors_origins`: ", "`https://a/b` is not an origin"]);
         check_error("allowed_hosts = [\"a:80\"]\n", &[":1: `allowed_hosts`: ", "`a:80` is not a host name"]);
+        check_error("header_seconds = 0\n", &[":1: `header_seconds`: ", "zero"]);
         check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
         check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
         check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);

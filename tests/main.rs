@@ -5,6 +5,7 @@ mod browsers;
 mod cancel;
 mod cli;
 mod clients;
+mod connections;
 mod edits;
 mod images;
 mod layering;

@@ -12,7 +12,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tale::engine::{Engine, EngineOptions, ModelStatus};
-use tale::http::{AppState, ServerOptions, serve};
+use tale::http::{AppState, ConnectionLimits, ServerOptions, serve};
 use tale_models::testing::{Script, clip_model, picture_model, text_model};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -46,6 +46,7 @@ pub struct Setup {
     pub clip_bytes: usize,
     pub cors_origins: Vec<&'static str>,
     pub allowed_hosts: Vec<&'static str>,
+    pub connections: ConnectionLimits,
 }
 
 impl Default for Setup {
@@ -58,6 +59,7 @@ impl Default for Setup {
             clip_bytes: 0,
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
+            connections: ConnectionLimits::default(),
         }
     }
 }
@@ -97,6 +99,7 @@ pub async fn start(setup: Setup) -> Server {
         max_requests: setup.max_requests,
         cors_origins,
         allowed_hosts,
+        connections: setup.connections,
         ..ServerOptions::default()
     };
     let state = AppState::new(options);

@@ -1,12 +1,27 @@
 //! `/livez`, `/readyz`, `/metrics`.
 
+use axum::Router;
 use axum::extract::State;
 use axum::http::header;
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 
-use super::AppState;
 use super::error::ApiError;
+use super::{AppState, browsers};
 use crate::telemetry;
+
+/// What the health listener answers, and does not measure.
+pub(super) fn router(state: AppState) -> Router {
+    Router::new()
+        .route("/livez", get(live))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .method_not_allowed_fallback(|| async { ApiError::no_method() })
+        .fallback(|| async { ApiError::no_route() })
+        .layer(from_fn_with_state(state.clone(), browsers::check))
+        .with_state(state)
+}
 
 /// The process answers.
 pub(super) async fn live() -> &'static str {

@@ -14,11 +14,10 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, get, post};
-use axum::serve::ListenerExt;
 use tale_models::DiffusionCard;
 use tale_models::diffusion::Medium;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 use self::admission::Admission;
 use self::error::ApiError;
@@ -30,6 +29,7 @@ use crate::telemetry;
 mod admission;
 mod body;
 mod browsers;
+mod connections;
 mod cors;
 mod diffusion;
 mod error;
@@ -40,20 +40,31 @@ mod models;
 mod openai;
 pub mod openapi;
 mod parameters;
+mod peer;
 mod sse;
 mod text;
 mod videos;
 
 pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
 pub use browsers::AllowedHost;
+pub use connections::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS};
 pub use cors::Origin;
 pub use images::MAX_IMAGES;
+pub use peer::Peer;
 pub use text::wire::MAX_CHOICES;
 
 /// Requests that may generate at once when nothing else is configured.
 pub const DEFAULT_MAX_REQUESTS: usize = 1024;
 /// How often a drain looks whether the last answer is sent.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
+/// Bounds of the health listener, which a few probes ask.
+const HEALTH_CONNECTIONS: ConnectionLimits = ConnectionLimits {
+    max_connections: Some(32),
+    max_per_address: Some(32),
+    header: Duration::from_secs(10),
+    idle: Duration::from_secs(75),
+    send: Duration::from_secs(10),
+};
 /// After the drain, connections get this long to hear the end of their answers.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
@@ -70,6 +81,8 @@ pub struct ServerOptions {
     pub cors_origins: Vec<Origin>,
     /// Names by which the server may be asked, besides addresses, loopback names and names without a dot.
     pub allowed_hosts: Vec<AllowedHost>,
+    /// How many connections there may be, and how long they may wait.
+    pub connections: ConnectionLimits,
 }
 
 impl Default for ServerOptions {
@@ -80,6 +93,7 @@ impl Default for ServerOptions {
             retention: Retention::default(),
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
+            connections: ConnectionLimits::default(),
         }
     }
 }
@@ -97,6 +111,7 @@ struct Shared {
     admission: Admission,
     cors_origins: Vec<Origin>,
     allowed_hosts: Vec<AllowedHost>,
+    connections: ConnectionLimits,
     draining: AtomicBool,
 }
 
@@ -116,6 +131,7 @@ impl AppState {
             admission: Admission::new(options.max_requests),
             cors_origins: options.cors_origins,
             allowed_hosts: options.allowed_hosts,
+            connections: options.connections,
             draining: AtomicBool::new(false),
         })))
     }
@@ -208,40 +224,38 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
     drain: Duration,
 ) -> io::Result<()> {
-    let (stop, stopped) = oneshot::channel::<()>();
-    let listener = listener.tap_io(|connection| {
-        // Streams send many small writes; waiting to join them would be felt.
-        if let Err(error) = connection.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY could not be set");
-        }
-    });
+    let (stop, stopped) = watch::channel(false);
     let upkeep = tokio::spawn(async {
         loop {
             tokio::time::sleep(telemetry::UPKEEP_INTERVAL).await;
             telemetry::metrics_handle().run_upkeep();
         }
     });
-    let server = axum::serve(listener, router(state.clone())).with_graceful_shutdown(async {
-        // A sender that was dropped stops as well.
-        let _ = stopped.await;
-    });
-    let mut server = tokio::spawn(server.into_future());
+    let limits = state.0.connections;
+    let mut server = tokio::spawn(connections::serve(listener, router(state.clone()), limits, stopped));
     tokio::select! {
-        ended = &mut server => return ended.map_err(io::Error::other)?,
+        ended = &mut server => return ended.map_err(io::Error::other),
         () = shutdown => (),
     }
     drain_work(&state, drain).await;
-    let _ = stop.send(());
+    stop.send_replace(true);
     let closed = tokio::time::timeout(CLOSE_GRACE, &mut server).await;
     server.abort();
     upkeep.abort();
     match closed {
-        Ok(ended) => ended.map_err(io::Error::other)?,
+        Ok(ended) => ended.map_err(io::Error::other),
         Err(_) => {
             tracing::warn!("connections were still open at the end");
             Ok(())
         }
     }
+}
+
+/// Answers `/livez`, `/readyz` and `/metrics` on a listener of their own, for as long as it is polled: best on a runtime of
+/// its own, so that nothing that the probes are about can hold them up.
+pub async fn serve_health(listener: TcpListener, state: AppState) {
+    let (_never, stop) = watch::channel(false);
+    connections::serve(listener, health::router(state), HEALTH_CONNECTIONS, stop).await;
 }
 
 /// Waits for what runs, up to `drain`, then stops the engine.
