@@ -14,6 +14,7 @@ mod openapi;
 mod published;
 mod references;
 mod refusals;
+mod signals;
 mod support;
 mod text;
 mod videos;

@@ -14,6 +14,7 @@ mod progress;
 mod pull;
 mod serve;
 mod threads;
+mod watch;
 
 use std::io;
 use std::path::PathBuf;

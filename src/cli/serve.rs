@@ -2,14 +2,13 @@
 
 use std::io::{Write, stdout};
 use std::path::PathBuf;
-use std::process::exit;
 use std::time::Duration;
 
 use clap::Args;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
+use super::watch::Watch;
 use super::{CliError, logs, progress, threads};
 use crate::config::{Config, Settings};
 use crate::engine::{Engine, EngineError};
@@ -32,6 +31,7 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let config = Config::resolve(args.config.as_deref(), args.settings)?;
     logs::init(config.log_format, LevelFilter::INFO);
     threads::check()?;
+    config.server.connections.raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -44,12 +44,29 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 /// Listens at once, so that liveness is answered and a busy address is told before minutes of loading; work is refused
 /// until the models are there.
 async fn serve(config: Config) -> Result<(), CliError> {
-    let stop = stop_signal()?;
-    let failed = |source| CliError::Io { what: format!("cannot serve on {}", config.listen), source };
-    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
+    let watch = Watch::start()?;
+    let failed = |address| move |source| CliError::Io { what: format!("cannot serve on {address}"), source };
+    let listener = TcpListener::bind(config.listen).await.map_err(failed(config.listen))?;
+    let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
+    let health = health.transpose()?;
     let state = AppState::new(config.server.clone())
         .map_err(|source| CliError::Io { what: "cannot make the folder for finished clips".into(), source })?;
+    let stop = watch.over(state.clone(), health);
+    let ended = answer(listener, &state, stop, config).await;
+    // The watch holds on to the state until the process ends.
+    state.remove_temporary_files();
+    ended
+}
+
+/// Serves until `stop`; the models are loaded meanwhile.
+async fn answer(
+    listener: TcpListener,
+    state: &AppState,
+    stop: impl Future<Output = ()> + Send,
+    config: Config,
+) -> Result<(), CliError> {
+    let failed = |source| CliError::Io { what: format!("cannot serve on {}", config.listen), source };
+    let address = listener.local_addr().map_err(failed)?;
     let mut server = std::pin::pin!(http::serve(listener, state.clone(), stop, config.drain));
     let engine = tokio::select! {
         ended = &mut server => return ended.map_err(failed),
@@ -72,24 +89,4 @@ async fn load(config: Config) -> Result<Engine, EngineError> {
     let engine = loading.await.map_err(|panic| EngineError::Thread(panic.to_string()))?;
     bar.finish_and_clear();
     engine
-}
-
-/// Resolves at the first SIGTERM or SIGINT. The second one ends the process at once.
-fn stop_signal() -> Result<impl Future<Output = ()> + Send, CliError> {
-    let failed = |source| CliError::Io { what: "cannot listen for signals".into(), source };
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    Ok(async move {
-        let number = either(&mut interrupt, &mut terminate).await;
-        tracing::info!(signal = number, "stopping; the same signal again ends at once");
-        tokio::spawn(async move { exit(128 + either(&mut interrupt, &mut terminate).await) });
-    })
-}
-
-/// The number of the signal that came.
-async fn either(interrupt: &mut Signal, terminate: &mut Signal) -> i32 {
-    tokio::select! {
-        _ = interrupt.recv() => SignalKind::interrupt().as_raw_value(),
-        _ = terminate.recv() => SignalKind::terminate().as_raw_value(),
-    }
 }

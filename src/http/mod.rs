@@ -143,6 +143,11 @@ impl AppState {
         }
     }
 
+    /// Removes the folder of finished clips if it is this process's alone; for an end that waits for nothing.
+    pub fn remove_temporary_files(&self) {
+        self.0.outputs.remove_temporary();
+    }
+
     /// The engine, or why there is none for new work.
     fn engine(&self) -> Result<&Engine, ApiError> {
         if self.0.draining.load(Relaxed) {

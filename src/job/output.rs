@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use super::JobId;
 use crate::media::ClipFormat;
 
+/// How often the removal of a folder is tried.
+const REMOVE_ATTEMPTS: usize = 3;
+
 /// A folder that only this user can enter. A temporary one is removed with everything in it when dropped.
 #[derive(Debug)]
 pub struct OutputDir {
@@ -31,6 +34,25 @@ impl OutputDir {
         Ok(Self { path, is_temporary: true })
     }
 
+    /// Removes a temporary folder with everything in it; another is left as it is.
+    pub fn remove_temporary(&self) {
+        if !self.is_temporary {
+            return;
+        }
+        for attempt in 1.. {
+            match std::fs::remove_dir_all(&self.path) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+                // A clip that is being written may begin its file meanwhile.
+                Err(_) if attempt < REMOVE_ATTEMPTS => (),
+                Err(error) => {
+                    tracing::warn!(path = %self.path.display(), %error, "the folder of finished clips stays");
+                    return;
+                }
+            }
+        }
+    }
+
     /// Where the clip of a job lies.
     pub fn file(&self, job: JobId, format: ClipFormat) -> PathBuf {
         self.path.join(format!("{job}.{}", format.as_str()))
@@ -43,12 +65,7 @@ fn create_private(path: &Path) -> io::Result<()> {
 
 impl Drop for OutputDir {
     fn drop(&mut self) {
-        if !self.is_temporary {
-            return;
-        }
-        if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "the folder of finished clips stays");
-        }
+        self.remove_temporary();
     }
 }
 
