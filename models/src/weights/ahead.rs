@@ -152,11 +152,11 @@ impl Wanted {
         left.min((room / self.asked.row_bytes()).max(1) * self.asked.row_bytes())
     }
 
-    /// Random values are made all at once, and so is what a layer makes of bytes.
+    /// What a layer makes of bytes is made all at once.
     fn can_be_parted(&self) -> bool {
-        let Asked { source, shape, bytes, .. } = &self.asked;
+        let Asked { shape, bytes, .. } = &self.asked;
         let has_rows = shape.first().is_some_and(|rows| *rows > 1 && bytes.is_multiple_of(*rows));
-        has_rows && matches!(self.how, How::Values(_) | How::Rows(..)) && source.has_files()
+        has_rows && matches!(self.how, How::Values(_) | How::Rows(..))
     }
 
     /// Reads a part, and says how many bytes it had.
@@ -208,15 +208,14 @@ impl Asked {
     fn read_rows(&self, bytes: usize, whole: &Tensor) -> Result<()> {
         let row_bytes = self.row_bytes();
         let row_values = elements(&self.shape) / self.shape[0];
-        let (files, slice) = self.source.find_in_files(&self.place, &self.shape)?;
+        let found = self.source.find(&self.place, &self.shape)?;
         let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
         let first_row = self.bytes_done / row_bytes;
         let last_row = first_row + bytes / row_bytes;
         for row in (first_row..last_row).step_by(rows_per_piece) {
-            let rows = rows_per_piece.min(last_row - row);
-            let of_rows = slice.range(row * row_bytes..(row + rows) * row_bytes);
-            let piece = files.read(&of_rows, &[rows, row_values], whole.dtype(), whole.device())?;
-            whole.slice_set(&piece.flatten_all()?, 0, row * row_values)?;
+            let rows = row..last_row.min(row + rows_per_piece);
+            let piece = found.read_rows(&self.key.tensor, &self.shape, rows, whole.dtype(), whole.device())?;
+            whole.slice_set(&piece, 0, row * row_values)?;
         }
         Ok(())
     }

@@ -4,6 +4,8 @@
 //! Matrices and kernels are uniform with mean 0 and variance `1 / columns`, biases within 0.1 of 0 and other vectors
 //! (norms) within 0.1 of 1, so that activations neither vanish nor grow.
 
+use std::ops::Range;
+
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -39,37 +41,42 @@ impl Uniform {
 /// A tensor of random values, made where it will live. On the CPU the same name and shape give the same values; a GPU
 /// draws from its own generator.
 pub(super) fn tensor(name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    let count = shape.iter().product::<usize>();
+    Ok(part(name, shape, 0..count, dtype, device)?.reshape(shape)?)
+}
+
+/// The values of such a tensor at `places`, counted from its first one, as a vector.
+pub(super) fn part(name: &str, shape: &[usize], places: Range<usize>, dtype: DType, device: &Device) -> Result<Tensor> {
     let uniform = Uniform::of(name, shape);
     match (device, dtype) {
-        (Device::Cpu, DType::F32) => on_host(name, shape, uniform, |value| value),
-        (Device::Cpu, DType::BF16) => on_host(name, shape, uniform, bf16::from_f32),
-        (Device::Cpu, DType::F16) => on_host(name, shape, uniform, f16::from_f32),
-        _ => on_device(shape, uniform, dtype, device),
+        (Device::Cpu, DType::F32) => on_host(name, places, uniform, |value| value),
+        (Device::Cpu, DType::BF16) => on_host(name, places, uniform, bf16::from_f32),
+        (Device::Cpu, DType::F16) => on_host(name, places, uniform, f16::from_f32),
+        _ => on_device(places.len(), uniform, dtype, device),
     }
 }
 
 /// By all threads; which of them draws a value changes nothing, since a value depends on its place alone.
-fn on_host<T: WithDType>(name: &str, shape: &[usize], uniform: Uniform, round: fn(f32) -> T) -> Result<Tensor> {
+fn on_host<T: WithDType>(name: &str, places: Range<usize>, uniform: Uniform, round: fn(f32) -> T) -> Result<Tensor> {
     let seed = fnv1a(name);
     let value = |place: usize| round(uniform.centre + uniform.spread * noise(seed, place));
-    let count = shape.iter().product::<usize>();
-    let values: Vec<T> = (0..count).into_par_iter().with_min_len(MIN_VALUES_PER_TASK).map(value).collect();
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    let count = places.len();
+    let values: Vec<T> = places.into_par_iter().with_min_len(MIN_VALUES_PER_TASK).map(value).collect();
+    Ok(Tensor::from_vec(values, count, &Device::Cpu)?)
 }
 
 /// Piece by piece: candle draws f32 only, and the largest tables would be twice as large again in it.
-fn on_device(shape: &[usize], uniform: Uniform, dtype: DType, device: &Device) -> Result<Tensor> {
+fn on_device(count: usize, uniform: Uniform, dtype: DType, device: &Device) -> Result<Tensor> {
     let (low, high) = (uniform.centre - uniform.spread, uniform.centre + uniform.spread);
     let draw = |count: usize| Tensor::rand(low, high, count, device)?.to_dtype(dtype);
-    let count = shape.iter().product::<usize>();
     if count <= PIECE_VALUES {
-        return Ok(draw(count)?.reshape(shape)?);
+        return Ok(draw(count)?);
     }
     let all = Tensor::zeros(count, dtype, device)?;
     for start in (0..count).step_by(PIECE_VALUES) {
         all.slice_set(&draw(PIECE_VALUES.min(count - start))?, 0, start)?;
     }
-    Ok(all.reshape(shape)?)
+    Ok(all)
 }
 
 /// Uniform in -1..1: the finaliser of SplitMix64 over a counter.
@@ -120,13 +127,13 @@ mod tests {
     #[test]
     fn a_device_draws_the_same_distribution() {
         let uniform = Uniform::of("q.weight", &[1000, 100]);
-        let one_piece = on_device(&[1000, 100], uniform, DType::BF16, &Device::Cpu).unwrap();
-        assert_eq!((one_piece.dtype(), one_piece.dims()), (DType::BF16, &[1000, 100][..]));
+        let one_piece = on_device(100_000, uniform, DType::BF16, &Device::Cpu).unwrap();
+        assert_eq!((one_piece.dtype(), one_piece.dims()), (DType::BF16, &[100_000][..]));
         check(&one_piece, 0.0, 0.01);
-        let rows = PIECE_VALUES / 100 + 200;
-        let several = on_device(&[rows, 100], uniform, DType::BF16, &Device::Cpu).unwrap();
+        let count = PIECE_VALUES + 40_000;
+        let several = on_device(count, uniform, DType::BF16, &Device::Cpu).unwrap();
         check(&several, 0.0, 0.01);
-        check(&several.narrow(0, rows - 200, 200).unwrap().contiguous().unwrap(), 0.0, 0.01);
+        check(&several.narrow(0, count - 20_000, 20_000).unwrap().contiguous().unwrap(), 0.0, 0.01);
     }
 
     #[test]

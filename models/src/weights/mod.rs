@@ -10,6 +10,7 @@
 //! (`names`) says where in the file a tensor lies, which may be some rows of one that is larger.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -375,6 +376,27 @@ impl Found<'_> {
         }
     }
 
+    /// The values of some of its rows, as a vector.
+    fn read_rows(
+        &self,
+        full_name: &str,
+        shape: &[usize],
+        rows: Range<usize>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let row_values = elements(shape) / shape[0];
+        let values = rows.start * row_values..rows.end * row_values;
+        match self {
+            Self::InFiles(files, slice) => {
+                let row_bytes = slice.len() / shape[0];
+                let of_rows = slice.range(rows.start * row_bytes..rows.end * row_bytes);
+                Ok(files.read(&of_rows, &[values.len()], dtype, device)?)
+            }
+            Self::Dummy(_) => dummy::part(full_name, shape, values, dtype, device),
+        }
+    }
+
     /// Bytes that are read or made for it, of which the tensor has `bytes`.
     fn bytes_to_read(&self, bytes: usize) -> usize {
         match self {
@@ -403,11 +425,6 @@ impl Source {
             Origin::Files(files) => &files.tensors,
             Origin::Dummy(_) => &NONE,
         }
-    }
-
-    /// Whether there are files, parts of whose tensors can be read.
-    fn has_files(&self) -> bool {
-        matches!(self.origin, Origin::Files(_))
     }
 
     fn beginning(&self) -> &str {

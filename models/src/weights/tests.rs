@@ -260,6 +260,27 @@ fn view_report(weights: &Weights) -> usize {
     weights.report().resident_bytes
 }
 
+/// A table of random values is made in as many steps as one that is read, and has the same values.
+#[test]
+fn random_values_are_made_in_bounded_steps() {
+    let placement = placement(WeightDtype::F16);
+    let path = Path::new("nowhere");
+    let ask = |weights: Weights| weights.pp("a").matrix(8, 4, "table").expect("is made");
+    let whole = ask(Weights::dummy(path, DType::BF16, &placement));
+    let ahead = Arc::new(Ahead::new(&placement.device));
+    ask(Weights::dummy_dry(path, DType::BF16, &placement).with_ahead(&ahead, "network"));
+    let (budget, steps) = (20, 4);
+    assert_eq!(ahead.num_steps(budget), steps);
+    for step in 1..=steps {
+        let left = ahead.bytes_left();
+        assert_eq!(ahead.advance(budget).expect("makes"), step < steps);
+        assert!(left - ahead.bytes_left() <= budget, "step {step}");
+    }
+    let ready = ask(Weights::dummy(path, DType::BF16, &placement).with_ahead(&ahead, "network"));
+    let values = |x: &Tensor| x.to_dtype(DType::F32).and_then(|x| x.to_vec2::<f32>()).expect("values");
+    assert_eq!(values(&ready), values(&whole));
+}
+
 /// What a network asks for that it had not asked for, or that another component has, is read as ever.
 #[test]
 fn what_is_not_ready_is_read_there_and_then() {
