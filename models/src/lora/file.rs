@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use candle_core::{DType, Device, Tensor};
@@ -133,23 +134,11 @@ impl LoraFile {
         self.device_bytes
     }
 
-    /// Reads all matrices onto the device.
-    pub fn load(&self, placement: &Placement) -> Result<Vec<LoadedTerm>> {
-        let mut downs: HashMap<&str, Tensor> = HashMap::new();
-        let mut loaded = Vec::with_capacity(self.terms.len());
-        for ScaledTerm { term, scale } in &self.terms {
-            let down = match downs.get(term.down.as_str()) {
-                Some(shared) => shared.clone(),
-                None => {
-                    let down = self.matrix(&term.down, term.shape, Half::Down, placement)?;
-                    downs.insert(&term.down, down.clone());
-                    down
-                }
-            };
-            let up = self.matrix(&term.up, term.shape, Half::Up(&term.part), placement)?;
-            loaded.push(LoadedTerm { network: term.network, layer: term.part.layer.clone(), down, up, scale: *scale });
-        }
-        Ok(loaded)
+    /// Bytes that its matrices have in the file, each as often as it is read.
+    fn bytes_to_read(&self) -> usize {
+        let downs: BTreeSet<_> = self.terms.iter().map(|of| &of.term.down).collect();
+        let ups = self.terms.iter().map(|of| &of.term.up);
+        downs.into_iter().chain(ups).map(|name| self.tensors[name].len).sum()
     }
 
     fn matrix(&self, name: &str, shape: LayerShape, half: Half<'_>, placement: &Placement) -> Result<Tensor> {
@@ -221,6 +210,84 @@ impl LoraFile {
             LayerShape::Conv2d { .. } => placement.compute_dtype,
         };
         (term.rank * elements(&term.down) + term.part.rows.len() * elements(&term.up)) * dtype.size_in_bytes()
+    }
+}
+
+/// The matrices of a file on their way to the device.
+#[derive(Debug)]
+pub struct FileReading {
+    file: Arc<LoraFile>,
+    terms: Vec<LoadedTerm>,
+    /// By name: those that several layers share are read once.
+    downs: HashMap<String, Tensor>,
+    bytes_left: usize,
+}
+
+impl FileReading {
+    /// Nothing is read yet.
+    pub fn new(file: &Arc<LoraFile>) -> Self {
+        let bytes_left = file.bytes_to_read();
+        Self { file: file.clone(), terms: Vec::new(), downs: HashMap::new(), bytes_left }
+    }
+
+    /// Bytes of the file that are still to be read.
+    pub fn bytes_left(&self) -> usize {
+        self.bytes_left
+    }
+
+    /// See [`LoraFile::id`].
+    pub fn file_id(&self) -> u64 {
+        self.file.id()
+    }
+
+    /// See [`LoraFile::device_bytes`].
+    pub fn device_bytes(&self) -> usize {
+        self.file.device_bytes()
+    }
+
+    /// Whether all is there.
+    pub fn is_done(&self) -> bool {
+        self.terms.len() == self.file.terms.len()
+    }
+
+    /// The terms that are there.
+    pub fn into_terms(self) -> Vec<LoadedTerm> {
+        self.terms
+    }
+
+    /// Reads the next terms, as far as their matrices have `budget_bytes` in the file, and one at least: the bytes read.
+    pub fn advance(&mut self, budget_bytes: usize, placement: &Placement) -> Result<usize> {
+        let file = self.file.clone();
+        let mut read = 0;
+        while let Some(next) = file.terms.get(self.terms.len()) {
+            let bytes = self.bytes_of(&next.term);
+            if read > 0 && read + bytes > budget_bytes {
+                break;
+            }
+            let loaded = self.load(next, placement)?;
+            self.terms.push(loaded);
+            read += bytes;
+        }
+        self.bytes_left -= read;
+        Ok(read)
+    }
+
+    /// That are read for a term.
+    fn bytes_of(&self, term: &Term) -> usize {
+        let len = |name: &str| self.file.tensors[name].len;
+        let down = if self.downs.contains_key(&term.down) { 0 } else { len(&term.down) };
+        down + len(&term.up)
+    }
+
+    fn load(&mut self, of: &ScaledTerm, placement: &Placement) -> Result<LoadedTerm> {
+        let ScaledTerm { term, scale } = of;
+        let down = match self.downs.get(&term.down) {
+            Some(shared) => shared.clone(),
+            None => self.file.matrix(&term.down, term.shape, Half::Down, placement)?,
+        };
+        self.downs.insert(term.down.clone(), down.clone());
+        let up = self.file.matrix(&term.up, term.shape, Half::Up(&term.part), placement)?;
+        Ok(LoadedTerm { network: term.network, layer: term.part.layer.clone(), down, up, scale: *scale })
     }
 }
 

@@ -14,7 +14,7 @@ pub mod library;
 pub mod names;
 pub mod slot;
 
-pub use adapters::{AdapterSet, Adapters};
+pub use adapters::{AdapterSet, Adapters, Making};
 pub use file::LoraFile;
 pub use library::{LoraKey, LoraLibrary, LoraOption, LoraSupport, LoraUse};
 pub use names::{Alias, LoraNames, NetworkNames, Part};

@@ -13,6 +13,7 @@ use crate::memory::MemoryPlan;
 use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, Usage};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 
+pub mod adapting;
 pub mod batcher;
 pub mod block_cache;
 pub mod course;
@@ -34,6 +35,7 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
+use adapting::Layers;
 use batcher::{Batcher, Load, MendKey, StepKey};
 use block_cache::BlockCache;
 use course::Expert;
@@ -110,7 +112,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
 
     /// One denoising step of every member.
     fn denoise(&mut self, ids: &[SessionId], events: &mut Events) -> Result<()> {
-        self.activate(ids)?;
+        self.activate(Layers::Own, ids);
         let predictions = self.predict(ids)?;
         let finite = are_finite(&predictions)?;
         for ((id, prediction), is_finite) in ids.iter().zip(predictions).zip(finite) {
@@ -142,26 +144,13 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Ok(())
     }
 
-    /// Puts the terms of these sessions into the model's layers: the members of a step have the same ones.
-    fn activate(&mut self, ids: &[SessionId]) -> Result<()> {
-        let Some(adapters) = self.model.adapters() else { return Ok(()) };
-        let set = adapters.prepare(&self.session(ids[0]).request.loras)?;
-        adapters.activate(set.as_ref());
-        for id in ids {
-            self.sessions.get_mut(id).expect(MEMBERS_EXIST).adapters.clone_from(&set);
-        }
-        Ok(())
-    }
-
     /// Forgets a session; what it alone held is free afterwards.
     fn forget(&mut self, id: SessionId) -> bool {
         let was_there = self.sessions.remove(&id).is_some();
         self.release_passes();
         self.release_wide();
         self.release_text_encoders();
-        if let Some(adapters) = self.model.adapters() {
-            adapters.release_unused();
-        }
+        self.release_adapters();
         was_there
     }
 
@@ -240,6 +229,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     }
 
     fn enqueue(&mut self, id: SessionId) {
+        self.share_adapters(id);
         let session = self.session(id);
         let key = self.step_key(id, session);
         // What is mended is done alone.
@@ -247,13 +237,23 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         self.batcher.enqueue(id, key, rows);
     }
 
-    /// What a session does next: wait for networks that are away, or what its stage says.
+    /// What a session does next: wait for what is away, or what its stage says.
     fn step_key(&self, id: SessionId, session: &Session<M>) -> StepKey<M::Input> {
+        if let Some(load) = self.missing(session) {
+            return StepKey::Load(load);
+        }
         match session.mend_key() {
-            Some(key) if self.wide_model(key).is_none() => StepKey::Load(Load::InF32(key)),
             Some((_, Phase::Denoise)) => StepKey::Mend(id),
-            None if self.waits_for_encoders(session) => StepKey::Load(Load::TextEncoders),
             _ => session.step_key(id, &self.model),
+        }
+    }
+
+    /// What a session's next step needs and what is away: networks first, since terms are added to their layers.
+    fn missing(&self, session: &Session<M>) -> Option<Load> {
+        match session.mend_key() {
+            Some(key) if self.wide_model(key).is_none() => Some(Load::InF32(key)),
+            None if self.waits_for_encoders(session) => Some(Load::TextEncoders),
+            _ => self.missing_adapters(session),
         }
     }
 
@@ -378,6 +378,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         match batch.key {
             StepKey::Load(Load::TextEncoders) => self.load_text_encoders(&batch.sessions, events)?,
             StepKey::Load(Load::InF32(key)) => self.load_in_f32(key, &batch.sessions, events),
+            StepKey::Load(Load::Adapters(layers, _)) => self.load_adapters(layers, &batch.sessions, events)?,
             StepKey::Encode(inputs) => self.begin_pass(&inputs.pass, &batch.sessions, events)?,
             StepKey::GoOnEncoding(pass, _) => self.advance_pass(pass, &batch.sessions, events)?,
             StepKey::Denoise(_) => self.denoise(&batch.sessions, events)?,

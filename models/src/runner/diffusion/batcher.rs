@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use super::adapting::Layers;
 use super::course::Expert;
 use super::inputs::{Inputs, distinct};
 use super::passes::PassId;
@@ -16,7 +17,7 @@ use crate::request::{Phase, SessionId};
 /// What decides about who may share a step. `I` is what a family has encoded.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StepKey<I> {
-    /// A bounded part of networks that these sessions wait for.
+    /// A bounded part of what these sessions wait for.
     Load(Load),
     /// The first step of a pass over inputs of several sessions, equal ones once.
     Encode(Inputs<I>),
@@ -30,13 +31,15 @@ pub enum StepKey<I> {
     VaeDecode(SessionId),
 }
 
-/// Networks that are not on the device all the time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is not on the device all the time.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Load {
     /// The text encoders.
     TextEncoders,
     /// Those of an expert for a phase, in f32.
     InF32(MendKey),
+    /// What these requests add to layers.
+    Adapters(Layers, LoraKey),
 }
 
 /// Whose work is done once more in f32, and which.

@@ -3,6 +3,7 @@
 //! Owns: whose inputs a pass takes, on which model it is computed, what becomes of its members. Does not know: what is
 //! encoded.
 
+use super::adapting::Layers;
 use super::inputs::{Pass, distinct};
 use super::model::DiffusionModel;
 use super::on_demand::OnDemand;
@@ -42,7 +43,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The next step of a pass that is under way.
     pub(super) fn advance_pass(&mut self, pass_id: PassId, ids: &[SessionId], events: &mut Events) -> Result<()> {
         let pass = self.passes.pass(pass_id).clone();
-        self.activate_in_encoders(&pass, ids)?;
+        if pass.loras.is_some() {
+            self.activate(if self.is_lent(&pass) { Layers::OfLentEncoders } else { Layers::Own }, ids);
+        }
         let model = encoder(&self.model, &self.text_encoders, self.is_lent(&pass));
         let finished = self.passes.advance(model, pass_id)?;
         for id in ids {
@@ -56,24 +59,13 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Ok(())
     }
 
-    /// Puts the terms of the members' requests, which are the same ones, into the layers of the encoders.
-    fn activate_in_encoders(&mut self, pass: &Pass, ids: &[SessionId]) -> Result<()> {
-        if pass.loras.is_none() {
-            return Ok(());
-        }
-        if !self.is_lent(pass) {
-            return self.activate(ids);
-        }
-        // The layers of encoders that come and go are not the model's.
-        let lent = encoder(&self.model, &self.text_encoders, true);
-        if let Some(adapters) = lent.adapters() {
-            adapters.activate(adapters.prepare(&self.session(ids[0]).request.loras)?.as_ref());
-        }
-        Ok(())
+    /// Encoders that come and go, while they are there.
+    pub(super) fn lent_encoders(&self) -> Option<&M> {
+        self.text_encoders.as_ref().and_then(OnDemand::model)
     }
 
     /// Whether encoders that come and go compute this pass.
-    fn is_lent(&self, pass: &Pass) -> bool {
+    pub(super) fn is_lent(&self, pass: &Pass) -> bool {
         self.text_encoders.as_ref().is_some_and(|encoders| encoders.has(pass.components))
     }
 

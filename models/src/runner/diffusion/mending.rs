@@ -4,6 +4,7 @@
 //! of their own, and its part of the work is done again with them. Owns: those networks, for as long as a session waits
 //! for them or works with them. Does not know: how a network is read in f32 (`retry`).
 
+use super::adapting::Layers;
 use super::batcher::MendKey;
 use super::block_cache::BlockCache;
 use super::loading::Coming;
@@ -97,18 +98,16 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         // What is kept may be what is not finite.
         session.denoising_mut().caches.iter_mut().for_each(BlockCache::forget);
         let key = (session.expert(), Phase::Denoise);
+        self.activate(Layers::InF32(key), &[id]);
         let model = self.wide_model(key).expect("a session waits for its networks: this is a bug");
         let session = self.session(id);
-        if let Some(adapters) = model.adapters() {
-            adapters.activate(adapters.prepare(&session.request.loras)?.as_ref());
-        }
         let denoising = session.denoising();
         let rows: Vec<_> = denoising.rows(&session.request).collect();
         let predictions = predict_in_passes(model, denoising.expert(), &rows, self.max_rows, &mut [])?;
         let prediction = denoising.guided(&mut predictions.into_iter(), &session.request)?;
         let outcome = match are_finite(std::slice::from_ref(&prediction))?[..] {
             [true] => {
-                self.session_mut(id).mending = None;
+                self.session_mut(id).end_mending();
                 self.advance(id, &prediction, events)?;
                 Outcome::GoesOn
             }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::adapting::{Held, Layers};
 use super::batcher::{MendKey, ShapeKey, StepKey, canvas_key};
 use super::course::{Expert, FIRST_EXPERT};
 use super::denoising::{Advanced, Denoising};
@@ -16,7 +17,7 @@ use super::model::DiffusionModel;
 use super::passes::{Finished, PassId};
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
-use crate::lora::{AdapterSet, LoraKey};
+use crate::lora::LoraKey;
 use crate::request::{Phase, SessionId};
 
 pub(super) struct Session<M: DiffusionModel> {
@@ -24,8 +25,8 @@ pub(super) struct Session<M: DiffusionModel> {
     pub(super) started: bool,
     /// Predictions that came from caches, once denoising is done.
     pub(super) skipped_passes: usize,
-    /// The terms of its request, on the device from its first step on; `None` before that, and where it has none.
-    pub(super) adapters: Option<Arc<AdapterSet>>,
+    /// The terms of its request that are on the device, by whose layers they are for.
+    pub(super) adapters: Held,
     pub(super) stage: Stage<M>,
     /// The phase whose last result is to be made once more, in f32.
     pub(super) mending: Option<Phase>,
@@ -66,7 +67,7 @@ pub(super) struct Latents {
 impl<M: DiffusionModel> Session<M> {
     pub(super) fn new(request: DiffusionRequest, model: &M) -> Self {
         let stage = Stage::Encode(Encode::new(model, &request));
-        Self { request, started: false, adapters: None, skipped_passes: 0, stage, mending: None, told: 0 }
+        Self { request, started: false, adapters: Held::new(), skipped_passes: 0, stage, mending: None, told: 0 }
     }
 
     pub(super) fn step_key(&self, id: SessionId, model: &M) -> StepKey<M::Input> {
@@ -110,6 +111,12 @@ impl<M: DiffusionModel> Session<M> {
         }
     }
 
+    /// Its prediction has been made once more.
+    pub(super) fn end_mending(&mut self) {
+        self.mending = None;
+        self.adapters.retain(|(layers, _)| !matches!(layers, Layers::InF32(_)));
+    }
+
     /// What it encodes next, or is encoding.
     pub(super) fn next_inputs(&self) -> Option<&Inputs<M::Input>> {
         match &self.stage {
@@ -137,6 +144,8 @@ impl<M: DiffusionModel> Session<M> {
         if encode.inputs.is_empty() {
             let encoded = std::mem::take(&mut encode.encoded);
             self.stage = Stage::Denoise(Denoising::begin(model, &self.request, &encoded)?);
+            // The encoders may go now, and what is in their layers with them.
+            self.adapters.retain(|(layers, _)| *layers != Layers::OfLentEncoders);
         }
         Ok(())
     }
