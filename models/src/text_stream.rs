@@ -171,19 +171,21 @@ impl WindowDecoder {
     }
 }
 
-/// Finds stop strings in text that comes piece by piece.
+/// Finds stop strings in text that comes piece by piece, in time linear in the new text for each stop string.
 #[derive(Debug)]
 struct StopMatcher {
-    stops: Vec<String>,
+    stops: Vec<StopString>,
     /// Text that may be the beginning of a stop string: shorter than the longest one.
     held: String,
+    /// Where the first complete stop string begins in `held`.
+    complete: Option<usize>,
     stopped: bool,
 }
 
 impl StopMatcher {
     fn new(stops: Vec<String>) -> Self {
-        let stops = stops.into_iter().filter(|stop| !stop.is_empty()).collect();
-        Self { stops, held: String::new(), stopped: false }
+        let stops = stops.into_iter().filter(|stop| !stop.is_empty()).map(StopString::new).collect();
+        Self { stops, held: String::new(), complete: None, stopped: false }
     }
 
     /// A stop string that is complete still waits for one that began before it and may yet be completed: the first to
@@ -192,11 +194,10 @@ impl StopMatcher {
         if self.stopped {
             return Piece { text: String::new(), stopped: true };
         }
-        self.held.push_str(text);
+        self.read(text);
         let open = self.first_open();
-        let complete = self.first_complete();
-        self.stopped = complete.is_some_and(|complete| open.is_none_or(|open| complete <= open));
-        let end = if self.stopped { complete } else { open };
+        self.stopped = self.complete.is_some_and(|complete| open.is_none_or(|open| complete <= open));
+        let end = if self.stopped { self.complete } else { open };
         let text = self.take_until(end.unwrap_or(self.held.len()));
         Piece { text, stopped: self.stopped }
     }
@@ -206,29 +207,78 @@ impl StopMatcher {
         if self.stopped {
             return String::new();
         }
-        let end = self.first_complete().unwrap_or(self.held.len());
+        let end = self.complete.unwrap_or(self.held.len());
         self.take_until(end)
     }
 
-    /// Where the first complete stop string begins.
-    fn first_complete(&self) -> Option<usize> {
-        self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min()
+    /// Adds `text` to what is held.
+    fn read(&mut self, text: &str) {
+        let start = self.held.len();
+        self.held.push_str(text);
+        for stop in &mut self.stops {
+            for (end, byte) in (start + 1..).zip(text.bytes()) {
+                if stop.advance(byte) {
+                    let begin = end - stop.text.len();
+                    self.complete = Some(self.complete.map_or(begin, |first| first.min(begin)));
+                }
+            }
+        }
     }
 
     /// Where the first text begins that more text could turn into a stop string.
     fn first_open(&self) -> Option<usize> {
-        let longest = self.stops.iter().map(String::len).max()?;
-        let start = self.held.len().saturating_sub(longest - 1);
-        let is_open = |at: &usize| {
-            let rest = &self.held.as_bytes()[*at..];
-            self.stops.iter().any(|stop| stop.len() > rest.len() && stop.as_bytes().starts_with(rest))
-        };
-        (start..self.held.len()).filter(|at| self.held.is_char_boundary(*at)).find(is_open)
+        let longest = self.stops.iter().map(|stop| stop.matched).max().filter(|matched| *matched > 0)?;
+        Some(self.held.len() - longest)
     }
 
     fn take_until(&mut self, end: usize) -> String {
+        self.complete = self.complete.and_then(|complete| complete.checked_sub(end));
         let rest = self.held.split_off(end);
         std::mem::replace(&mut self.held, rest)
+    }
+}
+
+/// One stop string and how much of it the text so far ends in, after Knuth, Morris and Pratt. A beginning of it that
+/// lies in valid UTF-8 begins and ends between characters.
+#[derive(Debug)]
+struct StopString {
+    text: Box<[u8]>,
+    /// For each beginning of `text`, by its length less one: the longest shorter beginning in which it ends.
+    borders: Box<[u32]>,
+    /// Bytes of the longest beginning of `text`, short of the whole, in which what was read ends.
+    matched: usize,
+}
+
+impl StopString {
+    fn new(text: String) -> Self {
+        let text = text.into_bytes().into_boxed_slice();
+        let mut stop = Self { borders: vec![0; text.len()].into(), text, matched: 0 };
+        // The beginnings of a text in which its own parts end are found by reading it from its second byte on.
+        for at in 1..stop.text.len() {
+            stop.matched = stop.next(stop.text[at]);
+            stop.borders[at] = stop.matched as u32;
+        }
+        stop.matched = 0;
+        stop
+    }
+
+    /// Bytes that match once `byte` is read; of more than were known to match, at most the whole.
+    fn next(&self, byte: u8) -> usize {
+        let mut matched = self.matched;
+        while matched > 0 && self.text[matched] != byte {
+            matched = self.borders[matched - 1] as usize;
+        }
+        matched + usize::from(self.text[matched] == byte)
+    }
+
+    /// Reads one byte and says whether the stop string is complete with it.
+    fn advance(&mut self, byte: u8) -> bool {
+        self.matched = self.next(byte);
+        let is_complete = self.matched == self.text.len();
+        if is_complete {
+            self.matched = self.borders[self.matched - 1] as usize;
+        }
+        is_complete
     }
 }
 

@@ -122,6 +122,70 @@ fn stops() -> impl Strategy<Value = Vec<&'static str>> {
     prop::collection::vec(prop::sample::select(some), 0..4)
 }
 
+/// The specification of [`StopMatcher`]: looks through all held text with every piece.
+struct NaiveMatcher {
+    stops: Vec<&'static str>,
+    held: String,
+}
+
+impl NaiveMatcher {
+    fn push(&mut self, text: &str) -> Piece {
+        self.held.push_str(text);
+        let complete = self.stops.iter().filter_map(|stop| self.held.find(stop)).min();
+        let is_open = |at: &usize| {
+            let rest = &self.held.as_bytes()[*at..];
+            self.stops.iter().any(|stop| stop.len() > rest.len() && stop.as_bytes().starts_with(rest))
+        };
+        let open = (0..self.held.len()).filter(|at| self.held.is_char_boundary(*at)).find(is_open);
+        let stopped = complete.is_some_and(|complete| open.is_none_or(|open| complete <= open));
+        let end = if stopped { complete } else { open };
+        let rest = self.held.split_off(end.unwrap_or(self.held.len()));
+        Piece { text: std::mem::replace(&mut self.held, rest), stopped }
+    }
+
+    fn finish(self) -> String {
+        let end = self.stops.iter().filter_map(|stop| self.held.find(stop)).min();
+        self.held[..end.unwrap_or(self.held.len())].to_owned()
+    }
+}
+
+/// Ten thousand pieces against the longest of stop strings that nearly match at every byte: looking at all that is held
+/// with each piece would be ten billion comparisons.
+#[test]
+fn long_stop_strings_cost_no_more_than_the_text() {
+    const HELD: usize = 100_000;
+    let stops: Vec<String> = (0..16).map(|i| "a".repeat(HELD - i) + "b").collect();
+    let mut matcher = StopMatcher::new(stops);
+    for _ in 0..HELD / 10 {
+        assert_eq!(matcher.push(&"a".repeat(10)), Piece::default());
+    }
+    assert_eq!(matcher.push("a"), Piece { text: "a".into(), stopped: false });
+    assert_eq!(matcher.push("b"), Piece { text: String::new(), stopped: true });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn stop_strings_are_found_as_by_looking_at_everything(
+        pieces in prop::collection::vec("[abcé€]{0,4}", 0..20),
+        stops in prop::collection::vec(
+            prop::sample::select(vec!["a", "ab", "abc", "aab", "aabaab", "bca", "cé", "é€é", "€", "éé", "abababac"]), 0..5),
+    ) {
+        let mut matcher = StopMatcher::new(stops.iter().map(ToString::to_string).collect());
+        let mut naive = NaiveMatcher { stops, held: String::new() };
+        for piece in &pieces {
+            let expected = naive.push(piece);
+            prop_assert_eq!(&matcher.push(piece), &expected);
+            prop_assert_eq!(&matcher.held, &naive.held);
+            if expected.stopped {
+                return Ok(());
+            }
+        }
+        prop_assert_eq!(matcher.finish(), naive.finish());
+    }
+}
+
 proptest! {
     #[test]
     fn pieces_joined_are_the_whole_text_up_to_the_first_stop_string(tokens in tokens(), stops in stops()) {
