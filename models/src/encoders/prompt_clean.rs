@@ -23,6 +23,11 @@ const MAX_ENTITY_CHARS: usize = 32;
 /// Longest name that ftfy tries to match.
 const MAX_FTFY_ENTITY_CHARS: usize = 24;
 
+/// How often a line is fixed until nothing changes. ftfy has no such bound; a line with references inside of references
+/// inside of references, that many deep, stays as it is then. Each turn reads the line once, and a prompt of the longest
+/// length could ask for thousands, on the device's thread.
+const MAX_TURNS: usize = 64;
+
 /// The text that the tokenizer gets to see.
 pub fn prompt_clean(prompt: &str) -> String {
     let text = html_unescape(&html_unescape(&fix_text(prompt)));
@@ -47,7 +52,7 @@ fn fix_text(text: &str) -> String {
 
 fn fix_line(line: &str, unescape: bool) -> String {
     let mut text = line.to_owned();
-    loop {
+    for _ in 0..MAX_TURNS {
         let unescaped = if unescape { unescape_unambiguous(&text) } else { text.clone() };
         let mut characters = String::with_capacity(unescaped.len());
         for c in unescaped.chars() {
@@ -55,10 +60,11 @@ fn fix_line(line: &str, unescape: bool) -> String {
         }
         let fixed: String = remove_terminal_escapes(&characters).chars().filter(|c| !is_control(*c)).nfc().collect();
         if fixed == text {
-            return fixed;
+            break;
         }
         text = fixed;
     }
+    text
 }
 
 /// Appends what `c` stands for: Windows-1252 for C1 controls, letters for ligatures, standard width, straight quotes.
@@ -272,6 +278,15 @@ mod tests {
         ] {
             assert_eq!(prompt_clean(prompt), expected, "{prompt:?}");
         }
+    }
+
+    /// A chain of references that gets shorter by one with each turn.
+    #[test]
+    fn references_are_followed_so_deep() {
+        // Two more are undone at the end.
+        let nested = |depth: usize| format!("&{}lt;", "amp;".repeat(depth));
+        assert_eq!(prompt_clean(&nested(MAX_TURNS)), "<");
+        assert_eq!(prompt_clean(&nested(MAX_TURNS + 10)), nested(8).as_str());
     }
 
     #[test]
