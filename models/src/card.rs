@@ -3,6 +3,7 @@
 //! A card turns what a client asked for (all fields optional) into a validated request; everything that a client can
 //! get wrong is found here, before the device thread hears of it.
 
+use crate::cancel::CancelToken;
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
@@ -68,8 +69,9 @@ pub struct TextCard {
 }
 
 impl TextCard {
-    /// Tokens of a conversation, ready for the model's answer.
-    pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
+    /// Tokens of a conversation, ready for the model's answer. Takes long for long ones, so that it stops when nobody
+    /// waits any longer; memory as [`Tokenizer::encode_within`], and the template's.
+    pub fn encode_chat(&self, messages: &[ChatMessage], cancelled: &CancelToken) -> Result<Vec<u32>> {
         if messages.is_empty() {
             return Err(Error::invalid("messages", "is empty; at least one message is needed"));
         }
@@ -77,13 +79,36 @@ impl TextCard {
             .chat_template
             .as_ref()
             .ok_or_else(|| Error::invalid("messages", "this model has no chat template; use /v1/completions"))?;
+        self.check_conversation(messages)?;
+        let text = template.render(messages)?;
         // The template writes the special tokens itself.
-        self.tokenizer.encode(&template.render(messages)?, false)
+        self.tokenizer.encode_within(&text, false, self.most_prompt_tokens(), cancelled)
     }
 
-    /// Tokens of a plain prompt, with the special tokens that the tokenizer adds.
-    pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(prompt, true)
+    /// Tokens of a plain prompt, with the special tokens that the tokenizer adds. Stops as [`TextCard::encode_chat`] does.
+    pub fn encode_prompt(&self, prompt: &str, cancelled: &CancelToken) -> Result<Vec<u32>> {
+        self.tokenizer.encode_within(prompt, true, self.most_prompt_tokens(), cancelled)
+    }
+
+    /// Most tokens of a prompt: one is left for the answer.
+    fn most_prompt_tokens(&self) -> usize {
+        self.max_context.saturating_sub(1)
+    }
+
+    /// Refuses conversations that are too long for the context by their bytes, each message counting as a token at least,
+    /// before any of them is rendered. A template may drop parts of a conversation, but no model was made for ones that
+    /// could not be longer by far.
+    fn check_conversation(&self, messages: &[ChatMessage]) -> Result<()> {
+        let limit = self.most_prompt_tokens();
+        let mut least = messages.len();
+        // Not begun where the messages alone are too many.
+        for message in messages.iter().take_while(|_| messages.len() <= limit) {
+            least += self.tokenizer.least_tokens(&message.role) + self.tokenizer.least_tokens(&message.content);
+        }
+        if least > limit {
+            return Err(Error::ContextLength { prompt_tokens: least, is_exact: false, limit });
+        }
+        Ok(())
     }
 
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
@@ -96,7 +121,8 @@ impl TextCard {
             return Err(Error::invalid("prompt", problem));
         }
         if prompt.len() >= self.max_context {
-            return Err(Error::ContextLength { prompt_tokens: prompt.len(), limit: self.max_context - 1 });
+            let limit = self.most_prompt_tokens();
+            return Err(Error::ContextLength { prompt_tokens: prompt.len(), is_exact: true, limit });
         }
         options.check(TEXT_PARAMETERS.iter().copied())?;
         let room = self.max_context - prompt.len();

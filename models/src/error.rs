@@ -59,13 +59,21 @@ pub enum Error {
     #[error("the model's chat template cannot be rendered: {0}")]
     ChatTemplate(String),
     /// The prompt (and the tokens asked for) do not fit the model's context.
-    #[error("the prompt has {prompt_tokens} tokens, {limit} fit this model's context with one token of answer")]
+    #[error(
+        "the prompt has {}{prompt_tokens} tokens, {limit} fit this model's context with one token of answer",
+        if *is_exact { "" } else { "at least " }
+    )]
     ContextLength {
-        /// Tokens of the prompt.
+        /// Tokens of the prompt, or so many at least.
         prompt_tokens: usize,
+        /// Whether they were counted to the end.
+        is_exact: bool,
         /// Most prompt tokens that the model takes.
         limit: usize,
     },
+    /// Whoever asked does not wait any longer.
+    #[error("nobody waits for the result any longer")]
+    Cancelled,
     /// The device has too little memory, found out before anything is computed.
     #[error("not enough memory: {needed_bytes} bytes needed{}, {free_bytes} free", in_phase(*phase))]
     OutOfMemory {
@@ -137,7 +145,10 @@ impl Error {
                 Self::InvalidRequest { field: field.clone(), problem: problem.clone() }
             }
             Self::ChatTemplate(problem) => Self::ChatTemplate(problem.clone()),
-            &Self::ContextLength { prompt_tokens, limit } => Self::ContextLength { prompt_tokens, limit },
+            &Self::ContextLength { prompt_tokens, is_exact, limit } => {
+                Self::ContextLength { prompt_tokens, is_exact, limit }
+            }
+            Self::Cancelled => Self::Cancelled,
             &Self::OutOfMemory { phase, needed_bytes, free_bytes } => {
                 Self::OutOfMemory { phase, needed_bytes, free_bytes }
             }

@@ -5,6 +5,7 @@
 //! leaves this crate: what crosses the [`runner::Runner`] boundary is tokens, text and RGB bytes.
 
 pub mod bench;
+pub mod cancel;
 pub mod card;
 pub mod chat_template;
 pub mod checkpoint;

@@ -1,24 +1,40 @@
 //! Tokenizers exactly as published.
 //!
-//! Owns: finding a tokenizer in a folder, text to ids and back, the length that an encoder wants. The submodules build
-//! what folders without `tokenizer.json` only imply. Deliberately does not know: chat templates, models, streaming.
+//! Owns: finding a tokenizer in a folder, text to ids and back, the length that an encoder wants, the memory and time that
+//! a long text may take. The submodules build what folders without `tokenizer.json` only imply. Deliberately does not
+//! know: chat templates, models, streaming.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, PostProcessor, TruncationDirection};
 
+use crate::cancel::CancelToken;
 use crate::config::read_bytes;
 use crate::error::{Error, Result};
 
 pub mod bytes;
 pub(crate) mod config;
+mod least;
+mod pieces;
 mod sentencepiece;
 mod vocab_merges;
 
 use config::TokenizerConfig;
+use least::LeastTokens;
+use pieces::Cutter;
+
+/// Bytes of text after which a long text is cut, where it can be: between two pieces it is seen whether the limit of tokens
+/// is reached and whether anybody waits.
+const PIECE_BYTES: usize = 32 << 10;
+/// Longest stretch of text that is tokenised at once: a whole text of a tokenizer for which no places to cut are known, and
+/// otherwise text without a single space or line feed between other characters.
+pub const MAX_STRETCH_BYTES: usize = 512 << 10;
+/// Bytes of memory that tokenising takes at its peak for each byte that is tokenised at once: 255 are measured for the text that
+/// takes most (digits, each a split, a word and a token of its own), and an allocator keeps as much again meanwhile.
+pub const MEMORY_PER_BYTE: usize = 512;
 
 /// A prompt at the length that an encoder wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +56,22 @@ struct Inner {
     byte_level: bool,
     pad_token_id: Option<u32>,
     eos_token_id: Option<u32>,
+    /// Made when first asked for: texts for pictures are short.
+    for_long_texts: OnceLock<ForLongTexts>,
+}
+
+/// What is known of a tokenizer beyond its tokens.
+struct ForLongTexts {
+    least: Option<LeastTokens>,
+    cutting: Option<Cutting>,
+}
+
+/// How a text is tokenised in pieces.
+struct Cutting {
+    cutter: Cutter,
+    /// Special tokens before and behind a text.
+    before: Vec<u32>,
+    behind: Vec<u32>,
 }
 
 impl Tokenizer {
@@ -63,12 +95,100 @@ impl Tokenizer {
         let (pad_token_id, eos_token_id) = (id("pad_token").or(own_pad_id), id("eos_token"));
         let word_suffix = word_suffix(&tokenizer);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) && word_suffix.is_none();
-        Ok(Self(Arc::new(Inner { tokenizer, word_suffix, byte_level, pad_token_id, eos_token_id })))
+        let for_long_texts = OnceLock::new();
+        Ok(Self(Arc::new(Inner { tokenizer, word_suffix, byte_level, pad_token_id, eos_token_id, for_long_texts })))
     }
 
     /// Token ids of `text`; special tokens (BOS, EOS) are added as the tokenizer's post-processor says when asked.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         Ok(self.encoding(text, add_special_tokens)?.get_ids().to_vec())
+    }
+
+    /// As [`Tokenizer::encode`], of texts of any length, for a model that takes `limit` tokens. What cannot fit is refused
+    /// before it is tokenised where the vocabulary bounds the bytes of a token, and otherwise as soon as there are too many
+    /// tokens; the whole text is never tokenised at once if it can be cut. Whether a text that was tokenised to its end
+    /// fits is left to the caller.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ContextLength`] as said; [`Error::InvalidRequest`] for a stretch over [`MAX_STRETCH_BYTES`];
+    /// [`Error::Cancelled`] when nobody waits any longer.
+    pub fn encode_within(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        limit: usize,
+        cancelled: &CancelToken,
+    ) -> Result<Vec<u32>> {
+        self.encode_in_pieces(text, add_special_tokens, limit, cancelled, PIECE_BYTES)
+    }
+
+    fn encode_in_pieces(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        limit: usize,
+        cancelled: &CancelToken,
+        piece_bytes: usize,
+    ) -> Result<Vec<u32>> {
+        if text.len() <= piece_bytes {
+            return self.encode(text, add_special_tokens);
+        }
+        self.check_least(text, limit)?;
+        let cutting = self.for_long_texts().cutting.as_ref();
+        let Some(Cutting { cutter, before, behind }) = cutting else {
+            check_stretch(text)?;
+            return self.encode(text, add_special_tokens);
+        };
+        let mut ids = if add_special_tokens { before.clone() } else { Vec::new() };
+        let mut rest = text;
+        while !rest.is_empty() {
+            if cancelled.is_cancelled() {
+                return Err(Error::Cancelled);
+            }
+            let end = cutter.place(rest, piece_bytes).unwrap_or(rest.len());
+            let (piece, others) = rest.split_at(end);
+            check_stretch(piece)?;
+            ids.extend(self.encode(piece, false)?);
+            if ids.len() > limit && !others.is_empty() {
+                return Err(Error::ContextLength { prompt_tokens: ids.len(), is_exact: false, limit });
+            }
+            rest = others;
+        }
+        ids.extend(if add_special_tokens { behind.as_slice() } else { &[] });
+        Ok(ids)
+    }
+
+    /// Refuses texts whose bytes show that they have more than `limit` tokens.
+    pub(crate) fn check_least(&self, text: &str, limit: usize) -> Result<()> {
+        let least = self.least_tokens(text);
+        if least > limit {
+            return Err(Error::ContextLength { prompt_tokens: least, is_exact: false, limit });
+        }
+        Ok(())
+    }
+
+    /// Tokens that a text has at least, known without tokenising it; 0 where nothing bounds the bytes of a token.
+    pub(crate) fn least_tokens(&self, text: &str) -> usize {
+        self.for_long_texts().least.as_ref().map_or(0, |least| least.in_text(text))
+    }
+
+    fn for_long_texts(&self) -> &ForLongTexts {
+        self.0
+            .for_long_texts
+            .get_or_init(|| ForLongTexts { least: LeastTokens::of(&self.0.tokenizer), cutting: self.cutting() })
+    }
+
+    fn cutting(&self) -> Option<Cutting> {
+        /// Stands for the text between special tokens; no vocabulary is as large.
+        const TEXT: u32 = u32::MAX;
+        let cutter = Cutter::of(&self.0.tokenizer)?;
+        let text = tokenizers::Token::new(TEXT, String::new(), (0, 0));
+        let encoding = Encoding::from_tokens(vec![text], 0);
+        let ids = self.0.tokenizer.post_process(encoding, None, true).ok()?.get_ids().to_vec();
+        let place = ids.iter().position(|id| *id == TEXT)?;
+        let (before, behind) = (ids[..place].to_vec(), ids[place + 1..].to_vec());
+        (!behind.contains(&TEXT)).then_some(Cutting { cutter, before, behind })
     }
 
     /// `text` with its special tokens, cut or padded to `max_length`; a cut keeps the closing special token (EOS) last.
@@ -185,6 +305,31 @@ fn word_suffix(tokenizer: &tokenizers::Tokenizer) -> Option<String> {
         ModelWrapper::BPE(bpe) => bpe.end_of_word_suffix.clone().filter(|suffix| !suffix.is_empty()),
         _ => None,
     }
+}
+
+fn check_stretch(text: &str) -> Result<()> {
+    if text.len() <= MAX_STRETCH_BYTES {
+        return Ok(());
+    }
+    let problem = format!(
+        "has {} bytes without a place to cut it (a single space or line feed between other characters, where the model's \
+         tokenizer allows it); at most {MAX_STRETCH_BYTES} are tokenized at once",
+        text.len()
+    );
+    Err(Error::invalid("prompt", problem))
+}
+
+/// Whether some engine of regular expressions takes a character for white space. Such engines know different versions of
+/// Unicode, in which a few others were.
+fn may_be_white_space(c: char) -> bool {
+    c.is_whitespace() || c.is_control() || matches!(c, '\u{180e}' | '\u{200b}')
+}
+
+/// A part of a tokenizer as `tokenizer.json` has it, in which all of its fields can be read.
+fn json_of(part: Option<&impl serde::Serialize>) -> serde_json::Value {
+    // What cannot be written is known as little as what is not there to be read.
+    let unknown = || serde_json::Value::Bool(false);
+    part.map_or(serde_json::Value::Null, |part| serde_json::to_value(part).unwrap_or_else(|_| unknown()))
 }
 
 fn unencodable(problem: impl fmt::Display) -> Error {

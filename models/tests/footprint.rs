@@ -21,6 +21,7 @@ use tale_models::presets::Configurations;
 use tale_models::request::{Event, Events, Frame, Mask, Phase, Request, SessionId};
 use tale_models::runner::{Runner, StepPlan};
 use tale_models::testing::repository;
+use tale_models::tokenizer::{MEMORY_PER_BYTE, Tokenizer};
 use tale_models::{ModelCard, load};
 
 /// Bytes allocated now, and the most since the last reset.
@@ -86,6 +87,30 @@ fn sessions_take_at_most_their_footprint() {
     // The encoders of this one are most of what a small picture takes.
     let on_demand = LoadOptions { text_encoders: TextEncoders::OnDemand, ..dummy };
     check("wide SDXL with encoders on demand", wide.path(), &on_demand, options(64, 64, None));
+    check_tokenising();
+}
+
+/// What a byte of text takes while it is tokenised at once is what callers count for it.
+fn check_tokenising() {
+    const BYTES: usize = 128 << 10;
+    for folder in ["llama", "qwen2", "clip", "umt5"] {
+        let dir = repository().join("tests/goldens/tokenizers").join(folder);
+        let tokenizer = Tokenizer::from_dir(&dir).expect("a sound tokenizer");
+        for part in ["1", "a", " ", "a ", "ab\n", "é", "日", "<|endoftext|>"] {
+            let text = part.repeat(BYTES / part.len());
+            // The caches of words and threads are there after the first time.
+            tokenizer.encode(&text, true).expect("encodes");
+            let before = NOW.load(Relaxed);
+            PEAK.store(before, Relaxed);
+            let tokens = tokenizer.encode(&text, true).expect("encodes").len();
+            let taken = (PEAK.load(Relaxed) - before) / text.len();
+            eprintln!("{folder} {part:?}: {taken} bytes at the peak for each byte, {tokens} tokens");
+            assert!(
+                taken <= MEMORY_PER_BYTE,
+                "{folder} {part:?}: {taken} bytes for each byte, {MEMORY_PER_BYTE} counted"
+            );
+        }
+    }
 }
 
 /// The same from a part of a picture.

@@ -247,6 +247,7 @@ impl From<tale_models::Error> for ApiError {
             | Error::UnknownArchitecture { .. }
             | Error::Device(_)
             | Error::Tensor(_)
+            | Error::Cancelled
             | Error::Panicked(_) => Self::internal("the device failed while it worked on this request"),
         }
     }

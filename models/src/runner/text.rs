@@ -101,7 +101,8 @@ impl<M: CausalLm> TextRunner<M> {
             return Err(Error::invalid("max_tokens", "is 0; at least one token is generated"));
         }
         if prompt_tokens.saturating_add(request.max_tokens) > self.max_context {
-            return Err(Error::ContextLength { prompt_tokens, limit: self.max_context.saturating_sub(1) });
+            let limit = self.max_context.saturating_sub(1);
+            return Err(Error::ContextLength { prompt_tokens, is_exact: true, limit });
         }
         let vocab_size = self.model.network.vocab_size();
         match request.prompt.iter().find(|token| **token as usize >= vocab_size) {

@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use proptest::prelude::*;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -231,4 +232,181 @@ fn a_split_that_gives_up_is_the_texts_fault_and_no_panic() {
     let error = tokenizer.encode(&"a".repeat(64), true).expect_err("gives up");
     assert!(matches!(error, Error::InvalidRequest { .. }), "{error}");
     assert_eq!(tokenizer.encode("ab", true).expect("still works"), [256]);
+}
+
+/// Texts of what is cut at, what is split and joined around it, and added tokens.
+fn long_texts() -> impl Strategy<Value = String> {
+    let parts = vec![
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\n",
+        "\n\n",
+        "\r\n",
+        " \n",
+        "\n ",
+        "\t",
+        "\u{a0}",
+        "\u{3000}",
+        "a",
+        "word",
+        "It's",
+        "'ll",
+        "'S",
+        ".",
+        "!?",
+        "...",
+        ",\n",
+        "1",
+        "234",
+        "56789",
+        "é",
+        "e\u{301}",
+        "\u{301}",
+        "\u{308}",
+        "日本",
+        "語。",
+        "\u{37a}",
+        "¨",
+        "\u{212a}",
+        "ﬁ",
+        "ẞ",
+        "👩\u{200d}👧",
+        "가",
+        "\u{1100}",
+        "\u{1161}",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<mask>",
+        "</s>",
+        "<extra_id_0>",
+    ];
+    prop::collection::vec(prop::sample::select(parts), 0..60).prop_map(|parts| parts.concat())
+}
+
+/// The tokenizers of the goldens, and whether long texts of theirs are cut and bounded.
+fn published() -> &'static [(&'static str, Tokenizer, bool, bool)] {
+    static ONCE: LazyLock<Vec<(&str, Tokenizer, bool, bool)>> = LazyLock::new(|| {
+        let folders = [
+            ("tokenizers/clip", true, true),
+            ("tokenizers/llama", true, true),
+            ("tokenizers/qwen2", true, true),
+            ("tokenizers/t5", false, false),
+            ("tokenizers/umt5", false, false),
+            ("wan-b/checkpoint/tokenizer", false, false),
+        ];
+        let load = |(folder, is_cut, is_bounded): (&'static str, bool, bool)| {
+            let dir = crate::testing::repository().join("tests/goldens").join(folder);
+            (folder, Tokenizer::from_dir(&dir).expect("loads"), is_cut, is_bounded)
+        };
+        folders.map(load).into()
+    });
+    &ONCE
+}
+
+/// Byte-level tokenizers by hand, with what goldens lack: a prefix space, tokens that take the white space beside them,
+/// special tokens around a text, normalisers.
+fn variants() -> &'static [Tokenizer] {
+    static ONCE: LazyLock<Vec<Tokenizer>> = LazyLock::new(|| {
+        let plain: serde_json::Value = serde_json::from_str(&byte_level_json()).expect("JSON");
+        let mut all = Vec::new();
+        for (prefix, normalizer) in [
+            (false, json!(null)),
+            (true, json!({"type": "NFKC"})),
+            (false, json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})),
+            (false, json!({"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "})),
+        ] {
+            let mut whole = plain.clone();
+            whole["normalizer"] = normalizer;
+            whole["pre_tokenizer"]["add_prefix_space"] = json!(prefix);
+            let added = |id, content, lstrip, rstrip| {
+                json!({"id": id, "content": content, "special": true, "single_word": id == 262, "lstrip": lstrip,
+                       "rstrip": rstrip, "normalized": id == 261})
+            };
+            whole["added_tokens"] = json!([
+                added(261, "<mask>", true, false),
+                added(262, "word", false, false),
+                added(263, "<|im_end|>", false, true),
+            ]);
+            whole["post_processor"] = json!({
+                "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                "single": [{"SpecialToken": {"id": "<mask>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                           {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}],
+                "special_tokens": {"<mask>": {"id": "<mask>", "ids": [261], "tokens": ["<mask>"]},
+                                   "<|im_end|>": {"id": "<|im_end|>", "ids": [263], "tokens": ["<|im_end|>"]}},
+            });
+            let dir = folder(&[("tokenizer.json", whole.to_string())]);
+            all.push(Tokenizer::from_dir(dir.path()).expect("loads"));
+        }
+        all
+    });
+    &ONCE
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn pieces_have_the_tokens_of_the_whole(text in long_texts(), piece_bytes in 1usize..40, special: bool) {
+        for tokenizer in published().iter().map(|(_, tokenizer, ..)| tokenizer).chain(variants()) {
+            let whole = tokenizer.encode(&text, special).expect("encodes");
+            let in_pieces =
+                tokenizer.encode_in_pieces(&text, special, usize::MAX, &CancelToken::default(), piece_bytes);
+            prop_assert_eq!(in_pieces.expect("encodes"), whole, "{:?}", text);
+        }
+    }
+
+    #[test]
+    fn no_text_has_fewer_tokens_than_its_bytes_say(text in long_texts()) {
+        for tokenizer in published().iter().map(|(_, tokenizer, ..)| tokenizer).chain(variants()) {
+            let tokens = tokenizer.encode(&text, false).expect("encodes").len();
+            let least = tokenizer.least_tokens(&text);
+            prop_assert!(least <= tokens, "{} > {}: {:?}", least, tokens, text);
+        }
+    }
+}
+
+#[test]
+fn long_texts_are_cut_and_bounded_where_that_is_known_to_be_right() {
+    for (folder, tokenizer, is_cut, is_bounded) in published() {
+        let known = tokenizer.for_long_texts();
+        assert_eq!((known.cutting.is_some(), known.least.is_some()), (*is_cut, *is_bounded), "{folder}");
+    }
+    assert!(variants().iter().all(|tokenizer| tokenizer.for_long_texts().cutting.is_some()));
+    // Its pieces of words are joined before they are split, and its added token holds a space.
+    assert!(sentencepiece_style().for_long_texts().cutting.is_none());
+    assert!(byte_level().for_long_texts().cutting.is_none());
+    assert!(byte_level().for_long_texts().least.is_some());
+}
+
+#[test]
+fn a_text_that_cannot_fit_is_refused_before_it_is_tokenised() {
+    let tokenizer = &published()[2].1;
+    let refused = |text: &str, limit| tokenizer.encode_within(text, true, limit, &CancelToken::default());
+    let digits = "1".repeat(8 << 20);
+    let begun = std::time::Instant::now();
+    let error = refused(&digits, 255).expect_err("too long");
+    assert!(begun.elapsed().as_secs_f64() < 1.0, "{:?}", begun.elapsed());
+    let Error::ContextLength { prompt_tokens, is_exact: false, limit: 255 } = error else { panic!("{error}") };
+    assert!(prompt_tokens > 255);
+    // Within a context so long that its bytes would fit there is no place to cut it.
+    let error = refused(&digits, 10 << 20).expect_err("too long").to_string();
+    assert!(error.contains("8388608 bytes without a place to cut") && error.contains("524288"), "{error}");
+    // Its bytes could fit, the tokens of its first pieces do not.
+    let words = "a b ".repeat(1 << 16);
+    let limit = tokenizer.least_tokens(&words);
+    let error = refused(&words, limit).expect_err("too long");
+    let Error::ContextLength { prompt_tokens, is_exact: false, .. } = error else { panic!("{error}") };
+    assert!((limit + 1..limit + PIECE_BYTES).contains(&prompt_tokens), "{prompt_tokens}");
+    assert_eq!(refused(&words, 1 << 20).expect("fits"), tokenizer.encode(&words, true).expect("encodes"));
+}
+
+#[test]
+fn nothing_is_tokenised_for_nobody() {
+    let cancelled = CancelToken::default();
+    drop(cancelled.cancel_on_drop());
+    let result = published()[1].1.encode_within(&"a b ".repeat(1 << 14), true, 1 << 20, &cancelled);
+    assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
 }

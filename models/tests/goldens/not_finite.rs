@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use tale_models::cancel::CancelToken;
 use tale_models::diffusion::parameters::{HEIGHT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH};
 use tale_models::parameter::Options;
 
@@ -98,7 +99,9 @@ fn run(checkpoint: &Path) -> Option<Error> {
     let request = match &model.card {
         ModelCard::Text(card) => {
             let options = Options::default().with(&MAX_TOKENS, 3);
-            Request::Text(card.resolve(card.encode_prompt(prompt).unwrap(), &options, 0).unwrap())
+            Request::Text(
+                card.resolve(card.encode_prompt(prompt, &CancelToken::default()).unwrap(), &options, 0).unwrap(),
+            )
         }
         ModelCard::Diffusion(card) => {
             let options = Options::default()

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
+use tale_models::cancel::CancelToken;
 use tale_models::card::TextCard;
 use tale_models::chat_template::ChatMessage;
 use tale_models::parameter::Options;
@@ -69,7 +70,7 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
 
     let prompt = match (messages, &args.input.prompt) {
         (Some(messages), _) => encode_chat(card, &messages)?,
-        (None, prompt) => card.encode_prompt(prompt.as_deref().unwrap_or_default())?,
+        (None, prompt) => card.encode_prompt(prompt.as_deref().unwrap_or_default(), &CancelToken::default())?,
     };
     let request = card.resolve(prompt, &args.sampling.options_over(Options::default())?, random_seed())?;
     let prompt_tokens = request.prompt.clone();
@@ -125,5 +126,5 @@ fn encode_chat(card: &TextCard, messages: &[ChatMessage]) -> Result<Vec<u32>, Cl
     if card.chat_template.is_none() {
         return Err(CliError::Argument("--messages: this model has no chat template; use --prompt".into()));
     }
-    Ok(card.encode_chat(messages)?)
+    Ok(card.encode_chat(messages, &CancelToken::default())?)
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use tale_models::cancel::CancelToken;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
@@ -31,7 +32,7 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
     let TextBody { model, options, answer, prompt: messages } = body;
     let messages = wire::conversation(messages)?;
     let num_bytes = messages.iter().map(|message| message.content.len()).sum();
-    let prompt = tokens(num_bytes, card.clone(), move |card| card.encode_chat(&messages)).await?;
+    let prompt = tokens(num_bytes, card.clone(), move |card, cancelled| card.encode_chat(&messages, cancelled)).await?;
     let order = Order { shape: Shape::Chat, model: &model, options, answer };
     let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
     order.answer(engine, text(&card)?, vec![prompt]).await.map_err(renamed)
@@ -50,7 +51,9 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
     for prompt in texts {
         prompts.push(match prompt {
             Prompt::Tokens(tokens) => tokens,
-            Prompt::Text(text) => tokens(text.len(), card.clone(), move |card| card.encode_prompt(&text)).await?,
+            Prompt::Text(text) => {
+                tokens(text.len(), card.clone(), move |card, cancelled| card.encode_prompt(&text, cancelled)).await?
+            }
         });
     }
     let order = Order { shape: Shape::Completion, model: &model, options, answer };
@@ -110,11 +113,14 @@ fn text(card: &ModelCard) -> Result<&TextCard, ApiError> {
 async fn tokens(
     num_bytes: usize,
     card: Arc<ModelCard>,
-    encode: impl FnOnce(&TextCard) -> tale_models::Result<Vec<u32>> + Send + 'static,
+    encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<Vec<u32>> + Send + 'static,
 ) -> Result<Vec<u32>, ApiError> {
+    let cancelled = CancelToken::default();
     if num_bytes <= MAX_INLINE_PROMPT_BYTES {
-        return Ok(encode(text(&card)?)?);
+        return Ok(encode(text(&card)?, &cancelled)?);
     }
-    let encoded = spawn_blocking(move || text(&card).and_then(|card| Ok(encode(card)?))).await;
+    // The client's leaving drops this function.
+    let _waits = cancelled.cancel_on_drop();
+    let encoded = spawn_blocking(move || text(&card).and_then(|card| Ok(encode(card, &cancelled)?))).await;
     encoded.map_err(|_| ApiError::internal("the tokenizer panicked"))?
 }
