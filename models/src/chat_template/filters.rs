@@ -5,6 +5,7 @@
 use minijinja::Environment;
 use minijinja::value::{Value, ValueKind};
 
+use super::budget::{self, charge, charge_items};
 use super::python::{self, Args, Given, bounded, fail, float, integer, json, strings, to_str};
 use super::sequences;
 
@@ -127,8 +128,11 @@ pub(super) fn is_test(name: &str) -> bool {
 /// Makes all filters and tests known.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     for (name, parameters, filter) in FILTERS {
-        environment
-            .add_filter(*name, move |given: Given| filter(&Args::bind(name, parameters, &python::values(given))?));
+        environment.add_filter(*name, move |given: Given| -> Result<Value> {
+            let result = filter(&Args::bind(name, parameters, &python::values(given))?)?;
+            budget::check()?;
+            Ok(result)
+        });
     }
     sequences::add_to(environment);
     environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain);
@@ -258,6 +262,7 @@ fn indent(args: &Args) -> Result<Value> {
         }
         let is_indented = if i == 0 { args.flag(2, false) } else { blank || !line.is_empty() };
         if is_indented {
+            charge(indent.len())?;
             out.push_str(&indent);
         }
         out.push_str(line);
@@ -267,10 +272,8 @@ fn indent(args: &Args) -> Result<Value> {
 
 fn replace(args: &Args) -> Result<Value> {
     let (text, old, new) = (text(args)?, to_str(args.required(1)?), to_str(args.required(2)?));
-    Ok(Value::from(match args.integer_or_none(3)?.map(usize::try_from) {
-        Some(Ok(count)) => text.replacen(&old, &new, count),
-        _ => text.replace(&old, &new),
-    }))
+    let count = args.integer_or_none(3)?.and_then(|count| usize::try_from(count).ok());
+    strings::replaced(&text, &old, &new, count).map(Value::from)
 }
 
 /// As MarkupSafe strips: comments, tags, runs of white space; then entities are unescaped.
@@ -350,31 +353,36 @@ fn wordwrap(args: &Args) -> Result<Value> {
     let (text, width) = (text(args)?, args.width(1, 79)?.max(1));
     let wrapstring = args.text_or_none(3)?.unwrap_or("\n");
     let (breaks_words, breaks_hyphens) = (args.flag(2, true), args.flag(4, true));
-    let wrap = |line: &str| wrap_line(line, width, breaks_words, breaks_hyphens).join(wrapstring);
-    let lines: Vec<String> = strings::lines(&text, false).into_iter().map(wrap).collect();
-    bounded(text.len() as u64)?;
+    // Every character may be a piece of its own, and a line.
+    charge_items(bounded(text.len() as u64)?)?;
+    charge(text.len().saturating_mul(wrapstring.len()))?;
+    let wrap = |line: &str| Ok(wrap_line(line, width, breaks_words, breaks_hyphens)?.join(wrapstring));
+    let lines: Vec<String> = strings::lines(&text, false).into_iter().map(wrap).collect::<Result<_>>()?;
     Ok(lines.join(wrapstring).into())
 }
 
 /// `textwrap.wrap` of one line, white space kept as it is inside a line and dropped at its ends.
-fn wrap_line(line: &str, width: usize, breaks_words: bool, breaks_hyphens: bool) -> Vec<String> {
+fn wrap_line(line: &str, width: usize, breaks_words: bool, breaks_hyphens: bool) -> Result<Vec<String>> {
     let mut chunks: std::collections::VecDeque<String> = chunks_of(line, breaks_hyphens).into();
     let len = |text: &str| text.chars().count();
     let mut lines = Vec::new();
     while !chunks.is_empty() {
         let mut current = String::new();
+        let mut used = 0;
         if !lines.is_empty() && chunks[0].trim().is_empty() {
             chunks.pop_front();
         }
         while let Some(chunk) = chunks.pop_front() {
-            let room = width.saturating_sub(len(&current));
+            let room = width.saturating_sub(used);
             if len(&chunk) <= room {
+                used += len(&chunk);
                 current.push_str(&chunk);
                 continue;
             }
             if len(&chunk) > width && breaks_words {
                 let cut = chunk.char_indices().nth(room).map_or(chunk.len(), |(at, _)| at);
                 current.push_str(&chunk[..cut]);
+                charge(chunk.len() - cut)?;
                 chunks.push_front(chunk[cut..].to_owned());
             } else if len(&chunk) > width && current.is_empty() {
                 current = chunk;
@@ -388,7 +396,7 @@ fn wrap_line(line: &str, width: usize, breaks_words: bool, breaks_hyphens: bool)
             lines.push(kept.to_owned());
         }
     }
-    lines
+    Ok(lines)
 }
 
 /// Words and the white space between them; words are also cut behind hyphens between letters.

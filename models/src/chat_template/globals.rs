@@ -3,14 +3,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use minijinja::value::{Kwargs, Object, ObjectRepr, Value, from_args};
+use minijinja::value::{DynObject, Kwargs, Object, ObjectRepr, Value, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
+use super::budget;
+use super::kept;
 use super::python::text::views;
 use super::python::{self, Args, Given, fail, strftime, to_str};
 
 /// Longest `range`, as in Jinja2's sandbox.
 const MAX_RANGE: i64 = 100_000;
+
+/// Longest text of `raise_exception` that a client is told; what is longer is cut.
+const MAX_RAISED_BYTES: usize = 1000;
 
 /// What a template said with `raise_exception`.
 #[derive(Debug)]
@@ -49,12 +54,19 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     let made = environment.globals().find(|(name, _)| *name == "namespace").map(|(_, function)| function);
     let made = made.expect("minijinja has namespaces: this is a bug");
     environment.add_function("namespace", move |state: &mut State, given: Given| {
-        made.call(state, &[Value::from_pairs(entries(&python::values(given))?)])
+        let mut entries = entries(&python::values(given))?;
+        for (_, value) in &mut entries {
+            *value = kept::by_changeable(value)?;
+        }
+        made.call(state, &[Value::from_pairs(entries)])
     });
 }
 
 fn raise_exception(words: &Value) -> Result<Value, Error> {
-    Err(fail("raised by the template").with_source(Raised(to_str(words))))
+    let mut words = to_str(words);
+    budget::check()?;
+    words.truncate(words.floor_char_boundary(MAX_RAISED_BYTES));
+    Err(fail("raised by the template").with_source(Raised(words)))
 }
 
 /// The time now in the machine's zone, in a format of `strftime`.
@@ -100,7 +112,8 @@ impl Object for Dict {
         }
         let args = Args::bind("fromkeys", &["iterable", "value"], given)?;
         let value = args.get(1).cloned().unwrap_or_else(|| Value::from(()));
-        Ok(Value::from_pairs(args.required(0)?.try_iter()?.map(|key| (key, value.clone()))))
+        let keys = python::methods::items(args.required(0)?)?;
+        Ok(Value::from_pairs(keys.into_iter().map(|key| (key, value.clone()))))
     }
 }
 
@@ -112,7 +125,7 @@ fn entries(given: &[Value]) -> Result<Vec<(Value, Value)>, Error> {
         [map] if map.kind() == minijinja::value::ValueKind::Map => python::methods::pairs(map)?,
         [pairs] => {
             let pair = |pair: Value| Ok((pair.get_item_by_index(0)?, pair.get_item_by_index(1)?));
-            pairs.try_iter()?.map(pair).collect::<Result<_, Error>>()?
+            python::methods::items(pairs)?.into_iter().map(pair).collect::<Result<_, Error>>()?
         }
         _ => return Err(fail("dict expected at most 1 argument")),
     };
@@ -120,6 +133,12 @@ fn entries(given: &[Value]) -> Result<Vec<(Value, Value)>, Error> {
         entries.push((Value::from(name), keywords.get(name)?));
     }
     Ok(entries)
+}
+
+/// The values that one of our own objects holds.
+pub(super) fn held_by(object: &DynObject) -> Option<&[Value]> {
+    let of_cycler = object.downcast_ref::<Cycler>().map(|cycler| cycler.items.as_slice());
+    of_cycler.or_else(|| Some(std::slice::from_ref(&object.downcast_ref::<Joiner>()?.separator)))
 }
 
 /// `cycler(...)`: its items in turn, again and again.
@@ -134,6 +153,7 @@ fn cycler(given: Given) -> Result<Value, Error> {
     if items.is_empty() {
         return Err(fail("at least one item has to be provided"));
     }
+    let items = items.iter().map(kept::by_variable).collect::<Result<_, Error>>()?;
     Ok(Value::from_object(Cycler { items, place: AtomicUsize::new(0) }))
 }
 
@@ -173,7 +193,7 @@ struct Joiner {
 
 fn joiner(given: Given) -> Result<Value, Error> {
     let args = Args::bind("joiner", &["sep"], &python::values(given))?;
-    let separator = args.get(0).cloned().unwrap_or_else(|| Value::from(", "));
+    let separator = args.get(0).map_or_else(|| Ok(Value::from(", ")), kept::by_variable)?;
     Ok(Value::from_object(Joiner { separator, calls: AtomicUsize::new(0) }))
 }
 

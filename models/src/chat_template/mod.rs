@@ -2,12 +2,16 @@
 //!
 //! Owns: finding the template, what it is rendered with, and telling its failures apart. What a template asks for that
 //! is not there is found when it is loaded (`program.rs`, and conversations that are tried); what it refuses is the
-//! client's to mend; what else goes wrong is ours. Does not know: tokenizers, but for the spellings of special tokens;
-//! tools and documents, which are passed as none.
+//! client's to mend; what else goes wrong is ours. A template is a program from a stranger: it is compiled and rendered on
+//! a thread with a stack of its own (`threads.rs`), which bounds of source (`nesting.rs`) and values (`kept.rs`) suffice for,
+//! with fuel (`program.rs`), bounded memory and until a deadline (`budget.rs`). Does not know: tokenizers, but for the
+//! spellings of special tokens; tools and documents, which are passed as none.
 //! Source: transformers `utils/chat_template_utils.py`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use minijinja::value::Value;
 use minijinja::{Error as TemplateError, ErrorKind};
@@ -17,13 +21,21 @@ use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
 use crate::tokenizer::config::TokenizerConfig;
 
+mod budget;
 mod filters;
 mod globals;
+mod kept;
+mod nesting;
 mod program;
 mod python;
 mod sequences;
+mod threads;
 
 use program::Program;
+use threads::{Failure, Overdue};
+
+/// What a rendering gets beside its own deadline until it is given up: for code that does not look at the clock.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -41,7 +53,8 @@ pub struct ChatMessage {
 /// A template with the special tokens that it may name.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    program: Program,
+    program: Arc<Program>,
+    overdue: Overdue,
     /// `bos_token`, `eos_token`, ... by the name under which a template asks for them.
     special_tokens: BTreeMap<String, String>,
 }
@@ -57,20 +70,26 @@ impl ChatTemplate {
     }
 
     fn load(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
-        let program = Program::new(source).map_err(|error| format!("the chat template: {error}"))?;
-        let unsupported = program.unsupported().map_err(|error| error.to_string())?;
+        let overdue = Overdue::default();
+        let source = source.to_owned();
+        let compiled = overdue.run(budget::MAX_TIME + GRACE, move || {
+            let program = Program::new(&source).map_err(|error| format!("the chat template: {error}"))?;
+            let unsupported = program.unsupported().map_err(|error| error.to_string())?;
+            Ok((program, unsupported))
+        });
+        let (program, unsupported) = compiled.unwrap_or_else(|failure| Err(format!("the chat template: {failure}")))?;
         if !unsupported.is_empty() {
             let all: Vec<String> = unsupported.iter().map(ToString::to_string).collect();
             return Err(format!("the chat template uses what is not supported: {}", all.join("; ")));
         }
-        let template = Self { program, special_tokens };
+        let template = Self { program: Arc::new(program), overdue, special_tokens };
         template.try_conversations().map_err(|error| format!("the chat template cannot be rendered: {error}"))?;
         Ok(template)
     }
 
     /// Renders small conversations of usual shapes. A feature that is missing at run time is an error, and so is a
     /// template that fails at all of them; one that refuses a shape with `raise_exception` is not.
-    fn try_conversations(&self) -> Result<(), TemplateError> {
+    fn try_conversations(&self) -> Result<(), RenderError> {
         const SHAPES: [&[&str]; 4] =
             [&["user"], &["system", "user"], &["user", "assistant", "user"], &["system", "user", "assistant", "user"]];
         let mut failure = None;
@@ -80,8 +99,8 @@ impl ChatTemplate {
                 |role: &&str| ChatMessage { role: (*role).to_owned(), content: "Hello there.".to_owned(), name: None };
             let messages: Vec<ChatMessage> = roles.iter().map(message).collect();
             match self.text(&messages) {
-                Err(error) if is_hopeless(&error) => return Err(error),
-                Err(error) if globals::raised(&error).is_none() => failure = Some(error),
+                Err(error) if error.is_hopeless() => return Err(error),
+                Err(error) if error.refusal().is_none() => failure = Some(error),
                 _ => answers += 1,
             }
         }
@@ -93,13 +112,13 @@ impl ChatTemplate {
     /// What the template itself refuses (`raise_exception`) is an [`Error::InvalidRequest`] that names `messages`;
     /// any other failure is an [`Error::ChatTemplate`].
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
-        self.text(messages).map_err(|error| match globals::raised(&error) {
+        self.text(messages).map_err(|error| match error.refusal() {
             Some(words) => Error::invalid("messages", words),
             None => Error::ChatTemplate(error.to_string()),
         })
     }
 
-    fn text(&self, messages: &[ChatMessage]) -> Result<String, TemplateError> {
+    fn text(&self, messages: &[ChatMessage]) -> Result<String, RenderError> {
         // In this order: `tojson` shows it.
         let message = |m: &ChatMessage| {
             let said = [("role", Some(&m.role)), ("content", Some(&m.content)), ("name", m.name.as_ref())];
@@ -111,14 +130,48 @@ impl ChatTemplate {
         variables.insert("add_generation_prompt", Value::from(true));
         variables.insert("tools", Value::from(()));
         variables.insert("documents", Value::from(()));
-        self.program.render(Value::from(variables))
+        let (program, variables) = (self.program.clone(), Value::from(variables));
+        let render = move || budget::within(|| program.render(variables));
+        Ok(self.overdue.run(budget::MAX_TIME + GRACE, render)??)
     }
 }
 
-/// Whether a template asked for something that is not there, or never ends.
-fn is_hopeless(error: &TemplateError) -> bool {
-    use ErrorKind::{OutOfFuel, UnknownFilter, UnknownFunction, UnknownMethod, UnknownTest};
-    matches!(error.kind(), OutOfFuel | UnknownFilter | UnknownFunction | UnknownMethod | UnknownTest)
+/// Why a conversation has no text.
+#[derive(Debug, thiserror::Error)]
+enum RenderError {
+    #[error("{}", in_own_words(.0))]
+    Template(#[from] TemplateError),
+    #[error("{0}")]
+    Thread(#[from] Failure),
+}
+
+impl RenderError {
+    /// Whether a template asked for something that is not there, or takes more than it may.
+    fn is_hopeless(&self) -> bool {
+        use ErrorKind::{OutOfFuel, UnknownFilter, UnknownFunction, UnknownMethod, UnknownTest};
+        match self {
+            Self::Thread(_) => true,
+            Self::Template(error) => {
+                let is_missing = matches!(error.kind(), UnknownFilter | UnknownFunction | UnknownMethod | UnknownTest);
+                is_missing || error.kind() == OutOfFuel || budget::exceeded(error).is_some()
+            }
+        }
+    }
+
+    /// The words of `raise_exception`, if that is what ended the rendering.
+    fn refusal(&self) -> Option<&str> {
+        match self {
+            Self::Template(error) => globals::raised(error),
+            Self::Thread(_) => None,
+        }
+    }
+}
+
+fn in_own_words(error: &TemplateError) -> String {
+    match (error.kind(), error.line()) {
+        (ErrorKind::OutOfFuel, Some(line)) => format!("line {line}: {}", program::OUT_OF_FUEL),
+        _ => error.to_string(),
+    }
 }
 
 /// The template's source and the file that has it.

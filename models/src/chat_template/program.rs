@@ -1,8 +1,9 @@
 //! From the source of a template to instructions that compute as Python does, and what it asks for that is not there.
 //!
-//! Owns: Jinja2's rules for source text, operators whose meaning differs in minijinja, and the check of every name that a
-//! template mentions. Parsing and execution are minijinja's; its machinery is public and not promised to stay, so that
-//! the version is pinned. Deliberately does not know: messages, files.
+//! Owns: Jinja2's rules for source text, operators whose meaning differs in minijinja, where values come to be kept, and the
+//! check of every name that a template mentions. Parsing and execution are minijinja's; its machinery is public and not
+//! promised to stay, so that the version is pinned. Deliberately does not know: messages, files, threads. Whoever calls it
+//! does so on a thread of [`threads`](super::threads).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,18 +13,33 @@ use minijinja::machinery::{
     self, CompiledTemplate, Instruction, Instructions, TemplateConfig, Token, make_string_output,
 };
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
-use minijinja::{AutoEscape, Environment, Error, UndefinedBehavior};
+use minijinja::value::{Value, ValueKind};
+use minijinja::{AutoEscape, Environment, Error, State, UndefinedBehavior};
 
-use super::{filters, globals, python};
+use super::budget;
+use super::python::Given;
+use super::{filters, globals, kept, nesting, python};
 
-/// Instructions that one rendering may execute; a long conversation needs some hundred thousand.
-const MAX_FUEL: u64 = 50_000_000;
+/// What one rendering may execute, in instructions; a long conversation needs some hundred thousand. 64 bytes that
+/// minijinja's operators and filters make or read, and two items, cost as much as an instruction, so that they make 256 MiB
+/// at most.
+const MAX_FUEL: u64 = 4_000_000;
+/// What is said of a template that needs more.
+pub(super) const OUT_OF_FUEL: &str = "it runs out of fuel: it executes or makes too much";
+/// Longest source: the longest published ones have some 30 kB.
+const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Name of the one template.
 const NAME: &str = "chat_template";
 /// Filters under which operators are called; no template can name them.
 const CONCAT: &str = "~";
 const MODULO: &str = "%";
+/// Filters through which values go before a variable or a namespace keeps them, and the method `changed` of loops, which
+/// keep what they are given.
+const KEEP: &str = "=";
+const KEEP_IN_NAMESPACE: &str = ".=";
+const CHANGED: &str = "changed()";
+/// Asks for no place in the cache of filters.
+const UNCACHED: u8 = !0;
 
 /// The source of a template, normalised, and what it is rendered with.
 #[derive(Debug)]
@@ -51,13 +67,29 @@ impl Program {
         let mut environment = Environment::new();
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_unknown_method_callback(python::methods::call);
-        environment.set_formatter(|out, _, value| Ok(out.write_str(&python::to_str(value))?));
+        environment.set_formatter(|out, _, value| match value.as_str().filter(|_| value.kind() == ValueKind::String) {
+            Some(text) => Ok(out.write_str(text)?),
+            None => {
+                let text = python::to_str(value);
+                budget::check()?;
+                Ok(out.write_str(&text)?)
+            }
+        });
         environment.set_fuel(Some(MAX_FUEL));
         filters::add_to(&mut environment);
         globals::add_to(&mut environment);
-        environment.add_filter(CONCAT, |left: &Value, right: &Value| python::to_str(left) + &python::to_str(right));
-        environment.add_filter(MODULO, python::modulo);
-        let program = Self { source: with_python_literals(normalised(source))?, environment };
+        environment.add_filter(CONCAT, concat);
+        environment.add_filter(MODULO, modulo);
+        environment.add_filter(KEEP, kept::by_variable);
+        environment.add_filter(KEEP_IN_NAMESPACE, kept::by_changeable);
+        environment.add_filter(CHANGED, changed);
+        if source.len() > MAX_SOURCE_BYTES {
+            let problem = format!("it has {} bytes; at most {MAX_SOURCE_BYTES}", source.len());
+            return Err(Error::new(minijinja::ErrorKind::SyntaxError, problem));
+        }
+        let source = normalised(source);
+        nesting::check(&source, &syntax()?)?;
+        let program = Self { source: with_python_literals(source)?, environment };
         program.compile()?;
         Ok(program)
     }
@@ -76,13 +108,14 @@ impl Program {
     pub(super) fn render(&self, variables: Value) -> Result<String, Error> {
         let mut compiled = self.compile()?;
         for instructions in std::iter::once(&mut compiled.instructions).chain(compiled.blocks.values_mut()) {
-            replace_operators(instructions);
+            *instructions = rewritten(instructions, &self.source);
         }
         let mut text = String::new();
         let mut out = make_string_output(&mut text);
         let CompiledTemplate { instructions, blocks, .. } = &compiled;
         machinery::eval(&self.environment, instructions, variables, blocks, &mut out, AutoEscape::None)?;
         drop(out);
+        budget::check()?;
         Ok(text)
     }
 
@@ -163,18 +196,87 @@ fn a_default_names_a_parameter(instructions: &Instructions, made_at: u32, start:
     false
 }
 
-/// Two operators are calls of filters, which take the same values from the stack and leave one result there.
-fn replace_operators(instructions: &mut Instructions) {
-    /// Asks for no place in the cache of filters.
-    const UNCACHED: u8 = !0;
-    let mut pc = 0;
-    while let Some(instruction) = instructions.get_mut(pc) {
-        match instruction {
-            Instruction::StringConcat => *instruction = Instruction::ApplyFilter(CONCAT, Some(2), UNCACHED),
-            Instruction::Rem => *instruction = Instruction::ApplyFilter(MODULO, Some(2), UNCACHED),
-            _ => {}
+fn concat(left: &Value, right: &Value) -> Result<String, Error> {
+    let text = python::to_str(left) + &python::to_str(right);
+    budget::check()?;
+    Ok(text)
+}
+
+fn modulo(left: &Value, right: &Value) -> Result<Value, Error> {
+    let result = python::modulo(left, right)?;
+    budget::check()?;
+    Ok(result)
+}
+
+/// The method `changed` of what comes first, with the other values.
+fn changed(state: &mut State, given: Given) -> Result<Value, Error> {
+    let mut values = python::values(given);
+    for value in values.iter_mut().skip(1) {
+        *value = kept::by_changeable(value)?;
+    }
+    match &values[..] {
+        [value, arguments @ ..] => value.call_method(state, "changed", arguments),
+        [] => Err(python::fail("changed() is a method")),
+    }
+}
+
+/// The instructions as they are executed: two operators and a method are calls of filters, which take the same values from
+/// the stack and leave one result there, and what is kept goes through a filter first.
+fn rewritten<'s>(instructions: &Instructions<'s>, source: &'s str) -> Instructions<'s> {
+    let mut sequences = Vec::new();
+    let mut places = Vec::new();
+    let mut place = 0;
+    let mut last = None;
+    for (pc, instruction) in all(instructions) {
+        let sequence = replacement(instruction, last);
+        places.push(place);
+        place += sequence.len() as u32;
+        sequences.push((instructions.get_line(pc), sequence));
+        last = Some(instruction);
+    }
+    // Jumps may lead behind the last instruction.
+    places.push(place);
+    let moved = |target: u32| places.get(target as usize).copied().unwrap_or(target);
+    let mut out = Instructions::new(instructions.name(), source);
+    for (line, sequence) in sequences {
+        for instruction in sequence {
+            let instruction = with_target(instruction, moved);
+            match line {
+                Some(line) => out.add_with_line(instruction, u16::try_from(line).unwrap_or(u16::MAX)),
+                None => out.add(instruction),
+            };
         }
-        pc += 1;
+    }
+    out
+}
+
+/// What is executed in place of one instruction, which comes behind another.
+fn replacement<'s>(instruction: &Instruction<'s>, last: Option<&Instruction<'s>>) -> Vec<Instruction<'s>> {
+    let filter = |name, arguments| Instruction::ApplyFilter(name, arguments, UNCACHED);
+    match instruction {
+        Instruction::StringConcat => vec![filter(CONCAT, Some(2))],
+        Instruction::Rem => vec![filter(MODULO, Some(2))],
+        Instruction::CallMethod("changed", arguments) => vec![filter(CHANGED, *arguments)],
+        // Items of a list are less deep than the list.
+        Instruction::StoreLocal(_) if matches!(last, Some(Instruction::Iterate(_))) => vec![instruction.clone()],
+        Instruction::StoreLocal(_) => vec![filter(KEEP, Some(1)), instruction.clone()],
+        // The namespace lies above the value.
+        Instruction::SetAttr(_) => {
+            vec![Instruction::Swap, filter(KEEP_IN_NAMESPACE, Some(1)), Instruction::Swap, instruction.clone()]
+        }
+        _ => vec![instruction.clone()],
+    }
+}
+
+fn with_target<'s>(instruction: Instruction<'s>, moved: impl Fn(u32) -> u32) -> Instruction<'s> {
+    match instruction {
+        Instruction::Iterate(target) => Instruction::Iterate(moved(target)),
+        Instruction::Jump(target) => Instruction::Jump(moved(target)),
+        Instruction::JumpIfFalse(target) => Instruction::JumpIfFalse(moved(target)),
+        Instruction::JumpIfFalseOrPop(target) => Instruction::JumpIfFalseOrPop(moved(target)),
+        Instruction::JumpIfTrueOrPop(target) => Instruction::JumpIfTrueOrPop(moved(target)),
+        Instruction::BuildMacro(name, start, flags) => Instruction::BuildMacro(name, moved(start), flags),
+        other => other,
     }
 }
 
@@ -186,25 +288,23 @@ fn syntax() -> Result<SyntaxConfig, Error> {
 /// Literals that minijinja reads or writes differently. Numbers that Python writes with an exponent become calls of a
 /// filter: minijinja joins constants with `~` as it compiles, and would write them in its own way.
 fn with_python_literals(source: String) -> Result<String, Error> {
-    let mut replacements = Vec::new();
+    let mut out = String::with_capacity(source.len());
+    let mut copied = 0;
     for token in machinery::tokenize(&source, false, syntax()?) {
         // What is no token fails when the template is parsed, with the name of the template.
         let Ok((token, span)) = token else { break };
         let place = span.start_offset as usize..span.end_offset as usize;
         let text = &source[place.clone()];
-        match token {
-            Token::Float(number) if python::text::repr_float(number).contains('e') => {
-                replacements.push((place, format!("({text}|float)")));
-            }
-            Token::String(_) => replacements.push((place, with_python_escapes(text))),
-            _ => {}
-        }
+        let replacement = match token {
+            Token::Float(number) if python::text::repr_float(number).contains('e') => format!("({text}|float)"),
+            Token::String(_) => with_python_escapes(text),
+            _ => continue,
+        };
+        out.push_str(&source[copied..place.start]);
+        out.push_str(&replacement);
+        copied = place.end;
     }
-    let mut out = source;
-    for (place, replacement) in replacements.into_iter().rev() {
-        out.replace_range(place, &replacement);
-    }
-    Ok(out)
+    Ok(out + &source[copied..])
 }
 
 /// A string literal whose escapes minijinja knows: it lacks two of Python's, and escaped line ends.

@@ -5,6 +5,7 @@
 use minijinja::value::{Kwargs, Tuple, Value, from_args};
 use minijinja::{Environment, Error, State, filters};
 
+use super::budget::{self, charge, charge_items};
 use super::python::{self, Args, Given, fail, to_str};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
@@ -16,11 +17,15 @@ pub(super) const NAMES: &[&str] = &["batch", "format", "groupby", "map", "max", 
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("batch", |state: &mut State, given: Given| {
         let args = Args::bind("batch", &["value", "linecount", "fill_with"], &python::values(given))?;
-        filters::batch(state, args.required(0)?.clone(), args.width(1, 0)?, args.some(2).cloned())
+        let items = Value::from(python::methods::items(args.required(0)?)?);
+        charge_items(args.width(1, 0)?)?;
+        filters::batch(state, items, args.width(1, 0)?, args.some(2).cloned())
     });
     environment.add_filter("slice", |state: &mut State, given: Given| {
         let args = Args::bind("slice", &["value", "slices", "fill_with"], &python::values(given))?;
-        filters::slice(state, args.required(0)?.clone(), args.width(1, 0)?, args.some(2).cloned())
+        let items = Value::from(python::methods::items(args.required(0)?)?);
+        charge_items(args.width(1, 0)?.saturating_mul(2))?;
+        filters::slice(state, items, args.width(1, 0)?, args.some(2).cloned())
     });
     environment.add_filter("sort", |state: &mut State, given: Given| {
         let names = &["value", "reverse", "case_sensitive", "attribute"];
@@ -38,7 +43,8 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("groupby", |given: Given| {
         let names = &["value", "attribute", "default", "case_sensitive"];
         let args = Args::bind("groupby", names, &python::values(given))?;
-        filters::groupby(args.required(0)?.clone(), None, keywords(&args, names))
+        let items = python::methods::items(args.required(0)?)?;
+        filters::groupby(Value::from(items), None, keywords(&args, names))
     });
     environment.add_filter("format", format);
     environment.add_filter("map", map);
@@ -70,12 +76,14 @@ fn format(value: &Value, given: Given) -> Result<String> {
         }
         _ => return Err(fail("can't handle positional and keyword arguments at the same time")),
     };
-    python::format::percent(&to_str(value), &values)
+    let text = python::format::percent(&to_str(value), &values)?;
+    budget::check()?;
+    Ok(text)
 }
 
 /// `map(attribute=...)`, or a filter by its name with its arguments.
 fn map(state: &mut State, value: &Value, given: Given) -> Result<Vec<Value>> {
-    let items: Vec<Value> = if value.is_undefined() { Vec::new() } else { value.try_iter()?.collect() };
+    let items = if value.is_undefined() { Vec::new() } else { python::methods::items(value)? };
     let given = python::values(given);
     let Some(filter) = given.first().and_then(Value::as_str) else {
         let args = Args::bind("map", &["attribute", "default"], &given)?;
@@ -96,14 +104,18 @@ fn map(state: &mut State, value: &Value, given: Given) -> Result<Vec<Value>> {
 /// Items as text with a separator between them.
 pub(super) fn join(args: &Args) -> Result<Value> {
     let separator = args.get(1).map(to_str).unwrap_or_default();
-    let mut out = Vec::new();
-    for item in args.required(0)?.try_iter()? {
-        out.push(match args.some(2) {
+    let mut out = String::new();
+    for (i, item) in args.required(0)?.try_iter()?.enumerate() {
+        let text = match args.some(2) {
             Some(attribute) => to_str(&attribute_of(&item, attribute)?),
             None => to_str(&item),
-        });
+        };
+        let separator = if i > 0 { separator.as_str() } else { "" };
+        charge(separator.len() + text.len())?;
+        out.push_str(separator);
+        out.push_str(&text);
     }
-    Ok(out.join(&separator).into())
+    Ok(out.into())
 }
 
 /// `item.a.b` for `a.b`; parts that are numbers are indices.
@@ -125,6 +137,8 @@ pub(super) fn unique(args: &Args) -> Result<Value> {
             Some(text) if !args.flag(1, false) => Value::from(text.to_lowercase()),
             _ => found,
         };
+        charge_items(1)?;
+        charge(seen.len())?;
         if !seen.contains(&key) {
             seen.push(key);
             out.push(item);
@@ -149,7 +163,10 @@ pub(super) fn dictsort(args: &Args) -> Result<Value> {
             _ => value.clone(),
         }
     };
-    entries.sort_by(|a, b| if args.flag(3, false) { rank(b).cmp(&rank(a)) } else { rank(a).cmp(&rank(b)) });
+    match args.flag(3, false) {
+        true => entries.sort_by_cached_key(|entry| std::cmp::Reverse(rank(entry))),
+        false => entries.sort_by_cached_key(rank),
+    }
     let pair = |(key, value)| Value::from(Tuple::from([key, value]));
     Ok(entries.into_iter().map(pair).collect())
 }

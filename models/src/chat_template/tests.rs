@@ -2,6 +2,8 @@
 
 use super::*;
 
+mod hostile;
+
 fn message(role: &str, content: &str) -> ChatMessage {
     ChatMessage { role: role.into(), content: content.into(), name: None }
 }

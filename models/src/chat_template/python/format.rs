@@ -5,6 +5,7 @@ use minijinja::value::{Kwargs, ValueKind, from_args};
 
 use super::text::{ascii, exponent_text, repr, repr_float, to_str};
 use super::{Result, bounded, fail, float, integer, type_name};
+use crate::chat_template::budget::charge;
 
 /// How one value is written.
 #[derive(Debug, Clone, Default)]
@@ -218,7 +219,9 @@ pub fn percent(pattern: &str, values: &Value) -> Result<String> {
             }
             (_, None) => next()?,
         };
-        out.push_str(&printf(spec, &value)?);
+        let text = printf(spec, &value)?;
+        charge(text.len())?;
+        out.push_str(&text);
     }
     let leftover = !positional.is_empty() && !uses_names && values.kind() != ValueKind::Map;
     if leftover {
@@ -352,7 +355,9 @@ impl Fields<'_> {
                 return Err(fail("Single '}' encountered in format string"));
             } else {
                 let end = closing_brace(rest).ok_or_else(|| fail("expected '}' before end of string"))?;
-                out.push_str(&self.replace(&rest[..end], depth)?);
+                let text = self.replace(&rest[..end], depth)?;
+                charge(text.len())?;
+                out.push_str(&text);
                 rest = &rest[end + 1..];
             }
         }

@@ -3,6 +3,7 @@
 use minijinja::value::{Value, ValueKind};
 
 use super::{Args, Result, fail, text};
+use crate::chat_template::budget::{charge, charge_items};
 
 /// The parameters of the filter `tojson` that transformers gives to templates.
 pub const PARAMETERS: &[&str] = &["x", "ensure_ascii", "indent", "separators", "sort_keys"];
@@ -52,7 +53,7 @@ impl Style {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => out.push_str(&number(value)),
-            ValueKind::String => self.write_text(out, value.as_str().unwrap_or_default()),
+            ValueKind::String => self.write_text(out, value.as_str().unwrap_or_default())?,
             ValueKind::Seq | ValueKind::Iterable if !text::has_own_repr(value) => self.write_list(out, value, depth)?,
             ValueKind::Map => self.write_map(out, value, depth)?,
             _ => {
@@ -64,20 +65,26 @@ impl Style {
     }
 
     fn write_list(&self, out: &mut String, value: &Value, depth: usize) -> Result<()> {
-        let items: Vec<Value> = value.try_iter()?.collect();
+        let mut items = Vec::new();
+        for item in value.try_iter()? {
+            charge_items(1)?;
+            items.push(item);
+        }
         self.write_all(out, ['[', ']'], depth, &items, |out, item| self.write(out, item, depth + 1))
     }
 
     fn write_map(&self, out: &mut String, value: &Value, depth: usize) -> Result<()> {
         let mut entries = Vec::new();
         for key in value.try_iter()? {
+            charge_items(2)?;
             entries.push((key_text(&key)?, value.get_item(&key)?));
         }
         if self.sort_keys {
             entries.sort_by(|a, b| a.0.cmp(&b.0));
         }
         self.write_all(out, ['{', '}'], depth, &entries, |out, (key, item)| {
-            self.write_text(out, key);
+            self.write_text(out, key)?;
+            charge(self.key.len())?;
             out.push_str(&self.key);
             self.write(out, item, depth + 1)
         })
@@ -95,26 +102,30 @@ impl Style {
         out.push(brackets[0]);
         for (i, item) in items.iter().enumerate() {
             if i > 0 {
+                charge(self.item.len())?;
                 out.push_str(&self.item);
             }
-            self.break_line(out, depth + 1);
+            self.break_line(out, depth + 1)?;
             write(out, item)?;
         }
         if !items.is_empty() {
-            self.break_line(out, depth);
+            self.break_line(out, depth)?;
         }
         out.push(brackets[1]);
         Ok(())
     }
 
-    fn break_line(&self, out: &mut String, depth: usize) {
+    fn break_line(&self, out: &mut String, depth: usize) -> Result<()> {
         if let Some(indent) = &self.indent {
+            charge(1 + indent.len() * depth)?;
             out.push('\n');
             out.push_str(&indent.repeat(depth));
         }
+        Ok(())
     }
 
-    fn write_text(&self, out: &mut String, text: &str) {
+    fn write_text(&self, out: &mut String, text: &str) -> Result<()> {
+        charge(text.len())?;
         out.push('"');
         for c in text.chars() {
             match c {
@@ -134,6 +145,7 @@ impl Style {
             }
         }
         out.push('"');
+        Ok(())
     }
 }
 

@@ -5,15 +5,16 @@ use minijinja::{Error, ErrorKind, State};
 
 use super::text::views::View;
 use super::{Args, Result, fail, integer, strings};
+use crate::chat_template::budget::{self, charge_items};
 
 /// A method by name, with its parameters and what it does.
 type Method = (&'static str, &'static [&'static str], fn(&Value, &Args) -> Result<Value>);
 
 const SEQUENCE: &[Method] = &[
-    ("copy", &[], |list, _| list.try_iter().map(Iterator::collect)),
+    ("copy", &[], |list, _| Ok(Value::from(items(list)?))),
     ("count", &["value"], |list, args| {
         let wanted = args.required(0)?;
-        Ok(Value::from(list.try_iter()?.filter(|item| item == wanted).count()))
+        Ok(Value::from(items(list)?.iter().filter(|item| *item == wanted).count()))
     }),
     ("index", &["value", "start", "stop"], index),
 ];
@@ -29,7 +30,7 @@ const MAPPING: &[Method] = &[
         let pair = |(key, value)| Value::from(Tuple::from([key, value]));
         Ok(View::value("dict_items", pairs(map)?.into_iter().map(pair).collect()))
     }),
-    ("keys", &[], |map, _| Ok(View::value("dict_keys", map.try_iter()?.collect()))),
+    ("keys", &[], |map, _| Ok(View::value("dict_keys", items(map)?))),
     ("values", &[], |map, _| Ok(View::value("dict_values", pairs(map)?.into_iter().map(|(_, value)| value).collect()))),
 ];
 
@@ -87,6 +88,12 @@ pub fn is_known(method: &str) -> bool {
 
 /// Calls a method that the value itself does not have in minijinja.
 pub fn call(_: &mut State, value: &Value, method: &str, given: &[Value]) -> Result<Value> {
+    let result = call_found(value, method, given)?;
+    budget::check()?;
+    Ok(result)
+}
+
+fn call_found(value: &Value, method: &str, given: &[Value]) -> Result<Value> {
     let unknown = || Err(Error::from(ErrorKind::UnknownMethod));
     if let Some(text) = value.as_str().filter(|_| value.kind() == ValueKind::String) {
         if let Some(result) = strings::variadic(text, method, given) {
@@ -112,12 +119,25 @@ pub fn call(_: &mut State, value: &Value, method: &str, given: &[Value]) -> Resu
 
 /// Entries of a dictionary in its order.
 pub fn pairs(map: &Value) -> Result<Vec<(Value, Value)>> {
-    map.try_iter()?.map(|key| Ok((key.clone(), map.get_item(&key)?))).collect()
+    let pair = |key: Value| {
+        charge_items(2)?;
+        Ok((key.clone(), map.get_item(&key)?))
+    };
+    map.try_iter()?.map(pair).collect()
+}
+
+/// Items of a list, or keys of a dictionary. A list that repeats another may have far more than there are values.
+pub fn items(list: &Value) -> Result<Vec<Value>> {
+    let item = |item: Value| {
+        charge_items(1)?;
+        Ok(item)
+    };
+    list.try_iter()?.map(item).collect()
 }
 
 fn index(list: &Value, args: &Args) -> Result<Value> {
     let wanted = args.required(0)?;
-    let items: Vec<Value> = list.try_iter()?.collect();
+    let items = items(list)?;
     let place = |index: i64| if index < 0 { index + items.len() as i64 } else { index };
     let (start, stop) = (place(args.integer(1, 0)?), place(args.integer(2, i64::MAX)?));
     let is_there = |(i, item): &(usize, &Value)| (start..stop).contains(&(*i as i64)) && *item == wanted;

@@ -3,6 +3,7 @@
 use jiff::civil::{DateTime, Weekday};
 
 use super::{Result, bounded};
+use crate::chat_template::budget::charge;
 
 /// How glibc pads a field unless a flag says otherwise.
 #[derive(Clone, Copy)]
@@ -26,7 +27,11 @@ pub fn strftime(format: &str, time: DateTime, epoch: Option<i64>) -> Result<Stri
         // Python knows `%f` by itself and without flags; glibc does not know it.
         let known = conversion.filter(|conversion| *conversion != 'f' || directive.len == 2);
         match known.and_then(|conversion| field(conversion, time, epoch)) {
-            Some((text, padding)) => out.push_str(&directive.apply(text, padding)),
+            Some((text, padding)) => {
+                let text = directive.apply(text, padding);
+                charge(text.len())?;
+                out.push_str(&text);
+            }
             None => out.push_str(&rest[start..start + directive.len]),
         }
         rest = &rest[start + directive.len..];

@@ -1,10 +1,13 @@
 //! The methods of `str`.
 
+use std::collections::HashSet;
+
 use minijinja::value::{Tuple, Value, ValueKind};
 
 use unicode_categories::UnicodeCategories;
 
 use super::{Args, Result, bounded, fail, format, integer, text, type_name};
+use crate::chat_template::budget::{charge, charge_items};
 
 /// A method by name, with its parameters and what it does.
 pub type Method = (&'static str, &'static [&'static str], fn(&str, &Args) -> Result<Value>);
@@ -22,7 +25,7 @@ pub const METHODS: &[Method] = &[
     ("count", &["sub", "start", "end"], count),
     ("encode", &["encoding", "errors"], encode),
     ("endswith", &["suffix", "start", "end"], |s, args| affix(s, args, |s, suffix| s.ends_with(suffix))),
-    ("expandtabs", &["tabsize"], |s, args| Ok(expand_tabs(s, args.width(0, 8)?).into())),
+    ("expandtabs", &["tabsize"], |s, args| Ok(expand_tabs(s, args.width(0, 8)?)?.into())),
     ("find", &["sub", "start", "end"], |s, args| Ok(search(s, args, |s, sub| s.find(sub))?.unwrap_or(-1).into())),
     ("index", &["sub", "start", "end"], |s, args| found(search(s, args, |s, sub| s.find(sub))?)),
     ("isalnum", &[], |s, _| Ok(all(s, |c| is_letter(c) || c.is_numeric()))),
@@ -33,7 +36,7 @@ pub const METHODS: &[Method] = &[
     ("isidentifier", &[], |s, _| Ok((!s.starts_with(char::is_numeric) && all(s, is_word).is_true()).into())),
     ("islower", &[], |s, _| Ok(cased(s, char::is_lowercase, char::is_uppercase))),
     ("isnumeric", &[], |s, _| Ok(all(s, is_numeric))),
-    ("isprintable", &[], |s, _| Ok(s.chars().all(text::is_printable).into())),
+    ("isprintable", &[], |s, _| Ok(s.chars().all(|c| charge(1).is_ok() && text::is_printable(c)).into())),
     ("isspace", &[], |s, _| Ok(all(s, is_space))),
     ("istitle", &[], |s, _| Ok((s.chars().any(is_cased) && titled(s) == s).into())),
     ("isupper", &[], |s, _| Ok(cased(s, char::is_uppercase, char::is_lowercase))),
@@ -58,7 +61,10 @@ pub const METHODS: &[Method] = &[
     ("rsplit", &["sep", "maxsplit"], |s, args| split(s, args, true)),
     ("rstrip", &["chars"], |s, args| Ok(stripped(s, args.text_or_none(0)?, false, true).into())),
     ("split", &["sep", "maxsplit"], |s, args| split(s, args, false)),
-    ("splitlines", &["keepends"], |s, args| Ok(lines(s, args.flag(0, false)).into_iter().map(Value::from).collect())),
+    ("splitlines", &["keepends"], |s, args| {
+        charge_items(s.chars().filter(|c| is_line_end(*c)).count())?;
+        Ok(lines(s, args.flag(0, false)).into_iter().map(Value::from).collect())
+    }),
     ("startswith", &["prefix", "start", "end"], |s, args| affix(s, args, |s, prefix| s.starts_with(prefix))),
     ("strip", &["chars"], |s, args| Ok(stripped(s, args.text_or_none(0)?, true, true).into())),
     ("swapcase", &[], |s, _| Ok(swapped(s).into())),
@@ -79,17 +85,17 @@ pub fn is_space(c: char) -> bool {
 
 /// `str.strip`, at the left, the right or both ends: of white space, or of any of `chars`.
 pub fn stripped<'a>(s: &'a str, chars: Option<&str>, left: bool, right: bool) -> &'a str {
-    let goes = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
+    let set: Option<HashSet<char>> = chars.map(|chars| chars.chars().collect());
+    let goes = |c: char| set.as_ref().map_or_else(|| is_space(c), |set| set.contains(&c));
     let s = if left { s.trim_start_matches(goes) } else { s };
     if right { s.trim_end_matches(goes) } else { s }
 }
 
 /// `str.splitlines`.
 pub fn lines(s: &str, keep_ends: bool) -> Vec<&str> {
-    let is_end = |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = Vec::new();
     let mut rest = s;
-    while let Some((at, end)) = rest.char_indices().find(|(_, c)| is_end(*c)) {
+    while let Some((at, end)) = rest.char_indices().find(|(_, c)| is_line_end(*c)) {
         let len = if rest[at..].starts_with("\r\n") { 2 } else { end.len_utf8() };
         lines.push(&rest[..if keep_ends { at + len } else { at }]);
         rest = &rest[at + len..];
@@ -98,6 +104,10 @@ pub fn lines(s: &str, keep_ends: bool) -> Vec<&str> {
         lines.push(rest);
     }
     lines
+}
+
+fn is_line_end(c: char) -> bool {
+    matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
 /// `str.capitalize`.
@@ -260,11 +270,12 @@ fn affix(s: &str, args: &Args, holds: fn(&str, &str) -> bool) -> Result<Value> {
 fn join(s: &str, args: &Args) -> Result<Value> {
     let mut out = String::new();
     for (i, item) in args.required(0)?.try_iter()?.enumerate() {
-        if i > 0 {
-            out.push_str(s);
-        }
         let wrong = || fail(format!("sequence item {i}: expected str instance, {} found", type_name(&item)));
-        out.push_str(item.as_str().ok_or_else(wrong)?);
+        let text = item.as_str().ok_or_else(wrong)?;
+        let separator = if i > 0 { s } else { "" };
+        charge(separator.len() + text.len())?;
+        out.push_str(separator);
+        out.push_str(text);
     }
     Ok(out.into())
 }
@@ -285,16 +296,27 @@ fn partition(s: &str, args: &Args, from_right: bool) -> Result<Value> {
 
 fn replace(s: &str, args: &Args) -> Result<Value> {
     let (old, new) = (args.text(0)?, args.text(1)?);
-    let count = args.integer(2, -1)?;
-    Ok(Value::from(match usize::try_from(count) {
-        Ok(count) => s.replacen(old, new, count),
-        Err(_) => s.replace(old, new),
-    }))
+    replaced(s, old, new, usize::try_from(args.integer(2, -1)?).ok()).map(Value::from)
+}
+
+/// The text with `new` in place of the first `count`, or all, of `old`.
+pub fn replaced(s: &str, old: &str, new: &str, count: Option<usize>) -> Result<String> {
+    let found = s.matches(old).take(count.unwrap_or(usize::MAX)).count();
+    charge(found.saturating_mul(new.len()))?;
+    Ok(match count {
+        Some(count) => s.replacen(old, new, count),
+        None => s.replace(old, new),
+    })
 }
 
 /// `split` and `rsplit`: at a separator, or at runs of white space.
 fn split(s: &str, args: &Args, from_right: bool) -> Result<Value> {
     let limit = usize::try_from(args.integer(1, -1)?).map_or(usize::MAX, |most| most.saturating_add(1));
+    let separators = match args.text_or_none(0)? {
+        Some(separator) => s.matches(separator).take(limit).count(),
+        None => s.matches(is_space).take(limit).count(),
+    };
+    charge_items(separators)?;
     let mut parts: Vec<&str> = match args.text_or_none(0)? {
         Some("") => return Err(fail("empty separator")),
         Some(separator) if from_right => s.rsplitn(limit, separator).collect(),
@@ -326,13 +348,14 @@ fn words(s: &str, limit: usize, from_right: bool) -> Vec<&str> {
     parts
 }
 
-fn expand_tabs(s: &str, size: usize) -> String {
+fn expand_tabs(s: &str, size: usize) -> Result<String> {
     let mut out = String::with_capacity(s.len());
     let mut column = 0;
     for c in s.chars() {
         match c {
             '\t' => {
                 let spaces = if size == 0 { 0 } else { size - column % size };
+                charge(spaces)?;
                 out.push_str(&" ".repeat(spaces));
                 column += spaces;
             }
@@ -342,7 +365,7 @@ fn expand_tabs(s: &str, size: usize) -> String {
             }
         }
     }
-    out
+    Ok(out)
 }
 
 fn encode(s: &str, args: &Args) -> Result<Value> {

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 
 use minijinja::value::{Value, ValueKind};
 
+use crate::chat_template::budget::{self, Exceeded, ITEM_BYTES, MAX_DEPTH, charge};
+
 pub mod views;
 
 /// `str(value)`; an undefined value is the empty text, as in Jinja2.
@@ -15,20 +17,40 @@ pub fn to_str(value: &Value) -> String {
     }
 }
 
-/// `repr(value)`.
+/// Deepest nesting that is printed: what a value that is kept may have, and what one expression can put around it.
+const MAX_PRINTED_DEPTH: usize = 3 * MAX_DEPTH;
+
+/// `repr(value)`. Ends early where the rendering has made too much; see [`budget::check`].
 pub fn repr(value: &Value) -> String {
+    let mut out = String::new();
+    // What has no end is found out by whoever asks the account.
+    let _ = write_repr(&mut out, value, 0);
+    out
+}
+
+/// Writes `repr(value)` until it is paid for no longer.
+fn write_repr(out: &mut String, value: &Value, depth: usize) -> Result<(), Exceeded> {
     match value.kind() {
-        ValueKind::Undefined => "Undefined".to_owned(),
+        ValueKind::Undefined => write(out, "Undefined"),
         ValueKind::Number if !value.is_integer() => {
-            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), repr_float)
+            write(out, &f64::try_from(value.clone()).map_or_else(|_| value.to_string(), repr_float))
         }
-        ValueKind::String => repr_text(value.as_str().unwrap_or_default()),
-        ValueKind::Bytes => repr_bytes(value.as_bytes().unwrap_or_default()),
-        ValueKind::Seq | ValueKind::Iterable if has_own_repr(value) => value.to_string(),
-        ValueKind::Seq | ValueKind::Iterable => repr_sequence(value),
-        ValueKind::Map => repr_map(value),
-        _ => value.to_string(),
+        ValueKind::String => write(out, &repr_text(value.as_str().unwrap_or_default())),
+        ValueKind::Bytes => write(out, &repr_bytes(value.as_bytes().unwrap_or_default())),
+        ValueKind::Seq | ValueKind::Iterable | ValueKind::Map if depth > MAX_PRINTED_DEPTH => {
+            budget::exceed(Exceeded::Depth);
+            Err(Exceeded::Depth)
+        }
+        ValueKind::Seq | ValueKind::Iterable if !has_own_repr(value) => write_sequence(out, value, depth),
+        ValueKind::Map => write_map(out, value, depth),
+        _ => write(out, &value.to_string()),
     }
+}
+
+fn write(out: &mut String, text: &str) -> Result<(), Exceeded> {
+    charge(text.len())?;
+    out.push_str(text);
+    Ok(())
 }
 
 /// Whether a sequence is none of Python's lists and tuples.
@@ -36,19 +58,30 @@ pub fn has_own_repr(value: &Value) -> bool {
     value.downcast_object_ref::<views::View>().is_some() || value.downcast_object_ref::<views::Range>().is_some()
 }
 
-fn repr_sequence(value: &Value) -> String {
-    let items: Vec<String> = value.try_iter().into_iter().flatten().map(|item| repr(&item)).collect();
-    match (value.is_tuple(), &items[..]) {
-        (true, [only]) => format!("({only},)"),
-        (true, _) => format!("({})", items.join(", ")),
-        (false, _) => format!("[{}]", items.join(", ")),
+fn write_sequence(out: &mut String, value: &Value, depth: usize) -> Result<(), Exceeded> {
+    let [open, close] = if value.is_tuple() { ["(", ")"] } else { ["[", "]"] };
+    write(out, open)?;
+    let mut len = 0;
+    for item in value.try_iter().into_iter().flatten() {
+        // A list that repeats another has items at no cost.
+        charge(ITEM_BYTES)?;
+        write(out, if len > 0 { ", " } else { "" })?;
+        write_repr(out, &item, depth + 1)?;
+        len += 1;
     }
+    write(out, if value.is_tuple() && len == 1 { "," } else { "" })?;
+    write(out, close)
 }
 
-fn repr_map(value: &Value) -> String {
-    let entry = |key: Value| format!("{}: {}", repr(&key), repr(&value.get_item(&key).unwrap_or_default()));
-    let entries: Vec<String> = value.try_iter().into_iter().flatten().map(entry).collect();
-    format!("{{{}}}", entries.join(", "))
+fn write_map(out: &mut String, value: &Value, depth: usize) -> Result<(), Exceeded> {
+    write(out, "{")?;
+    for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
+        write(out, if i > 0 { ", " } else { "" })?;
+        write_repr(out, &key, depth + 1)?;
+        write(out, ": ")?;
+        write_repr(out, &value.get_item(&key).unwrap_or_default(), depth + 1)?;
+    }
+    write(out, "}")
 }
 
 /// Shortest digits that read back as the same number, with an exponent from 1e16 on and below 1e-4.
@@ -85,6 +118,8 @@ pub fn repr_text(text: &str) -> String {
             '\r' => out.push_str("\\r"),
             '\t' => out.push_str("\\t"),
             c if c == quote => out.extend(['\\', c]),
+            // Looking at a character takes long enough for megabytes to need the clock.
+            _ if !c.is_ascii() && charge(1).is_err() => break,
             c if is_printable(c) => out.push(c),
             c => push_escaped(&mut out, c),
         }
@@ -132,7 +167,7 @@ fn repr_bytes(bytes: &[u8]) -> String {
 /// `str.isprintable` of one character. Rust escapes the same categories, except for a mark that begins a text.
 pub fn is_printable(c: char) -> bool {
     match c {
-        '\\' | '"' | '\'' => true,
+        ' '..='~' => true,
         _ => format!("{:?}", format!("a{c}")).len() == c.len_utf8() + 3,
     }
 }

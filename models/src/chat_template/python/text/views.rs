@@ -6,6 +6,7 @@ use std::sync::Arc;
 use minijinja::value::{Enumerator, Object, ObjectRepr, Value};
 
 use super::repr;
+use crate::chat_template::budget::charge_items;
 
 /// `dict.keys()`, `.values()` and `.items()`: they print under their own names and have no index.
 #[derive(Debug)]
@@ -19,6 +20,11 @@ impl View {
     pub fn value(name: &'static str, items: Vec<Value>) -> Value {
         Value::from_object(Self { name, items })
     }
+
+    /// A view of the same kind.
+    pub fn with(&self, items: Vec<Value>) -> Value {
+        Self::value(self.name, items)
+    }
 }
 
 impl Object for View {
@@ -27,7 +33,10 @@ impl Object for View {
     }
 
     fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Values(self.items.clone())
+        match charge_items(self.items.len()) {
+            Ok(()) => Enumerator::Values(self.items.clone()),
+            Err(_) => Enumerator::Empty,
+        }
     }
 
     fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
