@@ -232,6 +232,11 @@ async fn unknown_paths_and_methods_have_the_same_shape() {
     assert_eq!(refusal(&server.delete("/v1/models").await).0, 405);
     assert_eq!(refusal(&server.get("/v1/videos/video_none").await).0, 404);
     assert_eq!(refusal(&server.get("/v1/jobs/video_none/events").await).0, 404);
+    // Bytes that are no text name nothing.
+    for path in ["/v1/models/%ff", "/v1/videos/%ff", "/v1/videos/%ff/content", "/v1/jobs/%ff/events"] {
+        assert_eq!(refusal(&server.get(path).await).0, 404, "{path}");
+    }
+    assert_eq!(refusal(&server.delete("/v1/videos/%ff").await).0, 404);
     assert_eq!(refusal(&server.get("/v1/videos?page=2").await), (400, "page".into(), "unknown_parameter".into()));
     assert_eq!(refusal(&server.get("/v1/videos?limit=0").await), (400, "limit".into(), "invalid_value".into()));
     assert_eq!(refusal(&server.get("/v1/videos?order=up").await), (400, "order".into(), "invalid_value".into()));

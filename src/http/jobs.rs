@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use serde::Serialize;
@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::error::ApiError;
+use super::path::Id;
 use super::videos::WireFailure;
 use super::{AppState, sse};
 use crate::job::feed::{JobEvent, JobFeed};
@@ -22,7 +23,7 @@ const MAX_WAITING_WRITES: usize = 2;
 
 pub(super) async fn events(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let id: JobId = id.parse()?;

@@ -40,6 +40,7 @@ mod models;
 mod openai;
 pub mod openapi;
 mod parameters;
+mod path;
 mod peer;
 mod sse;
 mod text;

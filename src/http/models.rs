@@ -1,10 +1,11 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::Serialize;
 
 use super::error::ApiError;
+use super::path::Id;
 use super::{AppState, unix_seconds};
 use crate::engine::ServedModel;
 
@@ -34,9 +35,6 @@ pub(super) async fn list(State(state): State<AppState>) -> Result<Json<WireModel
 }
 
 /// Names may hold slashes, as those of Hugging Face do.
-pub(super) async fn retrieve(
-    State(state): State<AppState>,
-    Path(name): Path<String>,
-) -> Result<Json<WireModel>, ApiError> {
+pub(super) async fn retrieve(State(state): State<AppState>, Id(name): Id) -> Result<Json<WireModel>, ApiError> {
     Ok(Json(state.engine()?.model(&name)?.into()))
 }

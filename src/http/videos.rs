@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -15,6 +15,7 @@ use tale_models::{DiffusionCard, ModelCard};
 
 use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
+use super::path::Id;
 use super::{AppState, body, unix_seconds};
 use crate::job::drive::drive;
 use crate::job::store::{Order, Page};
@@ -254,7 +255,7 @@ fn query(uri: &Uri, known: &[&Declaration]) -> Result<BTreeMap<String, String>, 
 }
 
 /// `GET /v1/videos/{id}`.
-pub(super) async fn retrieve(State(state): State<AppState>, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub(super) async fn retrieve(State(state): State<AppState>, Id(id): Id) -> Result<Response, ApiError> {
     Ok(answer(&job(&state, &id)?))
 }
 
@@ -272,7 +273,7 @@ pub(super) struct Deleted {
 }
 
 /// `DELETE /v1/videos/{id}`: stops a job that runs, removes the file of one that is done.
-pub(super) async fn delete(State(state): State<AppState>, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+pub(super) async fn delete(State(state): State<AppState>, Id(id): Id) -> Result<Json<Deleted>, ApiError> {
     let id: JobId = id.parse()?;
     // Refused for a job that has ended, which is then only removed. Followers and the driver hear of it by the feed.
     let _ = state.jobs().apply(id, Change::Cancelled);

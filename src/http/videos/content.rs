@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use tale_models::parameter::{Declaration, Parameter};
@@ -16,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::{job, query, status};
 use crate::http::AppState;
 use crate::http::error::ApiError;
+use crate::http::path::Id;
 use crate::job::{ClipFile, JobState};
 
 /// Bytes that are read at once.
@@ -31,7 +32,7 @@ pub(in crate::http) static CONTENT_QUERY: &[&Declaration] = &[&VARIANT.declarati
 
 pub(in crate::http) async fn content(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    Id(id): Id,
     uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
