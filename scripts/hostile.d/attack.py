@@ -4,6 +4,7 @@ Owns: `Attack`, `Check`, `Run`. Does not know: how anything is attacked or measu
 """
 
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,9 @@ class Run:
         print(row(check), flush=True)
 
     def count_is_zero(self, what: str, found: Sequence[str]) -> None:
-        """Bound 0; the first of what was found is told beside the number."""
+        """Bound 0; the first of what was found is told beside the number, all of it on stderr."""
+        for each in found:
+            print(f"# {self.attack}: {what}: {shown(each, 1_000)}", file=sys.stderr, flush=True)
         first = f": {shown(found[0])}" if found else ""
         self.check(what, f"{len(found)}{first}", "0", not found)
 

@@ -31,7 +31,7 @@ from templates import TEMPLATES
 
 WORKERS = 2
 # Random checkpoints of the short and of the long form.
-SHORT_COUNT, LONG_COUNT = 120, 2_000
+SHORT_COUNT, LONG_COUNT = 150, 2_000
 # What a checkpoint that is accepted may end its requests with: values that are not finite come from weights, of which
 # headers say nothing; a template may fail for some messages, or make more text or less than can be answered.
 OF_REQUEST = ["not finite", "template", "fit this model's context", "has no tokens"]
@@ -175,7 +175,7 @@ def report_ends(run: Run, what: str, ended: list[tuple[Damage, Ended]]) -> None:
     told = ", ".join(f"{ends.count(end)} {end.value}" for end in End if end in ends)
     faults = [told_of(damage, each) for damage, each in ended if each.end.is_fault]
     for fault in faults:
-        print(f"# {fault}", file=sys.stderr)
+        print(f"# {run.attack}: {what}: {fault}", file=sys.stderr, flush=True)
     run.check(what, f"{told} of {len(ended)}", "0 faults", not faults)
 
 

@@ -21,7 +21,9 @@ CONNECT_SECONDS = 0.5
 # Other clients than ATTACKER, NEIGHBOUR and WATCHER.
 OTHERS = [f"127.0.1.{i}" for i in range(1, 41)]
 # A head has to be there in 10 s; a body may take 30 s. Silence between two requests is closed after 75 s.
-HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0
+HEAD_SECONDS, BODY_SECONDS = 10, 30
+# Set in the short form, where the binary can.
+SHORT_HEAD_SECONDS = 2
 SLACK_SECONDS = 5.0
 CHAT_PATH, EDIT_PATH = "/v1/chat/completions", "/v1/images/edits"
 PICTURE_BODY_BYTES = 32 << 20
@@ -51,14 +53,16 @@ def silent_of_many(run: Run) -> None:
 def half_heads(run: Run) -> None:
     """500 heads that never end, and as many that get a byte a second: closed when their time is over."""
     count = run.pick(50, 250)
-    with run.server() as server, watched(run, server):
+    setting = run.features.setting("--header-seconds", str(SHORT_HEAD_SECONDS))
+    setting, seconds = ([], HEAD_SECONDS) if run.is_long or not setting else (setting, SHORT_HEAD_SECONDS)
+    with run.server(*setting) as server, watched(run, server):
         half = [begun(server, b"GET /livez HTTP/1.1\r\nhost: localhost\r\nx: ") for _ in range(count)]
         slow = [begun(server, b"G") for _ in range(count)]
-        left = wait_until_closed(half + slow, HEAD_SECONDS + SLACK_SECONDS, each_second=lambda: drip(slow, b"E"))
+        left = wait_until_closed(half + slow, seconds + SLACK_SECONDS, each_second=lambda: drip(slow, b"E"))
         run.equal("connections that are still open", left, 0)
 
 
-@attack()
+@attack(only_long=True)
 def slow_bodies(run: Run) -> None:
     """Announced bodies that get a byte a second: 408 or closed when their time is over, and no place is taken."""
     count = run.pick(20, 200)

@@ -23,7 +23,7 @@ from server import Server
 
 WORKERS = 4
 # Requests of each fuzzer in the short and in the long form.
-SHORT_COUNT, LONG_COUNT = 250, 10_000
+SHORT_COUNT, LONG_COUNT = 1_000, 10_000
 # 503 and 507 say what is missing, and pass.
 ALLOWED_5XX = (503, 507)
 SECONDS = 60.0

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -87,15 +88,16 @@ class Server:
         self.command = [*wrapper, str(binary), "serve", "--listen", "127.0.0.1:0"]
         for name, path in named.items():
             self.command += ["--model", f"{name}={path}"]
-        self.has_health = "--health-listen" in features.flags
-        self.command += features.setting("--health-listen", "127.0.0.1:0")
+        # Where /livez is answered whatever happens to the other listener; None of a binary that has no such place.
+        self.health = ("127.0.0.1", free_port()) if "--health-listen" in features.flags else None
+        if self.health is not None:
+            self.command += ["--health-listen", f"127.0.0.1:{self.health[1]}"]
         if output is not None:
             self.command += ["--output-dir", str(output)]
         self.command += arguments
         self.environment = os.environ | {"TMPDIR": str(self.temporary)} | (environment or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.address: client.Address = ("127.0.0.1", 0)
-        self.health: client.Address | None = None
 
     def __enter__(self) -> "Server":
         self.spawn()
@@ -137,20 +139,11 @@ class Server:
             written = (self.folder / "stdout").read_text()
             if match := re.search(r"^listening on http://127\.0\.0\.1:(\d+)$", written, re.MULTILINE):
                 self.address = ("127.0.0.1", int(match[1]))
-                self.health = self.find_health_address() if self.has_health else None
                 return
             if not self.is_running():
                 raise ServerError(f"the server ended before it was ready: {self.log()[-400:]}")
             time.sleep(0.02)
         raise ServerError(f"the server was not ready within {START_SECONDS} s")
-
-    def find_health_address(self) -> client.Address:
-        """The port of the listener for health; the server tells it on stdout or in its log."""
-        told = (self.folder / "stdout").read_text() + self.log()
-        ports = {int(port) for port in re.findall(r"127\.0\.0\.1:(\d+)", told)} - {0, self.address[1]}
-        if len(ports) != 1:
-            raise ServerError(f"the server does not say where it answers for its health: {ports}")
-        return ("127.0.0.1", ports.pop())
 
     @property
     def pid(self) -> int:
@@ -209,6 +202,14 @@ class Server:
         answer = client.ask(self.health or self.address, "GET", "/metrics", source=client.WATCHER)
         lines = [line for line in answer.body.decode().splitlines() if line and not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def free_port() -> int:
+    """A port that nobody listens on, now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def limit_to(limits: dict[int, int]) -> Callable[[], None]:
