@@ -208,7 +208,7 @@ class Fuzzer:
         query = self.rng.choice(
             [
                 "",
-                f"?{MARKER}={MARKER}",
+                f"?unknown={MARKER}",
                 f"?limit={MARKER}&order={MARKER}",
                 f"?variant={MARKER}",
                 "?limit=1&limit=2",
