@@ -1,6 +1,7 @@
-"""Clients on loopback addresses: whole requests through http.client, and raw bytes through sockets.
+"""Clients on this machine: whole requests through http.client, and raw bytes through sockets.
 
-Addresses under 127.0.0.0/8 are all this machine, so that one attacker and one neighbour can be two clients.
+Every server listens on a loopback address, so that nothing leaves the machine, whatever address a client has. All of
+127.0.0.0/8 is one client to Tale where clients take turns; so the neighbour has the machine's own address, if there is one.
 """
 
 import contextlib
@@ -14,7 +15,18 @@ from typing import Any
 
 Address = tuple[str, int]
 
-ATTACKER, NEIGHBOUR, WATCHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+
+def own_address() -> str | None:
+    """This machine's address in its network, if it is in one. Nothing is sent: the system only chooses a route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as chooser, contextlib.suppress(OSError):
+        chooser.connect(("192.0.2.1", 9))
+        address: str = chooser.getsockname()[0]
+        return None if address.startswith("127.") else address
+    return None
+
+
+OWN_ADDRESS = own_address()
+ATTACKER, NEIGHBOUR, WATCHER = "127.0.0.1", OWN_ADDRESS or "127.0.0.2", "127.0.0.3"
 # Seconds that a client waits unless an attack says otherwise.
 PATIENCE = 30.0
 JSON = "application/json"

@@ -11,7 +11,7 @@ from typing import Any
 import client
 import pictures
 import server as servers
-from attack import Run, attack
+from attack import NotRun, Run, attack
 from client import ATTACKER
 from requests import servers_at_rest
 from server import MIB, Server
@@ -158,6 +158,8 @@ def readers_that_do_not_read(run: Run) -> None:
 @attack()
 def streams_of_one(run: Run) -> None:
     """1,000 streams of one client: a neighbour's first token takes twice its idle time and a step, at the median."""
+    if client.OWN_ADDRESS is None:
+        raise NotRun("the neighbour needs an address of its own, and this machine has none but loopback")
     with run.server() as server:
         before = server.metrics()
         with watched(run, server) as watch:
