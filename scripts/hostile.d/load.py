@@ -166,7 +166,7 @@ def streams_of_one(run: Run) -> None:
             body = client.encoded(client.chat(servers.CHAT, "tell me", stream=True, max_tokens=200))
             request = client.post(CHATS, body)
             streams = [lazy_reader(server, request) for _ in range(STREAMS)]
-            time.sleep(run.pick(4, 20))
+            time.sleep(run.pick(4, 10))
             step = mean_step(before, server.metrics())
             client.close_all(streams)
         waited, _ = watch.during_attack(NEIGHBOUR)
