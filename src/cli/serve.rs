@@ -46,7 +46,7 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 async fn serve(config: Config) -> Result<(), CliError> {
     let watch = Watch::start()?;
     let failed = |address| move |source| CliError::Io { what: format!("cannot serve on {address}"), source };
-    let listener = TcpListener::bind(config.listen).await.map_err(failed(config.listen))?;
+    let listener = http::listen(config.listen).map_err(failed(config.listen))?;
     let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
     let health = health.transpose()?;
     let state = AppState::new(config.server.clone())

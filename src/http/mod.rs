@@ -48,7 +48,7 @@ mod videos;
 
 pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
 pub use browsers::AllowedHost;
-pub use connections::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS};
+pub use connections::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS, listen};
 pub use cors::Origin;
 pub use images::MAX_IMAGES;
 pub use peer::Peer;

@@ -19,11 +19,13 @@ use super::Peer;
 mod driver;
 mod framing;
 mod limits;
+mod listen;
 mod refusal;
 mod register;
 mod wire;
 
 pub use limits::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS};
+pub use listen::listen;
 
 /// After an error of accept the next try waits this long, and twice as long after each further one, up to the most.
 const MIN_BACKOFF: Duration = Duration::from_millis(10);
