@@ -51,7 +51,12 @@ impl Watch {
             let state = state.clone();
             self.runtime.spawn(async move {
                 match listener.set_nonblocking(true).and_then(|()| tokio::net::TcpListener::from_std(listener)) {
-                    Ok(listener) => http::serve_health(listener, state).await,
+                    Ok(listener) => {
+                        if let Ok(address) = listener.local_addr() {
+                            tracing::info!(%address, "health is answered");
+                        }
+                        http::serve_health(listener, state).await;
+                    }
                     Err(error) => tracing::error!(%error, "the health listener cannot be used"),
                 }
             });

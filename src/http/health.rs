@@ -2,6 +2,7 @@
 
 use axum::Router;
 use axum::extract::State;
+use axum::handler::Handler;
 use axum::http::header;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
@@ -11,14 +12,14 @@ use super::error::ApiError;
 use super::{AppState, browsers};
 use crate::telemetry;
 
-/// What the health listener answers, and does not measure.
-pub(super) fn router(state: AppState) -> Router {
+/// What the health listener answers, and other listeners when they are crowded; not measured. `other` is told to all else.
+pub(super) fn router<T: 'static>(state: AppState, other: impl Handler<T, AppState>) -> Router {
     Router::new()
         .route("/livez", get(live))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .method_not_allowed_fallback(|| async { ApiError::no_method() })
-        .fallback(|| async { ApiError::no_route() })
+        .fallback(other)
         .layer(from_fn_with_state(state.clone(), browsers::check))
         .with_state(state)
 }

@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use self::admission::Admission;
+use self::connections::Routes;
 use self::error::ApiError;
 use crate::engine::Engine;
 use crate::job::output::OutputDir;
@@ -238,7 +239,9 @@ pub async fn serve(
         }
     });
     let limits = state.0.connections;
-    let mut server = tokio::spawn(connections::serve(listener, router(state.clone()), limits, stopped));
+    let reserve = health::router(state.clone(), connections::crowded);
+    let routes = Routes { all: router(state.clone()), reserve };
+    let mut server = tokio::spawn(connections::serve(listener, routes, limits, stopped));
     tokio::select! {
         ended = &mut server => return ended.map_err(io::Error::other),
         () = shutdown => (),
@@ -261,7 +264,9 @@ pub async fn serve(
 /// its own, so that nothing that the probes are about can hold them up.
 pub async fn serve_health(listener: TcpListener, state: AppState) {
     let (_never, stop) = watch::channel(false);
-    connections::serve(listener, health::router(state), HEALTH_CONNECTIONS, stop).await;
+    let router = || health::router(state.clone(), || async { ApiError::no_route() });
+    let routes = Routes { all: router(), reserve: router() };
+    connections::serve(listener, routes, HEALTH_CONNECTIONS, stop).await;
 }
 
 /// Waits for what runs, up to `drain`, then stops the engine.

@@ -227,7 +227,7 @@ impl Drop for Answer {
 }
 
 /// Tells a client why its connection ends, and ends it.
-pub(super) async fn refuse(stream: &TcpStream, refusal: &Refusal) {
+async fn refuse(stream: &TcpStream, refusal: &Refusal) {
     let error = ApiError::from(refusal);
     telemetry::record_request("(none)", "OTHER", error.status().as_u16(), Duration::ZERO);
     // The answer fits into any socket's buffer; a client whose buffer is full does not read.

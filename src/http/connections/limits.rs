@@ -13,8 +13,8 @@ pub(super) const MAX_CHUNK_BYTES: u64 = 64 << 20;
 
 /// Most connections when nothing else is configured and the process may have files enough.
 pub const DEFAULT_MAX_CONNECTIONS: usize = 8192;
-/// Files beside those of connections: models, logs, the health listener's connections.
-const RESERVED_FILES: u64 = 64;
+/// Files beside those of connections: models, logs, the reserve, the health listener's connections.
+const RESERVED_FILES: u64 = 128;
 /// Files that a connection may take: its socket, and the clip that it is sent.
 const FILES_PER_CONNECTION: u64 = 2;
 /// Fewest connections that the limit of files leaves room for, however low it is.
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn the_default_leaves_files_for_everything_else() {
-        assert_eq!(default_for(Some(1024)), 480);
+        assert_eq!(default_for(Some(1024)), 448);
         assert_eq!(default_for(Some(20)), MIN_CONNECTIONS as usize);
         assert_eq!(default_for(Some(1 << 20)), DEFAULT_MAX_CONNECTIONS);
         assert_eq!(default_for(None), DEFAULT_MAX_CONNECTIONS);

@@ -2,19 +2,27 @@
 //!
 //! Owns: the accept loop, bounds of number and time, half-closed and vanished clients, answers to what is no request.
 //! HTTP/1 itself is hyper's. Does not know: routes, bodies, what a request is about.
+//!
+//! Beside the connections that there may be stands a small reserve, for requests that are answered at once: health, and
+//! for all others why there is no place. Its connections yield to one another in the same way.
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Router;
+use axum::extract::Request;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::{Extension, Router};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use self::refusal::Refusal;
 use self::register::Register;
 use self::wire::Wire;
 use super::Peer;
+use super::error::ApiError;
 
 mod driver;
 mod framing;
@@ -32,24 +40,32 @@ const MIN_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// Errors of accept are told at most this often.
 const ERROR_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Refused clients that are told so at once; further ones are closed without a word.
-const MAX_TOLD: usize = 32;
+/// Connections of the reserve.
+const RESERVE: usize = 32;
 /// A client that has vanished without a word is asked after this silence, then at these intervals, this often.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// Serves `router` on `listener` until `stop` is true and the last answer is sent. Dropping it closes all connections.
+/// What a listener answers.
+pub(super) struct Routes {
+    /// Where there is a place.
+    pub(super) all: Router,
+    /// In the reserve; its fallback is [`crowded`].
+    pub(super) reserve: Router,
+}
+
+/// Serves `routes` on `listener` until `stop` is true and the last answer is sent. Dropping it closes all connections.
 pub(super) async fn serve(
     listener: TcpListener,
-    router: Router,
+    routes: Routes,
     limits: ConnectionLimits,
     mut stop: watch::Receiver<bool>,
 ) {
-    let register = Register::new(limits.most());
+    let places = Register::new(limits.most());
+    let reserve = Register::new((RESERVE, RESERVE));
     let patience = limits.patience();
     let mut tasks = JoinSet::new();
-    let mut refused = JoinSet::new();
     let mut accepting = Accepting::new(listener);
     let stopping = stop.clone();
     let mut stopped = std::pin::pin!(async move { stop.wait_for(|stop| *stop).await.is_ok() });
@@ -59,27 +75,34 @@ pub(super) async fn serve(
             _ = &mut stopped => break,
             // A task that panicked has said so.
             Some(_) = tasks.join_next() => continue,
-            Some(_) = refused.join_next() => continue,
-            accepted = accepting.next(&register) => accepted,
+            accepted = accepting.next(&places) => accepted,
         };
-        match register.make_room(peer).await {
-            Ok(()) => {
-                let wire = Arc::new(Wire::new(stream, peer));
-                let place = register.enter(wire.clone());
-                let driving = driver::drive(wire, router.clone(), patience, stopping.clone());
-                tasks.spawn(async move {
-                    driving.await;
-                    drop(place);
-                });
+        let (register, router) = match places.make_room(peer).await {
+            Ok(()) => (&places, routes.all.clone()),
+            Err(refusal) if reserve.make_room(peer).await.is_ok() => {
+                (&reserve, routes.reserve.clone().layer(Extension(refusal)))
             }
-            Err(refusal) if refused.len() < MAX_TOLD => {
-                refused.spawn(async move { driver::refuse(&stream, &refusal).await });
-            }
-            Err(_) => (),
-        }
+            // Even those who would only hear of that are too many.
+            Err(_) => continue,
+        };
+        let wire = Arc::new(Wire::new(stream, peer));
+        let place = register.enter(wire.clone());
+        let driving = driver::drive(wire, router, patience, stopping.clone());
+        tasks.spawn(async move {
+            driving.await;
+            drop(place);
+        });
     }
     drop(accepting);
     while tasks.join_next().await.is_some() {}
+}
+
+/// Tells a client of the reserve why there is no place for its request, and to connect again for the next one.
+pub(super) async fn crowded(request: Request) -> Response {
+    let error = request.extensions().get::<Refusal>().map(ApiError::from);
+    let mut response = error.unwrap_or_else(ApiError::no_route).into_response();
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 /// Takes connections from a listener, whatever happens.
@@ -162,7 +185,8 @@ mod tests {
         };
         let (_never, stop) = watch::channel(false);
         let router = Router::new().route("/known", get(peer)).fallback(peer);
-        tokio::spawn(serve(listener, router, ConnectionLimits::default(), stop));
+        let routes = Routes { all: router, reserve: Router::new() };
+        tokio::spawn(serve(listener, routes, ConnectionLimits::default(), stop));
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await.expect("it listens");
         let get = |path: &str, then: &str| format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: {then}\r\n\r\n");
         let requests = [get("/known", "keep-alive"), get("/unknown", "close")].concat();

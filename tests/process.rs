@@ -1,4 +1,4 @@
-//! How `tale serve` ends, and what it leaves: signals and a system without threads.
+//! `tale serve` as a process: signals, what it leaves behind, and a system that gives it little.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,30 +9,39 @@ use std::os::unix::fs::MetadataExt;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tempfile::{TempDir, tempdir};
+use tempfile::{NamedTempFile, TempDir, tempdir};
 
-/// A server, and the folder that it takes for the system's temporary one.
+/// A server, the folder that it takes for the system's temporary one, and its log.
 struct Serving {
     child: Child,
     address: String,
     temporary: TempDir,
+    log: NamedTempFile,
     _stdout: BufReader<ChildStdout>,
 }
 
 impl Serving {
-    fn start(before: &[&str]) -> Self {
-        let temporary = tempdir().unwrap();
+    fn start(before: &[&str], flags: &[&str]) -> Self {
+        let (temporary, log) = (tempdir().unwrap(), NamedTempFile::new().unwrap());
         let model = format!("tiny={}/tests/goldens/qwen2/checkpoint", env!("CARGO_MANIFEST_DIR"));
-        let words =
-            [before, &[env!("CARGO_BIN_EXE_tale"), "serve", "--listen", "127.0.0.1:0", "--model", &model]].concat();
+        let serve = [env!("CARGO_BIN_EXE_tale"), "serve", "--listen", "127.0.0.1:0", "--model", &model];
+        let words = [before, &serve, flags].concat();
         let mut command = Command::new(words[0]);
-        command.args(&words[1..]).env_remove("RUST_LOG").env("TMPDIR", temporary.path());
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        command.args(&words[1..]).env_remove("RUST_LOG").env("TMPDIR", temporary.path()).stdin(Stdio::null());
+        let mut child = command.stdout(Stdio::piped()).stderr(log.reopen().unwrap()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         let address = line.strip_prefix("listening on http://").expect("the address").trim().to_owned();
-        Self { child, address, temporary, _stdout: stdout }
+        Self { child, address, temporary, log, _stdout: stdout }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    fn connect(&self) -> TcpStream {
+        TcpStream::connect(&self.address).unwrap()
     }
 
     fn signal(&self, name: &str) {
@@ -64,10 +73,19 @@ impl Drop for Serving {
     }
 }
 
+/// The whole answer.
+fn get(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nhost: tale\r\nconnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 #[test]
 fn a_hangup_drains_as_a_termination_does() {
     for name in ["HUP", "TERM"] {
-        let mut serving = Serving::start(&[]);
+        let mut serving = Serving::start(&[], &[]);
         assert_eq!(serving.temporary_folders(), 1);
         serving.signal(name);
         assert_eq!(serving.wait(), 0, "{name}");
@@ -77,18 +95,18 @@ fn a_hangup_drains_as_a_termination_does() {
 
 #[test]
 fn a_hangup_that_is_ignored_stays_so() {
-    let serving = Serving::start(&["nohup"]);
+    let serving = Serving::start(&["nohup"], &[]);
     serving.signal("HUP");
     std::thread::sleep(Duration::from_millis(300));
-    assert!(TcpStream::connect(&serving.address).is_ok());
+    assert!(get(&serving.address, "/livez").ends_with("ok\n"));
 }
 
 #[test]
 fn a_second_signal_ends_at_once_and_leaves_nothing() {
-    let mut serving = Serving::start(&[]);
+    let mut serving = Serving::start(&[], &[]);
     // A stream that takes longer than the drain is waited for.
     let body = r#"{"model":"tiny","prompt":"a","stream":true,"ignore_eos":true,"n":8}"#;
-    let mut stream = TcpStream::connect(&serving.address).unwrap();
+    let mut stream = serving.connect();
     let length = body.len();
     write!(
         stream,
@@ -102,6 +120,31 @@ fn a_second_signal_ends_at_once_and_leaves_nothing() {
     let code = serving.wait();
     assert!(code == 130 || code == 0, "{code}: a fast machine may have ended the stream");
     assert_eq!(serving.temporary_folders(), 0);
+}
+
+#[test]
+fn health_is_told_beside_a_listener_that_is_full() {
+    let serving = Serving::start(&[], &["--health-listen", "127.0.0.1:0", "--max-connections", "4"]);
+    let log = serving.log();
+    let line = log.lines().find(|line| line.contains("health is answered")).expect("the health listener's address");
+    let health = line.split("address=").nth(1).unwrap().trim();
+    let silent: Vec<_> = (0..200).map(|_| serving.connect()).collect();
+    for address in [health, &serving.address] {
+        assert!(get(address, "/livez").ends_with("ok\n"), "{address}");
+        assert!(get(address, "/readyz").ends_with("ready\n"), "{address}");
+    }
+    drop(silent);
+}
+
+#[test]
+fn a_process_without_files_says_so_once_and_goes_on() {
+    let serving = Serving::start(&["prlimit", "--nofile=40"], &["--max-connections", "1000"]);
+    let silent: Vec<_> = (0..100).map(|_| serving.connect()).collect();
+    assert!(get(&serving.address, "/livez").ends_with("ok\n"));
+    let log = serving.log();
+    assert_eq!(log.matches("connections cannot be accepted").count(), 1, "{log}");
+    assert!(log.contains("fewer files may be open than this needs"), "{log}");
+    drop(silent);
 }
 
 /// The limit is one of a user, and the superuser has none. What that user may not reach is passed as an open file.
