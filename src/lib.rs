@@ -9,4 +9,5 @@ pub mod http;
 pub mod job;
 pub mod media;
 pub mod parameters;
+pub mod places;
 pub mod telemetry;

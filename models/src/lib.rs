@@ -47,6 +47,6 @@ pub use diffusion::DiffusionCard;
 pub use error::{Error, Result};
 pub use family::LoadedModel;
 pub use loading::load;
-pub use request::{Event, Events, Request, SessionId};
+pub use request::{ClientId, Event, Events, Request, SessionId};
 pub use runner::Runner;
 pub use source::ModelSource;

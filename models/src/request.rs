@@ -9,6 +9,11 @@ pub use crate::phase::Phase;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub u64);
 
+/// Whose sessions they are: clients share a runner's places and take turns. What makes a client is decided above; the
+/// default is this process itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct ClientId(pub u64);
+
 /// A request that has been validated against the model's card.
 #[derive(Debug, Clone)]
 // There are few at a time, and each is moved a few times in all.

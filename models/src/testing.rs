@@ -19,7 +19,7 @@ use crate::checkpoint::STEP_BYTES;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
 use crate::memory::MemoryPlan;
-use crate::request::{Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
+use crate::request::{ClientId, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::config::SchedulerConfig;
@@ -53,6 +53,8 @@ pub type OnStep = Box<dyn FnMut(StepPlan, &[SessionId]) -> Result<()> + Send>;
 pub struct Script {
     /// Most sessions of one step.
     pub max_batch: usize,
+    /// Most sessions that it holds.
+    pub max_sessions: usize,
     /// Bytes that each session reserves.
     pub footprint_bytes: usize,
     /// Bytes of text encoders on demand, read by each image and video in steps of at most [`STEP_BYTES`]; 0 where they are
@@ -68,6 +70,7 @@ impl Default for Script {
     fn default() -> Self {
         Self {
             max_batch: 64,
+            max_sessions: 1024,
             footprint_bytes: 0,
             encoder_bytes: 0,
             borrowed_bytes: 0,
@@ -198,7 +201,7 @@ impl Runner for ScriptedRunner {
         MemoryPlan::new([(phase, self.script.footprint_bytes)])
     }
 
-    fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {
+    fn submit_for(&mut self, _client: ClientId, session: SessionId, request: Request) -> Result<()> {
         let phase = match request {
             Request::Text(_) => Phase::Prefill,
             Request::Diffusion(_) if self.script.encoder_bytes > 0 => Phase::Load,
@@ -206,6 +209,10 @@ impl Runner for ScriptedRunner {
         };
         self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false });
         Ok(())
+    }
+
+    fn max_sessions(&self) -> usize {
+        self.script.max_sessions
     }
 
     fn cancel(&mut self, session: SessionId) {

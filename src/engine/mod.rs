@@ -16,11 +16,12 @@ use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype, keep
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::loading;
 use tale_models::runner::RunnerStatus;
-use tale_models::{Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
+use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
 use self::ledger::{Ledger, Owner};
 use self::mailbox::Mailbox;
 use self::worker::{Command, DeviceWorker, WallClock};
+use crate::places::{NoPlace, Places};
 
 pub mod arbiter;
 pub mod ledger;
@@ -52,7 +53,7 @@ pub struct EngineOptions {
     pub text_encoders: Option<TextEncoders>,
     /// Bytes of device memory that models and sessions may take together; `None` is what the device has to give.
     pub memory_bytes: Option<usize>,
-    /// Most sessions of one model that have been submitted and not begun.
+    /// Most sessions of one model that have been submitted and not begun; clients share them ([`Places`]).
     pub max_queued_sessions: usize,
 }
 
@@ -113,13 +114,13 @@ pub enum EngineError {
         /// The names there are.
         known: Vec<String>,
     },
-    /// The model's queue is full.
-    #[error("{limit} requests already wait for model `{model}`")]
+    /// The model's queue has no place for this client.
+    #[error("requests already wait for model `{model}`: {reason}")]
     Busy {
         /// The model.
         model: String,
-        /// Its bound.
-        limit: usize,
+        /// The bound that is met.
+        reason: NoPlace,
     },
     /// The engine shuts down, or its device thread has died.
     #[error("the server takes no new work: it is shutting down")]
@@ -147,9 +148,8 @@ pub struct Engine {
 struct Shared {
     models: Vec<ServedModel>,
     gauges: Arc<Gauges>,
-    max_queued_sessions: usize,
     next_session: AtomicU64,
-    /// Its length is bounded: a submission counts against `max_queued_sessions`, a cancellation needs a submission.
+    /// Its length is bounded: a submission holds a place of the model's queue, a cancellation needs a submission.
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -164,10 +164,10 @@ struct Gauges {
     ledger_capacity_bytes: AtomicUsize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct ModelGauges {
-    /// Submitted and not begun.
-    queued: AtomicUsize,
+    /// Sessions that are submitted and not begun hold a place.
+    queue: Arc<Places>,
     /// Submitted and not ended.
     live: AtomicUsize,
     running: AtomicUsize,
@@ -231,9 +231,10 @@ impl Engine {
     ) -> Result<Engine, EngineError> {
         let (commands, receiver) = channel();
         let (loaded, is_loaded) = sync_channel(1);
+        let max_queued_sessions = options.max_queued_sessions;
         let thread = std::thread::Builder::new()
             .name(format!("device-{}", options.device))
-            .spawn(move || match load().and_then(prepare) {
+            .spawn(move || match load().and_then(|loaded| prepare(loaded, max_queued_sessions)) {
                 Ok((models, worker)) => {
                     // The receiver is gone only when the caller is.
                     let _ = loaded.send(Ok((models, worker.gauges())));
@@ -246,14 +247,8 @@ impl Engine {
             .map_err(|error| EngineError::Thread(error.to_string()))?;
         let (models, gauges) =
             is_loaded.recv().map_err(|_| EngineError::Thread("it panicked while it loaded a model".into()))??;
-        let shared = Shared {
-            models,
-            gauges,
-            max_queued_sessions: options.max_queued_sessions,
-            next_session: AtomicU64::new(1),
-            commands,
-            thread: Mutex::new(Some(thread)),
-        };
+        let shared =
+            Shared { models, gauges, next_session: AtomicU64::new(1), commands, thread: Mutex::new(Some(thread)) };
         Ok(Engine { shared: Arc::new(shared) })
     }
 
@@ -272,22 +267,20 @@ impl Engine {
         self.models().iter().find(|model| model.name == name).ok_or_else(|| self.unknown(name))
     }
 
-    /// Hands a validated request to the device thread. Never waits.
-    pub fn submit(&self, model: &str, request: Request) -> Result<Session, EngineError> {
+    /// Hands a validated request of a client to the device thread. Never waits.
+    pub fn submit(&self, model: &str, client: ClientId, request: Request) -> Result<Session, EngineError> {
         let shared = &self.shared;
         let index = self.models().iter().position(|m| m.name == model).ok_or_else(|| self.unknown(model))?;
         if !self.takes_work() {
             return Err(EngineError::Draining);
         }
-        let (gauges, limit) = (&shared.gauges.models[index], shared.max_queued_sessions);
-        let queue = |queued| (queued < limit).then_some(queued + 1);
-        if gauges.queued.fetch_update(Relaxed, Relaxed, queue).is_err() {
-            return Err(EngineError::Busy { model: model.to_owned(), limit });
-        }
+        let gauges = &shared.gauges.models[index];
+        let place = gauges.queue.take(client);
+        let place = place.map_err(|reason| EngineError::Busy { model: model.to_owned(), reason })?;
         gauges.live.fetch_add(1, Relaxed);
         let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
         let mailbox = Arc::new(Mailbox::default());
-        let submit = Command::Submit { id, model: index, request, mailbox: mailbox.clone() };
+        let submit = Command::Submit { id, client, model: index, request, mailbox: mailbox.clone(), place };
         shared.commands.send(submit).map_err(|_| EngineError::Draining)?;
         Ok(Session { id, mailbox, commands: shared.commands.clone(), ended: false })
     }
@@ -350,6 +343,17 @@ impl Engine {
 const SHUTDOWN_POLL: Duration = Duration::from_millis(5);
 
 impl ModelGauges {
+    fn new(max_queued_sessions: usize) -> Self {
+        Self {
+            queue: Places::new(max_queued_sessions),
+            live: AtomicUsize::default(),
+            running: AtomicUsize::default(),
+            waiting: AtomicUsize::default(),
+            kv_blocks_used: AtomicUsize::default(),
+            kv_blocks_total: AtomicUsize::default(),
+        }
+    }
+
     fn publish(&self, status: RunnerStatus) {
         self.running.store(status.running, Relaxed);
         self.waiting.store(status.waiting, Relaxed);
@@ -360,7 +364,7 @@ impl ModelGauges {
     fn snapshot(&self, name: &str) -> ModelStatus {
         ModelStatus {
             name: name.to_owned(),
-            queued: self.queued.load(Relaxed),
+            queued: self.queue.taken(),
             live: self.live.load(Relaxed),
             runner: RunnerStatus {
                 running: self.running.load(Relaxed),
@@ -468,7 +472,10 @@ fn load_if_it_fits(
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.
-fn prepare(loaded: Loaded) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
+fn prepare(
+    loaded: Loaded,
+    max_queued_sessions: usize,
+) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
     let Loaded { models, capacity_bytes } = loaded;
     let mut ledger = Ledger::new(capacity_bytes);
     let (mut cards, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
@@ -491,7 +498,7 @@ fn prepare(loaded: Loaded) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>)
         created: SystemTime::now(),
     });
     let served = served.collect();
-    Ok((served, DeviceWorker::new(runners, ledger, WallClock::default())))
+    Ok((served, DeviceWorker::new(runners, ledger, max_queued_sessions, WallClock::default())))
 }
 
 /// One running generation. Dropping it before its end cancels the device work within one step.

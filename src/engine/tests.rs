@@ -13,13 +13,14 @@ use tale_models::request::{Phase, SamplingParams, TextRequest};
 use tale_models::runner::{RunnerStatus, StepPlan};
 use tale_models::solver::names::Scheduler;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
-use tale_models::{Error, Event, Request, Runner, SessionId};
+use tale_models::{ClientId, Error, Event, Request, Runner, SessionId};
 
 use super::arbiter::is_text;
 use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
 use super::worker::{Clock, Command, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions};
+use crate::places::NoPlace;
 use tale_models::device::{DeviceMemory, DeviceSpec};
 
 fn text(max_tokens: usize) -> Request {
@@ -67,6 +68,10 @@ impl Dice {
 /// Which sessions each runner has stepped, in order, since the log was last read.
 type StepLog = Arc<Mutex<Vec<(usize, Vec<SessionId>)>>>;
 
+/// A client of its own.
+const ALONE: ClientId = ClientId(0);
+/// More than ever wait.
+const MAX_QUEUED: usize = 10_000;
 const CAPACITY: usize = 1000;
 const MODEL_BYTES: usize = 100;
 /// Bytes per session of each model: text needs none, two clips fit beside a picture or three clips alone.
@@ -108,7 +113,7 @@ impl World {
             (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
         });
         let runners = runners.collect();
-        let worker = DeviceWorker::new(runners, ledger, clock);
+        let worker = DeviceWorker::new(runners, ledger, MAX_QUEUED, clock);
         Self { worker, log, readers: BTreeMap::new(), next_id: 0, turns_without_step: [0; 3] }
     }
 
@@ -118,8 +123,8 @@ impl World {
         self.next_id += 1;
         let id = SessionId(self.next_id);
         let reader = Reader::default();
-        self.worker.count_submission(model);
-        self.worker.handle(Command::Submit { id, model, request, mailbox: reader.mailbox.clone() });
+        let client = ClientId(dice.roll(3) as u64);
+        self.worker.submit(id.0, client, model, request, reader.mailbox.clone()).expect("few wait");
         self.readers.insert(id, reader);
     }
 
@@ -210,10 +215,9 @@ proptest! {
 fn a_session_that_can_never_fit_fails_at_once() {
     let (clock, ledger) = (VirtualClock::default(), Ledger::new(100));
     let runner = ScriptedRunner::new(Script { footprint_bytes: 101, ..Script::default() });
-    let mut worker = DeviceWorker::new(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, clock);
+    let mut worker = DeviceWorker::new(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, 1, clock);
     let mailbox = Arc::new(Mailbox::default());
-    worker.count_submission(0);
-    worker.handle(Command::Submit { id: SessionId(1), model: 0, request: clip(1), mailbox: mailbox.clone() });
+    worker.submit(1, ALONE, 0, clip(1), mailbox.clone()).expect("nobody waits");
     let Poll::Ready(Some(Event::Failed(error))) = mailbox.poll(Waker::noop()) else { panic!("no failure") };
     assert_eq!(error.to_string(), "not enough memory: 101 bytes needed in phase denoise, 100 free");
     let Error::OutOfMemory { needed_bytes: 101, free_bytes: 100, .. } = error else { panic!("{error:?}") };
@@ -233,11 +237,10 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
         let script = Script { max_batch: 4, footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
         (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
     };
-    let mut worker = DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), clock.clone());
+    let mut worker =
+        DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), MAX_QUEUED, clock.clone());
     let submit = |worker: &mut DeviceWorker<_>, id: u64, model| {
-        worker.count_submission(model);
-        let mailbox = Arc::new(Mailbox::default());
-        worker.handle(Command::Submit { id: SessionId(id), model, request: clip(1), mailbox });
+        worker.submit(id, ALONE, model, clip(1), Arc::default()).expect("few wait");
     };
     submit(&mut worker, 1, 0);
     submit(&mut worker, 2, 1);
@@ -250,6 +253,50 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
     let first_large = steps.iter().position(|(runner, _)| *runner == 1).expect("the large one ran");
     let before: BTreeSet<_> = steps[..first_large].iter().flat_map(|(_, sessions)| sessions).collect();
     assert!(before.len() <= 70, "{} sessions overtook it", before.len());
+}
+
+/// A worker over one model of clips.
+fn clips(script: Script, capacity: usize) -> DeviceWorker<VirtualClock> {
+    let runners = vec![("clips".to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)];
+    DeviceWorker::new(runners, Ledger::new(capacity), MAX_QUEUED, VirtualClock::default())
+}
+
+#[test]
+fn clients_take_turns_in_front_of_a_model_whose_memory_is_short() {
+    let begun = Arc::new(Mutex::new(Vec::<u64>::new()));
+    let told = begun.clone();
+    let on_step = move |_, sessions: &[SessionId]| {
+        let mut begun = told.lock().expect("no panic inside");
+        let new: Vec<u64> = sessions.iter().map(|id| id.0).filter(|id| !begun.contains(id)).collect();
+        begun.extend(new);
+        Ok(())
+    };
+    let mut worker = clips(Script { footprint_bytes: 100, on_step: Box::new(on_step), ..Script::default() }, 100);
+    let orders = (1..=100).map(|id| (id, 7)).chain([(101, 8), (102, 8), (103, 9)]);
+    for (id, client) in orders {
+        worker.submit(id, ClientId(client), 0, clip(1), Arc::default()).expect("few wait");
+    }
+    while worker.turn() {}
+    let begun = begun.lock().expect("no panic inside");
+    assert_eq!(begun[..7], [1, 101, 103, 2, 102, 3, 4]);
+    assert_eq!(begun.len(), 103, "all are made");
+}
+
+#[test]
+fn one_client_does_not_take_all_sessions_of_a_runner() {
+    let mut worker = clips(Script { max_sessions: 4, ..Script::default() }, 100);
+    let held = |worker: &DeviceWorker<VirtualClock>| {
+        let RunnerStatus { running, waiting, .. } = worker.gauges().models[0].snapshot("").runner;
+        running + waiting
+    };
+    for id in 1..=100 {
+        worker.submit(id, ClientId(7), 0, clip(1000), Arc::default()).expect("few wait");
+    }
+    assert!(worker.turn());
+    assert_eq!(held(&worker), 3);
+    worker.submit(101, ClientId(8), 0, clip(1000), Arc::default()).expect("few wait");
+    assert!(worker.turn());
+    assert_eq!(held(&worker), 4);
 }
 
 /// Encoders of 9.5 GB from a disk of 1 GB/s would be one step of ten seconds.
@@ -279,12 +326,10 @@ fn a_token_stream_waits_for_one_bounded_step_while_encoders_are_read() {
         (name.to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
     };
     let runners = vec![runner("text", 0), runner("clips", ENCODER_BYTES)];
-    let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), clock.clone());
+    let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), 1, clock.clone());
     // The stream outlasts the clip.
     for (id, model, request) in [(1, 0, text(2000)), (2, 1, clip(4))] {
-        worker.count_submission(model);
-        let mailbox = Arc::new(Mailbox::default());
-        worker.handle(Command::Submit { id: SessionId(id), model, request, mailbox });
+        worker.submit(id, ALONE, model, request, Arc::default()).expect("nobody waits");
     }
     while worker.has_work(1) || log.lock().expect("no panic inside").is_empty() {
         assert!(worker.turn());
@@ -310,10 +355,9 @@ fn what_steps_borrow_is_in_the_books() {
         let script = Script { footprint_bytes: 100, borrowed_bytes: 50, ..Script::default() };
         let runner = Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>;
         let runners = vec![("clips".to_owned(), runner)];
-        let mut worker = DeviceWorker::new(runners, Ledger::new(capacity), VirtualClock::default());
+        let mut worker = DeviceWorker::new(runners, Ledger::new(capacity), 1, VirtualClock::default());
         let mailbox = Arc::new(Mailbox::default());
-        worker.count_submission(0);
-        worker.handle(Command::Submit { id: SessionId(1), model: 0, request: clip(2), mailbox: mailbox.clone() });
+        worker.submit(1, ALONE, 0, clip(2), mailbox.clone()).expect("nobody waits");
         let mut used = Vec::new();
         while worker.turn() {
             used.push(worker.ledger().used_bytes());
@@ -355,7 +399,7 @@ fn slow(step: Duration) -> Script {
 #[test]
 fn a_session_can_be_followed_to_its_end() {
     let engine = engine(Script::default(), 4);
-    let mut session = engine.submit("clips", clip(3)).expect("accepted");
+    let mut session = engine.submit("clips", ALONE, clip(3)).expect("accepted");
     let mut frames = 0;
     let mut last = None;
     while let Some(event) = session.blocking_recv() {
@@ -369,7 +413,7 @@ fn a_session_can_be_followed_to_its_end() {
 #[test]
 fn dropping_a_session_stops_the_work_within_one_step() {
     let engine = engine(slow(Duration::from_millis(5)), 4);
-    let mut session = engine.submit("clips", clip(1000)).expect("accepted");
+    let mut session = engine.submit("clips", ALONE, clip(1000)).expect("accepted");
     assert!(matches!(session.blocking_recv(), Some(Event::Started)));
     drop(session);
     let dropped = Instant::now();
@@ -382,15 +426,15 @@ fn dropping_a_session_stops_the_work_within_one_step() {
 #[test]
 fn a_full_queue_is_busy_and_names_its_bound() {
     let engine = engine(slow(Duration::from_millis(2)), 2);
-    let mut first = engine.submit("clips", clip(1000)).expect("accepted");
+    let mut first = engine.submit("clips", ALONE, clip(1000)).expect("accepted");
     assert!(matches!(first.blocking_recv(), Some(Event::Started)));
-    let waiting = [engine.submit("clips", clip(1)), engine.submit("clips", clip(1))];
+    let waiting = [engine.submit("clips", ALONE, clip(1)), engine.submit("clips", ALONE, clip(1))];
     assert!(waiting.iter().all(Result::is_ok));
-    let error = engine.submit("clips", clip(1)).expect_err("full");
-    assert!(matches!(error, EngineError::Busy { limit: 2, .. }), "{error}");
+    let error = engine.submit("clips", ALONE, clip(1)).expect_err("full");
+    assert!(matches!(error, EngineError::Busy { reason: NoPlace::Full { limit: 2 }, .. }), "{error}");
     drop(waiting);
     let freed = Instant::now();
-    while engine.submit("clips", clip(1)).is_err() {
+    while engine.submit("clips", ALONE, clip(1)).is_err() {
         assert!(freed.elapsed() < Duration::from_secs(2));
         std::thread::yield_now();
     }
@@ -399,14 +443,14 @@ fn a_full_queue_is_busy_and_names_its_bound() {
 #[test]
 fn shutdown_lets_work_finish_and_cancels_what_is_late() {
     let patient = engine(slow(Duration::from_millis(1)), 4);
-    let mut session = patient.submit("clips", clip(3)).expect("accepted");
+    let mut session = patient.submit("clips", ALONE, clip(3)).expect("accepted");
     patient.shutdown(Duration::from_secs(20));
     let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
     assert!(matches!(events.last(), Some(Event::Finished { .. })), "{events:?}");
-    assert!(matches!(patient.submit("clips", clip(1)), Err(EngineError::Draining)));
+    assert!(matches!(patient.submit("clips", ALONE, clip(1)), Err(EngineError::Draining)));
 
     let hasty = engine(slow(Duration::from_millis(1)), 4);
-    let mut session = hasty.submit("clips", clip(100_000)).expect("accepted");
+    let mut session = hasty.submit("clips", ALONE, clip(100_000)).expect("accepted");
     hasty.shutdown(Duration::from_millis(20));
     let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
     assert!(!events.iter().any(Event::is_terminal), "cut off, so without an end: {events:?}");

@@ -1,10 +1,10 @@
 //! The thread of a device: drain commands, admit sessions, let the arbiter pick a runner, step it, publish events.
 //!
-//! Owns: the runners, the ledger, the sessions that wait and run. A step that fails or panics ends its own sessions and
+//! Owns: the runners, the ledger, the sessions that wait and run. Clients take turns in front of each model. A step that fails or panics ends its own sessions and
 //! no others. Does not know: which thread it runs on, or what time is (a [`Clock`] is given), so that tests drive it
 //! through virtual time.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 use tale_models::device::give_back_freed_memory;
 use tale_models::memory::PhaseBytes;
 use tale_models::runner::StepPlan;
-use tale_models::{Error, Event, Events, Request, Runner, SessionId};
+use tale_models::runner::fair_queue::FairQueue;
+use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
 use super::arbiter::{Arbiter, Candidate};
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
 use super::{Gauges, ModelGauges};
+use crate::places::{Place, may_take};
 use crate::telemetry::ModelMetrics;
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
@@ -35,14 +37,18 @@ const MEMORY_KEPT: Duration = Duration::from_secs(2);
 pub(super) enum Command {
     /// Begin a session.
     Submit {
-        /// Its id.
+        /// Its id, greater than all before.
         id: SessionId,
+        /// Whose it is.
+        client: ClientId,
         /// Position of its model.
         model: usize,
         /// Validated.
         request: Request,
         /// Where its events go.
         mailbox: Arc<Mailbox>,
+        /// In the model's queue, until it begins.
+        place: Place,
     },
     /// Forget a session; it may have ended already.
     Cancel(SessionId),
@@ -80,44 +86,95 @@ pub(super) struct DeviceWorker<C> {
     arbiter: Arbiter,
     ledger: Ledger,
     events: Events,
-    /// In order of arrival; their memory is not reserved yet.
-    waiting: VecDeque<Waiting>,
+    /// One per runner.
+    queues: Vec<Queue>,
     /// Whether something has changed since the last time that none of them could be admitted.
     admission_due: bool,
     /// Those that wait and those that run.
     sessions: HashMap<SessionId, Live>,
 }
 
+/// What stands in front of one runner.
+#[derive(Default)]
+struct Queue {
+    /// Their memory is not reserved yet.
+    waiting: FairQueue<Waiting>,
+    /// How many sessions of each client the runner has; no client stands here with none.
+    held: HashMap<ClientId, usize>,
+}
+
+impl Queue {
+    /// Whose turn it is, and its session.
+    fn next(&self) -> Option<(ClientId, &Waiting)> {
+        self.waiting.turns(|client| self.held(client)).peek()
+    }
+
+    fn held(&self, client: ClientId) -> usize {
+        self.held.get(&client).copied().unwrap_or(0)
+    }
+
+    /// Whether a runner of so many places takes one more session of this client: one client leaves some to the others.
+    fn may_begin(&self, client: ClientId, max_sessions: usize) -> bool {
+        let held: usize = self.held.values().sum();
+        may_take(self.held(client), max_sessions.saturating_sub(held))
+    }
+
+    fn take(&mut self, client: ClientId) -> Option<Waiting> {
+        let waiting = self.waiting.take(client)?;
+        *self.held.entry(client).or_default() += 1;
+        Some(waiting)
+    }
+
+    /// The runner has one session of this client less.
+    fn give_back(&mut self, client: ClientId) {
+        let held = self.held(client).saturating_sub(1);
+        match held {
+            0 => self.held.remove(&client),
+            held => self.held.insert(client, held),
+        };
+    }
+}
+
 struct Waiting {
     id: SessionId,
-    model: usize,
     request: Request,
     footprint_bytes: usize,
     overtaken: usize,
 }
 
 struct Live {
+    client: ClientId,
     model: usize,
     mailbox: Arc<Mailbox>,
     submitted: Duration,
-    begun: bool,
+    /// Whether the runner has it.
+    is_handed_over: bool,
+    /// `None` once it has begun.
+    place: Option<Place>,
     last_tokens: Option<Duration>,
 }
 
 impl<C: Clock> DeviceWorker<C> {
     /// A worker over runners whose own memory is booked in `ledger` already. All have equal shares of device time.
-    pub(super) fn new(runners: Vec<(String, Box<dyn Runner>)>, ledger: Ledger, clock: C) -> Self {
-        let gauges = Gauges { models: runners.iter().map(|_| ModelGauges::default()).collect(), ..Gauges::default() };
+    /// `max_queued_sessions`: most sessions of one model that have not begun.
+    pub(super) fn new(
+        runners: Vec<(String, Box<dyn Runner>)>,
+        ledger: Ledger,
+        max_queued_sessions: usize,
+        clock: C,
+    ) -> Self {
+        let of_models = runners.iter().map(|_| ModelGauges::new(max_queued_sessions)).collect();
+        let gauges = Gauges { models: of_models, ..Gauges::default() };
         gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
         let worker = Self {
             clock,
             metrics: runners.iter().map(|(name, _)| ModelMetrics::new(name)).collect(),
             arbiter: Arbiter::new(&vec![1.0; runners.len()]),
+            queues: runners.iter().map(|_| Queue::default()).collect(),
             runners: runners.into_iter().map(|(_, runner)| runner).collect(),
             gauges: Arc::new(gauges),
             ledger,
             events: Events::default(),
-            waiting: VecDeque::new(),
             admission_due: false,
             sessions: HashMap::new(),
         };
@@ -148,11 +205,11 @@ impl<C: Clock> DeviceWorker<C> {
     /// One command; computes nothing.
     pub(super) fn handle(&mut self, command: Command) {
         match command {
-            Command::Submit { id, model, request, mailbox } => {
-                let submitted = self.clock.now();
-                let live = Live { model, mailbox, submitted, begun: false, last_tokens: None };
+            Command::Submit { id, client, model, request, mailbox, place } => {
+                let (submitted, place) = (self.clock.now(), Some(place));
+                let live = Live { client, model, mailbox, submitted, is_handed_over: false, place, last_tokens: None };
                 self.sessions.insert(id, live);
-                if let Err(error) = self.enqueue(id, model, request) {
+                if let Err(error) = self.enqueue(id, client, model, request) {
                     self.fail(id, error);
                 }
             }
@@ -176,45 +233,66 @@ impl<C: Clock> DeviceWorker<C> {
         picked.is_some()
     }
 
-    fn enqueue(&mut self, id: SessionId, model: usize, request: Request) -> Result<(), Error> {
+    fn enqueue(&mut self, id: SessionId, client: ClientId, model: usize, request: Request) -> Result<(), Error> {
         let plan = guarded(|| Ok(self.runners[model].plan(&request)))?;
         let (footprint_bytes, free_bytes) = (plan.peak_bytes(), self.ledger.session_capacity_bytes());
         if let Some(PhaseBytes { phase, bytes: needed_bytes }) = plan.peak().filter(|peak| peak.bytes > free_bytes) {
             return Err(Error::OutOfMemory { phase: Some(phase), needed_bytes, free_bytes });
         }
-        self.waiting.push_back(Waiting { id, model, request, footprint_bytes, overtaken: 0 });
+        let waiting = Waiting { id, request, footprint_bytes, overtaken: 0 };
+        self.queues[model].waiting.push_back(client, waiting);
         self.admission_due = true;
         Ok(())
     }
 
-    /// Hands waiting sessions whose memory can be reserved to their runners: first come first served per model. Other
-    /// models may overtake a session that needs more memory than is free, but not for ever.
+    /// Hands waiting sessions whose memory can be reserved to their runners, in the order of turns per model. Other models
+    /// may overtake a session that needs more memory than is free, but not for ever.
     fn admit(&mut self) {
         if !std::mem::take(&mut self.admission_due) {
             return;
         }
         let mut blocked = vec![false; self.runners.len()];
         let mut memory_is_kept = false;
-        let mut position = 0;
-        while let Some(waiting) = self.waiting.get(position) {
-            let (model, needs_memory) = (waiting.model, waiting.footprint_bytes > 0);
-            let must_wait = blocked[model] || (memory_is_kept && needs_memory);
-            if !must_wait && self.ledger.reserve(Owner::Session(waiting.id), waiting.footprint_bytes).is_ok() {
-                self.begin(position);
-                let overtaken = self.waiting.iter_mut().take(if needs_memory { position } else { 0 });
-                overtaken.for_each(|older| older.overtaken += 1);
-            } else {
-                memory_is_kept |= waiting.overtaken >= MAX_OVERTAKEN;
+        while let Some(model) = self.next_to_admit(&blocked) {
+            let queue = &self.queues[model];
+            let Some((client, waiting)) = queue.next() else { return };
+            let (id, bytes, is_overdue) = (waiting.id, waiting.footprint_bytes, waiting.overtaken >= MAX_OVERTAKEN);
+            let must_wait = (memory_is_kept && bytes > 0)
+                || !queue.may_begin(client, self.runners[model].max_sessions())
+                || self.ledger.reserve(Owner::Session(id), bytes).is_err();
+            if must_wait {
+                memory_is_kept |= is_overdue;
                 blocked[model] = true;
-                position += 1;
+            } else {
+                self.begin(model, client);
+                if bytes > 0 {
+                    self.count_overtaken(model, id);
+                }
             }
         }
     }
 
-    fn begin(&mut self, position: usize) {
-        let Some(Waiting { id, model, request, .. }) = self.waiting.remove(position) else { return };
+    /// The model that is not blocked and whose next session came first.
+    fn next_to_admit(&self, blocked: &[bool]) -> Option<usize> {
+        let open = (0..self.queues.len()).filter(|model| !blocked[*model]);
+        let next = open.filter_map(|model| Some((self.queues[model].next()?.1.id, model)));
+        next.min().map(|(_, model)| model)
+    }
+
+    /// A session of `model` has got memory before older ones of other models.
+    fn count_overtaken(&mut self, model: usize, id: SessionId) {
+        let others = self.queues.iter_mut().enumerate().filter(|(other, _)| *other != model);
+        let older = others.flat_map(|(_, queue)| queue.waiting.iter_mut()).filter(|waiting| waiting.id < id);
+        older.for_each(|waiting| waiting.overtaken += 1);
+    }
+
+    fn begin(&mut self, model: usize, client: ClientId) {
+        let Some(Waiting { id, request, .. }) = self.queues[model].take(client) else { return };
+        if let Some(live) = self.sessions.get_mut(&id) {
+            live.is_handed_over = true;
+        }
         let runner = &mut self.runners[model];
-        if let Err(error) = guarded(|| runner.submit(id, request)) {
+        if let Err(error) = guarded(|| runner.submit_for(client, id, request)) {
             // A submission that panicked half-way may have left something.
             runner.cancel(id);
             self.fail(id, error);
@@ -285,9 +363,7 @@ impl<C: Clock> DeviceWorker<C> {
         let Some(live) = self.sessions.get_mut(&id) else { return };
         let metrics = &self.metrics[live.model];
         match &event {
-            Event::Started if !live.begun => {
-                live.begun = true;
-                self.gauges.models[live.model].queued.fetch_sub(1, Relaxed);
+            Event::Started if live.place.take().is_some() => {
                 metrics.queue_time(now.saturating_sub(live.submitted));
             }
             Event::Text { tokens, .. } if !tokens.is_empty() => match live.last_tokens.replace(now) {
@@ -321,7 +397,7 @@ impl<C: Clock> DeviceWorker<C> {
         self.metrics[model].cancelled();
         self.runners[model].cancel(id);
         self.give_back_borrowed(model);
-        self.waiting.retain(|waiting| waiting.id != id);
+        self.queues[model].waiting.retain(|waiting| waiting.id != id);
         if let Some(mailbox) = self.forget(id) {
             mailbox.close();
         }
@@ -332,11 +408,10 @@ impl<C: Clock> DeviceWorker<C> {
         let live = self.sessions.remove(&id)?;
         self.ledger.release(Owner::Session(id));
         self.admission_due = true;
-        let gauges = &self.gauges.models[live.model];
-        if !live.begun {
-            gauges.queued.fetch_sub(1, Relaxed);
+        if live.is_handed_over {
+            self.queues[live.model].give_back(live.client);
         }
-        gauges.live.fetch_sub(1, Relaxed);
+        self.gauges.models[live.model].live.fetch_sub(1, Relaxed);
         Some(live.mailbox)
     }
 
@@ -350,10 +425,23 @@ impl<C: Clock> DeviceWorker<C> {
 
 #[cfg(test)]
 impl<C> DeviceWorker<C> {
-    /// What [`super::Engine::submit`] counts before it sends the command.
-    pub(super) fn count_submission(&self, model: usize) {
-        self.gauges.models[model].queued.fetch_add(1, Relaxed);
-        self.gauges.models[model].live.fetch_add(1, Relaxed);
+    /// What [`super::Engine::submit`] counts and sends.
+    pub(super) fn submit(
+        &mut self,
+        id: u64,
+        client: ClientId,
+        model: usize,
+        request: Request,
+        mailbox: Arc<Mailbox>,
+    ) -> Result<(), crate::places::NoPlace>
+    where
+        C: Clock,
+    {
+        let gauges = &self.gauges.models[model];
+        let place = gauges.queue.take(client)?;
+        gauges.live.fetch_add(1, Relaxed);
+        self.handle(Command::Submit { id: SessionId(id), client, model, request, mailbox, place });
+        Ok(())
     }
 
     pub(super) fn ledger(&self) -> &Ledger {

@@ -1,8 +1,8 @@
 //! What every request goes through: a bound on how many are in flight, and their measurement.
 //!
 //! The pass that a request gets travels with its response body and is given back when that is sent or dropped, so that
-//! a stream counts for as long as it lasts. Identity, once there is one, is checked here first and makes the bound one
-//! per principal.
+//! a stream counts for as long as it lasts. Clients share the passes: one alone cannot take all. Identity, once there is
+//! one, is checked here first and makes the clients.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,23 +16,24 @@ use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body::{Frame, SizeHint};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tale_models::ClientId;
 
 use super::AppState;
+use super::client;
 use super::error::ApiError;
+use crate::places::{Place, Places};
 use crate::telemetry;
 
 /// Counts requests in flight and bounds those that generate.
 #[derive(Debug)]
 pub(super) struct Admission {
-    permits: Arc<Semaphore>,
-    max_requests: usize,
+    places: Arc<Places>,
     in_flight: Arc<AtomicUsize>,
 }
 
 impl Admission {
     pub(super) fn new(max_requests: usize) -> Self {
-        Self { permits: Arc::new(Semaphore::new(max_requests)), max_requests, in_flight: Arc::default() }
+        Self { places: Places::new(max_requests), in_flight: Arc::default() }
     }
 
     /// Requests whose answer is not sent yet.
@@ -40,9 +41,8 @@ impl Admission {
         self.in_flight.load(Relaxed)
     }
 
-    fn permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        let full = |_| ApiError::busy(format!("{} requests are in flight", self.max_requests));
-        self.permits.clone().try_acquire_owned().map_err(full)
+    fn place(&self, client: ClientId) -> Result<Place, ApiError> {
+        self.places.take(client).map_err(|reason| ApiError::busy(format!("requests are in flight: {reason}")))
     }
 }
 
@@ -65,8 +65,8 @@ pub(super) async fn measure(State(state): State<AppState>, request: Request, nex
 
 /// Refuses work that the server is not ready for, or has no place for.
 pub(super) async fn admit(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    match state.engine().and_then(|_| state.admission().permit()) {
-        Ok(permit) => next.run(request).await.map(|body| carry(body, permit)),
+    match state.engine().and_then(|_| state.admission().place(client::of(&request))) {
+        Ok(place) => next.run(request).await.map(|body| carry(body, place)),
         Err(error) => error.into_response(),
     }
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use tale_models::diffusion::{Acceleration, DiffusionRequest, Medium};
 use tale_models::parameter::Task;
 use tale_models::request::{Frame, Usage};
-use tale_models::{Event, ModelCard};
+use tale_models::{ClientId, Event, ModelCard};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
@@ -23,7 +23,7 @@ use self::fields::ImageFields;
 use super::diffusion::{self, SizeField};
 use super::error::ApiError;
 use super::parameters::Given;
-use super::{AppState, body, unix_seconds};
+use super::{AppState, body, client, unix_seconds};
 use crate::engine::Session;
 use crate::media::{PictureFormat, encode_picture, enlarge};
 use crate::parameters::{self, EffectiveParameters};
@@ -61,19 +61,21 @@ struct Image {
 
 /// `POST /v1/images/generations`.
 pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let client = client::of(&request);
     let body = body::json_value(request, body::MAX_PICTURE_BODY_BYTES).await?;
     let given = super::parameters::read(body, fields::OWN, Task::ImageGeneration)?;
-    make(&state, given, stream::GENERATION).await
+    make(&state, client, given, stream::GENERATION).await
 }
 
 /// `POST /v1/images/edits`.
 pub(super) async fn edit(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let client = client::of(&request);
     let body = body::json_or_form_value(request, body::MAX_PICTURE_BODY_BYTES).await?;
     let given = super::parameters::read(body, fields::OWN, Task::ImageEdit)?;
-    make(&state, given, stream::EDIT).await
+    make(&state, client, given, stream::EDIT).await
 }
 
-async fn make(state: &AppState, given: Given, names: stream::Names) -> Result<Response, ApiError> {
+async fn make(state: &AppState, client: ClientId, given: Given, names: stream::Names) -> Result<Response, ApiError> {
     let created = unix_seconds(SystemTime::now());
     let fields = ImageFields::new(&given.options)?;
     let ImageFields { model, n, is_stream, encoding } = fields;
@@ -82,7 +84,7 @@ async fn make(state: &AppState, given: Given, names: stream::Names) -> Result<Re
     let parameters = EffectiveParameters::new(&model, &request);
     let engine = state.engine()?;
     if is_stream {
-        let session = engine.submit(&model, tale_models::Request::Diffusion(request.clone()))?;
+        let session = engine.submit(&model, client, tale_models::Request::Diffusion(request.clone()))?;
         let head = stream::Head { names, created_at: created, encoding, parameters, request };
         return stream::respond(head, session).await;
     }
@@ -90,7 +92,7 @@ async fn make(state: &AppState, given: Given, names: stream::Names) -> Result<Re
     let with_seed = |seed| tale_models::Request::Diffusion(request.with_seed(seed));
     // All are submitted before the first is awaited; an error drops them, which cancels them.
     let sessions: Vec<_> =
-        seeds.iter().map(|&seed| engine.submit(&model, with_seed(seed))).collect::<Result<_, _>>()?;
+        seeds.iter().map(|&seed| engine.submit(&model, client, with_seed(seed))).collect::<Result<_, _>>()?;
     let mut data = Vec::with_capacity(n);
     for (mut session, seed) in sessions.into_iter().zip(seeds) {
         let (picture, usage) = picture(&mut session).await?;

@@ -30,6 +30,7 @@ use crate::telemetry;
 mod admission;
 mod body;
 mod browsers;
+mod client;
 mod connections;
 mod cors;
 mod diffusion;
@@ -73,7 +74,7 @@ const CLOSE_GRACE: Duration = Duration::from_secs(2);
 /// What the server is configured with.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
-    /// Most requests that generate at once.
+    /// Most requests that generate at once; clients share them.
     pub max_requests: usize,
     /// Where finished clips lie; a folder of this process alone, removed at its end, when absent.
     pub output_dir: Option<PathBuf>,

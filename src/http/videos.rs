@@ -16,7 +16,7 @@ use tale_models::{DiffusionCard, ModelCard};
 use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
 use super::path::Id;
-use super::{AppState, body, unix_seconds};
+use super::{AppState, body, client, unix_seconds};
 use crate::job::drive::drive;
 use crate::job::store::{Order, Page};
 use crate::job::{Change, Failure, Job, JobId, JobState, UnknownJob};
@@ -182,6 +182,7 @@ fn answer(job: &Job) -> Response {
 
 /// `POST /v1/videos`.
 pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let client = client::of(&request);
     let body = body::json_or_form_value(request, body::MAX_BODY_BYTES).await?;
     let options = super::parameters::read(body, OWN, Task::Video)?.options;
     let model = options.get(&MODEL).unwrap_or_default();
@@ -189,8 +190,8 @@ pub(super) async fn create(State(state): State<AppState>, request: Request) -> R
     let format = options.get(&OUTPUT_FORMAT);
     let request = resolve(options, &card)?;
     let format = clip_format(format.as_deref(), &request)?;
-    let session = state.engine()?.submit(&model, tale_models::Request::Diffusion(request.clone()))?;
-    let job = Job::new(model, request, format);
+    let session = state.engine()?.submit(&model, client, tale_models::Request::Diffusion(request.clone()))?;
+    let job = Job::new(client, model, request, format);
     state.jobs().insert(job.clone())?;
     let path = state.outputs().file(job.id, format);
     let response = answer(&job);

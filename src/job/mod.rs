@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
+use tale_models::ClientId;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::request::Phase;
 use uuid::Uuid;
@@ -56,6 +57,8 @@ pub struct UnknownJob;
 pub struct Job {
     /// Its name.
     pub id: JobId,
+    /// Who ordered it.
+    pub client: ClientId,
     /// The model that makes it.
     pub model: String,
     /// Effective parameters.
@@ -167,9 +170,10 @@ impl JobState {
 
 impl Job {
     /// A job that waits for the device.
-    pub fn new(model: String, request: DiffusionRequest, format: ClipFormat) -> Self {
+    pub fn new(client: ClientId, model: String, request: DiffusionRequest, format: ClipFormat) -> Self {
         Self {
             id: JobId::generate(),
+            client,
             model,
             request,
             format,
@@ -223,7 +227,7 @@ pub(crate) mod tests {
         let canvas = Canvas { width: 32, height: 32, num_frames: 9, fps: 8 };
         let scheduler = Scheduler::named("flow_euler").unwrap();
         let request = DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0));
-        Job::new("clips".into(), request, ClipFormat::Mp4)
+        Job::new(ClientId::default(), "clips".into(), request, ClipFormat::Mp4)
     }
 
     pub(crate) fn file() -> ClipFile {

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use super::feed::{JobEvent, JobFeed};
 use super::{Change, Job, JobId, JobState};
+use crate::places::{self, NoPlace};
 
 /// Keeps jobs and the files of completed ones. Calls are short; a store that has to wait for a disk or a network
 /// does so on a thread of its own.
@@ -32,13 +33,10 @@ pub trait JobStore: Send + Sync + std::fmt::Debug {
     fn num_active(&self) -> usize;
 }
 
-/// Too many jobs have not ended.
+/// Too many jobs have not ended, in all or of this client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{limit} jobs are waiting or running")]
-pub struct StoreFull {
-    /// The bound.
-    pub limit: usize,
-}
+#[error("jobs are waiting or running: {0}")]
+pub struct StoreFull(pub NoPlace);
 
 /// Which part of the list.
 #[derive(Debug, Clone, Copy)]
@@ -72,7 +70,7 @@ pub struct Listing {
 /// How much a [`MemoryStore`] keeps.
 #[derive(Debug, Clone, Copy)]
 pub struct Retention {
-    /// Most jobs that have not ended.
+    /// Most jobs that have not ended; clients share them.
     pub max_active_jobs: usize,
     /// Most jobs that have; the oldest goes first, and its file with it.
     pub max_ended_jobs: usize,
@@ -130,10 +128,9 @@ impl MemoryStore {
 impl JobStore for MemoryStore {
     fn insert(&self, job: Job) -> Result<(), StoreFull> {
         let mut jobs = self.lock();
-        let limit = self.retention.max_active_jobs;
-        if num_active(&jobs) >= limit {
-            return Err(StoreFull { limit });
-        }
+        let active = || jobs.values().filter(|entry| !entry.job.state.is_terminal());
+        let held = active().filter(|entry| entry.job.client == job.client).count();
+        places::check(self.retention.max_active_jobs, active().count(), held).map_err(StoreFull)?;
         jobs.insert(job.id, Entry { job, feed: Arc::default() });
         Ok(())
     }
@@ -207,6 +204,8 @@ fn remove_file(job: &Job) {
 
 #[cfg(test)]
 mod tests {
+    use tale_models::ClientId;
+
     use super::super::{ClipFile, tests::job};
     use super::*;
 
@@ -239,10 +238,21 @@ mod tests {
         let first = job();
         store.insert(first.clone()).expect("room");
         store.insert(job()).expect("room");
-        assert_eq!(store.insert(job()), Err(StoreFull { limit: 2 }));
+        assert_eq!(store.insert(job()), Err(StoreFull(NoPlace::Full { limit: 2 })));
         assert!(store.apply(first.id, Change::Cancelled).is_some());
         assert!(store.apply(first.id, Change::Started).is_none(), "it has ended");
         store.insert(job()).expect("room again");
+    }
+
+    #[test]
+    fn a_client_with_its_share_of_the_jobs_leaves_room_for_others() {
+        let store = MemoryStore::new(Retention { max_active_jobs: 4, ..Retention::default() });
+        let of = |client| Job { client: ClientId(client), ..job() };
+        for _ in 0..3 {
+            store.insert(of(1)).expect("room");
+        }
+        assert_eq!(store.insert(of(1)), Err(StoreFull(NoPlace::Share { limit: 4, held: 3 })));
+        store.insert(of(2)).expect("room for others");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use candle_core::Tensor;
 use crate::diffusion::DiffusionRequest;
 use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
-use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, Usage};
+use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, Usage};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 
 pub mod adapting;
@@ -234,7 +234,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let key = self.step_key(id, session);
         // What is mended is done alone.
         let rows = if session.mending.is_some() { 0 } else { session.num_rows() };
-        self.batcher.enqueue(id, key, rows);
+        self.batcher.enqueue(id, session.client, key, rows);
     }
 
     /// What a session does next: wait for what is away, or what its stage says.
@@ -333,7 +333,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         }
     }
 
-    fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {
+    fn submit_for(&mut self, client: ClientId, session: SessionId, request: Request) -> Result<()> {
         let Request::Diffusion(request) = request else {
             return Err(Error::invalid("model", "makes pictures or clips, not text"));
         };
@@ -341,11 +341,15 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         check(&self.model, &request)?;
-        let new = Session::new(request, &self.model);
+        let new = Session::new(client, request, &self.model);
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
         self.enqueue(session);
         Ok(())
+    }
+
+    fn max_sessions(&self) -> usize {
+        MAX_SESSIONS
     }
 
     fn cancel(&mut self, session: SessionId) {

@@ -2,9 +2,10 @@
 
 use crate::error::Result;
 use crate::memory::MemoryPlan;
-use crate::request::{Events, Phase, Request, SessionId};
+use crate::request::{ClientId, Events, Phase, Request, SessionId};
 
 pub mod diffusion;
+pub mod fair_queue;
 pub mod text;
 
 /// What the next step of a runner would be.
@@ -35,8 +36,16 @@ pub trait Runner: Send {
     /// reserves the most of them before `submit` and frees them when the session ends.
     fn plan(&self, request: &Request) -> MemoryPlan;
 
-    /// Accepts a session: checks it, plans it, computes nothing heavy.
-    fn submit(&mut self, session: SessionId, request: Request) -> Result<()>;
+    /// Accepts a session of a client: checks it, plans it, computes nothing heavy. Clients take turns.
+    fn submit_for(&mut self, client: ClientId, session: SessionId, request: Request) -> Result<()>;
+
+    /// As [`Runner::submit_for`], of this process itself.
+    fn submit(&mut self, session: SessionId, request: Request) -> Result<()> {
+        self.submit_for(ClientId::default(), session, request)
+    }
+
+    /// Most sessions that it holds, running and waiting; more are refused.
+    fn max_sessions(&self) -> usize;
 
     /// Forgets a session and frees what it holds. Unknown ids are ignored: the session may just have ended.
     fn cancel(&mut self, session: SessionId);

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
 use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
-use crate::request::{Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
+use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::recorded::DecodeRecordings;
@@ -248,7 +248,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         MemoryPlan::default()
     }
 
-    fn submit(&mut self, id: SessionId, request: Request) -> Result<()> {
+    fn submit_for(&mut self, client: ClientId, id: SessionId, request: Request) -> Result<()> {
         let Request::Text(request) = request else {
             return Err(Error::invalid("model", "is a language model; it makes no pictures"));
         };
@@ -259,9 +259,13 @@ impl<M: CausalLm> Runner for TextRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         self.check(&request)?;
-        self.batcher.submit(id, request.prompt.len());
+        self.batcher.submit(id, client, request.prompt.len());
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
         Ok(())
+    }
+
+    fn max_sessions(&self) -> usize {
+        MAX_SESSIONS
     }
 
     fn cancel(&mut self, id: SessionId) {
@@ -434,6 +438,40 @@ mod tests {
         let starts = events.iter().filter(|event| matches!(event, Event::Started)).count();
         let ends = events.iter().filter(|event| event.is_terminal()).count();
         assert_eq!((with_tokens, starts, ends), (4, 1, 1));
+    }
+
+    #[test]
+    fn beside_a_thousand_streams_of_a_client_a_neighbour_has_its_token_in_the_next_step() {
+        const NEIGHBOUR: SessionId = SessionId(1000);
+        let mut runner = runner(4);
+        let prompt = |id: u64| vec![id as u32 % 400];
+        for id in 0..NEIGHBOUR.0 {
+            runner.submit_for(ClientId(1), SessionId(id), request(prompt(id))).expect("accepted");
+        }
+        let mut events = Events::default();
+        runner.step(&mut events).expect("computed");
+        runner.step(&mut events).expect("computed");
+        let mut tokens: HashMap<SessionId, Vec<u32>> = HashMap::new();
+        let mut take = |events: &mut Events| {
+            for (session, event) in events.drain() {
+                if let Event::Text { tokens: new, .. } = event {
+                    tokens.entry(session).or_default().extend(new);
+                }
+            }
+            tokens.clone()
+        };
+        take(&mut events);
+        runner.submit_for(ClientId(2), NEIGHBOUR, request(prompt(NEIGHBOUR.0))).expect("accepted");
+        runner.step(&mut events).expect("computed");
+        assert_eq!(take(&mut events)[&NEIGHBOUR], [prompt(NEIGHBOUR.0)[0] + 1]);
+        while runner.next().is_some() {
+            runner.step(&mut events).expect("computed");
+        }
+        // Whoever gave up its place goes on as if nothing had been.
+        for (session, tokens) in take(&mut events) {
+            let first = prompt(session.0)[0] + 1;
+            assert_eq!(tokens, (first..first + 4).collect::<Vec<_>>(), "{session:?}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tale_models::family::TextEncoders;
 use tale_models::parameter::Options;
 use tale_models::presets::{Configurations, Preset};
 use tale_models::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
-use tale_models::{Event, ModelCard, ModelSource, Request};
+use tale_models::{ClientId, Event, ModelCard, ModelSource, Request};
 
 use super::print_line;
 use super::step::parse_preset;
@@ -144,7 +144,7 @@ impl Mix {
         };
         let options = Options::default().with(&MAX_TOKENS, tokens + 1).with(&TEMPERATURE, 0.0).with(&IGNORE_EOS, true);
         let request = card.resolve((0..PROMPT_TOKENS).collect(), &options, 0)?;
-        let mut session = self.engine.submit("text", Request::Text(request))?;
+        let mut session = self.engine.submit("text", ClientId::default(), Request::Text(request))?;
         let mut times = Vec::with_capacity(tokens + 1);
         loop {
             match session.blocking_recv() {
@@ -188,7 +188,7 @@ impl Mix {
                 .with(&NUM_FRAMES, frames)
                 .with(&NUM_INFERENCE_STEPS, DENOISE_STEPS);
             let request = Request::Diffusion(card.resolve(&options, seed)?);
-            let session = self.engine.submit(model, request)?;
+            let session = self.engine.submit(model, ClientId::default(), request)?;
             if !finish(session, is_over)? {
                 return Ok(());
             }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use clap::{Args, Subcommand};
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::{Event, ModelCard, ModelSource, Request};
+use tale_models::{ClientId, Event, ModelCard, ModelSource, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -138,7 +138,7 @@ impl Generator {
 
     /// Begins the work. Dropping what comes back ends it within one step.
     fn submit(&self, request: Request) -> Result<Session, CliError> {
-        Ok(self.engine.submit(MODEL, request)?)
+        Ok(self.engine.submit(MODEL, ClientId::default(), request)?)
     }
 
     /// The session, with the signals that end it.

@@ -8,13 +8,13 @@ use tale_models::cancel::CancelToken;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
-use tale_models::{ModelCard, TextCard};
+use tale_models::{ClientId, ModelCard, TextCard};
 use tokio::task::spawn_blocking;
 
 use self::answer::{Head, Shape};
 use self::wire::{MAX_CHOICES, Prompt, TextBody};
 use super::error::ApiError;
-use super::{AppState, body, openai, random_seed, sse};
+use super::{AppState, body, client, openai, random_seed, sse};
 use crate::engine::Engine;
 
 mod answer;
@@ -26,6 +26,7 @@ const MAX_INLINE_PROMPT_BYTES: usize = 4096;
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let client = client::of(&request);
     let mut body = wire::chat(body::json(request, openai::CHAT).await?)?;
     let (engine, card) = (state.engine()?, text_card(&state, &body.model)?);
     let max_tokens_name = body.settle_max_tokens()?;
@@ -33,13 +34,14 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
     let messages = wire::conversation(messages)?;
     let num_bytes = messages.iter().map(|message| message.content.len()).sum();
     let prompt = tokens(num_bytes, card.clone(), move |card, cancelled| card.encode_chat(&messages, cancelled)).await?;
-    let order = Order { shape: Shape::Chat, model: &model, options, answer };
+    let order = Order { shape: Shape::Chat, client, model: &model, options, answer };
     let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
     order.answer(engine, text(&card)?, vec![prompt]).await.map_err(renamed)
 }
 
 /// `POST /v1/completions`.
 pub(super) async fn completion(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let client = client::of(&request);
     let body = body::json(request, openai::COMPLETION).await?;
     let TextBody { model, options, answer, prompt: texts } = wire::completion(body)?;
     let (engine, card) = (state.engine()?, text_card(&state, &model)?);
@@ -56,13 +58,14 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             }
         });
     }
-    let order = Order { shape: Shape::Completion, model: &model, options, answer };
+    let order = Order { shape: Shape::Completion, client, model: &model, options, answer };
     order.answer(engine, text(&card)?, prompts).await
 }
 
 /// What a client ordered, apart from the prompts.
 struct Order<'a> {
     shape: Shape,
+    client: ClientId,
     model: &'a str,
     options: Options,
     answer: wire::AnswerOptions,
@@ -76,7 +79,7 @@ impl Order<'_> {
         for prompt in prompts {
             let request = card.resolve(prompt, &self.options, seed)?;
             for choice in 0..self.answer.n {
-                sessions.push(engine.submit(self.model, with_seed(&request, seed, choice))?);
+                sessions.push(engine.submit(self.model, self.client, with_seed(&request, seed, choice))?);
             }
         }
         let head = Head::new(self.shape, self.model);

@@ -1,10 +1,9 @@
 //! Which sessions take the next diffusion step together. Pure: ids and keys, no tensors, no clock.
 //!
-//! One queue for all phases. The session at its front leads the next step and is joined by later ones with an equal
-//! [`StepKey`], as far as the rows go; all of them go to the back when the step is done. So among n sessions nobody
-//! waits for more than n - 1 steps between two of its own, whatever the others are doing.
-
-use std::collections::VecDeque;
+//! One queue for all phases, in which clients take turns ([`FairQueue`]). The session whose turn it is leads the next step
+//! and is joined by others with an equal [`StepKey`], as far as the rows go; all of them go to the back when the step is
+//! done. So among n sessions of one client nobody waits for more than n - 1 steps between two of its own, whatever the
+//! others are doing, and a client with one session leads every second step beside a client with many.
 
 use super::adapting::Layers;
 use super::course::Expert;
@@ -12,7 +11,8 @@ use super::inputs::{Inputs, distinct};
 use super::passes::PassId;
 use crate::diffusion::Canvas;
 use crate::lora::LoraKey;
-use crate::request::{Phase, SessionId};
+use crate::request::{ClientId, Phase, SessionId};
+use crate::runner::fair_queue::FairQueue;
 
 /// What decides about who may share a step. `I` is what a family has encoded.
 #[derive(Debug, Clone, PartialEq)]
@@ -108,13 +108,14 @@ pub struct Batch<I> {
 /// The queue of sessions that wait for their next step.
 #[derive(Debug)]
 pub struct Batcher<I> {
-    queue: VecDeque<Waiting<I>>,
+    queue: FairQueue<Waiting<I>>,
     max_rows: usize,
 }
 
 #[derive(Debug)]
 struct Waiting<I> {
     session: SessionId,
+    client: ClientId,
     key: StepKey<I>,
     rows: usize,
 }
@@ -123,13 +124,13 @@ impl<I: Clone + PartialEq> Batcher<I> {
     /// `max_rows`: most rows of one denoising step. A session that alone has more rows than a step may have still gets its
     /// step (alone); the runner then computes its rows one after the other.
     pub fn new(max_rows: usize) -> Self {
-        Self { queue: VecDeque::new(), max_rows }
+        Self { queue: FairQueue::default(), max_rows }
     }
 
-    /// Puts a session that is not in the queue at its back. `rows` is what it adds to a denoising batch: one, and one more
+    /// Puts a session that is not in the queue behind those of its client. `rows` is what it adds to a denoising batch: one, and one more
     /// where its next step is guided; other steps do the same work for one session as for many and add none.
-    pub fn enqueue(&mut self, session: SessionId, key: StepKey<I>, rows: usize) {
-        self.queue.push_back(Waiting { session, key, rows });
+    pub fn enqueue(&mut self, session: SessionId, client: ClientId, key: StepKey<I>, rows: usize) {
+        self.queue.push_back(client, Waiting { session, client, key, rows });
     }
 
     /// Takes a session out, wherever it stands.
@@ -139,7 +140,8 @@ impl<I: Clone + PartialEq> Batcher<I> {
 
     /// What [`Batcher::take`] would give.
     pub fn peek(&self) -> Option<Batch<I>> {
-        let front = self.queue.front()?;
+        // Those of the client whose turn it is come first.
+        let front = self.queue.iter().next()?;
         let mut batch = vec![front];
         for waiting in self.queue.iter().skip(1).filter(|waiting| waiting.key.joins(&front.key)) {
             // One of two rows that does not fit leaves its place to one of one row behind it.
@@ -162,6 +164,8 @@ impl<I: Clone + PartialEq> Batcher<I> {
     /// Takes the next step's sessions out of the queue; the caller enqueues those that go on.
     pub fn take(&mut self) -> Option<Batch<I>> {
         let batch = self.peek()?;
+        let client = self.queue.iter().next()?.client;
+        self.queue.take(client);
         self.queue.retain(|waiting| !batch.sessions.contains(&waiting.session));
         Some(batch)
     }
@@ -178,6 +182,9 @@ mod tests {
 
     /// A key and the rows that come with it.
     type Step = (StepKey<String>, usize);
+
+    /// Most clients of the simulation.
+    const MAX_CLIENTS: u64 = 3;
 
     /// Most texts of a pass.
     const MAX_TEXTS: usize = 8;
@@ -217,7 +224,7 @@ mod tests {
     fn check(max_rows: usize, waiting: &[Step], expected: &[u64]) {
         let mut batcher = Batcher::new(max_rows);
         for (id, (key, rows)) in waiting.iter().enumerate() {
-            batcher.enqueue(SessionId(id as u64), key.clone(), *rows);
+            batcher.enqueue(SessionId(id as u64), ClientId::default(), key.clone(), *rows);
         }
         let found: Vec<u64> = batcher.peek().into_iter().flat_map(|b| b.sessions).map(|s| s.0).collect();
         assert_eq!(found, expected, "{max_rows} rows, {waiting:?}");
@@ -301,12 +308,31 @@ mod tests {
     }
 
     #[test]
+    fn a_client_with_one_session_leads_every_second_step() {
+        let mut batcher = Batcher::new(4);
+        let enqueue = |batcher: &mut Batcher<String>, id: u64| {
+            let client = ClientId(u64::from(id == 9));
+            let (key, rows) = decode(id);
+            batcher.enqueue(SessionId(id), client, key, rows);
+        };
+        (0..10).for_each(|id| enqueue(&mut batcher, id));
+        let mut leaders = Vec::new();
+        for _ in 0..6 {
+            let id = batcher.take().expect("there is work").sessions[0].0;
+            enqueue(&mut batcher, id);
+            leaders.push(id);
+        }
+        assert_eq!(leaders, [0, 9, 1, 9, 2, 9]);
+    }
+
+    #[test]
     fn decoding_is_done_alone() {
         check(4, &[decode(0), decode(1)], &[0]);
     }
 
     /// A session of the simulation: what it still has to do, and how many steps of others it may have to wait for.
     struct Simulated {
+        client: u64,
         /// Guided in every step, or in every second one.
         guided: bool,
         width: usize,
@@ -331,7 +357,7 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Op {
-        Submit { guided: bool, width: usize, work: [usize; 3] },
+        Submit { client: u64, guided: bool, width: usize, work: [usize; 3] },
         Cancel(usize),
         Step,
     }
@@ -339,14 +365,24 @@ mod tests {
     fn op() -> impl Strategy<Value = Op> {
         let work = (1..3usize, 1..6usize, 1..4usize).prop_map(|(e, d, v)| [e, d, v]);
         prop_oneof![
-            1 => (any::<bool>(), 1..3usize, work).prop_map(|(guided, width, work)| Op::Submit { guided, width, work }),
+            1 => (0..MAX_CLIENTS, any::<bool>(), 1..3usize, work)
+                .prop_map(|(client, guided, width, work)| Op::Submit { client, guided, width, work }),
             1 => (0..32usize).prop_map(Op::Cancel),
             6 => Just(Op::Step),
         ]
     }
 
+    /// Steps for which a session may wait that stands behind those of its client: between two turns of that, every other
+    /// client has one at most.
+    fn patience(sessions: &BTreeMap<u64, Simulated>, num_clients: u64) -> usize {
+        match num_clients {
+            1 => sessions.len() - 1,
+            _ => num_clients as usize * sessions.len(),
+        }
+    }
+
     /// Steps once and checks the rules that hold for every step.
-    fn step(batcher: &mut Batcher<String>, max_rows: usize, sessions: &mut BTreeMap<u64, Simulated>) {
+    fn step(batcher: &mut Batcher<String>, max_rows: usize, num_clients: u64, sessions: &mut BTreeMap<u64, Simulated>) {
         let promised = batcher.peek();
         let batch = batcher.take();
         assert_eq!(promised, batch);
@@ -359,14 +395,14 @@ mod tests {
             assert!(session.patience > 0, "session {id} starves");
             session.patience -= 1;
         }
-        let others = sessions.len() - 1;
+        let patience = patience(sessions, num_clients);
         for id in batch.sessions {
             let session = sessions.get_mut(&id.0).expect("only sessions that were not cancelled are stepped");
             assert!(session.next(id.0).is_some_and(|(key, _)| key.joins(&batch.key)));
             session.advance();
-            session.patience = others;
+            session.patience = patience;
             match session.next(id.0) {
-                Some((key, rows)) => batcher.enqueue(id, key, rows),
+                Some((key, rows)) => batcher.enqueue(id, ClientId(session.client), key, rows),
                 None => drop(sessions.remove(&id.0)),
             }
         }
@@ -374,17 +410,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_session_starves_and_all_end(max_rows in 1..6usize, ops in prop::collection::vec(op(), 1..400)) {
+        fn no_session_starves_and_all_end(
+            max_rows in 1..6usize,
+            num_clients in 1..=MAX_CLIENTS,
+            ops in prop::collection::vec(op(), 1..400),
+        ) {
             let mut batcher = Batcher::new(max_rows);
             let mut sessions = BTreeMap::new();
             for (id, op) in ops.into_iter().enumerate() {
                 let id = id as u64;
                 match op {
-                    Op::Submit { guided, width, work } => {
-                        let session = Simulated { guided, width, remaining: work, patience: sessions.len() };
+                    Op::Submit { client, guided, width, work } => {
+                        let client = client % num_clients;
+                        let session = Simulated { client, guided, width, remaining: work, patience: 0 };
                         let (key, rows) = session.next(id).expect("new sessions have work");
-                        batcher.enqueue(SessionId(id), key, rows);
+                        batcher.enqueue(SessionId(id), ClientId(client), key, rows);
                         sessions.insert(id, session);
+                        let patience = patience(&sessions, num_clients);
+                        sessions.get_mut(&id).expect("just put there").patience = patience;
                     }
                     Op::Cancel(nth) => {
                         let victim = sessions.keys().nth(nth).copied();
@@ -393,12 +436,12 @@ mod tests {
                             batcher.remove(SessionId(victim));
                         }
                     }
-                    Op::Step => step(&mut batcher, max_rows, &mut sessions),
+                    Op::Step => step(&mut batcher, max_rows, num_clients, &mut sessions),
                 }
             }
             let work_left: usize = sessions.values().flat_map(|session| session.remaining).sum();
             for _ in 0..work_left {
-                step(&mut batcher, max_rows, &mut sessions);
+                step(&mut batcher, max_rows, num_clients, &mut sessions);
             }
             prop_assert!(sessions.is_empty());
             prop_assert_eq!(batcher.peek(), None);

@@ -18,9 +18,10 @@ use super::passes::{Finished, PassId};
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::lora::LoraKey;
-use crate::request::{Phase, SessionId};
+use crate::request::{ClientId, Phase, SessionId};
 
 pub(super) struct Session<M: DiffusionModel> {
+    pub(super) client: ClientId,
     pub(super) request: DiffusionRequest,
     pub(super) started: bool,
     /// Predictions that came from caches, once denoising is done.
@@ -65,9 +66,18 @@ pub(super) struct Latents {
 }
 
 impl<M: DiffusionModel> Session<M> {
-    pub(super) fn new(request: DiffusionRequest, model: &M) -> Self {
+    pub(super) fn new(client: ClientId, request: DiffusionRequest, model: &M) -> Self {
         let stage = Stage::Encode(Encode::new(model, &request));
-        Self { request, started: false, adapters: Held::new(), skipped_passes: 0, stage, mending: None, told: 0 }
+        Self {
+            client,
+            request,
+            started: false,
+            adapters: Held::new(),
+            skipped_passes: 0,
+            stage,
+            mending: None,
+            told: 0,
+        }
     }
 
     pub(super) fn step_key(&self, id: SessionId, model: &M) -> StepKey<M::Input> {

@@ -1,0 +1,233 @@
+//! What the next step holds: who gives back its blocks, who starts, whose tokens are computed. Reads the batcher and
+//! changes nothing of it.
+
+use super::{Batcher, Chunk, ENTITLED_SHARE, Plan, Sequence};
+use crate::kv::blocks_for;
+use crate::request::{ClientId, SessionId};
+use crate::runner::fair_queue::Turns;
+
+/// A plan in the making, with what it leaves.
+#[derive(Clone)]
+pub(super) struct Draft<'a> {
+    batcher: &'a Batcher,
+    /// Running sequences that keep running, by age.
+    kept: Vec<&'a Sequence>,
+    /// Waiting sequences that start before prompts are read on.
+    starting: Vec<&'a Sequence>,
+    /// How many sequences each client has among those two.
+    held: Vec<(ClientId, usize)>,
+    preempted: Vec<SessionId>,
+    admitted: Vec<ClientId>,
+    chunks: Vec<Chunk>,
+    /// Tokens that still fit the step.
+    budget: usize,
+    /// Blocks that would be free.
+    free: usize,
+}
+
+impl<'a> Draft<'a> {
+    pub(super) fn new(batcher: &'a Batcher) -> Self {
+        let mut draft = Self {
+            batcher,
+            kept: batcher.running.iter().collect(),
+            starting: Vec::new(),
+            held: Vec::new(),
+            preempted: Vec::new(),
+            admitted: Vec::new(),
+            chunks: Vec::with_capacity(batcher.running.len()),
+            budget: batcher.limits.max_batch_tokens,
+            free: batcher.pool.num_free(),
+        };
+        batcher.running.iter().for_each(|sequence| *draft.held_mut(sequence.client) += 1);
+        draft
+    }
+
+    /// How many sequences of a client run.
+    pub(super) fn held(&self, client: ClientId) -> usize {
+        self.held.iter().find(|(holder, _)| *holder == client).map_or(0, |(_, held)| *held)
+    }
+
+    fn held_mut(&mut self, client: ClientId) -> &mut usize {
+        let index = self.held.iter().position(|(holder, _)| *holder == client).unwrap_or_else(|| {
+            self.held.push((client, 0));
+            self.held.len() - 1
+        });
+        &mut self.held[index].1
+    }
+
+    /// Whether running sequences give back their blocks.
+    pub(super) fn preempts(&self) -> bool {
+        !self.preempted.is_empty()
+    }
+
+    /// Whether somebody waits beside others.
+    pub(super) fn has_several_clients(&self) -> bool {
+        let running = self.held.first().map(|(client, _)| *client);
+        self.held.len() > 1 || self.batcher.waiting.clients().any(|client| running.is_some_and(|other| other != client))
+    }
+
+    /// Gets the blocks that the next tokens of running sequences need, at the cost of the youngest.
+    pub(super) fn make_room(&mut self) {
+        let mut missing: usize = self.kept.iter().map(|sequence| missing_of(sequence)).sum();
+        while missing > self.free {
+            let index = self.victim(0).expect("a sequence grown to its end fits the pool alone: this is a bug");
+            missing -= missing_of(self.kept[index]);
+            self.preempt(index);
+        }
+        self.free -= missing;
+    }
+
+    /// The youngest kept sequence of the client that runs the most, if those are at least `least_held`; never the oldest
+    /// of all, nor one of a client of which a younger one starts.
+    fn victim(&self, least_held: usize) -> Option<usize> {
+        let client = |index: &usize| self.kept[*index].client;
+        let may_give =
+            |index: &usize| self.held(client(index)) >= least_held && !self.admitted.contains(&client(index));
+        (1..self.kept.len()).filter(may_give).max_by_key(|index| (self.held(client(index)), *index))
+    }
+
+    fn preempt(&mut self, index: usize) {
+        let sequence = self.kept.remove(index);
+        self.free += sequence.table.blocks().len();
+        *self.held_mut(sequence.client) -= 1;
+        self.preempted.push(sequence.session);
+    }
+
+    /// Starts sequences of clients that run fewer than others, before prompts of those others are read on.
+    pub(super) fn admit_newcomers(&mut self, turns: &mut Turns<'a, Sequence>) {
+        let entitled = (self.batcher.limits.max_batch_sequences / ENTITLED_SHARE).max(1);
+        while let Some((client, sequence)) = turns.peek() {
+            let held = self.held(client);
+            let most = self.held.iter().map(|(_, held)| *held).max().unwrap_or(0);
+            if held >= most || self.spare_tokens() == 0 {
+                return;
+            }
+            if !self.fits(sequence) && (held >= entitled || !self.make_room_for(sequence, held)) {
+                return;
+            }
+            turns.advance();
+            self.start(sequence);
+            self.starting.push(sequence);
+        }
+    }
+
+    /// Tokens of the step that are left when every running sequence decodes and every client that reads prompts has one.
+    fn spare_tokens(&self) -> usize {
+        let decoding = self.kept.iter().filter(|sequence| sequence.decodes()).count();
+        self.budget.saturating_sub(decoding + clients(self.reading()).len())
+    }
+
+    /// Preempts sequences of clients that run more, and will still run as many as the one that comes, until `sequence`
+    /// fits. False, and nothing changed, when it cannot be made to.
+    fn make_room_for(&mut self, sequence: &Sequence, held: usize) -> bool {
+        let mut tried = self.clone();
+        while !tried.fits(sequence) {
+            let Some(index) = tried.victim(held + 2) else { return false };
+            // Blocks were set aside for its next token.
+            tried.free += missing_of(tried.kept[index]);
+            tried.preempt(index);
+        }
+        *self = tried;
+        true
+    }
+
+    /// Whether a place and blocks for all its tokens are free.
+    fn fits(&self, sequence: &Sequence) -> bool {
+        let is_full = self.kept.len() + self.admitted.len() >= self.batcher.limits.max_batch_sequences;
+        !is_full && blocks_of(sequence) <= self.free
+    }
+
+    fn start(&mut self, sequence: &'a Sequence) {
+        self.free -= blocks_of(sequence);
+        self.admitted.push(sequence.client);
+        *self.held_mut(sequence.client) += 1;
+    }
+
+    /// A token of each running sequence whose prompt is in the cache.
+    pub(super) fn decode(&mut self) {
+        let decoding: Vec<Chunk> =
+            self.kept.iter().filter(|sequence| sequence.decodes()).map(|sequence| sequence.chunk(1)).collect();
+        self.budget -= decoding.len();
+        self.chunks = decoding;
+    }
+
+    /// Sequences whose prompts are read: running ones, then those that start.
+    fn reading(&self) -> impl Iterator<Item = &'a Sequence> {
+        let running = self.kept.iter().filter(|sequence| !sequence.decodes());
+        running.chain(&self.starting).copied()
+    }
+
+    /// Chunks of prompts: an equal share of the budget for each client, within it the oldest first.
+    pub(super) fn read_prompts(&mut self) {
+        let reading: Vec<&Sequence> = self.reading().collect();
+        let clients = clients(reading.iter().copied());
+        if clients.len() <= 1 || self.budget < clients.len() {
+            return self.read(&reading, usize::MAX);
+        }
+        let of = |client: ClientId| reading.iter().copied().filter(move |sequence| sequence.client == client);
+        let mut shares: Vec<(usize, ClientId)> =
+            clients.iter().map(|client| (of(*client).map(Sequence::pending).sum(), *client)).collect();
+        // What those with little to read leave is the others'.
+        shares.sort();
+        let num_clients = shares.len();
+        for (index, (_, client)) in shares.into_iter().enumerate() {
+            let share = self.budget / (num_clients - index);
+            self.read(&of(client).collect::<Vec<_>>(), share);
+        }
+    }
+
+    /// Adds chunks of `sequences` in their order, of at most `share` tokens together.
+    fn read(&mut self, sequences: &[&Sequence], share: usize) {
+        let mut left = share.min(self.budget);
+        for sequence in sequences {
+            if left == 0 {
+                return;
+            }
+            let chunk = sequence.chunk(sequence.pending().min(left));
+            left -= chunk.num_tokens;
+            self.add(chunk);
+        }
+    }
+
+    fn add(&mut self, chunk: Chunk) {
+        self.budget -= chunk.num_tokens;
+        self.chunks.push(chunk);
+    }
+
+    /// Starts sequences in the order of turns while there are places, blocks and tokens.
+    pub(super) fn admit(&mut self, turns: &mut Turns<'a, Sequence>) {
+        while let Some((_, sequence)) = turns.peek() {
+            if self.budget == 0 || !self.fits(sequence) {
+                return;
+            }
+            turns.advance();
+            self.start(sequence);
+            self.add(sequence.chunk(sequence.pending().min(self.budget)));
+        }
+    }
+
+    pub(super) fn finish(self) -> Plan {
+        Plan { chunks: self.chunks, preempted: self.preempted, admitted: self.admitted }
+    }
+}
+
+/// Blocks that a running sequence's next token needs beside those it has; what reads its prompt has them all.
+fn missing_of(sequence: &Sequence) -> usize {
+    if sequence.decodes() { sequence.table.missing_for(sequence.num_tokens) } else { 0 }
+}
+
+/// Blocks of a sequence that starts: for all its tokens and the next one.
+fn blocks_of(sequence: &Sequence) -> usize {
+    blocks_for(sequence.num_tokens + 1)
+}
+
+/// Each client once, in order.
+fn clients<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> Vec<ClientId> {
+    let mut clients = Vec::new();
+    for sequence in sequences {
+        if !clients.contains(&sequence.client) {
+            clients.push(sequence.client);
+        }
+    }
+    clients
+}
