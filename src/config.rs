@@ -144,6 +144,11 @@ pub struct Settings {
     #[serde(deserialize_with = "parsed")]
     pub max_clip_storage: Option<ByteSize>,
 
+    /// Disk that must be free for another clip to be taken, such as 2GiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub min_free_disk: Option<ByteSize>,
+
     /// Folder for finished clips [default: a fresh one under the system's temporary folder]
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
@@ -312,6 +317,7 @@ impl Settings {
             max_ended_jobs: self.max_ended_jobs.or(file.max_ended_jobs),
             max_clip_storage: self.max_clip_storage.or(file.max_clip_storage),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
+            min_free_disk: self.min_free_disk.or(file.min_free_disk),
             output_dir: self.output_dir.or(file.output_dir),
             cors_origins: if self.cors_origins.is_empty() { file.cors_origins } else { self.cors_origins },
             allowed_hosts: if self.allowed_hosts.is_empty() { file.allowed_hosts } else { self.allowed_hosts },
@@ -355,6 +361,7 @@ impl Settings {
         ServerOptions {
             max_requests: or(self.max_requests, server.max_requests),
             output_dir: self.output_dir.clone(),
+            min_free_disk_bytes: self.min_free_disk.map_or(server.min_free_disk_bytes, |size| size.0 as u64),
             cors_origins: self.cors_origins.clone(),
             allowed_hosts: self.allowed_hosts.clone(),
             connections: self.connection_limits(),
@@ -571,6 +578,7 @@ mod tests {
         let Retention { max_active_jobs, max_ended_jobs, max_file_bytes } = config.server.retention;
         assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
         assert_eq!(config.drain, Duration::from_secs(60));
+        assert_eq!(config.server.min_free_disk_bytes, 2 << 30);
         assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
         assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
         assert_eq!(config.server.allowed_hosts, [".svc.cluster.local".parse().unwrap()]);
@@ -612,6 +620,7 @@ mod tests {
             ("max_active_jobs", server.retention.max_active_jobs.to_string()),
             ("max_ended_jobs", server.retention.max_ended_jobs.to_string()),
             ("max_clip_storage", gib(server.retention.max_file_bytes as usize)),
+            ("min_free_disk", format!("{}MiB", server.min_free_disk_bytes >> 20)),
             ("drain_seconds", drain.as_secs().to_string()),
             ("header_seconds", server.connections.header.as_secs().to_string()),
             ("idle_seconds", server.connections.idle.as_secs().to_string()),

@@ -15,6 +15,7 @@ mod process;
 mod published;
 mod references;
 mod refusals;
+mod storage;
 mod support;
 mod text;
 mod videos;

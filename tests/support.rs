@@ -1,6 +1,7 @@
 //! A server on a free port over scripted models, and a client that shows everything.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -47,6 +48,8 @@ pub struct Setup {
     pub cors_origins: Vec<&'static str>,
     pub allowed_hosts: Vec<&'static str>,
     pub connections: ConnectionLimits,
+    pub output_dir: Option<PathBuf>,
+    pub min_free_disk_bytes: u64,
 }
 
 impl Default for Setup {
@@ -60,6 +63,8 @@ impl Default for Setup {
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
             connections: ConnectionLimits::default(),
+            output_dir: None,
+            min_free_disk_bytes: 0,
         }
     }
 }
@@ -100,6 +105,8 @@ pub async fn start(setup: Setup) -> Server {
         cors_origins,
         allowed_hosts,
         connections: setup.connections,
+        output_dir: setup.output_dir,
+        min_free_disk_bytes: setup.min_free_disk_bytes,
         ..ServerOptions::default()
     };
     let state = AppState::new(options);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Server, read, request, server};
 
-async fn order(server: &Server, extra: Value) -> String {
+pub async fn order(server: &Server, extra: Value) -> String {
     let mut body = json!({"model": "clips", "prompt": "a boat"});
     for (name, value) in extra.as_object().expect("fields") {
         body[name] = value.clone();
@@ -16,7 +16,7 @@ async fn order(server: &Server, extra: Value) -> String {
     job["id"].as_str().expect("a name").to_owned()
 }
 
-async fn wait_for(server: &Server, id: &str, status: &str) -> Value {
+pub async fn wait_for(server: &Server, id: &str, status: &str) -> Value {
     let begun = Instant::now();
     loop {
         let job = server.get(&format!("/v1/videos/{id}")).await.expect(200).json();

@@ -1,6 +1,6 @@
 //! `tale serve`: from a configuration to a server that answers until it is told to stop.
 
-use std::io::{Write, stdout};
+use std::io::{self, Write, stdout};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -50,7 +50,7 @@ async fn serve(config: Config) -> Result<(), CliError> {
     let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
     let health = health.transpose()?;
     let state = AppState::new(config.server.clone())
-        .map_err(|source| CliError::Io { what: "cannot make the folder for finished clips".into(), source })?;
+        .map_err(|problem| CliError::Io { what: "cannot serve".into(), source: io::Error::other(problem) })?;
     let stop = watch.over(state.clone(), health);
     let ended = answer(listener, &state, stop, config).await;
     // The watch holds on to the state until the process ends.

@@ -20,7 +20,7 @@ use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request,
 
 use self::ledger::{Ledger, Owner};
 use self::mailbox::Mailbox;
-use self::worker::{Command, DeviceWorker, WallClock};
+use self::worker::{Command, DeviceWorker, Order, WallClock};
 use crate::places::{NoPlace, Places};
 
 pub mod arbiter;
@@ -125,6 +125,23 @@ pub enum EngineError {
     /// The engine shuts down, or its device thread has died.
     #[error("the server takes no new work: it is shutting down")]
     Draining,
+}
+
+/// Asked on the device thread when the turn of a session comes; must not wait.
+#[derive(Clone)]
+pub struct MayBegin(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl MayBegin {
+    /// As `agrees` says then.
+    pub fn when(agrees: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(agrees))
+    }
+}
+
+impl std::fmt::Debug for MayBegin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MayBegin")
+    }
 }
 
 /// One model as the rest of the server sees it.
@@ -269,6 +286,18 @@ impl Engine {
 
     /// Hands a validated request of a client to the device thread. Never waits.
     pub fn submit(&self, model: &str, client: ClientId, request: Request) -> Result<Session, EngineError> {
+        self.submit_if(model, client, request, None)
+    }
+
+    /// As [`Engine::submit`], but when its turn comes the session begins only if `may_begin` agrees; else it ends without
+    /// an end, before its first step.
+    pub fn submit_if(
+        &self,
+        model: &str,
+        client: ClientId,
+        request: Request,
+        may_begin: Option<MayBegin>,
+    ) -> Result<Session, EngineError> {
         let shared = &self.shared;
         let index = self.models().iter().position(|m| m.name == model).ok_or_else(|| self.unknown(model))?;
         if !self.takes_work() {
@@ -280,8 +309,8 @@ impl Engine {
         gauges.live.fetch_add(1, Relaxed);
         let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
         let mailbox = Arc::new(Mailbox::default());
-        let submit = Command::Submit { id, client, model: index, request, mailbox: mailbox.clone(), place };
-        shared.commands.send(submit).map_err(|_| EngineError::Draining)?;
+        let order = Order { id, client, model: index, request, mailbox: mailbox.clone(), place, may_begin };
+        shared.commands.send(Command::Submit(order)).map_err(|_| EngineError::Draining)?;
         Ok(Session { id, mailbox, commands: shared.commands.clone(), ended: false })
     }
 

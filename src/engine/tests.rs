@@ -19,7 +19,7 @@ use super::arbiter::is_text;
 use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
 use super::worker::{Clock, Command, DeviceWorker};
-use super::{Engine, EngineError, EngineOptions};
+use super::{Engine, EngineError, EngineOptions, MayBegin};
 use crate::places::NoPlace;
 use tale_models::device::{DeviceMemory, DeviceSpec};
 
@@ -124,7 +124,7 @@ impl World {
         let id = SessionId(self.next_id);
         let reader = Reader::default();
         let client = ClientId(dice.roll(3) as u64);
-        self.worker.submit(id.0, client, model, request, reader.mailbox.clone()).expect("few wait");
+        self.worker.order(id.0, client, model, request, reader.mailbox.clone()).expect("few wait");
         self.readers.insert(id, reader);
     }
 
@@ -217,7 +217,7 @@ fn a_session_that_can_never_fit_fails_at_once() {
     let runner = ScriptedRunner::new(Script { footprint_bytes: 101, ..Script::default() });
     let mut worker = DeviceWorker::new(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, 1, clock);
     let mailbox = Arc::new(Mailbox::default());
-    worker.submit(1, ALONE, 0, clip(1), mailbox.clone()).expect("nobody waits");
+    worker.order(1, ALONE, 0, clip(1), mailbox.clone()).expect("nobody waits");
     let Poll::Ready(Some(Event::Failed(error))) = mailbox.poll(Waker::noop()) else { panic!("no failure") };
     assert_eq!(error.to_string(), "not enough memory: 101 bytes needed in phase denoise, 100 free");
     let Error::OutOfMemory { needed_bytes: 101, free_bytes: 100, .. } = error else { panic!("{error:?}") };
@@ -240,7 +240,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
     let mut worker =
         DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), MAX_QUEUED, clock.clone());
     let submit = |worker: &mut DeviceWorker<_>, id: u64, model| {
-        worker.submit(id, ALONE, model, clip(1), Arc::default()).expect("few wait");
+        worker.order(id, ALONE, model, clip(1), Arc::default()).expect("few wait");
     };
     submit(&mut worker, 1, 0);
     submit(&mut worker, 2, 1);
@@ -274,7 +274,7 @@ fn clients_take_turns_in_front_of_a_model_whose_memory_is_short() {
     let mut worker = clips(Script { footprint_bytes: 100, on_step: Box::new(on_step), ..Script::default() }, 100);
     let orders = (1..=100).map(|id| (id, 7)).chain([(101, 8), (102, 8), (103, 9)]);
     for (id, client) in orders {
-        worker.submit(id, ClientId(client), 0, clip(1), Arc::default()).expect("few wait");
+        worker.order(id, ClientId(client), 0, clip(1), Arc::default()).expect("few wait");
     }
     while worker.turn() {}
     let begun = begun.lock().expect("no panic inside");
@@ -290,11 +290,11 @@ fn one_client_does_not_take_all_sessions_of_a_runner() {
         running + waiting
     };
     for id in 1..=100 {
-        worker.submit(id, ClientId(7), 0, clip(1000), Arc::default()).expect("few wait");
+        worker.order(id, ClientId(7), 0, clip(1000), Arc::default()).expect("few wait");
     }
     assert!(worker.turn());
     assert_eq!(held(&worker), 3);
-    worker.submit(101, ClientId(8), 0, clip(1000), Arc::default()).expect("few wait");
+    worker.order(101, ClientId(8), 0, clip(1000), Arc::default()).expect("few wait");
     assert!(worker.turn());
     assert_eq!(held(&worker), 4);
 }
@@ -329,7 +329,7 @@ fn a_token_stream_waits_for_one_bounded_step_while_encoders_are_read() {
     let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), 1, clock.clone());
     // The stream outlasts the clip.
     for (id, model, request) in [(1, 0, text(2000)), (2, 1, clip(4))] {
-        worker.submit(id, ALONE, model, request, Arc::default()).expect("nobody waits");
+        worker.order(id, ALONE, model, request, Arc::default()).expect("nobody waits");
     }
     while worker.has_work(1) || log.lock().expect("no panic inside").is_empty() {
         assert!(worker.turn());
@@ -357,7 +357,7 @@ fn what_steps_borrow_is_in_the_books() {
         let runners = vec![("clips".to_owned(), runner)];
         let mut worker = DeviceWorker::new(runners, Ledger::new(capacity), 1, VirtualClock::default());
         let mailbox = Arc::new(Mailbox::default());
-        worker.submit(1, ALONE, 0, clip(2), mailbox.clone()).expect("nobody waits");
+        worker.order(1, ALONE, 0, clip(2), mailbox.clone()).expect("nobody waits");
         let mut used = Vec::new();
         while worker.turn() {
             used.push(worker.ledger().used_bytes());
@@ -408,6 +408,25 @@ fn a_session_can_be_followed_to_its_end() {
     }
     assert_eq!(frames, 5);
     assert!(matches!(last, Some(Event::Finished { .. })), "{last:?}");
+}
+
+#[test]
+fn a_session_whose_turn_finds_that_it_may_not_begin_ends_without_a_step() {
+    let steps = Arc::new(AtomicU64::new(0));
+    let counted = steps.clone();
+    let on_step = move |_, _: &[SessionId]| {
+        counted.fetch_add(1, Relaxed);
+        Ok(())
+    };
+    let engine = engine(Script { on_step: Box::new(on_step), ..Script::default() }, 4);
+    for (agrees, ends) in [(false, 0), (true, 1)] {
+        let may_begin = Some(MayBegin::when(move || agrees));
+        let mut session = engine.submit_if("clips", ALONE, clip(1), may_begin).expect("accepted");
+        let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
+        assert_eq!(events.iter().filter(|event| event.is_terminal()).count(), ends, "{events:?}");
+        assert_eq!(steps.load(Relaxed) > 0, agrees);
+    }
+    assert_eq!(engine.status().models[0].live, 0);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 use super::arbiter::{Arbiter, Candidate};
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
-use super::{Gauges, ModelGauges};
+use super::{Gauges, MayBegin, ModelGauges};
 use crate::places::{Place, may_take};
 use crate::telemetry::ModelMetrics;
 
@@ -36,24 +36,30 @@ const MEMORY_KEPT: Duration = Duration::from_secs(2);
 #[allow(clippy::large_enum_variant)]
 pub(super) enum Command {
     /// Begin a session.
-    Submit {
-        /// Its id, greater than all before.
-        id: SessionId,
-        /// Whose it is.
-        client: ClientId,
-        /// Position of its model.
-        model: usize,
-        /// Validated.
-        request: Request,
-        /// Where its events go.
-        mailbox: Arc<Mailbox>,
-        /// In the model's queue, until it begins.
-        place: Place,
-    },
+    Submit(Order),
     /// Forget a session; it may have ended already.
     Cancel(SessionId),
     /// Cancel everything and end the thread.
     Stop,
+}
+
+/// A session that is ordered.
+#[derive(Debug)]
+pub(super) struct Order {
+    /// Its id, greater than all before.
+    pub(super) id: SessionId,
+    /// Whose it is.
+    pub(super) client: ClientId,
+    /// Position of its model.
+    pub(super) model: usize,
+    /// Validated.
+    pub(super) request: Request,
+    /// Where its events go.
+    pub(super) mailbox: Arc<Mailbox>,
+    /// In the model's queue, until it begins.
+    pub(super) place: Place,
+    /// Asked when its turn comes.
+    pub(super) may_begin: Option<MayBegin>,
 }
 
 /// Where time comes from.
@@ -151,6 +157,7 @@ struct Live {
     is_handed_over: bool,
     /// `None` once it has begun.
     place: Option<Place>,
+    may_begin: Option<MayBegin>,
     last_tokens: Option<Duration>,
 }
 
@@ -205,16 +212,27 @@ impl<C: Clock> DeviceWorker<C> {
     /// One command; computes nothing.
     pub(super) fn handle(&mut self, command: Command) {
         match command {
-            Command::Submit { id, client, model, request, mailbox, place } => {
-                let (submitted, place) = (self.clock.now(), Some(place));
-                let live = Live { client, model, mailbox, submitted, is_handed_over: false, place, last_tokens: None };
-                self.sessions.insert(id, live);
-                if let Err(error) = self.enqueue(id, client, model, request) {
-                    self.fail(id, error);
-                }
-            }
+            Command::Submit(order) => self.submit(order),
             Command::Cancel(id) => self.cancel(id),
             Command::Stop => (),
+        }
+    }
+
+    fn submit(&mut self, order: Order) {
+        let Order { id, client, model, request, mailbox, place, may_begin } = order;
+        let live = Live {
+            client,
+            model,
+            mailbox,
+            submitted: self.clock.now(),
+            is_handed_over: false,
+            place: Some(place),
+            may_begin,
+            last_tokens: None,
+        };
+        self.sessions.insert(id, live);
+        if let Err(error) = self.enqueue(id, client, model, request) {
+            self.fail(id, error);
         }
     }
 
@@ -288,8 +306,10 @@ impl<C: Clock> DeviceWorker<C> {
 
     fn begin(&mut self, model: usize, client: ClientId) {
         let Some(Waiting { id, request, .. }) = self.queues[model].take(client) else { return };
-        if let Some(live) = self.sessions.get_mut(&id) {
-            live.is_handed_over = true;
+        let Some(live) = self.sessions.get_mut(&id) else { return };
+        live.is_handed_over = true;
+        if live.may_begin.take().is_some_and(|may_begin| !may_begin.0()) {
+            return self.cancel(id);
         }
         let runner = &mut self.runners[model];
         if let Err(error) = guarded(|| runner.submit_for(client, id, request)) {
@@ -426,7 +446,7 @@ impl<C: Clock> DeviceWorker<C> {
 #[cfg(test)]
 impl<C> DeviceWorker<C> {
     /// What [`super::Engine::submit`] counts and sends.
-    pub(super) fn submit(
+    pub(super) fn order(
         &mut self,
         id: u64,
         client: ClientId,
@@ -440,7 +460,7 @@ impl<C> DeviceWorker<C> {
         let gauges = &self.gauges.models[model];
         let place = gauges.queue.take(client)?;
         gauges.live.fetch_add(1, Relaxed);
-        self.handle(Command::Submit { id: SessionId(id), client, model, request, mailbox, place });
+        self.submit(Order { id: SessionId(id), client, model, request, mailbox, place, may_begin: None });
         Ok(())
     }
 

@@ -9,6 +9,8 @@ use serde::Serialize;
 
 use crate::engine::EngineError;
 use crate::job::UnknownJob;
+use crate::job::drive::INSUFFICIENT_STORAGE;
+use crate::job::output::StorageProblem;
 use crate::job::store::StoreFull;
 use crate::media::MediaError;
 
@@ -268,6 +270,13 @@ impl From<MediaError> for ApiError {
 impl From<StoreFull> for ApiError {
     fn from(error: StoreFull) -> Self {
         Self::busy(error.to_string())
+    }
+}
+
+impl From<StorageProblem> for ApiError {
+    /// 507: the same order may be taken when somebody has made room.
+    fn from(problem: StorageProblem) -> Self {
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, INSUFFICIENT_STORAGE, problem.to_string())
     }
 }
 

@@ -7,9 +7,12 @@ use axum::http::header;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use tale_models::ModelCard;
+use tale_models::diffusion::Medium;
 
 use super::error::ApiError;
 use super::{AppState, browsers};
+use crate::job::drive::INSUFFICIENT_STORAGE;
 use crate::telemetry;
 
 /// What the health listener answers, and other listeners when they are crowded; not measured. `other` is told to all else.
@@ -29,9 +32,18 @@ pub(super) async fn live() -> &'static str {
     "ok\n"
 }
 
-/// The models are loaded, the device lives, and new work is taken.
-pub(super) async fn ready(State(state): State<AppState>) -> Result<&'static str, ApiError> {
-    state.engine().map(|_| "ready\n")
+/// The models are loaded, the device lives, and new work is taken. A disk that takes no clips is said; a server with
+/// nothing else to do is not ready then.
+pub(super) async fn ready(State(state): State<AppState>) -> Result<String, ApiError> {
+    let engine = state.engine()?;
+    let Some(problem) = state.outputs().problem() else { return Ok("ready\n".into()) };
+    let makes_clips = |card: &ModelCard| matches!(card, ModelCard::Diffusion(card) if card.medium() == Medium::Video);
+    let clips = engine.models().iter().filter(|model| makes_clips(&model.card)).count();
+    match clips {
+        0 => Ok("ready\n".into()),
+        all if all == engine.models().len() => Err(problem.into()),
+        _ => Ok(format!("ready, but for clips ({INSUFFICIENT_STORAGE}): {problem}\n")),
+    }
 }
 
 /// In the text format of Prometheus.

@@ -23,7 +23,7 @@ use self::admission::Admission;
 use self::connections::Routes;
 use self::error::ApiError;
 use crate::engine::Engine;
-use crate::job::output::OutputDir;
+use crate::job::output::{DEFAULT_MIN_FREE_BYTES, OutputDir, StorageProblem};
 use crate::job::store::{JobStore, MemoryStore, Retention};
 use crate::telemetry;
 
@@ -60,6 +60,8 @@ pub use text::wire::MAX_CHOICES;
 pub const DEFAULT_MAX_REQUESTS: usize = 1024;
 /// How often a drain looks whether the last answer is sent.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
+/// How often the disk of finished clips is looked at.
+const DISK_INTERVAL: Duration = Duration::from_secs(1);
 /// Bounds of the health listener, which a few probes ask.
 const HEALTH_CONNECTIONS: ConnectionLimits = ConnectionLimits {
     max_connections: Some(32),
@@ -78,6 +80,8 @@ pub struct ServerOptions {
     pub max_requests: usize,
     /// Where finished clips lie; a folder of this process alone, removed at its end, when absent.
     pub output_dir: Option<PathBuf>,
+    /// Bytes that must be free on its disk for a clip to be taken.
+    pub min_free_disk_bytes: u64,
     /// How many jobs are kept.
     pub retention: Retention,
     /// Web pages that may call the server from a browser.
@@ -93,6 +97,7 @@ impl Default for ServerOptions {
         Self {
             max_requests: DEFAULT_MAX_REQUESTS,
             output_dir: None,
+            min_free_disk_bytes: DEFAULT_MIN_FREE_BYTES,
             retention: Retention::default(),
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
@@ -110,7 +115,7 @@ struct Shared {
     /// Set once the models are loaded.
     engine: OnceLock<Engine>,
     jobs: Arc<dyn JobStore>,
-    outputs: OutputDir,
+    outputs: Arc<OutputDir>,
     admission: Admission,
     cors_origins: Vec<Origin>,
     allowed_hosts: Vec<AllowedHost>,
@@ -120,17 +125,17 @@ struct Shared {
 
 impl AppState {
     /// A server without an engine: it answers, and is not ready.
-    pub fn new(options: ServerOptions) -> io::Result<Self> {
+    pub fn new(options: ServerOptions) -> Result<Self, StorageProblem> {
         // Before the first request and the first step, so that none goes uncounted.
         telemetry::metrics_handle();
         let outputs = match &options.output_dir {
-            Some(path) => OutputDir::at(path)?,
-            None => OutputDir::temporary()?,
+            Some(path) => OutputDir::at(path, options.min_free_disk_bytes)?,
+            None => OutputDir::temporary(options.min_free_disk_bytes)?,
         };
         Ok(Self(Arc::new(Shared {
             engine: OnceLock::new(),
             jobs: Arc::new(MemoryStore::new(options.retention)),
-            outputs,
+            outputs: Arc::new(outputs),
             admission: Admission::new(options.max_requests),
             cors_origins: options.cors_origins,
             allowed_hosts: options.allowed_hosts,
@@ -171,7 +176,7 @@ impl AppState {
         &self.0.jobs
     }
 
-    fn outputs(&self) -> &OutputDir {
+    fn outputs(&self) -> &Arc<OutputDir> {
         &self.0.outputs
     }
 
@@ -239,6 +244,7 @@ pub async fn serve(
             telemetry::metrics_handle().run_upkeep();
         }
     });
+    let disk_watch = tokio::spawn(watch_disk(state.outputs().clone()));
     let limits = state.0.connections;
     let reserve = health::router(state.clone(), connections::crowded);
     let routes = Routes { all: router(state.clone()), reserve };
@@ -252,6 +258,7 @@ pub async fn serve(
     let closed = tokio::time::timeout(CLOSE_GRACE, &mut server).await;
     server.abort();
     upkeep.abort();
+    disk_watch.abort();
     match closed {
         Ok(ended) => ended.map_err(io::Error::other),
         Err(_) => {
@@ -268,6 +275,18 @@ pub async fn serve_health(listener: TcpListener, state: AppState) {
     let router = || health::router(state.clone(), || async { ApiError::no_route() });
     let routes = Routes { all: router(), reserve: router() };
     connections::serve(listener, routes, HEALTH_CONNECTIONS, stop).await;
+}
+
+/// Looks again and again whether clips can be written, for jobs that wait and for readiness.
+async fn watch_disk(outputs: Arc<OutputDir>) {
+    loop {
+        tokio::time::sleep(DISK_INTERVAL).await;
+        let outputs = outputs.clone();
+        // What it finds is noted; a disk that does not answer holds one thread.
+        if tokio::task::spawn_blocking(move || drop(outputs.check())).await.is_err() {
+            tracing::error!("the check of the disk panicked");
+        }
+    }
 }
 
 /// Waits for what runs, up to `drain`, then stops the engine.

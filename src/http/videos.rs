@@ -1,9 +1,10 @@
 //! `/v1/videos`: clips are ordered, looked at, fetched and deleted.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -11,13 +12,16 @@ use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport};
 use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
 use tale_models::diffusion::{Canvas, DiffusionRequest, Medium};
 use tale_models::parameter::{Declaration, Options, Parameter, Task};
-use tale_models::{DiffusionCard, ModelCard};
+use tale_models::{DiffusionCard, ModelCard, Request};
+use tokio::task::spawn_blocking;
 
 use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
 use super::path::Id;
 use super::{AppState, body, client, unix_seconds};
+use crate::engine::MayBegin;
 use crate::job::drive::drive;
+use crate::job::output::OutputDir;
 use crate::job::store::{Order, Page};
 use crate::job::{Change, Failure, Job, JobId, JobState, UnknownJob};
 use crate::media::{ClipFormat, MAX_GIF_FPS};
@@ -181,7 +185,10 @@ fn answer(job: &Job) -> Response {
 }
 
 /// `POST /v1/videos`.
-pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+pub(super) async fn create(
+    State(state): State<AppState>,
+    request: axum::extract::Request,
+) -> Result<Response, ApiError> {
     let client = client::of(&request);
     let body = body::json_or_form_value(request, body::MAX_BODY_BYTES).await?;
     let options = super::parameters::read(body, OWN, Task::Video)?.options;
@@ -190,14 +197,28 @@ pub(super) async fn create(State(state): State<AppState>, request: Request) -> R
     let format = options.get(&OUTPUT_FORMAT);
     let request = resolve(options, &card)?;
     let format = clip_format(format.as_deref(), &request)?;
-    let session = state.engine()?.submit(&model, client, tale_models::Request::Diffusion(request.clone()))?;
+    let outputs = state.outputs();
+    check_disk(outputs.clone()).await?;
+    let engine = state.engine()?;
+    let session = engine.submit_if(&model, client, Request::Diffusion(request.clone()), Some(while_disk(outputs)))?;
     let job = Job::new(client, model, request, format);
     state.jobs().insert(job.clone())?;
-    let path = state.outputs().file(job.id, format);
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
-    tokio::spawn(drive(job, session, path, state.jobs().clone()));
+    tokio::spawn(drive(job, session, outputs.clone(), state.jobs().clone()));
     Ok(response)
+}
+
+/// Refuses a clip that could not be written.
+async fn check_disk(outputs: Arc<OutputDir>) -> Result<(), ApiError> {
+    let probed = spawn_blocking(move || outputs.probe()).await;
+    Ok(probed.map_err(|_| ApiError::internal("the check of the disk panicked"))??)
+}
+
+/// A job that has waited begins only if its clip can still be written.
+fn while_disk(outputs: &Arc<OutputDir>) -> MayBegin {
+    let outputs = outputs.clone();
+    MayBegin::when(move || outputs.problem().is_none())
 }
 
 /// `GET /v1/videos`.

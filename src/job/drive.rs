@@ -9,18 +9,23 @@ use tale_models::{Error, Event};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
+use super::output::OutputDir;
 use super::store::JobStore;
 use super::{Change, ClipFile, Failure, Job, Progress};
 use crate::engine::Session;
-use crate::media::{ClipEncoder, ClipFormat, MediaError};
+use crate::media::{ClipEncoder, ClipFormat, MediaError, Readers};
+
+/// Code of a failure for want of a disk that takes the clip.
+pub const INSUFFICIENT_STORAGE: &str = "insufficient_storage";
 
 /// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
 const MAX_WAITING_BATCHES: usize = 2;
 
 /// Follows `session` until the job's end. Stops the device work when the job ends by another hand (it was cancelled).
-pub async fn drive(job: Job, mut session: Session, path: PathBuf, store: Arc<dyn JobStore>) {
+pub async fn drive(job: Job, mut session: Session, outputs: Arc<OutputDir>, store: Arc<dyn JobStore>) {
     let Some(feed) = store.feed(job.id) else { return };
-    let mut work = Work { encoder: Encoder::spawn(&job, path), pace: Pace::default(), store: store.clone(), job };
+    let encoder = Encoder::spawn(&job, outputs.file(job.id, job.format));
+    let mut work = Work { encoder, pace: Pace::default(), outputs, store: store.clone(), job };
     let id = work.job.id;
     let outcome = tokio::select! {
         // Dropping the session and the encoder stops both.
@@ -41,6 +46,7 @@ struct Work {
     job: Job,
     encoder: Encoder,
     pace: Pace,
+    outputs: Arc<OutputDir>,
     store: Arc<dyn JobStore>,
 }
 
@@ -53,14 +59,27 @@ impl Work {
                     let progress = self.pace.progress(phase, done, total, Instant::now());
                     self.apply(Change::Progressed(progress));
                 }
-                Some(Event::Frames(frames)) => self.encoder.push(frames).await,
+                Some(Event::Frames(frames)) => {
+                    // An encoder that has failed takes no more; `finish` hears why, and the device need not go on.
+                    if !self.encoder.push(frames).await {
+                        return self.encoder.finish().await;
+                    }
+                }
                 Some(Event::Finished { .. }) => return self.encoder.finish().await,
                 Some(Event::Failed(error)) => return Err(failure(&error)),
                 // A clip has none.
                 Some(Event::Preview { .. }) => (),
                 Some(Event::Text { .. }) => return Err(internal("a clip model answered with text")),
-                None => return Err(Failure { code: "shutdown", message: "the server was shut down".into() }),
+                None => return Err(self.cut_off()),
             }
+        }
+    }
+
+    /// Why a session ends without an end: its turn found no room for the clip, or there are no turns any more.
+    fn cut_off(&self) -> Failure {
+        match self.outputs.problem() {
+            Some(problem) => insufficient_storage(&problem),
+            None => Failure { code: "shutdown", message: "the server was shut down".into() },
         }
     }
 
@@ -127,9 +146,9 @@ impl Encoder {
         Self { frames, clip }
     }
 
-    async fn push(&self, frames: Vec<Frame>) {
-        // An encoder that has failed takes no more; `finish` hears why.
-        let _ = self.frames.send(Batch::Frames(frames)).await;
+    /// False when the encoder has ended already.
+    async fn push(&self, frames: Vec<Frame>) -> bool {
+        self.frames.send(Batch::Frames(frames)).await.is_ok()
     }
 
     async fn finish(&mut self) -> Result<FinishedClip, Failure> {
@@ -137,6 +156,10 @@ impl Encoder {
         match (&mut self.clip).await {
             Ok(Ok(Some(clip))) => Ok(clip),
             Ok(Ok(None)) => Err(internal("the clip ended before its last frame")),
+            Ok(Err(error)) if error.is_of_storage() => {
+                tracing::error!(%error, "a clip could not be written");
+                Err(insufficient_storage("the disk took no more of the clip"))
+            }
             Ok(Err(error)) => Err(internal(&error.to_string())),
             Err(_) => Err(internal("the encoder panicked")),
         }
@@ -158,7 +181,10 @@ fn encode(
                 for frame in &frames {
                     let mut open = match encoder.take() {
                         Some(open) => open,
-                        None => ClipEncoder::create(path, format, frame.width, frame.height, fps)?,
+                        None => {
+                            let size = (frame.width, frame.height);
+                            ClipEncoder::create_for(Readers::Owner, path, format, size, fps)?
+                        }
                     };
                     open.push(frame)?;
                     encoder = Some(open);
@@ -173,6 +199,10 @@ fn encode(
             }
         }
     }
+}
+
+fn insufficient_storage(problem: impl ToString) -> Failure {
+    Failure { code: INSUFFICIENT_STORAGE, message: problem.to_string() }
 }
 
 fn internal(message: &str) -> Failure {

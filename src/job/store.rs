@@ -197,8 +197,11 @@ fn file_bytes(job: &Job) -> u64 {
 
 fn remove_file(job: &Job) {
     let JobState::Completed(file) = &job.state else { return };
-    if let Err(error) = std::fs::remove_file(&file.path) {
-        tracing::warn!(job = %job.id, %error, "the file of a removed job stays");
+    match std::fs::remove_file(&file.path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(job = %job.id, %error, "the file of a removed job stays");
+        }
+        _ => (),
     }
 }
 

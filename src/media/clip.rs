@@ -6,7 +6,8 @@
 //! The same frames give the same bytes on every machine with the same FFmpeg: thread counts are fixed (they shape what
 //! x264 and libvpx decide), and muxers write no dates, versions or random ids.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use ffmpeg_next::codec::threading;
@@ -154,6 +155,17 @@ impl ClipEncoder {
     /// Begins a clip of `width` x `height` pixels at a constant `fps`. An existing file is replaced at the end, not
     /// before.
     pub fn create(path: &Path, format: ClipFormat, width: usize, height: usize, fps: usize) -> Result<Self> {
+        Self::create_for(Readers::AsUsual, path, format, (width, height), fps)
+    }
+
+    /// As [`ClipEncoder::create`], readable for `readers`.
+    pub fn create_for(
+        readers: Readers,
+        path: &Path,
+        format: ClipFormat,
+        (width, height): (usize, usize),
+        fps: usize,
+    ) -> Result<Self> {
         if fps == 0 {
             return Err(MediaError::NoFrameRate);
         }
@@ -161,7 +173,7 @@ impl ClipEncoder {
         let fps = fps.min(recipe.max_fps);
         let coded_size = check_size(recipe, width, height)?;
         let filters = Filters::new(coded_size.0, coded_size.1, fps, recipe.filters)?;
-        let file = PartialFile::create(path)?;
+        let file = PartialFile::create(path, readers)?;
         let mut muxer = format::output_as(&file.url()?, recipe.muxer).map_err(MediaError::ffmpeg("open the file"))?;
         let global_header = muxer.format().flags().contains(format::Flags::GLOBAL_HEADER);
         let encoder = open_encoder(recipe, coded_size, fps, global_header)?;
@@ -316,21 +328,48 @@ fn begin_stream(
     Ok(stream.time_base())
 }
 
+/// Extension of a file that is not whole yet, behind its own.
+pub const PARTIAL_EXTENSION: &str = "partial";
+
+/// Who may read a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// Those whom the process's `umask` lets.
+    AsUsual,
+    /// This user alone.
+    Owner,
+}
+
+/// Whether nobody writes a file under a temporary name any more, in this process or another one.
+pub fn is_abandoned(partial: &Path) -> bool {
+    File::open(partial).is_ok_and(|file| file.try_lock().is_ok())
+}
+
 /// A file under a temporary name beside its final one; removed on drop unless kept.
 struct PartialFile {
     path: PathBuf,
     partial: PathBuf,
     kept: bool,
+    /// Locked, so that others see that it is being written.
+    _lock: File,
 }
 
 impl PartialFile {
-    fn create(path: &Path) -> Result<Self> {
+    fn create(path: &Path, readers: Readers) -> Result<Self> {
         let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(".partial");
+        name.push(".");
+        name.push(PARTIAL_EXTENSION);
         let partial = path.with_file_name(name);
+        let mode = match readers {
+            Readers::AsUsual => 0o666,
+            Readers::Owner => 0o600,
+        };
         // FFmpeg opens it again; here the system's reason is still known when it cannot be made.
-        File::create(&partial).map_err(MediaError::io(&partial))?;
-        Ok(Self { path: path.to_path_buf(), partial, kept: false })
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&partial);
+        let file = file.map_err(MediaError::io(&partial))?;
+        // Where a file system has no locks, an earlier process's files stay.
+        let _ = file.try_lock();
+        Ok(Self { path: path.to_path_buf(), partial, kept: false, _lock: file })
     }
 
     /// The path as FFmpeg takes it: with its scheme, or `rtmp:` and the like in a name would mean a protocol.

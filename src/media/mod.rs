@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use tale_models::request::Frame;
 
-pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS};
+pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS, PARTIAL_EXTENSION, Readers, is_abandoned};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
 pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture};
 pub use picture::{PictureFormat, encode_picture, enlarge, read_png_text};
@@ -120,6 +120,20 @@ pub enum MediaError {
 pub type Result<T, E = MediaError> = std::result::Result<T, E>;
 
 impl MediaError {
+    /// Whether the file could not be written for want of a disk that takes it.
+    pub fn is_of_storage(&self) -> bool {
+        use std::io::ErrorKind::{NotFound, PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+        let kind = match self {
+            Self::Io { source, .. } => source.kind(),
+            // The system's own number of the error.
+            Self::Ffmpeg { source: ffmpeg_next::Error::Other { errno }, .. } => {
+                std::io::Error::from_raw_os_error(*errno).kind()
+            }
+            _ => return false,
+        };
+        matches!(kind, NotFound | PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
+    }
+
     fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_path_buf();
         |source| Self::Io { path, source }
