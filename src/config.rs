@@ -165,6 +165,14 @@ pub struct Settings {
     #[serde(deserialize_with = "parsed_list")]
     pub allowed_hosts: Vec<AllowedHost>,
 
+    /// Let libraries log what RUST_LOG asks for: the tokenizer's finest lines are every character of a prompt
+    #[arg(long)]
+    pub unsafe_log_prompts: bool,
+
+    /// Let the system write core dumps, and debuggers attach: prompts and answers are in the memory
+    #[arg(long)]
+    pub allow_core_dumps: bool,
+
     /// Form of the log lines on stderr [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -220,6 +228,10 @@ pub struct Config {
     pub drain: Duration,
     /// Bounds of HTTP and jobs, and where finished clips lie.
     pub server: ServerOptions,
+    /// Whether libraries may log prompts.
+    pub unsafe_log_prompts: bool,
+    /// Whether the process's memory may be seen by others.
+    pub allow_core_dumps: bool,
     /// Form of the log lines.
     pub log_format: LogFormat,
 }
@@ -276,6 +288,8 @@ impl Config {
             engine: settings.engine_options(),
             drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
             server: settings.server_options(),
+            unsafe_log_prompts: settings.unsafe_log_prompts,
+            allow_core_dumps: settings.allow_core_dumps,
             log_format: settings.log_format.unwrap_or_default(),
             models: settings.models,
         })
@@ -321,6 +335,8 @@ impl Settings {
             output_dir: self.output_dir.or(file.output_dir),
             cors_origins: if self.cors_origins.is_empty() { file.cors_origins } else { self.cors_origins },
             allowed_hosts: if self.allowed_hosts.is_empty() { file.allowed_hosts } else { self.allowed_hosts },
+            unsafe_log_prompts: self.unsafe_log_prompts || file.unsafe_log_prompts,
+            allow_core_dumps: self.allow_core_dumps || file.allow_core_dumps,
             log_format: self.log_format.or(file.log_format),
         }
     }
@@ -586,6 +602,7 @@ mod tests {
         let ConnectionLimits { max_connections, max_per_address, header, idle, send } = config.server.connections;
         assert_eq!((max_connections, max_per_address), (Some(4096), Some(1024)));
         assert_eq!([header, idle, send], [5, 60, 120].map(Duration::from_secs));
+        assert!(config.unsafe_log_prompts && config.allow_core_dumps);
         assert_eq!(config.log_format, LogFormat::Json);
         assert_eq!(config.models.len(), 2);
         assert_eq!(config.models[0].name, "chat");

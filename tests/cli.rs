@@ -134,6 +134,32 @@ fn text_is_what_the_reference_generates() {
     }
 }
 
+/// The answer to a prompt however it is given, and what `RUST_LOG=trace` shows of it.
+#[test]
+fn prompts_come_from_files_and_standard_input_and_no_library_logs_them() {
+    let golden = Golden::read("qwen2");
+    let generate = ["generate", "text", "--model", &golden.checkpoint, "--max-tokens", "4", "--temperature", "0"];
+    let dir = tempdir().unwrap();
+    let file = dir.path().join("prompt.txt");
+    std::fs::write(&file, "A small boat\n").unwrap();
+    let file = file.to_str().unwrap();
+    let expected = succeed(&[&generate[..], &["--prompt", "A small boat"]].concat());
+    assert_eq!(succeed(&[&generate[..], &["--prompt-file", file]].concat()), expected);
+
+    let mut command = tale(&[&generate[..], &["--prompt", "-"]].concat());
+    command.env("RUST_LOG", "trace").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"A small boat\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), expected);
+    let logged = String::from_utf8(output.stderr).unwrap();
+    assert!(!logged.contains("tokenizers") && !logged.contains("boat"), "{logged}");
+
+    check_failure(&[&generate[..], &["--prompt-file", "/no/such"]].concat(), 1, &["/no/such: No such file"]);
+    let picture = ["generate", "image", "--model", "x", "--output", "x.png", "--prompt", "-", "--negative-prompt", "-"];
+    check_failure(&picture, 2, &["standard input holds one text only"]);
+}
+
 #[test]
 fn the_same_seed_draws_the_same_text() {
     let golden = Golden::read("qwen2");
@@ -726,6 +752,26 @@ fn serve_refuses_to_start_with_a_reason() {
     let model = format!("a={qwen2}");
     check_failure(&["serve", "--model", &model, "--listen", &address], 1, &[&address, "in use"]);
     check_failure(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"], 1, &["model `a`", "/no/such"]);
+    let unwritable = ["serve", "--model", &model, "--listen", "127.0.0.1:0", "--output-dir", "/proc/self"];
+    check_failure(&unwritable, 1, &["cannot serve: the folder for finished clips cannot be written"]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_server_leaves_no_core_dumps_unless_it_is_allowed_to() {
+    let core_limit = |pid: u32| {
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        line.split_whitespace().skip(4).take(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let model = format!("tiny={}", Golden::read("qwen2").checkpoint);
+    for (flags, expected) in [(&[][..], vec!["0".into(); 2]), (&["--allow-core-dumps"], core_limit(std::process::id()))]
+    {
+        let (mut child, _) = serve(&[&["--model", &model], flags].concat());
+        assert_eq!(core_limit(child.id()), expected, "{flags:?}");
+        signal(&child, "TERM");
+        assert_eq!(wait_at_most(&mut child, Duration::from_secs(10)), 0);
+    }
 }
 
 /// No machine has this GPU, and a build without CUDA has none at all: either way one line names it, and the checkpoint,

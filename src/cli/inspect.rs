@@ -14,8 +14,9 @@ use tale_models::loading::{self, Inspection};
 use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
+use super::CliError;
 use super::generate::image::read_parameters;
-use super::{CliError, logs};
+use super::logs::{self, Libraries};
 use crate::config::{ByteSize, LogFormat};
 use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 
@@ -63,7 +64,7 @@ pub struct InspectArgs {
 
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
-    logs::init(LogFormat::Text, LevelFilter::ERROR);
+    logs::init(LogFormat::Text, LevelFilter::ERROR, Libraries::Quiet);
     if args.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
         return print_parameters(&args.path);
     }

@@ -9,7 +9,9 @@ mod inspect;
 mod logs;
 mod openapi;
 mod parameters;
+mod privacy;
 mod progress;
+mod prompt;
 #[cfg(feature = "pull")]
 mod pull;
 mod serve;

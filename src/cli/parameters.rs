@@ -1,6 +1,7 @@
 //! Command-line flags of declared parameters.
 //!
-//! Owns: how a value is written on a command line. Does not know: what any parameter means.
+//! Owns: how a value is written on a command line, and that texts may stand in files instead. Does not know: what any
+//! parameter means.
 
 use std::marker::PhantomData;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
 use tale_models::text_parameters::TEXT_PARAMETERS;
 
 use super::CliError;
+use super::prompt::{self, Source};
 use crate::parameters::{is_image, set_images};
 
 /// The group of arguments that say what to show.
@@ -81,6 +83,7 @@ pub struct ParameterArgs<M> {
     /// Parameters that are to take the model's own default, whatever other options say.
     cleared: Vec<&'static Declaration>,
     files: Vec<(&'static Declaration, Vec<PathBuf>)>,
+    texts: Vec<(&'static Declaration, Source)>,
     makes: PhantomData<M>,
 }
 
@@ -97,6 +100,16 @@ impl<M: Makes> ParameterArgs<M> {
                 CliError::Argument(format!("--{}: {path} {error}", declaration.flag()))
             })?;
         }
+        if self.texts.iter().filter(|(_, source)| *source == Source::Stdin).count() > 1 {
+            return Err(CliError::Argument("-: standard input holds one text only".into()));
+        }
+        for (declaration, source) in self.texts {
+            let flag = match source {
+                Source::Stdin => format!("--{}", declaration.flag()),
+                Source::File(_) => format!("--{}-file", declaration.flag()),
+            };
+            options.insert(declaration, Value::Text(source.read(&flag)?));
+        }
         self.cleared.iter().for_each(|declaration| base.remove(declaration));
         Ok(options_over(options, base))
     }
@@ -112,7 +125,10 @@ fn declarations<M: Makes>() -> impl Iterator<Item = &'static Declaration> {
 impl<M: Makes> Args for ParameterArgs<M> {
     fn augment_args(command: Command) -> Command {
         let command = command.next_help_heading(M::HEADING);
-        declarations::<M>().fold(command, |command, declaration| command.arg(flag(declaration)))
+        declarations::<M>().fold(command, |command, declaration| {
+            let command = command.arg(flag(declaration));
+            if is_text(declaration) { command.arg(text_file_flag(declaration)) } else { command }
+        })
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -130,8 +146,13 @@ enum Said {
 
 impl<M: Makes> FromArgMatches for ParameterArgs<M> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let mut found =
-            Self { options: Options::default(), cleared: Vec::new(), files: Vec::new(), makes: PhantomData };
+        let mut found = Self {
+            options: Options::default(),
+            cleared: Vec::new(),
+            files: Vec::new(),
+            texts: Vec::new(),
+            makes: PhantomData,
+        };
         for declaration in declarations::<M>() {
             found.take(declaration, matches);
         }
@@ -155,12 +176,20 @@ impl<M: Makes> ParameterArgs<M> {
             }
             return;
         }
+        if is_text(declaration)
+            && let Some(path) = matches.get_one::<PathBuf>(&text_file_id(declaration))
+        {
+            self.texts.push((declaration, Source::File(path.clone())));
+        }
         let mut loras = Vec::new();
         let mut strings = Vec::new();
         for said in matches.get_many::<Said>(id).into_iter().flatten() {
             match said {
                 Said::Value(Value::Loras(one)) => loras.extend(one.iter().cloned()),
                 Said::Value(Value::Strings(one)) => strings.extend(one.iter().cloned()),
+                Said::Value(Value::Text(text)) if is_text(declaration) && text == prompt::STDIN => {
+                    self.texts.push((declaration, Source::Stdin));
+                }
                 Said::Value(value) => self.options.insert(declaration, value.clone()),
                 Said::Auto => self.cleared.push(declaration),
             }
@@ -179,10 +208,35 @@ fn id(declaration: &Declaration) -> String {
     format!("parameter:{}", declaration.name)
 }
 
+/// Whether its values are what people write: those may stand in a file.
+fn is_text(declaration: &Declaration) -> bool {
+    matches!(declaration.kind, Kind::Text { .. })
+}
+
+fn text_file_id(declaration: &Declaration) -> String {
+    format!("file:{}", declaration.name)
+}
+
+fn text_file_flag(declaration: &'static Declaration) -> Arg {
+    let name = declaration.flag();
+    let arg = Arg::new(text_file_id(declaration)).long(format!("{name}-file")).value_name("FILE");
+    let arg = arg.help(format!("A file with the text of --{name}")).value_parser(value_parser!(PathBuf));
+    in_subject(arg.conflicts_with(id(declaration)), declaration)
+}
+
+/// A prompt, wherever it stands, says what to show.
+fn in_subject(arg: Arg, declaration: &Declaration) -> Arg {
+    if declaration.name == PROMPT.declaration.name { arg.group(SUBJECT) } else { arg }
+}
+
 fn flag(declaration: &'static Declaration) -> Arg {
     let is_repeated = matches!(declaration.kind, Kind::Images { .. } | Kind::Loras | Kind::Strings { .. });
     let doc = declaration.doc.trim_end_matches('.');
-    let help = if is_repeated { format!("{doc}; may be given several times") } else { doc.to_owned() };
+    let help = match is_repeated {
+        true => format!("{doc}; may be given several times"),
+        false if is_text(declaration) => format!("{doc}; - reads it from standard input"),
+        false => doc.to_owned(),
+    };
     let arg = Arg::new(id(declaration)).long(declaration.flag()).value_name(value_name(declaration.kind)).help(help);
     let arg = arg.value_parser(parser(declaration)).action(match is_repeated {
         true => ArgAction::Append,
@@ -194,10 +248,7 @@ fn flag(declaration: &'static Declaration) -> Arg {
         // A number below 0 is for the declaration to refuse.
         _ => arg.allow_negative_numbers(true),
     };
-    match declaration.name == PROMPT.declaration.name {
-        true => arg.group(SUBJECT),
-        false => arg,
-    }
+    in_subject(arg, declaration)
 }
 
 fn value_name(kind: Kind) -> &'static str {

@@ -12,7 +12,8 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Repo, RepoType};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, progress, threads};
+use super::logs::{self, Libraries};
+use super::{CliError, progress, threads};
 use crate::config::LogFormat;
 
 /// What a checkpoint may consist of. Pickles (`.bin`, `.pt`, `.ckpt`) run code when they are read: never fetched.
@@ -78,7 +79,7 @@ pub enum PullError {
 
 /// Fetches the checkpoint and prints the folder's path.
 pub fn run(args: &PullArgs) -> Result<(), CliError> {
-    logs::init(LogFormat::Text, LevelFilter::WARN);
+    logs::init(LogFormat::Text, LevelFilter::WARN, Libraries::Quiet);
     threads::check()?;
     let name = check_repo(&args.repo)?;
     let output = args.output.clone().unwrap_or_else(|| name.into());

@@ -8,8 +8,9 @@ use clap::Args;
 use tokio::net::TcpListener;
 use tracing_subscriber::filter::LevelFilter;
 
+use super::logs::{self, Libraries};
 use super::watch::Watch;
-use super::{CliError, logs, progress, threads};
+use super::{CliError, privacy, progress, threads};
 use crate::config::{Config, Settings};
 use crate::engine::{Engine, EngineError};
 use crate::http::{self, AppState};
@@ -29,9 +30,13 @@ pub struct ServeArgs {
 
 pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let config = Config::resolve(args.config.as_deref(), args.settings)?;
-    logs::init(config.log_format, LevelFilter::INFO);
+    let libraries = if config.unsafe_log_prompts { Libraries::MayLogPrompts } else { Libraries::Quiet };
+    logs::init(config.log_format, LevelFilter::INFO, libraries);
     threads::check()?;
     config.server.connections.raise_file_limit();
+    if !config.allow_core_dumps {
+        privacy::close_memory()?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

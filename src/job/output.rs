@@ -16,6 +16,9 @@ use crate::media::{ClipFormat, PARTIAL_EXTENSION, is_abandoned};
 /// Bytes that must be free on the disk of finished clips when nothing else is configured.
 pub const DEFAULT_MIN_FREE_BYTES: u64 = 256 << 20;
 
+/// How often the removal of a folder is tried.
+const REMOVE_ATTEMPTS: usize = 3;
+
 /// A folder that only this user can enter. A temporary one is removed with everything in it when dropped.
 #[derive(Debug)]
 pub struct OutputDir {
@@ -106,16 +109,22 @@ impl OutputDir {
         self.lock().clone()
     }
 
-    /// Removes a temporary folder with everything in it, as dropping does; for an end in a hurry.
+    /// Removes a temporary folder with everything in it; another is left as it is.
     pub fn remove_temporary(&self) {
         if !self.is_temporary {
             return;
         }
-        match std::fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %self.path.display(), %error, "the folder of finished clips stays");
+        for attempt in 1.. {
+            match std::fs::remove_dir_all(&self.path) {
+                Ok(()) => return,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+                // A clip that is being written may begin its file meanwhile.
+                Err(_) if attempt < REMOVE_ATTEMPTS => (),
+                Err(error) => {
+                    tracing::warn!(path = %self.path.display(), %error, "the folder of finished clips stays");
+                    return;
+                }
             }
-            _ => (),
         }
     }
 

@@ -10,7 +10,8 @@ use std::io::{Write, stdout};
 use clap::{Args, Subcommand};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, threads};
+use super::logs::{self, Libraries};
+use super::{CliError, threads};
 use crate::config::LogFormat;
 
 #[derive(Debug, Args)]
@@ -30,7 +31,7 @@ enum What {
 }
 
 pub fn run(args: BenchArgs) -> Result<(), CliError> {
-    logs::init(LogFormat::Text, LevelFilter::WARN);
+    logs::init(LogFormat::Text, LevelFilter::WARN, Libraries::Quiet);
     threads::check()?;
     match args.what {
         What::Step(args) => step::run(&args),

@@ -16,7 +16,8 @@ use tale_models::{ClientId, Event, ModelCard, ModelSource, Request};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::{CliError, logs, progress, threads};
+use super::logs::{self, Libraries};
+use super::{CliError, progress, threads};
 use crate::config::LogFormat;
 use crate::engine::{Engine, EngineError, EngineOptions, ModelSpec, Session};
 
@@ -86,7 +87,7 @@ impl ModelArgs {
 }
 
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
-    logs::init(LogFormat::Text, LevelFilter::WARN);
+    logs::init(LogFormat::Text, LevelFilter::WARN, Libraries::Quiet);
     threads::check()?;
     match args.medium {
         Medium::Text(args) => text::run(args),

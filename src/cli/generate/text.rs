@@ -15,6 +15,7 @@ use tale_models::{Event, ModelCard, Request};
 
 use super::{CliError, Generator, ModelArgs, random_seed, wrong_medium};
 use crate::cli::parameters::{ParameterArgs, Text};
+use crate::cli::prompt::{self, Source};
 use crate::config::ByteSize;
 use crate::engine::EngineOptions;
 
@@ -43,13 +44,29 @@ pub struct TextArgs {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct Input {
-    /// Plain text to continue
+    /// Plain text to continue; - reads it from standard input. What stands on a command line, others can see
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
+
+    /// A file with plain text to continue
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
 
     /// A JSON file with a conversation: [{"role": "user", "content": "..."}, ...]
     #[arg(long, value_name = "FILE")]
     messages: Option<PathBuf>,
+}
+
+impl Input {
+    /// The text to continue; empty where a conversation is given.
+    fn text(&self) -> Result<String, CliError> {
+        match (&self.prompt, &self.prompt_file) {
+            (Some(text), _) if text == prompt::STDIN => Source::Stdin.read("--prompt"),
+            (Some(text), _) => Ok(text.clone()),
+            (None, Some(path)) => Source::File(path.clone()).read("--prompt-file"),
+            (None, None) => Ok(String::new()),
+        }
+    }
 }
 
 /// What `--json` prints.
@@ -62,15 +79,16 @@ struct Answer<'a> {
 
 pub fn run(args: TextArgs) -> Result<(), CliError> {
     let messages = args.input.messages.as_deref().map(read_messages).transpose()?;
+    let text = args.input.text()?;
     let mut options = EngineOptions::default();
     options.load.kv_cache_bytes = args.kv_cache.0;
     let mut generator = Generator::load(&args.model, options)?;
     let card = generator.card.clone();
     let ModelCard::Text(card) = &*card else { return Err(wrong_medium(&card)) };
 
-    let prompt = match (messages, &args.input.prompt) {
-        (Some(messages), _) => encode_chat(card, &messages)?,
-        (None, prompt) => card.encode_prompt(prompt.as_deref().unwrap_or_default(), &CancelToken::default())?,
+    let prompt = match messages {
+        Some(messages) => encode_chat(card, &messages)?,
+        None => card.encode_prompt(&text, &CancelToken::default())?,
     };
     let request = card.resolve(prompt, &args.sampling.options_over(Options::default())?, random_seed())?;
     let prompt_tokens = request.prompt.clone();
