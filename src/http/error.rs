@@ -1,6 +1,7 @@
 //! Errors as the OpenAI API spells them, and the one `match` from what went wrong to a status.
 //!
-//! A message names fields, limits, numbers and models that are served; it never repeats a text that a client wrote into a field.
+//! A message names fields, limits, numbers and models that are served; it never repeats a text that a client wrote into a
+//! field. Names of fields that a client made up are said, up to [`MAX_PARAM_BYTES`].
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -27,6 +28,17 @@ pub(super) struct ApiError {
     retry_after: Option<u32>,
     /// Whether the client should hear which encodings there are.
     accept_encoding: bool,
+}
+
+/// Longest path of a field that an error repeats; what is longer is cut.
+const MAX_PARAM_BYTES: usize = 128;
+
+fn shortened(mut param: String) -> String {
+    if param.len() > MAX_PARAM_BYTES {
+        param.truncate(param.floor_char_boundary(MAX_PARAM_BYTES));
+        param.push('\u{2026}');
+    }
+    param
 }
 
 /// `error` of the body.
@@ -59,7 +71,7 @@ impl ApiError {
 
     /// 400 with a code of its own.
     pub(super) fn field_code(param: impl Into<String>, code: &'static str, problem: impl std::fmt::Display) -> Self {
-        let param = param.into();
+        let param = shortened(param.into());
         let mut error = Self::new(StatusCode::BAD_REQUEST, code, format!("{param}: {problem}"));
         error.body.param = Some(param);
         error
@@ -302,6 +314,15 @@ impl IntoResponse for ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_name_of_a_field_is_cut() {
+        let name = "\u{e4}".repeat(1 << 20);
+        let error = ApiError::field(name.as_str(), "is not known");
+        assert_eq!(error.body.param, Some(format!("{}\u{2026}", &name[..MAX_PARAM_BYTES])));
+        assert!(error.body.message.ends_with("\u{2026}: is not known"), "{}", error.body.message);
+        assert_eq!(ApiError::field("a".repeat(MAX_PARAM_BYTES), "x").body.param.map(|param| param.len()), Some(128));
+    }
 
     #[test]
     fn a_template_that_fails_is_not_the_clients_fault() {
