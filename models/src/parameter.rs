@@ -92,6 +92,10 @@ pub enum Kind {
     Strings {
         /// Inclusive.
         max: usize,
+        /// Of each, inclusive.
+        max_bytes: usize,
+        /// Of all together, inclusive.
+        max_total_bytes: usize,
     },
     /// A list of LoRA files by name, each with a weight.
     Loras,
@@ -181,10 +185,20 @@ impl Declaration {
             (Kind::Choice(words), Value::Text(word)) if !words.contains(&word.as_str()) => {
                 refuse(format!("is not known; allowed: {}", words.join(", ")))
             }
-            (Kind::Strings { max }, Value::Strings(strings))
+            (Kind::Strings { max, .. }, Value::Strings(strings))
                 if strings.len() > max || strings.iter().any(String::is_empty) =>
             {
                 refuse(format!("takes at most {max} strings, none empty"))
+            }
+            (Kind::Strings { max_bytes, .. }, Value::Strings(strings))
+                if strings.iter().any(|string| string.len() > max_bytes) =>
+            {
+                refuse(format!("takes strings of at most {max_bytes} bytes"))
+            }
+            (Kind::Strings { max_total_bytes, .. }, Value::Strings(strings))
+                if strings.iter().map(String::len).sum::<usize>() > max_total_bytes =>
+            {
+                refuse(format!("takes strings of at most {max_total_bytes} bytes in all"))
             }
             (Kind::Images { max }, Value::Images(images)) if images.len() > max => {
                 refuse(format!("are {}; allowed: 1 to {max}", images.len()))
@@ -315,9 +329,15 @@ impl Parameter<f32> {
 }
 
 impl Parameter<Vec<String>> {
-    /// At most `max` strings, none of them empty.
-    pub const fn strings(name: &'static str, max: usize, doc: &'static str) -> Self {
-        Self::new(name, Kind::Strings { max }, doc)
+    /// At most `max` strings, none of them empty, each of at most `max_bytes` and all of at most `max_total_bytes`.
+    pub const fn strings(
+        name: &'static str,
+        max: usize,
+        max_bytes: usize,
+        max_total_bytes: usize,
+        doc: &'static str,
+    ) -> Self {
+        Self::new(name, Kind::Strings { max, max_bytes, max_total_bytes }, doc)
     }
 }
 
@@ -451,7 +471,7 @@ mod tests {
     const SCALE: Parameter<f64> = Parameter::number("scale", 0.0, 100.0, "Scale.").only_for(IMAGES);
     const PART: Parameter<[f64; 2]> = Parameter::interval("a_part", "A part.");
     const PENALTY: Parameter<f32> = Parameter::number_above("penalty", 0.0, 2.0, "A penalty.");
-    const STOP: Parameter<Vec<String>> = Parameter::strings("stop", 2, "Ends.");
+    const STOP: Parameter<Vec<String>> = Parameter::strings("stop", 2, 4, 6, "Ends.");
     const NOTE: Parameter<String> = Parameter::text("note", 3, "A note.").flag("remark");
 
     #[track_caller]
@@ -477,6 +497,9 @@ mod tests {
         check(&STOP, vec!["a".to_owned(); 2], None);
         check(&STOP, vec!["a".to_owned(); 3], Some("stop: takes at most 2 strings, none empty"));
         check(&STOP, vec![String::new()], Some("stop: takes at most 2 strings, none empty"));
+        check(&STOP, vec!["abcd".to_owned(), "ab".to_owned()], None);
+        check(&STOP, vec!["abcde".to_owned()], Some("stop: takes strings of at most 4 bytes"));
+        check(&STOP, vec!["abcd".to_owned(); 2], Some("stop: takes strings of at most 6 bytes in all"));
         check(&NOTE, "abc".into(), None);
         check(&NOTE, "abcd".into(), Some("note: has 4 bytes; at most 3"));
     }

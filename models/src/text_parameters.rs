@@ -84,11 +84,20 @@ pub static SEED: Parameter<u64> = Parameter::seed(
 
 /// Most stop strings of one request.
 const MAX_STOP_STRINGS: usize = 16;
+/// Longest stop string.
+const MAX_STOP_BYTES: usize = 1024;
+/// Most bytes of all stop strings of one request: what is looked for in every new piece of text.
+const MAX_STOP_TOTAL_BYTES: usize = 4096;
 
 /// See [`TextRequest::stop`](crate::request::TextRequest::stop).
-pub static STOP: Parameter<Vec<String>> =
-    Parameter::strings("stop", MAX_STOP_STRINGS, "The text ends before the first of these that appears in it.")
-        .only_for(TEXT);
+pub static STOP: Parameter<Vec<String>> = Parameter::strings(
+    "stop",
+    MAX_STOP_STRINGS,
+    MAX_STOP_BYTES,
+    MAX_STOP_TOTAL_BYTES,
+    "The text ends before the first of these that appears in it.",
+)
+.only_for(TEXT);
 
 /// See [`TextRequest::ignore_eos`](crate::request::TextRequest::ignore_eos).
 pub static IGNORE_EOS: Parameter<bool> =

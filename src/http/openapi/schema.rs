@@ -63,9 +63,9 @@ pub(super) fn values(kind: Kind) -> Value {
             json!({"type": "array", "items": share, "minItems": 2, "maxItems": 2})
         }
         Kind::Choice(words) | Kind::Name(words) => json!({"type": "string", "enum": words}),
-        Kind::Strings { max } => {
-            let string = json!({"type": "string", "minLength": 1});
-            json!({"type": ["string", "array"], "minLength": 1, "items": string, "maxItems": max})
+        Kind::Strings { max, max_bytes, .. } => {
+            let string = json!({"type": "string", "minLength": 1, "maxLength": max_bytes});
+            json!({"type": ["string", "array"], "minLength": 1, "maxLength": max_bytes, "items": string, "maxItems": max})
         }
         Kind::Loras => json!({"type": "array", "items": lora(), "maxItems": MAX_LORAS}),
         Kind::Image | Kind::Mask => json!({"type": "string"}),

@@ -48,7 +48,10 @@ fn values(kind: Kind) -> String {
         Kind::Interval => "`[start, end]` with `0 <= start < end <= 1`".to_owned(),
         Kind::Choice(words) => words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "),
         Kind::Name(_) => "name".to_owned(),
-        Kind::Strings { max } => format!("text, or a list of at most {max}, none empty"),
+        Kind::Strings { max, max_bytes, max_total_bytes } => {
+            let bytes = format!("at most {max_bytes} bytes each, {max_total_bytes} in all");
+            format!("text, or a list of at most {max}, none empty, {bytes}")
+        }
         Kind::Loras => "list of `{\"name\", \"weight\"}`".to_owned(),
         Kind::Image | Kind::Mask => "image file".to_owned(),
         Kind::Images { max } => format!("1 to {max} image files"),
