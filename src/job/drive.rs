@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 
 use tale_models::request::{Frame, Phase};
 use tale_models::{Error, Event};
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::spawn_blocking;
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::output::OutputDir;
 use super::store::JobStore;
@@ -21,10 +20,14 @@ pub const INSUFFICIENT_STORAGE: &str = "insufficient_storage";
 /// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
 const MAX_WAITING_BATCHES: usize = 2;
 
+/// Most clips that are encoded at a time, each on a thread of its own; frames of others wait.
+const MAX_ENCODERS: usize = 32;
+static ENCODERS: Semaphore = Semaphore::const_new(MAX_ENCODERS);
+
 /// Follows `session` until the job's end. Stops the device work when the job ends by another hand (it was cancelled).
 pub async fn drive(job: Job, mut session: Session, outputs: Arc<OutputDir>, store: Arc<dyn JobStore>) {
     let Some(feed) = store.feed(job.id) else { return };
-    let encoder = Encoder::spawn(&job, outputs.file(job.id, job.format));
+    let encoder = Encoder::new(&job, outputs.file(job.id, job.format));
     let mut work = Work { encoder, pace: Pace::default(), outputs, store: store.clone(), job };
     let id = work.job.id;
     let outcome = tokio::select! {
@@ -107,10 +110,13 @@ impl Pace {
     }
 }
 
-/// The encoding of one clip on a thread that may block. Dropped before its end, nothing of the clip stays.
+/// The encoding of one clip on a thread of its own, which begins with the first frame. Dropped before its end, nothing of
+/// the clip stays.
 struct Encoder {
     frames: mpsc::Sender<Batch>,
     clip: oneshot::Receiver<Result<Option<FinishedClip>, MediaError>>,
+    /// What the thread will do; `None` once it does.
+    waiting: Option<Box<dyn FnOnce() + Send>>,
 }
 
 enum Batch {
@@ -137,21 +143,37 @@ impl Drop for FinishedClip {
 }
 
 impl Encoder {
-    fn spawn(job: &Job, path: PathBuf) -> Self {
+    fn new(job: &Job, path: PathBuf) -> Self {
         let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
         let (sender, clip) = oneshot::channel();
         let (format, fps) = (job.format, job.request.canvas.fps);
         // A receiver that is gone drops the clip, and the file with it.
-        spawn_blocking(move || drop(sender.send(encode(&path, batches, format, fps))));
-        Self { frames, clip }
+        let work = move || drop(sender.send(encode(&path, batches, format, fps)));
+        Self { frames, clip, waiting: Some(Box::new(work)) }
+    }
+
+    /// Starts the thread, once there are fewer than [`MAX_ENCODERS`].
+    async fn begin(&mut self) {
+        let Some(work) = self.waiting.take() else { return };
+        // Neither the semaphore closes nor, where there is no thread, does the receiver hear anything but the end.
+        let Ok(permit) = ENCODERS.acquire().await else { return };
+        let work = move || {
+            let _permit = permit;
+            work();
+        };
+        if let Err(error) = std::thread::Builder::new().name("tale-clip".into()).spawn(work) {
+            tracing::error!(%error, "a clip has no thread to be encoded on");
+        }
     }
 
     /// False when the encoder has ended already.
-    async fn push(&self, frames: Vec<Frame>) -> bool {
+    async fn push(&mut self, frames: Vec<Frame>) -> bool {
+        self.begin().await;
         self.frames.send(Batch::Frames(frames)).await.is_ok()
     }
 
     async fn finish(&mut self) -> Result<FinishedClip, Failure> {
+        self.begin().await;
         let _ = self.frames.send(Batch::End).await;
         match (&mut self.clip).await {
             Ok(Ok(Some(clip))) => Ok(clip),
