@@ -127,6 +127,16 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     pub max_requests: Option<NonZeroUsize>,
 
+    /// Most memory that the bodies of requests, and the pictures in them, take together; more are refused with 503
+    /// [default: 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    #[serde(deserialize_with = "parsed")]
+    pub max_body_memory: Option<ByteSize>,
+
+    /// Threads that compute for requests (JSON, templates, tokens, pictures), two at least [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub compute_threads: Option<NonZeroUsize>,
+
     /// Seconds that running work may go on after SIGTERM, SIGINT or SIGHUP [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u32>,
@@ -327,6 +337,8 @@ impl Settings {
             text_encoders: self.text_encoders.or(file.text_encoders),
             max_queued: self.max_queued.or(file.max_queued),
             max_requests: self.max_requests.or(file.max_requests),
+            max_body_memory: self.max_body_memory.or(file.max_body_memory),
+            compute_threads: self.compute_threads.or(file.compute_threads),
             max_active_jobs: self.max_active_jobs.or(file.max_active_jobs),
             max_ended_jobs: self.max_ended_jobs.or(file.max_ended_jobs),
             max_clip_storage: self.max_clip_storage.or(file.max_clip_storage),
@@ -376,6 +388,8 @@ impl Settings {
         let server = ServerOptions::default();
         ServerOptions {
             max_requests: or(self.max_requests, server.max_requests),
+            max_body_memory: self.max_body_memory.map_or(server.max_body_memory, |size| size.0),
+            compute_threads: or(self.compute_threads, server.compute_threads),
             output_dir: self.output_dir.clone(),
             min_free_disk_bytes: self.min_free_disk.map_or(server.min_free_disk_bytes, |size| size.0 as u64),
             cors_origins: self.cors_origins.clone(),
@@ -591,6 +605,7 @@ mod tests {
         assert_eq!(config.engine.max_queued_sessions, 100);
         assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
         assert_eq!(config.server.max_requests, 500);
+        assert_eq!((config.server.max_body_memory, config.server.compute_threads), (2 << 30, 4));
         let Retention { max_active_jobs, max_ended_jobs, max_file_bytes } = config.server.retention;
         assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
         assert_eq!(config.drain, Duration::from_secs(60));
@@ -634,6 +649,7 @@ mod tests {
             ("lora_cache", gib(engine.load.lora_cache_bytes)),
             ("max_queued", engine.max_queued_sessions.to_string()),
             ("max_requests", server.max_requests.to_string()),
+            ("max_body_memory", gib(server.max_body_memory)),
             ("max_active_jobs", server.retention.max_active_jobs.to_string()),
             ("max_ended_jobs", server.retention.max_ended_jobs.to_string()),
             ("max_clip_storage", gib(server.retention.max_file_bytes as usize)),

@@ -3,6 +3,7 @@
 //! Owns: HTTP, jobs, scheduling across models, media encoding, the command line. Does not know: tensors.
 
 pub mod cli;
+mod compute;
 pub mod config;
 pub mod engine;
 pub mod http;

@@ -12,7 +12,7 @@ use tale_models::diffusion::parameters::{IMAGE, MASK, PARAMETERS, PARTIAL_IMAGES
 use tale_models::diffusion::references::MAX_REFERENCE_PIXELS;
 use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
 
-use crate::media::{InputError, decode_picture};
+use crate::media::{InputError, decode_picture_within};
 
 /// Keyword of the PNG text that holds them.
 pub const KEYWORD: &str = "parameters";
@@ -85,16 +85,18 @@ impl Serialize for EffectiveParameters {
 }
 
 /// Decodes the image files of a parameter. Transparent parts of the image to edit are its mask, unless one is given
-/// later. An error comes with the number of the file.
+/// later. `reserve` says whether there are so many bytes of memory for the next. An error comes with the number of the
+/// file.
 pub fn set_images(
     options: &mut Options,
     declaration: &'static Declaration,
     files: &[impl AsRef<[u8]>],
+    reserve: &mut dyn FnMut(usize) -> bool,
 ) -> Result<(), (usize, InputError)> {
     let mut pictures = Vec::with_capacity(files.len());
     let mut pixels = 0;
     for (number, file) in files.iter().enumerate() {
-        let picture = decode_picture(file.as_ref()).map_err(|error| (number, error))?;
+        let picture = decode_picture_within(file.as_ref(), reserve).map_err(|error| (number, error))?;
         pixels += picture.frame.width * picture.frame.height;
         pictures.push(picture);
         // More are refused for their size; no more than that are decoded.

@@ -1,6 +1,7 @@
 #![allow(missing_docs)] // a test binary has no readers of its docs
 //! The server over real HTTP: one binary, so that it is linked once.
 
+mod bodies;
 mod browsers;
 mod cancel;
 mod cli;

@@ -13,7 +13,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tale::engine::{Engine, EngineOptions, ModelStatus};
-use tale::http::{AppState, ConnectionLimits, ServerOptions, serve};
+use tale::http::{AppState, ConnectionLimits, DEFAULT_MAX_BODY_MEMORY, ServerOptions, serve};
 use tale_models::testing::{Script, clip_model, picture_model, text_model};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -48,6 +48,7 @@ pub struct Setup {
     pub cors_origins: Vec<&'static str>,
     pub allowed_hosts: Vec<&'static str>,
     pub connections: ConnectionLimits,
+    pub max_body_memory: usize,
     pub output_dir: Option<PathBuf>,
     pub min_free_disk_bytes: u64,
 }
@@ -63,6 +64,7 @@ impl Default for Setup {
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
             connections: ConnectionLimits::default(),
+            max_body_memory: DEFAULT_MAX_BODY_MEMORY,
             output_dir: None,
             min_free_disk_bytes: 0,
         }
@@ -105,6 +107,7 @@ pub async fn start(setup: Setup) -> Server {
         cors_origins,
         allowed_hosts,
         connections: setup.connections,
+        max_body_memory: setup.max_body_memory,
         output_dir: setup.output_dir,
         min_free_disk_bytes: setup.min_free_disk_bytes,
         ..ServerOptions::default()

@@ -95,7 +95,7 @@ impl<M: Makes> ParameterArgs<M> {
             let read =
                 |path: &PathBuf| std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source });
             let files = paths.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-            set_images(&mut options, declaration, &files).map_err(|(number, error)| {
+            set_images(&mut options, declaration, &files, &mut |_| true).map_err(|(number, error)| {
                 let path = paths[number].display();
                 CliError::Argument(format!("--{}: {path} {error}", declaration.flag()))
             })?;

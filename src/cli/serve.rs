@@ -1,6 +1,6 @@
 //! `tale serve`: from a configuration to a server that answers until it is told to stop.
 
-use std::io::{self, Write, stdout};
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -54,8 +54,8 @@ async fn serve(config: Config) -> Result<(), CliError> {
     let listener = http::listen(config.listen).map_err(failed(config.listen))?;
     let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
     let health = health.transpose()?;
-    let state = AppState::new(config.server.clone())
-        .map_err(|problem| CliError::Io { what: "cannot serve".into(), source: io::Error::other(problem) })?;
+    let state =
+        AppState::new(config.server.clone()).map_err(|source| CliError::Io { what: "cannot serve".into(), source })?;
     let stop = watch.over(state.clone(), health);
     let ended = answer(listener, &state, stop, config).await;
     // The watch holds on to the state until the process ends.

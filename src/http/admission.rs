@@ -1,28 +1,62 @@
-//! What every request goes through: a bound on how many are in flight, and their measurement.
+//! What every request goes through: its measurement, and a bound on how many generate.
 //!
-//! The pass that a request gets travels with its response body and is given back when that is sent or dropped, so that
-//! a stream counts for as long as it lasts. Clients share the passes: one alone cannot take all. Identity, once there is
-//! one, is checked here first and makes the clients.
+//! A handler that generates is admitted once the body of its request is there, and works within that: only an [`Admitted`]
+//! request can submit work to the engine. Its place travels with the response body and is given back when that is sent or
+//! dropped, so that a stream counts for as long as it lasts. Clients share the places: one alone cannot take all. Identity,
+//! once there is one, is checked here first and makes the clients.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::Method;
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http_body::{Frame, SizeHint};
 use tale_models::ClientId;
 
 use super::AppState;
-use super::client;
 use super::error::ApiError;
+use crate::engine::{Engine, EngineStatus, MayBegin, ServedModel, Session};
 use crate::places::{Place, Places};
 use crate::telemetry;
+
+/// The engine, for everything but work: that takes a request that is [`Admitted`].
+#[derive(Debug, Clone)]
+pub(super) struct Served(Engine);
+
+impl Served {
+    pub(super) fn new(engine: Engine) -> Self {
+        Self(engine)
+    }
+
+    pub(super) fn models(&self) -> &[ServedModel] {
+        self.0.models()
+    }
+
+    /// The model with this name, or the error that names those there are.
+    pub(super) fn model(&self, name: &str) -> Result<&ServedModel, ApiError> {
+        Ok(self.0.model(name)?)
+    }
+
+    /// Whether the device thread lives.
+    pub(super) fn is_alive(&self) -> bool {
+        self.0.is_alive()
+    }
+
+    pub(super) fn status(&self) -> EngineStatus {
+        self.0.status()
+    }
+
+    /// Stops the device thread, after at most `drain`. Waits for the step that runs.
+    pub(super) fn shutdown(&self, drain: Duration) {
+        self.0.shutdown(drain);
+    }
+}
 
 /// Counts requests in flight and bounds those that generate.
 #[derive(Debug)]
@@ -41,9 +75,56 @@ impl Admission {
         self.in_flight.load(Relaxed)
     }
 
+    /// Refuses a client for whom there is no place, without taking one.
+    pub(super) fn check(&self, client: ClientId) -> Result<(), ApiError> {
+        self.place(client).map(drop)
+    }
+
     fn place(&self, client: ClientId) -> Result<Place, ApiError> {
         self.places.take(client).map_err(|reason| ApiError::busy(format!("requests are in flight: {reason}")))
     }
+}
+
+/// A request that has a place, and the only way to the engine's work. There is one only within [`with_place`].
+#[derive(Debug)]
+pub(super) struct Admitted {
+    engine: Served,
+    client: ClientId,
+    _place: Place,
+}
+
+impl Admitted {
+    /// Whose request it is.
+    pub(super) fn client(&self) -> ClientId {
+        self.client
+    }
+
+    /// Gives work to the engine.
+    pub(super) fn submit(&self, model: &str, request: tale_models::Request) -> Result<Session, ApiError> {
+        Ok(self.engine.0.submit(model, self.client, request)?)
+    }
+
+    /// Gives work to the engine that begins only if `may_begin` agrees when its turn comes.
+    pub(super) fn submit_if(
+        &self,
+        model: &str,
+        request: tale_models::Request,
+        may_begin: MayBegin,
+    ) -> Result<Session, ApiError> {
+        Ok(self.engine.0.submit_if(model, self.client, request, Some(may_begin))?)
+    }
+}
+
+/// What `work` answers to a request of `client`, in a place that is taken now and kept until the answer is sent. Refused
+/// while the server is not ready for work, or has no place.
+pub(super) async fn with_place(
+    state: &AppState,
+    client: ClientId,
+    work: impl AsyncFnOnce(&Admitted) -> Result<Response, ApiError>,
+) -> Result<Response, ApiError> {
+    let admitted = Admitted { engine: state.engine()?.clone(), client, _place: state.admission().place(client)? };
+    let response = work(&admitted).await?;
+    Ok(response.map(|body| carry(body, admitted)))
 }
 
 /// Measures every request.
@@ -61,14 +142,6 @@ pub(super) async fn measure(State(state): State<AppState>, request: Request, nex
     let response = next.run(request).await;
     pass.status = Some(response.status().as_u16());
     response.map(|body| carry(body, pass))
-}
-
-/// Refuses work that the server is not ready for, or has no place for.
-pub(super) async fn admit(State(state): State<AppState>, request: Request, next: Next) -> Response {
-    match state.engine().and_then(|_| state.admission().place(client::of(&request))) {
-        Ok(place) => next.run(request).await.map(|body| carry(body, place)),
-        Err(error) => error.into_response(),
-    }
 }
 
 /// Books a request when dropped.

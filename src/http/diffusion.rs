@@ -2,13 +2,19 @@
 
 use std::sync::Arc;
 
-use tale_models::diffusion::parameters::{HEIGHT, WIDTH};
+use tale_models::ModelCard;
+use tale_models::diffusion::parameters::{HEIGHT, LORAS, PARAMETERS, WIDTH};
 use tale_models::diffusion::{DiffusionRequest, Medium};
-use tale_models::parameter::{Options, Parameter};
-use tale_models::{DiffusionCard, ModelCard};
+use tale_models::parameter::{Declaration, Options, Parameter, Value};
 
 use super::AppState;
 use super::error::ApiError;
+use super::files::FileWork;
+use crate::compute::Compute;
+
+/// Most requests whose LoRA files are looked at at a time.
+const MAX_LORA_READERS: usize = 8;
+static LORA_FILES: FileWork = FileWork::new(MAX_LORA_READERS);
 
 /// Longest name of a model.
 const MAX_MODEL_BYTES: usize = 256;
@@ -68,11 +74,34 @@ pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<
     }
 }
 
-/// The validated request.
-pub(super) fn resolve(card: &ModelCard, options: &Options, size: SizeField) -> Result<DiffusionRequest, ApiError> {
-    let card: &DiffusionCard = match card {
-        ModelCard::Diffusion(card) => card,
-        ModelCard::Text(_) => return Err(ApiError::internal("a text model was asked for an image")),
+/// The validated request. `settle` makes of the options what the model's card knows, and says where the size was given.
+/// Images are resized, and the files of LoRAs are looked at on a thread for that.
+pub(super) async fn resolve(
+    compute: &Compute,
+    mut options: Options,
+    card: Arc<ModelCard>,
+    settle: impl FnOnce(&mut Options) -> Result<SizeField, ApiError>,
+) -> Result<DiffusionRequest, ApiError> {
+    let size = settle(&mut options)?;
+    let (reads_files, num_bytes) = (options.has(&LORAS), image_bytes(&options));
+    let resolve = move || match &*card {
+        ModelCard::Diffusion(card) => Ok(card.resolve(&options, super::random_seed())?),
+        ModelCard::Text(_) => Err(ApiError::internal("a text model was asked for an image")),
     };
-    card.resolve(options, super::random_seed()).map_err(|error| size.rename(error.into()))
+    let resolved = match reads_files {
+        true => LORA_FILES.run(resolve).await?,
+        false => compute.run_sized(num_bytes, move |_| resolve()).await?,
+    };
+    resolved.map_err(|error| size.rename(error))
+}
+
+/// Bytes of the images that a request brings.
+pub(super) fn image_bytes(options: &Options) -> usize {
+    let bytes = |declaration: &&Declaration| match options.value(declaration) {
+        Some(Value::Image(image)) => image.rgb.len(),
+        Some(Value::Images(images)) => images.iter().map(|image| image.rgb.len()).sum(),
+        Some(Value::Mask(mask)) => mask.grey.len(),
+        _ => 0,
+    };
+    PARAMETERS.iter().map(bytes).sum()
 }

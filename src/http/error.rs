@@ -8,6 +8,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::compute::ComputeError;
 use crate::engine::EngineError;
 use crate::job::UnknownJob;
 use crate::job::drive::INSUFFICIENT_STORAGE;
@@ -162,6 +163,19 @@ impl ApiError {
         error
     }
 
+    /// 503: the memory for bodies is taken.
+    pub(super) fn no_body_memory(limit_bytes: usize) -> Self {
+        let message = format!("the {limit_bytes} bytes of memory for bodies (max_body_memory) are taken");
+        let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "body_memory_full", message);
+        error.retry_after = Some(RETRY_AFTER_BUSY);
+        error
+    }
+
+    /// 410: the file of a clip is not there any more.
+    pub(super) fn removed() -> Self {
+        Self::new(StatusCode::GONE, "removed", "the file of this video was removed")
+    }
+
     /// 503: not yet, or not any more.
     pub(super) fn unready(code: &'static str, message: &str) -> Self {
         let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, code, message);
@@ -216,6 +230,15 @@ impl ApiError {
     /// `error` of the body, for streams whose status has been sent already.
     pub(super) fn body(&self) -> &ErrorBody {
         &self.body
+    }
+}
+
+impl From<ComputeError> for ApiError {
+    fn from(error: ComputeError) -> Self {
+        match error {
+            ComputeError::Full { .. } => Self::busy(error.to_string()),
+            ComputeError::Panicked => Self::internal("the request could not be worked on"),
+        }
     }
 }
 

@@ -12,18 +12,23 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
+use tale_models::cancel::CancelToken;
+use tale_models::diffusion::parameters::PARAMETERS;
 use tale_models::diffusion::{Acceleration, DiffusionRequest, Medium};
 use tale_models::parameter::Task;
 use tale_models::request::{Frame, Usage};
-use tale_models::{ClientId, Event, ModelCard};
+use tale_models::{Event, ModelCard};
 use tokio::sync::Semaphore;
-use tokio::task::spawn_blocking;
 
 use self::fields::ImageFields;
+use super::admission::{Admitted, with_place};
+use super::body::memory::Held;
+use super::body::{self, Format};
 use super::diffusion::{self, SizeField};
 use super::error::ApiError;
-use super::parameters::Given;
-use super::{AppState, body, client, unix_seconds};
+use super::parameters::{Given, room_in};
+use super::{AppState, unix_seconds};
+use crate::compute::Compute;
 use crate::engine::Session;
 use crate::media::{PictureFormat, encode_picture, enlarge};
 use crate::parameters::{self, EffectiveParameters};
@@ -34,6 +39,8 @@ pub(super) use fields::OWN;
 /// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
 const MAX_DECODING: usize = 4;
 static DECODING: Semaphore = Semaphore::const_new(MAX_DECODING);
+/// What decoding counts for among work that computes: it is long, however short a file is.
+const DECODING_COST: usize = body::MAX_PICTURE_BODY_BYTES;
 
 /// The answer: OpenAI's fields, and the effective parameters beside them.
 #[derive(Debug, Serialize)]
@@ -61,45 +68,61 @@ struct Image {
 
 /// `POST /v1/images/generations`.
 pub(super) async fn generate(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let client = client::of(&request);
-    let body = body::json_value(request, body::MAX_PICTURE_BODY_BYTES).await?;
-    let given = super::parameters::read(body, fields::OWN, Task::ImageGeneration)?;
-    make(&state, client, given, stream::GENERATION).await
+    let received = body::receive(&state, request, Format::Json, body::MAX_PICTURE_BODY_BYTES).await?;
+    let room_of = |name: &str| room_in(&PARAMETERS, name);
+    let read = |body| super::parameters::read(body, fields::OWN, Task::ImageGeneration);
+    with_place(&state, received.client, async |admitted| {
+        let (given, held) = received.read(state.compute(), room_of, read).await?;
+        make(&state, admitted, given, held, stream::GENERATION).await
+    })
+    .await
 }
 
 /// `POST /v1/images/edits`.
 pub(super) async fn edit(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let client = client::of(&request);
-    let body = body::json_or_form_value(request, body::MAX_PICTURE_BODY_BYTES).await?;
-    let given = super::parameters::read(body, fields::OWN, Task::ImageEdit)?;
-    make(&state, client, given, stream::EDIT).await
+    let received = body::receive(&state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
+    let room_of = |name: &str| room_in(&PARAMETERS, name);
+    let read = |body| super::parameters::read(body, fields::OWN, Task::ImageEdit);
+    with_place(&state, received.client, async |admitted| {
+        let (given, held) = received.read(state.compute(), room_of, read).await?;
+        make(&state, admitted, given, held, stream::EDIT).await
+    })
+    .await
 }
 
-async fn make(state: &AppState, client: ClientId, given: Given, names: stream::Names) -> Result<Response, ApiError> {
+/// `held` is the memory of what was given, for as long as the answer takes.
+async fn make(
+    state: &AppState,
+    admitted: &Admitted,
+    given: Given,
+    held: Held,
+    names: stream::Names,
+) -> Result<Response, ApiError> {
     let created = unix_seconds(SystemTime::now());
     let fields = ImageFields::new(&given.options)?;
     let ImageFields { model, n, is_stream, encoding } = fields;
     let card = diffusion::card(state, &model, Medium::Image)?;
-    let request = resolve(given, card).await?;
+    let (request, held) = resolve(state.compute(), given, held, card).await?;
     let parameters = EffectiveParameters::new(&model, &request);
-    let engine = state.engine()?;
     if is_stream {
-        let session = engine.submit(&model, client, tale_models::Request::Diffusion(request.clone()))?;
-        let head = stream::Head { names, created_at: created, encoding, parameters, request };
+        let session = admitted.submit(&model, tale_models::Request::Diffusion(request.clone()))?;
+        let compute = state.compute().clone();
+        let head = stream::Head { names, created_at: created, encoding, parameters, request, compute, _held: held };
         return stream::respond(head, session).await;
     }
     let seeds: Vec<u64> = (0..n as u64).map(|index| request.sampling.seed.wrapping_add(index)).collect();
     let with_seed = |seed| tale_models::Request::Diffusion(request.with_seed(seed));
     // All are submitted before the first is awaited; an error drops them, which cancels them.
     let sessions: Vec<_> =
-        seeds.iter().map(|&seed| engine.submit(&model, client, with_seed(seed))).collect::<Result<_, _>>()?;
+        seeds.iter().map(|&seed| admitted.submit(&model, with_seed(seed))).collect::<Result<_, _>>()?;
     let mut data = Vec::with_capacity(n);
     for (mut session, seed) in sessions.into_iter().zip(seeds) {
         let (picture, usage) = picture(&mut session).await?;
         let skipped_passes = skipped_passes(&request, usage);
-        let b64_json = encoding.encode(picture, parameters.with_seed(seed)).await?;
+        let b64_json = encoding.encode(state.compute(), picture, parameters.with_seed(seed)).await?;
         data.push(Image { b64_json, seed, skipped_passes });
     }
+    let num_bytes = data.iter().map(|image| image.b64_json.len()).sum();
     let images = Images {
         created,
         data,
@@ -109,7 +132,7 @@ async fn make(state: &AppState, client: ClientId, given: Given, names: stream::N
         num_reference_images: num_reference_images(&request),
         parameters,
     };
-    Ok(Json(images).into_response())
+    Ok(state.compute().run_sized(num_bytes, move |_| Json(images).into_response()).await?)
 }
 
 fn num_reference_images(request: &DiffusionRequest) -> Option<usize> {
@@ -121,19 +144,21 @@ fn skipped_passes(request: &DiffusionRequest, usage: Usage) -> Option<usize> {
     (request.acceleration != Acceleration::None).then_some(usage.skipped_passes)
 }
 
-/// The validated request, made on a thread that may wait: images are decoded and resized, the files of LoRAs are
-/// looked at.
-async fn resolve(given: Given, card: Arc<ModelCard>) -> Result<DiffusionRequest, ApiError> {
-    let _permit = match given.has_files() {
-        true => Some(DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?),
-        false => None,
-    };
-    let resolved = spawn_blocking(move || {
-        let mut options = given.decode()?;
-        let size = SizeField::take(&mut options)?;
-        diffusion::resolve(&card, &options, size)
-    });
-    resolved.await.map_err(|_| ApiError::internal("a request could not be resolved"))?
+/// The validated request, its images decoded and resized.
+async fn resolve(
+    compute: &Compute,
+    given: Given,
+    mut held: Held,
+    card: Arc<ModelCard>,
+) -> Result<(DiffusionRequest, Held), ApiError> {
+    if !given.has_files() {
+        held.shrink_to(0);
+        return Ok((diffusion::resolve(compute, given.options, card, SizeField::take).await?, held));
+    }
+    let _permit = DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?;
+    let decode = move |cancelled: &CancelToken| given.decode(&mut held, cancelled).map(|options| (options, held));
+    let (options, held) = compute.run(DECODING_COST, decode).await??;
+    Ok((diffusion::resolve(compute, options, card, SizeField::take).await?, held))
 }
 
 /// The picture of a session, once it is whole, and what it did not need.
@@ -168,20 +193,30 @@ struct Encoding {
 }
 
 impl Encoding {
-    async fn encode(self, picture: Frame, parameters: EffectiveParameters) -> Result<String, ApiError> {
-        let encoded = spawn_blocking(move || {
+    async fn encode(
+        self,
+        compute: &Compute,
+        picture: Frame,
+        parameters: EffectiveParameters,
+    ) -> Result<String, ApiError> {
+        let encoded = compute.run(picture.rgb.len(), move |_| {
             let text = self.metadata.then(|| (parameters::KEYWORD, parameters.to_json()));
             encode_picture(&picture, self.format, self.compression, text).map(|bytes| BASE64.encode(bytes))
         });
-        Ok(encoded.await.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+        Ok(encoded.await??)
     }
 
     /// A preview in the size that the picture will have; it says nothing of how it was made.
-    async fn encode_preview(self, preview: Frame, (width, height): (usize, usize)) -> Result<String, ApiError> {
-        let encoded = spawn_blocking(move || {
+    async fn encode_preview(
+        self,
+        compute: &Compute,
+        preview: Frame,
+        (width, height): (usize, usize),
+    ) -> Result<String, ApiError> {
+        let encoded = compute.run(width * height * 3, move |_| {
             let preview = enlarge(&preview, width, height)?;
             encode_picture(&preview, self.format, self.compression, None).map(|bytes| BASE64.encode(bytes))
         });
-        Ok(encoded.await.map_err(|_| ApiError::internal("the picture encoder panicked"))??)
+        Ok(encoded.await??)
     }
 }

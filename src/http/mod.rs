@@ -5,13 +5,13 @@
 
 use std::future::Future;
 use std::io;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, get, post};
 use tale_models::DiffusionCard;
@@ -19,11 +19,13 @@ use tale_models::diffusion::Medium;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use self::admission::Admission;
+use self::admission::{Admission, Served};
+use self::body::memory::BodyMemory;
 use self::connections::Routes;
 use self::error::ApiError;
+use crate::compute::Compute;
 use crate::engine::Engine;
-use crate::job::output::{DEFAULT_MIN_FREE_BYTES, OutputDir, StorageProblem};
+use crate::job::output::{DEFAULT_MIN_FREE_BYTES, OutputDir};
 use crate::job::store::{JobStore, MemoryStore, Retention};
 use crate::telemetry;
 
@@ -35,6 +37,7 @@ mod connections;
 mod cors;
 mod diffusion;
 mod error;
+mod files;
 mod health;
 mod images;
 mod jobs;
@@ -48,7 +51,7 @@ mod sse;
 mod text;
 mod videos;
 
-pub use body::{MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
+pub use body::{DEFAULT_MAX_BODY_MEMORY, MAX_BODY_BYTES, MAX_PICTURE_BODY_BYTES};
 pub use browsers::AllowedHost;
 pub use connections::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS, listen};
 pub use cors::Origin;
@@ -58,6 +61,8 @@ pub use text::wire::MAX_CHOICES;
 
 /// Requests that may generate at once when nothing else is configured.
 pub const DEFAULT_MAX_REQUESTS: usize = 1024;
+/// Pieces of work that may wait for a thread that computes, beside one of each request that generates.
+const MAX_WAITING_WORK: usize = 256;
 /// How often a drain looks whether the last answer is sent.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How often the disk of finished clips is looked at.
@@ -78,6 +83,10 @@ const CLOSE_GRACE: Duration = Duration::from_secs(2);
 pub struct ServerOptions {
     /// Most requests that generate at once; clients share them.
     pub max_requests: usize,
+    /// Most memory of bodies, and of the pictures in them, of all requests together.
+    pub max_body_memory: usize,
+    /// Threads that compute for requests, beside those that wait for connections; two at least.
+    pub compute_threads: usize,
     /// Where finished clips lie; a folder of this process alone, removed at its end, when absent.
     pub output_dir: Option<PathBuf>,
     /// Bytes that must be free on its disk for a clip to be taken.
@@ -96,6 +105,8 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             max_requests: DEFAULT_MAX_REQUESTS,
+            max_body_memory: DEFAULT_MAX_BODY_MEMORY,
+            compute_threads: std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             output_dir: None,
             min_free_disk_bytes: DEFAULT_MIN_FREE_BYTES,
             retention: Retention::default(),
@@ -113,10 +124,12 @@ pub struct AppState(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     /// Set once the models are loaded.
-    engine: OnceLock<Engine>,
+    engine: OnceLock<Served>,
     jobs: Arc<dyn JobStore>,
     outputs: Arc<OutputDir>,
     admission: Admission,
+    body_memory: BodyMemory,
+    compute: Compute,
     cors_origins: Vec<Origin>,
     allowed_hosts: Vec<AllowedHost>,
     connections: ConnectionLimits,
@@ -125,18 +138,21 @@ struct Shared {
 
 impl AppState {
     /// A server without an engine: it answers, and is not ready.
-    pub fn new(options: ServerOptions) -> Result<Self, StorageProblem> {
+    pub fn new(options: ServerOptions) -> io::Result<Self> {
         // Before the first request and the first step, so that none goes uncounted.
         telemetry::metrics_handle();
         let outputs = match &options.output_dir {
-            Some(path) => OutputDir::at(path, options.min_free_disk_bytes)?,
-            None => OutputDir::temporary(options.min_free_disk_bytes)?,
+            Some(path) => OutputDir::at(path, options.min_free_disk_bytes),
+            None => OutputDir::temporary(options.min_free_disk_bytes),
         };
+        let outputs = outputs.map_err(io::Error::other)?;
         Ok(Self(Arc::new(Shared {
             engine: OnceLock::new(),
             jobs: Arc::new(MemoryStore::new(options.retention)),
             outputs: Arc::new(outputs),
             admission: Admission::new(options.max_requests),
+            body_memory: BodyMemory::new(options.max_body_memory),
+            compute: Compute::new(options.compute_threads, options.max_requests.saturating_add(MAX_WAITING_WORK))?,
             cors_origins: options.cors_origins,
             allowed_hosts: options.allowed_hosts,
             connections: options.connections,
@@ -146,7 +162,7 @@ impl AppState {
 
     /// The models are loaded: work is taken from now on. Only the first call counts.
     pub fn set_engine(&self, engine: Engine) {
-        if self.0.engine.set(engine).is_err() {
+        if self.0.engine.set(Served::new(engine)).is_err() {
             tracing::warn!("the engine was set already");
         }
     }
@@ -157,7 +173,7 @@ impl AppState {
     }
 
     /// The engine, or why there is none for new work.
-    fn engine(&self) -> Result<&Engine, ApiError> {
+    fn engine(&self) -> Result<&Served, ApiError> {
         if self.0.draining.load(Relaxed) {
             return Err(ApiError::unready("shutting_down", "the server is shutting down"));
         }
@@ -168,7 +184,7 @@ impl AppState {
         Ok(engine)
     }
 
-    fn loaded_engine(&self) -> Option<&Engine> {
+    fn loaded_engine(&self) -> Option<&Served> {
         self.0.engine.get()
     }
 
@@ -184,22 +200,27 @@ impl AppState {
         &self.0.admission
     }
 
+    fn body_memory(&self) -> &BodyMemory {
+        &self.0.body_memory
+    }
+
+    fn compute(&self) -> &Compute {
+        &self.0.compute
+    }
+
     fn is_idle(&self) -> bool {
         self.0.admission.in_flight() == 0 && self.0.jobs.num_active() == 0
     }
 }
 
 /// Every path, and what answers there.
-fn routes(state: &AppState) -> Vec<(&'static str, MethodRouter<AppState>)> {
-    // Other methods of the same path need no admission, so the layer sits on the method.
-    let admitted =
-        |method: MethodRouter<AppState>| method.route_layer(from_fn_with_state(state.clone(), admission::admit));
+fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
     vec![
-        ("/v1/chat/completions", admitted(post(text::chat))),
-        ("/v1/completions", admitted(post(text::completion))),
-        ("/v1/images/generations", admitted(post(images::generate))),
-        ("/v1/images/edits", admitted(post(images::edit))),
-        ("/v1/videos", admitted(post(videos::create)).get(videos::list)),
+        ("/v1/chat/completions", post(text::chat)),
+        ("/v1/completions", post(text::completion)),
+        ("/v1/images/generations", post(images::generate)),
+        ("/v1/images/edits", post(images::edit)),
+        ("/v1/videos", post(videos::create).get(videos::list)),
         ("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete)),
         ("/v1/videos/{id}/content", get(videos::content)),
         ("/v1/jobs/{id}/events", get(jobs::events)),
@@ -214,13 +235,11 @@ fn routes(state: &AppState) -> Vec<(&'static str, MethodRouter<AppState>)> {
 
 /// The server.
 pub fn router(state: AppState) -> Router {
-    let paths = routes(&state).into_iter();
+    let paths = routes().into_iter();
     let routes = paths
         .fold(Router::new(), |router, (path, methods)| router.route(path, methods))
         .method_not_allowed_fallback(|| async { ApiError::no_method() })
-        .fallback(|| async { ApiError::no_route() })
-        // `body` has a bound of its own, with an error in our shape.
-        .layer(DefaultBodyLimit::disable());
+        .fallback(|| async { ApiError::no_route() });
     let routes = match cors::layer(&state.0.cors_origins) {
         Some(cors) => routes.layer(cors),
         None => routes,

@@ -179,38 +179,32 @@ fn is_all_of_n(value: &Value, body: &Object) -> bool {
 pub(super) fn settle(fields: &[&[Field]], body: &mut Value) -> Result<(), ApiError> {
     let Value::Object(body) = body else { return Ok(()) };
     for field in fields.iter().copied().flatten() {
-        let keys: Vec<&str> = field.path.split('.').collect();
-        let taken = take(field, &keys, body);
+        let taken = take(field, field.path, body);
         taken.map_err(|path| ApiError::field_code(path, "unsupported_value", field.problem))?;
     }
     Ok(())
 }
 
-/// Removes a field of `body` whose value asks for nothing; the error is the path of one that does.
-fn take(field: &Field, keys: &[&str], object: &mut Object) -> Result<(), String> {
-    match keys {
-        [] => Ok(()),
-        [key] => {
-            let is_neutral = match object.get(*key) {
-                None => return Ok(()),
-                Some(value) => *value == Value::Null || (field.is_neutral)(value, object),
-            };
-            if !is_neutral {
-                return Err((*key).to_owned());
-            }
-            object.remove(*key);
-            Ok(())
+/// Removes the field at `path` whose value asks for nothing; the error is the path of one that does.
+fn take(field: &Field, path: &str, object: &mut Object) -> Result<(), String> {
+    if let Some((list, rest)) = path.split_once('.') {
+        let key = list.trim_end_matches("[]");
+        let Some(Value::List(values)) = object.get_mut(key) else { return Ok(()) };
+        for (index, value) in values.iter_mut().enumerate() {
+            let Value::Object(object) = value else { continue };
+            take(field, rest, object).map_err(|path| format!("{key}[{index}].{path}"))?;
         }
-        [list, rest @ ..] => {
-            let key = list.trim_end_matches("[]");
-            let Some(Value::List(values)) = object.get_mut(key) else { return Ok(()) };
-            for (index, value) in values.iter_mut().enumerate() {
-                let Value::Object(object) = value else { continue };
-                take(field, rest, object).map_err(|path| format!("{key}[{index}].{path}"))?;
-            }
-            Ok(())
-        }
+        return Ok(());
     }
+    let is_neutral = match object.get(path) {
+        None => return Ok(()),
+        Some(value) => *value == Value::Null || (field.is_neutral)(value, object),
+    };
+    if !is_neutral {
+        return Err(path.to_owned());
+    }
+    object.remove(path);
+    Ok(())
 }
 
 #[cfg(test)]

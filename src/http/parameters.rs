@@ -4,12 +4,16 @@
 
 use axum::body::Bytes;
 use serde::Deserialize;
+use tale_models::cancel::CancelToken;
 use tale_models::diffusion::parameters::PARAMETERS;
+use tale_models::lora::library::MAX_LORAS;
 use tale_models::parameter::{Declaration, IMAGES, Kind, Options, Task};
 
+use super::body::memory::Held;
 use super::body::of_field;
 use super::body::upload::{OneOrMany, Upload};
-use super::body::value::{Object, Value};
+use super::body::value::{Object, Room, Value};
+use super::diffusion::image_bytes;
 use super::error::ApiError;
 use super::openai;
 use crate::parameters::{is_image, set_images};
@@ -28,6 +32,16 @@ pub(super) fn read(mut body: Value, own: &[&'static Declaration], task: Task) ->
     let of_task = PARAMETERS.iter().filter(|declaration| declaration.is_for(task));
     let declarations: Vec<_> = own.iter().chain(of_task).copied().collect();
     take(&mut body.into_object()?, &declarations, &[])
+}
+
+/// How much a field may hold that `declarations` say something of.
+pub(super) fn room_in(declarations: &[&Declaration], name: &str) -> Room {
+    match declarations.iter().find(|declaration| declaration.name == name).map(|declaration| declaration.kind) {
+        Some(Kind::Strings { max, .. } | Kind::Images { max }) => Room::items(max),
+        Some(Kind::Image | Kind::Mask) => Room::items(1),
+        Some(Kind::Loras) => Room::items(MAX_LORAS),
+        _ => Room::SMALL,
+    }
 }
 
 /// Takes the declared fields out of a body; what is left is one of `others`.
@@ -87,16 +101,25 @@ impl Given {
         !self.files.is_empty()
     }
 
-    /// The options with the images decoded, which takes time.
-    pub(super) fn decode(self) -> Result<Options, ApiError> {
+    /// The options with the images decoded, which takes time. `held` is the memory of what was given, and then that of the
+    /// images; ends early when nobody waits for it.
+    pub(super) fn decode(self, held: &mut Held, cancelled: &CancelToken) -> Result<Options, ApiError> {
         let mut options = self.options;
+        let mut no_memory = None;
         for (declaration, files) in self.files {
-            set_images(&mut options, declaration, &files).map_err(|(number, error)| {
+            let mut reserve = |bytes| {
+                no_memory = held.add(bytes).err();
+                no_memory.is_none() && !cancelled.is_cancelled()
+            };
+            let decoded = set_images(&mut options, declaration, &files, &mut reserve);
+            decoded.map_err(|(number, error)| {
                 let is_list = matches!(declaration.kind, Kind::Images { .. });
                 let name = declaration.name;
-                ApiError::field(if is_list { format!("{name}[{number}]") } else { name.to_owned() }, error)
+                let name = if is_list { format!("{name}[{number}]") } else { name.to_owned() };
+                no_memory.take().unwrap_or_else(|| ApiError::field(name, error))
             })?;
         }
+        held.shrink_to(image_bytes(&options));
         Ok(options)
     }
 }

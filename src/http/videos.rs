@@ -4,25 +4,29 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport};
-use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
+use tale_models::diffusion::parameters::{FPS, NUM_FRAMES, PARAMETERS};
 use tale_models::diffusion::{Canvas, DiffusionRequest, Medium};
 use tale_models::parameter::{Declaration, Options, Parameter, Task};
-use tale_models::{DiffusionCard, ModelCard, Request};
-use tokio::task::spawn_blocking;
+use tale_models::{DiffusionCard, ModelCard};
 
+use super::admission::{Admitted, with_place};
+use super::body::{self, Format};
 use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
+use super::files::FileWork;
+use super::parameters::room_in;
 use super::path::Id;
-use super::{AppState, body, client, unix_seconds};
+use super::{AppState, unix_seconds};
+use crate::compute::Compute;
 use crate::engine::MayBegin;
 use crate::job::drive::drive;
 use crate::job::output::OutputDir;
-use crate::job::store::{Order, Page};
+use crate::job::store::{Listing, Order, Page};
 use crate::job::{Change, Failure, Job, JobId, JobState, UnknownJob};
 use crate::media::{ClipFormat, MAX_GIF_FPS};
 use crate::parameters::EffectiveParameters;
@@ -37,6 +41,13 @@ const DEFAULT_PAGE: usize = 20;
 const MAX_PAGE: usize = 100;
 /// Longest name of a video.
 const MAX_ID_BYTES: usize = 64;
+/// What a video counts for when a page of them is written.
+const LISTED_BYTES: usize = 4 << 10;
+/// Most orders for which the disk is looked at at a time.
+const MAX_DISK_CHECKS: usize = 8;
+static DISK_CHECKS: FileWork = FileWork::new(MAX_DISK_CHECKS);
+/// Longest query of a request.
+const MAX_QUERY_BYTES: usize = 1024;
 /// Bounds of the time after which a client is told to look again.
 const POLL_MS: std::ops::RangeInclusive<u128> = 200..=5000;
 /// When nothing is known about the pace.
@@ -67,12 +78,16 @@ pub(super) static LIST_QUERY: &[&Declaration] = &[&AFTER.declaration, &LIMIT.dec
 pub(super) static OWN: &[&Declaration] =
     &[&MODEL.declaration, &SIZE.declaration, &SECONDS.declaration, &OUTPUT_FORMAT.declaration];
 
-fn resolve(mut options: Options, card: &ModelCard) -> Result<DiffusionRequest, ApiError> {
-    let size = SizeField::take(&mut options)?;
-    let num_frames = frames(&options, card)?;
-    options.set(&NUM_FRAMES, num_frames);
-    let resolved = diffusion::resolve(card, &options, size);
-    resolved.map_err(|error| if options.has(&SECONDS) { error.within("num_frames", "seconds") } else { error })
+async fn resolve(compute: &Compute, options: Options, card: Arc<ModelCard>) -> Result<DiffusionRequest, ApiError> {
+    let has_seconds = options.has(&SECONDS);
+    let of_card = card.clone();
+    let resolved = diffusion::resolve(compute, options, card, |options| {
+        let size = SizeField::take(options)?;
+        let num_frames = frames(options, &of_card)?;
+        options.set(&NUM_FRAMES, num_frames);
+        Ok(size)
+    });
+    resolved.await.map_err(|error| if has_seconds { error.within("num_frames", "seconds") } else { error })
 }
 
 /// `num_frames`, or the frames of `seconds`.
@@ -185,23 +200,28 @@ fn answer(job: &Job) -> Response {
 }
 
 /// `POST /v1/videos`.
-pub(super) async fn create(
-    State(state): State<AppState>,
-    request: axum::extract::Request,
-) -> Result<Response, ApiError> {
-    let client = client::of(&request);
-    let body = body::json_or_form_value(request, body::MAX_BODY_BYTES).await?;
-    let options = super::parameters::read(body, OWN, Task::Video)?.options;
+pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let received = body::receive(&state, request, Format::JsonOrForm, body::MAX_BODY_BYTES).await?;
+    let room_of = |name: &str| room_in(&PARAMETERS, name);
+    let read = |body| super::parameters::read(body, OWN, Task::Video);
+    with_place(&state, received.client, async |admitted| {
+        let (given, _held) = received.read(state.compute(), room_of, read).await?;
+        order(&state, admitted, given.options).await
+    })
+    .await
+}
+
+async fn order(state: &AppState, admitted: &Admitted, options: Options) -> Result<Response, ApiError> {
     let model = options.get(&MODEL).unwrap_or_default();
-    let card = diffusion::card(&state, &model, Medium::Video)?;
+    let card = diffusion::card(state, &model, Medium::Video)?;
     let format = options.get(&OUTPUT_FORMAT);
-    let request = resolve(options, &card)?;
+    let request = resolve(state.compute(), options, card).await?;
     let format = clip_format(format.as_deref(), &request)?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;
-    let engine = state.engine()?;
-    let session = engine.submit_if(&model, client, Request::Diffusion(request.clone()), Some(while_disk(outputs)))?;
-    let job = Job::new(client, model, request, format);
+    let order = tale_models::Request::Diffusion(request.clone());
+    let session = admitted.submit_if(&model, order, while_disk(outputs))?;
+    let job = Job::new(admitted.client(), model, request, format);
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
@@ -211,8 +231,7 @@ pub(super) async fn create(
 
 /// Refuses a clip that could not be written.
 async fn check_disk(outputs: Arc<OutputDir>) -> Result<(), ApiError> {
-    let probed = spawn_blocking(move || outputs.probe()).await;
-    Ok(probed.map_err(|_| ApiError::internal("the check of the disk panicked"))??)
+    Ok(DISK_CHECKS.run(move || outputs.probe()).await??)
 }
 
 /// A job that has waited begins only if its clip can still be written.
@@ -222,17 +241,11 @@ fn while_disk(outputs: &Arc<OutputDir>) -> MayBegin {
 }
 
 /// `GET /v1/videos`.
-pub(super) async fn list(State(state): State<AppState>, uri: Uri) -> Result<Json<WireVideos>, ApiError> {
+pub(super) async fn list(State(state): State<AppState>, uri: Uri) -> Result<Response, ApiError> {
     let page = page(&uri)?;
     let listing = state.jobs().list(&page).ok_or_else(|| ApiError::field("after", "names no video"))?;
-    let data: Vec<_> = listing.jobs.iter().map(WireVideo::from).collect();
-    Ok(Json(WireVideos {
-        object: "list",
-        first_id: data.first().map(|video| video.id.clone()),
-        last_id: data.last().map(|video| video.id.clone()),
-        has_more: listing.has_more,
-        data,
-    }))
+    let num_bytes = listing.jobs.len() * LISTED_BYTES;
+    Ok(state.compute().run_sized(num_bytes, move |_| Json(WireVideos::from(&listing)).into_response()).await?)
 }
 
 /// A page of the list.
@@ -243,6 +256,19 @@ pub(super) struct WireVideos {
     first_id: Option<String>,
     last_id: Option<String>,
     has_more: bool,
+}
+
+impl From<&Listing> for WireVideos {
+    fn from(listing: &Listing) -> Self {
+        let data: Vec<_> = listing.jobs.iter().map(WireVideo::from).collect();
+        Self {
+            object: "list",
+            first_id: data.first().map(|video| video.id.clone()),
+            last_id: data.last().map(|video| video.id.clone()),
+            has_more: listing.has_more,
+            data,
+        }
+    }
 }
 
 fn page(uri: &Uri) -> Result<Page, ApiError> {
@@ -266,6 +292,9 @@ fn page(uri: &Uri) -> Result<Page, ApiError> {
 
 /// The query of a request; a name that is not `known` is refused.
 fn query(uri: &Uri, known: &[&Declaration]) -> Result<BTreeMap<String, String>, ApiError> {
+    if uri.query().is_some_and(|query| query.len() > MAX_QUERY_BYTES) {
+        return Err(ApiError::malformed(format!("the query is longer than {MAX_QUERY_BYTES} bytes")));
+    }
     let parsed = axum::extract::Query::<Vec<(String, String)>>::try_from_uri(uri);
     let pairs = parsed.map_err(|_| ApiError::malformed("the query cannot be read"))?.0;
     let known: Vec<&str> = known.iter().map(|declaration| declaration.name).collect();

@@ -20,6 +20,8 @@ pub const MAX_INPUT_SIDE: usize = 16_384;
 pub const MAX_INPUT_PIXELS: usize = 1 << 25;
 /// Bytes that a decoder may take for itself, for chunks that say how long they are.
 const MAX_DECODER_BYTES: u64 = 64 << 20;
+/// A picture is there twice while its colours are told from its alpha.
+const COPIES: usize = 2;
 /// Formats in the words of an error.
 const FORMATS: &str = "a PNG, JPEG or WebP picture";
 
@@ -57,6 +59,9 @@ pub enum InputError {
     /// Colours that need a profile to mean something.
     #[error("is a JPEG in CMYK; must be in RGB or grey")]
     Cmyk,
+    /// The caller has no memory for it.
+    #[error("needs more memory than there is")]
+    NoMemory,
     /// A mask that changes nothing.
     #[error("marks nothing: the parts to make anew are where alpha is 0 (or white where there is no alpha)")]
     EmptyMask,
@@ -102,6 +107,12 @@ fn luma(pixel: &[u8]) -> u8 {
 
 /// Decodes one picture.
 pub fn decode_picture(bytes: &[u8]) -> Result<InputPicture, InputError> {
+    decode_picture_within(bytes, &mut |_| true)
+}
+
+/// Decodes one picture, if `reserve` has the bytes of memory that it takes, which it is asked for before a pixel is
+/// decoded.
+pub fn decode_picture_within(bytes: &[u8], reserve: &mut dyn FnMut(usize) -> bool) -> Result<InputPicture, InputError> {
     let format = image::guess_format(bytes).map_err(|_| InputError::Unknown)?;
     match format {
         ImageFormat::Png => {
@@ -109,18 +120,18 @@ pub fn decode_picture(bytes: &[u8]) -> Result<InputPicture, InputError> {
             limits.max_alloc = Some(MAX_DECODER_BYTES);
             let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits).map_err(broken(format))?;
             check_still(decoder.is_apng().map_err(broken(format))?)?;
-            decode(decoder, format)
+            decode(decoder, format, reserve)
         }
         ImageFormat::WebP => {
             let decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(broken(format))?;
             check_still(decoder.has_animation())?;
-            decode(decoder, format)
+            decode(decoder, format, reserve)
         }
         ImageFormat::Jpeg if jpeg::components(bytes) == Some(4) => Err(InputError::Cmyk),
         ImageFormat::Jpeg if !jpeg::is_whole(bytes) => {
             Err(InputError::Broken { format: name(format), problem: "the file is truncated".to_owned() })
         }
-        ImageFormat::Jpeg => decode(JpegDecoder::new(Cursor::new(bytes)).map_err(broken(format))?, format),
+        ImageFormat::Jpeg => decode(JpegDecoder::new(Cursor::new(bytes)).map_err(broken(format))?, format, reserve),
         ImageFormat::Gif | ImageFormat::Tiff | ImageFormat::Bmp => Err(InputError::Format { found: name(format) }),
         _ => Err(InputError::Unknown),
     }
@@ -130,11 +141,19 @@ fn check_still(is_animated: bool) -> Result<(), InputError> {
     if is_animated { Err(InputError::Animated) } else { Ok(()) }
 }
 
-fn decode(mut decoder: impl ImageDecoder, format: ImageFormat) -> Result<InputPicture, InputError> {
+fn decode(
+    mut decoder: impl ImageDecoder,
+    format: ImageFormat,
+    reserve: &mut dyn FnMut(usize) -> bool,
+) -> Result<InputPicture, InputError> {
     let (width, height) = decoder.dimensions();
     let (width, height) = (width as usize, height as usize);
     if width.max(height) > MAX_INPUT_SIDE || width * height > MAX_INPUT_PIXELS {
         return Err(InputError::TooLarge { width, height });
+    }
+    let decoded_bytes = usize::try_from(decoder.total_bytes()).unwrap_or(usize::MAX);
+    if !reserve(decoded_bytes.saturating_mul(COPIES)) {
+        return Err(InputError::NoMemory);
     }
     let orientation = decoder.orientation().map_err(broken(format))?;
     let mut picture = DynamicImage::from_decoder(decoder).map_err(broken(format))?;

@@ -19,7 +19,7 @@ use tale_models::request::Frame;
 
 pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS, PARTIAL_EXTENSION, Readers, is_abandoned};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
-pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture};
+pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture, decode_picture_within};
 pub use picture::{PictureFormat, encode_picture, enlarge, read_png_text};
 
 /// What can go wrong between frames and a file.

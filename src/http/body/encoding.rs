@@ -5,8 +5,13 @@ use std::io::Read;
 use axum::body::Bytes;
 use axum::http::{HeaderMap, header};
 use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
+use tale_models::cancel::CancelToken;
 
+use super::memory::Held;
 use crate::http::error::ApiError;
+
+/// Bytes that are decoded at once; memory is taken for so many.
+const CHUNK_BYTES: usize = 64 << 10;
 
 /// How a body is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,13 +44,21 @@ pub(super) fn of(headers: &HeaderMap) -> Result<Option<Encoding>, ApiError> {
     Ok(encoding)
 }
 
-/// The body behind `bytes`. No more than `max_bytes` of it are decoded and held.
-pub(super) fn decode(encoding: Encoding, bytes: &[u8], max_bytes: usize) -> Result<Bytes, ApiError> {
-    match encoding {
-        Encoding::Gzip => read(MultiGzDecoder::new(bytes), max_bytes, "gzip"),
-        Encoding::Deflate if is_zlib(bytes) => read(ZlibDecoder::new(bytes), max_bytes, "deflate"),
-        Encoding::Deflate => read(DeflateDecoder::new(bytes), max_bytes, "deflate"),
-    }
+/// The body behind `bytes`. No more than `max_bytes` of it are decoded, and their memory is taken as they come; ends early
+/// when nobody waits for it.
+pub(super) fn decode(
+    encoding: Encoding,
+    bytes: &[u8],
+    max_bytes: usize,
+    held: &mut Held,
+    cancelled: &CancelToken,
+) -> Result<Bytes, ApiError> {
+    let (decoder, name): (Box<dyn Read + '_>, _) = match encoding {
+        Encoding::Gzip => (Box::new(MultiGzDecoder::new(bytes)), "gzip"),
+        Encoding::Deflate if is_zlib(bytes) => (Box::new(ZlibDecoder::new(bytes)), "deflate"),
+        Encoding::Deflate => (Box::new(DeflateDecoder::new(bytes)), "deflate"),
+    };
+    read(decoder, max_bytes, name, held, cancelled)
 }
 
 /// Whether `bytes` begin as RFC 1950 says: method 8, and a check that makes 16 bits a multiple of 31.
@@ -53,12 +66,28 @@ fn is_zlib(bytes: &[u8]) -> bool {
     matches!(*bytes, [cmf, flags, ..] if cmf & 0x0f == 8 && u16::from_be_bytes([cmf, flags]).is_multiple_of(31))
 }
 
-fn read(decoder: impl Read, max_bytes: usize, name: &str) -> Result<Bytes, ApiError> {
+fn read(
+    decoder: impl Read,
+    max_bytes: usize,
+    name: &str,
+    held: &mut Held,
+    cancelled: &CancelToken,
+) -> Result<Bytes, ApiError> {
     let mut decoded = Vec::new();
-    let read = decoder.take(max_bytes as u64 + 1).read_to_end(&mut decoded);
-    read.map_err(|_| ApiError::malformed(format!("the body is not valid {name}")))?;
-    if decoded.len() > max_bytes {
-        return Err(ApiError::too_large(max_bytes));
+    let mut decoder = decoder.take(max_bytes as u64 + 1);
+    while !cancelled.is_cancelled() {
+        if decoded.capacity() - decoded.len() < CHUNK_BYTES {
+            let more = decoded.capacity().max(CHUNK_BYTES);
+            held.add(more)?;
+            decoded.reserve_exact(more);
+        }
+        let read = decoder.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut decoded);
+        if read.map_err(|_| ApiError::malformed(format!("the body is not valid {name}")))? == 0 {
+            break;
+        }
+        if decoded.len() > max_bytes {
+            return Err(ApiError::too_large(max_bytes));
+        }
     }
     Ok(decoded.into())
 }
@@ -71,7 +100,12 @@ mod tests {
     use flate2::Compression;
     use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 
+    use super::super::memory::BodyMemory;
     use super::*;
+
+    fn decode(encoding: Encoding, bytes: &[u8], max_bytes: usize) -> Result<Bytes, ApiError> {
+        super::decode(encoding, bytes, max_bytes, &mut BodyMemory::new(1 << 30).hold(), &CancelToken::default())
+    }
 
     const TEXT: &[u8] = b"{\"model\": \"words\", \"prompt\": \"words words words\"}";
 
@@ -110,6 +144,9 @@ mod tests {
         let bomb = gzip(&vec![0; 64 << 20]);
         assert!(bomb.len() < 1 << 17);
         assert_eq!(decode(Encoding::Gzip, &bomb, 1 << 20).expect_err("too large").into_response().status(), 413);
+        let mut held = BodyMemory::new(1 << 20).hold();
+        let refused = super::decode(Encoding::Gzip, &bomb, 32 << 20, &mut held, &CancelToken::default());
+        assert_eq!(refused.expect_err("no memory").into_response().status(), 503);
     }
 
     #[test]

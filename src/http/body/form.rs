@@ -4,33 +4,64 @@
 //! objects are spelled in several ways by the clients of OpenAI's API, and all of them are read: `a[]`, `a[0]`, `a.0`, `a[b]`,
 //! `a.b`, and any of these behind each other. Of `a[][b]` a new element begins where the last one has its `b`.
 
-use axum::extract::{FromRequest, Multipart, Request};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
-use super::value::{Object, Value};
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, FromRequest, Multipart, Request};
+use axum::http::header;
+
+use super::value::{MAX_NAME_BYTES, Object, Value};
 use crate::http::error::ApiError;
 
 /// Most steps of a part's name.
 const MAX_STEPS: usize = 8;
+/// Most parts of a form: every field that there is, with the elements of its lists.
+const MAX_PARTS: usize = 256;
 
-/// The parts of a form.
-pub(super) async fn read(request: Request) -> Result<Value, ApiError> {
+/// The parts of a form that is in memory. `content_type` has its boundary.
+pub(super) fn read(form: Bytes, content_type: String) -> Result<Value, ApiError> {
+    let request = Request::builder().header(header::CONTENT_TYPE, content_type).body(Body::from(form));
+    let mut request = request.map_err(|_| unreadable())?;
+    // Its bytes have been counted.
+    DefaultBodyLimit::disable().apply(&mut request);
+    // The reader is made for forms that arrive; of one that is there it waits for nothing.
+    match pin!(read_parts(request)).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(fields) => Ok(Value::Object(fields?)),
+        Poll::Pending => Err(unreadable()),
+    }
+}
+
+fn unreadable() -> ApiError {
+    ApiError::malformed("the form cannot be read")
+}
+
+async fn read_parts(request: Request) -> Result<Object, ApiError> {
     let mut form =
         Multipart::from_request(request, &()).await.map_err(|_| ApiError::malformed("the form has no boundary"))?;
     let mut fields = Object::new();
-    let unreadable = |_| ApiError::malformed("the form cannot be read");
-    while let Some(part) = form.next_field().await.map_err(unreadable)? {
+    let mut parts = 0;
+    while let Some(part) = form.next_field().await.map_err(|_| unreadable())? {
+        parts += 1;
+        if parts > MAX_PARTS {
+            return Err(ApiError::malformed(format!("the form has more than {MAX_PARTS} parts")));
+        }
         let Some(name) = part.name().map(str::to_owned) else {
             return Err(ApiError::malformed("a part of the form has no name"));
         };
+        if name.len() > MAX_NAME_BYTES {
+            let problem = format!("a part of the form has a name of more than {MAX_NAME_BYTES} bytes");
+            return Err(ApiError::malformed(problem));
+        }
         let is_file = part.file_name().is_some();
-        let bytes = Vec::from(part.bytes().await.map_err(unreadable)?);
+        let bytes = Vec::from(part.bytes().await.map_err(|_| unreadable())?);
         let value = match is_file {
             true => Value::File(bytes),
             false => Value::Part(String::from_utf8(bytes).map_err(|_| ApiError::field(&name, "is not UTF-8 text"))?),
         };
         insert(&mut fields, &name, value)?;
     }
-    Ok(Value::Object(fields))
+    Ok(fields)
 }
 
 /// One step of a part's name.
@@ -192,5 +223,22 @@ mod tests {
         assert_eq!(wrong(&[("a[b]", "0"), ("a[b]", "1")]), "\"a[b]: is given twice\"");
         assert_eq!(wrong(&[("a[1]", "0")]), "\"a[1]: skips elements of its list\"");
         assert!(wrong(&[(&format!("a{}", "[]".repeat(9)), "0")]).contains("goes deeper than 8 steps"));
+    }
+
+    #[test]
+    fn parts_and_their_names_are_bounded() {
+        let form = |names: &[String]| {
+            let part = |name: &String| format!("--b\r\ncontent-disposition: form-data; name=\"{name}\"\r\n\r\n0\r\n");
+            let form = names.iter().map(part).collect::<String>() + "--b--\r\n";
+            read(form.into(), "multipart/form-data; boundary=b".to_owned()).map_err(|error| {
+                serde_json::to_value(error.body()).expect("serializes")["message"].as_str().expect("text").to_owned()
+            })
+        };
+        let names: Vec<String> = (0..=MAX_PARTS).map(|number| format!("f{number}")).collect();
+        assert!(form(&names[1..]).is_ok());
+        assert_eq!(form(&names), Err("the form has more than 256 parts".to_owned()));
+        assert!(form(&["n".repeat(MAX_NAME_BYTES)]).is_ok());
+        let problem = "a part of the form has a name of more than 128 bytes";
+        assert_eq!(form(&["n".repeat(MAX_NAME_BYTES + 1)]), Err(problem.to_owned()));
     }
 }

@@ -8,7 +8,7 @@ use std::fmt::{self, Display};
 use std::vec;
 
 use serde::Deserializer;
-use serde::de::value::StringDeserializer;
+use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, DeserializeSeed, Error, Expected, IntoDeserializer, MapAccess, SeqAccess};
 use serde::de::{Unexpected, Visitor};
 
@@ -149,10 +149,6 @@ impl Value {
             },
             _ => self,
         }
-    }
-
-    fn is_number(&self) -> bool {
-        matches!(self, Value::Unsigned(_) | Value::Negative(_) | Value::Float(_))
     }
 
     /// A whole number from `min` to `max`, the bounds of the field's type.
@@ -349,9 +345,14 @@ impl<'de> MapAccess<'de> for Fields {
 
     fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, ReadError> {
         let Some((key, value)) = self.fields.next() else { return Ok(None) };
-        self.next = Some((key.clone(), value));
-        let deserializer: StringDeserializer<ReadError> = key.clone().into_deserializer();
-        seed.deserialize(deserializer).map(Some).map_err(|error| error.within(Step::Key(key)))
+        let deserializer: StrDeserializer<'_, ReadError> = key.as_str().into_deserializer();
+        match seed.deserialize(deserializer) {
+            Ok(field) => {
+                self.next = Some((key, value));
+                Ok(Some(field))
+            }
+            Err(error) => Err(error.within(Step::Key(key))),
+        }
     }
 
     fn next_value_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<T::Value, ReadError> {

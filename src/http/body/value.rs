@@ -1,18 +1,31 @@
 //! A body as a tree of values, before anybody says what they should be.
 //!
-//! Owns: the tree, and reading JSON into it. Does not know: which fields there are (see [`super::reader`]).
+//! Owns: the tree, and reading JSON into it within bounds. Does not know: which fields there are (see [`super::reader`]), nor
+//! what they may hold (see [`Room`]).
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::{self, Write as _};
 
 use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde::{Deserializer, de};
 use serde_json::error::Category;
 
+use super::memory::Held;
 use crate::http::error::ApiError;
 
-/// Most values of a body: more than a text body can hold, and a bound on what a body of many empty lists takes in memory.
-pub(super) const MAX_VALUES: usize = 1 << 22;
+/// Most fields of a body.
+pub(super) const MAX_FIELDS: usize = 256;
+/// Most values of a field that says no more of itself.
+pub(super) const MAX_FIELD_VALUES: usize = 1024;
+/// Longest name of a field, of those inside others too, and of a form's part.
+pub(super) const MAX_NAME_BYTES: usize = 128;
+/// What a value takes in memory: itself, and the room that its list has for one more.
+const VALUE_BYTES: usize = 2 * size_of::<Value>();
+/// What an object takes beside its values: a leaf of its map, which has room for eleven of them.
+const OBJECT_BYTES: usize = 11 * (size_of::<String>() + size_of::<Value>());
+/// Memory of values is taken in pieces of this size; a smaller body pays with the bytes that arrived.
+const CHARGE_BYTES: usize = 64 << 10;
 /// 2^64, the first whole number that no field can take.
 const TWO_TO_64: f64 = 18_446_744_073_709_551_616.0;
 /// 2^63.
@@ -61,6 +74,11 @@ impl Value {
         }
     }
 
+    /// Whether it is a number, of JSON and not of a form.
+    pub(super) fn is_number(&self) -> bool {
+        matches!(self, Self::Unsigned(_) | Self::Negative(_) | Self::Float(_))
+    }
+
     /// The text of a string or of a form's part.
     pub(in crate::http) fn text(&self) -> Option<&str> {
         match self {
@@ -87,16 +105,60 @@ impl Value {
         }
     }
 
-    /// Reads a JSON text.
+    /// Reads a JSON text that is no body: a part of a form.
     pub(in crate::http) fn from_json(json: &[u8]) -> Result<Self, ApiError> {
-        let mut progress = Progress { path: Vec::new(), values_left: MAX_VALUES, problem: None };
-        let mut deserializer = serde_json::Deserializer::from_slice(json);
-        let value = Builder(&mut progress).deserialize(&mut deserializer).and_then(|value| {
-            deserializer.end()?;
-            Ok(value)
-        });
-        value.map_err(|error| progress.error(&error))
+        read(json, &|_| Room::SMALL, None)
     }
+
+    /// Reads the JSON text of a body, whose fields have the room that `room_of` says. The memory of what is read is taken
+    /// from `held` as it is.
+    pub(in crate::http) fn of_body(
+        json: &[u8],
+        room_of: &dyn Fn(&str) -> Room,
+        held: &mut Held,
+    ) -> Result<Self, ApiError> {
+        read(json, room_of, Some(held))
+    }
+}
+
+/// How much a field may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) struct Room {
+    /// Most elements of its list, but for numbers.
+    pub(in crate::http) max_items: usize,
+    /// Most numbers of its list, or of one in it.
+    pub(in crate::http) max_numbers: usize,
+    /// Most values in all, the elements of lists in lists and the fields of objects among them.
+    pub(in crate::http) max_values: usize,
+}
+
+impl Room {
+    /// For a field that says no more of itself.
+    pub(in crate::http) const SMALL: Self =
+        Self { max_items: MAX_FIELD_VALUES, max_numbers: MAX_FIELD_VALUES, max_values: MAX_FIELD_VALUES };
+
+    /// For a list of at most so many elements, none of which has more than a few fields.
+    pub(in crate::http) const fn items(max_items: usize) -> Self {
+        Self { max_items, ..Self::SMALL }
+    }
+}
+
+fn read(json: &[u8], room_of: &dyn Fn(&str) -> Room, held: Option<&mut Held>) -> Result<Value, ApiError> {
+    let mut progress = Progress {
+        path: Vec::new(),
+        room_of,
+        room: Room::SMALL,
+        values_left: MAX_FIELD_VALUES,
+        held,
+        owed_bytes: 0,
+        refusal: None,
+    };
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let value = Builder { progress: &mut progress, depth: 0 }.deserialize(&mut deserializer).and_then(|value| {
+        deserializer.end()?;
+        Ok(value)
+    });
+    value.map_err(|error| progress.error(&error))
 }
 
 /// A step from a value to one that it holds.
@@ -119,29 +181,76 @@ pub(super) fn path<'a>(steps: impl IntoIterator<Item = &'a Step>) -> String {
     path
 }
 
-/// Where a reader of JSON is.
-struct Progress {
-    /// To the value that is being read; after an error, to the one at fault.
+/// What a reader of JSON has read, and what it may still read.
+struct Progress<'a> {
+    /// To the value at fault, after an error. The innermost step comes first.
     path: Vec<Step>,
+    room_of: &'a dyn Fn(&str) -> Room,
+    /// Of the body's field that is being read.
+    room: Room,
     values_left: usize,
-    /// What is wrong there, unless it is the JSON itself.
-    problem: Option<&'static str>,
+    held: Option<&'a mut Held>,
+    /// Memory that is taken and not counted yet.
+    owed_bytes: usize,
+    /// What is wrong, unless it is the JSON itself.
+    refusal: Option<Refusal>,
 }
 
-impl Progress {
-    fn refuse<E: de::Error>(&mut self, problem: &'static str) -> E {
-        self.problem = Some(problem);
-        E::custom(problem)
+enum Refusal {
+    /// Of the value at the end of the path.
+    Value(String),
+    /// Of the whole field of the body.
+    Field(String),
+    NoMemory(ApiError),
+}
+
+impl Progress<'_> {
+    fn refuse<E: de::Error>(&mut self, refusal: Refusal) -> E {
+        self.refusal = Some(refusal);
+        // Nobody reads it.
+        E::custom("refused")
     }
 
-    fn error(&self, error: &serde_json::Error) -> ApiError {
-        let path = path(&self.path);
-        let path = if path.is_empty() { "body".to_owned() } else { path };
-        match self.problem {
-            Some(problem) => ApiError::field(path, problem),
+    /// Counts one value more.
+    fn count<E: de::Error>(&mut self) -> Result<(), E> {
+        match self.values_left.checked_sub(1) {
+            Some(left) => self.values_left = left,
+            None => {
+                let problem = format!("holds more than {} values", self.room.max_values);
+                return Err(self.refuse(Refusal::Field(problem)));
+            }
+        }
+        self.charge(VALUE_BYTES)
+    }
+
+    fn charge<E: de::Error>(&mut self, bytes: usize) -> Result<(), E> {
+        self.owed_bytes += bytes;
+        if self.owed_bytes < CHARGE_BYTES {
+            return Ok(());
+        }
+        let owed = std::mem::take(&mut self.owed_bytes);
+        match self.held.as_mut().map(|held| held.add(owed)) {
+            None | Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(self.refuse(Refusal::NoMemory(error))),
+        }
+    }
+
+    /// An error of a value that the one being read holds, which is found by `step`.
+    fn within<E>(&mut self, step: Step, error: E) -> E {
+        self.path.push(step);
+        error
+    }
+
+    fn error(self, error: &serde_json::Error) -> ApiError {
+        let named = |path: String| if path.is_empty() { "body".to_owned() } else { path };
+        let whole = named(path(self.path.iter().rev()));
+        match self.refusal {
+            Some(Refusal::NoMemory(error)) => error,
+            Some(Refusal::Value(problem)) => ApiError::field(whole, problem),
+            Some(Refusal::Field(problem)) => ApiError::field(named(path(self.path.last())), problem),
             // It has no kind of its own.
             None if error.to_string().starts_with("number out of range") => {
-                ApiError::field(path, "is a number out of range")
+                ApiError::field(whole, "is a number out of range")
             }
             None => {
                 debug_assert_ne!(error.classify(), Category::Data, "{error}");
@@ -152,24 +261,65 @@ impl Progress {
 }
 
 /// Makes one value of what comes next.
-struct Builder<'a>(&'a mut Progress);
+struct Builder<'a, 'p> {
+    progress: &'a mut Progress<'p>,
+    /// Of the value: 0 is the body, 1 a field of it.
+    depth: usize,
+}
 
-impl<'de> DeserializeSeed<'de> for Builder<'_> {
+impl<'p> Builder<'_, 'p> {
+    /// For a value that this one holds.
+    fn inner(&mut self) -> Builder<'_, 'p> {
+        Builder { progress: self.progress, depth: self.depth + 1 }
+    }
+
+    /// Refuses an element that is one more than its list may have.
+    fn check_element<E: de::Error>(&mut self, before: &[Value], next: &Value) -> Result<(), E> {
+        let Room { max_items, max_numbers, .. } = self.progress.room;
+        let is_of_numbers = next.is_number() && before.first().is_none_or(Value::is_number);
+        let (max, of_what) = match is_of_numbers {
+            true => (max_numbers, "numbers"),
+            // Lists in lists are bounded by their number of values.
+            false if self.depth > 1 => return Ok(()),
+            false => (max_items, "elements"),
+        };
+        if before.len() < max {
+            return Ok(());
+        }
+        Err(self.progress.refuse(Refusal::Value(format!("has more than {max} {of_what}"))))
+    }
+
+    /// Refuses a field that its object, which has so many, cannot have; one of the body gets its room.
+    fn begin_field<E: de::Error>(&mut self, num_fields: usize, key: &str) -> Result<(), E> {
+        if key.len() > MAX_NAME_BYTES {
+            let problem = format!("has a field whose name is longer than {MAX_NAME_BYTES} bytes");
+            return Err(self.progress.refuse(Refusal::Value(problem)));
+        }
+        if self.depth > 0 {
+            return if num_fields == 0 { self.progress.charge(OBJECT_BYTES) } else { Ok(()) };
+        }
+        if num_fields == MAX_FIELDS {
+            return Err(self.progress.refuse(Refusal::Value(format!("has more than {MAX_FIELDS} fields"))));
+        }
+        self.progress.room = (self.progress.room_of)(key);
+        self.progress.values_left = self.progress.room.max_values;
+        Ok(())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Builder<'_, '_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        match self.0.values_left.checked_sub(1) {
-            Some(left) => self.0.values_left = left,
-            None => {
-                self.0.path.clear();
-                return Err(self.0.refuse("holds more values than are taken"));
-            }
+        // Fields of the body are counted apart.
+        if self.depth > 1 {
+            self.progress.count()?;
         }
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Builder<'_> {
+impl<'de> Visitor<'de> for Builder<'_, '_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -204,28 +354,35 @@ impl<'de> Visitor<'de> for Builder<'_> {
         Ok(Value::Text(text))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<Value, A::Error> {
         let mut values = Vec::new();
         loop {
-            self.0.path.push(Step::Index(values.len()));
-            let Some(value) = list.next_element_seed(Builder(self.0))? else { break };
-            values.push(value);
-            self.0.path.pop();
+            match list.next_element_seed(self.inner()) {
+                Ok(Some(value)) => {
+                    self.check_element(&values, &value)?;
+                    values.push(value);
+                }
+                Ok(None) => return Ok(Value::List(values)),
+                Err(error) => return Err(self.progress.within(Step::Index(values.len()), error)),
+            }
         }
-        self.0.path.pop();
-        Ok(Value::List(values))
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut fields: A) -> Result<Value, A::Error> {
         let mut object = Object::new();
         while let Some(key) = fields.next_key::<String>()? {
-            self.0.path.push(Step::Key(key.clone()));
-            if object.contains_key(&key) {
-                return Err(self.0.refuse("is given twice"));
-            }
-            let value = fields.next_value_seed(Builder(self.0))?;
-            object.insert(key, value);
-            self.0.path.pop();
+            self.begin_field(object.len(), &key)?;
+            let place = match object.entry(key) {
+                Entry::Vacant(place) => place,
+                Entry::Occupied(first) => {
+                    let error = self.progress.refuse(Refusal::Value("is given twice".to_owned()));
+                    return Err(self.progress.within(Step::Key(first.key().clone()), error));
+                }
+            };
+            match fields.next_value_seed(self.inner()) {
+                Ok(value) => place.insert(value),
+                Err(error) => return Err(self.progress.within(Step::Key(place.into_key()), error)),
+            };
         }
         Ok(Value::Object(object))
     }
@@ -233,6 +390,9 @@ impl<'de> Visitor<'de> for Builder<'_> {
 
 #[cfg(test)]
 mod tests {
+    use axum::response::IntoResponse;
+
+    use super::super::memory::BodyMemory;
     use super::*;
 
     fn problem(json: &str) -> (Option<String>, String) {
@@ -275,9 +435,54 @@ mod tests {
         assert!(Value::from_json(b"\"\xff\"").is_err());
     }
 
+    /// What is wrong with a body whose `list` may have 3 elements and 5 numbers, and 10 values.
+    #[track_caller]
+    fn check_bound(json: &str, problem: Option<&str>) {
+        let room = Room { max_items: 3, max_numbers: 5, max_values: 10 };
+        let room_of = |name: &str| if name == "list" { room } else { Room::SMALL };
+        let read = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 30).hold());
+        let found = read.err().map(|error| {
+            let body = serde_json::to_value(error.body()).expect("serializes");
+            body["message"].as_str().unwrap_or_default().to_owned()
+        });
+        assert_eq!(found.as_deref(), problem, "{json:.80}");
+    }
+
     #[test]
-    fn the_number_of_values_is_bounded() {
-        let many = format!("[{}0]", "0,".repeat(MAX_VALUES));
-        assert_eq!(problem(&many), (Some("body".into()), "body: holds more values than are taken".into()));
+    fn what_a_field_holds_is_bounded_by_its_room() {
+        check_bound(r#"{"list": ["", "", ""]}"#, None);
+        check_bound(r#"{"list": ["", "", "", "","#, Some("list: has more than 3 elements"));
+        check_bound(r#"{"list": [1, 2, 3, 4, 5]}"#, None);
+        check_bound(r#"{"list": [1, 2, 3, 4, 5, 6"#, Some("list: has more than 5 numbers"));
+        check_bound(r#"{"list": [1, 2, 3, "a"]}"#, Some("list: has more than 3 elements"));
+        check_bound(r#"{"list": [[1], [1, 2, 3, 4, 5, 6"#, Some("list[1]: has more than 5 numbers"));
+        check_bound(r#"{"list": [[1, 2, 3], [1, 2, 3], [1, 2"#, Some("list: holds more than 10 values"));
+        check_bound(r#"{"list": [{"a": [[], [], [], [], [], [], [], [], []"#, Some("list: holds more than 10 values"));
+        let many = |element: &str| vec![element; MAX_FIELD_VALUES + 1].join(",");
+        check_bound(&format!(r#"{{"tools": [{}"#, many("[]")), Some("tools: holds more than 1024 values"));
+        check_bound(&format!(r#"{{"a": {{"b": [{}"#, many("[]")), Some("a: holds more than 1024 values"));
+        check_bound(&format!("[{}", many("0")), Some("body: has more than 1024 numbers"));
+    }
+
+    #[test]
+    fn names_and_their_number_are_bounded() {
+        let fields: Vec<String> = (0..=MAX_FIELDS).map(|number| format!(r#""f{number}": 0"#)).collect();
+        check_bound(&format!("{{{}", fields.join(",")), Some("body: has more than 256 fields"));
+        let long = "n".repeat(MAX_NAME_BYTES + 1);
+        let problem = "has a field whose name is longer than 128 bytes";
+        check_bound(&format!(r#"{{"{long}": 0"#), Some(&format!("body: {problem}")));
+        check_bound(&format!(r#"{{"list": [{{"{long}": 0"#), Some(&format!("list[0]: {problem}")));
+    }
+
+    #[test]
+    fn the_memory_of_values_is_taken_from_the_budget() {
+        let lists = vec!["[]"; 100_000].join(",");
+        let room_of = |_: &str| Room { max_items: 100_000, max_values: 100_000, ..Room::SMALL };
+        let json = format!(r#"{{"messages": [{lists}]}}"#);
+        let mut held = BodyMemory::new(16 << 20).hold();
+        Value::of_body(json.as_bytes(), &room_of, &mut held).expect("fits");
+        assert!(held.bytes() > 100_000 * size_of::<Value>());
+        let error = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 20).hold());
+        assert_eq!(error.expect_err("does not fit").into_response().status(), 503);
     }
 }

@@ -17,7 +17,9 @@ use tokio::time::{Instant, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::Encoding;
+use crate::compute::Compute;
 use crate::engine::Session;
+use crate::http::body::memory::Held;
 use crate::http::error::{ApiError, ErrorEnvelope};
 use crate::http::sse;
 use crate::parameters::EffectiveParameters;
@@ -46,6 +48,9 @@ pub(super) struct Head {
     pub(super) encoding: Encoding,
     pub(super) parameters: EffectiveParameters,
     pub(super) request: DiffusionRequest,
+    pub(super) compute: Compute,
+    /// The memory of the pictures that the request brought.
+    pub(super) _held: Held,
 }
 
 /// The answer, once the session has begun; work that fails at once fails with a status.
@@ -94,13 +99,14 @@ async fn write(head: Head, mut session: Session, writes: mpsc::Sender<Result<Byt
 impl Head {
     async fn partial_image(&self, index: usize, frame: Frame) -> Result<Bytes, ApiError> {
         let size = (self.request.canvas.width, self.request.canvas.height);
-        let b64_json = self.encoding.encode_preview(frame, size).await?;
-        Ok(self.event(self.names.partial_image, b64_json, Some(index), None))
+        let b64_json = self.encoding.encode_preview(&self.compute, frame, size).await?;
+        let event = self.event(self.names.partial_image, Some(index), None);
+        Ok(self.compute.run(b64_json.len(), move |_| event.write(b64_json)).await?)
     }
 
     async fn completed(&self, picture: Option<Frame>, usage: Usage) -> Result<Bytes, ApiError> {
         let picture = picture.ok_or_else(|| ApiError::internal("the model finished without a picture"))?;
-        let b64_json = self.encoding.encode(picture, self.parameters.clone()).await?;
+        let b64_json = self.encoding.encode(&self.compute, picture, self.parameters.clone()).await?;
         let Usage { prompt_tokens, completion_tokens, .. } = usage;
         let whole = Whole {
             usage: WireUsage {
@@ -113,15 +119,17 @@ impl Head {
             partial_images: self.request.partial_images,
             metadata: self.encoding.metadata,
             num_reference_images: super::num_reference_images(&self.request),
-            parameters: &self.parameters,
+            parameters: self.parameters.clone(),
         };
-        Ok(self.event(self.names.completed, b64_json, None, Some(whole)))
+        let event = self.event(self.names.completed, None, Some(whole));
+        Ok(self.compute.run(b64_json.len(), move |_| event.write(b64_json)).await?)
     }
 
-    fn event(&self, kind: &'static str, b64_json: String, index: Option<usize>, whole: Option<Whole<'_>>) -> Bytes {
-        let event = WireEvent {
+    /// An event, still without its picture.
+    fn event(&self, kind: &'static str, index: Option<usize>, whole: Option<Whole>) -> WireEvent {
+        WireEvent {
             kind,
-            b64_json,
+            b64_json: String::new(),
             partial_image_index: index,
             created_at: self.created_at,
             size: format!("{}x{}", self.request.canvas.width, self.request.canvas.height),
@@ -129,16 +137,13 @@ impl Head {
             background: "opaque",
             output_format: self.encoding.format.as_str(),
             whole,
-        };
-        let mut buffer = Vec::new();
-        sse::write_named(&mut buffer, kind, &event);
-        buffer.into()
+        }
     }
 }
 
 /// One event in OpenAI's shape.
 #[derive(Serialize)]
-struct WireEvent<'a> {
+struct WireEvent {
     #[serde(rename = "type")]
     kind: &'static str,
     b64_json: String,
@@ -150,12 +155,21 @@ struct WireEvent<'a> {
     background: &'static str,
     output_format: &'static str,
     #[serde(flatten)]
-    whole: Option<Whole<'a>>,
+    whole: Option<Whole>,
+}
+
+impl WireEvent {
+    /// The event with its picture.
+    fn write(self, b64_json: String) -> Bytes {
+        let mut buffer = Vec::new();
+        sse::write_named(&mut buffer, self.kind, &Self { b64_json, ..self });
+        buffer.into()
+    }
 }
 
 /// What the last event has beside the picture.
 #[derive(Serialize)]
-struct Whole<'a> {
+struct Whole {
     usage: WireUsage,
     #[serde(skip_serializing_if = "Option::is_none")]
     skipped_passes: Option<usize>,
@@ -164,7 +178,7 @@ struct Whole<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     num_reference_images: Option<usize>,
     #[serde(flatten)]
-    parameters: &'a EffectiveParameters,
+    parameters: EffectiveParameters,
 }
 
 /// Pictures are not counted in tokens, so that its numbers are 0; clients expect the field.

@@ -4,15 +4,19 @@
 //! parameters in answers and the parameters of queries come from their declarations. Does not know: what any of them
 //! means, how a request is worked off.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
-use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use tale_models::diffusion::parameters::PARAMETERS;
 use tale_models::parameter::{Declaration, Task};
 use tale_models::text_parameters::TEXT_PARAMETERS;
 
-use super::{images, openai, text, videos};
+use super::error::ApiError;
+use super::{AppState, images, openai, text, videos};
 use crate::parameters::is_echoed;
 
 mod schema;
@@ -28,9 +32,14 @@ pub fn document() -> &'static Value {
     &DOCUMENT
 }
 
-/// `GET /openapi.json`.
-pub(super) async fn serve() -> Json<&'static Value> {
-    Json(document())
+/// `GET /openapi.json`, which is written once.
+pub(super) async fn serve(State(state): State<AppState>) -> Result<Response, ApiError> {
+    static TEXT: OnceLock<Bytes> = OnceLock::new();
+    let text = match TEXT.get() {
+        Some(text) => text.clone(),
+        None => state.compute().run(0, |_| TEXT.get_or_init(|| document().to_string().into()).clone()).await?,
+    };
+    Ok(([(header::CONTENT_TYPE, "application/json")], text).into_response())
 }
 
 /// The fields that a body for `task` may have, as they are declared.
@@ -81,7 +90,7 @@ fn request(task: Task) -> Value {
         fields.iter().map(|declaration| (declaration.name.to_owned(), schema::in_json(declaration))).collect();
     let mut required: Vec<&str> = fields.iter().filter(|of| of.is_required).map(|of| of.name).collect();
     let prompt = match task {
-        Task::Chat => Some(("messages", json!({"type": "array", "items": reference("ChatMessage"), "minItems": 1}))),
+        Task::Chat => Some(("messages", messages())),
         Task::Completion => Some(("prompt", reference("Prompts"))),
         Task::ImageGeneration | Task::ImageEdit | Task::Video => None,
     };
@@ -92,6 +101,10 @@ fn request(task: Task) -> Value {
     }
     properties.extend(unsupported(task, ""));
     object(properties, &required)
+}
+
+fn messages() -> Value {
+    json!({"type": "array", "items": reference("ChatMessage"), "minItems": 1, "maxItems": text::wire::MAX_MESSAGES})
 }
 
 fn form(task: Task) -> Value {

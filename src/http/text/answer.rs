@@ -13,6 +13,7 @@ use tale_models::request::{FinishReason, Usage};
 use uuid::Uuid;
 
 use super::wire::AnswerOptions;
+use crate::compute::Compute;
 use crate::engine::Session;
 use crate::http::error::{ApiError, ErrorEnvelope};
 use crate::http::sse::{self, KeepAlive};
@@ -165,17 +166,28 @@ fn cut_off() -> ApiError {
 }
 
 /// The whole answer, once every session has ended. `prompt_tokens` counts each prompt once.
-pub(super) async fn whole(head: Head, sessions: Vec<Session>, prompt_tokens: usize) -> Result<Response, ApiError> {
+pub(super) async fn whole(
+    compute: &Compute,
+    head: Head,
+    sessions: Vec<Session>,
+    prompt_tokens: usize,
+) -> Result<Response, ApiError> {
     let mut answers = Vec::with_capacity(sessions.len());
     for mut session in sessions {
         answers.push(collect(&mut session).await?);
     }
+    let num_bytes = answers.iter().map(|(text, _, _)| text.len()).sum();
+    Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, prompt_tokens)).await?)
+}
+
+/// One answer of the texts, reasons and numbers of tokens of all sessions.
+fn joined(head: &Head, answers: &[(String, &'static str, usize)], prompt_tokens: usize) -> Response {
     let completion_tokens = answers.iter().map(|(_, _, tokens)| tokens).sum();
     let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
     let choices = answers.iter().enumerate();
     let choices: Vec<_> =
         choices.map(|(index, (text, reason, _))| Choice::whole(head.shape, index, text, reason)).collect();
-    Ok(Json(head.envelope(false, choices, Some(Some(usage.into())))).into_response())
+    Json(head.envelope(false, choices, Some(Some(usage.into())))).into_response()
 }
 
 /// Text, reason and number of tokens of one session.

@@ -4,17 +4,23 @@
 
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+use tale_models::TextCard;
+use tale_models::cancel::CancelToken;
 use tale_models::chat_template::ChatMessage;
 use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
 use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
 
-use crate::http::body::value::{Object, Value};
+use crate::http::body::value::{Object, Room, Value};
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
-use crate::http::{body, parameters};
+use crate::http::{body, openai, parameters};
 
 /// Most sessions of one request: prompts times `n`.
 pub const MAX_CHOICES: usize = 64;
+/// Most messages of a conversation.
+pub const MAX_MESSAGES: usize = 8192;
+/// Most values in all messages together: their fields, and the parts of their contents.
+const MAX_MESSAGE_VALUES: usize = 16 * MAX_MESSAGES;
 
 static N: Parameter<usize> = Parameter::integer(
     "n",
@@ -64,18 +70,45 @@ struct CompletionFields {
     stream_options: Option<StreamOptions>,
 }
 
-/// Body of `POST /v1/chat/completions`. Its messages are still as the client wrote them.
-pub(super) fn chat(mut body: Object) -> Result<TextBody<Vec<WireMessage>>, ApiError> {
+/// How much a field of a chat may hold.
+pub(super) fn room_in_chat(name: &str) -> Room {
+    match name {
+        "messages" => Room { max_items: MAX_MESSAGES, max_values: MAX_MESSAGE_VALUES, ..Room::SMALL },
+        name => parameters::room_in(TEXT_PARAMETERS, name),
+    }
+}
+
+/// The same of a completion; no model has a larger context than `max_tokens`.
+pub(super) fn room_in_completion(name: &str, max_tokens: usize) -> Room {
+    match name {
+        "prompt" => {
+            let max_values = MAX_CHOICES.saturating_mul(max_tokens.saturating_add(1));
+            Room { max_items: MAX_CHOICES, max_numbers: max_tokens, max_values }
+        }
+        name => parameters::room_in(TEXT_PARAMETERS, name),
+    }
+}
+
+/// Body of `POST /v1/chat/completions`.
+pub(super) fn chat(body: Value) -> Result<TextBody<Vec<ChatMessage>>, ApiError> {
+    let mut body = settled(body, openai::CHAT)?;
     let options = take(&mut body, CHAT, "messages")?;
     let ChatFields { messages, stream_options } = body::read(Value::Object(body))?;
-    TextBody::new(options, stream_options.as_ref(), messages)
+    TextBody::new(options, stream_options.as_ref(), conversation(messages)?)
 }
 
 /// Body of `POST /v1/completions`.
-pub(super) fn completion(mut body: Object) -> Result<TextBody<Vec<Prompt>>, ApiError> {
+pub(super) fn completion(body: Value) -> Result<TextBody<Vec<Prompt>>, ApiError> {
+    let mut body = settled(body, openai::COMPLETION)?;
     let options = take(&mut body, COMPLETION, "prompt")?;
     let CompletionFields { prompt, stream_options } = body::read(Value::Object(body))?;
     TextBody::new(options, stream_options.as_ref(), prompt.0)
+}
+
+/// The fields of a body, without those of OpenAI's `fields` that ask for nothing.
+fn settled(mut body: Value, fields: &[&[openai::Field]]) -> Result<Object, ApiError> {
+    openai::settle(fields, &mut body)?;
+    body.into_object()
 }
 
 /// The declared fields of a body.
@@ -107,7 +140,7 @@ impl<T> TextBody<T> {
 }
 
 /// What has been said so far.
-pub(super) fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
+fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
     messages.into_iter().enumerate().map(|(index, message)| message.into_message(index)).collect()
 }
 
@@ -250,6 +283,24 @@ pub(super) struct Prompts(pub(super) Vec<Prompt>);
 pub(super) enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
+}
+
+impl Prompt {
+    /// Bytes that a tokenizer has to read.
+    pub(super) fn num_bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Tokens(_) => 0,
+        }
+    }
+
+    /// The tokens that the model of this card is given.
+    pub(super) fn encode(self, card: &TextCard, cancelled: &CancelToken) -> tale_models::Result<Vec<u32>> {
+        match self {
+            Self::Text(text) => card.encode_prompt(&text, cancelled),
+            Self::Tokens(tokens) => Ok(tokens),
+        }
+    }
 }
 
 /// What is said of numbers that name no token.

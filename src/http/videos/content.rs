@@ -1,28 +1,43 @@
 //! `GET /v1/videos/{id}/content`: the file, or a part of it.
+//!
+//! A file is opened before the head of the answer is sent, so that one that is not there is an error with a status, and
+//! stays open until the last byte: a video that is removed meanwhile is still sent whole. Bytes are read when the client
+//! takes them; one that does not holds one chunk, and no thread.
 
-use std::io::{Read, Seek, SeekFrom};
+use std::future::Future;
+use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
+use futures_core::Stream;
 use tale_models::parameter::{Declaration, Parameter};
-use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
-use tokio_stream::wrappers::ReceiverStream;
 
+use self::open::{OpenFile, OpenFiles};
 use super::{job, query, status};
 use crate::http::AppState;
 use crate::http::error::ApiError;
+use crate::http::files::FileWork;
 use crate::http::path::Id;
-use crate::job::{ClipFile, JobState};
+use crate::job::JobState;
+
+mod open;
 
 /// Bytes that are read at once.
 const CHUNK_BYTES: usize = 64 << 10;
-/// Chunks that may wait for a slow client.
-const MAX_WAITING_CHUNKS: usize = 4;
+/// Most videos that are read at a time, each by any number of clients; each is one open file.
+const MAX_OPEN_FILES: usize = 128;
+/// Most chunks that are read at a time.
+const MAX_READS: usize = 16;
+
+static OPEN_FILES: OpenFiles = OpenFiles::new(MAX_OPEN_FILES);
+static READS: FileWork = FileWork::new(MAX_READS);
 
 static VARIANT: Parameter<String> =
     Parameter::choice("variant", &["video"], "There are no thumbnails or spritesheets.");
@@ -45,12 +60,13 @@ pub(in crate::http) async fn content(
         let message = format!("the video is {}; its content is there once it is completed", status(&job.state));
         return Err(ApiError::not_completed(message));
     };
+    let open = OPEN_FILES.open(job.id, file.clone()).await?;
     let range = headers.get(header::RANGE).and_then(|range| range.to_str().ok());
     let mut response = match parse_range(range, file.bytes) {
-        Wanted::Whole => send(file.clone(), 0..file.bytes, StatusCode::OK),
+        Wanted::Whole => send(open, 0..file.bytes, StatusCode::OK),
         Wanted::Part(part) => {
             let content_range = format!("bytes {}-{}/{}", part.start, part.end - 1, file.bytes);
-            with_range(send(file, part, StatusCode::PARTIAL_CONTENT), &content_range)
+            with_range(send(open, part, StatusCode::PARTIAL_CONTENT), &content_range)
         }
         Wanted::Impossible => {
             let content_range = format!("bytes */{}", file.bytes);
@@ -70,35 +86,54 @@ fn with_range(mut response: Response, content_range: &str) -> Response {
     response
 }
 
-fn send(file: ClipFile, part: Range<u64>, status: StatusCode) -> Response {
-    let (chunks, receiver) = mpsc::channel(MAX_WAITING_CHUNKS);
+fn send(file: Arc<OpenFile>, part: Range<u64>, status: StatusCode) -> Response {
     let length = part.end - part.start;
-    spawn_blocking(move || {
-        if let Err(error) = read(file.path, part, &chunks) {
-            // The client sees that the body is shorter than announced.
-            tracing::warn!(%error, "a clip could not be read to its end");
-            let _ = chunks.blocking_send(Err(error));
-        }
-    });
-    let mut response = (status, Body::from_stream(ReceiverStream::new(receiver))).into_response();
+    let chunks = Chunks { file, left: part, reading: None };
+    let mut response = (status, Body::from_stream(chunks)).into_response();
     response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(length));
     response
 }
 
-fn read(path: PathBuf, part: Range<u64>, chunks: &mpsc::Sender<std::io::Result<Bytes>>) -> std::io::Result<()> {
-    let mut file = std::fs::File::open(path)?;
-    file.seek(SeekFrom::Start(part.start))?;
-    let mut left = (part.end - part.start) as usize;
-    while left > 0 {
-        let mut chunk = vec![0; left.min(CHUNK_BYTES)];
-        file.read_exact(&mut chunk)?;
-        left -= chunk.len();
-        if chunks.blocking_send(Ok(chunk.into())).is_err() {
-            // The client has gone.
-            return Ok(());
+/// The bytes of a part of a file, one chunk at a time, each read when it is asked for.
+struct Chunks {
+    file: Arc<OpenFile>,
+    left: Range<u64>,
+    reading: Option<Reading>,
+}
+
+type Reading = Pin<Box<dyn Future<Output = io::Result<Bytes>> + Send>>;
+
+impl Stream for Chunks {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.left.is_empty() {
+            return Poll::Ready(None);
         }
+        let Self { file, left, reading } = &mut *self;
+        let reading = reading.get_or_insert_with(|| Box::pin(read(file.clone(), left.clone())));
+        let chunk = ready!(reading.as_mut().poll(context));
+        self.reading = None;
+        match &chunk {
+            Ok(bytes) => self.left.start += bytes.len() as u64,
+            Err(error) => {
+                // The client sees that the body is shorter than announced.
+                tracing::warn!(%error, "a clip could not be read to its end");
+                self.left.end = self.left.start;
+            }
+        }
+        Poll::Ready(Some(chunk))
     }
-    Ok(())
+}
+
+/// The first chunk of what is left.
+async fn read(file: Arc<OpenFile>, left: Range<u64>) -> io::Result<Bytes> {
+    let length = usize::try_from(left.end - left.start).unwrap_or(usize::MAX).min(CHUNK_BYTES);
+    let read = move || {
+        let mut chunk = vec![0; length];
+        file.read_exact_at(&mut chunk, left.start).map(|()| Bytes::from(chunk))
+    };
+    READS.run(read).await.map_err(|_| io::Error::other("the reading panicked"))?
 }
 
 /// Which bytes a `Range` header wants.
