@@ -132,7 +132,7 @@ impl Accepting {
                 Err(error) => {
                     self.tell(&error);
                     // Files are short, most likely.
-                    register.kick_one(None);
+                    register.kick_idle(None);
                     tokio::time::sleep(self.backoff).await;
                     self.backoff = (2 * self.backoff).min(MAX_BACKOFF);
                 }

@@ -18,8 +18,10 @@ use crate::http::Peer;
 
 /// A connection that was asked to close has this long before the next one is asked.
 const YIELD_TIME: Duration = Duration::from_millis(100);
-/// Connections that are asked to close for one new one, at most.
-const MAX_ASKED: usize = 8;
+/// Rounds of asking for one new connection, at most.
+const MAX_ROUNDS: usize = 8;
+/// Connections of a round, at most.
+const MAX_ASKED_AT_ONCE: usize = 16;
 
 /// The connections of one listener.
 #[derive(Debug)]
@@ -69,11 +71,11 @@ impl Register {
 
     /// Waits until there is room for a connection of `peer`, which idle ones make. `Err` when all are busy.
     pub(super) async fn make_room(&self, peer: Peer) -> Result<(), Refusal> {
-        for _ in 0..MAX_ASKED {
+        for _ in 0..MAX_ROUNDS {
             // Hears of what closes from here on.
             let freed = self.freed.notified();
             let Some(limit) = self.limit(peer) else { return Ok(()) };
-            if !self.kick_one(matches!(limit, Refusal::TooManyOfAddress(_)).then_some(peer)) {
+            if !self.kick_idle(matches!(limit, Refusal::TooManyOfAddress(_)).then_some(peer)) {
                 return Err(limit);
             }
             // A wait that was too long is followed by the next question.
@@ -82,16 +84,23 @@ impl Register {
         self.limit(peer).map_or(Ok(()), Err)
     }
 
-    /// Asks the idlest connection to close, of this address or of all; false when none is idle.
-    pub(super) fn kick_one(&self, peer: Option<Peer>) -> bool {
+    /// Asks the idlest connection to close, of this address or of all; false when none is idle. Of those over which no
+    /// request ever came several are asked, so that a flood of them costs one wait for many.
+    pub(super) fn kick_idle(&self, peer: Option<Peer>) -> bool {
         let connections = self.connections();
         let candidates = connections.wires.values().filter(|wire| peer.is_none_or(|peer| wire.peer() == peer));
-        let idle = candidates.filter_map(|wire| {
-            let of_address = connections.per_address.get(&wire.peer()).copied().unwrap_or_default();
-            Some((wire.idleness()?, of_address, wire))
-        });
-        let idlest = idle.min_by_key(|(idleness, of_address, _)| order(*idleness, *of_address));
-        idlest.inspect(|(_, _, wire)| wire.kick()).is_some()
+        let mut idle: Vec<_> = candidates
+            .filter_map(|wire| {
+                let of_address = connections.per_address.get(&wire.peer()).copied().unwrap_or_default();
+                Some((wire.idleness()?, of_address, wire))
+            })
+            .collect();
+        idle.sort_by_key(|(idleness, of_address, _)| order(*idleness, *of_address));
+        let unused = idle.iter().take_while(|(idleness, ..)| !matches!(idleness, Idleness::Idle(_))).count();
+        // The oldest of them only: the others have not had the time to ask.
+        let asked = (unused / 8).clamp(1, MAX_ASKED_AT_ONCE);
+        idle.iter().take(asked).for_each(|(_, _, wire)| wire.kick());
+        !idle.is_empty()
     }
 
     /// The bound that one more connection of `peer` would break.
