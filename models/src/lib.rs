@@ -39,6 +39,7 @@ pub mod testing;
 pub mod text_parameters;
 pub mod text_stream;
 pub mod tokenizer;
+pub mod unpanicked;
 pub mod vae;
 pub mod weights;
 
