@@ -171,10 +171,10 @@ impl Declaration {
             }
             // `contains` is false for NaN.
             (Kind::Number { min, max }, Value::Number(value)) if !(min..=max).contains(value) => {
-                refuse(format!("is {value}; allowed: {min} to {max}"))
+                refuse(format!("{}; allowed: {min} to {max}", is_not_within(*value, min, max)))
             }
             (Kind::NumberAbove { min, max }, Value::Number(value)) if !(*value > min && *value <= max) => {
-                refuse(format!("is {value}; allowed: above {min}, at most {max}"))
+                refuse(format!("{}; allowed: above {min}, at most {max}", is_not_within(*value, min, max)))
             }
             (Kind::Seconds, Value::Number(seconds)) if !(seconds.is_finite() && *seconds > 0.0) => {
                 refuse("must be more than 0".to_owned())
@@ -205,6 +205,16 @@ impl Declaration {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What a number is that is none of the allowed ones: itself, or in words of the bounds where its digits would fill lines.
+fn is_not_within(value: f64, min: f64, max: f64) -> String {
+    let is_short = value == 0.0 || value.is_nan() || (1e-6..1e9).contains(&value.abs());
+    match value > max {
+        _ if is_short => format!("is {value}"),
+        true => format!("is above {max}"),
+        false => format!("is below {min}"),
     }
 }
 
@@ -489,11 +499,15 @@ mod tests {
         check(&SCALE, 100.0, None);
         check(&SCALE, -0.5, Some("scale: is -0.5; allowed: 0 to 100"));
         check(&SCALE, f64::NAN, Some("scale: is NaN; allowed: 0 to 100"));
+        check(&SCALE, 1e300, Some("scale: is above 100; allowed: 0 to 100"));
+        check(&SCALE, f64::NEG_INFINITY, Some("scale: is below 0; allowed: 0 to 100"));
+        check(&SCALE, -1e-300, Some("scale: is below 0; allowed: 0 to 100"));
         check(&PART, [0.0, 1.0], None);
         check(&PART, [0.5, 0.5], Some("a_part: is [0.5, 0.5]; allowed: [start, end] with 0 <= start < end <= 1"));
         check(&PENALTY, 2.0, None);
         check(&PENALTY, 0.0, Some("penalty: is 0; allowed: above 0, at most 2"));
         check(&PENALTY, 2.5, Some("penalty: is 2.5; allowed: above 0, at most 2"));
+        check(&PENALTY, f32::INFINITY, Some("penalty: is above 2; allowed: above 0, at most 2"));
         check(&STOP, vec!["a".to_owned(); 2], None);
         check(&STOP, vec!["a".to_owned(); 3], Some("stop: takes at most 2 strings, none empty"));
         check(&STOP, vec![String::new()], Some("stop: takes at most 2 strings, none empty"));
