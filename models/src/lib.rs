@@ -27,6 +27,7 @@ pub mod parameter;
 pub mod phase;
 pub mod presets;
 pub mod prompt;
+mod quietly;
 pub mod request;
 pub mod resample;
 pub mod rng;

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::families::detect;
 use crate::family::{Family, LoadOptions, LoadedModel, TextEncoders};
 use crate::lora::LoraSupport;
+use crate::quietly::quietly;
 use crate::source::ModelSource;
 use crate::weights::WeightsReport;
 
@@ -28,6 +29,12 @@ pub struct Inspection {
 }
 
 impl Inspection {
+    /// Why the model cannot be loaded, if it cannot: the first of what is wrong with it.
+    pub fn into_problem(self) -> Option<Error> {
+        let mut of_weights = self.components.into_iter().flat_map(|(_, report)| report.problems);
+        of_weights.next().or(self.problem)
+    }
+
     /// Bytes that the model takes on the device once it is loaded.
     pub fn resident_bytes(&self) -> usize {
         let components = self.components.iter().map(|(_, report)| report.resident_bytes).sum::<usize>();
@@ -91,6 +98,15 @@ pub fn plan(
     let (family, makes) = (family.name(), family.makes());
     let inspection = Inspection { family, makes, components, cache_bytes, on_demand_bytes, problem };
     Ok((inspection, model))
+}
+
+/// As [`plan`], without a word in the log: for whoever loads the model afterwards, which says all of it once more.
+pub fn plan_quietly(
+    source: impl Into<ModelSource>,
+    placement: &Placement,
+    options: &LoadOptions,
+) -> Result<(Inspection, Option<LoadedModel>)> {
+    quietly(|| plan(source, placement, options))
 }
 
 fn on_device(family: &dyn Family, options: &LoadOptions) -> OnDevice<'static> {

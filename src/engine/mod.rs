@@ -483,7 +483,8 @@ pub(crate) fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>)
     }
 }
 
-/// What a model takes is known from its headers, so that a model too large is refused before a tensor is read.
+/// What a model takes is known from its headers, so that a model too large is refused before a tensor is read, and so is
+/// one that cannot be loaded.
 fn load_if_it_fits(
     source: &ModelSource,
     placement: &Placement,
@@ -493,7 +494,11 @@ fn load_if_it_fits(
     on_component: &mut dyn FnMut(&str),
 ) -> Result<LoadedModel, tale_models::Error> {
     let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let needed_bytes = loading::inspect(source, &dry, load)?.resident_bytes();
+    let (inspection, _) = loading::plan_quietly(source, &dry, load)?;
+    let needed_bytes = inspection.resident_bytes();
+    if let Some(problem) = inspection.into_problem() {
+        return Err(problem);
+    }
     if needed_bytes > free_bytes {
         return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
     }

@@ -28,7 +28,7 @@ impl Choice {
     /// As the checkpoint's headers say. A model that cannot be loaded counts nothing: its loading will say why.
     pub(super) fn of(source: &ModelSource, placement: &Placement, options: &LoadOptions) -> Result<Self, Error> {
         let options = LoadOptions { text_encoders: TextEncoders::OnDemand, ..options.clone() };
-        let (inspection, model) = loading::plan(source, placement, &options)?;
+        let (inspection, model) = loading::plan_quietly(source, placement, &options)?;
         let encoder_bytes = inspection.on_demand_bytes;
         let plan = model.as_ref().map_or_else(MemoryPlan::default, default_request);
         let on_demand = Sizes { resident_bytes: inspection.resident_bytes(), request_bytes: plan.peak_bytes() };

@@ -12,6 +12,7 @@ use super::remembered::Tokenizers;
 use super::{Build, LoadFormat, Manifest, Mode, OnDevice, OpenWeights};
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::quietly::quietly;
 use crate::source::ModelSource;
 use crate::weights::Ahead;
 
@@ -80,11 +81,14 @@ impl Reread {
             let problem = "has changed since the model was loaded, so that nothing more can be read from it; restart";
             return Err(Error::checkpoint(&self.source.path, problem));
         }
-        let manifest = Manifest::read(&self.source)?.in_format(self.format).remembering(&self.tokenizers);
         let on_component = &mut |_: &str| ();
         let open = OpenWeights::new(&self.source, placement, mode, self.format, on_component);
         let mut open = open.restricted_to(OnDevice::Only(&components)).with_ahead(Some(ahead));
-        let model = build(&manifest, &mut open)?;
+        // Its warnings were given when the model was loaded.
+        let model = quietly(|| {
+            let manifest = Manifest::read(&self.source)?.in_format(self.format).remembering(&self.tokenizers);
+            build(&manifest, &mut open)
+        })?;
         Ok((model, open.resident_bytes()))
     }
 }
