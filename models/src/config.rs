@@ -1,26 +1,30 @@
 //! Reading the small files of a checkpoint (JSON, templates, vocabularies), with errors that name the file and, in JSON,
 //! the field.
+//!
+//! Owns: parsing, and holding fields against their bounds ([`bounds`]). Does not know: how files are opened
+//! ([`files`](crate::files)), what any field means.
 
 use std::fmt::Display;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::lfs;
+use crate::files::{self, Limit};
 
-/// Reads a file; the error names it, and says so where it is only a Git LFS pointer.
-pub fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::checkpoint(path, e))?;
-    lfs::refuse_pointer(path, &bytes)?;
-    Ok(bytes)
+pub mod bounds;
+
+pub use bounds::{Bound, Bounded};
+
+/// Reads a text file in UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    read_text_within(path, &Limit::CONFIG)
 }
 
-/// As [`read_bytes`], for text in UTF-8.
-pub fn read_text(path: &Path) -> Result<String> {
-    text_of(path, read_bytes(path)?)
+/// As [`read_text`], of a file of another kind than configurations.
+pub fn read_text_within(path: &Path, limit: &Limit) -> Result<String> {
+    text_of(path, files::read(path, limit)?)
 }
 
 /// As [`read_text`], of the content of the file at `path`.
@@ -30,16 +34,29 @@ pub fn text_of(path: &Path, bytes: Vec<u8>) -> Result<String> {
 
 /// Parses a JSON file; the error names the file and, for wrong types, the field.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    parse_json(path, &read_bytes(path)?)
+    read_json_within(path, &Limit::CONFIG)
+}
+
+/// As [`read_json`], of a file of another kind than configurations.
+pub fn read_json_within<T: DeserializeOwned>(path: &Path, limit: &Limit) -> Result<T> {
+    parse_json_within(path, &files::read(path, limit)?, limit)
 }
 
 /// As [`read_json`]; `None` when there is no such file.
 pub fn read_json_if_present<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    if path.exists() { read_json(path).map(Some) } else { Ok(None) }
+    let bytes = files::read_if_present(path, &Limit::CONFIG)?;
+    bytes.map(|bytes| parse_json(path, &bytes)).transpose()
 }
 
 /// As [`read_json`], of a file's content at hand.
 pub fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    parse_json_within(path, bytes, &Limit::CONFIG)
+}
+
+fn parse_json_within<T: DeserializeOwned>(path: &Path, bytes: &[u8], limit: &Limit) -> Result<T> {
+    if let Some(problem) = limit.problem(bytes) {
+        return Err(Error::checkpoint(path, problem));
+    }
     let value: Value = serde_json::from_slice(bytes).map_err(|e| Error::checkpoint(path, e))?;
     from_value(path, value)
 }
@@ -75,17 +92,6 @@ fn make_whole(value: &mut Value) {
         _ => (),
     }
 }
-
-/// Refuses what no norm can add to a variance. `path` is the file's.
-pub fn check_eps(path: &Path, field: &str, eps: f64) -> Result<()> {
-    match (0.0..=MAX_EPS).contains(&eps) {
-        true => Ok(()),
-        false => Err(Error::checkpoint(path, format!("{field}: is {eps}; allowed: 0 to {MAX_EPS}"))),
-    }
-}
-
-/// Far more than any model's.
-pub const MAX_EPS: f64 = 1.0;
 
 /// The fields of one JSON file, where what an absent field means depends on who reads it.
 #[derive(Debug)]
@@ -136,33 +142,20 @@ impl Fields {
         }
     }
 
-    /// A number that cannot be null, in the range of what can be computed with.
-    pub fn in_range<T>(&self, field: &str, default: T, allowed: RangeInclusive<T>) -> Result<T>
-    where
-        T: DeserializeOwned + PartialOrd + Display,
-    {
-        self.check_range(field, self.or(field, default)?, allowed)
-    }
-
-    /// The number, if it is in the range.
-    pub fn check_range<T>(&self, field: &str, number: T, allowed: RangeInclusive<T>) -> Result<T>
-    where
-        T: PartialOrd + Display,
-    {
-        match allowed.contains(&number) {
-            true => Ok(number),
-            false => Err(self.error(field, format!("is {number}; allowed: {} to {}", allowed.start(), allowed.end()))),
-        }
-    }
-
     /// A switch; null is off, as for Python.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool> {
         Ok(self.nullable_or(field, Some(default))?.unwrap_or(false))
     }
 
-    /// All fields that `T` knows.
-    pub fn all<T: DeserializeOwned>(&self) -> Result<T> {
+    /// All fields that `T` knows, within its bounds.
+    pub fn all<T: Bounded>(&self) -> Result<T> {
+        self.check_bounds(T::BOUNDS)?;
         from_value(&self.path, Value::Object(self.fields.clone()))
+    }
+
+    /// Refuses a field that is not within its bounds.
+    pub fn check_bounds(&self, bounds: &[Bound]) -> Result<()> {
+        bounds::check(&self.path, &self.fields, bounds)
     }
 
     /// Says what is wrong with a field.

@@ -16,6 +16,7 @@ pub mod encoders;
 pub mod error;
 pub mod families;
 pub mod family;
+pub mod files;
 pub mod frame;
 pub mod kv;
 pub mod layers;

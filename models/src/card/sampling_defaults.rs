@@ -3,7 +3,7 @@
 //! Owns: the fields, what their values mean, refusals of nonsense. Does not know: what requests may ask for. Source:
 //! transformers `generation/utils.py`, `_get_logits_processor`, and `generation/logits_process.py`.
 
-use crate::config::Fields;
+use crate::config::{Bound, Fields};
 use crate::error::Result;
 
 /// The sampling fields of `generation_config.json`. `do_sample: false` means greedy, as in transformers.
@@ -11,7 +11,7 @@ use crate::error::Result;
 pub struct SamplingDefaults {
     /// Whether the model's author samples at all.
     pub do_sample: Option<bool>,
-    /// See [`SamplingParams`](crate::request::SamplingParams); any that is not negative.
+    /// See [`SamplingParams`](crate::request::SamplingParams); up to 100.
     pub temperature: Option<f32>,
     /// See [`SamplingParams`](crate::request::SamplingParams).
     pub top_p: Option<f32>,
@@ -19,32 +19,33 @@ pub struct SamplingDefaults {
     pub top_k: Option<usize>,
     /// See [`SamplingParams`](crate::request::SamplingParams).
     pub min_p: Option<f32>,
-    /// See [`SamplingParams`](crate::request::SamplingParams); any above 0.
+    /// See [`SamplingParams`](crate::request::SamplingParams); from 0.01 to 100.
     pub repetition_penalty: Option<f32>,
 }
+
+/// Beyond these, tokens are drawn blindly, or no longer drawn. Published are 2 at most.
+const MAX_TEMPERATURE: f64 = 100.0;
+const MAX_PENALTY: f64 = 100.0;
+const BOUNDS: &[Bound] = &[
+    Bound::number("temperature", 0.0, MAX_TEMPERATURE),
+    Bound::number("top_p", 0.0, 1.0),
+    Bound::number("min_p", 0.0, 1.0),
+    Bound::number("repetition_penalty", 1.0 / MAX_PENALTY, MAX_PENALTY),
+];
 
 impl SamplingDefaults {
     /// Reads the fields of a file. A value may lie outside of what requests may ask for. Errors name the file and a field
     /// whose value means nothing.
     pub fn read(fields: &Fields) -> Result<Self> {
+        fields.check_bounds(BOUNDS)?;
         Ok(Self {
             do_sample: fields.nullable_or("do_sample", None)?,
-            temperature: number(fields, "temperature", "must not be negative", |value| value >= 0.0)?,
-            // As in transformers, one of 1 or more cuts nothing off.
-            top_p: number(fields, "top_p", "must not be negative", |value| value >= 0.0)?.map(|top_p| top_p.min(1.0)),
+            temperature: fields.nullable_or("temperature", None)?,
+            top_p: fields.nullable_or("top_p", None)?,
             top_k: top_k(fields)?,
-            min_p: number(fields, "min_p", "must be 0 to 1", |value| (0.0..=1.0).contains(&value))?,
-            repetition_penalty: number(fields, "repetition_penalty", "must be above 0", |value| value > 0.0)?,
+            min_p: fields.nullable_or("min_p", None)?,
+            repetition_penalty: fields.nullable_or("repetition_penalty", None)?,
         })
-    }
-}
-
-fn number(fields: &Fields, field: &str, rule: &str, is_valid: impl Fn(f32) -> bool) -> Result<Option<f32>> {
-    match fields.nullable_or::<f32>(field, None)? {
-        Some(value) if !value.is_finite() || !is_valid(value) => {
-            Err(fields.error(field, format!("is {value}; it {rule}")))
-        }
-        value => Ok(value),
     }
 }
 
@@ -77,7 +78,6 @@ mod tests {
         for (json, top_k) in [("-1", Some(0)), ("0", Some(0)), ("50.0", Some(50)), ("50", Some(50)), ("null", None)] {
             assert_eq!(read(&format!(r#"{{"top_k": {json}}}"#)).expect("read").top_k, top_k, "{json}");
         }
-        assert_eq!(read(r#"{"top_p": 1.5}"#).expect("read").top_p, Some(1.0));
         let nulls = read(r#"{"do_sample": null, "temperature": null, "top_p": null, "min_p": null}"#).expect("read");
         assert_eq!((nulls.do_sample, nulls.temperature, nulls.top_p, nulls.min_p), (None, None, None, None));
     }
@@ -89,12 +89,15 @@ mod tests {
             ("temperature", "1e39"),
             ("temperature", r#""hot""#),
             ("top_p", "-0.1"),
+            ("top_p", "1.5"),
             ("top_k", "-2"),
             ("top_k", "2.5"),
             ("min_p", "1.5"),
             ("min_p", "-1"),
             ("repetition_penalty", "0"),
             ("repetition_penalty", "-1.0"),
+            ("repetition_penalty", "1e-30"),
+            ("repetition_penalty", "1e30"),
             ("do_sample", "3"),
         ];
         for (field, value) in nonsense {

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::{CONFIG, Checkpoint, Mode};
 use crate::chat_template::ChatTemplate;
-use crate::config::{Fields, parse_json};
+use crate::config::{Bounded, Fields, parse_json};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -34,9 +34,9 @@ impl<'a> Component<'a> {
         self.path(CONFIG)
     }
 
-    /// Parses its `config.json`.
-    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
-        self.json(CONFIG)
+    /// Parses its `config.json`, whose fields are within the bounds of `T`.
+    pub fn config<T: Bounded>(&self) -> Result<T> {
+        self.fields(CONFIG)?.all()
     }
 
     /// The fields of a JSON file of it, where what an absent field means depends on who reads it.
@@ -70,6 +70,19 @@ impl<'a> Component<'a> {
     /// The tokenizer that it is or has.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         self.checkpoint.tokenizer(self.name)
+    }
+
+    /// The tokenizer that it is or has, for an encoder with embeddings for so many ids, whose prompts are filled up to
+    /// `length` ids. Refused where that encoder could not take what it gives.
+    pub fn tokenizer_of_encoder(&self, vocab_size: usize, length: usize) -> Result<Tokenizer> {
+        let tokenizer = self.tokenizer()?;
+        if let Some(id) = tokenizer.id_beyond(vocab_size, true) {
+            let problem = format!("has a token with id {id}; the text encoder's vocab_size is {vocab_size}");
+            return Err(Error::checkpoint(self.path(""), problem));
+        }
+        let tried = tokenizer.encode_padded("", length);
+        tried.map_err(|error| Error::checkpoint(self.path(""), format!("makes no prompts: {error}")))?;
+        Ok(tokenizer)
     }
 
     /// Its chat template, if it has one.

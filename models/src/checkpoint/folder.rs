@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::{Checkpoint, Component, Mode};
 use crate::chat_template::ChatTemplate;
-use crate::config::read_bytes;
 use crate::device::Placement;
 use crate::error::Result;
+use crate::files::{self, Limit};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -49,8 +49,7 @@ impl Checkpoint for Folder {
     }
 
     fn file(&self, component: &str, file: &str) -> Result<Option<Vec<u8>>> {
-        let path = self.path(component, file);
-        if path.exists() { read_bytes(&path).map(Some) } else { Ok(None) }
+        files::read_if_present(&self.path(component, file), &Limit::CONFIG)
     }
 
     fn tokenizer(&self, component: &str) -> Result<Tokenizer> {

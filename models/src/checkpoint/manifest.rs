@@ -69,7 +69,7 @@ impl Manifest {
         let layout = if has(MODEL_INDEX)? {
             read_model_index(&*checkpoint)?
         } else if has(CONFIG)? {
-            Layout::Transformers { config: Component::new(&*checkpoint, "").config()? }
+            Layout::Transformers { config: Component::new(&*checkpoint, "").json(CONFIG)? }
         } else {
             return Err(Error::checkpoint(checkpoint.root(), "has neither config.json nor model_index.json"));
         };

@@ -9,7 +9,8 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::config::Fields;
+use crate::config::bounds::{MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_LEARNED_POSITIONS, MAX_VOCABULARY, MAX_WIDTH};
+use crate::config::{Bound, Bounded, Fields};
 use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Embedding, LayerNorm, Linear};
@@ -50,6 +51,21 @@ impl Default for ClipTextConfig {
     }
 }
 
+impl Bounded for ClipTextConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("vocab_size", MAX_VOCABULARY),
+        Bound::size("hidden_size", MAX_WIDTH),
+        Bound::size("intermediate_size", MAX_INNER_WIDTH),
+        Bound::whole("num_hidden_layers", 0, MAX_LAYERS),
+        Bound::size("num_attention_heads", MAX_HEADS),
+        // A prompt has a start, an end and at least one token between them.
+        Bound::whole("max_position_embeddings", 3, MAX_LEARNED_POSITIONS),
+        Bound::eps("layer_norm_eps"),
+        Bound::whole("eos_token_id", 0, MAX_VOCABULARY),
+        Bound::size("projection_dim", MAX_WIDTH),
+    ];
+}
+
 impl ClipTextConfig {
     /// Reads the file at `path`, where the configuration of a whole CLIP has that of its text encoder as one field.
     pub fn read(fields: Fields) -> Result<Self> {
@@ -61,16 +77,12 @@ impl ClipTextConfig {
 
     /// Refuses sizes that contradict each other. `path` is named in the error.
     fn check(&self, path: &Path) -> Result<()> {
-        self.layer().check(self.num_hidden_layers, path)?;
-        let sizes = [
-            ("max_position_embeddings", self.max_position_embeddings),
-            ("vocab_size", self.vocab_size),
-            ("projection_dim", self.projection_dim),
-        ];
-        match sizes.into_iter().find(|(_, size)| *size == 0) {
-            Some((field, _)) => Err(Error::checkpoint(path, format!("{field} is 0; at least 1 is needed"))),
-            None => Ok(()),
+        self.layer().check(path)?;
+        if self.eos_token_id as usize >= self.vocab_size {
+            let problem = format!("eos_token_id: is {}; vocab_size is {}", self.eos_token_id, self.vocab_size);
+            return Err(Error::checkpoint(path, problem));
         }
+        Ok(())
     }
 
     /// Of each of its layers.

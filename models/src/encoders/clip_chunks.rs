@@ -126,10 +126,7 @@ impl ChunkRule {
 /// The prompt at `length` ids: one chunk where they fit in the encoder's `positions`, and otherwise as many whole ones.
 /// What is longer is cut, what is shorter is padded, with chunks of nothing in the end.
 pub fn chunks(tokenizer: &Tokenizer, prompt: &Prompt, positions: usize, length: usize) -> Result<Vec<Chunk>> {
-    let special = tokenizer.encode("", true)?;
-    let [start, end] = special[..] else {
-        return Err(Error::invalid("prompt", "the model's tokenizer has no start and end token"));
-    };
+    let [start, end] = start_and_end(tokenizer)?;
     let chunk_len = length.min(positions);
     let Some(room) = chunk_len.checked_sub(NUM_SPECIAL) else {
         return Err(Error::invalid("max_sequence_length", format!("the special tokens alone are {NUM_SPECIAL}")));
@@ -153,6 +150,16 @@ pub fn chunks(tokenizer: &Tokenizer, prompt: &Prompt, positions: usize, length: 
         chunks.push(Chunk { ids, weights, end: end_position });
     }
     Ok(chunks)
+}
+
+/// Refuses a tokenizer whose prompts cannot be cut into chunks.
+pub fn check(tokenizer: &Tokenizer) -> Result<()> {
+    start_and_end(tokenizer).map(|_| ())
+}
+
+fn start_and_end(tokenizer: &Tokenizer) -> Result<[u32; NUM_SPECIAL]> {
+    let special = tokenizer.encode("", true)?;
+    special.try_into().map_err(|_| Error::invalid("prompt", "the model's tokenizer has no start and end token"))
 }
 
 /// Ids of each piece, tokenized alone, with its weight.

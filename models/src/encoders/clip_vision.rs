@@ -9,15 +9,15 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
-use crate::config::Fields;
+use crate::config::bounds::{MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_PATCH, MAX_SIDE, MAX_WIDTH};
+use crate::config::{Bound, Bounded, Fields};
 use crate::encoders::clip_layer::{ClipActivation, ClipLayer, ClipLayerConfig};
 use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::weights::Weights;
 
-/// Bounds on what a configuration may claim.
-const MAX_SIZE: usize = 1 << 16;
-const MAX_IMAGE_SIZE: usize = 1 << 12;
+/// Most patches of a picture. Published are 1,025 at most.
+const MAX_PATCHES: usize = 1 << 16;
 /// Red, green and blue.
 const CHANNELS: usize = 3;
 
@@ -56,6 +56,19 @@ impl Default for ClipVisionConfig {
     }
 }
 
+impl Bounded for ClipVisionConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("hidden_size", MAX_WIDTH),
+        Bound::size("intermediate_size", MAX_INNER_WIDTH),
+        Bound::size("num_hidden_layers", MAX_LAYERS),
+        Bound::size("num_attention_heads", MAX_HEADS),
+        Bound::size("image_size", MAX_SIDE),
+        Bound::size("patch_size", MAX_PATCH),
+        Bound::eps("layer_norm_eps"),
+        Bound::size("projection_dim", MAX_WIDTH),
+    ];
+}
+
 impl ClipVisionConfig {
     /// Reads the file at `path`, where the configuration of a whole CLIP has that of its vision encoder as one field.
     pub fn read(fields: Fields) -> Result<Self> {
@@ -67,23 +80,18 @@ impl ClipVisionConfig {
 
     /// Refuses sizes that contradict each other. `path` is named in the error.
     fn check(&self, path: &Path) -> Result<()> {
-        self.layer().check(self.num_hidden_layers, path)?;
+        self.layer().check(path)?;
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
         let (image, patch) = (self.image_size, self.patch_size);
         if self.num_channels != CHANNELS {
             return refuse(format!("num_channels is {}; supported are {CHANNELS}", self.num_channels));
         }
-        if patch == 0 || patch > image || image > MAX_IMAGE_SIZE {
-            return refuse(format!("image_size {image} and patch_size {patch} give no patches, or too many"));
+        if patch > image || self.num_positions() > MAX_PATCHES {
+            return refuse(format!(
+                "image_size {image} and patch_size {patch} give no patches, or more than {MAX_PATCHES}"
+            ));
         }
-        if self.num_hidden_layers == 0 {
-            return refuse("num_hidden_layers is 0; at least 1 is needed".to_owned());
-        }
-        let sizes = [self.hidden_size, self.intermediate_size, self.projection_dim];
-        match sizes.into_iter().find(|size| !(1..=MAX_SIZE).contains(size)) {
-            Some(size) => refuse(format!("a size is {size}; supported are 1 to {MAX_SIZE}")),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// Vectors of one picture: a class token and one per patch.
@@ -268,14 +276,16 @@ mod tests {
     #[test]
     fn impossible_sizes_are_refused_by_name() {
         let check = |fields: Value, expected: &str| {
-            let error = config(fields).check(Path::new("config.json")).expect_err("is refused").to_string();
+            let fields = Fields::of("config.json".into(), fields.to_string().as_bytes()).expect("an object");
+            let error = ClipVisionConfig::read(fields).expect_err("is refused").to_string();
             assert!(error.contains(expected), "expected `{expected}` in: {error}");
         };
         check(json!({"num_channels": 4}), "num_channels is 4");
-        check(json!({"patch_size": 0}), "patch_size 0");
+        check(json!({"patch_size": 0}), "patch_size: is 0");
         check(json!({"image_size": 16}), "image_size 16");
+        check(json!({"image_size": 8000, "patch_size": 1}), "more than 65536");
         check(json!({"num_hidden_layers": 0}), "num_hidden_layers");
         check(json!({"num_attention_heads": 7}), "7 heads");
-        check(json!({"projection_dim": 0}), "a size is 0");
+        check(json!({"projection_dim": 0}), "projection_dim: is 0");
     }
 }

@@ -9,6 +9,8 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use crate::checkpoint::{CONFIG, Component};
+use crate::config::bounds::MAX_SCALE;
+use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
 use crate::request::Frame;
 use crate::resample::Filter;
@@ -84,13 +86,22 @@ impl Default for Config {
     }
 }
 
+impl Bounded for Config {
+    /// Sizes may be named in an object, and are looked at where all their spellings are known.
+    const BOUNDS: &'static [Bound] = &[
+        Bound::scale("rescale_factor"),
+        Bound::number("image_mean", -MAX_SCALE, MAX_SCALE),
+        Bound::scale("image_std"),
+    ];
+}
+
 impl ClipImageProcessor {
     /// What `preprocessor_config.json` of the component says, for an encoder of pictures of this side. Where there is none,
     /// what diffusers takes: the class's defaults with the encoder's own size.
     pub fn read_or_default(component: Component<'_>, image_size: usize) -> Result<Self> {
         let side = Edges::One(image_size);
-        let (config, file) = match component.json_if_present(FILE_NAME)? {
-            Some(config) => (config, FILE_NAME),
+        let (config, file) = match component.fields_if_present(FILE_NAME)? {
+            Some(fields) => (fields.all()?, FILE_NAME),
             None => (Config { size: side, crop_size: side, ..Config::default() }, CONFIG),
         };
         Self::new(&config, image_size).map_err(|problem| Error::checkpoint(component.path(file), problem))
@@ -131,12 +142,6 @@ impl ClipImageProcessor {
             return Err(format!("a size is not in 1 to {MAX_SIDE}"));
         }
         let (mean, std) = (config.image_mean, config.image_std);
-        if !(config.rescale_factor.is_finite() && config.rescale_factor > 0.0) {
-            return Err(format!("rescale_factor is {}; it must be above 0", config.rescale_factor));
-        }
-        if std.iter().any(|std| !(std.is_finite() && *std > 0.0)) {
-            return Err(format!("image_std is {std:?}; each must be above 0"));
-        }
         Ok(Self { size, crop, rescale_factor: config.rescale_factor, mean, std })
     }
 
@@ -190,9 +195,12 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::config::Fields;
 
     fn processor(config: Value, image_size: usize) -> std::result::Result<ClipImageProcessor, String> {
-        ClipImageProcessor::new(&serde_json::from_value(config).expect("a configuration"), image_size)
+        let fields = Fields::of("preprocessor_config.json".into(), config.to_string().as_bytes());
+        let config = fields.and_then(|fields| fields.all()).map_err(|error| error.to_string())?;
+        ClipImageProcessor::new(&config, image_size)
     }
 
     #[test]

@@ -9,7 +9,10 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tale_kernels::{AttentionOptions, attention, gelu_tanh, silu_mul};
 
-use crate::config::{Fields, MAX_EPS};
+use crate::config::bounds::{
+    MAX_HEAD_DIM, MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH, check_product,
+};
+use crate::config::{Bound, Fields};
 use crate::device::Placement;
 use crate::encoders::rows_of;
 use crate::error::Result;
@@ -33,29 +36,41 @@ pub struct T5Config {
     pub layer_norm_epsilon: f64,
 }
 
-/// Bound on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 20;
+/// Most buckets of relative positions; every published model has 32.
+const MAX_BUCKETS: u64 = 1 << 12;
+const BOUNDS: &[Bound] = &[
+    Bound::size("vocab_size", MAX_VOCABULARY),
+    Bound::size("d_model", MAX_WIDTH),
+    Bound::size("d_kv", MAX_HEAD_DIM),
+    Bound::size("d_ff", MAX_INNER_WIDTH),
+    Bound::size("num_layers", MAX_LAYERS),
+    Bound::size("num_heads", MAX_HEADS),
+    Bound::size("relative_attention_num_buckets", MAX_BUCKETS),
+    Bound::size("relative_attention_max_distance", MAX_POSITIONS),
+    Bound::eps("layer_norm_epsilon"),
+];
 
 impl T5Config {
     /// Reads the file at `path` as transformers' class for `kind` does, which is the one that a pipeline names, whatever
     /// the file says of itself. Errors name the file and the field.
     pub fn read(fields: &Fields, kind: T5Kind) -> Result<Self> {
-        let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
+        fields.check_bounds(BOUNDS)?;
         let default_feed_forward = kind.choose(FeedForwardKind::Relu, FeedForwardKind::GatedGelu);
         let config = Self {
             kind,
-            vocab_size: size("vocab_size", kind.choose(32_128, 250_112))?,
-            d_model: size("d_model", 512)?,
-            d_kv: size("d_kv", 64)?,
-            d_ff: size("d_ff", kind.choose(2048, 1024))?,
-            num_layers: size("num_layers", kind.choose(6, 8))?,
-            num_heads: size("num_heads", kind.choose(8, 6))?,
+            vocab_size: fields.or("vocab_size", kind.choose(32_128, 250_112))?,
+            d_model: fields.or("d_model", 512)?,
+            d_kv: fields.or("d_kv", 64)?,
+            d_ff: fields.or("d_ff", kind.choose(2048, 1024))?,
+            num_layers: fields.or("num_layers", kind.choose(6, 8))?,
+            num_heads: fields.or("num_heads", kind.choose(8, 6))?,
             feed_forward_proj: fields.or("feed_forward_proj", default_feed_forward)?,
-            relative_attention_num_buckets: size("relative_attention_num_buckets", 32)?,
-            relative_attention_max_distance: size("relative_attention_max_distance", 128)?,
-            layer_norm_epsilon: fields.in_range("layer_norm_epsilon", 1e-6, 0.0..=MAX_EPS)?,
+            relative_attention_num_buckets: fields.or("relative_attention_num_buckets", 32)?,
+            relative_attention_max_distance: fields.or("relative_attention_max_distance", 128)?,
+            layer_norm_epsilon: fields.or("layer_norm_epsilon", 1e-6)?,
         };
         config.check_buckets(fields)?;
+        check_product(fields.path(), ("num_heads", config.num_heads), ("d_kv", config.d_kv), MAX_WIDTH)?;
         Ok(config)
     }
 

@@ -21,7 +21,11 @@ use tale_kernels::{
 
 use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
-use crate::config::check_eps;
+use crate::config::bounds::{
+    MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_LEARNED_POSITIONS, MAX_PATCH, MAX_WIDTH,
+    check_product,
+};
+use crate::config::{Bound, Bounded};
 use crate::device::Placement;
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
@@ -151,8 +155,22 @@ impl Default for WanConfig {
     }
 }
 
-/// Bound on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 20;
+impl Bounded for WanConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("patch_size", MAX_PATCH),
+        Bound::size("num_attention_heads", MAX_HEADS),
+        Bound::size("attention_head_dim", MAX_HEAD_DIM),
+        Bound::size("in_channels", MAX_CHANNELS),
+        Bound::size("out_channels", MAX_CHANNELS),
+        Bound::size("text_dim", MAX_WIDTH),
+        Bound::size("freq_dim", MAX_WIDTH),
+        Bound::size("ffn_dim", MAX_INNER_WIDTH),
+        Bound::size("num_layers", MAX_LAYERS),
+        Bound::eps("eps"),
+        Bound::size("rope_max_seq_len", MAX_LEARNED_POSITIONS),
+    ];
+}
+
 /// The only value of `qk_norm` that is computed.
 const QK_NORM: &str = "rms_norm_across_heads";
 
@@ -163,20 +181,8 @@ impl WanConfig {
     }
 
     fn check(&self, path: &Path) -> Result<()> {
-        check_eps(path, "eps", self.eps)?;
-        let sizes = [
-            ("num_attention_heads", self.num_attention_heads),
-            ("attention_head_dim", self.attention_head_dim),
-            ("in_channels", self.in_channels),
-            ("text_dim", self.text_dim),
-            ("freq_dim", self.freq_dim),
-            ("ffn_dim", self.ffn_dim),
-            ("num_layers", self.num_layers),
-            ("rope_max_seq_len", self.rope_max_seq_len),
-        ];
-        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=MAX_SIZE).contains(size)) {
-            return Err(Error::checkpoint(path, format!("`{field}` is {size}; allowed: 1 to {MAX_SIZE}")));
-        }
+        let (heads, head_dim) = (self.num_attention_heads, self.attention_head_dim);
+        check_product(path, ("num_attention_heads", heads), ("attention_head_dim", head_dim), MAX_WIDTH)?;
         let image = "image conditioning is not supported yet; supported is text-to-video";
         let problem = if self.image_dim.is_some() {
             format!("`image_dim`: {image}")
@@ -190,8 +196,8 @@ impl WanConfig {
             format!("`qk_norm` is {:?}; only {QK_NORM:?} is supported", self.qk_norm)
         } else if self.patch_size[0] != 1 {
             format!("`patch_size` is {:?}; patches over time are not supported", self.patch_size)
-        } else if self.patch_size.contains(&0) || !self.attention_head_dim.is_multiple_of(2) {
-            "`patch_size` must be positive and `attention_head_dim` even".to_owned()
+        } else if !head_dim.is_multiple_of(2) || !self.freq_dim.is_multiple_of(2) {
+            "`attention_head_dim` and `freq_dim` must be even".to_owned()
         } else {
             return Ok(());
         };
@@ -228,7 +234,8 @@ impl WanModel {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Flow)?;
-        let tokenizer = manifest.component("tokenizer")?.tokenizer()?;
+        let vocab_size = sizes.text_encoder.vocab_size;
+        let tokenizer = manifest.component("tokenizer")?.tokenizer_of_encoder(vocab_size, MAX_SEQUENCE_LENGTH)?;
         Ok(Self {
             card: sizes.card(schedulers),
             tokenizer,

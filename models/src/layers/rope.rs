@@ -10,13 +10,17 @@ use std::f32::consts::PI;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use crate::config::bounds::MAX_POSITIONS;
+use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
 
 /// What transformers assumes when no `rope_theta` is given.
 const DEFAULT_THETA: f64 = 10_000.0;
+/// By how much a rotation may be stretched, and any other factor differ from 1. Published are 64 at most.
+const MAX_FACTOR: f64 = 65_536.0;
 /// Turns within the original context above which yarn keeps a pair's frequency, where the file does not say.
 const DEFAULT_BETA_FAST: f64 = 32.0;
 /// Turns below which yarn divides a pair's frequency, where the file does not say.
@@ -36,6 +40,11 @@ pub struct RopeFields {
     partial_rotary_factor: Option<f64>,
 }
 
+impl Bounded for RopeFields {
+    /// Which numbers count depends on the type: see [`Source::check_ranges`].
+    const BOUNDS: &'static [Bound] = &[];
+}
+
 /// `rope_scaling` or `rope_parameters`.
 #[derive(Debug, Clone, Default, Deserialize)]
 struct RopeParameters {
@@ -45,7 +54,9 @@ struct RopeParameters {
     legacy_type: Option<String>,
     rope_theta: Option<f64>,
     partial_rotary_factor: Option<f64>,
-    factor: Option<f64>,
+    /// Null is not the same as absent.
+    #[serde(default, deserialize_with = "stated")]
+    factor: Option<Option<f64>>,
     original_max_position_embeddings: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
@@ -58,6 +69,10 @@ struct RopeParameters {
     /// Only looked at to find a dictionary per layer type.
     #[serde(flatten)]
     other: BTreeMap<String, Value>,
+}
+
+fn stated<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Option<f64>>, D::Error> {
+    Option::deserialize(deserializer).map(Some)
 }
 
 /// Rotation of one model: frequencies and the factor on cosines and sines.
@@ -87,16 +102,17 @@ impl Rope {
         source.check_whole_rotation()?;
         source.check_ranges()?;
         let theta = source.theta()?;
-        let original_max = fields
-            .original_max_position_embeddings
-            .or(source.parameters.original_max_position_embeddings)
-            .unwrap_or(max_position_embeddings as f64);
-        let scaled_by = max_position_embeddings as f64 / original_max;
+        let stated_max = fields.original_max_position_embeddings.or(source.parameters.original_max_position_embeddings);
+        let original_max = stated_max.unwrap_or(max_position_embeddings as f64);
+        let scaled_by = stated_max.map(|original_max| max_position_embeddings as f64 / original_max);
         match source.rope_type() {
             "default" => Ok(Self::unscaled(default_frequencies(theta, head_dim))),
             "linear" => Ok(Self::unscaled(linear(&source, theta, head_dim)?)),
             "llama3" => Ok(Self::unscaled(llama3(&source, theta, head_dim, original_max)?)),
-            "yarn" => Ok(yarn(&source, theta, head_dim, original_max, scaled_by)),
+            "yarn" => {
+                let factor = source.yarn_factor(scaled_by)?;
+                Ok(yarn(&source.parameters, theta, head_dim, original_max, factor))
+            }
             other => {
                 let problem = format!("`{other}` is not supported; known: default, linear, llama3, yarn");
                 Err(source.error("rope_type", problem))
@@ -172,30 +188,32 @@ impl<'a> Source<'a> {
         let RopeParameters { attention_factor, mscale, mscale_all_dim, beta_fast, beta_slow, .. } = self.parameters;
         let original_max = self.parameters.original_max_position_embeddings;
         if self.rope_type() != "default" {
-            self.check_positive("factor", factor)?;
+            self.check_factor("factor", factor.flatten())?;
         }
         if matches!(self.rope_type(), "llama3" | "yarn") {
-            self.check_positive("original_max_position_embeddings", original_max)?;
-            if let Some(original_max) = self.fields.original_max_position_embeddings
-                && !is_positive(original_max)
-            {
-                let problem = format!("original_max_position_embeddings: is {original_max}; it must be above 0");
-                return Err(Error::checkpoint(self.path, problem));
+            const FIELD: &str = "original_max_position_embeddings";
+            let problem_of = |max: f64| format!("is {max}; allowed: 1 to {MAX_POSITIONS}");
+            let is_wrong = |max: &f64| !(1.0..=MAX_POSITIONS as f64).contains(max);
+            if let Some(max) = original_max.filter(is_wrong) {
+                return Err(self.error(FIELD, problem_of(max)));
+            }
+            if let Some(max) = self.fields.original_max_position_embeddings.filter(is_wrong) {
+                return Err(Error::checkpoint(self.path, format!("{FIELD}: {}", problem_of(max))));
             }
         }
         match self.rope_type() {
             "llama3" => {
-                self.check_positive("low_freq_factor", low_freq_factor)?;
-                self.check_positive("high_freq_factor", high_freq_factor)?;
+                self.check_factor("low_freq_factor", low_freq_factor)?;
+                self.check_factor("high_freq_factor", high_freq_factor)?;
                 self.check_order(("low_freq_factor", low_freq_factor), ("high_freq_factor", high_freq_factor))
             }
             "yarn" => {
-                self.check_positive("attention_factor", attention_factor)?;
-                self.check_positive("mscale", non_zero(mscale))?;
-                self.check_positive("mscale_all_dim", non_zero(mscale_all_dim))?;
+                self.check_factor("attention_factor", attention_factor)?;
+                self.check_factor("mscale", non_zero(mscale))?;
+                self.check_factor("mscale_all_dim", non_zero(mscale_all_dim))?;
                 let (slow, fast) = (non_zero(beta_slow), non_zero(beta_fast));
-                self.check_positive("beta_slow", slow)?;
-                self.check_positive("beta_fast", fast)?;
+                self.check_factor("beta_slow", slow)?;
+                self.check_factor("beta_fast", fast)?;
                 let slow = slow.unwrap_or(DEFAULT_BETA_SLOW);
                 self.check_order(("beta_slow", Some(slow)), ("beta_fast", Some(fast.unwrap_or(DEFAULT_BETA_FAST))))
             }
@@ -203,13 +221,22 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn check_positive(&self, field: &str, value: Option<f64>) -> Result<()> {
+    fn check_factor(&self, field: &str, value: Option<f64>) -> Result<()> {
         match value {
-            Some(value) if !is_positive(value) => {
-                Err(self.error(field, format!("is {value}; it must be above 0 and fit 32 bits")))
+            Some(value) if !(1.0 / MAX_FACTOR..=MAX_FACTOR).contains(&value) => {
+                Err(self.error(field, format!("is {value}; allowed: 1/{MAX_FACTOR} to {MAX_FACTOR}")))
             }
             _ => Ok(()),
         }
+    }
+
+    /// As in the reference: the key must be there. Where it is null, the two context lengths say by how much yarn
+    /// stretches.
+    fn yarn_factor(&self, scaled_by: Option<f64>) -> Result<f64> {
+        let stated = self.required("factor", self.parameters.factor)?;
+        let factor = self.required("factor", stated.or(scaled_by))?;
+        self.check_factor("factor", Some(factor))?;
+        Ok(factor)
     }
 
     /// The second must be above the first.
@@ -234,7 +261,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    fn required(&self, field: &str, value: Option<f64>) -> Result<f64> {
+    fn required<T>(&self, field: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| self.error(field, format!("is missing; rope type `{}` needs it", self.rope_type())))
     }
 
@@ -255,14 +282,14 @@ fn powers(theta: f64, head_dim: usize) -> impl Iterator<Item = f32> {
 
 /// Position interpolation: all frequencies divided by `factor`.
 fn linear(source: &Source<'_>, theta: f64, head_dim: usize) -> Result<Vec<f32>> {
-    let factor = source.required("factor", source.parameters.factor)? as f32;
+    let factor = source.required("factor", source.parameters.factor.flatten())? as f32;
     Ok(default_frequencies(theta, head_dim).into_iter().map(|frequency| frequency / factor).collect())
 }
 
 /// Llama 3.1: long waves are divided by `factor`, short ones kept, those between interpolated.
 fn llama3(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64) -> Result<Vec<f32>> {
     let parameters = &source.parameters;
-    let factor = source.required("factor", parameters.factor)? as f32;
+    let factor = source.required("factor", parameters.factor.flatten())? as f32;
     let low_freq_factor = source.required("low_freq_factor", parameters.low_freq_factor)? as f32;
     let high_freq_factor = source.required("high_freq_factor", parameters.high_freq_factor)? as f32;
     let original_max = original_max as f32;
@@ -283,9 +310,7 @@ fn llama3(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64) -
 
 /// YaRN (arXiv 2309.00071): interpolated frequencies for pairs that turn seldom, plain ones for pairs that turn often,
 /// a ramp between, and a factor that sharpens the attention.
-fn yarn(source: &Source<'_>, theta: f64, head_dim: usize, original_max: f64, scaled_by: f64) -> Rope {
-    let parameters = &source.parameters;
-    let factor = parameters.factor.unwrap_or(scaled_by);
+fn yarn(parameters: &RopeParameters, theta: f64, head_dim: usize, original_max: f64, factor: f64) -> Rope {
     let (low, high) = yarn_ramp(parameters, theta, head_dim, original_max);
     let inv_freq = powers(theta, head_dim)
         .enumerate()
@@ -323,12 +348,6 @@ fn yarn_attention_factor(parameters: &RopeParameters, factor: f64) -> f64 {
         (None, Some(mscale), Some(mscale_all_dim)) => magnitude(mscale) / magnitude(mscale_all_dim),
         _ => magnitude(1.0),
     }
-}
-
-/// Whether a number, which enters the rotation in 32 bits, is above 0 there.
-fn is_positive(number: f64) -> bool {
-    let number = number as f32;
-    number > 0.0 && number.is_finite()
 }
 
 /// The reference takes 0 for "not given" in the optional yarn parameters.
@@ -445,6 +464,13 @@ mod tests {
         refused(json!({"rope_parameters": {"rope_type": "longrope"}}), "rope_parameters.rope_type");
         refused(json!({"rope_scaling": {"type": "mrope"}}), "`mrope`");
         refused(json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor");
+        refused(json!({"rope_scaling": {"type": "linear", "factor": null}}), "rope_scaling.factor");
+        let without = json!({"rope_type": "yarn", "original_max_position_embeddings": 1024});
+        refused(json!({"rope_scaling": without}), "rope_scaling.factor: is missing");
+        refused(
+            json!({"rope_parameters": {"rope_type": "yarn", "factor": null}}),
+            "rope_parameters.factor: is missing",
+        );
         refused(json!({"rope_scaling": {"rope_type": "llama3", "factor": 8}}), "rope_scaling.low_freq_factor");
         refused(json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor");
         refused(json!({"rope_theta": 0}), "rope_theta");
@@ -480,6 +506,11 @@ mod tests {
         }
         refused("llama3", "high_freq_factor", json!(1.0));
         refused("yarn", "beta_fast", json!(0.5));
+        for tiny in [json!(1e-30), json!(1e30)] {
+            refused("linear", "factor", tiny.clone());
+            refused("llama3", "low_freq_factor", tiny.clone());
+            refused("yarn", "beta_slow", tiny);
+        }
         let error = parse(json!({"original_max_position_embeddings": 0, "rope_scaling": {"type": "yarn"}}));
         let error = error.expect_err("must be refused").to_string();
         assert!(error.contains("original_max_position_embeddings"), "{error}");

@@ -20,10 +20,13 @@ use super::names::{LoraNames, Mismatch, Part, Term};
 use super::slot::LayerShape;
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::files::Limit;
 use crate::lfs;
 
-/// Longest header that is read; one of a thousand layers has about a third of a megabyte.
-const MAX_HEADER_BYTES: u64 = 64 << 20;
+/// Most by which a term is multiplied beside the request's weight. Published are 1/64 to 8.
+const MAX_SCALE: f64 = 1e4;
+/// Largest rank. Published are 1,024 at most.
+const MAX_RANK: usize = 1 << 14;
 /// Bytes of a tensor that are looked through at a time; whole numbers of every dtype.
 const PIECE_BYTES: usize = 1 << 20;
 /// Where diffusers writes what it knew of an adapter, as JSON.
@@ -111,7 +114,15 @@ impl LoraFile {
         let metadata = header.get(ADAPTER_METADATA).filter(|json| !json.is_empty());
         let metadata = metadata.map(|json| AdapterMetadata::parse(json)).transpose()?.unwrap_or_default();
         for term in terms {
+            if !(1..=MAX_RANK).contains(&term.rank) {
+                let problem = format!("`{}` has rank {}; allowed: 1 to {MAX_RANK}", term.down, term.rank);
+                return Err(Refusal::Mismatch(Mismatch(problem)));
+            }
             let scale = lora.scale(&term, &metadata, names)?;
+            if !(-MAX_SCALE..=MAX_SCALE).contains(&scale) {
+                let problem = format!("`{}` is scaled by {scale}; allowed: -{MAX_SCALE} to {MAX_SCALE}", term.down);
+                return Err(Refusal::Mismatch(Mismatch(problem)));
+            }
             lora.device_bytes += lora.bytes(&term, placement);
             lora.terms.push(ScaledTerm { term, scale });
         }
@@ -343,12 +354,18 @@ fn read_header(file: &File) -> Result<(BTreeMap<String, Located>, Header), Strin
     let mut len = [0; 8];
     file.read_exact_at(&mut len, 0).map_err(|_| unsound("it is shorter than a header"))?;
     refuse_pointer(file)?;
-    let header_len = u64::from_le_bytes(len);
-    if header_len > MAX_HEADER_BYTES || header_len + 8 > file_len {
+    let (header_len, max) = (u64::from_le_bytes(len), Limit::HEADER.bytes());
+    if header_len > file_len.saturating_sub(8) {
         return Err(unsound("its header length points past the end of the file"));
+    }
+    if header_len > max {
+        return Err(unsound(&format!("its header has {header_len} bytes; at most {max}")));
     }
     let mut header = vec![0; header_len as usize];
     file.read_exact_at(&mut header, 8).map_err(|error| error.to_string())?;
+    if let Some(problem) = Limit::HEADER.problem(&header) {
+        return Err(unsound(&format!("its header {problem}")));
+    }
     // Reading checks every offset and size against the others, and that nothing overlaps.
     let header: Metadata = serde_json::from_slice(&header).map_err(|error| unsound(&error.to_string()))?;
     let (data_start, data_len) = (8 + header_len, header.data_len() as u64);
@@ -389,6 +406,9 @@ struct PeftConfig {
 impl AdapterMetadata {
     fn parse(json: &str) -> Result<Self, Refusal> {
         let unreadable = |error: serde_json::Error| Refusal::Unreadable(format!("its {ADAPTER_METADATA}: {error}"));
+        if let Some(problem) = Limit::CONFIG.problem(json.as_bytes()) {
+            return Err(Refusal::Unreadable(format!("its {ADAPTER_METADATA} {problem}")));
+        }
         let fields: BTreeMap<String, serde_json::Value> = serde_json::from_str(json).map_err(unreadable)?;
         let mut networks: BTreeMap<String, serde_json::Map<String, serde_json::Value>> = BTreeMap::new();
         for (key, value) in fields {

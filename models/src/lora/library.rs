@@ -16,6 +16,7 @@ use super::file::{LoraFile, Refusal};
 use super::names::{LoraNames, listed};
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::files::open_regular;
 
 /// Most adapters of one request.
 pub const MAX_LORAS: usize = 16;
@@ -197,7 +198,7 @@ impl LoraLibrary {
             });
         };
         let unreadable = |problem: &dyn std::fmt::Display| format!("the file of `{name}` cannot be used: {problem}");
-        let file = File::open(path).map_err(|error| unreadable(&error))?;
+        let file = open_regular(path).map_err(|error| unreadable(&error))?;
         let stamp = Stamp::of(&file).map_err(|error| unreadable(&error))?;
         let lock = || self.known.lock().expect("no code panics while it holds the files: this is a bug");
         if let Some(same) = lock().get(path).filter(|known| known.stamp == stamp) {

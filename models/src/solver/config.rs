@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::config::{from_value, text_of};
+use crate::config::bounds::{MAX_POSITIONS, MAX_SCALE, MAX_SHIFT, MAX_TRAIN_TIMESTEPS};
+use crate::config::{Bound, bounds, from_value, text_of};
 use crate::error::{Error, Result};
+use crate::files::Limit;
 
 /// The fields of a `scheduler_config.json` as they stand there. By default none: every class takes its own defaults.
 #[derive(Debug, Clone, Default)]
@@ -22,9 +24,12 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// The content of the file at `path`. Fields that no solver here knows are ignored with a warning, as in diffusers.
     pub fn parse(path: &Path, content: Vec<u8>) -> Result<Self> {
-        let text = text_of(path, content)?;
-        let fields: Map<String, Value> =
-            serde_json::from_str(&without_infinities(&text)).map_err(|e| Error::checkpoint(path, e))?;
+        if let Some(problem) = Limit::CONFIG.problem(&content) {
+            return Err(Error::checkpoint(path, problem));
+        }
+        let text = without_infinities(&text_of(path, content)?);
+        let fields: Map<String, Value> = serde_json::from_str(&text).map_err(|e| Error::checkpoint(path, e))?;
+        bounds::check(path, &fields, BOUNDS)?;
         // Names that begin with an underscore are diffusers' own notes (`_class_name`, `_diffusers_version`).
         let is_strange = |name: &&str| !name.starts_with('_') && !KNOWN_FIELDS.contains(name);
         let strange: Vec<&str> = fields.keys().map(String::as_str).filter(is_strange).collect();
@@ -60,6 +65,25 @@ impl SchedulerConfig {
         }
     }
 }
+
+/// Of all classes: a field means the same in each of them. Those that are missing here have their bounds where they are
+/// read, or are of classes without a solver.
+const BOUNDS: &[Bound] = &[
+    Bound::size("num_train_timesteps", MAX_TRAIN_TIMESTEPS),
+    Bound::whole("steps_offset", 0, MAX_TRAIN_TIMESTEPS),
+    Bound::whole("original_inference_steps", 0, MAX_TRAIN_TIMESTEPS),
+    Bound::whole("disable_corrector", 0, MAX_TRAIN_TIMESTEPS).entries(MAX_TRAIN_TIMESTEPS as usize),
+    Bound::scale("timestep_scaling"),
+    Bound::scale("clip_sample_range"),
+    Bound::scale("sigma_min"),
+    Bound::scale("sigma_max"),
+    Bound::number("shift", 1.0 / MAX_SHIFT, MAX_SHIFT),
+    Bound::number("flow_shift", 1.0 / MAX_SHIFT, MAX_SHIFT),
+    Bound::number("base_shift", -MAX_SCALE, MAX_SCALE),
+    Bound::number("max_shift", -MAX_SCALE, MAX_SCALE),
+    Bound::whole("base_image_seq_len", 0, MAX_POSITIONS),
+    Bound::whole("max_image_seq_len", 0, MAX_POSITIONS),
+];
 
 /// Python writes infinite numbers by name, which JSON does not know; diffusers' DPM-Solver saves
 /// `"lambda_min_clipped": -Infinity`. They become null, which here means "as by default".

@@ -159,8 +159,6 @@ impl File {
     fn flow_schedule(&self, config: &SchedulerConfig) -> Result<Schedule> {
         config.refuse(&[
             ("final_sigmas_type", self.final_sigmas_type != "zero", "only \"zero\" is supported"),
-            ("num_train_timesteps", self.num_train_timesteps == 0, "must be positive"),
-            ("flow_shift", self.flow_shift.is_nan() || self.flow_shift <= 0.0, "must be positive"),
             ("use_karras_sigmas", self.use_karras_sigmas, "only false is supported"),
             ("use_exponential_sigmas", self.use_exponential_sigmas, "only false is supported"),
             ("use_beta_sigmas", self.use_beta_sigmas, "only false is supported"),

@@ -10,6 +10,8 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Deserializer};
 use tale_kernels::{AttentionOptions, attention};
 
+use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SCALE, MAX_SIDE};
+use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
@@ -93,12 +95,28 @@ fn one_or_first<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::
     }
 }
 
-/// Each level doubles the picture's sides.
-const MAX_LEVELS: usize = 8;
 /// Two names of one function.
 const SILU: [&str; 2] = ["silu", "swish"];
 const DOWN_BLOCK: &str = "DownEncoderBlock2D";
 const UP_BLOCK: &str = "UpDecoderBlock2D";
+
+impl Bounded for KlConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("in_channels", MAX_CHANNELS),
+        Bound::size("out_channels", MAX_CHANNELS),
+        Bound::size("latent_channels", MAX_CHANNELS),
+        Bound::size("block_out_channels", MAX_CHANNELS).entries(MAX_LEVELS),
+        Bound::list("down_block_types", MAX_LEVELS),
+        Bound::list("up_block_types", MAX_LEVELS),
+        Bound::size("layers_per_block", MAX_BLOCKS),
+        Bound::size("norm_num_groups", MAX_CHANNELS),
+        Bound::size("sample_size", MAX_SIDE),
+        Bound::scale("scaling_factor"),
+        Bound::number("shift_factor", -MAX_SCALE, MAX_SCALE),
+        Bound::number("latents_mean", -MAX_SCALE, MAX_SCALE).entries(MAX_CHANNELS as usize),
+        Bound::scale("latents_std").entries(MAX_CHANNELS as usize),
+    ];
+}
 
 impl KlConfig {
     /// Refuses what is not computed here. `path` is named in the error.
@@ -117,13 +135,11 @@ impl KlConfig {
                 return refuse(format!("{field}_block_types needs one entry per level of block_out_channels"));
             }
         }
-        if self.block_out_channels.is_empty() || self.block_out_channels.len() > MAX_LEVELS {
+        if self.block_out_channels.is_empty() {
             return refuse(format!("block_out_channels needs 1 to {MAX_LEVELS} levels"));
         }
         let groups = self.norm_num_groups;
-        if groups == 0
-            || self.block_out_channels.iter().any(|channels| *channels == 0 || !channels.is_multiple_of(groups))
-        {
+        if self.block_out_channels.iter().any(|channels| !channels.is_multiple_of(groups)) {
             return refuse(format!("block_out_channels must be multiples of norm_num_groups ({groups})"));
         }
         for (field, values) in [("latents_mean", &self.latents_mean), ("latents_std", &self.latents_std)] {
@@ -131,29 +147,12 @@ impl KlConfig {
                 return refuse(format!("`{field}` needs one value per latent channel ({})", self.latent_channels));
             }
         }
-        if let Some((field, value)) = self.wrong_scale() {
-            return refuse(format!("`{field}`: {value} is not what latents can be scaled with"));
-        }
         for (field, channels) in [("in_channels", self.in_channels), ("out_channels", self.out_channels)] {
             if channels != 3 {
                 return refuse(format!("{field} is {channels}; supported: 3"));
             }
         }
         Ok(())
-    }
-
-    /// A field by which latents would not come out as numbers.
-    fn wrong_scale(&self) -> Option<(&'static str, f64)> {
-        let is_number = |value: f64| (value as f32).is_finite();
-        let is_divisor = |value: f64| is_number(value) && value as f32 > 0.0;
-        let listed = |values: &Option<Vec<f64>>| values.clone().unwrap_or_default();
-        let wrong = |field, values: Vec<f64>, is_right: &dyn Fn(f64) -> bool| {
-            values.into_iter().find(|value| !is_right(*value)).map(|value| (field, value))
-        };
-        wrong("scaling_factor", vec![self.scaling_factor], &is_divisor)
-            .or_else(|| wrong("shift_factor", self.shift_factor.into_iter().collect(), &is_number))
-            .or_else(|| wrong("latents_mean", listed(&self.latents_mean), &is_number))
-            .or_else(|| wrong("latents_std", listed(&self.latents_std), &is_divisor))
     }
 
     /// Pixels per latent on each side.

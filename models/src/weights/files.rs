@@ -1,7 +1,6 @@
 //! Finding, mapping and checking the safetensors files of a folder. Nothing of a header is used before it is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,7 +14,7 @@ use super::metadata::{Metadata, MetadataValue};
 use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};
-use crate::lfs;
+use crate::files::{self, Limit, is_present};
 
 /// Base names of weight files, in the order in which they are looked for.
 const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
@@ -31,6 +30,9 @@ const PICKLES: [&str; 6] = [
     "consolidated.00.pth",
 ];
 
+/// Most files of one component; Llama 3.1 405B has 191.
+const MAX_SHARDS: usize = 1 << 10;
+
 /// Tensor name to the name of the shard that holds it, as `*.safetensors.index.json` says.
 type WeightMap = BTreeMap<String, String>;
 
@@ -42,26 +44,25 @@ struct ShardIndex {
 /// Maps all weight files of the folder `dir`, or the file of this name, and checks their headers and their index.
 pub(super) fn open(dir: &Path) -> Result<Files> {
     let (paths, index) = find(dir)?;
-    let mut files: Vec<(PathBuf, Mmap)> = Vec::with_capacity(paths.len());
+    let mut mapped: Vec<(PathBuf, Mmap)> = Vec::with_capacity(paths.len());
     let mut tensors = BTreeMap::new();
     for (position, path) in paths.into_iter().enumerate() {
-        let mmap = map(&path)?;
+        let mmap = files::map(&path)?;
         for (name, located) in read_header(&path, &mmap, position)? {
             if tensors.insert(name.clone(), located).is_some() {
                 return Err(Error::checkpoint(path, format!("tensor `{name}` is in two files")));
             }
         }
-        files.push((path, mmap));
+        mapped.push((path, mmap));
     }
     for (tensor, shard) in index {
-        let found = tensors.get(&tensor).is_some_and(|t| files[t.file].0.ends_with(&shard));
+        let found = tensors.get(&tensor).is_some_and(|t| mapped[t.file].0.ends_with(&shard));
         if !found {
             let problem = format!("tensor `{tensor}` is missing, although the index places it here");
             return Err(Error::checkpoint(dir.join(shard), problem));
         }
     }
-    let files = Arc::new(files);
-    Ok(Files { files, tensors, beginning: String::new(), are_original: false, must_fit: false })
+    Ok(Files { files: Arc::new(mapped), tensors, beginning: String::new(), are_original: false, must_fit: false })
 }
 
 /// The weight files of a folder and, for a sharded set, its index (else empty); a file is its own.
@@ -72,11 +73,11 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
     for stem in STEMS {
         for variant in VARIANTS {
             let single = dir.join(format!("{stem}{variant}.safetensors"));
-            if single.exists() {
+            if is_present(&single) {
                 return Ok((vec![single], WeightMap::new()));
             }
             let index_path = dir.join(format!("{stem}.safetensors.index{variant}.json"));
-            if index_path.exists() {
+            if is_present(&index_path) {
                 return find_shards(dir, &index_path);
             }
         }
@@ -95,27 +96,22 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
 fn find_shards(dir: &Path, index_path: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
     let index: ShardIndex = read_json(index_path)?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if names.len() > MAX_SHARDS {
+        let problem = format!("names {} shards; at most {MAX_SHARDS}", names.len());
+        return Err(Error::checkpoint(index_path, problem));
+    }
     let mut paths = Vec::with_capacity(names.len());
     for name in names {
         let path = dir.join(name);
         if Path::new(name).components().count() != 1 || name.contains("..") {
             return Err(Error::checkpoint(index_path, format!("names a shard outside its folder: `{name}`")));
         }
-        if !path.exists() {
+        if !is_present(&path) {
             return Err(Error::checkpoint(path, format!("this shard is missing; {} names it", index_path.display())));
         }
         paths.push(path);
     }
     Ok((paths, index.weight_map))
-}
-
-/// Maps a file for reading; a Git LFS pointer is refused.
-pub(super) fn map(path: &Path) -> Result<Mmap> {
-    let file = File::open(path).map_err(|e| Error::checkpoint(path, e))?;
-    // SAFETY: checkpoints are immutable while they are served; the map is dropped once the weights are copied.
-    let mmap = unsafe { Mmap::map(&file) }.map_err(|e| Error::checkpoint(path, e))?;
-    lfs::refuse_pointer(path, &mmap)?;
-    Ok(mmap)
 }
 
 /// What the header of a mapped safetensors file says beside its tensors (`__metadata__`). The header has been checked.
@@ -127,6 +123,9 @@ pub(super) fn read_metadata(mmap: &[u8]) -> Metadata {
 
 /// Tensors of a mapped file; `file` is its position among the component's files.
 pub(super) fn read_header(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(String, Located)>> {
+    if let Some(problem) = header_problem(mmap) {
+        return Err(Error::checkpoint(path, format!("is not a sound safetensors file: {problem}")));
+    }
     // `deserialize` checks the header's length, every offset and size against the file, and that nothing overlaps.
     let header = SafeTensors::deserialize(mmap).map_err(|error| {
         let reason = explain(mmap).unwrap_or_else(|| plain_words(&error));
@@ -148,6 +147,17 @@ fn plain_words(error: &SafeTensorError) -> String {
     }
 }
 
+/// What is wrong with a header that would take more memory than it may, whatever it says.
+fn header_problem(file: &[u8]) -> Option<String> {
+    Limit::HEADER.problem(header_of(file)?).map(|problem| format!("its header {problem}"))
+}
+
+/// The JSON of a header, if the file is as long as it says.
+fn header_of(file: &[u8]) -> Option<&[u8]> {
+    let len = u64::from_le_bytes(*file.first_chunk()?);
+    file.get(8..8usize.checked_add(usize::try_from(len).ok()?)?)
+}
+
 /// What a header claims of one tensor, before anything is believed.
 #[derive(Deserialize)]
 struct Claim {
@@ -159,8 +169,7 @@ struct Claim {
 /// Names the tensor that makes a readable header wrong, with what was found and what was expected. `None` when the
 /// header cannot be read at all.
 fn explain(file: &[u8]) -> Option<String> {
-    let header_len = u64::from_le_bytes(*file.first_chunk()?);
-    let header = file.get(8..8usize.checked_add(usize::try_from(header_len).ok()?)?)?;
+    let header = header_of(file)?;
     let claims: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
     let mut spans = Vec::with_capacity(claims.len());
     for (name, claim) in claims.into_iter().filter(|(name, _)| name != "__metadata__") {

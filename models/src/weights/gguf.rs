@@ -29,6 +29,11 @@ const MAX_DEPTH: usize = 4;
 /// Values of all metadata together, those in lists included: the largest vocabularies, with scores, types and merges, have
 /// a million.
 const MAX_VALUES: usize = 8 << 20;
+/// Most bytes of a header; the largest vocabularies have some 30 MB with their scores and merges. A file may be longer
+/// than there is memory, and all of it one text.
+const MAX_HEADER_BYTES: usize = 128 << 20;
+/// Most tensors; the largest published files have some thousand.
+const MAX_TENSORS: usize = 1 << 20;
 /// Least bytes of a metadata entry (length of its key, type, a value), of a tensor's (length of its name, number of
 /// dimensions, type, offset) and of a value in a list.
 const MIN_ENTRY_BYTES: usize = 13;
@@ -66,13 +71,17 @@ pub(super) fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
 type Checked<T> = Result<T, String>;
 
 fn read(bytes: &[u8]) -> Checked<Header> {
-    let mut reader = Reader { bytes, at: MAGIC.len(), num_values: 0 };
+    let header = &bytes[..bytes.len().min(MAX_HEADER_BYTES)];
+    let mut reader = Reader { bytes: header, at: MAGIC.len(), num_values: 0 };
     match reader.u32()? {
         2 | 3 => {}
         version if matches!(version.swap_bytes(), 1..=3) => return Err("it is big-endian".to_owned()),
         version => return Err(format!("its version is {version}; read are 2 and 3")),
     }
     let num_tensors = reader.count(MIN_TENSOR_BYTES, "tensors")?;
+    if num_tensors > MAX_TENSORS {
+        return Err(format!("it claims {num_tensors} tensors; at most {MAX_TENSORS}"));
+    }
     let num_entries = reader.count(MIN_ENTRY_BYTES, "metadata entries")?;
     let entry = |_| Ok((reader.string()?.to_owned(), reader.value()?));
     let metadata: Metadata = (0..num_entries).map(entry).collect::<Checked<_>>()?;
@@ -202,10 +211,16 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn take(&mut self, len: usize) -> Checked<&'a [u8]> {
-        let taken =
-            self.bytes[self.at..].get(..len).ok_or_else(|| format!("it ends within its header, at {}", self.at))?;
+        let taken = self.bytes[self.at..].get(..len).ok_or_else(|| self.ends_early())?;
         self.at += len;
         Ok(taken)
+    }
+
+    fn ends_early(&self) -> String {
+        match self.bytes.len() {
+            MAX_HEADER_BYTES => format!("its header has more than {MAX_HEADER_BYTES} bytes"),
+            _ => format!("it ends within its header, at {}", self.at),
+        }
     }
 
     fn array<const N: usize>(&mut self) -> Checked<[u8; N]> {
@@ -226,7 +241,7 @@ impl<'a> Reader<'a> {
         let count = self.size()?;
         let rest = self.bytes.len() - self.at;
         if count > rest / min_bytes {
-            return Err(format!("it claims {count} {things}, for which its {rest} bytes are too few"));
+            return Err(format!("it claims {count} {things}, for which {rest} bytes are too few"));
         }
         Ok(count)
     }

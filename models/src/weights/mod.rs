@@ -320,7 +320,7 @@ impl Weights {
     fn or_noted<T>(&self, place: &Place, found: Result<T>) -> Result<Option<T>> {
         match found {
             Err(problem) if self.source.dry => {
-                self.record().note_problem(&place.name, problem);
+                self.record().note_problem(&place.name, problem)?;
                 Ok(None)
             }
             found => found.map(Some),

@@ -5,7 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::DType;
 
 use super::mapped::{Located, elements};
-use crate::error::Error;
+use crate::error::{Error, Result};
+
+/// Most missing tensors and wrong shapes that are noted of one component. The largest published has some ten thousand
+/// tensors; the first of them say what is wrong.
+const MAX_PROBLEMS: usize = 1 << 10;
 
 /// Kept while a network loads.
 #[derive(Default)]
@@ -47,11 +51,16 @@ impl Record {
         }
     }
 
-    /// The network would have needed a tensor. Other parts of the same one have the same problem.
-    pub(super) fn note_problem(&mut self, name_in_files: &str, problem: Error) {
+    /// The network would have needed a tensor. Other parts of the same one have the same problem. Fails with the last of
+    /// more problems than anybody reads: a configuration may ask for millions of tensors that no file has.
+    pub(super) fn note_problem(&mut self, name_in_files: &str, problem: Error) -> Result<()> {
+        if self.problems.len() >= MAX_PROBLEMS {
+            return Err(problem);
+        }
         if self.used.insert(name_in_files.to_owned()) {
             self.problems.push(problem);
         }
+        Ok(())
     }
 
     /// What is to be said beside the tensors that the files hold. `dummy`: the dtype of random weights in place of files.
@@ -59,11 +68,12 @@ impl Record {
     pub(super) fn report(&mut self, published: &BTreeMap<String, Located>, dummy: Option<DType>) -> WeightsReport {
         let mut dtypes = BTreeMap::new();
         for tensor in published.values() {
-            *dtypes.entry(tensor.stored.to_string()).or_insert(0) += elements(&tensor.shape);
+            let sum: &mut usize = dtypes.entry(tensor.stored.to_string()).or_insert(0);
+            *sum = sum.saturating_add(elements(&tensor.shape));
         }
         dtypes.extend(dummy.map(|dtype| (format!("{dtype:?}"), self.used_elements)));
         WeightsReport {
-            num_parameters: dtypes.values().sum(),
+            num_parameters: dtypes.values().fold(0, |sum: usize, more| sum.saturating_add(*more)),
             dtypes,
             resident_bytes: self.resident_bytes,
             problems: std::mem::take(&mut self.problems),

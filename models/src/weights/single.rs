@@ -51,11 +51,7 @@ impl std::fmt::Debug for WeightFile {
 impl WeightFile {
     /// Maps the file and checks its header. What kind of file it is is told by its content.
     pub fn open(path: &Path) -> Result<Self> {
-        let length = std::fs::metadata(path).map_err(|e| Error::checkpoint(path, e))?.len();
-        if length == 0 {
-            return Err(Error::checkpoint(path, "is empty"));
-        }
-        let mmap = files::map(path)?;
+        let mmap = crate::files::map(path)?;
         let (format, tensors, metadata) = if mmap.starts_with(gguf::MAGIC) {
             let header = gguf::read_header(path, &mmap)?;
             (Format::Gguf, header.tensors, header.metadata)

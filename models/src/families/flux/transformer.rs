@@ -11,6 +11,8 @@ use tale_kernels::{
     AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
 };
 
+use crate::config::bounds::{MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_PATCH, MAX_WIDTH, check_product};
+use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{Linear, RmsNorm};
@@ -25,9 +27,6 @@ const TIME_CHANNELS: usize = 256;
 pub(super) const MLP_RATIO: usize = 4;
 /// Side of the square of latent positions that one image token holds.
 pub(super) const PACK: usize = 2;
-
-/// Bound on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 16;
 
 /// `config.json` of a `FluxTransformer2DModel`. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
@@ -65,6 +64,21 @@ impl Default for FluxTransformerConfig {
     }
 }
 
+impl Bounded for FluxTransformerConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("patch_size", MAX_PATCH),
+        Bound::size("in_channels", MAX_CHANNELS),
+        Bound::size("out_channels", MAX_CHANNELS),
+        Bound::whole("num_layers", 0, MAX_LAYERS),
+        Bound::whole("num_single_layers", 0, MAX_LAYERS),
+        Bound::size("attention_head_dim", MAX_HEAD_DIM),
+        Bound::size("num_attention_heads", MAX_HEADS),
+        Bound::size("joint_attention_dim", MAX_WIDTH),
+        Bound::size("pooled_projection_dim", MAX_WIDTH),
+        Bound::size("axes_dims_rope", MAX_HEAD_DIM),
+    ];
+}
+
 impl FluxTransformerConfig {
     /// Width of the streams.
     pub fn inner_dim(&self) -> usize {
@@ -90,17 +104,12 @@ impl FluxTransformerConfig {
     pub fn check(&self, path: &Path) -> Result<()> {
         let refuse = |problem: String| Err(Error::checkpoint(path, problem));
         let axes = self.axes_dims_rope;
-        let sizes = [self.in_channels, self.attention_head_dim, self.num_attention_heads, self.joint_attention_dim];
-        let more = [self.pooled_projection_dim, self.patch_size, self.num_layers, self.num_single_layers];
-        let all = || sizes.iter().chain(&more).chain(&axes).chain(&self.out_channels);
-        if all().any(|size| *size > MAX_SIZE) {
-            return refuse(format!("names a size over {MAX_SIZE}"));
-        }
+        let (heads, head_dim) = (self.num_attention_heads, self.attention_head_dim);
+        check_product(path, ("num_attention_heads", heads), ("attention_head_dim", head_dim), MAX_WIDTH)?;
         if axes.iter().sum::<usize>() != self.attention_head_dim || axes.iter().any(|axis| axis % 2 != 0) {
-            let head_dim = self.attention_head_dim;
             return refuse(format!("axes_dims_rope {axes:?} must be even and add up to attention_head_dim {head_dim}"));
         }
-        if self.inner_dim() == 0 || self.in_channels == 0 || !self.in_channels.is_multiple_of(PACK * PACK) {
+        if !self.in_channels.is_multiple_of(PACK * PACK) {
             return refuse(format!("in_channels {} must be a multiple of {}", self.in_channels, PACK * PACK));
         }
         if self.predicted_channels() != self.in_channels {

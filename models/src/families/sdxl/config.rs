@@ -7,12 +7,14 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::config::check_eps;
+use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_HEADS, MAX_LEVELS, MAX_PATCH, MAX_SIDE, MAX_WIDTH};
+use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
 
-/// Bound on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 16;
-const MAX_LEVELS: usize = 8;
+/// Most transformer blocks of one layer. SDXL has 10.
+const MAX_DEPTH: u64 = 64;
+/// Most transformer blocks on the way down, or up. SDXL has 24 and 36.
+const MAX_TRANSFORMERS: usize = 1 << 12;
 /// Numbers in `time_ids`: original size, crop, target size.
 pub const SIZE_TIME_IDS: usize = 6;
 /// Numbers in `time_ids` of a refiner: original size, crop, aesthetic score.
@@ -52,6 +54,16 @@ impl<T> PerLevel<T> {
     }
 }
 
+impl PerLevel<usize> {
+    /// Of so many entries.
+    fn total(&self, entries: usize) -> usize {
+        match self {
+            Self::All(value) => value * entries,
+            Self::Each(values) => values.iter().sum(),
+        }
+    }
+}
+
 /// What decides about the network. Fields that must have one value are checked in [`UNetConfig::check`].
 #[derive(Debug, Clone, Deserialize)]
 #[serde(default)]
@@ -83,6 +95,29 @@ pub struct UNetConfig {
     /// Everything else.
     #[serde(flatten)]
     pub others: Map<String, Value>,
+}
+
+impl Bounded for UNetConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("sample_size", MAX_SIDE),
+        Bound::size("in_channels", MAX_CHANNELS),
+        Bound::size("out_channels", MAX_CHANNELS),
+        Bound::list("down_block_types", MAX_LEVELS),
+        Bound::list("up_block_types", MAX_LEVELS),
+        Bound::size("block_out_channels", MAX_CHANNELS).entries(MAX_LEVELS),
+        Bound::size("layers_per_block", MAX_BLOCKS).entries(MAX_LEVELS),
+        Bound::size("norm_num_groups", MAX_CHANNELS),
+        Bound::eps("norm_eps"),
+        Bound::size("cross_attention_dim", MAX_WIDTH).entries(MAX_LEVELS),
+        Bound::whole("transformer_layers_per_block", 0, MAX_DEPTH),
+        Bound::whole("reverse_transformer_layers_per_block", 0, MAX_DEPTH),
+        Bound::size("attention_head_dim", MAX_HEADS).entries(MAX_LEVELS),
+        Bound::whole("addition_time_embed_dim", 0, MAX_WIDTH),
+        Bound::whole("projection_class_embeddings_input_dim", 0, MAX_WIDTH),
+        Bound::size("time_embedding_dim", MAX_WIDTH),
+        Bound::size("conv_in_kernel", MAX_PATCH),
+        Bound::size("conv_out_kernel", MAX_PATCH),
+    ];
 }
 
 const DOWN_BLOCKS: [&str; 2] = ["DownBlock2D", "CrossAttnDownBlock2D"];
@@ -159,7 +194,6 @@ fn says_the_same(found: &Value, wanted: &Value) -> bool {
 impl UNetConfig {
     /// Refuses what this network does not compute, and sizes that contradict each other. `path` is named in the error.
     pub fn check(&self, path: &Path) -> Result<()> {
-        check_eps(path, "norm_eps", self.norm_eps)?;
         match self.problem() {
             Some(problem) => Err(Error::checkpoint(path, problem)),
             None => Ok(()),
@@ -200,27 +234,24 @@ impl UNetConfig {
 
     fn size_problem(&self) -> Option<String> {
         let (levels, groups) = (self.levels(), self.norm_num_groups);
-        let sizes = [self.in_channels, self.out_channels, self.time_embed_dim(), self.addition_time_embed_dim];
         let kernels = [self.conv_in_kernel, self.conv_out_kernel];
-        let sizes = sizes.iter().chain(&self.block_out_channels).chain(self.layers_per_block.values()).chain(&kernels);
-        if levels == 0 || levels > MAX_LEVELS {
+        if levels == 0 {
             return Some(format!("`block_out_channels` needs 1 to {MAX_LEVELS} levels"));
         }
         if !self.layers_per_block.fits(levels) {
             return Some("`layers_per_block` needs one entry per level of `block_out_channels`".to_owned());
         }
-        if let Some(size) = sizes.into_iter().find(|size| !(1..=MAX_SIZE).contains(*size)) {
-            return Some(format!("a size is {size}; supported are 1 to {MAX_SIZE}"));
-        }
         if kernels.iter().any(|kernel| kernel.is_multiple_of(2)) {
             return Some("`conv_in_kernel` and `conv_out_kernel` must be odd".to_owned());
         }
-        if groups == 0 || self.block_out_channels.iter().any(|channels| !channels.is_multiple_of(groups)) {
+        if self.block_out_channels.iter().any(|channels| !channels.is_multiple_of(groups)) {
             return Some(format!("`block_out_channels` must be multiples of `norm_num_groups` ({groups})"));
         }
-        if !self.block_out_channels[0].is_multiple_of(2) || !self.addition_time_embed_dim.is_multiple_of(2) {
+        let time_dim = self.addition_time_embed_dim;
+        if !self.block_out_channels[0].is_multiple_of(2) || time_dim == 0 || !time_dim.is_multiple_of(2) {
             return Some(
-                "widths of sinusoids (`block_out_channels`, `addition_time_embed_dim`) must be even".to_owned(),
+                "widths of sinusoids (`block_out_channels`, `addition_time_embed_dim`) must be even and above 0"
+                    .to_owned(),
             );
         }
         None
@@ -238,7 +269,7 @@ impl UNetConfig {
         }
         for (level, channels) in self.block_out_channels.iter().enumerate() {
             let heads = *self.attention_head_dim.at(level);
-            if heads == 0 || !channels.is_multiple_of(heads) {
+            if !channels.is_multiple_of(heads) {
                 return Some(format!(
                     "{channels} channels cannot be parted among {heads} heads (`attention_head_dim`)"
                 ));
@@ -267,9 +298,15 @@ impl UNetConfig {
         if !down || !up {
             return Some("`transformer_layers_per_block` does not fit `layers_per_block`".to_owned());
         }
-        let depths = self.transformer_layers_per_block.values().iter().chain(reverse.unwrap_or_default());
-        let largest = depths.flat_map(|layers| layers.values()).max().copied().unwrap_or(0);
-        (largest > MAX_SIZE).then(|| format!("`transformer_layers_per_block` is {largest}; at most {MAX_SIZE}"))
+        let down = (0..levels).map(|level| self.transformer_layers_per_block.at(level).total(self.layers(level)));
+        let up = (0..levels).map(|block| {
+            let level = levels - 1 - block;
+            let layers = reverse.map_or_else(|| self.transformer_layers_per_block.at(level), |blocks| &blocks[block]);
+            layers.total(self.layers(level) + 1)
+        });
+        let most = down.sum::<usize>().max(up.sum());
+        (most > MAX_TRANSFORMERS)
+            .then(|| format!("`transformer_layers_per_block` are {most} in all; at most {MAX_TRANSFORMERS}"))
     }
 
     /// Sizes of pictures, each half of the one before.
@@ -451,6 +488,7 @@ mod tests {
             ("mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
             ("layers_per_block", json!([2, 2])),
             ("norm_num_groups", json!(7)),
+            ("addition_time_embed_dim", json!(0)),
             ("attention_head_dim", json!([5, 10, 7])),
             ("attention_head_dim", json!([5, 10])),
             ("cross_attention_dim", json!([2048, 2048, 1024])),
@@ -461,7 +499,12 @@ mod tests {
             let named = if field == "attention_head_dim" { "attention_head_dim" } else { field };
             assert!(found.contains(named), "{field} {value}: {found}");
         }
-        assert!(problem("block_out_channels", json!([320, 640, 1u64 << 40])).contains("size"));
+        let deep = json!([64, 64, 64]);
+        assert!(!problem("transformer_layers_per_block", deep.clone()).contains("in all"));
+        let mut config = published();
+        (config["transformer_layers_per_block"], config["layers_per_block"]) = (deep, json!(64));
+        let config: UNetConfig = serde_json::from_value(config).expect("fields of the right types");
+        assert!(config.problem().is_some_and(|problem| problem.contains("12480 in all")));
         assert!(problem("transformer_layers_per_block", json!([1, [2, 2], 1])).contains("reverse"));
     }
 }

@@ -5,15 +5,29 @@
 
 use serde_json::Value;
 
-use crate::config::{Fields, MAX_EPS};
+use crate::config::bounds::{
+    self, MAX_HEAD_DIM, MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, check_product,
+};
+use crate::config::{Bound, Fields};
 use crate::error::{Error, Result};
 use crate::kv::KvShape;
 use crate::layers::rope::Rope;
 
-/// Bounds on what a configuration may claim, so that products of sizes do not overflow.
-const MAX_SIZE: usize = 1 << 22;
-const MAX_LAYERS: usize = 1 << 12;
-const MAX_POSITIONS: usize = 1 << 28;
+/// Of all classes.
+const BOUNDS: &[Bound] = &[
+    Bound::size("vocab_size", MAX_VOCABULARY),
+    Bound::size("hidden_size", MAX_WIDTH),
+    Bound::size("intermediate_size", MAX_INNER_WIDTH),
+    Bound::size("num_hidden_layers", MAX_LAYERS),
+    Bound::size("num_attention_heads", MAX_HEADS),
+    Bound::size("num_key_value_heads", MAX_HEADS),
+    Bound::size("head_dim", MAX_HEAD_DIM),
+    Bound::size("max_position_embeddings", bounds::MAX_POSITIONS),
+    Bound::eps("rms_norm_eps"),
+    Bound::size("sliding_window", bounds::MAX_POSITIONS),
+    Bound::whole("max_window_layers", 0, MAX_LAYERS),
+];
+const MAX_POSITIONS: usize = bounds::MAX_POSITIONS as usize;
 
 /// What `hidden_act` may say: two names of one function in transformers.
 const SILU: [&str; 2] = ["silu", "swish"];
@@ -73,22 +87,21 @@ impl DecoderConfig {
     /// Reads the fields of a `config.json` as `class` does. Errors name the file and the field.
     pub fn read(fields: &Fields, class: &ConfigClass) -> Result<Self> {
         check_plain(fields)?;
-        let size = |field, default| fields.in_range(field, default, 1..=MAX_SIZE);
-        let hidden_size = size("hidden_size", class.hidden_size)?;
+        fields.check_bounds(BOUNDS)?;
+        let hidden_size = fields.or("hidden_size", class.hidden_size)?;
         let heads = Heads::read(fields, class, hidden_size)?;
-        let max_position_embeddings =
-            fields.in_range("max_position_embeddings", class.max_position_embeddings, 1..=MAX_POSITIONS)?;
+        let max_position_embeddings = fields.or("max_position_embeddings", class.max_position_embeddings)?;
         let stated = |field| Ok::<bool, Error>(class.biases == Biases::AsStated && fields.flag(field, false)?);
         let attention_bias = stated("attention_bias")?;
         let config = Self {
-            vocab_size: size("vocab_size", class.vocab_size)?,
+            vocab_size: fields.or("vocab_size", class.vocab_size)?,
             hidden_size,
-            intermediate_size: size("intermediate_size", class.intermediate_size)?,
-            num_hidden_layers: fields.in_range("num_hidden_layers", class.num_hidden_layers, 1..=MAX_LAYERS)?,
+            intermediate_size: fields.or("intermediate_size", class.intermediate_size)?,
+            num_hidden_layers: fields.or("num_hidden_layers", class.num_hidden_layers)?,
             num_attention_heads: heads.num_attention_heads,
             num_key_value_heads: heads.num_key_value_heads,
             head_dim: heads.head_dim,
-            rms_norm_eps: fields.in_range("rms_norm_eps", 1e-6, 0.0..=MAX_EPS)?,
+            rms_norm_eps: fields.or("rms_norm_eps", 1e-6)?,
             max_position_embeddings,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             qkv_bias: attention_bias || class.biases == Biases::QueriesKeysValues,
@@ -145,13 +158,13 @@ struct Heads {
 
 impl Heads {
     fn read(fields: &Fields, class: &ConfigClass, hidden_size: usize) -> Result<Self> {
-        let heads = fields.in_range("num_attention_heads", class.num_attention_heads, 1..=MAX_SIZE)?;
+        let heads: usize = fields.or("num_attention_heads", class.num_attention_heads)?;
         let num_key_value_heads = match fields.nullable_or("num_key_value_heads", class.num_key_value_heads)? {
-            Some(given) => fields.check_range("num_key_value_heads", given, 1..=MAX_SIZE)?,
+            Some(given) => given,
             None => heads,
         };
         let head_dim = match fields.nullable_or("head_dim", None)? {
-            Some(given) => fields.check_range("head_dim", given, 1..=MAX_SIZE)?,
+            Some(given) => given,
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
             None => {
                 let problem = format!("{heads} does not divide hidden_size, {hidden_size}, and head_dim is absent");
@@ -165,6 +178,7 @@ impl Heads {
         if !head_dim.is_multiple_of(2) {
             return Err(fields.error("head_dim", format!("{head_dim} is odd and cannot be rotated in pairs")));
         }
+        check_product(fields.path(), ("num_attention_heads", heads), ("head_dim", head_dim), MAX_WIDTH)?;
         Ok(Self { num_attention_heads: heads, num_key_value_heads, head_dim })
     }
 }
