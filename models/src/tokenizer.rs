@@ -5,19 +5,21 @@
 //! know: chat templates, models, streaming.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use tokenizers::{AddedToken, DecoderWrapper, Encoding, ModelWrapper, PostProcessor, TruncationDirection};
 
 use crate::cancel::CancelToken;
-use crate::config::read_bytes;
 use crate::error::{Error, Result};
+use crate::files::{self, Limit, is_present};
+use crate::unpanicked::unpanicked;
 
 pub mod bytes;
+mod character_map;
 pub(crate) mod config;
 mod least;
+mod outline;
 mod pieces;
 mod sentencepiece;
 mod vocab_merges;
@@ -56,6 +58,10 @@ struct Inner {
     byte_level: bool,
     pad_token_id: Option<u32>,
     eos_token_id: Option<u32>,
+    /// Of its model; added tokens may have higher ones.
+    highest_model_id: u32,
+    /// Of the tokens that it puts around every text.
+    highest_special_id: u32,
     /// Made when first asked for: texts for pictures are short.
     for_long_texts: OnceLock<ForLongTexts>,
 }
@@ -74,17 +80,26 @@ struct Cutting {
     behind: Vec<u32>,
 }
 
+/// Text that every tokenizer must be able to take: spaces of some kinds, letters with and without marks, other scripts, a
+/// picture, characters that most vocabularies lack.
+const TRIAL: &str = "Hello, w\u{f6}rld!  12\t\n e\u{301} \u{fdfa} \u{6f22}\u{5b57} \u{1f642}\u{200d}\u{10ffff} <s>";
+/// Most tokens of each of its bytes: rules that write more are there to take memory. Published are 2 at most.
+const MAX_TOKENS_PER_BYTE: usize = 8;
+/// Most tokens around a text; published are 4 at most.
+const MAX_SPECIAL_TOKENS: usize = 64;
+
 impl Tokenizer {
     /// From a folder with `tokenizer.json`, or `vocab.json` + `merges.txt`, or `spiece.model`/`tokenizer.model`; the
     /// first of these that is there. `tokenizer_config.json` and `special_tokens_map.json` add their tokens.
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let config = TokenizerConfig::read(dir)?;
         let loaded = unpanicked(|| {
-            let (mut tokenizer, special) = load(dir, &config)?;
-            config.add_tokens_to(&mut tokenizer, &special)?;
-            Ok((tokenizer, special))
+            let mut loaded = load(dir, &config)?;
+            config.add_tokens_to(&mut loaded.tokenizer, &loaded.special)?;
+            Ok(loaded)
         });
-        let (mut tokenizer, special) = loaded.unwrap_or_else(|| Err(Error::checkpoint(dir, "a damaged tokenizer")))?;
+        let loaded = loaded.unwrap_or_else(|said| Err(damaged(dir, said)))?;
+        let Loaded { mut tokenizer, special, path, highest_model_id } = loaded;
         let splits_special = config.get("split_special_tokens").and_then(serde_json::Value::as_bool);
         tokenizer.set_encode_special_tokens(splits_special.unwrap_or(false));
         // Some published files cut and pad by themselves; here lengths belong to the caller.
@@ -95,8 +110,26 @@ impl Tokenizer {
         let (pad_token_id, eos_token_id) = (id("pad_token").or(own_pad_id), id("eos_token"));
         let word_suffix = word_suffix(&tokenizer);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) && word_suffix.is_none();
-        let for_long_texts = OnceLock::new();
-        Ok(Self(Arc::new(Inner { tokenizer, word_suffix, byte_level, pad_token_id, eos_token_id, for_long_texts })))
+        let highest_special_id = try_out(&tokenizer).map_err(|problem| damaged(&path, problem))?;
+        Ok(Self(Arc::new(Inner {
+            tokenizer,
+            word_suffix,
+            byte_level,
+            pad_token_id,
+            eos_token_id,
+            highest_model_id,
+            highest_special_id,
+            for_long_texts: OnceLock::new(),
+        })))
+    }
+
+    /// An id that is not among the `vocab_size` for which a network has embeddings, if there is one. That of the padding
+    /// may be, where nothing is padded: fine-tuned language models are published with one.
+    pub fn id_beyond(&self, vocab_size: usize, is_padding_used: bool) -> Option<u32> {
+        let unused = self.pad_token_id().filter(|_| !is_padding_used);
+        let added = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder().keys().copied();
+        let ids = added.chain([self.0.highest_model_id, self.0.highest_special_id]);
+        ids.filter(|id| Some(*id) != unused && *id as usize >= vocab_size).max()
     }
 
     /// Token ids of `text`; special tokens (BOS, EOS) are added as the tokenizer's post-processor says when asked.
@@ -264,8 +297,10 @@ impl Tokenizer {
     }
 
     fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
+        // The regular expression engine panics on text that makes it try too long, such as megabytes of white space. It
+        // leaves nothing half done in a tokenizer.
         let encoding = unpanicked(|| self.0.tokenizer.encode_fast(text, add_special_tokens));
-        encoding.ok_or_else(|| unencodable("too intricate"))?.map_err(unencodable)
+        encoding.map_err(|_| unencodable("too intricate"))?.map_err(unencodable)
     }
 }
 
@@ -278,26 +313,55 @@ impl fmt::Debug for Tokenizer {
 /// Special tokens by the names that `tokenizer_config.json` gives them (`eos_token`, `pad_token`, ...).
 type SpecialTokens = std::collections::BTreeMap<String, AddedToken>;
 
-fn load(dir: &Path, config: &TokenizerConfig) -> Result<(tokenizers::Tokenizer, SpecialTokens)> {
-    let whole = dir.join("tokenizer.json");
-    if whole.is_file() {
-        let bytes = read_bytes(&whole)?;
-        let tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::checkpoint(whole, e))?;
-        return Ok((tokenizer, config.special_tokens(&[])));
+/// What the files of a folder give.
+struct Loaded {
+    tokenizer: tokenizers::Tokenizer,
+    special: SpecialTokens,
+    /// Where it lies.
+    path: PathBuf,
+    highest_model_id: u32,
+}
+
+fn load(dir: &Path, config: &TokenizerConfig) -> Result<Loaded> {
+    let path = dir.join("tokenizer.json");
+    if is_present(&path) {
+        let bytes = files::read(&path, &Limit::TOKENIZER)?;
+        let highest_model_id = outline::check(&path, &bytes)?.highest_id;
+        let tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::checkpoint(&path, e))?;
+        return Ok(Loaded { tokenizer, special: config.special_tokens(&[]), path, highest_model_id });
     }
-    if dir.join("vocab.json").is_file() && dir.join("merges.txt").is_file() {
+    if is_present(&dir.join("vocab.json")) && is_present(&dir.join("merges.txt")) {
         return vocab_merges::load(dir, config);
     }
-    match ["spiece.model", "tokenizer.model"].map(|name| dir.join(name)).into_iter().find(|path| path.is_file()) {
-        Some(path) => sentencepiece::load(&path, config),
+    match ["spiece.model", "tokenizer.model"].map(|name| dir.join(name)).into_iter().find(|path| is_present(path)) {
+        Some(path) => sentencepiece::load(path, config),
         None => Err(Error::checkpoint(dir, "no tokenizer.json, no vocab.json with merges.txt, no spiece.model")),
     }
 }
 
-/// `None` where `work` panicked. The regular expression engine does on text that makes it try too long, such as
-/// megabytes of white space, and so does a damaged character map; it leaves nothing half done in a tokenizer.
-fn unpanicked<T>(work: impl FnOnce() -> T) -> Option<T> {
-    catch_unwind(AssertUnwindSafe(work)).ok()
+/// Encodes and decodes a text, since the library finds many faults of a file no sooner; gives the highest id of the tokens
+/// around a text.
+fn try_out(tokenizer: &tokenizers::Tokenizer) -> std::result::Result<u32, String> {
+    let ids = |text: &str, around: bool| -> tokenizers::Result<Vec<u32>> {
+        Ok(tokenizer.encode_fast(text, around)?.get_ids().to_vec())
+    };
+    let tried = unpanicked(|| {
+        let (around, inner) = (ids("", true)?, ids(TRIAL, false)?);
+        tokenizer.decode(&inner, true)?;
+        Ok((around, inner.len()))
+    });
+    let (around, len) = tried?.map_err(|error: tokenizers::Error| error.to_string())?;
+    if around.len() > MAX_SPECIAL_TOKENS {
+        return Err(format!("it puts {} tokens around every text; at most {MAX_SPECIAL_TOKENS}", around.len()));
+    }
+    if len > TRIAL.len() * MAX_TOKENS_PER_BYTE {
+        return Err(format!("it makes {len} tokens of {} bytes; at most {MAX_TOKENS_PER_BYTE} of each", TRIAL.len()));
+    }
+    Ok(around.into_iter().max().unwrap_or(0))
+}
+
+fn damaged(path: &Path, problem: String) -> Error {
+    Error::checkpoint(path, format!("is no tokenizer that works: {problem}"))
 }
 
 fn word_suffix(tokenizer: &tokenizers::Tokenizer) -> Option<String> {

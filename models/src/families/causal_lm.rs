@@ -16,6 +16,7 @@ use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, 
 use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
+use crate::tokenizer::Tokenizer;
 use crate::weights::{Tie, Weights};
 
 /// The file with the ways in which a model's author generates.
@@ -103,8 +104,8 @@ pub fn load(
         true => KvCaches::dry(kv_shape, num_blocks, &placement)?,
         false => KvCaches::new(kv_shape, num_blocks, &placement)?,
     };
-    let tokenizer = checkpoint.tokenizer()?;
-    let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id())?;
+    let tokenizer = checked_tokenizer(checkpoint, network.vocab_size(), network.context_len())?;
+    let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id(), network.vocab_size())?;
     if eos_token_ids.is_empty() {
         tracing::warn!(path = %manifest.root().display(), "no end-of-sequence token is named; answers end at max_tokens");
     }
@@ -139,6 +140,25 @@ fn num_kv_blocks(config: &DecoderConfig, block_bytes: usize, options: &LoadOptio
     Ok(affordable.min(useful))
 }
 
+/// The tokenizer, of whose tokens every one has an embedding and leaves room in the context.
+fn checked_tokenizer(checkpoint: Component<'_>, vocab_size: usize, context_len: usize) -> Result<Tokenizer> {
+    let tokenizer = checkpoint.tokenizer()?;
+    if let Some(id) = tokenizer.id_beyond(vocab_size, false) {
+        let problem = format!("the tokenizer has a token with id {id}; vocab_size in {CONFIG} is {vocab_size}");
+        return Err(Error::checkpoint(checkpoint.path(""), problem));
+    }
+    if let Some(id) = tokenizer.pad_token_id().filter(|id| *id as usize >= vocab_size) {
+        let path = checkpoint.path("");
+        tracing::warn!(path = %path.display(), id, "the padding token has no embedding; prompts that spell it are refused");
+    }
+    let around = tokenizer.encode("", true)?.len();
+    if around + 1 >= context_len {
+        let problem = format!("the tokenizer puts {around} tokens around every text; {context_len} fit the context");
+        return Err(Error::checkpoint(checkpoint.path(""), problem));
+    }
+    Ok(tokenizer)
+}
+
 /// `eos_token_id`. Python's -1 is no token.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -159,15 +179,25 @@ impl OneOrMany {
 
 /// The tokens that end an answer: those of `generation_config.json`, or else of `config.json` (as in transformers'
 /// `generate`), and the tokenizer's own, with which chat templates close a message.
-fn eos_token_ids(checkpoint: Component<'_>, class: &ConfigClass, of_tokenizer: Option<u32>) -> Result<Vec<u32>> {
+fn eos_token_ids(
+    checkpoint: Component<'_>,
+    class: &ConfigClass,
+    of_tokenizer: Option<u32>,
+    vocab_size: usize,
+) -> Result<Vec<u32>> {
     const FIELD: &str = "eos_token_id";
     let mut given: Option<OneOrMany> = None;
+    let mut file = GENERATION_CONFIG;
     if let Some(fields) = checkpoint.fields_if_present(GENERATION_CONFIG)? {
         given = fields.nullable_or(FIELD, None)?;
     }
     if given.is_none() {
         let of_class = class.eos_token_id.map(|id| OneOrMany::One(id.into()));
-        given = checkpoint.fields(CONFIG)?.nullable_or(FIELD, of_class)?;
+        (given, file) = (checkpoint.fields(CONFIG)?.nullable_or(FIELD, of_class)?, CONFIG);
+    }
+    if let Some(id) = given.iter().flat_map(OneOrMany::tokens).find(|id| *id as usize >= vocab_size) {
+        let problem = format!("{FIELD}: is {id}; vocab_size in {CONFIG} is {vocab_size}");
+        return Err(Error::checkpoint(checkpoint.path(file), problem));
     }
     let mut ids: BTreeSet<u32> = given.iter().flat_map(OneOrMany::tokens).collect();
     ids.extend(of_tokenizer);
@@ -193,6 +223,8 @@ mod tests {
         knows_windows: false,
     };
 
+    const VOCAB_SIZE: usize = 10;
+
     /// Of a folder with these two files, whose tokenizer names no end.
     fn ends(config: &str, generation: Option<&str>) -> Result<Vec<u32>> {
         let dir = tempfile::tempdir().expect("a temporary folder");
@@ -200,7 +232,7 @@ mod tests {
         if let Some(generation) = generation {
             std::fs::write(dir.path().join("generation_config.json"), generation).expect("written");
         }
-        eos_token_ids(Folder::new(dir.path()).whole(), &CLASS, None)
+        eos_token_ids(Folder::new(dir.path()).whole(), &CLASS, None, VOCAB_SIZE)
     }
 
     #[test]
@@ -215,7 +247,13 @@ mod tests {
         check(r#"{"eos_token_id": 9}"#, Some(r#"{"eos_token_id": 5}"#), &[5]);
         check(r#"{"eos_token_id": 9}"#, Some(r#"{"temperature": 0.5}"#), &[9]);
         check("{}", Some("{}"), &[2]);
-        let error = ends(r#"{"eos_token_id": "</s>"}"#, None).expect_err("no number").to_string();
-        assert!(error.contains("config.json: eos_token_id: "), "{error}");
+        for (config, generation, file) in [
+            (r#"{"eos_token_id": "</s>"}"#, None, "config.json"),
+            (r#"{"eos_token_id": 10}"#, None, "config.json"),
+            ("{}", Some(r#"{"eos_token_id": [3, 4294967295]}"#), "generation_config.json"),
+        ] {
+            let error = ends(config, generation).expect_err("no token").to_string();
+            assert!(error.contains(&format!("/{file}: eos_token_id: ")), "{error}");
+        }
     }
 }

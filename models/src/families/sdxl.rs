@@ -20,7 +20,7 @@ use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
-use crate::encoders::clip_chunks::ChunkRule;
+use crate::encoders::clip_chunks::{self, ChunkRule};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
@@ -190,16 +190,21 @@ impl SdxlModel {
     ) -> Result<Self> {
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::Discrete)?;
-        let tokenizer = |name: &str| manifest.component(name)?.tokenizer();
+        let tokenizer = |name: &str, config: &ClipTextConfig| {
+            let (component, positions) = (manifest.component(name)?, config.max_position_embeddings);
+            let tokenizer = component.tokenizer_of_encoder(config.vocab_size, positions)?;
+            clip_chunks::check(&tokenizer).map_err(|problem| Error::checkpoint(component.path(""), problem))?;
+            Ok::<_, Error>(tokenizer)
+        };
         let [one, two, net] = [Arc::<Sites>::default(), Arc::default(), Arc::default()];
         let first = match &sizes.text_encoder {
             None => None,
             Some(config) => {
                 let encoder = ClipTextEncoder::load(&open("text_encoder")?.noting(&one), config.clone())?;
-                Some((tokenizer("tokenizer")?, encoder))
+                Some((tokenizer("tokenizer", config)?, encoder))
             }
         };
-        let tokenizer_2 = tokenizer("tokenizer_2")?;
+        let tokenizer_2 = tokenizer("tokenizer_2", &sizes.text_encoder_2)?;
         let weights = open("text_encoder_2")?.or_original(|| OpenClipNames).noting(&two);
         let text_encoder_2 = ClipTextEncoder::load_with_projection(&weights, sizes.text_encoder_2.clone())?;
         let weights = open("unet")?.or_original(|| UNetNames::new(&sizes.unet)).noting(&net);

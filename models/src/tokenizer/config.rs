@@ -6,14 +6,15 @@
 //! `special_tokens_map.json` has replaces what the configuration has. Tokenizers, chat templates and end-of-sequence
 //! ids all ask here. Deliberately does not know what the tokens mean.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::SpecialTokens;
-use crate::config::read_json;
+use super::outline::{MAX_ADDED_TOKENS, count_problem, piece_problem};
+use crate::config::read_json_if_present;
 use crate::error::{Error, Result};
 
 /// Names of special tokens that every tokenizer has a place for, in the order in which transformers adds them.
@@ -58,7 +59,8 @@ impl TokenizerConfig {
             let merged = match (name.as_str(), self.fields.get(&name), value) {
                 // The one field that is joined.
                 ("extra_special_tokens", Some(Value::Array(own)), Value::Array(others)) => {
-                    let new = others.into_iter().filter(|token| !own.contains(token));
+                    let known: BTreeSet<String> = own.iter().map(Value::to_string).collect();
+                    let new = others.into_iter().filter(|token| !known.contains(&token.to_string()));
                     Value::Array(own.iter().cloned().chain(new).collect())
                 }
                 (_, _, value) => value,
@@ -66,16 +68,14 @@ impl TokenizerConfig {
             self.fields.insert(name, merged);
         }
         let path = dir.join("added_tokens.json");
-        let named = self.special_tokens(&[]);
-        let is_special = |spelling: &str| {
-            let is_extra = |token: &Value| special_token(token).is_some_and(|token| token.content == spelling);
-            named.values().any(|token| token.content == spelling) || self.additional().any(is_extra)
-        };
+        let named = self.special_tokens(&[]).into_values();
+        let special = named.chain(self.additional().filter_map(special_token)).map(|token| token.content);
+        let special: BTreeSet<String> = special.collect();
         let mut added = BTreeMap::new();
         for (spelling, id) in read_object(&path)? {
             let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
             let id = id.ok_or_else(|| Error::checkpoint(&path, format!("{spelling:?} has no id")))?;
-            let special = is_special(&spelling);
+            let special = special.contains(&spelling);
             added.insert(id, AddedToken::from(spelling, special));
         }
         self.added = added;
@@ -97,16 +97,24 @@ impl TokenizerConfig {
     /// entry with the id says.
     pub(super) fn special_tokens(&self, defaults: &[(&str, &str)]) -> SpecialTokens {
         let default = |name: &str| defaults.iter().find(|d| d.0 == name).map(|d| AddedToken::from(d.1, true));
+        let mut listed: BTreeMap<&str, &AddedToken> = BTreeMap::new();
+        for token in self.added.values() {
+            listed.entry(&token.content).or_insert(token);
+        }
+        let as_added = |token: AddedToken| match listed.get(token.content.as_str()) {
+            Some(added) => (*added).clone().special(true),
+            None => token,
+        };
         let mut tokens = SpecialTokens::new();
         for name in SPECIAL_NAMES {
             let token = match self.fields.get(name) {
                 Some(value) => special_token(value),
                 None => default(name),
             };
-            tokens.extend(token.map(|token| (name.to_owned(), self.as_added(token))));
+            tokens.extend(token.map(|token| (name.to_owned(), as_added(token))));
         }
         for (name, value) in self.model_specific() {
-            tokens.extend(special_token(value).map(|token| (name.clone(), self.as_added(token))));
+            tokens.extend(special_token(value).map(|token| (name.clone(), as_added(token))));
         }
         tokens
     }
@@ -126,24 +134,20 @@ impl TokenizerConfig {
         own.chain(self.get("extra_special_tokens").and_then(Value::as_object).into_iter().flatten())
     }
 
-    fn as_added(&self, token: AddedToken) -> AddedToken {
-        let listed = self.added.values().find(|added| added.content == token.content);
-        listed.map_or(token, |added| added.clone().special(true))
-    }
-
     /// Adds tokens by id, then `special` ones, then additional ones. Spellings that are in the vocabulary keep their
     /// id; a token that the tokenizer has matches from now on as its entry by id says.
     pub(super) fn add_tokens_to(&self, tokenizer: &mut tokenizers::Tokenizer, special: &SpecialTokens) -> Result<()> {
-        let is_named = |token: &AddedToken| special.values().any(|named| named.content == token.content);
+        let named: BTreeSet<&str> = special.values().map(|token| token.content.as_str()).collect();
+        let is_there = |tokenizer: &tokenizers::Tokenizer, token: &AddedToken| {
+            tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content)
+        };
         // `added_tokens.json` has no flags: where the tokenizer has the token too, its own count.
         let has_flags = self.fields.contains_key("added_tokens_decoder");
+        let by_id = self.added.values().filter(|token| has_flags || !is_there(tokenizer, token));
+        let by_id = by_id.map(|token| token.clone().special(token.special || named.contains(token.content.as_str())));
+        self.add(tokenizer, by_id.collect())?;
         for (id, token) in &self.added {
-            let special = token.special || is_named(token);
-            let is_there = tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content);
-            let found = match has_flags || !is_there {
-                true => self.add(tokenizer, token.clone().special(special))?,
-                false => tokenizer.token_to_id(&token.content),
-            };
+            let found = tokenizer.token_to_id(&token.content);
             if found != Some(*id) {
                 let problem = format!("added token {:?} should have id {id} and gets {found:?}", token.content);
                 return Err(Error::checkpoint(&self.path, problem));
@@ -151,12 +155,14 @@ impl TokenizerConfig {
         }
         let others = special.iter().filter(|(name, _)| !SPECIAL_NAMES.contains(&name.as_str()));
         let named = SPECIAL_NAMES.iter().filter_map(|name| special.get(*name)).chain(others.map(|(_, token)| token));
+        let mut new = Vec::new();
+        let mut spellings = BTreeSet::new();
         for token in named.cloned().chain(self.additional().filter_map(special_token)) {
-            if !tokenizer.get_added_vocabulary().get_vocab().contains_key(&token.content) {
-                self.add(tokenizer, token)?;
+            if !is_there(tokenizer, &token) && spellings.insert(token.content.clone()) {
+                new.push(token);
             }
         }
-        Ok(())
+        self.add(tokenizer, new)
     }
 
     /// Special tokens without a name, as transformers 5 or 4 spells the field.
@@ -166,19 +172,22 @@ impl TokenizerConfig {
         lists.flatten()
     }
 
-    /// Adds one token and says its id.
-    fn add(&self, tokenizer: &mut tokenizers::Tokenizer, token: AddedToken) -> Result<Option<u32>> {
-        let spelling = token.content.clone();
-        tokenizer.add_tokens([token]).map_err(|e| Error::checkpoint(&self.path, e))?;
-        Ok(tokenizer.token_to_id(&spelling))
+    /// Adds tokens, all at once: the library builds its search anew each time.
+    fn add(&self, tokenizer: &mut tokenizers::Tokenizer, tokens: Vec<AddedToken>) -> Result<()> {
+        let longest = tokens.iter().map(|token| token.content.len()).max().unwrap_or(0);
+        let problem = count_problem("added tokens", tokens.len(), MAX_ADDED_TOKENS).or_else(|| piece_problem(longest));
+        if let Some(problem) = problem {
+            return Err(Error::checkpoint(&self.path, problem));
+        }
+        if !tokens.is_empty() {
+            tokenizer.add_tokens(tokens).map_err(|e| Error::checkpoint(&self.path, e))?;
+        }
+        Ok(())
     }
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    if !path.is_file() {
-        return Ok(Map::new());
-    }
-    read_json(path)
+    Ok(read_json_if_present(path)?.unwrap_or_default())
 }
 
 fn special_token(value: &Value) -> Option<AddedToken> {

@@ -4,7 +4,7 @@
 //! fields and three messages do not pay for one), and what transformers' `T5Tokenizer` adds to them. SentencePiece
 //! models of other classes are refused: their rules about spaces and special tokens differ.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::Value;
 use tokenizers::models::unigram::Unigram;
@@ -15,9 +15,10 @@ use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::{SpecialTokens, TokenizerConfig};
-use crate::config::read_bytes;
+use super::outline::Extent;
+use super::{Loaded, SpecialTokens, TokenizerConfig, character_map};
 use crate::error::{Error, Result};
+use crate::files::{self, Limit};
 
 /// Special tokens of `T5Tokenizer` where the configuration is silent.
 const T5_TOKENS: &[(&str, &str)] = &[("eos_token", "</s>"), ("unk_token", "<unk>"), ("pad_token", "<pad>")];
@@ -29,20 +30,25 @@ const MAX_EXTRA_IDS: u64 = 100_000;
 const SPACE: char = '\u{2581}';
 
 /// The tokenizer of one `.model` file.
-pub(super) fn load(path: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, SpecialTokens)> {
-    let problem = |problem: String| Error::checkpoint(path, problem);
+pub(super) fn load(path: PathBuf, config: &TokenizerConfig) -> Result<Loaded> {
+    let problem = |problem: String| Error::checkpoint(&path, problem);
     if let Some(class) = config.class().filter(|class| *class != "T5Tokenizer") {
         return Err(problem(format!("tokenizer_class {class} needs a tokenizer.json; T5Tokenizer does without")));
     }
-    let bytes = read_bytes(path)?;
+    let bytes = files::read(&path, &Limit::TOKENIZER)?;
     let model = parse_model(&bytes).ok_or_else(|| problem("is not a whole SentencePiece model".into()))?;
     if model.kind != UNIGRAM {
         return Err(problem(format!("is of model_type {}; only unigram (1) is supported", model.kind)));
     }
+    let extent = Extent::of_list(model.pieces.iter().map(|piece| piece.text.as_str()));
+    if let Some(found) = extent.problem().or_else(|| model.problem()) {
+        return Err(problem(found));
+    }
     let extra_ids = num_sentinels(config).map_err(problem)?;
     let special = config.special_tokens(T5_TOKENS);
-    let tokenizer = build(&model, extra_ids, &special).map_err(|e| Error::checkpoint(path, e))?;
-    Ok((tokenizer, special))
+    let tokenizer = build(&model, extra_ids, &special).map_err(|e| problem(e.to_string()))?;
+    let highest_model_id = extent.highest_id + extra_ids as u32;
+    Ok(Loaded { tokenizer, special, path, highest_model_id })
 }
 
 /// How many sentinels follow the pieces: `extra_ids`, else as many as the configuration lists. Both must agree, because
@@ -64,21 +70,6 @@ fn num_sentinels(config: &TokenizerConfig) -> Result<u64, String> {
     }
 }
 
-/// The normaliser of a file's `precompiled_charsmap`: the bytes of a trie after their count, then the replacements. The
-/// library trusts the count and, when it first meets a character, the trie; here both are tried first.
-fn character_map(bytes: &[u8]) -> tokenizers::Result<Precompiled> {
-    let (count, rest) = bytes.split_first_chunk::<4>().ok_or("its precompiled_charsmap is cut")?;
-    let count = u32::from_le_bytes(*count) as usize;
-    if count == 0 || count > rest.len() {
-        return Err("its precompiled_charsmap is not as long as it says".into());
-    }
-    let map = Precompiled::from(bytes)?;
-    let characters = || (1..0x3_0000).filter_map(char::from_u32).map(|c| map.transform(c.encode_utf8(&mut [0; 4])));
-    super::unpanicked(|| characters().flatten().map(str::len).sum::<usize>())
-        .ok_or("its precompiled_charsmap points outside itself")?;
-    Ok(map)
-}
-
 /// As `T5Tokenizer` of transformers: the file's own character map, words at white space, a space before each, EOS
 /// after. The sentinels follow the pieces, the highest number first.
 fn build(model: &Model, extra_ids: u64, special: &SpecialTokens) -> tokenizers::Result<Tokenizer> {
@@ -88,7 +79,7 @@ fn build(model: &Model, extra_ids: u64, special: &SpecialTokens) -> tokenizers::
     let unknown = model.pieces.iter().position(|piece| piece.kind == UNKNOWN).ok_or("has no unknown piece")?;
     let mut tokenizer = Tokenizer::new(Unigram::from(vocab, Some(unknown), false)?);
     if !model.character_map.is_empty() {
-        tokenizer.with_normalizer(Some(character_map(&model.character_map)?))?;
+        tokenizer.with_normalizer(Some(Precompiled::from(&model.character_map)?))?;
     }
     let spaces = Metaspace::new(SPACE, PrependScheme::Always, true);
     tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(vec![WhitespaceSplit.into(), spaces.clone().into()])));
@@ -134,6 +125,17 @@ impl Piece {
     fn added_token(&self) -> Option<AddedToken> {
         let is_added = matches!(self.kind, CONTROL | USER_DEFINED);
         is_added.then(|| AddedToken::from(&self.text, self.kind == CONTROL).normalized(false))
+    }
+}
+
+impl Model {
+    fn problem(&self) -> Option<String> {
+        if self.pieces.iter().any(|piece| !piece.score.is_finite()) {
+            return Some("has a score that is no number".to_owned());
+        }
+        character_map::problem(&self.character_map)
+            .filter(|_| !self.character_map.is_empty())
+            .map(|problem| format!("its {problem}"))
     }
 }
 

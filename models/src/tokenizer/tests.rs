@@ -365,6 +365,32 @@ proptest! {
             let least = tokenizer.least_tokens(&text);
             prop_assert!(least <= tokens, "{} > {}: {:?}", least, tokens, text);
         }
+
+/// `tokenizer.json` of [`byte_level`] with another value at this JSON pointer.
+fn byte_level_with(pointer: &str, value: serde_json::Value) -> TempDir {
+    let mut whole: serde_json::Value = serde_json::from_str(&byte_level_json()).expect("JSON");
+    *whole.pointer_mut(pointer).expect("is there") = value;
+    folder(&[("tokenizer.json", whole.to_string())])
+}
+
+/// The library finds none of these when it reads the file.
+#[test]
+fn a_tokenizer_that_fails_at_plain_text_is_refused_when_it_is_loaded() {
+    let around = |ids: Vec<u32>| {
+        json!({"type": "TemplateProcessing", "pair": [], "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            "special_tokens": {"x": {"id": "x", "ids": ids, "tokens": vec!["x"; ids.len()]}}})
+    };
+    let replace =
+        |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"Regex": pattern}, "content": content});
+    for (pointer, value, words) in [
+        ("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "chunk size must be non-zero"),
+        ("/model", json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}), "UNK"),
+        ("/post_processor", around(vec![1; 65]), "puts 65 tokens around every text; at most 64"),
+        ("/normalizer", replace(".", &"ab".repeat(100)), "at most 8 of each"),
+        ("/model/vocab", json!({"a": 0, "x".repeat(2000): 1}), "a token of 2000 bytes; at most 1024"),
+    ] {
+        let error = Tokenizer::from_dir(byte_level_with(pointer, value).path()).expect_err("is refused").to_string();
+        assert!(error.contains("tokenizer.json: ") && error.contains(words), "{pointer}: {error}");
     }
 }
 
@@ -409,4 +435,39 @@ fn nothing_is_tokenised_for_nobody() {
     drop(cancelled.cancel_on_drop());
     let result = published()[1].1.encode_within(&"a b ".repeat(1 << 14), true, 1 << 20, &cancelled);
     assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+
+fn an_id_beyond_the_embeddings_is_found_wherever_it_comes_from() {
+    let beyond = |dir: &TempDir, vocab_size, is_padding_used| {
+        Tokenizer::from_dir(dir.path()).expect("loads").id_beyond(vocab_size, is_padding_used)
+    };
+    let (end, tool) = (261, 262);
+    let plain = folder(&[("tokenizer.json", byte_level_json())]);
+    assert_eq!(beyond(&plain, 263, true), None);
+    assert_eq!((beyond(&plain, 262, true), beyond(&plain, 0, false)), (Some(tool), Some(tool)));
+    let of_model = byte_level_with("/model/vocab/ab", json!(5000));
+    assert_eq!(beyond(&of_model, 263, true), Some(5000));
+    let template = json!({"type": "TemplateProcessing", "pair": [],
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "x", "type_id": 0}}],
+        "special_tokens": {"x": {"id": "x", "ids": [7000], "tokens": ["x"]}}});
+    assert_eq!(beyond(&byte_level_with("/post_processor", template), 263, true), Some(7000));
+    // Fine-tuned language models are published with a padding token for which there is no embedding.
+    let config = json!({"pad_token": "<tool é>", "eos_token": "<end>"}).to_string();
+    let padded = folder(&[("tokenizer.json", byte_level_json()), ("tokenizer_config.json", config)]);
+    assert_eq!((beyond(&padded, 262, true), beyond(&padded, 262, false)), (Some(tool), None));
+    assert_eq!(beyond(&padded, 261, false), Some(end));
+}
+
+/// Published models of speech add 65,536 tokens: one at a time, the library would build its search as often.
+#[test]
+fn many_added_tokens_load_in_time() {
+    let added: serde_json::Map<String, serde_json::Value> = (0..20_000)
+        .map(|i| ((263 + i).to_string(), json!({"content": format!("<|s{i}|>"), "special": true})))
+        .collect();
+    let names: Vec<String> = (0..20_000).map(|i| format!("<|s{i}|>")).collect();
+    let config = json!({"added_tokens_decoder": added, "additional_special_tokens": names}).to_string();
+    let dir = folder(&[("tokenizer.json", byte_level_json()), ("tokenizer_config.json", config)]);
+    let started = std::time::Instant::now();
+    let tokenizer = Tokenizer::from_dir(dir.path()).expect("loads");
+    assert_eq!(tokenizer.encode("<|s19999|>", true).expect("encodes"), [263 + 19_999]);
+    assert!(started.elapsed() < std::time::Duration::from_secs(20), "{:?}", started.elapsed());
 }

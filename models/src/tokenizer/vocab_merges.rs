@@ -15,9 +15,11 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::roberta::RobertaProcessing;
 use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
-use super::{SpecialTokens, TokenizerConfig};
-use crate::config::{read_json, read_text};
+use super::outline::{Extent, MAX_MERGES, count_problem, piece_problem};
+use super::{Loaded, SpecialTokens, TokenizerConfig};
+use crate::config::{read_json_within, read_text_within};
 use crate::error::{Error, Result};
+use crate::files::Limit;
 
 const END_OF_TEXT: &str = "<|endoftext|>";
 const WORD_SUFFIX: &str = "</w>";
@@ -39,7 +41,7 @@ pub(super) const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The tokenizer of a folder with the two files.
-pub(super) fn load(dir: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, SpecialTokens)> {
+pub(super) fn load(dir: &Path, config: &TokenizerConfig) -> Result<Loaded> {
     let merges = read_merges(&dir.join("merges.txt"))?;
     let (build, defaults): (Build, Defaults) = match config.class() {
         Some("CLIPTokenizer") => (clip, CLIP_TOKENS),
@@ -58,11 +60,16 @@ pub(super) fn load(dir: &Path, config: &TokenizerConfig) -> Result<(Tokenizer, S
             return Err(Error::checkpoint(dir, format!("`{field}` needs a tokenizer.json")));
         }
     }
-    let vocab: HashMap<String, u32> = read_json(&dir.join("vocab.json"))?;
+    let path = dir.join("vocab.json");
+    let vocab: HashMap<String, u32> = read_json_within(&path, &Limit::TOKENIZER)?;
+    let extent = vocab.iter().fold(Extent::default(), |extent, (token, id)| extent.and(token.len(), *id));
+    if let Some(problem) = extent.problem() {
+        return Err(Error::checkpoint(path, problem));
+    }
     let special = config.special_tokens(defaults);
     let pairs = BPE::builder().vocab_and_merges(vocab.into_iter().collect::<Vocab>(), merges);
     let tokenizer = build(pairs, &special).map_err(|e| Error::checkpoint(dir.join(culprit(&*e)), e))?;
-    Ok((tokenizer, special))
+    Ok(Loaded { tokenizer, special, path, highest_model_id: extent.highest_id })
 }
 
 type Build = fn(BpeBuilder, &SpecialTokens) -> tokenizers::Result<Tokenizer>;
@@ -75,7 +82,11 @@ fn culprit(error: &(dyn std::error::Error + 'static)) -> &'static str {
 
 /// Pairs by priority: two tokens on every line after the version.
 fn read_merges(path: &Path) -> Result<Merges> {
-    let text = read_text(path)?;
+    let text = read_text_within(path, &Limit::TOKENIZER)?;
+    let (count, longest) = text.lines().fold((0, 0), |(count, longest), line| (count + 1, line.len().max(longest)));
+    if let Some(problem) = count_problem("merges", count, MAX_MERGES).or_else(|| piece_problem(longest)) {
+        return Err(Error::checkpoint(path, problem));
+    }
     let mut pairs = Merges::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with("#version")) {
         match line.split_once(' ') {
