@@ -13,6 +13,7 @@ mod guidance;
 mod hidden_states;
 mod ip_adapter;
 mod lora;
+mod mutations;
 mod noise_solvers;
 mod not_finite;
 mod on_demand;
