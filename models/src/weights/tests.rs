@@ -102,6 +102,18 @@ fn a_dry_view_records_every_problem_and_takes_no_memory() {
     assert!(problems[1].contains("`b` is missing"), "{problems:?}");
 }
 
+/// As many layers as a configuration says, whatever the files hold: nobody waits for the last of a million.
+#[test]
+fn a_dry_view_gives_up_after_a_thousand_problems() {
+    let dir = sound_folder();
+    let weights = Weights::open_dry(dir.path(), &placement(WeightDtype::Auto)).expect("open");
+    let layers = (0..1_000_000).map(|layer| weights.pp(layer).get(&[1], "weight"));
+    let (built, error) = layers.enumerate().find_map(|(i, layer)| Some((i, layer.err()?))).expect("gives up");
+    assert_eq!(built, 1024);
+    assert!(error.to_string().contains("`1024.weight` is missing"), "{error}");
+    assert_eq!(weights.report().problems.len(), 1024);
+}
+
 #[test]
 fn wrong_shapes_and_missing_tensors_name_file_and_tensor() {
     let dir = sound_folder();
@@ -130,6 +142,11 @@ fn damaged_files_are_refused_with_the_reason() {
         File::options().write(true).open(path).expect("open").set_len(len).expect("truncate");
     };
     check(&|path| truncate(path, 4), "header too small");
+    let many = |path: &Path| {
+        let header = format!("[{}]", ",".repeat(5 << 20));
+        std::fs::write(path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).expect("write");
+    };
+    check(&many, "its header has 5242882 values; a header may have 4194304");
     check(&|path| truncate(path, 40), "header length points past the end");
     let shortened = |path: &Path| truncate(path, std::fs::metadata(path).expect("stat").len() - 2);
     check(&shortened, "its tensors end at byte 20, the file has 18 bytes");
@@ -168,6 +185,9 @@ fn shards_must_all_be_there_and_hold_what_the_index_says() {
     assert!(error_of(open()).contains("tensor `a.gain` is missing"));
     write_index(r#"{"a.weight":"../model.safetensors"}"#);
     assert!(error_of(open()).contains("outside its folder"));
+    let many: Vec<String> = (0..1025).map(|i| format!(r#""{i}":"{i}.safetensors""#)).collect();
+    write_index(&format!("{{{}}}", many.join(",")));
+    assert!(error_of(open()).contains("names 1025 shards; at most 1024"));
 }
 
 /// Packed formats keep integers: who asks for bytes has them, who asks for numbers is told what they are.

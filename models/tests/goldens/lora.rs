@@ -122,10 +122,12 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
     save("twice", &[(down, &[2, 36]), (up, &[36, 2]), (&fused_down, &[2, 36]), (&fused_up, &[108, 2])]);
     save("alpha", &[(down, &[2, 36]), (up, &[36, 2]), (&format!("{block}.alpha"), &[2])]);
     save("other", &[("model.layers.0.weight", &[2, 2])]);
-    let infinite = Tensor::new(f32::INFINITY, &Device::Cpu).unwrap();
-    let infinite = [(down, tensor(&[2, 36])), (up, tensor(&[36, 2])), (&*format!("{block}.alpha"), infinite)];
-    let infinite: HashMap<&str, Tensor> = infinite.into_iter().collect();
-    candle_core::safetensors::save(&infinite, dir.path().join("infinite.safetensors")).unwrap();
+    for (name, alpha) in [("infinite", f32::INFINITY), ("loud", 1e30)] {
+        let alpha = Tensor::new(alpha, &Device::Cpu).unwrap();
+        let tensors = [(down, tensor(&[2, 36])), (up, tensor(&[36, 2])), (&*format!("{block}.alpha"), alpha)];
+        let tensors: HashMap<&str, Tensor> = tensors.into_iter().collect();
+        candle_core::safetensors::save(&tensors, dir.path().join(format!("{name}.safetensors"))).unwrap();
+    }
     let spoiled = |name: &str, dtype: candle_core::DType, value: f32| {
         let mut values = vec![0f32; 2 * 36];
         values[71] = value;
@@ -155,6 +157,7 @@ fn what_does_not_fit_is_refused_with_names_and_shapes() {
         ("twice", ["two terms for layer transformer_blocks.0.attn.to_q", "qkv", block]),
         ("alpha", ["alpha", "[2]", "one number"]),
         ("infinite", ["alpha", "is not a finite number", "`infinite`"]),
+        ("loud", [down, "allowed: -10000 to 10000", "`loud`"]),
         ("nan", ["`nan` cannot be used", down, "holds a value that is not finite"]),
         ("nan_bf16", ["`nan_bf16` cannot be used", down, "holds a value that is not finite"]),
         ("inf_f16", ["`inf_f16` cannot be used", down, "holds a value that is not finite"]),
