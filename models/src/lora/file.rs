@@ -120,7 +120,7 @@ impl LoraFile {
             }
             let scale = lora.scale(&term, &metadata, names)?;
             if !(-MAX_SCALE..=MAX_SCALE).contains(&scale) {
-                let problem = format!("`{}` is scaled by {scale}; allowed: -{MAX_SCALE} to {MAX_SCALE}", term.down);
+                let problem = format!("`{}` is scaled by {scale:e}; allowed: -{MAX_SCALE} to {MAX_SCALE}", term.down);
                 return Err(Refusal::Mismatch(Mismatch(problem)));
             }
             lora.device_bytes += lora.bytes(&term, placement);

@@ -17,6 +17,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::outline::Extent;
 use super::{Loaded, SpecialTokens, TokenizerConfig, character_map};
+use crate::config::bounds::MAX_VOCABULARY;
 use crate::error::{Error, Result};
 use crate::files::{self, Limit};
 
@@ -139,10 +140,13 @@ impl Model {
     }
 }
 
+/// All of a model, or the first pieces of one that has too many.
 fn parse_model(bytes: &[u8]) -> Option<Model> {
     let mut model = Model { pieces: Vec::new(), kind: UNIGRAM, character_map: Vec::new() };
     for field in Fields(bytes) {
         match field? {
+            // A piece of two bytes takes forty once it is read.
+            (1, Field::Bytes(_)) if model.pieces.len() as u64 > MAX_VOCABULARY => break,
             (1, Field::Bytes(piece)) => model.pieces.push(parse_piece(piece)?),
             (2, Field::Bytes(trainer)) => model.kind = varint_field(trainer, 3)?.unwrap_or(UNIGRAM),
             (3, Field::Bytes(normalizer)) => model.character_map = bytes_field(normalizer, 2)?.unwrap_or(&[]).to_vec(),

@@ -199,6 +199,9 @@ fn damaged_or_other_sentencepiece_models_are_refused() {
     check(&[0xff; 40], "not a whole");
     check(&spiece(&[0x12, 2, 0x18, 2]), "model_type 2"); // trainer_spec.model_type BPE
     check(&[], "no unknown piece");
+    check(&[0x0a, 0].repeat(3 << 20), "has 2097153 tokens; at most 2097152");
+    let long = [&[0x0a, 0x84, 0x08, 0x0a, 0x81, 0x08][..], &[b'a'; 1025]].concat();
+    check(&spiece(&long), "a token of 1025 bytes; at most 1024");
 }
 
 #[test]
