@@ -442,6 +442,14 @@ fn inspect_says_what_a_checkpoint_is() {
     }
 }
 
+/// It needs an image, so that there is no plainest request whose memory could be told.
+#[test]
+fn inspect_says_that_a_refiner_can_be_loaded() {
+    let refiner = tale_models::testing::repository().join("tests/goldens/edits/sdxl-refiner/checkpoint");
+    let text = succeed(&["inspect", refiner.to_str().unwrap()]);
+    assert!(text.contains("The checkpoint can be loaded."), "{text}");
+}
+
 /// The plan of a request with the model's own sizes: what each phase needs; where memory is short, text encoders that leave
 /// the device, and tiles where a whole picture has no room even then.
 #[test]

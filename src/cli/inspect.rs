@@ -169,6 +169,10 @@ impl RequestReport {
         let ModelCard::Diffusion(card) = model.card.with_room(free_bytes.unwrap_or(usize::MAX)) else {
             return Ok(None);
         };
+        if card.edits.is_some_and(|edits| edits.is_needed) {
+            // What a request with a picture needs depends on the picture.
+            return Ok(None);
+        }
         let request = card.resolve(&card.plainest(), 0)?;
         let (width, height, num_frames) = (request.canvas.width, request.canvas.height, request.canvas.num_frames);
         let vae_tiling = request.vae_tiling;
