@@ -168,12 +168,15 @@ enum OneOrMany {
 }
 
 impl OneOrMany {
-    fn tokens(&self) -> impl Iterator<Item = u32> {
-        let ids = match self {
+    fn ids(&self) -> &[i64] {
+        match self {
             Self::One(id) => std::slice::from_ref(id),
             Self::Many(ids) => ids,
-        };
-        ids.iter().filter_map(|id| u32::try_from(*id).ok())
+        }
+    }
+
+    fn tokens(&self) -> impl Iterator<Item = u32> {
+        self.ids().iter().filter_map(|id| u32::try_from(*id).ok())
     }
 }
 
@@ -195,7 +198,7 @@ fn eos_token_ids(
         let of_class = class.eos_token_id.map(|id| OneOrMany::One(id.into()));
         (given, file) = (checkpoint.fields(CONFIG)?.nullable_or(FIELD, of_class)?, CONFIG);
     }
-    if let Some(id) = given.iter().flat_map(OneOrMany::tokens).find(|id| *id as usize >= vocab_size) {
+    if let Some(id) = given.iter().flat_map(OneOrMany::ids).find(|id| **id >= vocab_size as i64) {
         let problem = format!("{FIELD}: is {id}; vocab_size in {CONFIG} is {vocab_size}");
         return Err(Error::checkpoint(checkpoint.path(file), problem));
     }
@@ -250,7 +253,7 @@ mod tests {
         for (config, generation, file) in [
             (r#"{"eos_token_id": "</s>"}"#, None, "config.json"),
             (r#"{"eos_token_id": 10}"#, None, "config.json"),
-            ("{}", Some(r#"{"eos_token_id": [3, 4294967295]}"#), "generation_config.json"),
+            ("{}", Some(r#"{"eos_token_id": [3, 9007199254740991]}"#), "generation_config.json"),
         ] {
             let error = ends(config, generation).expect_err("no token").to_string();
             assert!(error.contains(&format!("/{file}: eos_token_id: ")), "{error}");

@@ -19,6 +19,8 @@ use crate::error::{Error, Result};
 
 /// What transformers assumes when no `rope_theta` is given.
 const DEFAULT_THETA: f64 = 10_000.0;
+/// Published are 1e11 at most.
+const MAX_THETA: f64 = 1e12;
 /// By how much a rotation may be stretched, and any other factor differ from 1. Published are 64 at most.
 const MAX_FACTOR: f64 = 65_536.0;
 /// Turns within the original context above which yarn keeps a pair's frequency, where the file does not say.
@@ -176,10 +178,10 @@ impl<'a> Source<'a> {
 
     fn theta(&self) -> Result<f64> {
         let theta = self.parameters.rope_theta.or(self.fields.rope_theta).unwrap_or(DEFAULT_THETA);
-        if theta > 1.0 && (theta as f32).is_finite() {
+        if theta > 1.0 && theta <= MAX_THETA {
             return Ok(theta);
         }
-        Err(self.error("rope_theta", format!("is {theta}; it must be above 1 and fit 32 bits")))
+        Err(self.error("rope_theta", format!("is {theta}; allowed: above 1, at most {MAX_THETA}")))
     }
 
     /// Refuses numbers that give no rotation. Those that the type does not use are not looked at.

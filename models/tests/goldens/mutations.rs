@@ -35,8 +35,6 @@ const UNREAD: [&str; 19] = [
     "sample_max_value",
     "use_linear_projection",
 ];
-/// Ids of T5, which has no use for them; CLIP's and a language model's are read.
-const UNREAD_OF_T5: [&str; 1] = ["eos_token_id"];
 
 /// A copy of a golden's checkpoint whose files are changed and put back.
 struct Copy {
@@ -109,8 +107,15 @@ fn numbers(value: &Value, pointer: &str, found: &mut Vec<String>) {
 }
 
 fn is_read(file: &Path, field: &str) -> bool {
-    let is_t5 = read(file)["model_type"].as_str().is_some_and(|kind| kind.ends_with("t5"));
-    !UNREAD.contains(&field) && !(is_t5 && UNREAD_OF_T5.contains(&field))
+    let config = read(file);
+    let is_said_elsewhere = file.ends_with("config.json") && file.with_file_name("generation_config.json").exists();
+    match field {
+        // T5 has no use for it, and where there are two files, one of them counts.
+        "eos_token_id" => !is_said_elsewhere && !config["model_type"].as_str().is_some_and(|kind| kind.ends_with("t5")),
+        // Flow matching knows none.
+        "beta_start" | "beta_end" => config["prediction_type"] != "flow_prediction",
+        _ => !UNREAD.contains(&field),
+    }
 }
 
 #[test]
