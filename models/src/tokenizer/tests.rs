@@ -368,32 +368,6 @@ proptest! {
             let least = tokenizer.least_tokens(&text);
             prop_assert!(least <= tokens, "{} > {}: {:?}", least, tokens, text);
         }
-
-/// `tokenizer.json` of [`byte_level`] with another value at this JSON pointer.
-fn byte_level_with(pointer: &str, value: serde_json::Value) -> TempDir {
-    let mut whole: serde_json::Value = serde_json::from_str(&byte_level_json()).expect("JSON");
-    *whole.pointer_mut(pointer).expect("is there") = value;
-    folder(&[("tokenizer.json", whole.to_string())])
-}
-
-/// The library finds none of these when it reads the file.
-#[test]
-fn a_tokenizer_that_fails_at_plain_text_is_refused_when_it_is_loaded() {
-    let around = |ids: Vec<u32>| {
-        json!({"type": "TemplateProcessing", "pair": [], "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-            "special_tokens": {"x": {"id": "x", "ids": ids, "tokens": vec!["x"; ids.len()]}}})
-    };
-    let replace =
-        |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"Regex": pattern}, "content": content});
-    for (pointer, value, words) in [
-        ("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "chunk size must be non-zero"),
-        ("/model", json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}), "UNK"),
-        ("/post_processor", around(vec![1; 65]), "puts 65 tokens around every text; at most 64"),
-        ("/normalizer", replace(".", &"ab".repeat(100)), "at most 8 of each"),
-        ("/model/vocab", json!({"a": 0, "x".repeat(2000): 1}), "a token of 2000 bytes; at most 1024"),
-    ] {
-        let error = Tokenizer::from_dir(byte_level_with(pointer, value).path()).expect_err("is refused").to_string();
-        assert!(error.contains("tokenizer.json: ") && error.contains(words), "{pointer}: {error}");
     }
 }
 
@@ -438,7 +412,37 @@ fn nothing_is_tokenised_for_nobody() {
     drop(cancelled.cancel_on_drop());
     let result = published()[1].1.encode_within(&"a b ".repeat(1 << 14), true, 1 << 20, &cancelled);
     assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
+}
 
+/// `tokenizer.json` of [`byte_level`] with another value at this JSON pointer.
+fn byte_level_with(pointer: &str, value: serde_json::Value) -> TempDir {
+    let mut whole: serde_json::Value = serde_json::from_str(&byte_level_json()).expect("JSON");
+    *whole.pointer_mut(pointer).expect("is there") = value;
+    folder(&[("tokenizer.json", whole.to_string())])
+}
+
+/// The library finds none of these when it reads the file.
+#[test]
+fn a_tokenizer_that_fails_at_plain_text_is_refused_when_it_is_loaded() {
+    let around = |ids: Vec<u32>| {
+        json!({"type": "TemplateProcessing", "pair": [], "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            "special_tokens": {"x": {"id": "x", "ids": ids, "tokens": vec!["x"; ids.len()]}}})
+    };
+    let replace =
+        |pattern: &str, content: &str| json!({"type": "Replace", "pattern": {"Regex": pattern}, "content": content});
+    for (pointer, value, words) in [
+        ("/pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "chunk size must be non-zero"),
+        ("/model", json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<nothing>"}), "UNK"),
+        ("/post_processor", around(vec![1; 65]), "puts 65 tokens around every text; at most 64"),
+        ("/normalizer", replace(".", &"ab".repeat(100)), "at most 8 of each"),
+        ("/model/vocab", json!({"a": 0, "x".repeat(2000): 1}), "a token of 2000 bytes; at most 1024"),
+    ] {
+        let error = Tokenizer::from_dir(byte_level_with(pointer, value).path()).expect_err("is refused").to_string();
+        assert!(error.contains("tokenizer.json: ") && error.contains(words), "{pointer}: {error}");
+    }
+}
+
+#[test]
 fn an_id_beyond_the_embeddings_is_found_wherever_it_comes_from() {
     let beyond = |dir: &TempDir, vocab_size, is_padding_used| {
         Tokenizer::from_dir(dir.path()).expect("loads").id_beyond(vocab_size, is_padding_used)
