@@ -22,11 +22,9 @@ impl FileWork {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let permit = self.0.acquire().await.map_err(|_| ApiError::internal("work with files has ended"))?;
-        let done = spawn_blocking(move || {
-            // Held by the work and not by the request: what has begun goes on when the client has gone.
-            let _permit = permit;
-            work()
-        });
-        done.await.map_err(|_| ApiError::internal("work with a file panicked"))
+        // Held by the work and not by the request: what has begun goes on when the client has gone. It comes back with the
+        // result, when the thread is free for the next.
+        let done = spawn_blocking(move || (work(), permit));
+        done.await.map(|(result, _)| result).map_err(|_| ApiError::internal("work with a file panicked"))
     }
 }

@@ -165,7 +165,42 @@ fn parse_range(header: Option<&str>, length: u64) -> Wanted {
 
 #[cfg(test)]
 mod tests {
+    use axum::body::HttpBody;
+
     use super::*;
+    use crate::job::{ClipFile, JobId};
+
+    /// The next chunk of a body.
+    async fn chunk(body: &mut Body) -> Option<io::Result<Bytes>> {
+        let frame = std::future::poll_fn(|context| HttpBody::poll_frame(Pin::new(&mut *body), context)).await?;
+        Some(frame.map_err(io::Error::other).map(|frame| frame.into_data().expect("there are no trailers")))
+    }
+
+    #[test]
+    fn readers_that_take_nothing_hold_no_thread_and_no_removal_cuts_them() {
+        const BYTES: u64 = 20 * CHUNK_BYTES as u64 + 1;
+        let dir = tempfile::tempdir().expect("made");
+        let path = dir.path().join("clip");
+        std::fs::File::create(&path).and_then(|file| file.set_len(BYTES)).expect("writable");
+        let clip = ClipFile { path: path.clone(), bytes: BYTES };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
+        let all = async {
+            let open = OPEN_FILES.open(JobId::generate(), clip).await.expect("there");
+            let mut readers: Vec<Body> =
+                (0..9).map(|_| send(open.clone(), 0..BYTES, StatusCode::OK).into_body()).collect();
+            for reader in &mut readers {
+                assert_eq!(chunk(reader).await.expect("some").expect("readable").len(), CHUNK_BYTES);
+            }
+            std::fs::remove_file(&path).expect("there");
+            let (mut last, mut bytes) = (readers.pop().expect("some"), CHUNK_BYTES);
+            while let Some(chunk) = chunk(&mut last).await {
+                bytes += chunk.expect("readable").len();
+            }
+            assert_eq!(bytes as u64, BYTES);
+        };
+        let bounded = async { tokio::time::timeout(std::time::Duration::from_secs(10), all).await };
+        runtime.expect("starts").block_on(bounded).expect("others hold the only thread");
+    }
 
     #[test]
     fn ranges_are_one_part_or_everything() {
