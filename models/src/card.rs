@@ -157,3 +157,28 @@ impl TextCard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{MAX_CONTEXT, Script, text_model};
+
+    fn check(messages: &[ChatMessage], least: usize) {
+        let ModelCard::Text(card) = text_model(Script::default()).expect("sound").card else { panic!("makes text") };
+        match card.encode_chat(messages, &CancelToken::default()) {
+            Err(Error::ContextLength { prompt_tokens, is_exact: false, limit }) => {
+                assert_eq!((prompt_tokens, limit), (least, MAX_CONTEXT - 1));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn conversations_that_cannot_fit_are_refused_before_they_are_rendered() {
+        let message = |content: String| ChatMessage { role: "user".to_owned(), content, name: None };
+        check(&vec![message(String::new()); 250_000], 250_000);
+        // A token of this vocabulary stands for 8 bytes at most.
+        let longest = "<|turn|>".len();
+        check(&[message("x".repeat(longest * MAX_CONTEXT)), message(String::new())], MAX_CONTEXT + 2);
+    }
+}

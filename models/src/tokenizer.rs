@@ -62,7 +62,7 @@ struct Inner {
     highest_model_id: u32,
     /// Of the tokens that it puts around every text.
     highest_special_id: u32,
-    /// Made when first asked for: texts for pictures are short.
+    /// Made when first asked for: prompts of pictures are short and do without.
     for_long_texts: OnceLock<ForLongTexts>,
 }
 
@@ -204,6 +204,11 @@ impl Tokenizer {
     /// Tokens that a text has at least, known without tokenising it; 0 where nothing bounds the bytes of a token.
     pub(crate) fn least_tokens(&self, text: &str) -> usize {
         self.for_long_texts().least.as_ref().map_or(0, |least| least.in_text(text))
+    }
+
+    /// Finds out what long texts need, which takes a look at the whole vocabulary: at load, and not at the first request.
+    pub(crate) fn prepare_for_long_texts(&self) {
+        self.for_long_texts();
     }
 
     fn for_long_texts(&self) -> &ForLongTexts {

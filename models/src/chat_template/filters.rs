@@ -5,9 +5,10 @@
 use minijinja::Environment;
 use minijinja::value::{Value, ValueKind};
 
-use super::budget::{self, charge, charge_items};
+use super::budget::{charge, charge_items};
 use super::python::{self, Args, Given, bounded, fail, float, integer, json, strings, to_str};
 use super::sequences;
+use super::weight::charge_result;
 
 type Result<T, E = minijinja::Error> = std::result::Result<T, E>;
 type Filter = (&'static str, &'static [&'static str], fn(&Args) -> Result<Value>);
@@ -130,7 +131,7 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     for (name, parameters, filter) in FILTERS {
         environment.add_filter(*name, move |given: Given| -> Result<Value> {
             let result = filter(&Args::bind(name, parameters, &python::values(given))?)?;
-            budget::check()?;
+            charge_result(&result)?;
             Ok(result)
         });
     }

@@ -1,13 +1,13 @@
 //! The functions that templates find: Jinja2's own and those of transformers.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use minijinja::value::{DynObject, Kwargs, Object, ObjectRepr, Value, from_args};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Value, from_args};
 use minijinja::{Environment, Error, ErrorKind, State};
 
 use super::budget;
 use super::kept;
+use super::objects::{Cycler, Joiner};
 use super::python::text::views;
 use super::python::{self, Args, Given, fail, strftime, to_str};
 
@@ -135,76 +135,17 @@ fn entries(given: &[Value]) -> Result<Vec<(Value, Value)>, Error> {
     Ok(entries)
 }
 
-/// The values that one of our own objects holds.
-pub(super) fn held_by(object: &DynObject) -> Option<&[Value]> {
-    let of_cycler = object.downcast_ref::<Cycler>().map(|cycler| cycler.items.as_slice());
-    of_cycler.or_else(|| Some(std::slice::from_ref(&object.downcast_ref::<Joiner>()?.separator)))
-}
-
-/// `cycler(...)`: its items in turn, again and again.
-#[derive(Debug)]
-struct Cycler {
-    items: Vec<Value>,
-    place: AtomicUsize,
-}
-
 fn cycler(given: Given) -> Result<Value, Error> {
     let items = python::values(given);
     if items.is_empty() {
         return Err(fail("at least one item has to be provided"));
     }
     let items = items.iter().map(kept::by_variable).collect::<Result<_, Error>>()?;
-    Ok(Value::from_object(Cycler { items, place: AtomicUsize::new(0) }))
-}
-
-impl Object for Cycler {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
-    }
-
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        let is_current = key.as_str() == Some("current");
-        is_current.then(|| self.items[self.place.load(Ordering::Relaxed)].clone())
-    }
-
-    fn call_method(self: &Arc<Self>, _: &mut State<'_, '_>, method: &str, given: &[Value]) -> Result<Value, Error> {
-        let () = from_args(given)?;
-        let place = self.place.load(Ordering::Relaxed);
-        match method {
-            "next" => {
-                self.place.store((place + 1) % self.items.len(), Ordering::Relaxed);
-                Ok(self.items[place].clone())
-            }
-            "reset" => {
-                self.place.store(0, Ordering::Relaxed);
-                Ok(Value::from(()))
-            }
-            _ => Err(Error::from(ErrorKind::UnknownMethod)),
-        }
-    }
-}
-
-/// `joiner(sep)`: nothing when it is called first, then the separator.
-#[derive(Debug)]
-struct Joiner {
-    separator: Value,
-    calls: AtomicUsize,
+    Ok(Cycler::value(items))
 }
 
 fn joiner(given: Given) -> Result<Value, Error> {
     let args = Args::bind("joiner", &["sep"], &python::values(given))?;
     let separator = args.get(0).map_or_else(|| Ok(Value::from(", ")), kept::by_variable)?;
-    Ok(Value::from_object(Joiner { separator, calls: AtomicUsize::new(0) }))
-}
-
-impl Object for Joiner {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
-    }
-
-    fn call(self: &Arc<Self>, _: &mut State<'_, '_>, given: &[Value]) -> Result<Value, Error> {
-        let () = from_args(given)?;
-        let is_first = self.calls.fetch_add(1, Ordering::Relaxed) == 0;
-        Ok(if is_first { Value::from("") } else { self.separator.clone() })
-    }
+    Ok(Joiner::value(separator))
 }

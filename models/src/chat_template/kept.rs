@@ -8,7 +8,7 @@
 use minijinja::value::{Tuple, Value, ValueKind};
 
 use super::budget::{Exceeded, ITEM_BYTES, MAX_DEPTH, MAX_VALUES, charge};
-use super::globals::held_by;
+use super::objects::held_by;
 use super::python::text::views;
 
 type Result<T, E = minijinja::Error> = std::result::Result<T, E>;

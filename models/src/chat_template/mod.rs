@@ -26,10 +26,13 @@ mod filters;
 mod globals;
 mod kept;
 mod nesting;
+mod objects;
+mod operators;
 mod program;
 mod python;
 mod sequences;
 mod threads;
+mod weight;
 
 use program::Program;
 use threads::{Failure, Overdue};

@@ -18,7 +18,7 @@ use minijinja::{AutoEscape, Environment, Error, State, UndefinedBehavior};
 
 use super::budget;
 use super::python::Given;
-use super::{filters, globals, kept, nesting, python};
+use super::{filters, globals, kept, nesting, operators, python, weight};
 
 /// What one rendering may execute, in instructions; a long conversation needs some hundred thousand. 64 bytes that
 /// minijinja's operators and filters make or read, and two items, cost as much as an instruction, so that they make 256 MiB
@@ -38,6 +38,9 @@ const MODULO: &str = "%";
 const KEEP: &str = "=";
 const KEEP_IN_NAMESPACE: &str = ".=";
 const CHANGED: &str = "changed()";
+/// Filters for values that are compared, and for dictionaries, whose keys are.
+const WEIGH: &str = "<>";
+const DICTIONARY: &str = "{}";
 /// Asks for no place in the cache of filters.
 const UNCACHED: u8 = !0;
 
@@ -83,6 +86,9 @@ impl Program {
         environment.add_filter(KEEP, kept::by_variable);
         environment.add_filter(KEEP_IN_NAMESPACE, kept::by_changeable);
         environment.add_filter(CHANGED, changed);
+        environment.add_filter(WEIGH, weight::weighed);
+        environment.add_filter(DICTIONARY, operators::dictionary);
+        operators::add_to(&mut environment);
         if source.len() > MAX_SOURCE_BYTES {
             let problem = format!("it has {} bytes; at most {MAX_SOURCE_BYTES}", source.len());
             return Err(Error::new(minijinja::ErrorKind::SyntaxError, problem));
@@ -264,6 +270,24 @@ fn replacement<'s>(instruction: &Instruction<'s>, last: Option<&Instruction<'s>>
         Instruction::SetAttr(_) => {
             vec![Instruction::Swap, filter(KEEP_IN_NAMESPACE, Some(1)), Instruction::Swap, instruction.clone()]
         }
+        // The key lies on top.
+        Instruction::GetItem => vec![filter(WEIGH, Some(1)), instruction.clone()],
+        Instruction::Eq
+        | Instruction::Ne
+        | Instruction::Lt
+        | Instruction::Lte
+        | Instruction::Gt
+        | Instruction::Gte
+        | Instruction::In
+        | Instruction::CompareAndPreserve(_) => {
+            let weigh = || filter(WEIGH, Some(1));
+            vec![weigh(), Instruction::Swap, weigh(), Instruction::Swap, instruction.clone()]
+        }
+        Instruction::BuildMap(entries) if *entries > 0 => match u16::try_from(2 * entries) {
+            Ok(values) => vec![filter(DICTIONARY, Some(values))],
+            // More than a tag of allowed length can have with keys that are not simple.
+            Err(_) => vec![instruction.clone()],
+        },
         _ => vec![instruction.clone()],
     }
 }

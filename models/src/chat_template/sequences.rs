@@ -7,6 +7,7 @@ use minijinja::{Environment, Error, State, filters};
 
 use super::budget::{self, charge, charge_items};
 use super::python::{self, Args, Given, fail, to_str};
+use super::weight::{charge_result, weigh};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -30,19 +31,23 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("sort", |state: &mut State, given: Given| {
         let names = &["value", "reverse", "case_sensitive", "attribute"];
         let args = Args::bind("sort", names, &python::values(given))?;
+        weigh(args.required(0)?)?;
         filters::sort(state, args.required(0)?.clone(), keywords(&args, names))
     });
     environment.add_filter("min", |state: &mut State, given: Given| {
         let args = Args::bind("min", EXTREME, &python::values(given))?;
+        weigh(args.required(0)?)?;
         filters::min(state, args.required(0)?.clone(), keywords(&args, EXTREME))
     });
     environment.add_filter("max", |state: &mut State, given: Given| {
         let args = Args::bind("max", EXTREME, &python::values(given))?;
+        weigh(args.required(0)?)?;
         filters::max(state, args.required(0)?.clone(), keywords(&args, EXTREME))
     });
     environment.add_filter("groupby", |given: Given| {
         let names = &["value", "attribute", "default", "case_sensitive"];
         let args = Args::bind("groupby", names, &python::values(given))?;
+        weigh(args.required(0)?)?;
         let items = python::methods::items(args.required(0)?)?;
         filters::groupby(Value::from(items), None, keywords(&args, names))
     });
@@ -97,7 +102,11 @@ fn map(state: &mut State, value: &Value, given: Given) -> Result<Vec<Value>> {
             format_args!("No filter named '{filter}'.").to_string(),
         ));
     }
-    let call = |item: Value| state.apply_filter(filter, &[&[item], &given[1..]].concat());
+    let call = |item: Value| {
+        let result = state.apply_filter(filter, &[&[item], &given[1..]].concat())?;
+        charge_result(&result)?;
+        Ok(result)
+    };
     items.into_iter().map(call).collect()
 }
 
@@ -119,7 +128,7 @@ pub(super) fn join(args: &Args) -> Result<Value> {
 }
 
 /// `item.a.b` for `a.b`; parts that are numbers are indices.
-fn attribute_of(item: &Value, attribute: &Value) -> Result<Value> {
+pub(super) fn attribute_of(item: &Value, attribute: &Value) -> Result<Value> {
     let mut value = item.clone();
     for part in to_str(attribute).split('.') {
         value = value.get_item(&part.parse::<usize>().map_or_else(|_| Value::from(part), Value::from))?;
@@ -129,6 +138,7 @@ fn attribute_of(item: &Value, attribute: &Value) -> Result<Value> {
 
 /// The first of equal items.
 pub(super) fn unique(args: &Args) -> Result<Value> {
+    weigh(args.required(0)?)?;
     let mut seen: Vec<Value> = Vec::new();
     let mut out = Vec::new();
     for item in args.required(0)?.try_iter()? {
@@ -155,6 +165,7 @@ pub(super) fn dictsort(args: &Args) -> Result<Value> {
         Some("value") => true,
         Some(_) => return Err(fail("You can only sort by either \"key\" or \"value\"")),
     };
+    weigh(args.required(0)?)?;
     let mut entries = python::methods::pairs(args.required(0)?)?;
     let rank = |entry: &(Value, Value)| {
         let value = if by_value { &entry.1 } else { &entry.0 };

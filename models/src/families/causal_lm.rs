@@ -105,6 +105,7 @@ pub fn load(
         false => KvCaches::new(kv_shape, num_blocks, &placement)?,
     };
     let tokenizer = checked_tokenizer(checkpoint, network.vocab_size(), network.context_len())?;
+    tokenizer.prepare_for_long_texts();
     let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id(), network.vocab_size())?;
     if eos_token_ids.is_empty() {
         tracing::warn!(path = %manifest.root().display(), "no end-of-sequence token is named; answers end at max_tokens");

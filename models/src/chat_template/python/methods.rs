@@ -5,7 +5,8 @@ use minijinja::{Error, ErrorKind, State};
 
 use super::text::views::View;
 use super::{Args, Result, fail, integer, strings};
-use crate::chat_template::budget::{self, charge_items};
+use crate::chat_template::budget::charge_items;
+use crate::chat_template::weight::{charge_result, weigh};
 
 /// A method by name, with its parameters and what it does.
 type Method = (&'static str, &'static [&'static str], fn(&Value, &Args) -> Result<Value>);
@@ -88,8 +89,9 @@ pub fn is_known(method: &str) -> bool {
 
 /// Calls a method that the value itself does not have in minijinja.
 pub fn call(_: &mut State, value: &Value, method: &str, given: &[Value]) -> Result<Value> {
+    given.iter().try_for_each(weigh)?;
     let result = call_found(value, method, given)?;
-    budget::check()?;
+    charge_result(&result)?;
     Ok(result)
 }
 

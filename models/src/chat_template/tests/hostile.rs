@@ -68,6 +68,24 @@ fn text_made_of_little_is_bounded() {
     );
 }
 
+/// What minijinja makes text of or adds by itself.
+#[test]
+fn text_and_sums_of_lists_are_bounded() {
+    let strings = "['a' * 1000000] * 100000";
+    check_bound(&format!("{{% if {strings} in 'x' %}}{{% endif %}}"), BYTES);
+    check_bound(&format!("{{% if 'x' in {strings} in 'x' %}}{{% endif %}}"), BYTES);
+    check_bound(&format!("{{{{ ({strings}) | safe | length }}}}"), BYTES);
+    check_bound(&format!("{{{{ messages | select({strings}) }}}}"), "no test of this name");
+    check_bound(&format!("{{{{ messages | selectattr({strings}) }}}}"), BYTES);
+    check_bound("{{ messages | select('startingwith', 'x') }}", "no test of this name");
+    check_bound("{{ range(100000) | map('center', 1000000) | length }}", BYTES);
+    check_bound("{{ ([(1,) * 1000] * 100000) | sum(start=()) | length }}", BYTES);
+    // Lists of lists of lists, made when asked for.
+    let deep = "[[x * 100000] * 100000] * 100000";
+    check_bound(&format!("{{% set x = [1] %}}{{{{ {deep} == {deep} }}}}"), BYTES);
+    check_bound(&format!("{{% set x = [1] %}}{{% set y = {{({deep}): 1}} %}}"), BYTES);
+}
+
 #[test]
 fn lists_made_of_little_are_bounded() {
     check_bound("{{ range(1000000000) }}", "Range too big");
