@@ -51,9 +51,10 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 async fn serve(config: Config) -> Result<(), CliError> {
     let watch = Watch::start()?;
     let failed = |address| move |source| CliError::Io { what: format!("cannot serve on {address}"), source };
-    let listener = http::listen(config.listen).map_err(failed(config.listen))?;
+    // Before the other listener, which may take any port.
     let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
     let health = health.transpose()?;
+    let listener = http::listen(config.listen).map_err(failed(config.listen))?;
     let state =
         AppState::new(config.server.clone()).map_err(|source| CliError::Io { what: "cannot serve".into(), source })?;
     let stop = watch.over(state.clone(), health);
