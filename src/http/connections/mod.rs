@@ -87,9 +87,11 @@ pub(super) async fn serve(
         };
         let wire = Arc::new(Wire::new(stream, peer));
         let place = register.enter(wire.clone());
-        let driving = driver::drive(wire, router, patience, stopping.clone());
+        let stopping = stopping.clone();
         tasks.spawn(async move {
-            driving.await;
+            // Here, so that the next connection need not wait for it.
+            configure(wire.stream());
+            driver::drive(wire, router, patience, stopping).await;
             drop(place);
         });
     }
@@ -124,7 +126,6 @@ impl Accepting {
             match self.listener.accept().await {
                 Ok((stream, address)) => {
                     self.backoff = MIN_BACKOFF;
-                    configure(&stream);
                     return (stream, Peer::of_socket(address));
                 }
                 // Of the connection, which its client has given up.
