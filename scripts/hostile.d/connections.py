@@ -51,7 +51,7 @@ def silent_of_many(run: Run) -> None:
 
 @attack()
 def half_heads(run: Run) -> None:
-    """500 heads that never end, and as many that get a byte a second: closed when their time is over."""
+    """Heads that never end, and as many that get a byte a second: closed when their time is over."""
     count = run.pick(50, 250)
     setting = run.features.setting("--header-seconds", str(SHORT_HEAD_SECONDS))
     setting, seconds = ([], HEAD_SECONDS) if run.is_long or not setting else (setting, SHORT_HEAD_SECONDS)

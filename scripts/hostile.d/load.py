@@ -15,7 +15,7 @@ from attack import NotRun, Run, attack
 from client import ATTACKER
 from requests import servers_at_rest
 from server import MIB, Server
-from watch import NEIGHBOUR, NEIGHBOUR_TIMES, Bounds, percentile, watched
+from watch import NEIGHBOUR, NEIGHBOUR_TIMES, SHORT_FACTOR, Bounds, percentile, watched
 
 COMPLETIONS, CHATS, EDITS, GENERATIONS, VIDEOS = (
     "/v1/completions",
@@ -170,7 +170,7 @@ def streams_of_one(run: Run) -> None:
             step = mean_step(before, server.metrics())
             client.close_all(streams)
         waited, _ = watch.during_attack(NEIGHBOUR)
-        bound = NEIGHBOUR_TIMES * watch.idle_median() + step
+        bound = (NEIGHBOUR_TIMES * watch.idle_median() + step) * run.pick(SHORT_FACTOR, 1)
         median = percentile(waited, 50)
         run.check(
             "neighbour's first token p50",

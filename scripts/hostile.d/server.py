@@ -141,7 +141,7 @@ class Server:
                 self.address = ("127.0.0.1", int(match[1]))
                 return
             if not self.is_running():
-                raise ServerError(f"the server ended before it was ready: {self.log()[-400:]}")
+                raise ServerError(f"the server ended before it was ready:\n{self.log()[-400:]}")
             time.sleep(0.02)
         raise ServerError(f"the server was not ready within {START_SECONDS} s")
 
