@@ -75,13 +75,19 @@ def perform(run: Run, attack: Attack) -> str | None:
 
 
 def compared(before: list[Check], after: list[Check]) -> str:
-    """A Markdown table of the figures after, beside those before."""
+    """A Markdown table of the figures that are over a bound on one of the two sides, and how many are on neither."""
     earlier = {(check.attack, check.what): check for check in before}
     lines = ["| attack | what | before | after | bound |", "|---|---|---|---|---|"]
+    held = 0
     for check in after:
         was = earlier.get((check.attack, check.what))
-        lines.append(f"| {check.attack} | {check.what} | {marked(was)} | {marked(check)} | {check.bound} |")
-    return "\n".join(lines)
+        if check.ok is False or was is not None and was.ok is False:
+            lines.append(f"| {check.attack} | {check.what} | {marked(was)} | {marked(check)} | {check.bound} |")
+        else:
+            held += 1
+    return "\n".join(
+        [*lines, "", f"{held} more figures are within their bounds after, and were before where they were measured."]
+    )
 
 
 def marked(check: Check | None) -> str:

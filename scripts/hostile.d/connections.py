@@ -101,10 +101,11 @@ def first_bytes(run: Run) -> None:
 
 @attack()
 def floods(run: Run) -> None:
-    """Connections that are opened and dropped as fast as one client can, with requests and without."""
+    """Connections that are opened and dropped as fast as one client can, with requests and without. They fill the system's
+    queue of the listener that they flood: the listener for health answers."""
     with run.server() as server:
         files = server.num_open_files()
-        with watched(run, server):
+        with watched(run, server, Bounds(livez=server.health is None)):
             ends = time.monotonic() + run.pick(3, 20)
             with ThreadPoolExecutor(4) as pool:
                 opened = sum(pool.map(lambda i: flood(server, ends, i % 2 == 0), range(4)))
