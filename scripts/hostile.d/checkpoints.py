@@ -14,6 +14,7 @@ from typing import Any
 
 import commands
 import mutations
+import pictures
 from attack import Run, attack
 from commands import End, Ended
 from mutations import (
@@ -157,6 +158,10 @@ def generate(binary: Path, damage: Damage, path: Path, folder: Path) -> list[str
     small = ["--prompt", "hi", "--num-inference-steps", "1", "--width", "64", "--height", "64"]
     if damage.checkpoint.startswith("wan"):
         return [binary, "generate", "video", "--model", path, *small, "--num-frames", "5", "--output", folder / "out.mp4"]
+    if "refiner" in damage.checkpoint:  # which makes pictures from pictures only
+        image = folder / "in.png"
+        image.write_bytes(pictures.grey(64, 64))
+        small += ["--image", str(image), "--strength", "1"]
     return [binary, "generate", "image", "--model", path, *small, "--output", folder / "out.png"]
 
 

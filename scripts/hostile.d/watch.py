@@ -24,7 +24,7 @@ from server import MIB, Server
 # build, beside whatever else the machine does, and too briefly for a 99.9th percentile that is not the maximum.
 LIVEZ_SECONDS = 0.050
 NEIGHBOUR_P99_SECONDS = 1.0
-SHORT_FACTOR = 5
+SHORT_FACTOR = 10
 # A neighbour's first token waits at most so many times as long as when idle, and one step.
 NEIGHBOUR_TIMES = 2
 # Resident memory that an attack may add at its peak, unless it says otherwise.
