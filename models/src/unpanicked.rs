@@ -78,7 +78,7 @@ mod tests {
         });
         assert_eq!(nested, Err(format!("9 {MARK}")));
         let long = unpanicked(|| panic!("{}", "x".repeat(10_000)));
-        assert_eq!(long.map(|()| ()).expect_err("panicked").len(), MAX_MESSAGE_CHARS);
+        assert_eq!(long.expect_err("panicked").len(), MAX_MESSAGE_CHARS);
         assert_eq!(SHOWN.load(Relaxed), 0);
         // Outside of it, panics are shown as ever.
         assert!(std::thread::spawn(|| library(10)).join().is_err());

@@ -120,7 +120,7 @@ pub(super) fn charge_items(count: usize) -> Result<(), Exceeded> {
 impl Account {
     fn charge(&mut self, bytes: usize) -> Result<(), Exceeded> {
         self.charges += 1;
-        let is_due = self.charges % CHARGES_PER_LOOK == 0 || bytes > ITEM_BYTES * CHARGES_PER_LOOK;
+        let is_due = self.charges.is_multiple_of(CHARGES_PER_LOOK) || bytes > ITEM_BYTES * CHARGES_PER_LOOK;
         match self.bytes_left.checked_sub(bytes) {
             None => drop(self.exceeded.get_or_insert(Exceeded::Bytes)),
             Some(_) if is_due && Instant::now() > self.deadline => drop(self.exceeded.get_or_insert(Exceeded::Time)),
