@@ -558,11 +558,15 @@ fn inspect_fails_on_damaged_checkpoints_and_says_why() {
     config["intermediate_size"] = (config["intermediate_size"].as_u64().unwrap() + 8).into();
     std::fs::write(wider.join("config.json"), config.to_string()).unwrap();
     let (_dir3, untold) = copy_of("qwen2");
+    let (_dir4, nested) = copy_of("qwen2");
+    let deep = "{% set ns = namespace(s=[]) %}{% for i in range(100000) %}{% set ns.s = [ns.s] %}{% endfor %}x";
+    std::fs::write(nested.join("chat_template.jinja"), deep).unwrap();
     std::fs::write(untold.join("chat_template.jinja"), "{{ bos_token }}\n{{ messages | splat }}").unwrap();
     for (path, parts) in [
         (&shardless, &["model-00002-of-00005.safetensors"][..]),
         (&wider, &["cannot be loaded", "mlp", "has shape", "expected"]),
         (&untold, &["chat_template.jinja", "line 2: the filter `splat`"]),
+        (&nested, &["the chat template cannot be rendered", "it nests lists and dictionaries deeper than 100"]),
     ] {
         let output = run(&["inspect", path.to_str().unwrap()]);
         assert_eq!(output.status.code(), Some(1));

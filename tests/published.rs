@@ -78,7 +78,29 @@ async fn check_words(server: &Server) {
         let events = answer.events();
         let text: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
         assert_eq!(&json!(text), expected);
+        check_stop_string(server, body, &text).await;
     }
+}
+
+/// A stop string out of the middle of an answer ends it before, as a stream and as a whole, with fewer tokens.
+async fn check_stop_string(server: &Server, mut body: Value, text: &str) {
+    let middle = text.chars().count() / 2;
+    let stop: String = text.chars().skip(middle).take(2).collect();
+    let before = &text[..text.find(&stop).expect("it was taken from there")];
+    body["stop"] = json!(["never in it", stop]);
+    body["stream_options"] = json!({"include_usage": true});
+    let events = server.post("/v1/completions", &body).await.expect(200).events();
+    let streamed: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    let reasons: Vec<_> = events.iter().filter_map(|event| event["choices"][0]["finish_reason"].as_str()).collect();
+    assert_eq!((streamed.as_str(), &reasons[..]), (before, &["stop"][..]), "{stop:?}");
+    let usage = events.iter().find_map(|event| event["usage"]["completion_tokens"].as_u64());
+    body["stream"] = json!(false);
+    body.as_object_mut().expect("fields").remove("stream_options");
+    let whole = server.post("/v1/completions", &body).await.expect(200).json();
+    assert_eq!(whole["choices"][0]["text"], before);
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    assert_eq!(whole["usage"]["completion_tokens"].as_u64(), usage);
+    assert!(usage.is_some_and(|tokens| tokens < 48), "{usage:?}");
 }
 
 async fn check_pictures(server: &Server) {

@@ -101,6 +101,19 @@ async fn prompts_come_as_text_or_tokens() {
 }
 
 #[tokio::test]
+async fn a_prompt_that_cannot_fit_is_refused_by_its_bytes() {
+    let server = server().await;
+    let digits = "1".repeat(1 << 20);
+    let body = json!({"model": "words", "prompt": digits, "max_tokens": 1});
+    let long_chat = chat(json!({"messages": [{"role": "user", "content": digits}]}));
+    for (path, body) in [("/v1/completions", body), ("/v1/chat/completions", long_chat)] {
+        let error = &server.post(path, &body).await.expect(400).json()["error"];
+        assert_eq!(error["code"], "context_length_exceeded", "{error}");
+        assert!(error["message"].as_str().is_some_and(|message| message.contains("at least")), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_failed_step_fails_its_own_sessions_and_the_server_lives() {
     let server = server().await;
     server.fail.store(true, std::sync::atomic::Ordering::Relaxed);
