@@ -1,8 +1,8 @@
 """Measures a server until standard input closes, and prints its samples as JSON. A process of its own, so that the
 attack beside it does not slow it down.
 
-usage: probe.py PORT SOURCE livez
-       probe.py PORT SOURCE chat MODEL
+usage: probe.py HOST PORT SOURCE livez
+       probe.py HOST PORT SOURCE chat MODEL
 
 A sample is [when it began on the clock that never goes back, seconds that it took, what was wrong or null]. Of a chat the
 second is the time to the first text of the stream; what is wrong may be that the answer differs from the first one.
@@ -27,8 +27,8 @@ Sample = tuple[float, float, str | None]
 
 
 class Probe:
-    def __init__(self, port: int, source: str, kind: str, model: str) -> None:
-        self.address, self.source, self.kind, self.model = ("127.0.0.1", port), source, kind, model
+    def __init__(self, address: client.Address, source: str, kind: str, model: str) -> None:
+        self.address, self.source, self.kind, self.model = address, source, kind, model
         self.expected: str | None = None
 
     def run(self) -> list[Sample]:
@@ -84,8 +84,8 @@ def is_over(seconds: float) -> bool:
 
 
 def main() -> None:
-    port, source, kind, *model = sys.argv[1:]
-    print(json.dumps(Probe(int(port), source, kind, model[0] if model else "").run()))
+    host, port, source, kind, *model = sys.argv[1:]
+    print(json.dumps(Probe((host, int(port)), source, kind, model[0] if model else "").run()))
 
 
 if __name__ == "__main__":

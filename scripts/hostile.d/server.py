@@ -24,6 +24,8 @@ CHAT, PICTURES, PLAIN_PICTURES, CLIPS = "chat", "flux", "sdxl", "wan"
 CHECKPOINTS = {CHAT: "qwen2", PICTURES: "flux-schnell", PLAIN_PICTURES: "sdxl-a", CLIPS: "wan-a"}
 # Whoever a process without rights is here: the user nobody.
 NOBODY = 65534
+# An address of its own, so that the port that is free there is not the one that the other listener gets from the system.
+HEALTH_HOST = "127.0.0.4"
 PANIC = re.compile(r"^.*panicked at.*$|^.*has overflowed its stack.*$|^memory allocation of .* failed.*$", re.MULTILINE)
 MIB = 1 << 20
 
@@ -89,9 +91,9 @@ class Server:
         for name, path in named.items():
             self.command += ["--model", f"{name}={path}"]
         # Where /livez is answered whatever happens to the other listener; None of a binary that has no such place.
-        self.health = ("127.0.0.1", free_port()) if "--health-listen" in features.flags else None
+        self.health = (HEALTH_HOST, free_port(HEALTH_HOST)) if "--health-listen" in features.flags else None
         if self.health is not None:
-            self.command += ["--health-listen", f"127.0.0.1:{self.health[1]}"]
+            self.command += ["--health-listen", "{}:{}".format(*self.health)]
         if output is not None:
             self.command += ["--output-dir", str(output)]
         self.command += arguments
@@ -204,10 +206,10 @@ class Server:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
-def free_port() -> int:
-    """A port that nobody listens on, now."""
+def free_port(host: str) -> int:
+    """A port of this address on which nobody listens, now."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((host, 0))
         port: int = listener.getsockname()[1]
         return port
 
