@@ -32,7 +32,7 @@ from templates import TEMPLATES
 
 WORKERS = 2
 # Random checkpoints of the short and of the long form.
-SHORT_COUNT, LONG_COUNT = 150, 2_000
+SHORT_COUNT, LONG_COUNT = 100, 2_000
 # What a checkpoint that is accepted may end its requests with: values that are not finite come from weights, of which
 # headers say nothing; a template may fail for some messages, or make more text or less than can be answered.
 OF_REQUEST = ["not finite", "template", "fit this model's context", "has no tokens"]

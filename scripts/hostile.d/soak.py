@@ -29,7 +29,7 @@ def aborts(run: Run) -> None:
         files = server.num_open_files()
         soak = Soak(server, run)
         with watched(run, server, Bounds(memory_mib=1024)):
-            soak.work(run.pick(8, 300))
+            soak.work(run.pick(5, 300))
         run.check("requests", ", ".join(f"{count} {name}" for name, count in sorted(soak.ended.items())), "none", None)
         run.count_is_zero("5xx", soak.failed)
         run.count_is_zero("gauges that stay", servers_at_rest(server))
