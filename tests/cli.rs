@@ -445,8 +445,8 @@ fn inspect_says_what_a_checkpoint_is() {
 /// It needs an image, so that there is no plainest request whose memory could be told.
 #[test]
 fn inspect_says_that_a_refiner_can_be_loaded() {
-    let refiner = tale_models::testing::repository().join("tests/goldens/edits/sdxl-refiner/checkpoint");
-    let text = succeed(&["inspect", refiner.to_str().unwrap()]);
+    let refiner = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/goldens/edits/sdxl-refiner/checkpoint");
+    let text = succeed(&["inspect", refiner]);
     assert!(text.contains("The checkpoint can be loaded."), "{text}");
 }
 
