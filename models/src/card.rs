@@ -43,7 +43,6 @@ impl ModelCard {
     pub fn check_defaults(&self) -> Result<()> {
         match self {
             Self::Text(card) => card.resolve(vec![0], &Options::default(), 0).map(|_| ()),
-            Self::Diffusion(card) if card.edits.is_some_and(|edits| edits.is_needed) => Ok(()),
             Self::Diffusion(card) => card.resolve(&card.plainest(), 0).map(|_| ()),
         }
     }

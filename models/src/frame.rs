@@ -11,6 +11,13 @@ pub struct Frame {
     pub rgb: Vec<u8>,
 }
 
+impl Frame {
+    /// A picture of nothing.
+    pub fn black(width: usize, height: usize) -> Self {
+        Self { width, height, rgb: vec![0; 3 * width * height] }
+    }
+}
+
 /// From this value on a pixel of a mask is made anew (diffusers: not under one half).
 pub const MASK_THRESHOLD: u8 = 128;
 

@@ -161,7 +161,6 @@ mod tests {
     use crate::device::{DeviceSpec, WeightDtype};
     use crate::diffusion::parameters::PROMPT;
     use crate::families::FAMILIES;
-    use crate::parameter::Options;
     use crate::testing::repository;
 
     /// Golden cases by the family that recognises their checkpoint.
@@ -247,7 +246,7 @@ mod tests {
     /// Of a request that asks for nothing but a prompt.
     fn default_footprint_bytes(model: &LoadedModel) -> usize {
         let ModelCard::Diffusion(card) = &model.card else { return 0 };
-        let options = Options::default().with(&PROMPT, "x".to_owned());
+        let options = card.plainest().with(&PROMPT, "x".to_owned());
         model.runner.plan(&crate::Request::Diffusion(card.resolve(&options, 0).expect("valid"))).peak_bytes()
     }
 

@@ -2,7 +2,10 @@
 //!
 //! Owns: the card, and the order in which a request is validated. What each parameter means stands with its capability.
 
+use std::sync::Arc;
+
 use crate::error::{Error, Result};
+use crate::frame::Frame;
 use crate::lora::LoraSupport;
 use crate::parameter::{IMAGES, Options, VIDEOS};
 use crate::solver::schedulers::Schedulers;
@@ -10,8 +13,9 @@ use crate::solver::schedulers::Schedulers;
 use super::DiffusionRequest;
 use super::acceleration::{self, CacheThresholds};
 use super::canvas::CanvasSupport;
-use super::edit::{self, EditSupport};
+use super::edit::{self, EditSupport, IMAGE};
 use super::guidance::GuidanceSupport;
+use super::keyframes::{self, INPUT_REFERENCE, KeyframeSupport, LAST_IMAGE};
 use super::loras;
 use super::parameters::PARAMETERS;
 use super::previews::PARTIAL_IMAGES;
@@ -42,6 +46,8 @@ pub struct DiffusionCard {
     pub tiling: Option<VaeTiling>,
     /// How it makes images from images; `None` where it does not.
     pub edits: Option<EditSupport>,
+    /// Which pictures its videos begin and end with; `None` where it makes them from text alone.
+    pub keyframes: Option<KeyframeSupport>,
     /// Whether it follows reference images.
     pub has_ip_adapter: bool,
     /// The solvers of its refiner, where it is served with one.
@@ -76,6 +82,7 @@ impl DiffusionCard {
             loras: LoraSupport::Unsupported,
             tiling: None,
             edits: None,
+            keyframes: None,
             has_ip_adapter: false,
             refiner: None,
         }
@@ -89,11 +96,19 @@ impl DiffusionCard {
         }
     }
 
-    /// What the plainest request asks for: nothing, but a scheduler where the model has none of its own.
+    /// What the plainest request asks for: nothing but what the model cannot do without, which is a scheduler where it has
+    /// none of its own, and pictures (black ones of its default size) where it takes some.
     pub fn plainest(&self) -> Options {
         let schedulers = &self.sampling.schedulers;
         let first = schedulers.iter().next().filter(|_| schedulers.own().is_none());
-        Options::default().with(&SCHEDULER, first.map(|scheduler| scheduler.name.to_owned()))
+        let CanvasSupport { default_width, default_height, .. } = self.canvas;
+        let picture = || Arc::new(Frame::black(default_width, default_height));
+        let begins_from_one = self.edits.is_some_and(|edits| edits.is_needed);
+        Options::default()
+            .with(&SCHEDULER, first.map(|scheduler| scheduler.name.to_owned()))
+            .with(&IMAGE, begins_from_one.then(picture))
+            .with(&INPUT_REFERENCE, self.keyframes.map(|_| picture()))
+            .with(&LAST_IMAGE, (self.keyframes == Some(KeyframeSupport::FirstAndLast)).then(picture))
     }
 
     /// The card on a device that has so many bytes for work beside all weights.
@@ -114,10 +129,13 @@ impl DiffusionCard {
         self.check_medium(options)?;
         let prompt = self.prompts.resolve(options)?;
         let edit = edit::asked(self.edits.as_ref(), options)?;
+        let keyframes = keyframes::asked(self.keyframes, options)?;
         let sampling = self.sampling.resolve(options, fallback_seed)?;
         let references = References::resolve(self.has_ip_adapter, options)?;
         let loras = loras::resolve(&self.loras, options)?;
-        let canvas = self.canvas.resolve(options, edit.as_ref().map(edit::Asked::image_size))?;
+        let of_keyframes = keyframes.as_ref().map(|keyframes| keyframes.own_size(&self.canvas));
+        let canvas = self.canvas.resolve(options, edit.as_ref().map(edit::Asked::image_size).or(of_keyframes))?;
+        let keyframes = keyframes.map(|keyframes| keyframes.resolve(&canvas)).transpose()?;
         let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
         let acceleration = acceleration::resolve(self.acceleration.as_ref(), options)?;
         let edit = edit.map(|edit| edit.resolve(&canvas, sampling.num_inference_steps)).transpose()?;
@@ -137,6 +155,7 @@ impl DiffusionCard {
             partial_images,
             edit,
             references,
+            keyframes,
             refinement,
         };
         self.guidance.check_interval(&request.guidance, request.steps_made())?;

@@ -8,6 +8,7 @@ pub mod canvas;
 pub mod card;
 pub mod edit;
 pub mod guidance;
+pub mod keyframes;
 pub mod loras;
 pub mod parameters;
 pub mod previews;
@@ -26,6 +27,7 @@ pub use canvas::Canvas;
 pub use card::{DiffusionCard, Medium};
 pub use edit::Edit;
 pub use guidance::{Guidance, NegativePrompt};
+pub use keyframes::Keyframes;
 pub use prompt::Prompt;
 pub use references::References;
 pub use refinement::Refinement;
@@ -67,6 +69,8 @@ pub struct DiffusionRequest {
     pub edit: Option<Edit>,
     /// Images whose look is followed.
     pub references: Option<References>,
+    /// Pictures that a video begins and ends with.
+    pub keyframes: Option<Keyframes>,
     /// Where the model's refiner takes the latents over; without it the model makes all steps.
     pub refinement: Option<Refinement>,
 }
@@ -85,6 +89,7 @@ impl DiffusionRequest {
             partial_images: 0,
             edit: None,
             references: None,
+            keyframes: None,
             refinement: None,
         }
     }
@@ -94,6 +99,12 @@ impl DiffusionRequest {
         let mut request = self.clone();
         request.sampling.seed = seed;
         request
+    }
+
+    /// The same request without the pictures that it brought, which are not echoed.
+    pub fn without_pictures(mut self) -> Self {
+        self.keyframes = None;
+        self
     }
 
     /// Denoising steps that are made: those of the schedule but for the ones that an image to begin from leaves out; with

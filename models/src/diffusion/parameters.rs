@@ -2,13 +2,16 @@
 
 use std::sync::LazyLock;
 
-use super::{acceleration, canvas, edit, guidance, loras, previews, prompt, references, refinement, sampling, tiling};
+use super::{
+    acceleration, canvas, edit, guidance, keyframes, loras, previews, prompt, references, refinement, sampling, tiling,
+};
 use crate::parameter::Declaration;
 
 pub use super::acceleration::ACCELERATION;
 pub use super::canvas::{FPS, HEIGHT, NUM_FRAMES, WIDTH};
 pub use super::edit::{IMAGE, MASK, STRENGTH};
 pub use super::guidance::{GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE};
+pub use super::keyframes::{INPUT_REFERENCE, LAST_IMAGE};
 pub use super::loras::LORAS;
 pub use super::previews::PARTIAL_IMAGES;
 pub use super::prompt::{MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, PROMPT};
@@ -26,6 +29,7 @@ pub static PARAMETERS: LazyLock<Vec<&'static Declaration>> = LazyLock::new(|| {
         sampling::PARAMETERS,
         acceleration::PARAMETERS,
         edit::PARAMETERS,
+        keyframes::PARAMETERS,
         references::PARAMETERS,
         refinement::PARAMETERS,
         loras::PARAMETERS,
