@@ -1,7 +1,7 @@
 //! Decoder of the Wan2.1 video VAE: latents to frames, one latent frame at a time.
 //!
 //! Owns: the causal 3-D decoder and the past frames that its convolutions remember between two calls. Does not know:
-//! the transformer, RGB bytes. The encoder's tensors are known and not loaded.
+//! the transformer, RGB bytes. The encoder is in `encoder`; the decoder knows its tensors and does not load them.
 //! Source: diffusers `models/autoencoders/autoencoder_kl_wan.py` (`WanDecoder3d`), without its padding bookkeeping: a
 //! causal convolution sees zeros before the first frame, so an absent past and a past of zeros are the same.
 
@@ -16,6 +16,8 @@ use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
 use crate::layers::{self, Conv2d, Conv3d};
 use crate::weights::Weights;
+
+pub mod encoder;
 
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
