@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use tale_models::diffusion::parameters::{
-    HEIGHT, IMAGE, MASK, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, STRENGTH, VAE_TILING, WIDTH,
+    HEIGHT, IMAGE, INPUT_REFERENCE, LAST_IMAGE, MASK, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, STRENGTH, VAE_TILING,
+    WIDTH,
 };
 use tale_models::parameter::Options;
 
@@ -70,6 +71,8 @@ fn sessions_take_at_most_their_footprint() {
         ("wan-a", options(256, 160, Some(5))),
         ("wan-b", options(128, 128, Some(13))),
         ("wan-b", options(64, 64, Some(49))),
+        ("wan-i2v", options(256, 160, Some(9)).with(&INPUT_REFERENCE, picture())),
+        ("wan-flf2v", options(128, 128, Some(13)).with(&INPUT_REFERENCE, picture()).with(&LAST_IMAGE, picture())),
         ("flux-dev", options(256, 192, None)),
         ("sdxl-a", options(256, 192, None)),
         ("sdxl-b", options(128, 160, None)),
@@ -111,6 +114,10 @@ fn check_tokenising() {
             );
         }
     }
+}
+
+fn picture() -> Option<Arc<Frame>> {
+    Some(Arc::new(Frame { width: 90, height: 60, rgb: vec![99; 90 * 60 * 3] }))
 }
 
 /// The same from a part of a picture.

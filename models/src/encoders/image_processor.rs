@@ -17,7 +17,8 @@ use crate::resample::Filter;
 
 const FILE_NAME: &str = "preprocessor_config.json";
 /// Names that the class has had.
-const CLASSES: [&str; 3] = ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor"];
+const CLASSES: [&str; 4] =
+    ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"];
 /// Pillow's number of the bicubic filter.
 const BICUBIC: u32 = 3;
 /// What a side may be.

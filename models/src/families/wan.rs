@@ -1,24 +1,18 @@
-//! Wan2.1 text-to-video: UMT5 text, a diffusion transformer over space-time patches, a causal video VAE.
+//! Wan2.1, from text alone and from pictures: UMT5 text, a CLIP vision encoder, a diffusion transformer over space-time
+//! patches, a causal video VAE.
 //!
-//! Owns: the transformer, what a `WanPipeline` checkpoint must look like, limits and defaults. Does not know: the
-//! denoising loop, guidance, batching, RGB bytes.
-//! Source: diffusers `models/transformers/transformer_wan.py`, `pipelines/wan/pipeline_wan.py`.
+//! Owns: what a checkpoint of either pipeline must look like, limits and defaults. Does not know: the denoising loop,
+//! guidance, batching, RGB bytes.
+//! Source: diffusers `pipelines/wan/pipeline_wan.py`, `pipeline_wan_i2v.py`.
 
-use crate::diffusion::acceleration::CacheThresholds;
-use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
-use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
-use crate::diffusion::prompt::Prompts;
-use crate::diffusion::sampling::SamplingSupport;
-use crate::diffusion::{Acceleration, DiffusionCard, DiffusionRequest};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::DType;
 use serde::Deserialize;
 use serde_json::Value;
-use tale_kernels::{
-    AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
-};
 
+use self::pictures::Pictures;
+use self::transformer::WanTransformer;
 use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::config::bounds::{
@@ -27,15 +21,20 @@ use crate::config::bounds::{
 };
 use crate::config::{Bound, Bounded};
 use crate::device::Placement;
+use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::keyframes::KeyframeSupport;
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{Acceleration, Canvas, DiffusionCard, DiffusionRequest};
+use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
-use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
-use crate::layers::{LayerNorm, Linear, RmsNorm};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
 use crate::runner::diffusion::DiffusionRunner;
-use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -43,7 +42,9 @@ use crate::tokenizer::Tokenizer;
 use crate::vae::wan::{WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
 
+pub mod pictures;
 pub mod pipeline;
+pub mod transformer;
 
 /// The published model was trained on 480p and 720p and 81 frames; past these bounds time and memory grow and quality
 /// falls. 1280x720 and its neighbours in multiples of 16.
@@ -71,10 +72,12 @@ const CACHE_THRESHOLDS: CacheThresholds = CacheThresholds { safe: 0.03, fast: 0.
 /// and, while the others are computed, what came out of the first.
 const CACHED_WIDTHS: usize = 3;
 
-/// Base of the rotary frequencies.
-const ROPE_THETA: f64 = 10_000.0;
+/// Pipelines of diffusers that make videos from text, and from pictures.
+const PIPELINES: [&str; 2] = ["WanPipeline", "WanImageToVideoPipeline"];
+/// What a picture's encoder may be called; a projection is not used.
+const IMAGE_ENCODERS: [&str; 2] = ["CLIPVisionModel", "CLIPVisionModelWithProjection"];
 
-/// Wan2.1 text-to-video.
+/// Wan2.1: text to video, image to video, first and last image to video.
 pub struct Wan;
 
 impl Family for Wan {
@@ -87,7 +90,7 @@ impl Family for Wan {
     }
 
     fn detects(&self, manifest: &Manifest) -> bool {
-        manifest.architecture() == "WanPipeline"
+        PIPELINES.contains(&manifest.architecture())
     }
 
     fn text_encoders(&self) -> &'static [&'static str] {
@@ -167,6 +170,9 @@ impl Bounded for WanConfig {
         Bound::size("ffn_dim", MAX_INNER_WIDTH),
         Bound::size("num_layers", MAX_LAYERS),
         Bound::eps("eps"),
+        Bound::size("image_dim", MAX_WIDTH),
+        Bound::size("added_kv_proj_dim", MAX_WIDTH),
+        Bound::size("pos_embed_seq_len", MAX_LEARNED_POSITIONS),
         Bound::size("rope_max_seq_len", MAX_LEARNED_POSITIONS),
     ];
 }
@@ -183,15 +189,11 @@ impl WanConfig {
     fn check(&self, path: &Path) -> Result<()> {
         let (heads, head_dim) = (self.num_attention_heads, self.attention_head_dim);
         check_product(path, ("num_attention_heads", heads), ("attention_head_dim", head_dim), MAX_WIDTH)?;
-        let image = "image conditioning is not supported yet; supported is text-to-video";
-        let problem = if self.image_dim.is_some() {
-            format!("`image_dim`: {image}")
-        } else if self.added_kv_proj_dim.is_some() {
-            format!("`added_kv_proj_dim`: {image}")
-        } else if self.pos_embed_seq_len.is_some() {
-            format!("`pos_embed_seq_len`: {image}")
-        } else if self.in_channels != self.out_channels {
-            format!("`in_channels` is {}, `out_channels` {}: {image}", self.in_channels, self.out_channels)
+        let dim = self.dim();
+        let problem = if self.added_kv_proj_dim != self.image_dim.map(|_| dim) {
+            format!("`added_kv_proj_dim` is {:?}; {dim} with `image_dim`, and null without it", self.added_kv_proj_dim)
+        } else if self.image_dim.is_none() && self.pos_embed_seq_len.is_some() {
+            "`pos_embed_seq_len` is of a model with `image_dim`".to_owned()
         } else if self.qk_norm.as_deref() != Some(QK_NORM) {
             format!("`qk_norm` is {:?}; only {QK_NORM:?} is supported", self.qk_norm)
         } else if self.patch_size[0] != 1 {
@@ -214,6 +216,7 @@ pub struct WanModel {
     text_encoder: T5Encoder,
     transformer: WanTransformer,
     vae: WanVaeDecoder,
+    pictures: Option<Pictures>,
 }
 
 /// The configurations of a checkpoint, read and found to fit together.
@@ -221,6 +224,8 @@ struct Sizes {
     text_encoder: T5Config,
     transformer: WanConfig,
     vae: WanVaeConfig,
+    /// Of models that take pictures.
+    image_encoder: Option<ClipVisionConfig>,
 }
 
 impl WanModel {
@@ -236,13 +241,22 @@ impl WanModel {
         let schedulers = Schedulers::read(manifest, Training::Flow)?;
         let vocab_size = sizes.text_encoder.vocab_size;
         let tokenizer = manifest.component("tokenizer")?.tokenizer_of_encoder(vocab_size, MAX_SEQUENCE_LENGTH)?;
+        let text_encoder = T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?;
+        let vision = match &sizes.image_encoder {
+            Some(config) => Some(ClipVisionEncoder::load(&open("image_encoder")?, config.clone())?),
+            None => None,
+        };
+        let transformer = WanTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        let vae = open("vae")?;
+        let pictures = vision.map(|vision| Pictures::load(manifest, vision, &vae, &sizes.vae)).transpose()?;
         Ok(Self {
             card: sizes.card(schedulers),
             tokenizer,
             placement: placement.clone(),
-            text_encoder: T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?,
-            transformer: WanTransformer::load(&open("transformer")?, &sizes.transformer)?,
-            vae: WanVaeDecoder::load(&open("vae")?, &sizes.vae)?,
+            text_encoder,
+            transformer,
+            vae: WanVaeDecoder::load(&vae, &sizes.vae)?,
+            pictures,
             sizes,
         })
     }
@@ -259,16 +273,25 @@ fn check_pipeline(manifest: &Manifest) -> Result<()> {
     if index["expand_timesteps"].as_bool() == Some(true) {
         return Err(Error::checkpoint(index_path, "`expand_timesteps` (Wan2.2) is not supported"));
     }
-    let classes =
-        [("text_encoder", "UMT5EncoderModel"), ("transformer", "WanTransformer3DModel"), ("vae", "AutoencoderKLWan")];
-    for (component, supported) in classes {
+    let classes: [(&str, &[&str]); 3] = [
+        ("text_encoder", &["UMT5EncoderModel"]),
+        ("transformer", &["WanTransformer3DModel"]),
+        ("vae", &["AutoencoderKLWan"]),
+    ];
+    let of_pictures: (&str, &[&str]) = ("image_encoder", &IMAGE_ENCODERS);
+    let of_pictures = takes_pictures(manifest).then_some(of_pictures);
+    for (component, supported) in classes.into_iter().chain(of_pictures) {
         let found = manifest.class_of(component).unwrap_or("absent");
-        if found != supported {
-            let problem = format!("`{component}` is {found}; supported is {supported}");
+        if !supported.contains(&found) {
+            let problem = format!("`{component}` is {found}; supported is {}", supported.join(" or "));
             return Err(Error::checkpoint(index_path, problem));
         }
     }
     Ok(())
+}
+
+fn takes_pictures(manifest: &Manifest) -> bool {
+    manifest.architecture() == PIPELINES[1]
 }
 
 impl Sizes {
@@ -279,8 +302,42 @@ impl Sizes {
         let path = manifest.path("transformer", CONFIG);
         transformer.check(&path)?;
         vae.check(&manifest.path("vae", CONFIG))?;
-        if transformer.in_channels != vae.z_dim {
-            let problem = format!("`in_channels` is {}, the VAE's `z_dim` {}", transformer.in_channels, vae.z_dim);
+        let image_encoder = match takes_pictures(manifest) {
+            true => Some(ClipVisionConfig::read(manifest.component("image_encoder")?.fields(CONFIG)?)?),
+            false => None,
+        };
+        let sizes = Self { text_encoder, transformer, vae, image_encoder };
+        sizes.check(&path)?;
+        Ok(sizes)
+    }
+
+    /// Refuses parts that do not fit together; `path` is the transformer's file.
+    fn check(&self, path: &Path) -> Result<()> {
+        let Self { text_encoder, transformer, vae, image_encoder } = self;
+        if transformer.out_channels != vae.z_dim {
+            let problem = format!("`out_channels` is {}, the VAE's `z_dim` {}", transformer.out_channels, vae.z_dim);
+            return Err(Error::checkpoint(path, problem));
+        }
+        // Beside the noisy latents a mask of the known frames, and their latents.
+        let of_pictures = image_encoder.as_ref().map_or(0, |_| vae.scale_factor_temporal + vae.z_dim);
+        if transformer.in_channels != vae.z_dim + of_pictures {
+            let problem = format!(
+                "`in_channels` is {}; {} fit the VAE and the pipeline",
+                transformer.in_channels,
+                vae.z_dim + of_pictures
+            );
+            return Err(Error::checkpoint(path, problem));
+        }
+        if transformer.image_dim != image_encoder.as_ref().map(|config| config.hidden_size) {
+            let problem =
+                format!("`image_dim` is {:?}, which is not the width of the image encoder", transformer.image_dim);
+            return Err(Error::checkpoint(path, problem));
+        }
+        if let (Some(length), Some(encoder)) = (transformer.pos_embed_seq_len, image_encoder)
+            && length != 2 * encoder.num_positions()
+        {
+            let problem =
+                format!("`pos_embed_seq_len` is {length}; two pictures have {} positions", 2 * encoder.num_positions());
             return Err(Error::checkpoint(path, problem));
         }
         if transformer.text_dim != text_encoder.d_model {
@@ -288,7 +345,13 @@ impl Sizes {
             let problem = format!("`text_dim` is {text_dim}, the text encoder's `d_model` {d_model}");
             return Err(Error::checkpoint(path, problem));
         }
-        Ok(Self { text_encoder, transformer, vae })
+        Ok(())
+    }
+
+    /// Vectors that the transformer is told of pictures.
+    fn image_tokens(&self) -> usize {
+        let of_one = self.image_encoder.as_ref().map_or(0, ClipVisionConfig::num_positions);
+        self.transformer.pos_embed_seq_len.unwrap_or(of_one)
     }
 
     fn card(&self, schedulers: Schedulers) -> DiffusionCard {
@@ -313,6 +376,10 @@ impl Sizes {
         let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
         DiffusionCard {
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
+            keyframes: self.image_encoder.as_ref().map(|_| match self.transformer.pos_embed_seq_len {
+                Some(_) => KeyframeSupport::FirstAndLast,
+                None => KeyframeSupport::First,
+            }),
             ..DiffusionCard::new(Wan.name(), prompts, canvas, sampling, guidance)
         }
     }
@@ -321,7 +388,7 @@ impl Sizes {
     fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
         let spatial = self.vae.scale_factor_spatial;
         let frames = (request.canvas.num_frames - 1) / self.vae.scale_factor_temporal + 1;
-        [1, self.transformer.in_channels, frames, request.canvas.height / spatial, request.canvas.width / spatial]
+        [1, self.transformer.out_channels, frames, request.canvas.height / spatial, request.canvas.width / spatial]
     }
 
     /// Most bytes that one session keeps alive in each phase.
@@ -330,18 +397,32 @@ impl Sizes {
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let (text, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
-        let conditioning = rows * text * self.transformer.text_dim * dtype.size_in_bytes();
+        let image = self.image_tokens();
+        let seen = image * self.transformer.image_dim.unwrap_or(0) * dtype.size_in_bytes();
+        // Of the pictures beside the noisy latents; each row has them once more as the transformer's input.
+        let known =
+            latents / self.transformer.out_channels * (self.transformer.in_channels - self.transformer.out_channels);
+        let conditioning = rows * text * self.transformer.text_dim * dtype.size_in_bytes() + seen + known;
         // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
-        let solver = latents * (6 + 2 * rows);
+        let solver = latents * (6 + 2 * rows) + rows * known;
         let (pixels, cached) = (frames * height * width, request.acceleration != Acceleration::None);
         let caches = usize::from(cached) * self.transformer.cache_bytes_of_row(pixels, dtype);
-        let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text, dtype) + caches);
+        let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches);
         let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
-        MemoryPlan::new([
-            (Phase::Encode, conditioning + self.text_encoder.forward_bytes(rows, text, placement)),
+        let text_pass = self.text_encoder.forward_bytes(rows, text, placement);
+        let vision_pass = self.image_encoder.as_ref().map_or(0, |config| config.forward_bytes(dtype));
+        let of_pictures = self.image_encoder.as_ref().map(|_| {
+            let Canvas { height, width, .. } = request.canvas;
+            let pixels = 2 * self.vae.scale_factor_temporal * 3 * height * width * size_of::<f32>();
+            let work = self.vae.encode_peak_values(height, width) * dtype.size_in_bytes();
+            (Phase::VaeEncode, conditioning + known + pixels + work)
+        });
+        let phases = [
+            (Phase::Encode, conditioning + text_pass.max(vision_pass)),
             (Phase::Denoise, conditioning + solver + denoise),
             (Phase::VaeDecode, latents + decode),
-        ])
+        ];
+        MemoryPlan::new(phases.into_iter().chain(of_pictures))
     }
 }
 
@@ -375,277 +456,4 @@ fn lcm(a: usize, b: usize) -> usize {
         a
     };
     a / gcd(a, b) * b
-}
-
-/// `WanTransformer3DModel` without image conditioning.
-pub struct WanTransformer {
-    patch_embedding: PatchEmbedding,
-    time_embedder: ConditionEmbedder,
-    time_proj: Linear,
-    /// The same two layers as for time, with a GELU between them.
-    text_embedder: [Linear; 2],
-    blocks: Vec<Block>,
-    /// `[1, 2, dim]`: shift and scale of the last norm.
-    scale_shift_table: Tensor,
-    proj_out: Linear,
-    compute_dtype: DType,
-    config: WanConfig,
-}
-
-impl WanTransformer {
-    /// Tensors as diffusers names them.
-    pub fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
-        let dim = config.dim();
-        let condition = weights.pp("condition_embedder");
-        let text = condition.pp("text_embedder");
-        let mut blocks = Vec::with_capacity(config.num_layers);
-        for layer in 0..config.num_layers {
-            blocks.push(Block::load(&weights.pp("blocks").pp(layer), config)?);
-        }
-        let patch_values = config.out_channels * config.patch_size.iter().product::<usize>();
-        Ok(Self {
-            patch_embedding: PatchEmbedding::load(&weights.pp("patch_embedding"), config)?,
-            time_embedder: ConditionEmbedder::load(&condition.pp("time_embedder"), config.freq_dim, dim)?,
-            time_proj: Linear::load(&condition.pp("time_proj"), dim, 6 * dim)?,
-            text_embedder: [
-                Linear::load(&text.pp("linear_1"), config.text_dim, dim)?,
-                Linear::load(&text.pp("linear_2"), dim, dim)?,
-            ],
-            blocks,
-            scale_shift_table: weights.get(&[1, 2, dim], "scale_shift_table")?,
-            proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
-            compute_dtype: weights.placement().compute_dtype,
-            config: config.clone(),
-        })
-    }
-
-    /// f32 `latents [n, channels, frames, height, width]` at `timesteps` (0..1000, one per row) with `text [n, s,
-    /// text_dim]` in the compute dtype: the predicted flow, f32 in the shape of the latents.
-    pub fn forward(&self, latents: &Tensor, timesteps: &[f32], text: &Tensor) -> Result<Tensor> {
-        self.forward_through(latents, timesteps, text, None)
-    }
-
-    /// As [`WanTransformer::forward`], where the rows that their caches let go skip all blocks but the first.
-    pub fn forward_cached(
-        &self,
-        latents: &Tensor,
-        timesteps: &[f32],
-        text: &Tensor,
-        caches: &mut [&mut BlockCache],
-    ) -> Result<Tensor> {
-        self.forward_through(latents, timesteps, text, Some(caches))
-    }
-
-    fn forward_through(
-        &self,
-        latents: &Tensor,
-        timesteps: &[f32],
-        text: &Tensor,
-        caches: Option<&mut [&mut BlockCache]>,
-    ) -> Result<Tensor> {
-        let (n, _, frames, height, width) = latents.dims5()?;
-        let [_, patch_height, patch_width] = self.config.patch_size;
-        let grid = [frames, height / patch_height, width / patch_width];
-        let rope = Rope::new(grid, self.config.attention_head_dim, self.device())?;
-        let [text_1, text_2] = &self.text_embedder;
-        let text = text_2.forward(&gelu_tanh(&text_1.forward(text)?)?)?; // [n, s, dim]
-        let time = sinusoidal(timesteps, self.config.freq_dim, self.device())?;
-        let time = self.time_embedder.forward(&time)?; // [n, dim]
-        let modulation = self.time_proj.forward(&silu(&time)?)?.reshape((n, 6, ()))?; // [n, 6, dim]
-
-        let through = |blocks: &[Block], x: Tensor, text: &Tensor, modulation: &Tensor| {
-            blocks.iter().try_fold(x, |x, block| block.forward(&x, text, modulation, &rope))
-        };
-        let x = self.patch_embedding.forward(&latents.to_dtype(self.compute_dtype)?)?; // [n, l, dim]
-        let x = match caches {
-            None => through(&self.blocks, x, &text, &modulation)?,
-            Some(caches) => {
-                let after = self.blocks[0].forward(&x, &text, &modulation, &rope)?;
-                through_blocks(caches, &x, &after, |rows| {
-                    let others = &self.blocks[1..];
-                    through(others, select(&after, rows)?, &select(&text, rows)?, &select(&modulation, rows)?)
-                })?
-            }
-        };
-        let last = self.scale_shift_table.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
-        let x = modulated_layer_norm(&x, &last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?, self.config.eps)?;
-        self.unpatchify(&self.proj_out.forward(&x)?.to_dtype(DType::F32)?, grid)
-    }
-
-    /// `[n, l, patch_height * patch_width * channels]` to `[n, channels, frames, height, width]`.
-    fn unpatchify(&self, x: &Tensor, [frames, rows, columns]: [usize; 3]) -> Result<Tensor> {
-        let (n, [_, ph, pw], channels) = (x.dim(0)?, self.config.patch_size, self.config.out_channels);
-        let x = x.reshape(vec![n, frames, rows, columns, ph, pw, channels])?;
-        let x = x.permute(vec![0, 6, 1, 2, 4, 3, 5])?.contiguous()?; // [n, channels, frames, rows, ph, columns, pw]
-        Ok(x.reshape((n, channels, frames, rows * ph, columns * pw))?)
-    }
-
-    fn device(&self) -> &Device {
-        self.scale_shift_table.device()
-    }
-}
-
-/// A convolution whose stride is its kernel, which is a matrix product over patches.
-struct PatchEmbedding {
-    linear: Linear,
-    patch_size: [usize; 3],
-}
-
-impl PatchEmbedding {
-    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
-        let (dim, channels, [pt, ph, pw]) = (config.dim(), config.in_channels, config.patch_size);
-        let kernel = weights.get(&[dim, channels, pt, ph, pw], "weight")?;
-        let linear = Linear::new(kernel.reshape((dim, channels * pt * ph * pw))?, Some(weights.get(&[dim], "bias")?));
-        Ok(Self { linear, patch_size: config.patch_size })
-    }
-
-    /// `[n, channels, frames, height, width]` to `[n, l, dim]`, tokens in the order frame, row, column.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let ((n, channels, frames, height, width), [_, ph, pw]) = (x.dims5()?, self.patch_size);
-        let (rows, columns) = (height / ph, width / pw);
-        let x = x.reshape(vec![n, channels, frames, rows, ph, columns, pw])?;
-        let x = x.permute(vec![0, 2, 3, 5, 1, 4, 6])?.contiguous()?; // [n, frames, rows, columns, channels, ph, pw]
-        self.linear.forward(&x.reshape((n, frames * rows * columns, channels * ph * pw))?)
-    }
-}
-
-/// Rotations of the tokens of a grid; a third of each head turns with time, height and width.
-struct Rope {
-    /// f32 `[l, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
-}
-
-impl Rope {
-    /// `grid` is frames, rows, columns. Angles in f64, as in the reference.
-    fn new(grid: [usize; 3], head_dim: usize, device: &Device) -> Result<Self> {
-        let side = 2 * (head_dim / 6);
-        let dims = [head_dim - 2 * side, side, side];
-        // One per pair of values that turns together.
-        let frequencies = dims.map(|dim| {
-            let exponents = (0..dim / 2).map(|pair| 2.0 * pair as f64 / dim as f64);
-            exponents.map(|exponent| 1.0 / ROPE_THETA.powf(exponent)).collect::<Vec<_>>()
-        });
-        let [frames, rows, columns] = grid;
-        let mut angles = Vec::with_capacity(frames * rows * columns * head_dim / 2);
-        for frame in 0..frames {
-            for row in 0..rows {
-                for column in 0..columns {
-                    for (axis, position) in [frame, row, column].into_iter().enumerate() {
-                        angles.extend(frequencies[axis].iter().map(|frequency| position as f64 * frequency));
-                    }
-                }
-            }
-        }
-        let table = |function: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|angle| function(*angle) as f32).collect();
-            Tensor::from_vec(values, (frames * rows * columns, head_dim / 2), device)
-        };
-        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
-    }
-}
-
-struct Block {
-    attn1: Attention,
-    /// Before the cross attention; the other norms have no weights.
-    norm2: Option<LayerNorm>,
-    attn2: Attention,
-    ffn: [Linear; 2],
-    /// `[1, 6, dim]`: shift, scale and gate of the self attention, then of the feed-forward layers.
-    scale_shift_table: Tensor,
-    eps: f64,
-}
-
-impl Block {
-    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
-        let (dim, net) = (config.dim(), weights.pp("ffn").pp("net"));
-        let norm2 = || LayerNorm::load(&weights.pp("norm2"), dim, config.eps);
-        Ok(Self {
-            attn1: Attention::load(&weights.pp("attn1"), config)?,
-            norm2: config.cross_attn_norm.then(norm2).transpose()?,
-            attn2: Attention::load(&weights.pp("attn2"), config)?,
-            ffn: [
-                Linear::load(&net.pp(0).pp("proj"), dim, config.ffn_dim)?,
-                Linear::load(&net.pp(2), config.ffn_dim, dim)?,
-            ],
-            scale_shift_table: weights.get(&[1, 6, dim], "scale_shift_table")?,
-            eps: config.eps,
-        })
-    }
-
-    /// `x [n, l, dim]`, `text [n, s, dim]`, `modulation [n, 6, dim]`.
-    fn forward(&self, x: &Tensor, text: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let modulation = self.scale_shift_table.broadcast_add(modulation)?;
-        let part = |i: usize| modulation.narrow(1, i, 1); // [n, 1, dim]
-        let y = modulated_layer_norm(x, &part(0)?, &part(1)?, self.eps)?;
-        let y = self.attn1.forward(&y, &y, Some(rope))?;
-        let x = gated_sum(x, &part(2)?, &y)?;
-
-        let y = match &self.norm2 {
-            Some(norm) => norm.forward(&x)?,
-            None => x.clone(),
-        };
-        let x = (x + self.attn2.forward(&y, text, None)?)?;
-
-        let y = modulated_layer_norm(&x, &part(3)?, &part(4)?, self.eps)?;
-        // Two statements: the widest tensor of the block is freed before the second product.
-        let hidden = gelu_tanh(&self.ffn[0].forward(&y)?)?;
-        let y = self.ffn[1].forward(&hidden)?;
-        Ok(gated_sum(&x, &part(5)?, &y)?)
-    }
-}
-
-/// Attention of `x` over itself or over the text, with q and k normalised across all heads at once.
-struct Attention {
-    to_q: Linear,
-    to_k: Linear,
-    to_v: Linear,
-    to_out: Linear,
-    norm_q: RmsNorm,
-    norm_k: RmsNorm,
-    num_heads: usize,
-}
-
-impl Attention {
-    fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
-        let dim = config.dim();
-        let linear = |name: &str| Linear::load(&weights.pp(name), dim, dim);
-        // Some conversions carry the norm of a query that image conditioning does not have either.
-        weights.ignore("norm_added_q.weight");
-        Ok(Self {
-            to_q: linear("to_q")?,
-            to_k: linear("to_k")?,
-            to_v: linear("to_v")?,
-            to_out: Linear::load(&weights.pp("to_out").pp(0), dim, dim)?,
-            norm_q: RmsNorm::load(&weights.pp("norm_q"), dim, config.eps)?,
-            norm_k: RmsNorm::load(&weights.pp("norm_k"), dim, config.eps)?,
-            num_heads: config.num_attention_heads,
-        })
-    }
-
-    /// `x [n, l, dim]` looks at `context [n, s, dim]`; with `rope` both are turned.
-    fn forward(&self, x: &Tensor, context: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
-        let q = self.normed(&self.to_q.forward(x)?, &self.norm_q, rope)?;
-        let k = self.normed(&self.to_k.forward(context)?, &self.norm_k, rope)?;
-        let v = self.heads(&self.to_v.forward(context)?)?;
-        let y = attention(&q, &k, &v, &AttentionOptions::default())?; // [n, l, heads, head_dim]
-        self.to_out.forward(&y.flatten_from(2)?)
-    }
-
-    /// `[n, l, dim]` to `[n, l, heads, head_dim]`, normed and turned.
-    fn normed(&self, x: &Tensor, norm: &RmsNorm, rope: Option<&Rope>) -> Result<Tensor> {
-        match rope {
-            Some(Rope { cos, sin }) => {
-                let norm = norm.of_queries_or_keys();
-                Ok(norm_rope(&self.heads(x)?, Some(&norm), cos, sin, RopeLayout::Interleaved)?)
-            }
-            None => self.heads(&norm.forward(x)?),
-        }
-    }
-
-    /// `[n, l, dim]` to `[n, l, heads, head_dim]`.
-    fn heads(&self, x: &Tensor) -> Result<Tensor> {
-        let (n, l, _) = x.dims3()?;
-        Ok(x.reshape((n, l, self.num_heads, ()))?)
-    }
 }

@@ -90,6 +90,32 @@ pub const PRESETS: &[Preset] = &[
         ],
         tokenizers: &["tokenizer"],
     },
+    Preset {
+        name: "wan2.1-i2v-14b",
+        files: &[
+            ("model_index.json", include_str!("wan-i2v-index.json")),
+            ("transformer/config.json", include_str!("wan2.1-i2v-14b.json")),
+            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
+            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
+            ("image_encoder/config.json", include_str!("clip-vit-h.json")),
+            ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
+            ("vae/config.json", include_str!("wan-vae.json")),
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "wan2.1-flf2v-14b",
+        files: &[
+            ("model_index.json", include_str!("wan-i2v-index.json")),
+            ("transformer/config.json", include_str!("wan2.1-flf2v-14b.json")),
+            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
+            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
+            ("image_encoder/config.json", include_str!("clip-vit-h.json")),
+            ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
+            ("vae/config.json", include_str!("wan-vae.json")),
+        ],
+        tokenizers: &["tokenizer"],
+    },
 ];
 
 const fn language_model(name: &'static str, files: &'static [(&'static str, &'static str)]) -> Preset {

@@ -46,7 +46,12 @@ fn parameters_are_those_published() {
     check("sdxl", "text_encoder", 0.1231);
     check("sdxl", "text_encoder_2", 0.6947);
     check("sdxl", "vae", 0.0837);
-    for (name, transformer) in [("wan2.1-t2v-1.3b", 1.419), ("wan2.1-t2v-14b", 14.288)] {
+    for (name, transformer) in [
+        ("wan2.1-t2v-1.3b", 1.419),
+        ("wan2.1-t2v-14b", 14.288),
+        ("wan2.1-i2v-14b", 16.395),
+        ("wan2.1-flf2v-14b", 16.396),
+    ] {
         check(name, "transformer", transformer);
         check(name, "text_encoder", 5.681);
     }

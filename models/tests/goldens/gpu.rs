@@ -1,6 +1,7 @@
 //! The same goldens computed by the GPU kernels: on a GPU if this build and machine have one, and with the feature
 //! `emulator` on the CPU, thread by thread. f32 must be the reference, 16 bits near it.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
@@ -21,7 +22,7 @@ use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
-use crate::{flux, sdxl, text, wan};
+use crate::{flux, sdxl, text, wan, wan_pictures};
 
 /// Of pictures in f32, as on the CPU.
 const MIN_PSNR_F32: f64 = 50.0;
@@ -70,21 +71,42 @@ fn wan_clips_are_the_reference_ones() {
         for case in gpu.some_of(&["wan-b", "wan-a"]) {
             let golden = golden_tensors(case);
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
-            let mut requests = wan::requests(case, diffusion_card(&model));
-            // The smallest clip first.
-            requests
-                .sort_by_key(|(_, request)| request.canvas.width * request.canvas.height * request.canvas.num_frames);
-            for (run, request) in gpu.some_of(&requests).iter().cloned() {
-                let expected = &golden[&format!("run{run}.frames")];
-                let frames = gpu.run(|| frames(&mut model, request));
-                assert_eq!(expected.dim(0).unwrap(), frames.len());
-                for (index, frame) in frames.iter().enumerate() {
-                    let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-                    gpu.assert_picture(&format!("{case} run {run} frame {index}"), &frame.rgb, &expected);
-                }
-            }
+            let requests = wan::requests(case, diffusion_card(&model));
+            check_videos(gpu, case, &golden, &mut model, requests);
         }
     });
+}
+
+#[test]
+fn wan_videos_from_pictures_are_the_reference_ones() {
+    on_every_gpu(|gpu| {
+        for case in gpu.some_of(&["wan-flf2v", "wan-i2v"]) {
+            let golden = golden_tensors(case);
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            let requests = wan_pictures::requests(case, diffusion_card(&model));
+            check_videos(gpu, case, &golden, &mut model, requests);
+        }
+    });
+}
+
+/// The smallest videos come first.
+fn check_videos(
+    gpu: &Gpu,
+    case: &str,
+    golden: &HashMap<String, Tensor>,
+    model: &mut LoadedModel,
+    mut requests: Vec<(usize, DiffusionRequest)>,
+) {
+    requests.sort_by_key(|(_, request)| request.canvas.width * request.canvas.height * request.canvas.num_frames);
+    for (run, request) in gpu.some_of(&requests).iter().cloned() {
+        let expected = &golden[&format!("run{run}.frames")];
+        let frames = gpu.run(|| frames(model, request));
+        assert_eq!(expected.dim(0).unwrap(), frames.len());
+        for (index, frame) in frames.iter().enumerate() {
+            let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            gpu.assert_picture(&format!("{case} run {run} frame {index}"), &frame.rgb, &expected);
+        }
+    }
 }
 
 /// In 16 bits two tokens of a random model may be as good as equal, so only f32 must say the same words.

@@ -33,3 +33,4 @@ mod text_configs;
 mod tiling;
 mod tokenizers;
 mod wan;
+mod wan_pictures;

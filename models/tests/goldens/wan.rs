@@ -13,6 +13,7 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::wan::WanModel;
+use tale_models::families::wan::pipeline::{WanConditioning, WanEncoded, WanInput};
 use tale_models::family::LoadOptions;
 use tale_models::loading::inspect;
 use tale_models::request::{Event, Events, Frame, Phase, Request, SessionId};
@@ -97,10 +98,10 @@ fn every_stage_is_that_of_the_reference() {
                 assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
             };
             let branches = conditioning(&model, &request);
-            close("prompt_embeds", &branches[0], 1e-4);
+            close("prompt_embeds", &branches[0].text, 1e-4);
             assert_eq!(branches.len(), 1 + usize::from(request.guidance.negative_prompt.is_some()));
             if let Some(negative) = branches.get(1) {
-                close("negative_prompt_embeds", negative, 1e-4);
+                close("negative_prompt_embeds", &negative.text, 1e-4);
             }
             let mut generator = TorchGenerator::new(request.sampling.seed);
             let mut latents = model.initial_latents(&request, &mut generator).unwrap();
@@ -210,6 +211,7 @@ fn checkpoints_of_other_pipelines_are_refused_by_name() {
     refused("transformer/config.json", "image_dim", 1280.into());
     refused("transformer/config.json", "added_kv_proj_dim", 5120.into());
     refused("transformer/config.json", "in_channels", 36.into());
+    refused("transformer/config.json", "pos_embed_seq_len", 514.into());
     refused("transformer/config.json", "qk_norm", serde_json::Value::Null);
     refused("vae/config.json", "is_residual", true.into());
     refused("vae/config.json", "patch_size", 2.into());
@@ -223,7 +225,7 @@ fn try_open(dir: &Path) -> tale_models::Result<WanModel> {
     WanModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))
 }
 
-fn open_model(case: &str) -> WanModel {
+pub fn open_model(case: &str) -> WanModel {
     try_open(&case_dir(case).join("checkpoint")).unwrap_or_else(|e| panic!("{case}: {e}"))
 }
 
@@ -262,19 +264,19 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
 }
 
-fn predict(
+pub fn predict(
     model: &WanModel,
     request: &DiffusionRequest,
     latents: &Tensor,
     timestep: f64,
-    branches: &[Tensor],
+    branches: &[WanConditioning],
 ) -> Vec<Tensor> {
     let row = |conditioning| DenoiseRow { latents, timestep, conditioning, request };
     model.predict(FIRST_EXPERT, &branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
 }
 
 /// Classifier-free guidance, when there is a negative branch.
-fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
+pub fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
     match predictions {
         [positive, negative] => {
             let step = || -> candle_core::Result<Tensor> { negative + ((positive - negative)? * guidance_scale)? };
@@ -293,7 +295,7 @@ fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Ten
 }
 
 /// Runs all requests to their end; the frames of each, in order.
-fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
+pub fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
     for (index, request) in requests.iter().enumerate() {
         runner.submit(SessionId(index as u64), Request::Diffusion(request.clone())).expect("is accepted");
     }
@@ -313,7 +315,7 @@ fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionReque
     clips
 }
 
-fn row(values: &[f64]) -> Tensor {
+pub fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
     Tensor::new(values, &candle_core::Device::Cpu).expect("values make a row")
 }
@@ -324,11 +326,18 @@ fn prompts_encoded_together_have_the_bits_of_lone_ones() {
     for case in ["wan-a", "wan-b"] {
         let model = open_model(case);
         let request = model.card().resolve(&Options::default(), 0).unwrap();
-        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"].map(str::to_owned);
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
+        let prompts = prompts.map(|prompt| WanInput::Text(prompt.to_owned()));
         let pass = &model.inputs(&request)[0].pass;
         let together = encode(&model, pass, &prompts.each_ref());
         for (prompt, together) in prompts.iter().zip(&together) {
-            assert_close(prompt, together, &encode(&model, pass, &[prompt])[0], 0.0);
+            let alone = encode(&model, pass, &[prompt]);
+            assert_close(&format!("{prompt:?}"), of_text(together), of_text(&alone[0]), 0.0);
         }
     }
+}
+
+fn of_text(encoded: &WanEncoded) -> &Tensor {
+    let WanEncoded::Text(text) = encoded else { panic!("a text: {encoded:?}") };
+    text
 }

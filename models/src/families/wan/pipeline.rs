@@ -1,4 +1,4 @@
-//! The way of a request through Wan: prompts to what the transformer is told, prediction, decoding.
+//! The way of a request through Wan: prompts and pictures to what the transformer is told, prediction, decoding.
 //!
 //! Owns: what a request has encoded and in which steps. Does not know: sessions, batching, guidance.
 
@@ -7,13 +7,15 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::WanModel;
+use super::pictures::{FramesEncoding, KnownFrames, Pictures, VisionEncoding};
+use super::transformer::WanInput as TransformerInput;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::error::Result;
 use crate::families::split_rows;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
-use crate::request::Phase;
+use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::block_cache::{BlockCache, CachedPrediction};
 use crate::runner::diffusion::course::{Course, Expert};
@@ -23,14 +25,73 @@ use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::tokenizer::Padded;
 use crate::vae::wan::WanDecoding;
 
-impl DiffusionModel for WanModel {
+/// What a request has encoded.
+#[derive(Debug, Clone, PartialEq)]
+pub enum WanInput {
     /// A prompt, positive or negative.
-    type Input = String;
+    Text(String),
+    /// Pictures for the vision encoder, in any sizes.
+    Pictures(Vec<Arc<Frame>>),
+    /// The frames that are known, for the VAE.
+    Frames(KnownFrames),
+}
+
+/// State of a pass between two steps.
+pub enum WanEncoding {
     /// The prompts' tokens.
-    type Encoding = Vec<Padded>;
+    Texts(Vec<Padded>),
+    /// Picture by picture.
+    Pictures(VisionEncoding),
+    /// Latent frame by latent frame.
+    Frames(Box<FramesEncoding>),
+}
+
+/// What became of an input.
+#[derive(Debug)]
+pub enum WanEncoded {
     /// `[1, max_sequence_length, text_dim]` in the compute dtype, zeros past the prompt.
-    type Encoded = Tensor;
-    type Conditioning = Tensor;
+    Text(Tensor),
+    /// `[1, tokens, image_dim]` in the compute dtype.
+    Pictures(Tensor),
+    /// A mask and latents, f32 `[1, temporal + z, frames, height, width]`.
+    Frames(Tensor),
+}
+
+/// What the transformer needs of one guidance branch.
+#[derive(Debug, Clone)]
+pub struct WanConditioning {
+    /// As [`WanEncoded::Text`].
+    pub text: Tensor,
+    /// As [`WanEncoded::Pictures`], of models that take some.
+    pub pictures: Option<Tensor>,
+    /// As [`WanEncoded::Frames`], of models that take pictures.
+    pub frames: Option<Tensor>,
+}
+
+impl WanModel {
+    fn pictures(&self) -> &Pictures {
+        self.pictures.as_ref().expect("pictures were refused without encoders for them: this is a bug")
+    }
+
+    fn begin_texts(&self, length: usize, texts: &[&String]) -> Result<Vec<Padded>> {
+        let clean = |prompt: &str| -> Result<String> { Ok(prompt_clean(&plain_text("prompt", prompt)?)) };
+        texts.iter().map(|prompt| self.tokenizer.encode_padded(&clean(prompt)?, length)).collect()
+    }
+
+    /// Of each prompt its hidden states, filled up with zeros.
+    fn encode_texts(&self, padded: &[Padded]) -> Result<Vec<Tensor>> {
+        let tokens: Vec<&[u32]> = padded.iter().map(|padded| &padded.ids[..padded.num_tokens]).collect();
+        let hidden = self.text_encoder.forward(&tokens)?; // each [1, num_tokens, text_dim]
+        let hidden = hidden.iter().zip(padded);
+        hidden.map(|(x, padded)| Ok(x.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?)).collect()
+    }
+}
+
+impl DiffusionModel for WanModel {
+    type Input = WanInput;
+    type Encoding = WanEncoding;
+    type Encoded = WanEncoded;
+    type Conditioning = WanConditioning;
     type Decoding = WanDecoding;
 
     fn card(&self) -> &DiffusionCard {
@@ -41,45 +102,85 @@ impl DiffusionModel for WanModel {
         self.sizes.plan(request, &self.placement)
     }
 
-    fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<String>> {
-        let pass = Pass {
+    fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<WanInput>> {
+        let pass = |components, sequence_length, max_rows| Pass {
             phase: Phase::Encode,
-            components: &["text_encoder"],
-            sequence_length: request.prompt.max_sequence_length,
+            components,
+            sequence_length,
             loras: None,
-            max_rows: MAX_TEXTS_PER_PASS,
+            max_rows,
         };
-        vec![Inputs { pass, rows: branch_texts(request) }]
+        let texts = branch_texts(request).into_iter().map(WanInput::Text).collect();
+        let texts = Inputs {
+            pass: pass(&["text_encoder"], request.prompt.max_sequence_length, MAX_TEXTS_PER_PASS),
+            rows: texts,
+        };
+        let of_keyframes = request.keyframes.as_ref().map(|keyframes| {
+            let given = keyframes.iter().map(|keyframe| keyframe.given.clone()).collect();
+            let frames = KnownFrames::new(keyframes, request.canvas.num_frames);
+            [
+                Inputs { pass: pass(&["image_encoder"], 0, 1), rows: vec![WanInput::Pictures(given)] },
+                Inputs { pass: Pass::of_image(), rows: vec![WanInput::Frames(frames)] },
+            ]
+        });
+        std::iter::once(texts).chain(of_keyframes.into_iter().flatten()).collect()
     }
 
-    fn num_encode_steps(&self, _inputs: &Inputs<String>) -> usize {
-        1
+    fn num_encode_steps(&self, inputs: &Inputs<WanInput>) -> usize {
+        match &inputs.rows[0] {
+            WanInput::Text(_) => 1,
+            WanInput::Pictures(pictures) => pictures.len(),
+            WanInput::Frames(frames) => frames.num_latent_frames(self.sizes.vae.scale_factor_temporal),
+        }
     }
 
-    fn begin_encode(&self, pass: &Pass, rows: &[&String]) -> Result<Vec<Padded>> {
-        let clean = |prompt: &str| -> Result<String> { Ok(prompt_clean(&plain_text("prompt", prompt)?)) };
-        rows.iter().map(|prompt| self.tokenizer.encode_padded(&clean(prompt)?, pass.sequence_length)).collect()
+    fn begin_encode(&self, pass: &Pass, rows: &[&WanInput]) -> Result<WanEncoding> {
+        match rows[0] {
+            WanInput::Text(_) => {
+                let texts =
+                    rows.iter().filter_map(|row| if let WanInput::Text(text) = row { Some(text) } else { None });
+                self.begin_texts(pass.sequence_length, &texts.collect::<Vec<_>>()).map(WanEncoding::Texts)
+            }
+            WanInput::Pictures(pictures) => Ok(WanEncoding::Pictures(VisionEncoding::new(pictures.clone()))),
+            WanInput::Frames(frames) => Ok(WanEncoding::Frames(Box::new(self.pictures().begin_frames(frames.clone())))),
+        }
     }
 
-    fn encode_next(&self, padded: &mut Vec<Padded>) -> Result<Option<Vec<Tensor>>> {
-        let tokens: Vec<&[u32]> = padded.iter().map(|padded| &padded.ids[..padded.num_tokens]).collect();
-        let hidden = self.text_encoder.forward(&tokens)?; // each [1, num_tokens, text_dim]
-        let hidden = hidden.iter().zip(padded);
-        let filled_up = hidden.map(|(x, padded)| Ok(x.pad_with_zeros(1, 0, padded.ids.len() - padded.num_tokens)?));
-        filled_up.collect::<Result<Vec<_>>>().map(Some)
+    fn encode_next(&self, encoding: &mut WanEncoding) -> Result<Option<Vec<WanEncoded>>> {
+        match encoding {
+            WanEncoding::Texts(padded) => {
+                Ok(Some(self.encode_texts(padded)?.into_iter().map(WanEncoded::Text).collect()))
+            }
+            WanEncoding::Pictures(encoding) => {
+                Ok(self.pictures().see_next(encoding)?.map(|seen| vec![WanEncoded::Pictures(seen)]))
+            }
+            WanEncoding::Frames(encoding) => {
+                let known = self.pictures().encode_next(encoding, &self.sizes.vae)?;
+                Ok(known.map(|known| vec![WanEncoded::Frames(known)]))
+            }
+        }
     }
 
     fn conditioning(
         &self,
         _expert: Expert,
-        encoded: &[Arc<Tensor>],
+        encoded: &[Arc<WanEncoded>],
         _request: &DiffusionRequest,
-    ) -> Result<Vec<Tensor>> {
-        Ok(encoded.iter().map(|text| Tensor::clone(text)).collect())
+    ) -> Result<Vec<WanConditioning>> {
+        let (mut texts, mut pictures, mut frames) = (Vec::new(), None, None);
+        for encoded in encoded {
+            match &**encoded {
+                WanEncoded::Text(text) => texts.push(text.clone()),
+                WanEncoded::Pictures(seen) => pictures = Some(seen.clone()),
+                WanEncoded::Frames(known) => frames = Some(known.clone()),
+            }
+        }
+        let of_branch = |text| WanConditioning { text, pictures: pictures.clone(), frames: frames.clone() };
+        Ok(texts.into_iter().map(of_branch).collect())
     }
 
-    fn shape(&self, text: &Tensor) -> Vec<usize> {
-        text.dims().to_vec()
+    fn shape(&self, conditioning: &WanConditioning) -> Vec<usize> {
+        conditioning.text.dims().to_vec()
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -92,9 +193,9 @@ impl DiffusionModel for WanModel {
         Ok(Course::of(self.card.sampling.schedulers.start(request.sampling.scheduler, &the_loop)))
     }
 
-    fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, Tensor>]) -> Result<Vec<Tensor>> {
-        let TransformerInput { latents, timesteps, text } = TransformerInput::new(rows, self.placement.compute_dtype)?;
-        split_rows(&self.transformer.forward(&latents, &timesteps, &text)?)
+    fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, WanConditioning>]) -> Result<Vec<Tensor>> {
+        let rows = Rows::new(rows, self.placement.compute_dtype)?;
+        split_rows(&self.transformer.forward(&rows.input())?)
     }
 
     fn begin_decode(&self, _expert: Expert, latents: &Tensor, _request: &DiffusionRequest) -> Result<WanDecoding> {
@@ -109,7 +210,7 @@ impl DiffusionModel for WanModel {
         self.vae.decode_next(decoding).map(Some)
     }
 
-    fn cached_prediction(&self) -> Option<&dyn CachedPrediction<Tensor>> {
+    fn cached_prediction(&self) -> Option<&dyn CachedPrediction<WanConditioning>> {
         Some(self)
     }
 
@@ -118,15 +219,15 @@ impl DiffusionModel for WanModel {
     }
 }
 
-impl CachedPrediction<Tensor> for WanModel {
+impl CachedPrediction<WanConditioning> for WanModel {
     fn predict_cached(
         &self,
         _expert: Expert,
-        rows: &[DenoiseRow<'_, Tensor>],
+        rows: &[DenoiseRow<'_, WanConditioning>],
         caches: &mut [&mut BlockCache],
     ) -> Result<Vec<Tensor>> {
-        let TransformerInput { latents, timesteps, text } = TransformerInput::new(rows, self.placement.compute_dtype)?;
-        split_rows(&self.transformer.forward_cached(&latents, &timesteps, &text, caches)?)
+        let rows = Rows::new(rows, self.placement.compute_dtype)?;
+        split_rows(&self.transformer.forward_cached(&rows.input(), caches)?)
     }
 }
 
@@ -142,19 +243,33 @@ impl NarrowNetworks for WanModel {
 }
 
 /// Rows side by side, as the transformer takes them.
-struct TransformerInput {
+struct Rows {
     latents: Tensor,
     timesteps: Vec<f32>,
     text: Tensor,
+    image: Option<Tensor>,
 }
 
-impl TransformerInput {
+impl Rows {
     /// `dtype`: of the transformer; the text has another one only where another model has encoded it.
-    fn new(rows: &[DenoiseRow<'_, Tensor>], dtype: DType) -> Result<Self> {
+    fn new(rows: &[DenoiseRow<'_, WanConditioning>], dtype: DType) -> Result<Self> {
+        let latents = |row: &DenoiseRow<'_, WanConditioning>| match &row.conditioning.frames {
+            Some(frames) => Tensor::cat(&[row.latents, frames], 1),
+            None => Ok(row.latents.clone()),
+        };
+        let text: Vec<&Tensor> = rows.iter().map(|row| &row.conditioning.text).collect();
+        // Either all rows have pictures or none.
+        let image: Option<Vec<&Tensor>> = rows.iter().map(|row| row.conditioning.pictures.as_ref()).collect();
         Ok(Self {
-            latents: Tensor::cat(&rows.iter().map(|row| row.latents).collect::<Vec<_>>(), 0)?,
+            latents: Tensor::cat(&rows.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?, 0)?,
             timesteps: rows.iter().map(|row| row.timestep as f32).collect(),
-            text: Tensor::cat(&rows.iter().map(|row| row.conditioning).collect::<Vec<_>>(), 0)?.to_dtype(dtype)?,
+            text: Tensor::cat(&text, 0)?.to_dtype(dtype)?,
+            image: image.map(|image| Tensor::cat(&image, 0)?.to_dtype(dtype)).transpose()?,
         })
+    }
+
+    fn input(&self) -> TransformerInput<'_> {
+        let Self { latents, timesteps, text, image } = self;
+        TransformerInput { latents, timesteps, text, image: image.as_ref() }
     }
 }

@@ -1,0 +1,194 @@
+//! What Wan is told of the pictures that a video begins and ends with: by a vision encoder, and by the VAE.
+//!
+//! Owns: the frames that the VAE encodes, the mask beside their latents, the steps of both encoders. Does not know: texts,
+//! the transformer. Source: diffusers `pipelines/wan/pipeline_wan_i2v.py` (`encode_image`, `prepare_latents`).
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use crate::checkpoint::Manifest;
+use crate::diffusion::Keyframes;
+use crate::encoders::clip_vision::ClipVisionEncoder;
+use crate::encoders::image_processor::ClipImageProcessor;
+use crate::error::Result;
+use crate::request::Frame;
+use crate::vae::wan::WanVaeConfig;
+use crate::vae::wan::encoder::{WanEncoding, WanVaeEncoder};
+use crate::weights::Weights;
+
+/// The encoders of a model that takes pictures.
+pub(super) struct Pictures {
+    processor: ClipImageProcessor,
+    vision: ClipVisionEncoder,
+    vae: WanVaeEncoder,
+    device: Device,
+}
+
+/// The frames that the VAE sees: pictures at the ends and grey between them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KnownFrames {
+    first: Arc<Frame>,
+    last: Option<Arc<Frame>>,
+    num_frames: usize,
+}
+
+/// Pictures on their way through the vision encoder.
+#[derive(Debug)]
+pub struct VisionEncoding {
+    pictures: Vec<Arc<Frame>>,
+    /// Of those that are done.
+    hidden: Vec<Tensor>,
+}
+
+/// Frames on their way through the VAE.
+pub struct FramesEncoding {
+    frames: KnownFrames,
+    encoding: WanEncoding,
+}
+
+impl KnownFrames {
+    /// Those of a request for so many frames.
+    pub(super) fn new(keyframes: &Keyframes, num_frames: usize) -> Self {
+        let last = keyframes.last.as_ref().map(|last| last.fitted.clone());
+        Self { first: keyframes.first.fitted.clone(), last, num_frames }
+    }
+
+    /// Latent frames, of which each but the first stands for `temporal` frames.
+    pub(super) fn num_latent_frames(&self, temporal: usize) -> usize {
+        (self.num_frames - 1) / temporal + 1
+    }
+
+    /// What is known of frame `index`.
+    fn picture(&self, index: usize) -> Option<&Frame> {
+        match index {
+            0 => Some(&self.first),
+            _ if index + 1 == self.num_frames => self.last.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The frames of a latent frame, f32 `[1, 3, frames, height, width]` in -1..=1.
+    fn pixels(&self, latent_frame: usize, temporal: usize, device: &Device) -> Result<Tensor> {
+        let indices = match latent_frame {
+            0 => 0..1,
+            _ => (latent_frame - 1) * temporal + 1..latent_frame * temporal + 1,
+        };
+        let (count, area) = (indices.len(), self.first.height * self.first.width);
+        let mut values = vec![0f32; 3 * count * area];
+        for (frame, index) in indices.enumerate() {
+            let Some(picture) = self.picture(index) else { continue };
+            for (pixel, rgb) in picture.rgb.chunks_exact(3).enumerate() {
+                for (channel, byte) in rgb.iter().enumerate() {
+                    values[(channel * count + frame) * area + pixel] = 2.0 * (f32::from(*byte) / 255.0) - 1.0;
+                }
+            }
+        }
+        Ok(Tensor::from_vec(values, (1, 3, count, self.first.height, self.first.width), device)?)
+    }
+
+    /// Which frames are known, one channel for each of those that a latent frame stands for: f32 `[1, temporal, f, h, w]`.
+    /// The first frame fills all channels of its latent frame.
+    fn mask(&self, temporal: usize, [height, width]: [usize; 2], device: &Device) -> Result<Tensor> {
+        let frames = self.num_latent_frames(temporal);
+        let is_known = |channel: usize, frame: usize| match frame {
+            0 => true,
+            _ => self.picture((frame - 1) * temporal + 1 + channel).is_some(),
+        };
+        let places = (0..temporal).flat_map(|channel| (0..frames).map(move |frame| (channel, frame)));
+        let known: Vec<f32> = places.map(|(channel, frame)| f32::from(u8::from(is_known(channel, frame)))).collect();
+        let known = Tensor::from_vec(known, (1, temporal, frames, 1, 1), device)?;
+        Ok(known.broadcast_as((1, temporal, frames, height, width))?.contiguous()?)
+    }
+}
+
+impl VisionEncoding {
+    /// Nothing is done yet.
+    pub(super) fn new(pictures: Vec<Arc<Frame>>) -> Self {
+        Self { pictures, hidden: Vec::new() }
+    }
+}
+
+impl Pictures {
+    /// With the encoder half of `vae`.
+    pub(super) fn load(
+        manifest: &Manifest,
+        vision: ClipVisionEncoder,
+        vae: &Weights,
+        config: &WanVaeConfig,
+    ) -> Result<Self> {
+        let processor = manifest.component("image_processor")?;
+        Ok(Self {
+            processor: ClipImageProcessor::read_or_default(processor, vision.config().image_size)?,
+            vision,
+            vae: WanVaeEncoder::load(vae, config)?,
+            device: vae.placement().device.clone(),
+        })
+    }
+
+    /// What the vision encoder says of the next picture; of all of them, `[1, tokens, image_dim]`, once that was the last.
+    pub(super) fn see_next(&self, encoding: &mut VisionEncoding) -> Result<Option<Tensor>> {
+        let VisionEncoding { pictures, hidden } = encoding;
+        let pixel_values = self.processor.pixel_values(&pictures[hidden.len()], &self.device)?;
+        hidden.push(self.vision.penultimate(&pixel_values)?);
+        if hidden.len() < pictures.len() {
+            return Ok(None);
+        }
+        Ok(Some(Tensor::cat(hidden, 1)?))
+    }
+
+    /// Before the first of the frames.
+    pub(super) fn begin_frames(&self, frames: KnownFrames) -> FramesEncoding {
+        FramesEncoding { frames, encoding: self.vae.begin() }
+    }
+
+    /// Encodes the next latent frame; the mask and the latents of all, f32 `[1, temporal + z, f, h, w]`, once that was the
+    /// last.
+    pub(super) fn encode_next(&self, encoding: &mut FramesEncoding, vae: &WanVaeConfig) -> Result<Option<Tensor>> {
+        let FramesEncoding { frames, encoding } = encoding;
+        let (temporal, device) = (vae.scale_factor_temporal, &self.device);
+        let pixels = frames.pixels(encoding.num_latent_frames(), temporal, device)?;
+        self.vae.encode_next(encoding, &pixels)?;
+        if encoding.num_latent_frames() < frames.num_latent_frames(temporal) {
+            return Ok(None);
+        }
+        let latents = encoding.latents()?;
+        let (_, _, _, height, width) = latents.dims5()?;
+        Ok(Some(Tensor::cat(&[&frames.mask(temporal, [height, width], device)?, &latents], 1)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames(num_frames: usize, has_last: bool) -> KnownFrames {
+        let picture = |value: u8| Arc::new(Frame { width: 2, height: 1, rgb: vec![value; 6] });
+        KnownFrames { first: picture(255), last: has_last.then(|| picture(0)), num_frames }
+    }
+
+    #[test]
+    fn the_mask_marks_the_first_latent_frame_and_the_very_last_frame() {
+        let rows = |frames: KnownFrames| -> Vec<Vec<f32>> {
+            let mask = frames.mask(4, [1, 1], &Device::Cpu).expect("a mask");
+            mask.squeeze(0).and_then(|mask| mask.flatten_from(1)?.to_vec2()).expect("rows")
+        };
+        assert_eq!(rows(frames(9, false)), vec![vec![1.0, 0.0, 0.0]; 4]);
+        let with_last = rows(frames(9, true));
+        assert_eq!(with_last[3], [1.0, 0.0, 1.0]);
+        assert_eq!(with_last[..3], vec![vec![1.0, 0.0, 0.0]; 3]);
+        assert_eq!(rows(frames(1, false)), vec![vec![1.0]; 4]);
+    }
+
+    #[test]
+    fn what_is_not_known_is_grey() {
+        let values = |latent_frame: usize| -> Vec<f32> {
+            let pixels = frames(5, true).pixels(latent_frame, 4, &Device::Cpu).expect("pixels");
+            assert_eq!(pixels.dims()[..2], [1, 3]);
+            pixels.flatten_all().and_then(|pixels| pixels.to_vec1()).expect("values")
+        };
+        assert_eq!(values(0), [1.0; 6]);
+        // Per channel three grey frames and the last picture, two pixels each.
+        assert_eq!(values(1), [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, -1.0].repeat(3));
+    }
+}

@@ -1,0 +1,187 @@
+//! Wan2.1 from a picture, and between two pictures, stage by stage.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use tale_models::Error;
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::parameters::{
+    GUIDANCE_SCALE, HEIGHT, INPUT_REFERENCE, LAST_IMAGE, NEGATIVE_PROMPT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT,
+    SEED, WIDTH,
+};
+use tale_models::diffusion::{DiffusionCard, DiffusionRequest};
+use tale_models::family::LoadOptions;
+use tale_models::loading::inspect;
+use tale_models::parameter::Options;
+use tale_models::request::{Events, Frame, Phase, Request, SessionId};
+use tale_models::rng::TorchGenerator;
+use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};
+use tale_models::runner::{Runner, RunnerStatus};
+
+use crate::support::{assert_close, case_dir, conditioning, golden_json, golden_tensors, psnr};
+use crate::wan::{guided, make_clips, open_model, predict, row};
+
+/// The first takes one picture and the second two. They differ in vision encoders, widths, and in which VAE levels halve
+/// frames.
+const CASES: [&str; 2] = ["wan-i2v", "wan-flf2v"];
+
+#[test]
+fn every_stage_is_that_of_the_reference() {
+    for case in CASES {
+        let (model, tensors) = (open_model(case), golden_tensors(case));
+        for (run, request) in requests(case, model.card()) {
+            let tensor = |what: &str| &tensors[&format!("run{run}.{what}")];
+            let close = |what: &str, found: &Tensor, tolerance: f64| {
+                assert_close(&format!("{case} run {run} {what}"), found, tensor(what), tolerance);
+            };
+            let branches = conditioning(&model, &request);
+            assert_eq!(branches.len(), 1 + usize::from(request.guidance.negative_prompt.is_some()));
+            for branch in &branches {
+                let seen = branch.pictures.as_ref().expect("it takes pictures");
+                let (_, tokens, width) = seen.dims3().expect("[1, tokens, width]");
+                let expected = tensor("image_embeds").reshape((1, tokens, width)).expect("picture after picture");
+                assert_close(&format!("{case} run {run} image_embeds"), seen, &expected, 1e-4);
+                close("condition", branch.frames.as_ref().expect("it takes pictures"), 1e-4);
+            }
+            let mut generator = TorchGenerator::new(request.sampling.seed);
+            let mut latents = model.initial_latents(&request, &mut generator).unwrap();
+            close("noise", &latents, 0.0);
+            let mut solver = model.course(&request).unwrap().solver;
+            close("timesteps", &row(solver.timesteps()), 0.0);
+            for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
+                let predictions = predict(&model, &request, &latents, timestep, &branches);
+                if step == 0 {
+                    close("prediction0", &predictions[0], 1e-4);
+                }
+                let prediction = guided(&predictions, request.guidance.guidance_scale);
+                latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
+                close(&format!("latents{step}"), &latents, 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_frame_is_that_of_the_reference() {
+    for case in CASES {
+        let (model, tensors) = (open_model(case), golden_tensors(case));
+        let requests = requests(case, model.card());
+        let mut runner = DiffusionRunner::new(model, 4);
+        for (run, request) in requests {
+            let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
+            let expected = &tensors[&format!("run{run}.frames")];
+            assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
+            for (index, frame) in frames.iter().enumerate() {
+                let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+                let psnr = psnr(&frame.rgb, &expected);
+                assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
+            }
+        }
+    }
+}
+
+/// Two requests of one shape share steps; their pictures do not mix.
+#[test]
+fn videos_made_together_are_those_made_alone() {
+    for case in CASES {
+        let model = open_model(case);
+        let card = model.card().clone();
+        let (_, first) = requests(case, &card).remove(0);
+        let options = options(case, 0).with(&INPUT_REFERENCE, picture(case, 2)).with(&SEED, 3);
+        let second = card.resolve(&options, 0).expect("a valid request");
+        let mut runner = DiffusionRunner::new(model, 4);
+        let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
+        let alone = [first, second].map(|request| make_clips(&mut runner, &[request]).remove(0));
+        assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a video depends on its company");
+        assert!(alone[0] != alone[1], "{case}: the picture and the seed matter");
+    }
+}
+
+/// A cancellation after any number of steps, of whatever kind the next one is.
+#[test]
+fn whatever_is_cancelled_leaves_nothing() {
+    for case in CASES {
+        let model = open_model(case);
+        let (_, request) = requests(case, model.card()).remove(0);
+        let mut runner = DiffusionRunner::new(model, 4);
+        let mut phases = Vec::new();
+        for steps in 0.. {
+            runner.submit(SessionId(steps), Request::Diffusion(request.clone())).unwrap();
+            let mut events = Events::default();
+            for _ in 0..steps {
+                runner.step(&mut events).unwrap();
+            }
+            let Some(next) = runner.next() else { break };
+            phases.push(next.phase);
+            runner.cancel(SessionId(steps));
+            assert_eq!(runner.status(), RunnerStatus::default(), "{case} after {steps} steps");
+            assert!(runner.next().is_none());
+        }
+        for phase in [Phase::Encode, Phase::VaeEncode, Phase::Denoise, Phase::VaeDecode] {
+            assert!(phases.contains(&phase), "{case}: {phase:?} of {phases:?}");
+        }
+    }
+}
+
+#[test]
+fn every_tensor_of_a_checkpoint_is_known() {
+    for case in CASES {
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default()).unwrap();
+        assert!(inspection.family == "wan" && inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
+        assert_eq!(inspection.components.len(), 4);
+        for (component, report) in inspection.components {
+            assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
+            assert!(report.unused.is_empty(), "{case} {component}: {:?}", report.unused);
+        }
+    }
+}
+
+#[test]
+fn what_the_pictures_contradict_is_refused_by_name() {
+    let refused = |case: &str, field: &str, change: fn(Options) -> Options| {
+        let error = open_model(case).card().resolve(&change(options(case, 0)), 0).expect_err(field);
+        assert!(
+            matches!(&error, Error::InvalidRequest { field: found, .. } if found == field),
+            "{case} {field}: {error}"
+        );
+    };
+    refused("wan-i2v", "last_image", |options| {
+        let picture = options.get(&INPUT_REFERENCE);
+        options.with(&LAST_IMAGE, picture)
+    });
+    refused("wan-i2v", "input_reference", |options| options.with(&INPUT_REFERENCE, None));
+    refused("wan-flf2v", "last_image", |options| options.with(&LAST_IMAGE, None));
+    refused("wan-flf2v", "num_frames", |options| options.with(&NUM_FRAMES, 1));
+    refused("wan-i2v", "num_frames", |options| options.with(&NUM_FRAMES, 8));
+}
+
+/// The runs of a case, through the card as a client's would go.
+pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionRequest)> {
+    let count = golden_json(case)["runs"].as_array().expect("runs").len();
+    (0..count).map(|run| (run, card.resolve(&options(case, run), 0).expect("a valid request"))).collect()
+}
+
+fn options(case: &str, run: usize) -> Options {
+    let run = &golden_json(case)["runs"][run];
+    let number = |field: &str| run[field].as_u64().map(|value| value as usize);
+    let pictures = run["pictures"].as_array().expect("pictures");
+    let picture = |place: usize| Some(picture(case, pictures.get(place)?.as_u64()? as usize));
+    Options::default()
+        .with(&PROMPT, run["prompt"].as_str().expect("a prompt").to_owned())
+        .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+        .with(&INPUT_REFERENCE, picture(0))
+        .with(&LAST_IMAGE, picture(1))
+        .with(&WIDTH, number("width"))
+        .with(&HEIGHT, number("height"))
+        .with(&NUM_FRAMES, number("num_frames"))
+        .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
+        .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+        .with(&SEED, run["seed"].as_u64())
+}
+
+fn picture(case: &str, index: usize) -> Arc<Frame> {
+    let pixels = &golden_tensors(case)[&format!("picture{index}")];
+    let (height, width, _) = pixels.dims3().expect("[height, width, 3]");
+    Arc::new(Frame { width, height, rgb: pixels.flatten_all().unwrap().to_vec1().unwrap() })
+}
