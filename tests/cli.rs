@@ -70,6 +70,13 @@ impl Golden {
         SafeTensors::deserialize(&self.tensors).unwrap().tensor(name).unwrap().data().to_vec()
     }
 
+    /// Height and width of a picture.
+    fn size(&self, name: &str) -> [u32; 2] {
+        let tensors = SafeTensors::deserialize(&self.tensors).unwrap();
+        let shape = tensors.tensor(name).unwrap().shape().to_vec();
+        [shape[0] as u32, shape[1] as u32]
+    }
+
     /// Flags of a recorded run.
     fn flags(&self, run: usize) -> Vec<String> {
         let fields = self.json["runs"][run].as_object().unwrap();
@@ -392,6 +399,35 @@ fn a_clip_is_the_one_that_diffusers_makes() {
         let psnr = psnr(&decode(&frame), expected);
         assert!(psnr >= 50.0, "frame {index}: {psnr:.1} dB");
     }
+}
+
+#[test]
+fn a_video_from_pictures_is_the_one_that_diffusers_makes() {
+    let golden = Golden::read("wan-flf2v");
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let run = &golden.json["runs"][0];
+    let pictures = json_numbers(&run["pictures"]);
+    let mut flags = golden.flags(0);
+    for (flag, index) in ["--image", "--last-image"].into_iter().zip(pictures) {
+        let name = format!("picture{index}");
+        let [height, width] = golden.size(&name);
+        let picture = image::RgbImage::from_raw(width, height, golden.pixels(&name)).unwrap();
+        picture.save(path(&format!("{name}.png"))).unwrap();
+        flags.extend([flag.to_owned(), path(&format!("{name}.png"))]);
+    }
+    let mut command = tale(&["generate", "video", "--model", &golden.checkpoint, "--output", &path("frames/")]);
+    let output = command.args(flags).output().unwrap();
+    assert!(output.status.success() && output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
+    let expected = golden.pixels("run0.frames");
+    let frames = names(&dir.path().join("frames"));
+    assert_eq!(frames.len() as u64, run["num_frames"].as_u64().unwrap());
+    for (index, expected) in expected.chunks(expected.len() / frames.len()).enumerate() {
+        let psnr = psnr(&decode(&dir.path().join(format!("frames/frame_{index:04}.png"))), expected);
+        assert!(psnr >= 50.0, "frame {index}: {psnr:.1} dB");
+    }
+    let without = ["generate", "video", "--model", &golden.checkpoint, "--prompt", "x", "--output", &path("x.mp4")];
+    check_failure(&without, 2, &["--image: is missing"]);
 }
 
 #[test]

@@ -178,6 +178,70 @@ async fn all_media_at_once_are_what_the_reference_makes() {
     server.wait_until_empty().await;
 }
 
+/// The first picture in a form, under the name of OpenAI's client, and in JSON under its other name; without a size the video
+/// has the picture's aspect.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn videos_begin_with_pictures_and_end_with_them() {
+    let models = [("first", "wan-i2v"), ("both", "wan-flf2v")].map(|(name, golden)| ModelSpec {
+        name: name.into(),
+        source: ModelSource::at(case(golden).join("checkpoint")),
+    });
+    let server = serve(models.into()).await;
+    let base64 = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
+    let short = json!({"prompt": "x", "num_inference_steps": 1, "num_frames": 5, "seed": 1});
+    let with = |extra: Value| {
+        let mut body = short.clone();
+        body.as_object_mut().expect("fields").extend(extra.as_object().expect("fields").clone());
+        body
+    };
+
+    let mut form = Vec::new();
+    for (name, value) in [("model", "first"), ("prompt", "x"), ("num_inference_steps", "1"), ("num_frames", "5")] {
+        form.extend(format!("--b\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n").bytes());
+    }
+    let head = "--b\r\nContent-Disposition: form-data; name=\"input_reference\"; filename=\"x.png\"\r\nContent-Type: image/png\r\n\r\n";
+    form.extend(head.bytes().chain(picture(&[64, 32])).chain(*b"\r\n--b--\r\n"));
+    let job = server.call("POST", "/v1/videos", "multipart/form-data; boundary=b", form).await.expect(200).json();
+    // About 832x480 pixels with the aspect of the picture, in multiples of 16.
+    assert_eq!((&job["size"], &job["num_frames"]), (&json!("880x432"), &json!(5)));
+    assert!(job.get("input_reference").is_none(), "pictures are not echoed: {job}");
+    server.delete(&format!("/v1/videos/{}", job["id"].as_str().expect("a name"))).await.expect(200);
+
+    let (first, last) = (base64(&picture(&[48, 32])), base64(&picture(&[20, 40])));
+    let url = format!("data:image/png;base64,{last}");
+    for body in [
+        with(json!({"model": "first", "image": first, "size": "48x32"})),
+        with(json!({"model": "both", "input_reference": first, "last_image": url, "size": "48x32"})),
+    ] {
+        let job = server.post("/v1/videos", &body).await.expect(200).json();
+        let id = job["id"].as_str().expect("a name");
+        let events = server.get(&format!("/v1/jobs/{id}/events")).await.expect(200).events();
+        assert_eq!(events.last().expect("some")["type"], "finished", "{events:?}");
+        assert!(events.iter().any(|event| event["phase"] == "vae_encode"), "{events:?}");
+        let content = server.get(&format!("/v1/videos/{id}/content")).await.expect(200);
+        assert_eq!(&content.body[4..8], b"ftyp");
+    }
+    for (body, param) in [
+        (with(json!({"model": "first"})), "input_reference"),
+        (with(json!({"model": "both", "image": first})), "last_image"),
+        (with(json!({"model": "first", "image": first, "last_image": last})), "last_image"),
+        (with(json!({"model": "first", "image": [first.clone(), first.clone()]})), "image"),
+        (with(json!({"model": "first", "image": "aGVsbG8="})), "input_reference"),
+    ] {
+        let answer = server.post("/v1/videos", &body).await.expect(400).json();
+        assert_eq!(answer["error"]["param"], param, "{answer}");
+    }
+    server.wait_until_empty().await;
+}
+
+/// A PNG file of this width and height.
+fn picture(&[width, height]: &[u32; 2]) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    let picture = image::RgbImage::from_fn(width, height, |x, y| image::Rgb([x as u8 * 3, y as u8 * 5, 90]));
+    picture.write_to(&mut bytes, image::ImageFormat::Png).expect("encodes");
+    bytes.into_inner()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_of_every_medium_that_go_away_leave_nothing() {
     let server = server().await;

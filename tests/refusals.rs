@@ -30,6 +30,9 @@ fn with(base: &Value, extra: Value) -> Value {
     body
 }
 
+/// A picture of one pixel.
+const PICTURE: &str = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP43yAAAAQRAZD55t7yAAAAAElFTkSuQmCC";
+
 #[tokio::test]
 async fn wrong_fields_of_a_chat_are_named() {
     let server = server().await;
@@ -168,7 +171,10 @@ async fn wrong_fields_of_a_clip_are_named() {
         (json!({"fps": 0}), (400, "fps", invalid)),
         (json!({"fps": 60, "output_format": "gif"}), (400, "fps", invalid)),
         (json!({"output_format": "avi"}), (400, "output_format", invalid)),
-        (json!({"input_reference": SECRET}), (400, "input_reference", "unknown_parameter")),
+        (json!({"input_reference": SECRET}), (400, "input_reference", invalid)),
+        (json!({"input_reference": PICTURE}), (400, "input_reference", invalid)),
+        (json!({"image": PICTURE, "input_reference": PICTURE}), (400, "image", invalid)),
+        (json!({"last_image": PICTURE}), (400, "last_image", invalid)),
         (json!({"guidance_scale": 1.0, "negative_prompt": SECRET}), (400, "negative_prompt", invalid)),
         (json!({"true_cfg_scale": 4.0}), (400, "true_cfg_scale", "unknown_parameter")),
         (json!({"guidance_interval": [0.5, 0.25]}), (400, "guidance_interval", invalid)),

@@ -18,11 +18,12 @@ mod serve;
 mod threads;
 mod watch;
 
-use std::io;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tale_models::diffusion::parameters::PARAMETERS;
 
 use crate::config::ConfigError;
 use crate::engine::EngineError;
@@ -113,18 +114,22 @@ impl From<EngineError> for CliError {
 }
 
 impl From<tale_models::Error> for CliError {
-    /// Request fields are flags here; an element of `loras` is a `--lora`.
+    /// Request fields are flags here.
     fn from(error: tale_models::Error) -> Self {
         match error {
-            tale_models::Error::InvalidRequest { field, problem } if field.starts_with("loras") => {
-                Self::Argument(format!("--lora: {problem}"))
-            }
             tale_models::Error::InvalidRequest { field, problem } => {
-                Self::Argument(format!("--{}: {problem}", field.replace('_', "-")))
+                Self::Argument(format!("--{}: {problem}", flag_of(&field)))
             }
             other => Self::Model(Box::new(other)),
         }
     }
+}
+
+/// The flag of a request's field, or of the list that has it: `--lora` of `loras[0].name`.
+fn flag_of(field: &str) -> String {
+    let name = field.split(['[', '.']).next().unwrap_or(field);
+    let declaration = PARAMETERS.iter().find(|declaration| declaration.name == name);
+    declaration.map_or_else(|| name.replace('_', "-"), |declaration| declaration.flag())
 }
 
 /// Runs the command that the process's arguments name.
@@ -142,7 +147,9 @@ pub fn run() -> ExitCode {
     let message = error.to_string();
     if !message.is_empty() {
         // One line, whatever a library put into its message.
-        eprintln!("error: {}", message.split_whitespace().collect::<Vec<_>>().join(" "));
+        // A stderr that takes nothing is no reason to panic.
+        let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
+        let _ = writeln!(io::stderr(), "error: {line}");
     }
     ExitCode::from(error.exit_code())
 }

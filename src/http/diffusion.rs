@@ -3,14 +3,25 @@
 use std::sync::Arc;
 
 use tale_models::ModelCard;
+use tale_models::cancel::CancelToken;
 use tale_models::diffusion::parameters::{HEIGHT, LORAS, PARAMETERS, WIDTH};
 use tale_models::diffusion::{DiffusionRequest, Medium};
 use tale_models::parameter::{Declaration, Options, Parameter, Value};
+use tokio::sync::Semaphore;
 
 use super::AppState;
+use super::body::MAX_PICTURE_BODY_BYTES;
+use super::body::memory::Held;
 use super::error::ApiError;
 use super::files::FileWork;
+use super::parameters::Given;
 use crate::compute::Compute;
+
+/// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
+const MAX_DECODING: usize = 4;
+static DECODING: Semaphore = Semaphore::const_new(MAX_DECODING);
+/// What decoding counts for among work that computes: it is long, however short a file is.
+const DECODING_COST: usize = MAX_PICTURE_BODY_BYTES;
 
 /// Most requests whose LoRA files are looked at at a time.
 const MAX_LORA_READERS: usize = 8;
@@ -72,6 +83,17 @@ pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<
         ModelCard::Diffusion(diffusion) if diffusion.medium() != medium => Err(super::wrong_endpoint(diffusion)),
         ModelCard::Diffusion(_) => Ok(card),
     }
+}
+
+/// The options of a body with its images decoded, and the memory of these.
+pub(super) async fn decoded(compute: &Compute, given: Given, mut held: Held) -> Result<(Options, Held), ApiError> {
+    if !given.has_files() {
+        held.shrink_to(0);
+        return Ok((given.options, held));
+    }
+    let _permit = DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?;
+    let decode = move |cancelled: &CancelToken| given.decode(&mut held, cancelled).map(|options| (options, held));
+    compute.run(DECODING_COST, decode).await?
 }
 
 /// The validated request. `settle` makes of the options what the model's card knows, and says where the size was given.

@@ -3,7 +3,6 @@
 mod fields;
 mod stream;
 
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::Json;
@@ -12,13 +11,11 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
-use tale_models::cancel::CancelToken;
+use tale_models::Event;
 use tale_models::diffusion::parameters::PARAMETERS;
 use tale_models::diffusion::{Acceleration, DiffusionRequest, Medium};
 use tale_models::parameter::Task;
 use tale_models::request::{Frame, Usage};
-use tale_models::{Event, ModelCard};
-use tokio::sync::Semaphore;
 
 use self::fields::ImageFields;
 use super::admission::{Admitted, with_place};
@@ -35,12 +32,6 @@ use crate::parameters::{self, EffectiveParameters};
 
 pub use fields::MAX_IMAGES;
 pub(super) use fields::OWN;
-
-/// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
-const MAX_DECODING: usize = 4;
-static DECODING: Semaphore = Semaphore::const_new(MAX_DECODING);
-/// What decoding counts for among work that computes: it is long, however short a file is.
-const DECODING_COST: usize = body::MAX_PICTURE_BODY_BYTES;
 
 /// The answer: OpenAI's fields, and the effective parameters beside them.
 #[derive(Debug, Serialize)]
@@ -102,7 +93,8 @@ async fn make(
     let fields = ImageFields::new(&given.options)?;
     let ImageFields { model, n, is_stream, encoding } = fields;
     let card = diffusion::card(state, &model, Medium::Image)?;
-    let (request, held) = resolve(state.compute(), given, held, card).await?;
+    let (options, held) = diffusion::decoded(state.compute(), given, held).await?;
+    let request = diffusion::resolve(state.compute(), options, card, SizeField::take).await?;
     let parameters = EffectiveParameters::new(&model, &request);
     if is_stream {
         let session = admitted.submit(&model, tale_models::Request::Diffusion(request.clone()))?;
@@ -142,23 +134,6 @@ fn num_reference_images(request: &DiffusionRequest) -> Option<usize> {
 /// Predictions that an acceleration, where one was asked for, took from ones before them.
 fn skipped_passes(request: &DiffusionRequest, usage: Usage) -> Option<usize> {
     (request.acceleration != Acceleration::None).then_some(usage.skipped_passes)
-}
-
-/// The validated request, its images decoded and resized.
-async fn resolve(
-    compute: &Compute,
-    given: Given,
-    mut held: Held,
-    card: Arc<ModelCard>,
-) -> Result<(DiffusionRequest, Held), ApiError> {
-    if !given.has_files() {
-        held.shrink_to(0);
-        return Ok((diffusion::resolve(compute, given.options, card, SizeField::take).await?, held));
-    }
-    let _permit = DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?;
-    let decode = move |cancelled: &CancelToken| given.decode(&mut held, cancelled).map(|options| (options, held));
-    let (options, held) = compute.run(DECODING_COST, decode).await??;
-    Ok((diffusion::resolve(compute, options, card, SizeField::take).await?, held))
 }
 
 /// The picture of a session, once it is whole, and what it did not need.

@@ -9,12 +9,14 @@ use axum::http::{HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport};
-use tale_models::diffusion::parameters::{FPS, NUM_FRAMES, PARAMETERS};
+use tale_models::diffusion::parameters::{FPS, INPUT_REFERENCE, NUM_FRAMES, PARAMETERS};
 use tale_models::diffusion::{Canvas, DiffusionRequest, Medium};
 use tale_models::parameter::{Declaration, Options, Parameter, Task};
 use tale_models::{DiffusionCard, ModelCard};
 
 use super::admission::{Admitted, with_place};
+use super::body::memory::Held;
+use super::body::value::Value;
 use super::body::{self, Format};
 use super::diffusion::{self, MODEL, SIZE, SizeField};
 use super::error::ApiError;
@@ -35,6 +37,8 @@ mod content;
 
 pub(super) use content::{CONTENT_QUERY, content};
 
+/// Another name of `input_reference`.
+const IMAGE_ALIAS: &str = "image";
 /// Jobs of a page when the client does not say.
 const DEFAULT_PAGE: usize = 20;
 /// Most jobs of a page.
@@ -201,17 +205,31 @@ fn answer(job: &Job) -> Response {
 
 /// `POST /v1/videos`.
 pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
-    let received = body::receive(&state, request, Format::JsonOrForm, body::MAX_BODY_BYTES).await?;
+    let received = body::receive(&state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
     let room_of = |name: &str| room_in(&PARAMETERS, name);
-    let read = |body| super::parameters::read(body, OWN, Task::Video);
+    let read = |body| super::parameters::read(with_input_reference(body)?, OWN, Task::Video);
     with_place(&state, received.client, async |admitted| {
-        let (given, _held) = received.read(state.compute(), room_of, read).await?;
-        order(&state, admitted, given.options).await
+        let (given, held) = received.read(state.compute(), room_of, read).await?;
+        let (options, held) = diffusion::decoded(state.compute(), given, held).await?;
+        order(&state, admitted, options, held).await
     })
     .await
 }
 
-async fn order(state: &AppState, admitted: &Admitted, options: Options) -> Result<Response, ApiError> {
+/// A body whose `image` is called `input_reference`: both names mean the picture that a video begins with.
+fn with_input_reference(body: Value) -> Result<Value, ApiError> {
+    let name = INPUT_REFERENCE.declaration.name;
+    let mut fields = body.into_object()?;
+    if let Some(image) = fields.remove(IMAGE_ALIAS)
+        && fields.insert(name.to_owned(), image).is_some()
+    {
+        return Err(ApiError::field(IMAGE_ALIAS, format!("is another name of {name}; give one of them")));
+    }
+    Ok(Value::Object(fields))
+}
+
+/// `held` is the memory of the pictures, for as long as the video is made.
+async fn order(state: &AppState, admitted: &Admitted, options: Options, held: Held) -> Result<Response, ApiError> {
     let model = options.get(&MODEL).unwrap_or_default();
     let card = diffusion::card(state, &model, Medium::Video)?;
     let format = options.get(&OUTPUT_FORMAT);
@@ -221,11 +239,15 @@ async fn order(state: &AppState, admitted: &Admitted, options: Options) -> Resul
     check_disk(outputs.clone()).await?;
     let order = tale_models::Request::Diffusion(request.clone());
     let session = admitted.submit_if(&model, order, while_disk(outputs))?;
-    let job = Job::new(admitted.client(), model, request, format);
+    let job = Job::new(admitted.client(), model, request.without_pictures(), format);
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
-    tokio::spawn(drive(job, session, outputs.clone(), state.jobs().clone()));
+    let driven = drive(job, session, outputs.clone(), state.jobs().clone());
+    tokio::spawn(async move {
+        driven.await;
+        drop(held);
+    });
     Ok(response)
 }
 
