@@ -95,7 +95,7 @@ fn lists_made_of_little_are_bounded() {
     check_bound("{{ ([1] * 100000000) | map('string') | length }}", BYTES);
     check_bound("{{ ([1] * 100000000).count(1) }}", BYTES);
     check_bound("{{ ([1] * 100000000) | batch(1) | length }}", BYTES);
-    check_bound("{% set x = [1] %}{{ 2 in x * 100000000 }}", FUEL);
+    check_bound("{% set x = [1] %}{{ 2 in x * 100000000 }}", BYTES);
     check_bound("{{ (range(100000) | list) | unique | length }}", BYTES);
     check_bound(
         "{% set ns = namespace(s=[1]) %}{% for i in range(64) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",

@@ -17,6 +17,8 @@ pub(super) struct Draft<'a> {
     /// How many sequences each client has among those two.
     held: Vec<(ClientId, usize)>,
     preempted: Vec<SessionId>,
+    /// Whose those are.
+    gave: Vec<ClientId>,
     admitted: Vec<ClientId>,
     chunks: Vec<Chunk>,
     /// Tokens that still fit the step.
@@ -33,6 +35,7 @@ impl<'a> Draft<'a> {
             starting: Vec::new(),
             held: Vec::new(),
             preempted: Vec::new(),
+            gave: Vec::new(),
             admitted: Vec::new(),
             chunks: Vec::with_capacity(batcher.running.len()),
             budget: batcher.limits.max_batch_tokens,
@@ -91,6 +94,7 @@ impl<'a> Draft<'a> {
         self.free += sequence.table.blocks().len();
         *self.held_mut(sequence.client) -= 1;
         self.preempted.push(sequence.session);
+        self.gave.push(sequence.client);
     }
 
     /// Starts sequences of clients that run fewer than others, before prompts of those others are read on.
@@ -99,7 +103,8 @@ impl<'a> Draft<'a> {
         while let Some((client, sequence)) = turns.peek() {
             let held = self.held(client);
             let most = self.held.iter().map(|(_, held)| *held).max().unwrap_or(0);
-            if held >= most || self.spare_tokens() == 0 {
+            // What a client has given back goes before whatever of it waits.
+            if held >= most || self.spare_tokens() == 0 || self.gave.contains(&client) {
                 return;
             }
             if !self.fits(sequence) && (held >= entitled || !self.make_room_for(sequence, held)) {
