@@ -269,10 +269,10 @@ fn parts_that_do_not_fit_are_refused_by_name() {
         ("transformer/config.json", "axes_dims_rope", json!([4, 4, 4]), "axes_dims_rope"),
         ("transformer/config.json", "in_channels", json!(384), "in_channels / 4 is 96"),
         ("transformer/config.json", "out_channels", json!(32), "not text-to-image"),
-        ("transformer/config.json", "num_layers", json!(1u64 << 60), "size over"),
+        ("transformer/config.json", "num_layers", json!(1u64 << 60), "num_layers: is"),
         ("vae/config.json", "act_fn", json!("mish"), "act_fn"),
         ("vae/config.json", "norm_num_groups", json!(7), "norm_num_groups"),
-        ("text_encoder/config.json", "num_attention_heads", json!(0), "0 heads"),
+        ("text_encoder/config.json", "num_attention_heads", json!(0), "num_attention_heads: is 0"),
         ("text_encoder/config.json", "hidden_act", json!("relu"), "relu"),
         ("scheduler/scheduler_config.json", "use_karras_sigmas", json!(true), "use_karras_sigmas"),
     ] {
