@@ -2,7 +2,7 @@
 //! the field.
 //!
 //! Owns: parsing, and holding fields against their bounds ([`bounds`]). Does not know: how files are opened
-//! ([`files`](crate::files)), what any field means.
+//! ([`files`]), what any field means.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};

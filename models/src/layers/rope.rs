@@ -43,7 +43,7 @@ pub struct RopeFields {
 }
 
 impl Bounded for RopeFields {
-    /// Which numbers count depends on the type: see [`Source::check_ranges`].
+    /// Which numbers count depends on the type: see `Source::check_ranges`.
     const BOUNDS: &'static [Bound] = &[];
 }
 
