@@ -60,7 +60,20 @@ def chosen(names: Sequence[str], is_long: bool) -> list[Attack]:
 
 
 def perform(run: Run, attack: Attack) -> str | None:
-    """Returns why the attack could not run, if it could not."""
+    """Returns why the attack could not run, if it could not. In the short form, which runs on busy machines, an attack with a
+    figure over its bound is made once more, and its second figures count."""
+    first = len(run.checks)
+    reason = perform_once(run, attack)
+    if run.is_long or all(check.ok is not False for check in run.checks[first:]):
+        return reason
+    for check in run.checks[first:]:
+        if check.ok is False:
+            print(f"# again: {check.attack}: {check.what}: {check.figure}, bound {check.bound}", file=sys.stderr)
+    del run.checks[first:]
+    return perform_once(run, attack)
+
+
+def perform_once(run: Run, attack: Attack) -> str | None:
     run.attack = attack.full_name
     begun = time.monotonic()
     try:
