@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use tale_models::cancel::CancelToken;
+use tale_models::chat_template::threads::{STACK_BYTES, render_on_this_thread};
 use tokio::sync::oneshot;
 
 /// Work on so many bytes is done at once where it is asked for: the way to another thread takes longer.
@@ -73,7 +74,11 @@ impl Compute {
         let compute = Self(Arc::new(Owner(shared.clone())));
         for _ in 0..threads {
             let shared = shared.clone();
-            std::thread::Builder::new().name("tale-compute".into()).spawn(move || shared.work())?;
+            let thread = std::thread::Builder::new().name("tale-compute".into()).stack_size(STACK_BYTES);
+            thread.spawn(move || {
+                render_on_this_thread();
+                shared.work();
+            })?;
         }
         Ok(compute)
     }

@@ -31,7 +31,7 @@ mod operators;
 mod program;
 mod python;
 mod sequences;
-mod threads;
+pub mod threads;
 mod weight;
 
 use program::Program;

@@ -3,6 +3,7 @@
 //! Owns: their stacks, their reuse, and what happens to work that does not end in time. Deliberately does not know:
 //! templates.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
@@ -10,11 +11,22 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Bytes of stack. What is compiled and rendered is bounded in depth so that a fraction of it is used.
-const STACK_BYTES: usize = 32 << 20;
+pub const STACK_BYTES: usize = 32 << 20;
 /// Threads that wait for the next piece of work. Others end with theirs.
 const MAX_IDLE: usize = 4;
 /// Pieces of work of one owner that may be over their time at once; before they have ended it gets no further threads.
 pub(super) const MAX_OVERDUE: usize = 2;
+
+thread_local! {
+    static RENDERS_HERE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on templates are rendered on this thread where it asks for it: the way to another one takes longer than most
+/// renderings. Whoever started it gave it [`STACK_BYTES`]. A rendering then ends by its own deadline alone, which bounds
+/// all that a template does which was rendered in time when it was loaded.
+pub fn render_on_this_thread() {
+    RENDERS_HERE.set(true);
+}
 
 type Work = Box<dyn FnOnce() + Send>;
 
@@ -43,7 +55,8 @@ pub(super) enum Failure {
 pub(super) struct Overdue(Arc<AtomicUsize>);
 
 impl Overdue {
-    /// Does `work` on another thread and waits at most `time` for it.
+    /// Does `work` on a thread with a deep stack: this one, if it renders itself, else another one, for which it waits at most
+    /// `time`.
     pub(super) fn run<T: Send + 'static>(
         &self,
         time: Duration,
@@ -51,6 +64,9 @@ impl Overdue {
     ) -> Result<T, Failure> {
         if self.0.load(Relaxed) >= MAX_OVERDUE {
             return Err(Failure::Refused);
+        }
+        if RENDERS_HERE.get() {
+            return catch_unwind(AssertUnwindSafe(work)).map_err(|_| Failure::Panicked);
         }
         let (result, receiver) = sync_channel(1);
         let (late, is_late) = (self.0.clone(), Arc::new(AtomicUsize::new(0)));
@@ -117,6 +133,20 @@ mod tests {
     use super::*;
 
     const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_thread_that_renders_itself_hands_nothing_over() {
+        let rendering = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(|| {
+            render_on_this_thread();
+            let overdue = Overdue::default();
+            let own = std::thread::current().id();
+            assert_eq!(overdue.run(LONG, || std::thread::current().id()), Ok(own));
+            assert_eq!(overdue.run(LONG, || -> u8 { panic!("on purpose") }), Err(Failure::Panicked));
+        });
+        rendering.expect("starts").join().expect("holds");
+        let own = std::thread::current().id();
+        assert_ne!(Overdue::default().run(LONG, || std::thread::current().id()), Ok(own));
+    }
 
     #[test]
     fn work_has_a_deep_stack_and_its_panics_are_failures() {
