@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tale_models::ModelCard;
 use tale_models::cancel::CancelToken;
-use tale_models::diffusion::parameters::{HEIGHT, LORAS, PARAMETERS, WIDTH};
+use tale_models::diffusion::parameters::{HEIGHT, LORAS, WIDTH};
 use tale_models::diffusion::{DiffusionRequest, Medium};
-use tale_models::parameter::{Declaration, Options, Parameter, Value};
+use tale_models::parameter::{Options, Parameter};
 use tokio::sync::Semaphore;
 
 use super::AppState;
@@ -14,7 +14,7 @@ use super::body::MAX_PICTURE_BODY_BYTES;
 use super::body::memory::Held;
 use super::error::ApiError;
 use super::files::FileWork;
-use super::parameters::Given;
+use super::parameters::{Given, image_bytes};
 use crate::compute::Compute;
 
 /// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
@@ -115,15 +115,4 @@ pub(super) async fn resolve(
         false => compute.run_sized(num_bytes, move |_| resolve()).await?,
     };
     resolved.map_err(|error| size.rename(error))
-}
-
-/// Bytes of the images that a request brings.
-pub(super) fn image_bytes(options: &Options) -> usize {
-    let bytes = |declaration: &&Declaration| match options.value(declaration) {
-        Some(Value::Image(image)) => image.rgb.len(),
-        Some(Value::Images(images)) => images.iter().map(|image| image.rgb.len()).sum(),
-        Some(Value::Mask(mask)) => mask.grey.len(),
-        _ => 0,
-    };
-    PARAMETERS.iter().map(bytes).sum()
 }

@@ -7,13 +7,12 @@ use serde::Deserialize;
 use tale_models::cancel::CancelToken;
 use tale_models::diffusion::parameters::PARAMETERS;
 use tale_models::lora::library::MAX_LORAS;
-use tale_models::parameter::{Declaration, IMAGES, Kind, Options, Task};
+use tale_models::parameter::{self, Declaration, IMAGES, Kind, Options, Task};
 
 use super::body::memory::Held;
 use super::body::of_field;
 use super::body::upload::{OneOrMany, Upload};
 use super::body::value::{Object, Room, Value};
-use super::diffusion::image_bytes;
 use super::error::ApiError;
 use super::openai;
 use crate::parameters::{is_image, set_images};
@@ -122,6 +121,17 @@ impl Given {
         held.shrink_to(image_bytes(&options));
         Ok(options)
     }
+}
+
+/// Bytes of the images that a request brings.
+pub(super) fn image_bytes(options: &Options) -> usize {
+    let bytes = |declaration: &&Declaration| match options.value(declaration) {
+        Some(parameter::Value::Image(image)) => image.rgb.len(),
+        Some(parameter::Value::Images(images)) => images.iter().map(|image| image.rgb.len()).sum(),
+        Some(parameter::Value::Mask(mask)) => mask.grey.len(),
+        _ => 0,
+    };
+    PARAMETERS.iter().map(bytes).sum()
 }
 
 fn check_count(declaration: &Declaration, count: usize) -> Result<(), ApiError> {

@@ -35,8 +35,7 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use adapting::Layers;
-use batcher::{Batcher, Load, MendKey, StepKey};
+use batcher::{Batcher, Layers, Load, MendKey, StepKey};
 use block_cache::BlockCache;
 use course::Expert;
 use mending::Wide;

@@ -4,30 +4,14 @@
 //! same ones wait together. Owns: who waits for which set, and who holds it. Does not know: files and layers
 //! ([`crate::lora::adapters`]).
 
-use std::sync::Arc;
-
-use super::batcher::{Load, MendKey};
+use super::batcher::{Layers, Load};
 use super::model::DiffusionModel;
 use super::session::Session;
 use super::{DiffusionRunner, MEMBERS_EXIST, Outcome};
 use crate::checkpoint::STEP_BYTES;
 use crate::error::Result;
-use crate::lora::{AdapterSet, Adapters, LoraKey, Making};
+use crate::lora::{Adapters, LoraKey, Making};
 use crate::request::{Event, Events, Phase, SessionId};
-
-/// Whose layers a set of terms is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layers {
-    /// Those of the model itself.
-    Own,
-    /// Those of text encoders that come and go.
-    OfLentEncoders,
-    /// Those of networks in f32.
-    InF32(MendKey),
-}
-
-/// The sets that a session holds.
-pub(super) type Held = Vec<(Layers, Arc<AdapterSet>)>;
 
 impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The terms that a session's next step needs and that it does not hold yet.

@@ -5,7 +5,6 @@
 //! done. So among n sessions of one client nobody waits for more than n - 1 steps between two of its own, whatever the
 //! others are doing, and a client with one session leads every second step beside a client with many.
 
-use super::adapting::Layers;
 use super::course::Expert;
 use super::inputs::{Inputs, distinct};
 use super::passes::PassId;
@@ -40,6 +39,17 @@ pub enum Load {
     InF32(MendKey),
     /// What these requests add to layers.
     Adapters(Layers, LoraKey),
+}
+
+/// Whose layers a set of terms is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layers {
+    /// Those of the model itself.
+    Own,
+    /// Those of text encoders that come and go.
+    OfLentEncoders,
+    /// Those of networks in f32.
+    InF32(MendKey),
 }
 
 /// Whose work is done once more in f32, and which.

@@ -3,7 +3,7 @@
 //! Owns: whose inputs a pass takes, on which model it is computed, what becomes of its members. Does not know: what is
 //! encoded.
 
-use super::adapting::Layers;
+use super::batcher::Layers;
 use super::inputs::{Pass, distinct};
 use super::model::DiffusionModel;
 use super::on_demand::OnDemand;

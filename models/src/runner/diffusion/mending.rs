@@ -4,8 +4,7 @@
 //! of their own, and its part of the work is done again with them. Owns: those networks, for as long as a session waits
 //! for them or works with them. Does not know: how a network is read in f32 (`retry`).
 
-use super::adapting::Layers;
-use super::batcher::MendKey;
+use super::batcher::{Layers, MendKey};
 use super::block_cache::BlockCache;
 use super::loading::Coming;
 use super::model::DiffusionModel;

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::adapting::{Held, Layers};
-use super::batcher::{MendKey, ShapeKey, StepKey, canvas_key};
+use super::batcher::{Layers, MendKey, ShapeKey, StepKey, canvas_key};
 use super::course::{Expert, FIRST_EXPERT};
 use super::denoising::{Advanced, Denoising};
 use super::inputs::Inputs;
@@ -17,8 +16,11 @@ use super::model::DiffusionModel;
 use super::passes::{Finished, PassId};
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
-use crate::lora::LoraKey;
+use crate::lora::{AdapterSet, LoraKey};
 use crate::request::{ClientId, Phase, SessionId};
+
+/// The sets of terms that a session holds.
+pub(super) type Held = Vec<(Layers, Arc<AdapterSet>)>;
 
 pub(super) struct Session<M: DiffusionModel> {
     pub(super) client: ClientId,
