@@ -215,9 +215,10 @@ def free_port(host: str) -> int:
 
 
 def limit_to(limits: dict[int, int]) -> Callable[[], None]:
-    """For the child, before it becomes another program."""
+    """For the child, before it becomes another program. A hangup that is ignored here, as under nohup, is not ignored there."""
 
     def limit() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for what, value in limits.items():
             resource.setrlimit(what, (value, value))
 
