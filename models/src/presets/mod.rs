@@ -19,106 +19,101 @@ use crate::tokenizer::bytes::{self, Around};
 pub struct Preset {
     /// As people ask for it.
     pub name: &'static str,
-    /// Path below the checkpoint folder and contents.
-    files: &'static [(&'static str, &'static str)],
+    /// In groups, some of which several presets have.
+    files: &'static [&'static [File]],
     /// Folders of tokenizers; the empty one is the checkpoint folder itself.
     tokenizers: &'static [&'static str],
 }
 
+/// A path below the checkpoint folder, and what is there.
+type File = (&'static str, &'static str);
+
+/// What both models of FLUX.1 have.
+const FLUX: &[File] = &[
+    ("model_index.json", include_str!("flux-index.json")),
+    ("text_encoder/config.json", include_str!("clip-l.json")),
+    ("text_encoder_2/config.json", include_str!("t5-xxl.json")),
+    ("vae/config.json", include_str!("flux-vae.json")),
+];
+/// What all models of Wan2.1 have.
+const WAN: &[File] = &[
+    ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
+    ("text_encoder/config.json", include_str!("umt5-xxl.json")),
+    ("vae/config.json", include_str!("wan-vae.json")),
+];
+/// What those of them have besides that make videos from text.
+const WAN_OF_TEXT: &[File] = &[("model_index.json", include_str!("wan-index.json"))];
+/// What those of them have besides that make videos from pictures.
+const WAN_OF_PICTURES: &[File] = &[
+    ("model_index.json", include_str!("wan-i2v-index.json")),
+    ("image_encoder/config.json", include_str!("clip-vit-h.json")),
+    ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
+];
+
 /// All presets of this build.
 pub const PRESETS: &[Preset] = &[
-    language_model("llama-3.1-8b", &[("config.json", include_str!("llama-3.1-8b.json"))]),
-    language_model("llama-3.1-70b", &[("config.json", include_str!("llama-3.1-70b.json"))]),
-    language_model("qwen2.5-7b", &[("config.json", include_str!("qwen2.5-7b.json"))]),
-    language_model("qwen2.5-72b", &[("config.json", include_str!("qwen2.5-72b.json"))]),
-    language_model("tinyllama-1.1b", &[("config.json", include_str!("tinyllama-1.1b.json"))]),
+    language_model("llama-3.1-8b", &[&[("config.json", include_str!("llama-3.1-8b.json"))]]),
+    language_model("llama-3.1-70b", &[&[("config.json", include_str!("llama-3.1-70b.json"))]]),
+    language_model("qwen2.5-7b", &[&[("config.json", include_str!("qwen2.5-7b.json"))]]),
+    language_model("qwen2.5-72b", &[&[("config.json", include_str!("qwen2.5-72b.json"))]]),
+    language_model("tinyllama-1.1b", &[&[("config.json", include_str!("tinyllama-1.1b.json"))]]),
     Preset {
         name: "flux.1-dev",
         files: &[
-            ("model_index.json", include_str!("flux-index.json")),
-            ("transformer/config.json", include_str!("flux.1-dev.json")),
-            ("scheduler/scheduler_config.json", include_str!("flux.1-dev-scheduler.json")),
-            ("text_encoder/config.json", include_str!("clip-l.json")),
-            ("text_encoder_2/config.json", include_str!("t5-xxl.json")),
-            ("vae/config.json", include_str!("flux-vae.json")),
+            FLUX,
+            &[
+                ("transformer/config.json", include_str!("flux.1-dev.json")),
+                ("scheduler/scheduler_config.json", include_str!("flux.1-dev-scheduler.json")),
+            ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
     },
     Preset {
         name: "flux.1-schnell",
         files: &[
-            ("model_index.json", include_str!("flux-index.json")),
-            ("transformer/config.json", include_str!("flux.1-schnell.json")),
-            ("scheduler/scheduler_config.json", include_str!("flux.1-schnell-scheduler.json")),
-            ("text_encoder/config.json", include_str!("clip-l.json")),
-            ("text_encoder_2/config.json", include_str!("t5-xxl.json")),
-            ("vae/config.json", include_str!("flux-vae.json")),
+            FLUX,
+            &[
+                ("transformer/config.json", include_str!("flux.1-schnell.json")),
+                ("scheduler/scheduler_config.json", include_str!("flux.1-schnell-scheduler.json")),
+            ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
     },
     Preset {
         name: "sdxl",
-        files: &[
+        files: &[&[
             ("model_index.json", include_str!("sdxl-index.json")),
             ("unet/config.json", include_str!("sdxl.json")),
             ("scheduler/scheduler_config.json", include_str!("sdxl-scheduler.json")),
             ("text_encoder/config.json", include_str!("sdxl-clip-l.json")),
             ("text_encoder_2/config.json", include_str!("clip-bigg.json")),
             ("vae/config.json", include_str!("sdxl-vae.json")),
-        ],
+        ]],
         tokenizers: &["tokenizer", "tokenizer_2"],
     },
     Preset {
         name: "wan2.1-t2v-1.3b",
-        files: &[
-            ("model_index.json", include_str!("wan-index.json")),
-            ("transformer/config.json", include_str!("wan2.1-t2v-1.3b.json")),
-            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
-            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
-            ("vae/config.json", include_str!("wan-vae.json")),
-        ],
+        files: &[WAN, WAN_OF_TEXT, &[("transformer/config.json", include_str!("wan2.1-t2v-1.3b.json"))]],
         tokenizers: &["tokenizer"],
     },
     Preset {
         name: "wan2.1-t2v-14b",
-        files: &[
-            ("model_index.json", include_str!("wan-index.json")),
-            ("transformer/config.json", include_str!("wan2.1-t2v-14b.json")),
-            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
-            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
-            ("vae/config.json", include_str!("wan-vae.json")),
-        ],
+        files: &[WAN, WAN_OF_TEXT, &[("transformer/config.json", include_str!("wan2.1-t2v-14b.json"))]],
         tokenizers: &["tokenizer"],
     },
     Preset {
         name: "wan2.1-i2v-14b",
-        files: &[
-            ("model_index.json", include_str!("wan-i2v-index.json")),
-            ("transformer/config.json", include_str!("wan2.1-i2v-14b.json")),
-            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
-            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
-            ("image_encoder/config.json", include_str!("clip-vit-h.json")),
-            ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
-            ("vae/config.json", include_str!("wan-vae.json")),
-        ],
+        files: &[WAN, WAN_OF_PICTURES, &[("transformer/config.json", include_str!("wan2.1-i2v-14b.json"))]],
         tokenizers: &["tokenizer"],
     },
     Preset {
         name: "wan2.1-flf2v-14b",
-        files: &[
-            ("model_index.json", include_str!("wan-i2v-index.json")),
-            ("transformer/config.json", include_str!("wan2.1-flf2v-14b.json")),
-            ("scheduler/scheduler_config.json", include_str!("wan-scheduler.json")),
-            ("text_encoder/config.json", include_str!("umt5-xxl.json")),
-            ("image_encoder/config.json", include_str!("clip-vit-h.json")),
-            ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
-            ("vae/config.json", include_str!("wan-vae.json")),
-        ],
+        files: &[WAN, WAN_OF_PICTURES, &[("transformer/config.json", include_str!("wan2.1-flf2v-14b.json"))]],
         tokenizers: &["tokenizer"],
     },
 ];
 
-const fn language_model(name: &'static str, files: &'static [(&'static str, &'static str)]) -> Preset {
+const fn language_model(name: &'static str, files: &'static [&'static [File]]) -> Preset {
     Preset { name, files, tokenizers: &[""] }
 }
 
@@ -146,7 +141,7 @@ impl Configurations {
     /// Of a preset.
     pub fn of_preset(preset: &Preset) -> Result<Self> {
         let folder = Self::empty()?;
-        for (name, text) in preset.files {
+        for (name, text) in preset.files.iter().copied().flatten() {
             folder.write(name, text)?;
         }
         for tokenizer in preset.tokenizers {

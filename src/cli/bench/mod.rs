@@ -8,11 +8,13 @@ use std::fmt::Display;
 use std::io::{Write, stdout};
 
 use clap::{Args, Subcommand};
+use tale_models::device::{DeviceSpec, WeightDtype};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::logs::{self, Libraries};
 use super::{CliError, threads};
-use crate::config::LogFormat;
+use crate::config::{ByteSize, LogFormat};
+use crate::engine::EngineOptions;
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
@@ -28,6 +30,34 @@ enum What {
     Kernels(kernels::KernelArgs),
     /// How long a token stream waits beside an image and a video on one device
     ServeMix(serve_mix::ServeMixArgs),
+}
+
+/// Where a bench runs a model.
+#[derive(Debug, Args)]
+struct DeviceArgs {
+    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    device: DeviceSpec,
+
+    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    dtype: WeightDtype,
+
+    /// Memory that the bench may take, such as 24GiB [default: most of what the device has]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+}
+
+impl DeviceArgs {
+    /// An engine there.
+    fn engine_options(&self) -> EngineOptions {
+        EngineOptions {
+            device: self.device,
+            weight_dtype: self.dtype,
+            memory_bytes: self.memory.map(|size| size.0),
+            ..EngineOptions::default()
+        }
+    }
 }
 
 pub fn run(args: BenchArgs) -> Result<(), CliError> {

@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use tale_models::checkpoint::LoadFormat;
-use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::diffusion::parameters::{HEIGHT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH};
 use tale_models::family::TextEncoders;
 use tale_models::parameter::Options;
@@ -19,10 +18,9 @@ use tale_models::presets::{Configurations, Preset};
 use tale_models::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
 use tale_models::{ClientId, Event, ModelCard, ModelSource, Request};
 
-use super::print_line;
 use super::step::parse_preset;
+use super::{DeviceArgs, print_line};
 use crate::cli::{CliError, progress};
-use crate::config::ByteSize;
 use crate::engine::{Engine, EngineOptions, ModelSpec, Session};
 
 /// Tokens of the stream's prompt.
@@ -50,17 +48,8 @@ pub struct ServeMixArgs {
     #[arg(long, value_name = "N")]
     layers: Option<NonZeroUsize>,
 
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
-    #[arg(long, value_name = "NAME", default_value = "cpu")]
-    device: DeviceSpec,
-
-    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
-    #[arg(long, value_name = "DTYPE", default_value = "auto")]
-    dtype: WeightDtype,
-
-    /// Memory that models and requests may take, such as 24GiB [default: most of what the device has]
-    #[arg(long, value_name = "SIZE")]
-    memory: Option<ByteSize>,
+    #[command(flatten)]
+    place: DeviceArgs,
 
     /// Pixels on each side of images and videos [default: the models' own]
     #[arg(long, value_name = "N")]
@@ -119,13 +108,7 @@ impl Mix {
             name: (*name).to_owned(),
             source: ModelSource::from(folder.path()),
         });
-        let mut options = EngineOptions {
-            device: args.device,
-            weight_dtype: args.dtype,
-            memory_bytes: args.memory.map(|size| size.0),
-            text_encoders: Some(text_encoders),
-            ..EngineOptions::default()
-        };
+        let mut options = EngineOptions { text_encoders: Some(text_encoders), ..args.place.engine_options() };
         options.load.load_format = LoadFormat::Dummy;
         let bar = progress::loading();
         let told = bar.clone();

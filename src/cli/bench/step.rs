@@ -8,13 +8,13 @@ use clap::Args;
 use serde::Serialize;
 use tale_models::bench::step::{Bound, LoadedBench, MeasuredStep, StepBench, StepOptions};
 use tale_models::checkpoint::LoadFormat;
-use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::device::Placement;
 use tale_models::presets::{Configurations, PRESETS, Preset};
 
-use super::{flops_unit, print_line, roofs_in_words};
+use super::{DeviceArgs, flops_unit, print_line, roofs_in_words};
 use crate::cli::{CliError, progress};
 use crate::config::ByteSize;
-use crate::engine::{self, EngineOptions};
+use crate::engine;
 
 #[derive(Debug, Args)]
 pub struct StepArgs {
@@ -26,17 +26,8 @@ pub struct StepArgs {
     #[arg(long, value_name = "FORMAT")]
     load_format: Option<LoadFormat>,
 
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
-    #[arg(long, value_name = "NAME", default_value = "cpu")]
-    device: DeviceSpec,
-
-    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
-    #[arg(long, value_name = "DTYPE", default_value = "auto")]
-    dtype: WeightDtype,
-
-    /// Memory that the bench may take, such as 24GiB [default: most of what the device has]
-    #[arg(long, value_name = "SIZE")]
-    memory: Option<ByteSize>,
+    #[command(flatten)]
+    place: DeviceArgs,
 
     /// Keep at most N layers of each kind in each network; random weights only
     #[arg(long, value_name = "N")]
@@ -101,11 +92,10 @@ pub fn run(args: &StepArgs) -> Result<(), CliError> {
     // Also what is read only: the folder must live until the model is loaded.
     let folder = configurations(args, format)?;
     let path = folder.as_ref().map_or_else(|| args.model.model.clone().unwrap_or_default(), |f| f.path().to_owned());
-    let plan = StepBench::plan(&path, args.device, args.dtype, &args.options(format))?;
-    let placement = Placement::open(args.device, args.dtype)?;
-    let engine =
-        EngineOptions { device: args.device, memory_bytes: args.memory.map(|size| size.0), ..EngineOptions::default() };
-    let free_bytes = engine::capacity_bytes(&engine, placement.memory()?)?;
+    let DeviceArgs { device, dtype, .. } = args.place;
+    let plan = StepBench::plan(&path, device, dtype, &args.options(format))?;
+    let placement = Placement::open(device, dtype)?;
+    let free_bytes = engine::capacity_bytes(&args.place.engine_options(), placement.memory()?)?;
     let bar = progress::loading();
     bar.set_message(args.model_name());
     let loaded = plan.load(&placement, free_bytes);
@@ -227,8 +217,8 @@ impl Context {
         Self {
             model: args.model_name(),
             family: loaded.plan.family,
-            device: args.device.to_string(),
-            dtype: args.dtype.to_string(),
+            device: args.place.device.to_string(),
+            dtype: args.place.dtype.to_string(),
             max_layers: args.layers,
             load: Load {
                 seconds: loaded.load_seconds,
