@@ -85,6 +85,15 @@ B_RUNS = [
 ]
 
 
+TRANSFORMER_WEIGHTS = [
+    ("scale_shift_table", lambda p, g: normal(p, g, 0.4)),
+    # The prompt enters by cross-attention alone, and among many padding rows.
+    ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.5 / p.shape[1] ** 0.5)),
+    ("attn2.to_out.0.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
+    ("time_proj.weight", lambda p, g: normal(p, g, 0.7 / p.shape[1] ** 0.5)),
+]
+
+
 def make() -> None:
     quiet()
     make_case("wan-a", parts_a(), publish_a, A_RUNS)
@@ -230,17 +239,7 @@ def transformer(seed: int, **config):
         rope_max_seq_len=1024,
         **config,
     ).eval()
-    randomise(
-        model,
-        seed,
-        overrides=[
-            ("scale_shift_table", lambda p, g: normal(p, g, 0.4)),
-            # The prompt enters by cross-attention alone, and among many padding rows.
-            ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.5 / p.shape[1] ** 0.5)),
-            ("attn2.to_out.0.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
-            ("time_proj.weight", lambda p, g: normal(p, g, 0.7 / p.shape[1] ** 0.5)),
-        ],
-    )
+    randomise(model, seed, overrides=TRANSFORMER_WEIGHTS)
     generator = torch.Generator().manual_seed(seed)
     outputs = model(
         hidden_states=torch.randn(1, LATENT_CHANNELS, 3, 6, 8, generator=generator),
@@ -306,12 +305,12 @@ def keep_fields(file: Path, names: str) -> None:
     write_json(file, {name: value[name] for name in names.split()})
 
 
-def save(parts: dict, checkpoint: Path, tokenizer_json: bool) -> None:
+def save(parts: dict, checkpoint: Path, tokenizer_json: bool, pipeline=WanPipeline) -> None:
     """`save_pretrained`, with the tokenizer folder as it is published instead of as transformers 5 writes it."""
     folder = checkpoint / "tokenizer"
     folder.mkdir(parents=True)
     tokenizers.install_umt5(folder, tokenizer_json)
-    WanPipeline(**parts, tokenizer=T5TokenizerFast.from_pretrained(folder)).save_pretrained(checkpoint)
+    pipeline(**parts, tokenizer=T5TokenizerFast.from_pretrained(folder)).save_pretrained(checkpoint)
     shutil.rmtree(folder)
     folder.mkdir()
     tokenizers.install_umt5(folder, tokenizer_json)

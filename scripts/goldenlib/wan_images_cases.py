@@ -7,9 +7,8 @@ import numpy
 import torch
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, randomise, require, write_golden
 from .diffusion import (
     ANOTHER_PROMPT,
@@ -26,7 +25,7 @@ from .diffusion import (
     to_u8,
 )
 from .solvers_cases import WAN
-from .wan_cases import LATENT_CHANNELS, check_prompts, umt5, vae
+from .wan_cases import LATENT_CHANNELS, TRANSFORMER_WEIGHTS, check_prompts, save, umt5, vae
 
 # Width and height: wide, high, smaller than what the encoder sees, and larger.
 PICTURES = [(53, 37), (41, 90), (25, 19), (131, 77)]
@@ -107,7 +106,7 @@ def make() -> None:
 def make_case(name: str, parts: dict, runs: list) -> None:
     folder = fresh_case(name)
     checkpoint = folder / "checkpoint"
-    save(parts, checkpoint)
+    publish(parts, checkpoint)
     pipeline = WanImageToVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)
     pictures = [picture(i, size) for i, size in enumerate(PICTURES)]
     tensors = {f"picture{i}": torch.from_numpy(numpy.array(image)) for i, image in enumerate(pictures)}
@@ -243,18 +242,7 @@ def transformer(seed: int, image_dim: int, **config):
         added_kv_proj_dim=config["num_attention_heads"] * config["attention_head_dim"],
         **config,
     ).eval()
-    randomise(
-        model,
-        seed,
-        overrides=[
-            ("scale_shift_table", lambda p, g: normal(p, g, 0.4)),
-            ("pos_embed", lambda p, g: normal(p, g, 0.5)),
-            # The prompt enters by cross-attention alone, and among many padding rows.
-            ("text_embedder.linear_2.weight", lambda p, g: normal(p, g, 2.5 / p.shape[1] ** 0.5)),
-            ("attn2.to_out.0.weight", lambda p, g: normal(p, g, 2.0 / p.shape[1] ** 0.5)),
-            ("time_proj.weight", lambda p, g: normal(p, g, 0.7 / p.shape[1] ** 0.5)),
-        ],
-    )
+    randomise(model, seed, overrides=[*TRANSFORMER_WEIGHTS, ("pos_embed", lambda p, g: normal(p, g, 0.5))])
     generator = torch.Generator().manual_seed(seed)
     tokens = model.config.pos_embed_seq_len or 17
     outputs = model(
@@ -282,18 +270,10 @@ def picture(index: int, size: tuple) -> Image.Image:
 # --- publishing ------------------------------------------------------------------------------------------------------
 
 
-def save(parts: dict, checkpoint: Path) -> None:
+def publish(parts: dict, checkpoint: Path) -> None:
     """As Wan-AI published: the tokenizer from `spiece.model`, sharded text encoder and transformer."""
-    folder = checkpoint / "tokenizer"
-    folder.mkdir(parents=True)
-    tokenizers.install_umt5(folder, False)
-    tokenizer = T5TokenizerFast.from_pretrained(folder)
-    WanImageToVideoPipeline(**parts, tokenizer=tokenizer).save_pretrained(checkpoint)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    tokenizers.install_umt5(folder, False)
-    classes = {"tokenizer": "T5TokenizerFast", "image_processor": "CLIPImageProcessor"}
-    edit_json(checkpoint / "model_index.json", **{part: ["transformers", name] for part, name in classes.items()})
+    save(parts, checkpoint, tokenizer_json=False, pipeline=WanImageToVideoPipeline)
+    edit_json(checkpoint / "model_index.json", image_processor=["transformers", "CLIPImageProcessor"])
     for part in ("text_encoder", "transformer"):
         shutil.rmtree(checkpoint / part)
         parts[part].save_pretrained(checkpoint / part, max_shard_size="110KB")

@@ -103,21 +103,7 @@ fn every_stage_is_that_of_the_reference() {
             if let Some(negative) = branches.get(1) {
                 close("negative_prompt_embeds", &negative.text, 1e-4);
             }
-            let mut generator = TorchGenerator::new(request.sampling.seed);
-            let mut latents = model.initial_latents(&request, &mut generator).unwrap();
-            close("noise", &latents, 0.0);
-            let mut solver = model.course(&request).unwrap().solver;
-            close("timesteps", &row(solver.timesteps()), 0.0);
-
-            for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
-                let predictions = predict(&model, &request, &latents, timestep, &branches);
-                if step == 0 {
-                    close("prediction0", &predictions[0], 1e-4);
-                }
-                let prediction = guided(&predictions, request.guidance.guidance_scale);
-                latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
-                close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
-            }
+            let latents = check_denoising(&format!("{case} run {run}"), &model, &request, &branches, &tensor);
             assert_eq!(decode(&model, &request, &latents).dims()[0], request.canvas.num_frames);
         }
     }
@@ -126,22 +112,65 @@ fn every_stage_is_that_of_the_reference() {
 /// Guidance multiplies what two predictions differ by, step after step.
 const LATENTS_TOLERANCE: f64 = 1e-4;
 
+/// From the noise to the last latents, every step that of the reference. `tensor` is what was recorded of the run.
+pub fn check_denoising<'a>(
+    name: &str,
+    model: &WanModel,
+    request: &DiffusionRequest,
+    branches: &[WanConditioning],
+    tensor: &impl Fn(&str) -> &'a Tensor,
+) -> Tensor {
+    let close = |what: &str, found: &Tensor, tolerance: f64| {
+        assert_close(&format!("{name} {what}"), found, tensor(what), tolerance);
+    };
+    let mut generator = TorchGenerator::new(request.sampling.seed);
+    let mut latents = model.initial_latents(request, &mut generator).unwrap();
+    close("noise", &latents, 0.0);
+    let mut solver = model.course(request).unwrap().solver;
+    close("timesteps", &row(solver.timesteps()), 0.0);
+    for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
+        let predictions = predict(model, request, &latents, timestep, branches);
+        if step == 0 {
+            close("prediction0", &predictions[0], 1e-4);
+        }
+        let prediction = guided(&predictions, request.guidance.guidance_scale);
+        latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
+        close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
+    }
+    latents
+}
+
+/// Every frame of these runs of a case is that of the reference.
+pub fn check_frames(case: &str, model: WanModel, requests: Vec<(usize, DiffusionRequest)>) {
+    let tensors = golden_tensors(case);
+    let mut runner = DiffusionRunner::new(model, 4);
+    for (run, request) in requests {
+        let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
+        let expected = &tensors[&format!("run{run}.frames")];
+        assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
+        for (index, frame) in frames.iter().enumerate() {
+            let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let psnr = psnr(&frame.rgb, &expected);
+            assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
+        }
+    }
+}
+
+/// Two requests of one shape that share steps make what each makes alone.
+pub fn check_together(case: &str, model: WanModel, requests: [DiffusionRequest; 2]) {
+    let mut runner = DiffusionRunner::new(model, 4);
+    let together = make_clips(&mut runner, &requests);
+    let alone = requests.map(|request| make_clips(&mut runner, &[request]).remove(0));
+    assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a clip depends on its company");
+    assert!(alone[0] != alone[1], "{case}: the requests differ");
+}
+
 #[test]
 fn every_frame_is_that_of_the_reference() {
     for case in CASES {
-        let (model, tensors) = (open_model(case), golden_tensors(case));
+        let model = open_model(case);
         let requests = requests(case, model.card());
-        let mut runner = DiffusionRunner::new(model, 4);
-        for (run, request) in requests {
-            let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
-            let expected = &tensors[&format!("run{run}.frames")];
-            assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
-            for (index, frame) in frames.iter().enumerate() {
-                let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-                let psnr = psnr(&frame.rgb, &expected);
-                assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
-            }
-        }
+        check_frames(case, model, requests);
     }
 }
 
@@ -152,11 +181,7 @@ fn clips_made_together_are_those_made_alone() {
         let (_, first) = requests(case, model.card()).remove(0);
         let mut second = first.with_seed(3);
         second.prompt.text = "Another prompt altogether".into();
-        let mut runner = DiffusionRunner::new(model, 4);
-        let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
-        let alone = [first, second].map(|request| make_clips(&mut runner, &[request]).remove(0));
-        assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a clip depends on its company");
-        assert!(alone[0] != alone[1], "{case}: the prompt and the seed matter");
+        check_together(case, model, [first, second]);
     }
 }
 
@@ -264,7 +289,7 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
 }
 
-pub fn predict(
+fn predict(
     model: &WanModel,
     request: &DiffusionRequest,
     latents: &Tensor,
@@ -276,7 +301,7 @@ pub fn predict(
 }
 
 /// Classifier-free guidance, when there is a negative branch.
-pub fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
+fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
     match predictions {
         [positive, negative] => {
             let step = || -> candle_core::Result<Tensor> { negative + ((positive - negative)? * guidance_scale)? };
@@ -295,7 +320,7 @@ fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Ten
 }
 
 /// Runs all requests to their end; the frames of each, in order.
-pub fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
+fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
     for (index, request) in requests.iter().enumerate() {
         runner.submit(SessionId(index as u64), Request::Diffusion(request.clone())).expect("is accepted");
     }
@@ -315,7 +340,7 @@ pub fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionR
     clips
 }
 
-pub fn row(values: &[f64]) -> Tensor {
+fn row(values: &[f64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
     Tensor::new(values, &candle_core::Device::Cpu).expect("values make a row")
 }

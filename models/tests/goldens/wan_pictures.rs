@@ -14,12 +14,11 @@ use tale_models::family::LoadOptions;
 use tale_models::loading::inspect;
 use tale_models::parameter::Options;
 use tale_models::request::{Events, Frame, Phase, Request, SessionId};
-use tale_models::rng::TorchGenerator;
 use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
 
-use crate::support::{assert_close, case_dir, conditioning, golden_json, golden_tensors, psnr};
-use crate::wan::{guided, make_clips, open_model, predict, row};
+use crate::support::{assert_close, case_dir, conditioning, golden_json, golden_tensors};
+use crate::wan::{check_denoising, check_frames, check_together, open_model};
 
 /// The first takes one picture and the second two. They differ in vision encoders, widths, and in which VAE levels halve
 /// frames.
@@ -43,20 +42,7 @@ fn every_stage_is_that_of_the_reference() {
                 assert_close(&format!("{case} run {run} image_embeds"), seen, &expected, 1e-4);
                 close("condition", branch.frames.as_ref().expect("it takes pictures"), 1e-4);
             }
-            let mut generator = TorchGenerator::new(request.sampling.seed);
-            let mut latents = model.initial_latents(&request, &mut generator).unwrap();
-            close("noise", &latents, 0.0);
-            let mut solver = model.course(&request).unwrap().solver;
-            close("timesteps", &row(solver.timesteps()), 0.0);
-            for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
-                let predictions = predict(&model, &request, &latents, timestep, &branches);
-                if step == 0 {
-                    close("prediction0", &predictions[0], 1e-4);
-                }
-                let prediction = guided(&predictions, request.guidance.guidance_scale);
-                latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
-                close(&format!("latents{step}"), &latents, 1e-4);
-            }
+            check_denoising(&format!("{case} run {run}"), &model, &request, &branches, &tensor);
         }
     }
 }
@@ -64,19 +50,9 @@ fn every_stage_is_that_of_the_reference() {
 #[test]
 fn every_frame_is_that_of_the_reference() {
     for case in CASES {
-        let (model, tensors) = (open_model(case), golden_tensors(case));
+        let model = open_model(case);
         let requests = requests(case, model.card());
-        let mut runner = DiffusionRunner::new(model, 4);
-        for (run, request) in requests {
-            let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
-            let expected = &tensors[&format!("run{run}.frames")];
-            assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
-            for (index, frame) in frames.iter().enumerate() {
-                let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-                let psnr = psnr(&frame.rgb, &expected);
-                assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
-            }
-        }
+        check_frames(case, model, requests);
     }
 }
 
@@ -89,11 +65,7 @@ fn videos_made_together_are_those_made_alone() {
         let (_, first) = requests(case, &card).remove(0);
         let options = options(case, 0).with(&INPUT_REFERENCE, picture(case, 2)).with(&SEED, 3);
         let second = card.resolve(&options, 0).expect("a valid request");
-        let mut runner = DiffusionRunner::new(model, 4);
-        let together = make_clips(&mut runner, &[first.clone(), second.clone()]);
-        let alone = [first, second].map(|request| make_clips(&mut runner, &[request]).remove(0));
-        assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a video depends on its company");
-        assert!(alone[0] != alone[1], "{case}: the picture and the seed matter");
+        check_together(case, model, [first, second]);
     }
 }
 
