@@ -12,3 +12,4 @@ pub mod media;
 pub mod parameters;
 pub mod places;
 pub mod telemetry;
+mod wipe;

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,37 @@ impl Serving {
     fn signal(&self, name: &str) {
         let kill = format!("kill -{name} {}", self.child.id());
         assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    }
+
+    /// A stream of several answers to `prompt`, which has begun.
+    fn stream(&self, prompt: &str) -> TcpStream {
+        let body = format!(r#"{{"model":"tiny","prompt":"{prompt}","stream":true,"ignore_eos":true,"n":8}}"#);
+        let mut stream = self.connect();
+        let length = body.len();
+        write!(
+            stream,
+            "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        stream.read_exact(&mut [0; 15]).unwrap();
+        stream
+    }
+
+    /// How often `bytes` stand in the memory that the process can write.
+    fn copies_in_memory(&self, bytes: &[u8]) -> usize {
+        let process = format!("/proc/{}", self.child.id());
+        let memory = File::open(format!("{process}/mem")).unwrap();
+        let maps = std::fs::read_to_string(format!("{process}/maps")).unwrap();
+        let writable = maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|mode| mode.starts_with("rw")));
+        let copies_in = |map: &str| {
+            let (begin, end) = map.split(' ').next().unwrap().split_once('-').unwrap();
+            let [begin, end] = [begin, end].map(|address| u64::from_str_radix(address, 16).unwrap());
+            let mut content = vec![0; usize::try_from(end - begin).unwrap()];
+            // A map that has gone since, or is a device's, has no copies.
+            let is_read = memory.read_exact_at(&mut content, begin).is_ok();
+            if is_read { content.windows(bytes.len()).filter(|window| *window == bytes).count() } else { 0 }
+        };
+        writable.map(copies_in).sum()
     }
 
     fn temporary_folders(&self) -> usize {
@@ -106,21 +137,27 @@ fn a_hangup_that_is_ignored_stays_so() {
 fn a_second_signal_ends_at_once_and_leaves_nothing() {
     let mut serving = Serving::start(&[], &[]);
     // A stream that takes longer than the drain is waited for.
-    let body = r#"{"model":"tiny","prompt":"a","stream":true,"ignore_eos":true,"n":8}"#;
-    let mut stream = serving.connect();
-    let length = body.len();
-    write!(
-        stream,
-        "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
-    )
-    .unwrap();
-    stream.read_exact(&mut [0; 15]).unwrap();
+    let _stream = serving.stream("a");
     serving.signal("TERM");
     std::thread::sleep(Duration::from_millis(50));
     serving.signal("INT");
     let code = serving.wait();
     assert!(code == 130 || code == 0, "{code}: a fast machine may have ended the stream");
     assert_eq!(serving.temporary_folders(), 0);
+}
+
+#[test]
+fn the_memory_of_a_request_is_overwritten_with_its_end() {
+    let serving = Serving::start(&[], &["--allow-core-dumps"]);
+    let secret = format!("secret of {}", std::process::id());
+    let stream = serving.stream(&secret);
+    assert!(serving.copies_in_memory(secret.as_bytes()) > 0, "it is there while it is worked on");
+    drop(stream);
+    let begun = Instant::now();
+    while serving.copies_in_memory(secret.as_bytes()) > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10), "it stays");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 #[test]
