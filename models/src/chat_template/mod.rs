@@ -117,7 +117,7 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
         self.text(messages).map_err(|error| match error.refusal() {
             Some(words) => Error::invalid("messages", words),
-            None => Error::ChatTemplate(error.to_string()),
+            None => Error::ChatTemplate(error.without_the_conversation()),
         })
     }
 
@@ -159,6 +159,18 @@ impl RenderError {
                 is_missing || error.kind() == OutOfFuel || budget::exceeded(error).is_some()
             }
         }
+    }
+
+    /// What failed and where. The rest of an error may quote a conversation (`cannot be ordered: ...`), which belongs into no
+    /// log and no answer.
+    fn without_the_conversation(&self) -> String {
+        let Self::Template(error) = self else { return self.to_string() };
+        let what = match (budget::exceeded(error), error.kind()) {
+            (Some(bound), _) => bound.to_string(),
+            (None, ErrorKind::OutOfFuel) => program::OUT_OF_FUEL.to_owned(),
+            (None, kind) => kind.to_string(),
+        };
+        error.line().map_or(what.clone(), |line| format!("line {line}: {what}"))
     }
 
     /// The words of `raise_exception`, if that is what ended the rendering.

@@ -78,7 +78,24 @@ fn a_failure_of_the_template_is_not_the_clients() {
     let messages = vec![message("user", "secret"); 5];
     let error = render(source, &messages).expect_err("fails");
     assert!(matches!(error, Error::ChatTemplate(_)), "{error}");
-    assert!(error.to_string().contains("chat_template:1") && !error.to_string().contains("secret"), "{error}");
+    assert!(error.to_string().contains("line 1: undefined value") && !error.to_string().contains("secret"), "{error}");
+}
+
+#[test]
+fn a_failure_does_not_quote_the_conversation() {
+    // Longer than those that are tried at load, whose words are nobody's.
+    let conversation = vec![message("user", "secret"); 5];
+    for expression in [
+        "messages[1].content + 1",
+        "messages[1].content.secret.secret",
+        "messages[1].content | sum",
+        "('%d' | format(messages[1].content))",
+        "range(messages[1].content)",
+    ] {
+        let source = format!("{{% if messages | length == 5 %}}{{{{ {expression} }}}}{{% endif %}}");
+        let error = render(&source, &conversation).expect_err(expression).to_string();
+        assert!(error.contains("line 1: ") && !error.contains("secret"), "{expression}: {error}");
+    }
 }
 
 #[test]
