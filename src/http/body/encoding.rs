@@ -100,11 +100,19 @@ mod tests {
     use flate2::Compression;
     use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 
+    use tale_models::ClientId;
+
     use super::super::memory::BodyMemory;
     use super::*;
 
     fn decode(encoding: Encoding, bytes: &[u8], max_bytes: usize) -> Result<Bytes, ApiError> {
-        super::decode(encoding, bytes, max_bytes, &mut BodyMemory::new(1 << 30).hold(), &CancelToken::default())
+        super::decode(
+            encoding,
+            bytes,
+            max_bytes,
+            &mut BodyMemory::new(1 << 30).hold(ClientId(0)),
+            &CancelToken::default(),
+        )
     }
 
     const TEXT: &[u8] = b"{\"model\": \"words\", \"prompt\": \"words words words\"}";
@@ -144,7 +152,7 @@ mod tests {
         let bomb = gzip(&vec![0; 64 << 20]);
         assert!(bomb.len() < 1 << 17);
         assert_eq!(decode(Encoding::Gzip, &bomb, 1 << 20).expect_err("too large").into_response().status(), 413);
-        let mut held = BodyMemory::new(1 << 20).hold();
+        let mut held = BodyMemory::new(1 << 20).hold(ClientId(0));
         let refused = super::decode(Encoding::Gzip, &bomb, 32 << 20, &mut held, &CancelToken::default());
         assert_eq!(refused.expect_err("no memory").into_response().status(), 503);
     }

@@ -83,7 +83,7 @@ pub(super) async fn receive(
     let (parts, body) = request.into_parts();
     let form_type = form_type(&parts.headers, format)?;
     let encoding = encoding::of(&parts.headers)?;
-    let mut held = state.body_memory().hold();
+    let mut held = state.body_memory().hold(client);
     let bytes = collect(body, max_bytes, &mut held).await?;
     Ok(Received { client, bytes, encoding, form_type, max_bytes, held })
 }
@@ -297,7 +297,7 @@ mod tests {
     /// Bytes that arrived or status of the refusal, and after how many seconds.
     async fn arrival(pieces: Vec<(Duration, usize)>, ends: bool) -> (Result<usize, u16>, u64) {
         let begun = Instant::now();
-        let collected = collect(slow(pieces, ends), 1 << 20, &mut BodyMemory::new(1 << 30).hold()).await;
+        let collected = collect(slow(pieces, ends), 1 << 20, &mut BodyMemory::new(1 << 30).hold(ClientId(0))).await;
         let found = collected.map(|bytes| bytes.len()).map_err(|error| error.into_response().status().as_u16());
         (found, begun.elapsed().as_secs())
     }
@@ -316,7 +316,7 @@ mod tests {
     #[tokio::test]
     async fn memory_is_taken_for_what_arrives_and_not_for_what_is_announced() {
         let memory = BodyMemory::new(1 << 20);
-        let mut held = memory.hold();
+        let mut held = memory.hold(ClientId(0));
         let mut collected = Vec::new();
         append(&mut collected, b"{", 32 << 20, 32 << 20, &mut held).expect("one byte");
         assert!(held.bytes() < 16, "{}", held.bytes());
@@ -329,7 +329,7 @@ mod tests {
         assert_eq!(refused.into_response().status(), 503);
         drop(held);
         let body = slow(vec![(Duration::ZERO, 600 << 10), (Duration::ZERO, 600 << 10)], true);
-        let mut held = memory.hold();
+        let mut held = memory.hold(ClientId(0));
         let refused = collect(body, 32 << 20, &mut held).await.expect_err("not there");
         assert_eq!((refused.into_response().status().as_u16(), held.bytes()), (503, 0));
     }

@@ -278,15 +278,16 @@ impl<'p> Builder<'_, 'p> {
         let Room { max_items, max_numbers, .. } = self.progress.room;
         let is_of_numbers = next.is_number() && before.first().is_none_or(Value::is_number);
         let (max, of_what) = match is_of_numbers {
-            true => (max_numbers, "numbers"),
+            true => (max_numbers, "number"),
             // Lists in lists are bounded by their number of values.
             false if self.depth > 1 => return Ok(()),
-            false => (max_items, "elements"),
+            false => (max_items, "element"),
         };
         if before.len() < max {
             return Ok(());
         }
-        Err(self.progress.refuse(Refusal::Value(format!("has more than {max} {of_what}"))))
+        let plural = if max == 1 { "" } else { "s" };
+        Err(self.progress.refuse(Refusal::Value(format!("has more than {max} {of_what}{plural}"))))
     }
 
     /// Refuses a field that its object, which has so many, cannot have; one of the body gets its room.
@@ -392,6 +393,8 @@ impl<'de> Visitor<'de> for Builder<'_, '_> {
 mod tests {
     use axum::response::IntoResponse;
 
+    use tale_models::ClientId;
+
     use super::super::memory::BodyMemory;
     use super::*;
 
@@ -440,7 +443,7 @@ mod tests {
     fn check_bound(json: &str, problem: Option<&str>) {
         let room = Room { max_items: 3, max_numbers: 5, max_values: 10 };
         let room_of = |name: &str| if name == "list" { room } else { Room::SMALL };
-        let read = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 30).hold());
+        let read = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 30).hold(ClientId(0)));
         let found = read.err().map(|error| {
             let body = serde_json::to_value(error.body()).expect("serializes");
             body["message"].as_str().unwrap_or_default().to_owned()
@@ -479,10 +482,10 @@ mod tests {
         let lists = vec!["[]"; 100_000].join(",");
         let room_of = |_: &str| Room { max_items: 100_000, max_values: 100_000, ..Room::SMALL };
         let json = format!(r#"{{"messages": [{lists}]}}"#);
-        let mut held = BodyMemory::new(16 << 20).hold();
+        let mut held = BodyMemory::new(16 << 20).hold(ClientId(0));
         Value::of_body(json.as_bytes(), &room_of, &mut held).expect("fits");
         assert!(held.bytes() > 100_000 * size_of::<Value>());
-        let error = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 20).hold());
+        let error = Value::of_body(json.as_bytes(), &room_of, &mut BodyMemory::new(1 << 20).hold(ClientId(0)));
         assert_eq!(error.expect_err("does not fit").into_response().status(), 503);
     }
 }
