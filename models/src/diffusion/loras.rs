@@ -4,14 +4,13 @@
 
 use crate::error::Result;
 use crate::lora::{LoraOption, LoraSupport, LoraUse};
-use crate::parameter::{Declaration, IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, Options, Parameter};
 
-/// Low-rank terms that are added to the model's layers for one request alone.
+/// Terms that are added to the model's layers for one request alone.
 pub static LORAS: Parameter<Vec<LoraOption>> = Parameter::loras(
     "loras",
     "LoRA files of the model's folder, each by its name without .safetensors and with a weight (1 when absent).",
 )
-.only_for(IMAGES)
 .flag("lora");
 
 /// The parameters of this capability.

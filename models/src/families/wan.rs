@@ -6,11 +6,13 @@
 //! Source: diffusers `pipelines/wan/pipeline_wan.py`, `pipeline_wan_i2v.py`.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::DType;
 use serde::Deserialize;
 use serde_json::Value;
 
+use self::original::WanNames;
 use self::pictures::Pictures;
 use self::transformer::WanTransformer;
 use crate::card::ModelCard;
@@ -32,6 +34,7 @@ use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
 use crate::runner::diffusion::DiffusionRunner;
@@ -42,6 +45,7 @@ use crate::tokenizer::Tokenizer;
 use crate::vae::wan::{WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
 
+pub mod original;
 pub mod pictures;
 pub mod pipeline;
 pub mod transformer;
@@ -98,12 +102,13 @@ impl Family for Wan {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = build(manifest, open)?;
-        let card = model.card.clone();
+        let mut model = build(manifest, open)?;
+        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
+        let (card, resident_bytes) = (model.card.clone(), model.adapters.cache_bytes());
         let runner = DiffusionRunner::new(model, options.max_denoise_rows)
             .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
             .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
@@ -217,6 +222,7 @@ pub struct WanModel {
     transformer: WanTransformer,
     vae: WanVaeDecoder,
     pictures: Option<Pictures>,
+    adapters: Adapters,
 }
 
 /// The configurations of a checkpoint, read and found to fit together.
@@ -246,7 +252,10 @@ impl WanModel {
             Some(config) => Some(ClipVisionEncoder::load(&open("image_encoder")?, config.clone())?),
             None => None,
         };
-        let transformer = WanTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        // Text encoders take no terms, as in diffusers.
+        let sites = Arc::<Sites>::default();
+        let transformer = WanTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
+        let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &WanNames, [])]);
         let vae = open("vae")?;
         let pictures = vision.map(|vision| Pictures::load(manifest, vision, &vae, &sizes.vae)).transpose()?;
         Ok(Self {
@@ -257,6 +266,7 @@ impl WanModel {
             transformer,
             vae: WanVaeDecoder::load(&vae, &sizes.vae)?,
             pictures,
+            adapters: Adapters::new(names, placement),
             sizes,
         })
     }
@@ -376,6 +386,7 @@ impl Sizes {
         let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
         DiffusionCard {
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
+            loras: LoraSupport::NoFolder,
             keyframes: self.image_encoder.as_ref().map(|_| match self.transformer.pos_embed_seq_len {
                 Some(_) => KeyframeSupport::FirstAndLast,
                 None => KeyframeSupport::First,

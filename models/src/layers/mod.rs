@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, conv_weight};
+use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, QkNorm, RopeLayout, conv_weight};
 
 use crate::error::Result;
 use crate::lora::{LayerShape, Slot};
@@ -46,8 +46,12 @@ impl Linear {
     /// As [`Linear::new`]; adapters reach it by the name of this view.
     pub fn named(weight: Tensor, bias: Option<Tensor>, weights: &Weights) -> Result<Self> {
         let (out_features, in_features) = weight.dims2()?;
-        let slot = weights.slot(LayerShape::Linear { in_features, out_features });
-        Ok(Self { slot, ..Self::new(weight, bias) })
+        Ok(Self::reached(weight, bias, weights, LayerShape::Linear { in_features, out_features }))
+    }
+
+    /// As [`Linear::named`], where files have the weight in another shape.
+    pub fn reached(weight: Tensor, bias: Option<Tensor>, weights: &Weights, shape: LayerShape) -> Self {
+        Self { slot: weights.slot(shape), ..Self::new(weight, bias) }
     }
 
     /// `[..., in]` to `[..., out]`.
@@ -87,54 +91,109 @@ impl Embedding {
 /// Root-mean-square norm over the last dimension.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    weight: Tensor,
+    weight: Adaptable,
     eps: f64,
 }
 
 impl RmsNorm {
     /// Tensor `weight [dim]`.
     pub fn load(weights: &Weights, dim: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weights.get(&[dim], "weight")?, eps })
+        let slot = weights.slot(LayerShape::Norm { dim, has_bias: false });
+        Ok(Self { weight: Adaptable { own: weights.get(&[dim], "weight")?, slot }, eps })
     }
 
     /// `[..., dim]` to the same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::rms_norm(x, &self.weight, self.eps)?)
+        Ok(tale_kernels::rms_norm(x, &self.weight.weight()?, self.eps)?)
     }
 
     /// `sum = x + residual` and its norm.
     pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(tale_kernels::add_rms_norm(x, residual, &self.weight, self.eps)?)
+        Ok(tale_kernels::add_rms_norm(x, residual, &self.weight.weight()?, self.eps)?)
     }
 
-    /// As part of a rotation.
-    pub fn of_queries_or_keys(&self) -> tale_kernels::QkNorm<'_> {
-        tale_kernels::QkNorm { weight: &self.weight, eps: self.eps }
+    /// Queries or keys `x [b, l, heads, d]`, normed and then rotated by `cos` and `sin` `[l, d/2]` (f32): over each head or
+    /// over all heads of a position together, as many values as the norm has.
+    pub fn rotated(&self, x: &Tensor, cos: &Tensor, sin: &Tensor, layout: RopeLayout) -> Result<Tensor> {
+        let norm = QkNorm { weight: &self.weight.weight()?, eps: self.eps };
+        Ok(tale_kernels::norm_rope(x, Some(&norm), cos, sin, layout)?)
     }
 
     /// Where the layer lives.
     pub fn device(&self) -> &candle_core::Device {
-        self.weight.device()
+        self.weight.own.device()
+    }
+}
+
+/// A tensor of a network, and what adapters add to it.
+#[derive(Debug, Clone)]
+struct Adaptable {
+    own: Tensor,
+    slot: Option<Arc<Slot>>,
+}
+
+impl Adaptable {
+    /// As a weight.
+    fn weight(&self) -> Result<Tensor> {
+        match &self.slot {
+            Some(slot) => slot.weight(&self.own),
+            None => Ok(self.own.clone()),
+        }
+    }
+
+    /// As a bias.
+    fn bias(&self) -> Result<Tensor> {
+        match &self.slot {
+            Some(slot) => slot.bias(&self.own),
+            None => Ok(self.own.clone()),
+        }
+    }
+}
+
+/// A learned tensor that a network adds to something: modulation.
+#[derive(Debug, Clone)]
+pub struct Table(Adaptable);
+
+impl Table {
+    /// The tensor of this view's own name.
+    pub fn load(weights: &Weights, dims: [usize; 3], name: &str) -> Result<Self> {
+        let slot = weights.pp(name).slot(LayerShape::Table { dims });
+        Ok(Self(Adaptable { own: weights.get(&dims, name)?, slot }))
+    }
+
+    /// In the shape in which it was loaded.
+    pub fn values(&self) -> Result<Tensor> {
+        self.0.weight()
+    }
+
+    /// Where it lives.
+    pub fn device(&self) -> &candle_core::Device {
+        self.0.own.device()
     }
 }
 
 /// Layer norm over the last dimension.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
+    weight: Adaptable,
+    bias: Adaptable,
     eps: f64,
 }
 
 impl LayerNorm {
     /// Tensors `weight [dim]` and `bias [dim]`.
     pub fn load(weights: &Weights, dim: usize, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weights.get(&[dim], "weight")?, bias: weights.get(&[dim], "bias")?, eps })
+        let slot = weights.slot(LayerShape::Norm { dim, has_bias: true });
+        let part = |name: &str| {
+            Ok::<_, crate::error::Error>(Adaptable { own: weights.get(&[dim], name)?, slot: slot.clone() })
+        };
+        Ok(Self { weight: part("weight")?, bias: part("bias")?, eps })
     }
 
     /// `[..., dim]` to the same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::layer_norm(x, Some(&self.weight), Some(&self.bias), self.eps)?)
+        let (weight, bias) = (self.weight.weight()?, self.bias.bias()?);
+        Ok(tale_kernels::layer_norm(x, Some(&weight), Some(&bias), self.eps)?)
     }
 }
 

@@ -11,10 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use candle_core::{DType, Device, Tensor};
 use tale_kernels::conv_weight;
 
-use super::file::{FileReading, LoadedTerm};
 use super::library::{LoraKey, LoraLibrary, LoraSupport, LoraUse, footprint_bytes};
 use super::names::LoraNames;
-use super::slot::{Delta, Slot};
+use super::reading::{FileReading, LoadedAddend, LoadedTerm};
+use super::slot::{Delta, LowRank, Scaled, Slot};
 use crate::device::Placement;
 use crate::error::Result;
 
@@ -262,24 +262,63 @@ impl State {
     }
 }
 
-/// One term as it is; several side by side, as one of the sum of their ranks.
+/// What the terms of one layer add together.
 fn joined(parts: &[(LoadedTerm, f64)], placement: &Placement) -> Result<Delta> {
-    if let [(term, scale)] = parts {
-        return Ok(Delta { down: term.down.clone(), up: term.up.clone(), scale: *scale });
-    }
-    let is_conv = parts[0].0.down.rank() == 4;
-    let (mut downs, mut ups) = (Vec::with_capacity(parts.len()), Vec::with_capacity(parts.len()));
+    let (mut pairs, mut weights, mut biases) = (Vec::new(), Vec::new(), Vec::new());
     for (term, scale) in parts {
-        // In f32: a scaled weight is rounded once.
-        let plain = |x: &Tensor| x.to_device(&Device::Cpu)?.to_dtype(DType::F32);
-        downs.push((plain(&term.down)? * *scale)?);
-        ups.push(plain(&term.up)?);
+        let scaled = |values: &Tensor| Scaled { values: values.clone(), scale: *scale };
+        match &term.addend {
+            LoadedAddend::LowRank { down, up } => {
+                pairs.push(LowRank { down: down.clone(), up: up.clone(), scale: *scale });
+            }
+            LoadedAddend::Weight(values) => weights.push(scaled(values)),
+            LoadedAddend::Bias(values) => biases.push(scaled(values)),
+        }
+    }
+    Ok(Delta {
+        low_rank: side_by_side(pairs, placement)?,
+        weight: sum(weights, placement)?,
+        bias: sum(biases, placement)?,
+    })
+}
+
+/// One pair as it is; several as one of the sum of their ranks.
+fn side_by_side(mut pairs: Vec<LowRank>, placement: &Placement) -> Result<Option<LowRank>> {
+    if pairs.len() < 2 {
+        return Ok(pairs.pop());
+    }
+    let is_conv = pairs[0].down.rank() == 4;
+    let (mut downs, mut ups) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+    for LowRank { down, up, scale } in &pairs {
+        // A scaled weight is rounded once.
+        downs.push((plain(down)? * *scale)?);
+        ups.push(plain(up)?);
     }
     let placed = |x: Tensor| -> Result<Tensor> {
         let x = x.to_dtype(placement.compute_dtype)?.to_device(&placement.device)?;
         if is_conv { Ok(conv_weight(&x)?) } else { Ok(x) }
     };
-    Ok(Delta { down: placed(Tensor::cat(&downs, 0)?)?, up: placed(Tensor::cat(&ups, 1)?)?, scale: 1.0 })
+    Ok(Some(LowRank { down: placed(Tensor::cat(&downs, 0)?)?, up: placed(Tensor::cat(&ups, 1)?)?, scale: 1.0 }))
+}
+
+/// One tensor as it is; several as their sum.
+fn sum(mut parts: Vec<Scaled>, placement: &Placement) -> Result<Option<Scaled>> {
+    if parts.len() < 2 {
+        return Ok(parts.pop());
+    }
+    let mut total = plain(&parts[0].values)?.zeros_like()?;
+    for Scaled { values, scale } in &parts {
+        total = (total + (plain(values)? * *scale)?)?;
+    }
+    let values = total.to_dtype(placement.compute_dtype)?.to_device(&placement.device)?;
+    // That of a convolution lies as its layer reads it.
+    let values = if values.rank() == 4 { conv_weight(&values)? } else { values };
+    Ok(Some(Scaled { values, scale: 1.0 }))
+}
+
+/// In the host's memory, in f32.
+fn plain(x: &Tensor) -> Result<Tensor> {
+    Ok(x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
 }
 
 #[cfg(test)]

@@ -12,8 +12,9 @@ use std::time::SystemTime;
 
 use serde::Deserialize;
 
-use super::file::{LoraFile, Refusal};
+use super::file::LoraFile;
 use super::names::{LoraNames, listed};
+use super::refusal::Refusal;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::files::open_regular;

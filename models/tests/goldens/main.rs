@@ -33,4 +33,5 @@ mod text_configs;
 mod tiling;
 mod tokenizers;
 mod wan;
+mod wan_lora;
 mod wan_pictures;

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use tale_models::Request;
 use tale_models::diffusion::{Canvas, Medium, Sampling};
 use tale_models::parameter::Options;
 use tale_models::request::Frame;
-use tale_models::{ModelSource, Request};
 
 use super::diffusion::{card_for, follow};
 use super::{CliError, Generator, ModelArgs, random_seed};
@@ -37,10 +37,6 @@ pub struct ImageArgs {
     #[arg(long, value_name = "FILE", group = SUBJECT)]
     parameters_from: Option<PathBuf>,
 
-    /// Folder of LoRA files for --lora
-    #[arg(long, value_name = "DIR")]
-    loras: Option<PathBuf>,
-
     /// Pictures to make, with seeds that count up from --seed; more than one are called FILE-0, FILE-1, ...
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_PICTURES))]
     n: u8,
@@ -64,11 +60,7 @@ pub fn run(args: ImageArgs) -> Result<(), CliError> {
         None => Options::default(),
     };
     let options = args.parameters.options_over(base)?;
-    let mut engine = EngineOptions::default();
-    // There is no second request to keep anything for.
-    engine.load.lora_cache_bytes = 0;
-    let source = ModelSource { loras: args.loras, ..args.model.source() };
-    let mut generator = Generator::load_from(source, &args.model, engine)?;
+    let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
     let request = card_for(Medium::Image, &card)?.resolve(&options, random_seed())?;
     let parameters = EffectiveParameters::new(&folder_name(&args.model.model), &request);

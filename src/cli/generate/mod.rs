@@ -48,6 +48,10 @@ struct ModelArgs {
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
 
+    /// Folder of LoRA files for --lora
+    #[arg(long, value_name = "DIR")]
+    loras: Option<PathBuf>,
+
     /// For reference pictures: an IP-Adapter's .safetensors file, or a folder that holds just one
     #[arg(long, value_name = "PATH")]
     ip_adapter: Option<PathBuf>,
@@ -81,8 +85,8 @@ struct ModelArgs {
 impl ModelArgs {
     fn source(&self) -> ModelSource {
         let (ip_adapter, image_encoder) = (self.ip_adapter.clone(), self.image_encoder.clone());
-        let (base, refiner) = (self.base.clone(), self.refiner.clone());
-        ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(&self.model) }
+        let (base, loras, refiner) = (self.base.clone(), self.loras.clone(), self.refiner.clone());
+        ModelSource { path: self.model.clone(), base, loras, ip_adapter, image_encoder, refiner }
     }
 }
 
@@ -109,17 +113,14 @@ struct Generator {
 }
 
 impl Generator {
-    fn load(args: &ModelArgs, options: EngineOptions) -> Result<Self, CliError> {
-        Self::load_from(args.source(), args, options)
-    }
-
-    /// From a source that has more than `args` says.
-    fn load_from(source: ModelSource, args: &ModelArgs, mut options: EngineOptions) -> Result<Self, CliError> {
+    fn load(args: &ModelArgs, mut options: EngineOptions) -> Result<Self, CliError> {
         options.load.load_format = args.load_format;
+        // There is no second request to keep anything for.
+        options.load.lora_cache_bytes = 0;
         let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
-        let model = ModelSpec { name: MODEL.into(), source };
+        let model = ModelSpec { name: MODEL.into(), source: args.source() };
         let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {

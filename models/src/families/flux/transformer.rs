@@ -7,9 +7,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
-use tale_kernels::{
-    AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, norm_rope, silu,
-};
+use tale_kernels::{AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, silu};
 
 use crate::config::bounds::{MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_PATCH, MAX_WIDTH, check_product};
 use crate::config::{Bound, Bounded};
@@ -388,7 +386,7 @@ impl Rope {
 
     /// `x [b, l, heads, head_dim]`, each head normed and then turned.
     fn rotate(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
-        Ok(norm_rope(x, Some(&norm.of_queries_or_keys()), &self.cos, &self.sin, RopeLayout::Interleaved)?)
+        norm.rotated(x, &self.cos, &self.sin, RopeLayout::Interleaved)
     }
 }
 

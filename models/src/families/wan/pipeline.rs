@@ -13,6 +13,7 @@ use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::error::Result;
 use crate::families::split_rows;
+use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Phase};
@@ -208,6 +209,10 @@ impl DiffusionModel for WanModel {
 
     fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
         self.vae.decode_next(decoding).map(Some)
+    }
+
+    fn adapters(&self) -> Option<&Adapters> {
+        Some(&self.adapters)
     }
 
     fn cached_prediction(&self) -> Option<&dyn CachedPrediction<WanConditioning>> {

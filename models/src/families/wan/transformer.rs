@@ -5,13 +5,14 @@
 
 use candle_core::{DType, Device, Tensor};
 use tale_kernels::{
-    AttentionOptions, RopeLayout, attention, gated_sum, gelu_erf, gelu_tanh, modulated_layer_norm, norm_rope, silu,
+    AttentionOptions, RopeLayout, attention, gated_sum, gelu_erf, gelu_tanh, modulated_layer_norm, silu,
 };
 
 use super::WanConfig;
 use crate::error::Result;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
-use crate::layers::{LayerNorm, Linear, RmsNorm};
+use crate::layers::{LayerNorm, Linear, RmsNorm, Table};
+use crate::lora::LayerShape;
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::weights::Weights;
 
@@ -43,7 +44,7 @@ pub struct WanTransformer {
     image_embedder: Option<ImageEmbedder>,
     blocks: Vec<Block>,
     /// `[1, 2, dim]`: shift and scale of the last norm.
-    scale_shift_table: Tensor,
+    scale_shift_table: Table,
     proj_out: Linear,
     compute_dtype: DType,
     config: WanConfig,
@@ -73,7 +74,7 @@ impl WanTransformer {
                 None => None,
             },
             blocks,
-            scale_shift_table: weights.get(&[1, 2, dim], "scale_shift_table")?,
+            scale_shift_table: Table::load(weights, [1, 2, dim], "scale_shift_table")?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
             compute_dtype: weights.placement().compute_dtype,
             config: config.clone(),
@@ -115,7 +116,7 @@ impl WanTransformer {
                 })?
             }
         };
-        let last = self.scale_shift_table.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
+        let last = self.scale_shift_table.values()?.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
         let x = modulated_layer_norm(&x, &last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?, self.config.eps)?;
         self.unpatchify(&self.proj_out.forward(&x)?.to_dtype(DType::F32)?, grid)
     }
@@ -214,7 +215,14 @@ impl PatchEmbedding {
     fn load(weights: &Weights, config: &WanConfig) -> Result<Self> {
         let (dim, channels, [pt, ph, pw]) = (config.dim(), config.in_channels, config.patch_size);
         let kernel = weights.get(&[dim, channels, pt, ph, pw], "weight")?;
-        let linear = Linear::new(kernel.reshape((dim, channels * pt * ph * pw))?, Some(weights.get(&[dim], "bias")?));
+        let shape = LayerShape::Patches {
+            channels,
+            bare_channels: config.out_channels,
+            patch: config.patch_size,
+            out_features: dim,
+        };
+        let (kernel, bias) = (kernel.reshape((dim, channels * pt * ph * pw))?, weights.get(&[dim], "bias")?);
+        let linear = Linear::reached(kernel, Some(bias), weights, shape);
         Ok(Self { linear, patch_size: config.patch_size })
     }
 
@@ -271,7 +279,7 @@ struct Block {
     attn2: Attention,
     ffn: [Linear; 2],
     /// `[1, 6, dim]`: shift, scale and gate of the self attention, then of the feed-forward layers.
-    scale_shift_table: Tensor,
+    scale_shift_table: Table,
     eps: f64,
 }
 
@@ -287,14 +295,14 @@ impl Block {
                 Linear::load(&net.pp(0).pp("proj"), dim, config.ffn_dim)?,
                 Linear::load(&net.pp(2), config.ffn_dim, dim)?,
             ],
-            scale_shift_table: weights.get(&[1, 6, dim], "scale_shift_table")?,
+            scale_shift_table: Table::load(weights, [1, 6, dim], "scale_shift_table")?,
             eps: config.eps,
         })
     }
 
     /// `x [n, l, dim]`.
     fn forward(&self, x: &Tensor, told: &Told, rope: &Rope) -> Result<Tensor> {
-        let modulation = self.scale_shift_table.broadcast_add(&told.modulation)?;
+        let modulation = self.scale_shift_table.values()?.broadcast_add(&told.modulation)?;
         let part = |i: usize| modulation.narrow(1, i, 1); // [n, 1, dim]
         let y = modulated_layer_norm(x, &part(0)?, &part(1)?, self.eps)?;
         let y = self.attn1.of_itself(&y, rope)?;
@@ -389,10 +397,7 @@ impl Attention {
     /// `[n, l, dim]` to `[n, l, heads, head_dim]`, normed and turned.
     fn normed(&self, x: &Tensor, norm: &RmsNorm, rope: Option<&Rope>) -> Result<Tensor> {
         match rope {
-            Some(Rope { cos, sin }) => {
-                let norm = norm.of_queries_or_keys();
-                Ok(norm_rope(&self.heads(x)?, Some(&norm), cos, sin, RopeLayout::Interleaved)?)
-            }
+            Some(Rope { cos, sin }) => norm.rotated(&self.heads(x)?, cos, sin, RopeLayout::Interleaved),
             None => self.heads(&norm.forward(x)?),
         }
     }
