@@ -10,6 +10,7 @@ use crate::lora::{LayerShape, Slot};
 use crate::weights::Weights;
 
 pub mod decoder;
+pub mod joint;
 mod projection;
 pub mod rope;
 pub mod timesteps;
@@ -338,6 +339,17 @@ impl CausalConv3d {
     ) -> Result<Self> {
         let [weight, bias] = load_conv3d(weights, in_channels, out_channels, kernel)?;
         Ok(Self { weight, bias, options: CausalOptions::new(padding), history: kernel[0].saturating_sub(1) })
+    }
+
+    /// The convolution of frames that are first upsampled by 2, to the nearest value.
+    pub fn upsampling(mut self) -> Self {
+        self.options.upsample = 2;
+        self
+    }
+
+    /// A clip that has no frames before these, `[b, in, t, h, w]` to `[b, out, t', h', w']`.
+    pub fn forward_whole(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(tale_kernels::causal_conv3d(x, None, &self.weight, Some(&self.bias), self.options)?)
     }
 
     /// The next chunk of a clip, `[b, in, t, h, w]` to `[b, out, t, h, w]`. `past` is absent before the first chunk, and

@@ -7,18 +7,17 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
-use tale_kernels::{AttentionOptions, RopeLayout, attention, gated_sum, gelu_tanh, modulated_layer_norm, silu};
+use tale_kernels::{gated_sum, gelu_tanh, silu};
 
 use crate::config::bounds::{MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_PATCH, MAX_WIDTH, check_product};
 use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
+use crate::layers::Linear;
+use crate::layers::joint::{ADDED, FeedForward, Modulation, OWN, Projections, Rotations, joint_attention, modulated};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
-use crate::layers::{Linear, RmsNorm};
 use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
 use crate::weights::Weights;
 
-/// Of every norm; the class does not configure it.
-const NORM_EPS: f64 = 1e-6;
 const ROPE_THETA: f64 = 10_000.0;
 /// Width of the sinusoids of timestep and guidance.
 const TIME_CHANNELS: usize = 256;
@@ -206,7 +205,7 @@ impl FluxTransformer {
         let condition = silu(&self.time_text_embed.forward(input)?)?;
         let image = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?;
         let text = self.context_embedder.forward(input.prompt_embeds)?;
-        let rope = Rope::new(&self.config.axes_dims_rope, text.dim(1)?, input.grid, image.device())?;
+        let rope = rotations(&self.config.axes_dims_rope, text.dim(1)?, input.grid, image.device())?;
         Ok(Entered { text, image, condition, rope })
     }
 
@@ -218,7 +217,7 @@ impl FluxTransformer {
         mut text: Tensor,
         mut image: Tensor,
         condition: &Tensor,
-        rope: &Rope,
+        rope: &Rotations,
     ) -> Result<Tensor> {
         for block in &self.transformer_blocks[first..] {
             (text, image) = block.forward(&text, &image, condition, rope)?;
@@ -246,7 +245,7 @@ struct Entered {
     image: Tensor,
     /// `[b, dim]`.
     condition: Tensor,
-    rope: Rope,
+    rope: Rotations,
 }
 
 /// Timestep, guidance and pooled text as one vector.
@@ -282,137 +281,29 @@ impl TimeTextEmbed {
     }
 }
 
-/// Shifts, scales and gates of a block, from the condition: `linear(condition)` in N parts `[b, 1, dim]`.
-#[derive(Debug, Clone)]
-struct Modulation<const N: usize> {
-    linear: Linear,
-}
-
-impl<const N: usize> Modulation<N> {
-    fn load(weights: &Weights, dim: usize) -> Result<Self> {
-        Ok(Self { linear: Linear::load(&weights.pp("linear"), dim, N * dim)? })
-    }
-
-    fn forward(&self, condition: &Tensor) -> Result<[Tensor; N]> {
-        let parts = self.linear.forward(condition)?.unsqueeze(1)?.chunk(N, 2)?;
-        Ok(parts.try_into().expect("N times dim splits into N parts: this is a bug"))
-    }
-}
-
-/// `norm(x) * (1 + scale) + shift`; `x [b, l, dim]`, the others `[b, 1, dim]`.
-fn modulated(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    Ok(modulated_layer_norm(x, shift, scale, NORM_EPS)?)
-}
-
-/// Queries, keys and values of one stream; queries and keys normed per head.
-#[derive(Debug, Clone)]
-struct Projections {
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    norm_q: RmsNorm,
-    norm_k: RmsNorm,
-    num_heads: usize,
-}
-
-/// Names of a stream's tensors: query, key and value projection, query and key norm.
-type ProjectionNames = [&'static str; 5];
-const OWN: ProjectionNames = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
-const ADDED: ProjectionNames = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
-
-impl Projections {
-    fn load(weights: &Weights, config: &FluxTransformerConfig, names: ProjectionNames) -> Result<Self> {
-        let (dim, head_dim) = (config.inner_dim(), config.attention_head_dim);
-        let [q, k, v, norm_q, norm_k] = names.map(|name| weights.pp(name));
-        Ok(Self {
-            q: Linear::load(&q, dim, dim)?,
-            k: Linear::load(&k, dim, dim)?,
-            v: Linear::load(&v, dim, dim)?,
-            norm_q: RmsNorm::load(&norm_q, head_dim, NORM_EPS)?,
-            norm_k: RmsNorm::load(&norm_k, head_dim, NORM_EPS)?,
-            num_heads: config.num_attention_heads,
-        })
-    }
-
-    /// `x [b, l, dim]` to q, k, v `[b, l, heads, head_dim]`, queries and keys turned by `rope`, which is that of these
-    /// tokens.
-    fn forward(&self, x: &Tensor, rope: &Rope) -> Result<[Tensor; 3]> {
-        let (b, l, dim) = x.dims3()?;
-        let heads = |x: Tensor| x.reshape((b, l, self.num_heads, dim / self.num_heads));
-        let q = rope.rotate(&heads(self.q.forward(x)?)?, &self.norm_q)?;
-        let k = rope.rotate(&heads(self.k.forward(x)?)?, &self.norm_k)?;
-        Ok([q, k, heads(self.v.forward(x)?)?])
-    }
-}
-
-/// Attention of all tokens with all tokens: `[b, l, dim]`.
-fn joint_attention([q, k, v]: [Tensor; 3]) -> Result<Tensor> {
-    Ok(attention(&q, &k, &v, &AttentionOptions::default())?.flatten_from(2)?)
-}
-
-/// Rotation tables of all tokens, three axes side by side. Text tokens stand at (0, 0, 0), the image token in row r and
-/// column c at (0, r, c).
-#[derive(Debug)]
-struct Rope {
-    /// f32 `[l, head_dim / 2]`.
-    cos: Tensor,
-    sin: Tensor,
-}
-
-impl Rope {
-    fn new(axes_dims: &[usize; 3], text_len: usize, grid: (usize, usize), device: &Device) -> Result<Self> {
-        let (rows, columns) = grid;
-        let half: usize = axes_dims.iter().sum::<usize>() / 2;
-        let length = text_len + rows * columns;
-        let text = (0..text_len).map(|_| [0, 0, 0]);
-        let image = (0..rows * columns).map(|token| [0, token / columns, token % columns]);
-        let mut angles = Vec::with_capacity(length * half);
-        for position in text.chain(image) {
-            for (axis_dim, coordinate) in axes_dims.iter().zip(position) {
-                angles.extend((0..axis_dim / 2).map(|i| coordinate as f64 * frequency(i, *axis_dim)));
-            }
+/// Rotations of all tokens, three axes side by side. Text tokens stand at (0, 0, 0), the image token in row r and column c
+/// at (0, r, c).
+fn rotations(axes_dims: &[usize; 3], text_len: usize, grid: (usize, usize), device: &Device) -> Result<Rotations> {
+    let (rows, columns) = grid;
+    let half: usize = axes_dims.iter().sum::<usize>() / 2;
+    let length = text_len + rows * columns;
+    let text = (0..text_len).map(|_| [0, 0, 0]);
+    let image = (0..rows * columns).map(|token| [0, token / columns, token % columns]);
+    let mut angles = Vec::with_capacity(length * half);
+    for position in text.chain(image) {
+        for (axis_dim, coordinate) in axes_dims.iter().zip(position) {
+            angles.extend((0..axis_dim / 2).map(|i| coordinate as f64 * frequency(i, *axis_dim)));
         }
-        let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|angle| f(*angle) as f32).collect();
-            Tensor::from_vec(values, (length, half), device)
-        };
-        Ok(Self { cos: table(f64::cos)?, sin: table(f64::sin)? })
     }
-
-    /// Of some of the tokens.
-    fn narrow(&self, start: usize, len: usize) -> Result<Self> {
-        Ok(Self { cos: self.cos.narrow(0, start, len)?, sin: self.sin.narrow(0, start, len)? })
-    }
-
-    /// `x [b, l, heads, head_dim]`, each head normed and then turned.
-    fn rotate(&self, x: &Tensor, norm: &RmsNorm) -> Result<Tensor> {
-        norm.rotated(x, &self.cos, &self.sin, RopeLayout::Interleaved)
-    }
+    let table = |f: fn(f64) -> f64| {
+        let values: Vec<f32> = angles.iter().map(|angle| f(*angle) as f32).collect();
+        Tensor::from_vec(values, (length, half), device)
+    };
+    Ok(Rotations { cos: table(f64::cos)?, sin: table(f64::sin)? })
 }
 
 fn frequency(i: usize, axis_dim: usize) -> f64 {
     1.0 / ROPE_THETA.powf((2 * i) as f64 / axis_dim as f64)
-}
-
-/// `net.2(gelu(net.0.proj x))`.
-#[derive(Debug, Clone)]
-struct FeedForward {
-    proj: Linear,
-    out: Linear,
-}
-
-impl FeedForward {
-    fn load(weights: &Weights, dim: usize) -> Result<Self> {
-        let net = weights.pp("net");
-        Ok(Self {
-            proj: Linear::load(&net.pp("0.proj"), dim, MLP_RATIO * dim)?,
-            out: Linear::load(&net.pp(2), MLP_RATIO * dim, dim)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.out.forward(&gelu_tanh(&self.proj.forward(x)?)?)
-    }
 }
 
 /// One stream's half of a double block, around the attention that both share.
@@ -443,25 +334,25 @@ struct DoubleBlock {
 
 impl DoubleBlock {
     fn load(weights: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
-        let dim = config.inner_dim();
+        let (dim, heads, head_dim) = (config.inner_dim(), config.num_attention_heads, config.attention_head_dim);
         let attn = weights.pp("attn");
         let image = Stream {
             norm1: Modulation::load(&weights.pp("norm1"), dim)?,
-            projections: Projections::load(&attn, config, OWN)?,
+            projections: Projections::load(&attn, heads, head_dim, OWN)?,
             to_out: Linear::load(&attn.pp("to_out.0"), dim, dim)?,
-            ff: FeedForward::load(&weights.pp("ff"), dim)?,
+            ff: FeedForward::load(&weights.pp("ff"), dim, MLP_RATIO * dim)?,
         };
         let text = Stream {
             norm1: Modulation::load(&weights.pp("norm1_context"), dim)?,
-            projections: Projections::load(&attn, config, ADDED)?,
+            projections: Projections::load(&attn, heads, head_dim, ADDED)?,
             to_out: Linear::load(&attn.pp("to_add_out"), dim, dim)?,
-            ff: FeedForward::load(&weights.pp("ff_context"), dim)?,
+            ff: FeedForward::load(&weights.pp("ff_context"), dim, MLP_RATIO * dim)?,
         };
         Ok(Self { image, text })
     }
 
     /// `text [b, lt, dim]` and `image [b, li, dim]` to the same.
-    fn forward(&self, text: &Tensor, image: &Tensor, condition: &Tensor, rope: &Rope) -> Result<(Tensor, Tensor)> {
+    fn forward(&self, text: &Tensor, image: &Tensor, condition: &Tensor, rope: &Rotations) -> Result<(Tensor, Tensor)> {
         let (text_len, image_len) = (text.dim(1)?, image.dim(1)?);
         let of_text = self.text.norm1.forward(condition)?;
         let of_image = self.image.norm1.forward(condition)?;
@@ -469,7 +360,7 @@ impl DoubleBlock {
         let text_qkv = self.text.projections.forward(&modulated(text, &of_text[0], &of_text[1])?, &text_rope)?;
         let image_qkv = self.image.projections.forward(&modulated(image, &of_image[0], &of_image[1])?, &image_rope)?;
         let joint = |i: usize| Tensor::cat(&[&text_qkv[i], &image_qkv[i]], 1); // [b, l, heads, head_dim]
-        let attended = joint_attention([joint(0)?, joint(1)?, joint(2)?])?;
+        let attended = joint_attention(&[joint(0)?, joint(1)?, joint(2)?], None)?;
         let text = self.text.after_attention(text, &attended.narrow(1, 0, text_len)?, &of_text)?;
         let image = self.image.after_attention(image, &attended.narrow(1, text_len, image_len)?, &of_image)?;
         Ok((text, image))
@@ -487,20 +378,20 @@ struct SingleBlock {
 
 impl SingleBlock {
     fn load(weights: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
-        let dim = config.inner_dim();
+        let (dim, heads, head_dim) = (config.inner_dim(), config.num_attention_heads, config.attention_head_dim);
         Ok(Self {
             norm: Modulation::load(&weights.pp("norm"), dim)?,
-            projections: Projections::load(&weights.pp("attn"), config, OWN)?,
+            projections: Projections::load(&weights.pp("attn"), heads, head_dim, OWN)?,
             proj_mlp: Linear::load(&weights.pp("proj_mlp"), dim, MLP_RATIO * dim)?,
             proj_out: Linear::load(&weights.pp("proj_out"), (1 + MLP_RATIO) * dim, dim)?,
         })
     }
 
     /// `x [b, l, dim]` to the same.
-    fn forward(&self, x: &Tensor, condition: &Tensor, rope: &Rope) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, condition: &Tensor, rope: &Rotations) -> Result<Tensor> {
         let [shift, scale, gate] = self.norm.forward(condition)?;
         let normed = modulated(x, &shift, &scale)?;
-        let attended = joint_attention(self.projections.forward(&normed, rope)?)?;
+        let attended = joint_attention(&self.projections.forward(&normed, rope)?, None)?;
         let inner = gelu_tanh(&self.proj_mlp.forward(&normed)?)?;
         Ok(gated_sum(x, &gate, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)?)
     }
