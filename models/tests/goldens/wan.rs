@@ -13,20 +13,18 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::wan::WanModel;
-use tale_models::families::wan::pipeline::{WanConditioning, WanEncoded, WanInput};
-use tale_models::family::LoadOptions;
-use tale_models::loading::inspect;
-use tale_models::request::{Event, Events, Frame, Phase, Request, SessionId};
+use tale_models::families::wan::pipeline::{WanEncoded, WanInput};
+use tale_models::request::{Event, Events, Phase, Request, SessionId};
 use tale_models::rng::TorchGenerator;
-use tale_models::runner::diffusion::course::FIRST_EXPERT;
-use tale_models::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};
 use tale_models::runner::{Runner, RunnerStatus};
 use tale_models::solver::Solver;
 use tale_models::solver::config::SchedulerConfig;
 use tale_models::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig};
 use tale_models::solver::unipc::{UniPc, UniPcConfig};
 
-use crate::support::{assert_close, case_dir, conditioning, encode, golden_json, golden_tensors, psnr};
+use crate::clips::{check_denoising, check_frames, check_tensors, check_together, decode, row};
+use crate::support::{assert_close, case_dir, conditioning, encode, golden_json, golden_tensors};
 
 /// Coefficients are f64 here and f32 in the reference, whose third-order terms cancel to a few digits over 50 steps.
 const THIRD_ORDER_TOLERANCE: f64 = 5e-5;
@@ -109,62 +107,6 @@ fn every_stage_is_that_of_the_reference() {
     }
 }
 
-/// Guidance multiplies what two predictions differ by, step after step.
-const LATENTS_TOLERANCE: f64 = 1e-4;
-
-/// From the noise to the last latents, every step that of the reference. `tensor` is what was recorded of the run.
-pub fn check_denoising<'a>(
-    name: &str,
-    model: &WanModel,
-    request: &DiffusionRequest,
-    branches: &[WanConditioning],
-    tensor: &impl Fn(&str) -> &'a Tensor,
-) -> Tensor {
-    let close = |what: &str, found: &Tensor, tolerance: f64| {
-        assert_close(&format!("{name} {what}"), found, tensor(what), tolerance);
-    };
-    let mut generator = TorchGenerator::new(request.sampling.seed);
-    let mut latents = model.initial_latents(request, &mut generator).unwrap();
-    close("noise", &latents, 0.0);
-    let mut solver = model.course(request).unwrap().solver;
-    close("timesteps", &row(solver.timesteps()), 0.0);
-    for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
-        let predictions = predict(model, request, &latents, timestep, branches);
-        if step == 0 {
-            close("prediction0", &predictions[0], 1e-4);
-        }
-        let prediction = guided(&predictions, request.guidance.guidance_scale);
-        latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
-        close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
-    }
-    latents
-}
-
-/// Every frame of these runs of a case is that of the reference.
-pub fn check_frames(case: &str, model: WanModel, requests: Vec<(usize, DiffusionRequest)>) {
-    let tensors = golden_tensors(case);
-    let mut runner = DiffusionRunner::new(model, 4);
-    for (run, request) in requests {
-        let frames = make_clips(&mut runner, std::slice::from_ref(&request)).remove(0);
-        let expected = &tensors[&format!("run{run}.frames")];
-        assert_eq!(expected.dims(), [frames.len(), request.canvas.height, request.canvas.width, 3]);
-        for (index, frame) in frames.iter().enumerate() {
-            let expected: Vec<u8> = expected.get(index).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-            let psnr = psnr(&frame.rgb, &expected);
-            assert!(psnr >= 50.0, "{case} run {run} frame {index}: {psnr:.1} dB");
-        }
-    }
-}
-
-/// Two requests of one shape that share steps make what each makes alone.
-pub fn check_together(case: &str, model: WanModel, requests: [DiffusionRequest; 2]) {
-    let mut runner = DiffusionRunner::new(model, 4);
-    let together = make_clips(&mut runner, &requests);
-    let alone = requests.map(|request| make_clips(&mut runner, &[request]).remove(0));
-    assert!(together[0] == alone[0] && together[1] == alone[1], "{case}: a clip depends on its company");
-    assert!(alone[0] != alone[1], "{case}: the requests differ");
-}
-
 #[test]
 fn every_frame_is_that_of_the_reference() {
     for case in CASES {
@@ -207,14 +149,7 @@ fn a_clip_cancelled_while_it_is_decoded_leaves_nothing() {
 #[test]
 fn every_tensor_of_a_checkpoint_is_known() {
     for case in CASES {
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default()).unwrap();
-        assert!(inspection.family == "wan" && inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
-        assert_eq!(inspection.components.len(), 3);
-        for (component, report) in inspection.components {
-            assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
-            assert!(report.unused.is_empty(), "{case} {component}: {:?}", report.unused);
-        }
+        check_tensors(case, "wan", 3);
     }
 }
 
@@ -287,62 +222,6 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
         card.resolve(&options, 0).expect("a valid request")
     };
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
-}
-
-fn predict(
-    model: &WanModel,
-    request: &DiffusionRequest,
-    latents: &Tensor,
-    timestep: f64,
-    branches: &[WanConditioning],
-) -> Vec<Tensor> {
-    let row = |conditioning| DenoiseRow { latents, timestep, conditioning, request };
-    model.predict(FIRST_EXPERT, &branches.iter().map(row).collect::<Vec<_>>()).expect("a prediction")
-}
-
-/// Classifier-free guidance, when there is a negative branch.
-fn guided(predictions: &[Tensor], guidance_scale: f64) -> Tensor {
-    match predictions {
-        [positive, negative] => {
-            let step = || -> candle_core::Result<Tensor> { negative + ((positive - negative)? * guidance_scale)? };
-            step().expect("same shapes")
-        }
-        _ => predictions[0].clone(),
-    }
-}
-
-fn decode(model: &WanModel, request: &DiffusionRequest, latents: &Tensor) -> Tensor {
-    let mut decoding = model.begin_decode(FIRST_EXPERT, latents, request).expect("decoding begins");
-    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").expect("frames");
-    let chunks: Vec<Tensor> = (0..model.num_decode_steps(FIRST_EXPERT, request)).map(chunk).collect();
-    // As the reference's decoder, which cuts what is rounded to a byte anyway.
-    Tensor::cat(&chunks, 0).and_then(|pixels| pixels.clamp(-1f32, 1f32)).expect("chunks of one size")
-}
-
-/// Runs all requests to their end; the frames of each, in order.
-fn make_clips(runner: &mut DiffusionRunner<WanModel>, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
-    for (index, request) in requests.iter().enumerate() {
-        runner.submit(SessionId(index as u64), Request::Diffusion(request.clone())).expect("is accepted");
-    }
-    let mut clips = vec![Vec::new(); requests.len()];
-    let mut events = Events::default();
-    while runner.next().is_some() {
-        runner.step(&mut events).expect("a step");
-        for (session, event) in events.drain() {
-            match event {
-                Event::Frames(frames) => clips[session.0 as usize].extend(frames),
-                Event::Failed(error) => panic!("session {}: {error}", session.0),
-                _ => (),
-            }
-        }
-    }
-    assert_eq!(runner.status(), RunnerStatus::default());
-    clips
-}
-
-fn row(values: &[f64]) -> Tensor {
-    let values: Vec<f32> = values.iter().map(|value| *value as f32).collect();
-    Tensor::new(values, &candle_core::Device::Cpu).expect("values make a row")
 }
 
 /// Prompts of several sessions go through the encoder as rows of one pass, cut to their own lengths.

@@ -4,21 +4,18 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use tale_models::Error;
-use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::parameters::{
     GUIDANCE_SCALE, HEIGHT, INPUT_REFERENCE, LAST_IMAGE, NEGATIVE_PROMPT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT,
     SEED, WIDTH,
 };
 use tale_models::diffusion::{DiffusionCard, DiffusionRequest};
-use tale_models::family::LoadOptions;
-use tale_models::loading::inspect;
 use tale_models::parameter::Options;
-use tale_models::request::{Events, Frame, Phase, Request, SessionId};
-use tale_models::runner::diffusion::{DiffusionModel, DiffusionRunner};
-use tale_models::runner::{Runner, RunnerStatus};
+use tale_models::request::{Frame, Phase};
+use tale_models::runner::diffusion::DiffusionModel;
 
-use crate::support::{assert_close, case_dir, conditioning, golden_json, golden_tensors};
-use crate::wan::{check_denoising, check_frames, check_together, open_model};
+use crate::clips::{check_cancelled, check_denoising, check_frames, check_tensors, check_together};
+use crate::support::{assert_close, conditioning, golden_json, golden_tensors};
+use crate::wan::open_model;
 
 /// The first takes one picture and the second two. They differ in vision encoders, widths, and in which VAE levels halve
 /// frames.
@@ -69,43 +66,20 @@ fn videos_made_together_are_those_made_alone() {
     }
 }
 
-/// A cancellation after any number of steps, of whatever kind the next one is.
 #[test]
 fn whatever_is_cancelled_leaves_nothing() {
     for case in CASES {
         let model = open_model(case);
         let (_, request) = requests(case, model.card()).remove(0);
-        let mut runner = DiffusionRunner::new(model, 4);
-        let mut phases = Vec::new();
-        for steps in 0.. {
-            runner.submit(SessionId(steps), Request::Diffusion(request.clone())).unwrap();
-            let mut events = Events::default();
-            for _ in 0..steps {
-                runner.step(&mut events).unwrap();
-            }
-            let Some(next) = runner.next() else { break };
-            phases.push(next.phase);
-            runner.cancel(SessionId(steps));
-            assert_eq!(runner.status(), RunnerStatus::default(), "{case} after {steps} steps");
-            assert!(runner.next().is_none());
-        }
-        for phase in [Phase::Encode, Phase::VaeEncode, Phase::Denoise, Phase::VaeDecode] {
-            assert!(phases.contains(&phase), "{case}: {phase:?} of {phases:?}");
-        }
+        let phases = [Phase::Encode, Phase::VaeEncode, Phase::Denoise, Phase::VaeDecode];
+        check_cancelled(case, model, &request, &phases);
     }
 }
 
 #[test]
 fn every_tensor_of_a_checkpoint_is_known() {
     for case in CASES {
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
-        let inspection = inspect(&case_dir(case).join("checkpoint"), &placement, &LoadOptions::default()).unwrap();
-        assert!(inspection.family == "wan" && inspection.problem.is_none(), "{case}: {:?}", inspection.problem);
-        assert_eq!(inspection.components.len(), 4);
-        for (component, report) in inspection.components {
-            assert!(report.problems.is_empty(), "{case} {component}: {:?}", report.problems);
-            assert!(report.unused.is_empty(), "{case} {component}: {:?}", report.unused);
-        }
+        check_tensors(case, "wan", 4);
     }
 }
 
