@@ -4,7 +4,7 @@
 //! other.
 
 use crate::error::{Error, Result};
-use crate::parameter::{Declaration, IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, Options, Parameter};
 
 use super::prompt::NEGATIVE_PROMPT;
 
@@ -26,9 +26,8 @@ pub static TRUE_CFG_SCALE: Parameter<f64> = Parameter::number(
     "true_cfg_scale",
     1.0,
     MAX_GUIDANCE_SCALE,
-    "Scale of a second, negative prediction for models whose guidance_scale is another thing (FLUX.1); 1 is off.",
-)
-.only_for(IMAGES);
+    "Scale of a second, negative prediction for models whose guidance_scale is another thing (FLUX.1, HunyuanVideo); 1 is off.",
+);
 
 /// See [`Guidance::interval`].
 pub static GUIDANCE_INTERVAL: Parameter<[f64; 2]> = Parameter::interval(
@@ -47,9 +46,9 @@ pub(super) static PARAMETERS: &[&Declaration] = &[
 /// Guidance of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Guidance {
-    /// As in diffusers: embedded guidance (FLUX.1-dev) or classifier-free guidance (SDXL, Wan).
+    /// As in diffusers: embedded guidance (FLUX.1-dev, HunyuanVideo) or classifier-free guidance (SDXL, Wan).
     pub guidance_scale: f64,
-    /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1), as in diffusers: the scale of a
+    /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1, HunyuanVideo), as in diffusers: the scale of a
     /// second, negative prediction.
     pub true_cfg_scale: Option<f64>,
     /// Fractions of the steps between which the negative prediction is made; see [`Guidance::is_guided_at`].

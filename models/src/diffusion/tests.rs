@@ -266,7 +266,7 @@ fn a_negative_prompt_without_effect_is_refused() {
     let unguided = Options::default().with(&GUIDANCE_SCALE, 1.0);
     assert_eq!(clip_card().resolve(&unguided, 0).expect("valid").guidance.negative_prompt, None);
     let scale = options().with(&TRUE_CFG_SCALE, 4.0);
-    check(clip_card(), scale.clone(), "true_cfg_scale", "makes videos");
+    check(clip_card(), scale.clone(), "true_cfg_scale", "guided by guidance_scale");
     let mut card = picture_card(GuidanceKind::ClassifierFree);
     card.guidance.default_scale = 5.0;
     check(card, scale, "true_cfg_scale", "guided by guidance_scale");
