@@ -16,6 +16,12 @@ pub trait Family: Sync {
     /// Whether the checkpoint is of this family.
     fn detects(&self, manifest: &Manifest) -> bool;
 
+    /// What people should know of the licence of its published weights before they use them, if it is out of the ordinary.
+    /// The log says so when a model is loaded, and an inspection does.
+    fn licence_note(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Components that work on prompts alone and may be away from the device in between, if there are such.
     fn text_encoders(&self) -> &'static [&'static str] {
         &[]

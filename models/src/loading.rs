@@ -18,6 +18,8 @@ pub struct Inspection {
     pub family: &'static str,
     /// `text`, `image` or `video`.
     pub makes: &'static str,
+    /// See [`Family::licence_note`].
+    pub licence_note: Option<&'static str>,
     /// Component folder (`""` for a whole-folder model) and its report.
     pub components: Vec<(String, WeightsReport)>,
     /// Bytes of fixed caches beside the weights (the KV pool of a language model).
@@ -52,6 +54,9 @@ pub fn load(
     let source = source.into();
     let manifest = Manifest::read(&source)?.in_format(options.load_format);
     let family = detect(&manifest)?;
+    if let Some(note) = family.licence_note() {
+        tracing::warn!("{}: {note}", manifest.root().display());
+    }
     let open = OpenWeights::new(&source, placement, Mode::Load, options.load_format, on_component);
     let mut open = open.restricted_to(on_device(family, options));
     let manifest = open.remembering(manifest);
@@ -95,8 +100,8 @@ pub fn plan(
     let cache_bytes = model.as_ref().map_or(0, |model| model.resident_bytes);
     let on_demand_bytes = open.lent_bytes();
     let components = open.reports();
-    let (family, makes) = (family.name(), family.makes());
-    let inspection = Inspection { family, makes, components, cache_bytes, on_demand_bytes, problem };
+    let (makes, licence_note, family) = (family.makes(), family.licence_note(), family.name());
+    let inspection = Inspection { family, makes, licence_note, components, cache_bytes, on_demand_bytes, problem };
     Ok((inspection, model))
 }
 

@@ -122,6 +122,8 @@ struct Report {
     path: PathBuf,
     family: &'static str,
     makes: &'static str,
+    /// What is out of the ordinary in the licence of the family's published weights.
+    licence_note: Option<&'static str>,
     /// Whether the checkpoint can be loaded.
     loads: bool,
     parameters: usize,
@@ -223,6 +225,7 @@ impl Report {
             path: args.path.clone(),
             family: inspection.family,
             makes: inspection.makes,
+            licence_note: inspection.licence_note,
             loads: problems.is_empty(),
             parameters: components.iter().map(|component| component.parameters).sum(),
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
@@ -264,6 +267,9 @@ impl Display for Report {
         }
         for component in self.components.iter().filter(|component| !component.unused_tensors.is_empty()) {
             write_unused(f, component)?;
+        }
+        if let Some(note) = self.licence_note {
+            writeln!(f, "\nNote: {note}.")?;
         }
         if self.loads {
             return writeln!(f, "\nThe checkpoint can be loaded.");
