@@ -463,6 +463,7 @@ fn inspect_says_what_a_checkpoint_is() {
         ("qwen2", "qwen2", "text"),
         ("flux-schnell", "flux", "image"),
         ("wan-a", "wan", "video"),
+        ("hunyuan-video-b", "hunyuan_video", "video"),
     ] {
         let checkpoint = Golden::read(case).checkpoint;
         let report: Value = serde_json::from_str(&succeed(&["inspect", &checkpoint, "--json"])).unwrap();
@@ -475,6 +476,14 @@ fn inspect_says_what_a_checkpoint_is() {
         assert!(report["memory_bytes"].as_u64().unwrap() >= 2 * sum("parameters") * 9 / 10, "{report}");
         let text = succeed(&["inspect", &checkpoint]);
         assert!(text.contains(&format!("{family}, makes {makes}")) && text.contains("can be loaded"), "{text}");
+        // Its licence is not for everybody.
+        let has_note = family == "hunyuan_video";
+        assert_eq!(
+            report["licence_note"].as_str().is_some_and(|note| note.contains("South Korea")),
+            has_note,
+            "{report}"
+        );
+        assert_eq!(text.contains("European Union"), has_note, "{text}");
     }
 }
 

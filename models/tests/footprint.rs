@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use tale_models::diffusion::parameters::{
-    HEIGHT, IMAGE, INPUT_REFERENCE, LAST_IMAGE, MASK, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, STRENGTH, VAE_TILING,
-    WIDTH,
+    HEIGHT, IMAGE, INPUT_REFERENCE, LAST_IMAGE, MASK, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES,
+    NUM_INFERENCE_STEPS, PROMPT, STRENGTH, TRUE_CFG_SCALE, VAE_TILING, WIDTH,
 };
 use tale_models::parameter::Options;
 
@@ -73,6 +73,12 @@ fn sessions_take_at_most_their_footprint() {
         ("wan-b", options(64, 64, Some(49))),
         ("wan-i2v", options(256, 160, Some(9)).with(&INPUT_REFERENCE, picture())),
         ("wan-flf2v", options(128, 128, Some(13)).with(&INPUT_REFERENCE, picture()).with(&LAST_IMAGE, picture())),
+        ("hunyuan-video-a", options(256, 160, Some(21))),
+        ("hunyuan-video-a", options(128, 128, Some(5)).with(&MAX_SEQUENCE_LENGTH, 1024)),
+        (
+            "hunyuan-video-b",
+            options(192, 128, Some(29)).with(&TRUE_CFG_SCALE, 2.0).with(&NEGATIVE_PROMPT, "x".to_owned()),
+        ),
         ("flux-dev", options(256, 192, None)),
         ("sdxl-a", options(256, 192, None)),
         ("sdxl-b", options(128, 160, None)),

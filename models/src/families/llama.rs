@@ -1,6 +1,7 @@
 //! Llama 3.x (and everything published as `LlamaForCausalLM`). Source: transformers `models/llama`.
 
 use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
+use crate::config::Fields;
 use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
@@ -43,7 +44,12 @@ impl Family for Llama {
 
 /// Sizes and switches of the checkpoint's decoder. Errors name `config.json` and the field.
 pub fn decoder_config(manifest: &Manifest) -> Result<DecoderConfig> {
-    DecoderConfig::read(&manifest.whole().fields(CONFIG)?, &CLASS)
+    config_of(&manifest.whole().fields(CONFIG)?)
+}
+
+/// Likewise of a decoder whose `config.json` has these fields.
+pub fn config_of(fields: &Fields) -> Result<DecoderConfig> {
+    DecoderConfig::read(fields, &CLASS)
 }
 
 #[cfg(test)]

@@ -8,13 +8,15 @@ use crate::family::Family;
 
 pub mod causal_lm;
 pub mod flux;
+pub mod hunyuan_video;
 pub mod llama;
 pub mod qwen2;
 pub mod sdxl;
 pub mod wan;
 
 /// All families of this build.
-pub const FAMILIES: &[&dyn Family] = &[&llama::Llama, &qwen2::Qwen2, &flux::Flux, &sdxl::Sdxl, &wan::Wan];
+pub const FAMILIES: &[&dyn Family] =
+    &[&llama::Llama, &qwen2::Qwen2, &flux::Flux, &sdxl::Sdxl, &wan::Wan, &hunyuan_video::HunyuanVideo];
 
 /// The rows `[1, ...]` of the predictions for a batch.
 fn split_rows(predictions: &Tensor) -> Result<Vec<Tensor>> {
@@ -42,6 +44,8 @@ mod tests {
         for family in FAMILIES {
             let row = format!("| `{}` | {} |", family.name(), family.makes());
             assert!(docs.contains(&row), "docs/models.md lacks the row `{row}`");
+            let note = family.licence_note().unwrap_or_default();
+            assert!(docs.contains(note), "docs/models.md lacks the licence note `{note}`");
         }
     }
 }

@@ -145,6 +145,13 @@ pub fn linear_sigmas(n: usize) -> Vec<f64> {
     sigmas
 }
 
+/// `n` sigmas from 1 down, `1/n` between them: what the HunyuanVideo pipeline starts from, which leaves out the 0 at the
+/// end. As [`linear_sigmas`] but for the last bit of an f64.
+pub fn falling_sigmas(n: usize) -> Vec<f64> {
+    let step = -1.0 / n as f64;
+    (0..n).map(|i| i as f64 * step + 1.0).collect()
+}
+
 /// One session's way from noise to sample. It has no state between steps.
 #[derive(Debug, Clone)]
 pub struct FlowMatchEuler {

@@ -15,7 +15,7 @@ use crate::solver::ddim::{Ddim, DdimConfig};
 use crate::solver::dpm::{Dpm, DpmConfig};
 use crate::solver::euler::{Euler, EulerConfig};
 use crate::solver::euler_ancestral::{EulerAncestral, EulerAncestralConfig};
-use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, linear_sigmas};
+use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, falling_sigmas, linear_sigmas};
 use crate::solver::lcm::{Lcm, LcmConfig};
 use crate::solver::names::{Class, Loop, SCHEDULERS, Scheduler, Spacing};
 use crate::solver::noise_schedule::NoiseSchedule;
@@ -29,6 +29,8 @@ pub enum Training {
     Discrete,
     /// Flow matching; the solver starts from sigmas of its own (Wan).
     Flow,
+    /// Flow matching; the pipeline hands over evenly spaced sigmas (HunyuanVideo).
+    FlowLinear,
     /// Flow matching; the pipeline hands over evenly spaced sigmas, and `mu` by the picture's size (FLUX.1).
     FlowWithMu,
 }
@@ -40,7 +42,7 @@ impl Training {
                 &[Class::Euler, Class::EulerAncestral, Class::Ddim, Class::Dpm, Class::UniPc, Class::Lcm, Class::Tcd]
             }
             Self::Flow => &[Class::UniPc, Class::FlowMatchEuler],
-            Self::FlowWithMu => &[Class::FlowMatchEuler],
+            Self::FlowLinear | Self::FlowWithMu => &[Class::FlowMatchEuler],
         }
     }
 
@@ -48,7 +50,7 @@ impl Training {
     fn takes(self, kind: Kind) -> bool {
         match self {
             Self::Discrete => kind != Kind::FlowMatch,
-            Self::Flow | Self::FlowWithMu => kind != Kind::Betas,
+            Self::Flow | Self::FlowLinear | Self::FlowWithMu => kind != Kind::Betas,
         }
     }
 
@@ -401,6 +403,9 @@ impl Schedulers {
             SolverConfig::Tcd(config) => Box::new(Tcd::new(config, steps, eta)),
             SolverConfig::FlowMatchEuler(config) => Box::new(match the_loop.image_seq_len {
                 Some(tokens) => FlowMatchEuler::new(config, &linear_sigmas(steps), config.mu(tokens)),
+                None if self.training == Training::FlowLinear => {
+                    FlowMatchEuler::new(config, &falling_sigmas(steps), 0.0)
+                }
                 None => FlowMatchEuler::new(config, &config.own_sigmas(steps), 0.0),
             }),
         }

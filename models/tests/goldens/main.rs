@@ -12,6 +12,7 @@ mod flux;
 mod gpu;
 mod guidance;
 mod hidden_states;
+mod hunyuan_video;
 mod ip_adapter;
 mod lora;
 mod mutations;

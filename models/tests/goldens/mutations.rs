@@ -11,7 +11,7 @@ use tale_models::loading;
 use crate::support::{case_dir, copy_folder};
 
 /// One of each family, with every kind of component.
-const CASES: [&str; 5] = ["llama-untied", "qwen2-yarn", "sdxl-a", "flux-dev", "wan-a"];
+const CASES: [&str; 6] = ["llama-untied", "qwen2-yarn", "sdxl-a", "flux-dev", "wan-a", "hunyuan-video-a"];
 
 /// Numbers that no network here is made or computed with.
 const UNREAD: [&str; 19] = [
@@ -111,7 +111,11 @@ fn is_read(file: &Path, field: &str) -> bool {
     let is_said_elsewhere = file.ends_with("config.json") && file.with_file_name("generation_config.json").exists();
     match field {
         // T5 has no use for it, and where there are two files, one of them counts.
-        "eos_token_id" => !is_said_elsewhere && !config["model_type"].as_str().is_some_and(|kind| kind.ends_with("t5")),
+        "eos_token_id" => {
+            let is_read = !config["model_type"].as_str().is_some_and(|kind| kind.ends_with("t5"));
+            // Nor has a language model that says nothing.
+            is_read && !is_said_elsewhere && config["architectures"][0] != "LlamaModel"
+        }
         // Flow matching knows none.
         "beta_start" | "beta_end" => config["prediction_type"] != "flow_prediction",
         _ => !UNREAD.contains(&field),

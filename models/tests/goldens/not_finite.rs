@@ -38,7 +38,7 @@ fn text_from_spoiled_attention_is_an_error() {
 
 #[test]
 fn pictures_and_clips_from_spoiled_attention_are_errors() {
-    for case in ["sdxl-b", "flux-dev", "wan-b"] {
+    for case in ["sdxl-b", "flux-dev", "wan-b", "hunyuan-video-a"] {
         check(case);
     }
 }

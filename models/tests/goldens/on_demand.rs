@@ -69,6 +69,7 @@ fn pictures_are_the_same_bit_for_bit() {
         (with_loras("sdxl-a", "sdxl"), &["peft", "kohya"], false, &["text_encoder", "text_encoder_2"]),
         (refined, &[], true, &["text_encoder", "text_encoder_2", "refiner/text_encoder_2"]),
         (checkpoint("wan-a"), &[], false, &["text_encoder"]),
+        (checkpoint("hunyuan-video-a"), &[], false, &["text_encoder", "text_encoder_2"]),
     ] {
         let case = source.path.display().to_string();
         let (mut keeps, mut lends) = (load(&source, TextEncoders::Resident), load(&source, TextEncoders::OnDemand));

@@ -3,6 +3,7 @@
 //! Owns: the sizes and switches of the trunk, one reading for all classes. Does not know: which folder holds the file.
 //! Source: transformers `configuration_llama.py`, `configuration_qwen2.py`.
 
+use candle_core::DType;
 use serde_json::Value;
 
 use crate::config::bounds::{
@@ -137,6 +138,16 @@ impl DecoderConfig {
     /// Most tokens of prompt and answer together.
     pub fn context_len(&self) -> usize {
         self.rope.context_len(self.max_position_embeddings).min(MAX_POSITIONS)
+    }
+
+    /// Bytes that a pass over so many tokens without a cache takes at its peak, in `dtype`: the states, what the last layer
+    /// adds and their norm; and queries and keys before and after they are turned, values and what is attended, or the inner
+    /// vectors, which are gated.
+    pub fn dense_bytes(&self, tokens: usize, dtype: DType) -> usize {
+        let heads = 3 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim;
+        let values = 3 * self.hidden_size + heads.max(3 * self.intermediate_size);
+        let rotation = self.head_dim * size_of::<f32>();
+        tokens * (values * dtype.size_in_bytes() + rotation)
     }
 
     /// What the KV cache of one token consists of.

@@ -1,0 +1,268 @@
+//! HunyuanVideo: a language model and CLIP read the prompt, a transformer over space-time patches, a causal video VAE.
+//!
+//! Owns: what a checkpoint must look like, limits and defaults. Does not know: the denoising loop, guidance, batching, RGB
+//! bytes. Source: diffusers `pipelines/hunyuan_video/pipeline_hunyuan_video.py`.
+
+use std::path::Path;
+
+use self::config::HunyuanVideoConfig;
+use self::text::{TextConfigs, TextEncoders};
+use self::transformer::HunyuanVideoTransformer;
+use crate::card::ModelCard;
+use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
+use crate::device::Placement;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{DiffusionCard, DiffusionRequest};
+use crate::error::{Error, Result};
+use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::memory::MemoryPlan;
+use crate::request::Phase;
+use crate::runner::diffusion::DiffusionRunner;
+use crate::runner::diffusion::on_demand::OnDemand;
+use crate::runner::diffusion::retry::reread_in_f32;
+use crate::solver::schedulers::{Schedulers, Training};
+use crate::vae::hunyuan_video::{HunyuanVaeConfig, HunyuanVaeDecoder};
+use crate::weights::Weights;
+
+pub mod config;
+pub mod pipeline;
+mod refiner;
+pub mod text;
+pub mod transformer;
+
+/// The published model was trained up to 720p and 129 frames; past these bounds time and memory grow and quality falls.
+/// 1280x720 and its neighbours in multiples of 16.
+const MAX_PIXELS: usize = 1280 * 768;
+const MAX_SIDE: usize = 1536;
+/// Ten seconds at the model's 24 frames per second.
+const MAX_FRAMES: usize = 257;
+/// The pipeline refuses other sizes whatever the patches are.
+const PIPELINE_SIZE_MULTIPLE: usize = 16;
+/// Defaults of `HunyuanVideoPipeline.__call__`.
+const DEFAULT_WIDTH: usize = 1280;
+const DEFAULT_HEIGHT: usize = 720;
+const DEFAULT_FRAMES: usize = 129;
+const DEFAULT_STEPS: usize = 50;
+const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
+const DEFAULT_SEQUENCE_LENGTH: usize = 256;
+/// Four times as many tokens as the transformer was trained with.
+const MAX_SEQUENCE_LENGTH: usize = 1024;
+/// The rate at which the model was trained and its own example saves videos.
+const DEFAULT_FPS: usize = 24;
+
+/// HunyuanVideo: text to video.
+pub struct HunyuanVideo;
+
+impl Family for HunyuanVideo {
+    fn name(&self) -> &'static str {
+        "hunyuan_video"
+    }
+
+    fn makes(&self) -> &'static str {
+        "video"
+    }
+
+    fn detects(&self, manifest: &Manifest) -> bool {
+        manifest.architecture() == "HunyuanVideoPipeline"
+    }
+
+    fn licence_note(&self) -> Option<&'static str> {
+        Some(
+            "the licence of HunyuanVideo (Tencent Hunyuan Community License) does not extend to the European Union, the United \
+             Kingdom and South Korea",
+        )
+    }
+
+    fn text_encoders(&self) -> &'static [&'static str] {
+        TextEncoders::COMPONENTS
+    }
+
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
+        let model = build(manifest, open)?;
+        let card = model.card.clone();
+        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
+            .retrying(reread_in_f32(open.reread(), build));
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
+    }
+}
+
+fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<HunyuanVideoModel> {
+    let placement = open.placement().clone();
+    HunyuanVideoModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
+}
+
+/// Everything of a `HunyuanVideoPipeline` that the diffusion runner drives.
+pub struct HunyuanVideoModel {
+    card: DiffusionCard,
+    sizes: Sizes,
+    placement: Placement,
+    text_encoders: TextEncoders,
+    transformer: HunyuanVideoTransformer,
+    vae: HunyuanVaeDecoder,
+}
+
+/// The configurations of a checkpoint, read and found to fit together.
+struct Sizes {
+    text: TextConfigs,
+    transformer: HunyuanVideoConfig,
+    vae: HunyuanVaeConfig,
+}
+
+impl HunyuanVideoModel {
+    /// Reads and checks all configurations first, then the weights that `open` gives for each component. Those that are not
+    /// dry are at `placement`.
+    pub fn load(
+        manifest: &Manifest,
+        placement: &Placement,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
+        check_pipeline(manifest)?;
+        let sizes = Sizes::read(manifest)?;
+        let schedulers = Schedulers::read(manifest, Training::FlowLinear)?;
+        let [llama, clip] = [open("text_encoder")?, open("text_encoder_2")?];
+        let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &llama, &clip)?;
+        let transformer = HunyuanVideoTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        let vae = open("vae")?;
+        vae.ignore_below("encoder");
+        vae.ignore_below("quant_conv");
+        Ok(Self {
+            card: sizes.card(schedulers),
+            placement: placement.clone(),
+            text_encoders,
+            transformer,
+            vae: HunyuanVaeDecoder::load(&vae, &sizes.vae)?,
+            sizes,
+        })
+    }
+}
+
+/// Refuses pipelines that share the class name and have other networks than this family.
+fn check_pipeline(manifest: &Manifest) -> Result<()> {
+    let classes = [
+        ("text_encoder", "LlamaModel"),
+        ("text_encoder_2", "CLIPTextModel"),
+        ("transformer", "HunyuanVideoTransformer3DModel"),
+        ("vae", "AutoencoderKLHunyuanVideo"),
+    ];
+    for (component, supported) in classes {
+        let found = manifest.class_of(component).unwrap_or("absent");
+        if found != supported {
+            let problem = format!("`{component}` is {found}; supported is {supported}");
+            return Err(Error::checkpoint(manifest.path("", MODEL_INDEX), problem));
+        }
+    }
+    Ok(())
+}
+
+impl Sizes {
+    fn read(manifest: &Manifest) -> Result<Self> {
+        let text = TextConfigs::read(manifest)?;
+        let transformer: HunyuanVideoConfig = manifest.component("transformer")?.config()?;
+        let vae: HunyuanVaeConfig = manifest.component("vae")?.config()?;
+        let path = manifest.path("transformer", CONFIG);
+        transformer.check(&path)?;
+        vae.check(&manifest.path("vae", CONFIG))?;
+        let sizes = Self { text, transformer, vae };
+        sizes.check(&path)?;
+        Ok(sizes)
+    }
+
+    /// Refuses parts that do not fit together; `path` is the transformer's file.
+    fn check(&self, path: &Path) -> Result<()> {
+        let Self { text, transformer, vae } = self;
+        if let Some(kind) = &transformer.image_condition_type {
+            let problem = format!("`image_condition_type` is {kind:?}, but the pipeline takes no image");
+            return Err(Error::checkpoint(path, problem));
+        }
+        let latents = ("the VAE's `latent_channels`", vae.latent_channels);
+        let pairs = [
+            ("in_channels", transformer.in_channels, latents),
+            ("out_channels", transformer.predicted_channels(), latents),
+            (
+                "text_embed_dim",
+                transformer.text_embed_dim,
+                ("the text encoder's `hidden_size`", text.llama.hidden_size),
+            ),
+            (
+                "pooled_projection_dim",
+                transformer.pooled_projection_dim,
+                ("the second text encoder's `hidden_size`", text.clip.hidden_size),
+            ),
+        ];
+        for (field, found, (of, wanted)) in pairs {
+            if found != wanted {
+                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {of} {wanted}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+        let prompts = Prompts::Plain { default_length: DEFAULT_SEQUENCE_LENGTH, max_length: MAX_SEQUENCE_LENGTH };
+        let canvas = CanvasSupport {
+            default_width: DEFAULT_WIDTH,
+            default_height: DEFAULT_HEIGHT,
+            size_multiple: lcm(
+                PIPELINE_SIZE_MULTIPLE,
+                self.vae.spatial_compression_ratio * self.transformer.patch_size,
+            ),
+            max_side: MAX_SIDE,
+            max_pixels: MAX_PIXELS,
+            frames: Some(FrameSupport {
+                default_num_frames: DEFAULT_FRAMES,
+                default_fps: DEFAULT_FPS,
+                multiple: self.vae.temporal_compression_ratio,
+                max_frames: MAX_FRAMES,
+            }),
+        };
+        let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
+        let guidance = match self.transformer.guidance_embeds {
+            true => GuidanceSupport { kind: GuidanceKind::Embedded, default_scale: DEFAULT_GUIDANCE_SCALE },
+            false => GuidanceSupport { kind: GuidanceKind::None, default_scale: 0.0 },
+        };
+        DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
+    }
+
+    /// Shape of a request's latents: `[1, channels, frames, height, width]`.
+    fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
+        let spatial = self.vae.spatial_compression_ratio;
+        let frames = self.vae.latent_frames(request.canvas.num_frames);
+        [1, self.vae.latent_channels, frames, request.canvas.height / spatial, request.canvas.width / spatial]
+    }
+
+    /// Most bytes that one session keeps alive in each phase.
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
+        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let [_, _, frames, height, width] = self.latent_shape(request);
+        let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
+        let (length, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
+        let text = length * self.transformer.text_embed_dim + self.transformer.pooled_projection_dim;
+        // Of each row what was encoded, and once more among the rows of a step.
+        let conditioning = 2 * rows * text * dtype.size_in_bytes();
+        // The sample and what the solver computes of it; of each row what the model sees and predicts.
+        let solver = latents * (3 + 4 * rows);
+        let positions = frames * height * width;
+        let denoise = rows * self.transformer.peak_bytes_of_row(positions, length, dtype);
+        let sizes = [frames, height, width];
+        let decode = self.vae.peak_decode_values(sizes) * dtype.size_in_bytes() + self.vae.decoded_bytes(sizes);
+        MemoryPlan::new([
+            (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype)),
+            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::VaeDecode, 3 * latents + decode),
+        ])
+    }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let gcd = |mut a: usize, mut b: usize| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    a / gcd(a, b) * b
+}
