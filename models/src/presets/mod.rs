@@ -50,6 +50,13 @@ const WAN_OF_PICTURES: &[File] = &[
     ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
 ];
 
+/// What all models of HunyuanVideo have.
+const HUNYUAN: &[File] = &[
+    ("scheduler/scheduler_config.json", include_str!("hunyuanvideo-scheduler.json")),
+    ("text_encoder_2/config.json", include_str!("clip-l.json")),
+    ("vae/config.json", include_str!("hunyuanvideo-vae.json")),
+];
+
 /// All presets of this build.
 pub const PRESETS: &[Preset] = &[
     language_model("llama-3.1-8b", &[&[("config.json", include_str!("llama-3.1-8b.json"))]]),
@@ -111,6 +118,18 @@ pub const PRESETS: &[Preset] = &[
         files: &[WAN, WAN_OF_PICTURES, &[("transformer/config.json", include_str!("wan2.1-flf2v-14b.json"))]],
         tokenizers: &["tokenizer"],
     },
+    Preset {
+        name: "hunyuanvideo",
+        files: &[
+            HUNYUAN,
+            &[
+                ("model_index.json", include_str!("hunyuanvideo-index.json")),
+                ("text_encoder/config.json", include_str!("llava-llama-3-8b.json")),
+                ("transformer/config.json", include_str!("hunyuanvideo.json")),
+            ],
+        ],
+        tokenizers: &["tokenizer", "tokenizer_2"],
+    },
 ];
 
 const fn language_model(name: &'static str, files: &'static [&'static [File]]) -> Preset {
@@ -135,7 +154,8 @@ pub struct Configurations(TempDir);
 /// What a checkpoint folder has beside its weights.
 const EXTENSIONS: [&str; 4] = ["json", "jinja", "txt", "model"];
 /// Numbers of layers, as the configurations of all components call them.
-const DEPTHS: [&str; 4] = ["num_hidden_layers", "num_layers", "num_single_layers", "transformer_layers_per_block"];
+const DEPTHS: [&str; 5] =
+    ["num_hidden_layers", "num_layers", "num_single_layers", "num_refiner_layers", "transformer_layers_per_block"];
 
 impl Configurations {
     /// Of a preset.

@@ -57,6 +57,15 @@ fn parameters_are_those_published() {
     }
 }
 
+#[test]
+fn hunyuanvideo_has_the_parameters_of_its_size() {
+    // Counted by torch from the classes; of the VAE the decoder.
+    check("hunyuanvideo", "transformer", 12.821);
+    check("hunyuanvideo", "text_encoder", 7.5052);
+    check("hunyuanvideo", "text_encoder_2", 0.1231);
+    check("hunyuanvideo", "vae", 0.14614);
+}
+
 /// Everything that stands in the table, so that an entry cannot be added and never read.
 #[test]
 fn every_preset_is_of_a_known_family_and_whole() {

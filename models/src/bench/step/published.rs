@@ -83,6 +83,12 @@ impl Model {
         Self { frame, two_frames: frame }
     }
 
+    /// Of clips of one frame.
+    fn of_pictures_in_clips(folder: &Configurations, prompt_tokens: usize) -> Self {
+        let frame = Self::SIZES.map(|size| counts(folder, &sized(size, Some(1), prompt_tokens)));
+        Self { frame, two_frames: frame }
+    }
+
     fn of_clips(name: &str, prompt_tokens: usize) -> Self {
         let folder = preset(name);
         set(&folder, "text_encoder", "num_layers", 1);
@@ -197,6 +203,44 @@ fn wan_has_the_operations_of_its_size() {
     check(large.decode(21, 60 * 104), 275.0, 2.0);
     check(large.decode(21, 90 * 160), 639.0, 5.0);
     check(large.decode(33, 60 * 104), 438.0, 3.0);
+}
+
+/// Of a step of HunyuanVideo over so many latent positions, from networks of one and of two blocks of each kind.
+fn hunyuan_step(positions: &[usize]) -> Vec<f64> {
+    let folder = preset("hunyuanvideo");
+    set(&folder, "text_encoder", "num_hidden_layers", 2);
+    let kinds = ["num_layers", "num_single_layers"];
+    let published = kinds.map(|kind| set(&folder, "transformer", kind, 1));
+    let model = || Model::of_pictures_in_clips(&folder, 256);
+    let one_of_each = model();
+    let with_two = kinds.map(|kind| {
+        set(&folder, "transformer", kind, 2);
+        let model = model();
+        set(&folder, "transformer", kind, 1);
+        model
+    });
+    let of = |positions: &usize| {
+        let base = one_of_each.denoise(*positions);
+        let more = with_two.iter().zip(published);
+        base + more.map(|(model, count)| (count - 1) as f64 * (model.denoise(*positions) - base)).sum::<f64>()
+    };
+    positions.iter().map(of).collect()
+}
+
+/// Counted by torch's `FlopCounterMode` over diffusers' classes, less what the VAE's attention leaves out of a masked product,
+/// and less a last stretch of one frame, of which nothing is kept.
+#[test]
+fn hunyuanvideo_has_the_operations_of_its_size() {
+    let positions = [33 * 90 * 160, 33 * 68 * 120, 16 * 40 * 64];
+    for (found, expected) in hunyuan_step(&positions).into_iter().zip([12_068.6, 4285.3, 224.0]) {
+        check(found, expected, expected * 1e-4);
+    }
+    let folder = preset("hunyuanvideo");
+    folder.keep_layers(2).expect("cut");
+    for (frames, positions, expected) in [(129, 90 * 160, 2956.2), (129, 68 * 120, 1658.9), (61, 40 * 64, 233.47)] {
+        let decode = Model::SIZES.map(|size| counts(&folder, &sized(size, Some(frames), 8)).decode);
+        check(at(positions, decode), expected, expected * 1e-4);
+    }
 }
 
 #[test]
