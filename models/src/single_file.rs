@@ -23,12 +23,10 @@ struct Kind {
     denoiser: &'static str,
     /// What the names of its tensors may begin with.
     beginnings: &'static [&'static str],
-    /// Tensors that no other kind has together, after the beginning.
+    /// Tensors that no other kind before it has together, after the beginning.
     marks: &'static [&'static str],
     /// `general.architecture` of GGUF files of this kind; some converters give none.
     architectures: &'static [&'static str],
-    /// Whether names are those of the original implementation.
-    is_original: bool,
     /// The other components that a file may hold: folder in the base, and what their names may begin with.
     others: &'static [(&'static str, &'static [&'static str])],
     /// Files beside it that belong to it, where they exist: folder in the base, and file name.
@@ -38,6 +36,12 @@ struct Kind {
 const SDXL_PIPELINES: &[&str] =
     &["StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"];
 const FLUX_PIPELINES: &[&str] = &["FluxPipeline"];
+const WAN_TEXT_PIPELINES: &[&str] = &["WanPipeline"];
+const WAN_PICTURE_PIPELINES: &[&str] = &["WanImageToVideoPipeline"];
+const WAN_OTHERS: &[(&str, &[&str])] = &[
+    ("text_encoder", &["text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."]),
+    ("vae", &["vae.", "first_stage_model."]),
+];
 /// As files of whole pipelines have it, and as files of the network alone.
 const DENOISER_BEGINNINGS: &[&str] = &["model.diffusion_model.", ""];
 
@@ -49,7 +53,6 @@ const KINDS: &[Kind] = &[
         beginnings: DENOISER_BEGINNINGS,
         marks: &["input_blocks.0.0.weight", "label_emb.0.0.weight"],
         architectures: &[],
-        is_original: true,
         others: &[
             ("text_encoder", &["conditioner.embedders.0.transformer."]),
             // The refiner has this one alone.
@@ -65,7 +68,6 @@ const KINDS: &[Kind] = &[
         beginnings: &[""],
         marks: &["conv_in.weight", "add_embedding.linear_1.weight", "conv_norm_out.weight"],
         architectures: &[],
-        is_original: false,
         others: &[],
         companions: &[],
     },
@@ -76,7 +78,6 @@ const KINDS: &[Kind] = &[
         beginnings: DENOISER_BEGINNINGS,
         marks: &["double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight"],
         architectures: &["flux"],
-        is_original: true,
         others: &[
             ("text_encoder", &["text_encoders.clip_l.transformer."]),
             ("text_encoder_2", &["text_encoders.t5xxl.transformer."]),
@@ -91,11 +92,37 @@ const KINDS: &[Kind] = &[
         beginnings: &[""],
         marks: &["transformer_blocks.0.norm1_context.linear.weight", "single_transformer_blocks.0.proj_mlp.weight"],
         architectures: &["flux"],
-        is_original: false,
         others: &[],
         companions: &[],
     },
+    wan("Wan2.1 from a first and a last picture", WAN_PICTURE_PIPELINES, &["head.modulation", "img_emb.emb_pos"]),
+    wan("Wan2.1 from a picture", WAN_PICTURE_PIPELINES, &["head.modulation", "img_emb.proj.0.weight"]),
+    wan("Wan2.1 from text", WAN_TEXT_PIPELINES, &["head.modulation", "blocks.0.cross_attn.norm_q.weight"]),
+    wan(
+        "Wan2.1's transformer from pictures",
+        WAN_PICTURE_PIPELINES,
+        &["blocks.0.scale_shift_table", "condition_embedder.image_embedder.norm1.weight"],
+    ),
+    wan(
+        "Wan2.1's transformer from text",
+        WAN_TEXT_PIPELINES,
+        &["blocks.0.scale_shift_table", "condition_embedder.time_proj.weight"],
+    ),
 ];
+
+/// What beside the text the model sees is told by its tensors: the first kind that fits counts.
+const fn wan(name: &'static str, pipelines: &'static [&'static str], marks: &'static [&'static str]) -> Kind {
+    Kind {
+        name,
+        pipelines,
+        denoiser: "transformer",
+        beginnings: DENOISER_BEGINNINGS,
+        marks,
+        architectures: &["wan"],
+        others: WAN_OTHERS,
+        companions: &[],
+    }
+}
 
 /// Key of the metadata that says what the network predicts. Source: Stability AI's ModelSpec 1.0.
 const PREDICTION_TYPE: &str = "modelspec.prediction_type";
@@ -132,7 +159,7 @@ impl SingleFile {
                 format!("holds `{marker}`: a model with another noise schedule than SDXL's, which is not supported");
             return Err(Error::checkpoint(path, problem));
         }
-        let denoiser = PartOfFile { beginning: beginning.to_owned(), is_original: kind.is_original, must_fit: true };
+        let denoiser = PartOfFile { beginning: beginning.to_owned(), must_fit: true };
         let mut parts = vec![(kind.denoiser, denoiser)];
         for (component, beginnings) in kind.others {
             let beginning = beginnings.iter().find(|beginning| file.contains_below(beginning));
@@ -283,7 +310,7 @@ impl Kind {
 
 /// A component beside the denoiser. Tensors of it that nobody asks for are reported and do no harm.
 fn part(beginning: &str) -> PartOfFile {
-    PartOfFile { beginning: beginning.to_owned(), is_original: true, must_fit: false }
+    PartOfFile { beginning: beginning.to_owned(), must_fit: false }
 }
 
 /// Refuses GGUF files that say to be of no kind that is read.

@@ -16,6 +16,10 @@ use crate::error::{Error, Result};
 use crate::layers::{LayerNorm, Linear};
 use crate::weights::Weights;
 
+mod original;
+
+use original::VisualNames;
+
 /// Most patches of a picture. Published are 1,025 at most.
 const MAX_PATCHES: usize = 1 << 16;
 /// Red, green and blue.
@@ -147,14 +151,15 @@ pub struct ClipVisionEncoder {
 
 impl ClipVisionEncoder {
     /// For [`ClipVisionEncoder::penultimate`]: tensors `embeddings.*`, `pre_layrnorm.*`, `encoder.layers.*` but the last
-    /// layer, below `vision_model.` or bare. `config` has been checked.
+    /// layer, below `vision_model.` or bare, or under the names of Wan2.1's original. `config` has been checked.
     pub fn load(weights: &Weights, config: ClipVisionConfig) -> Result<Self> {
+        let weights = &weights.clone().or_named(VisualNames);
         let model = vision_model(weights);
         let last = config.num_hidden_layers - 1;
         let encoder = Self::load_layers(&model, config, last)?;
         model.pp("encoder.layers").ignore_below(&last.to_string());
         model.ignore_below("post_layernorm");
-        weights.ignore_below("visual_projection");
+        weights.ignore("visual_projection.weight");
         Ok(encoder)
     }
 

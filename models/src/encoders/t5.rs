@@ -19,6 +19,10 @@ use crate::error::Result;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::{Tie, Weights};
 
+mod elsewhere;
+
+use elsewhere::{GgufNames, WanNames};
+
 /// `config.json` of a T5 or UMT5 checkpoint; what decides about the encoder.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)]
@@ -149,14 +153,17 @@ pub struct T5Encoder {
     buckets: Buckets,
     /// Of the networks that read the hidden states.
     compute_dtype: DType,
+    /// Bytes that the largest of its quantised matrices takes for a moment.
+    dequantised_bytes: usize,
 }
 
 impl T5Encoder {
     /// Tensors `encoder.*` and `shared.weight`, which `encoder.embed_tokens.weight` is another name of. Either may be
-    /// absent; where both are there and differ, the encoder's own is what it reads.
+    /// absent; where both are there and differ, the encoder's own is what it reads. Files may have the names of llama.cpp or
+    /// of Wan2.1's original.
     pub fn load(weights: &Weights, config: &T5Config) -> Result<Self> {
         let compute_dtype = weights.placement().compute_dtype;
-        let weights = &weights.computing_in(own_dtype(compute_dtype));
+        let weights = weights.computing_in(own_dtype(compute_dtype)).or_named(GgufNames).or_named(WanNames);
         let encoder = weights.pp("encoder");
         let table = match weights.tie("shared.weight", "encoder.embed_tokens.weight")? {
             Tie::One => weights.pp("shared"),
@@ -184,7 +191,13 @@ impl T5Encoder {
                 max_distance: config.relative_attention_max_distance,
             },
             compute_dtype,
+            dequantised_bytes: weights.dequantised_bytes(),
         })
+    }
+
+    /// Most bytes that a pass takes for a moment to multiply with a quantised matrix.
+    pub fn dequantised_bytes(&self) -> usize {
+        self.dequantised_bytes
     }
 
     /// Hidden states `[1, l, d_model]` of each row's l tokens, in the compute dtype; every token sees every other one of

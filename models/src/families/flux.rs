@@ -146,9 +146,9 @@ impl FluxModel {
         let clip = open("text_encoder")?.noting(&clip_sites);
         let text_encoder = ClipTextEncoder::load(&clip, clip_config)?;
         let text_encoder_2 = T5Encoder::load(&open("text_encoder_2")?, &t5_config)?;
-        let transformer_weights = open("transformer")?.or_original(|| FluxNames).noting(&transformer_sites);
+        let transformer_weights = open("transformer")?.or_named(FluxNames).noting(&transformer_sites);
         let transformer = FluxTransformer::load(&transformer_weights, transformer_config)?;
-        let vae = open("vae")?.or_original(|| KlNames::new(&vae_config));
+        let vae = open("vae")?.or_named(KlNames::new(&vae_config));
         Ok(Self {
             card: card(transformer.config(), &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?, placement),
             tokenizer,

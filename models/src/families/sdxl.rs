@@ -205,16 +205,16 @@ impl SdxlModel {
             }
         };
         let tokenizer_2 = tokenizer("tokenizer_2", &sizes.text_encoder_2)?;
-        let weights = open("text_encoder_2")?.or_original(|| OpenClipNames).noting(&two);
+        let weights = open("text_encoder_2")?.or_named(OpenClipNames).noting(&two);
         let text_encoder_2 = ClipTextEncoder::load_with_projection(&weights, sizes.text_encoder_2.clone())?;
-        let weights = open("unet")?.or_original(|| UNetNames::new(&sizes.unet)).noting(&net);
+        let weights = open("unet")?.or_named(UNetNames::new(&sizes.unet)).noting(&net);
         let unet = UNet::load(&weights, sizes.unet.clone())?;
         let names = LoraNames::new(vec![
             NetworkNames::denoiser(&net, &UNetNames::new(&sizes.unet), []),
             NetworkNames::first_text_encoder(&one),
             NetworkNames::second_text_encoder(&two),
         ]);
-        let vae = open("vae")?.or_original(|| KlNames::new(&sizes.vae));
+        let vae = open("vae")?.or_named(KlNames::new(&sizes.vae));
         let tokenizers = first.iter().map(|(tokenizer, _)| tokenizer).chain([&tokenizer_2]).cloned().collect();
         Ok(Self {
             card: sizes.card(schedulers, tokenizers, placement.compute_dtype),

@@ -42,6 +42,7 @@ use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
+use crate::vae::wan::original::WanVaeNames;
 use crate::vae::wan::{WanVaeConfig, WanVaeDecoder};
 use crate::weights::Weights;
 
@@ -254,9 +255,10 @@ impl WanModel {
         };
         // Text encoders take no terms, as in diffusers.
         let sites = Arc::<Sites>::default();
-        let transformer = WanTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
+        let transformer =
+            WanTransformer::load(&open("transformer")?.or_named(WanNames).noting(&sites), &sizes.transformer)?;
         let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &WanNames, [])]);
-        let vae = open("vae")?;
+        let vae = open("vae")?.or_named(WanVaeNames::new(&sizes.vae));
         let pictures = vision.map(|vision| Pictures::load(manifest, vision, &vae, &sizes.vae)).transpose()?;
         Ok(Self {
             card: sizes.card(schedulers),
@@ -302,6 +304,13 @@ fn check_pipeline(manifest: &Manifest) -> Result<()> {
 
 fn takes_pictures(manifest: &Manifest) -> bool {
     manifest.architecture() == PIPELINES[1]
+}
+
+/// Bytes that the largest quantised matrix of a network takes for a moment.
+#[derive(Debug, Clone, Copy)]
+struct Dequantised {
+    text_encoder: usize,
+    transformer: usize,
 }
 
 impl Sizes {
@@ -403,7 +412,7 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
         let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
@@ -420,7 +429,7 @@ impl Sizes {
         let caches = usize::from(cached) * self.transformer.cache_bytes_of_row(pixels, dtype);
         let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches);
         let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
-        let text_pass = self.text_encoder.forward_bytes(rows, text, placement);
+        let text_pass = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let vision_pass = self.image_encoder.as_ref().map_or(0, |config| config.forward_bytes(dtype));
         let of_pictures = self.image_encoder.as_ref().map(|_| {
             let Canvas { height, width, .. } = request.canvas;
@@ -430,7 +439,7 @@ impl Sizes {
         });
         let phases = [
             (Phase::Encode, conditioning + text_pass.max(vision_pass)),
-            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
             (Phase::VaeDecode, latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_pictures))

@@ -335,6 +335,10 @@ mod tests {
     struct NoOthers;
 
     impl Names for NoOthers {
+        fn mark(&self) -> &'static str {
+            ""
+        }
+
         fn place(&self, _: &str) -> Option<Place> {
             None
         }

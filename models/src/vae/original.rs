@@ -41,6 +41,10 @@ impl KlNames {
 }
 
 impl Names for KlNames {
+    fn mark(&self) -> &'static str {
+        "decoder.mid.block_1.norm1.weight"
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         let (first, rest) = name.split_once('.')?;
         match first {

@@ -18,6 +18,7 @@ use crate::layers::{self, Conv2d, Conv3d};
 use crate::weights::Weights;
 
 pub mod encoder;
+pub mod original;
 
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;

@@ -1,4 +1,4 @@
-//! Finding, mapping and checking the safetensors files of a folder. Nothing of a header is used before it is checked.
+//! Finding, mapping and checking the weight files of a folder. Nothing of a header is used before it is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,6 +9,8 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
+use super::float8::take_scales;
+use super::gguf;
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
 use super::stored::Stored;
@@ -20,6 +22,10 @@ use crate::files::{self, Limit, is_present};
 const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
 /// Precision variants of a file name; the plain one first.
 const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
+/// Of files that are read.
+const EXTENSIONS: [&str; 2] = ["safetensors", "gguf"];
+/// What all names of some files of a denoiser alone begin with.
+const DENOISER: &str = "model.diffusion_model.";
 /// Files that hold the same weights as pickles.
 const PICKLES: [&str; 6] = [
     "pytorch_model.bin",
@@ -41,14 +47,15 @@ struct ShardIndex {
     weight_map: WeightMap,
 }
 
-/// Maps all weight files of the folder `dir`, or the file of this name, and checks their headers and their index.
+/// Maps all weight files of the folder `dir`, or the file of this name, and checks their headers and their index. A file
+/// alone in its folder may have any name, and be one of another layout or format: the network's maps of names say which.
 pub(super) fn open(dir: &Path) -> Result<Files> {
     let (paths, index) = find(dir)?;
     let mut mapped: Vec<(PathBuf, Mmap)> = Vec::with_capacity(paths.len());
     let mut tensors = BTreeMap::new();
     for (position, path) in paths.into_iter().enumerate() {
         let mmap = files::map(&path)?;
-        for (name, located) in read_header(&path, &mmap, position)? {
+        for (name, located) in read_tensors(&path, &mmap, position)? {
             if tensors.insert(name.clone(), located).is_some() {
                 return Err(Error::checkpoint(path, format!("tensor `{name}` is in two files")));
             }
@@ -62,7 +69,19 @@ pub(super) fn open(dir: &Path) -> Result<Files> {
             return Err(Error::checkpoint(dir.join(shard), problem));
         }
     }
-    Ok(Files { files: Arc::new(mapped), tensors, beginning: String::new(), are_original: false, must_fit: false })
+    take_scales(&mapped, &mut tensors)?;
+    let is_below = tensors.keys().all(|name| name.starts_with(DENOISER)) && !tensors.is_empty();
+    let beginning = if is_below { DENOISER.to_owned() } else { String::new() };
+    Ok(Files { files: Arc::new(mapped), tensors, beginning, must_fit: false })
+}
+
+/// Tensors of a file of either format; `file` is its position among the component's files.
+fn read_tensors(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(String, Located)>> {
+    if !mmap.starts_with(gguf::MAGIC) {
+        return read_header(path, mmap, file);
+    }
+    let header = gguf::read_header(path, mmap)?;
+    Ok(header.tensors.into_iter().map(|(name, located)| (name, Located { file, ..located })).collect())
 }
 
 /// The weight files of a folder and, for a sharded set, its index (else empty); a file is its own.
@@ -82,15 +101,39 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
             }
         }
     }
+    let lone = lone_files(dir)?;
+    if let [file] = &lone[..] {
+        return Ok((vec![file.clone()], WeightMap::new()));
+    }
     match PICKLES.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
         Some(pickle) => {
             Err(Error::checkpoint(pickle, "is a pickle, which can run code when read; only safetensors files are read"))
         }
         None => Err(Error::checkpoint(
             dir,
-            "holds no safetensors file (model.safetensors, diffusion_pytorch_model.safetensors or an index of shards)",
+            match lone.len() {
+                0 => "holds no safetensors file (model.safetensors, diffusion_pytorch_model.safetensors, an index of shards, \
+                      or one file of another name)"
+                    .to_owned(),
+                several => format!("holds {several} weight files of other names than published ones; leave one of them"),
+            },
         )),
     }
+}
+
+/// Files of either format in a folder, in the order of their names.
+fn lone_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| Error::checkpoint(dir, format!("cannot be read: {error}")))?.path();
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        if extension.is_some_and(|extension| EXTENSIONS.contains(&extension)) && path.is_file() {
+            found.push(path);
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
 }
 
 fn find_shards(dir: &Path, index_path: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
@@ -135,7 +178,7 @@ pub(super) fn read_header(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(
     let located = |view: &TensorView| {
         let start = view.data().as_ptr() as usize - base;
         let bytes = start..start + view.data().len();
-        Located { file, stored: Stored::Plain(view.dtype()), shape: view.shape().to_vec(), bytes }
+        Located { file, stored: Stored::of(view.dtype()), shape: view.shape().to_vec(), bytes }
     };
     Ok(header.iter().map(|(name, view)| (name.to_owned(), located(&view))).collect())
 }

@@ -175,6 +175,7 @@ impl Claim<'_> {
     fn size(&self) -> Option<usize> {
         let (block_values, block_bytes) = match self.stored {
             Stored::Plain(dtype) => (1, dtype.bitsize() / 8),
+            Stored::Float8(_) => (1, 1),
             Stored::Blocks(dtype) => (dtype.block_size(), dtype.type_size()),
         };
         let columns = self.dimensions.first().copied().unwrap_or(1);
@@ -498,7 +499,7 @@ mod tests {
         let path = dir.path().join("model.gguf");
         std::fs::write(&path, bytes).expect("write");
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU is always there");
-        let part = PartOfFile { beginning: String::new(), is_original: false, must_fit: false };
+        let part = PartOfFile { beginning: String::new(), must_fit: false };
         let weights = WeightFile::open(&path).expect("is sound").weights(&part, |_| true, &placement, false);
         let values: Vec<f32> = (0..64).map(|i| i as f32).collect();
         let flat = |tensor: candle_core::Tensor| tensor.flatten_all().expect("flat").to_vec1::<f32>().expect("f32");

@@ -16,6 +16,7 @@ use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use tale_kernels::QuantisedMatrix;
 
+use super::float8::Float8;
 use super::names::Extent;
 use super::stored::Stored;
 use crate::error::{Error, Result};
@@ -29,8 +30,6 @@ pub(super) struct Files {
     pub(super) tensors: BTreeMap<String, Located>,
     /// What all names of the component begin with.
     pub(super) beginning: String,
-    /// Whether the names are those of the original implementation.
-    pub(super) are_original: bool,
     /// Whether every tensor below `beginning` must have its place in the network.
     pub(super) must_fit: bool,
 }
@@ -53,8 +52,10 @@ pub(super) struct Slice {
 /// Shape of the file's tensor of which a tensor of this shape is the part.
 pub(super) fn whole_shape(part: Extent, shape: &[usize]) -> Vec<usize> {
     let mut whole = shape.to_vec();
-    if let (Extent::Rows(rows), Some(first)) = (part, whole.first_mut()) {
-        *first = first.saturating_mul(rows.of) / rows.count;
+    match (part, whole.first_mut()) {
+        (Extent::Rows(rows), Some(first)) => *first = first.saturating_mul(rows.of) / rows.count,
+        (Extent::Batched { dims }, _) => drop(whole.splice(0..0, std::iter::repeat_n(1, dims))),
+        _ => {}
     }
     whole
 }
@@ -65,7 +66,7 @@ impl Slice {
         let Range { start, end } = located.bytes;
         let mut pieces = Vec::with_capacity(2);
         match part {
-            Extent::Whole => pieces.push(start..end),
+            Extent::Whole | Extent::Batched { .. } => pieces.push(start..end),
             Extent::Rows(rows) => {
                 let share = (end - start) / rows.of;
                 let first = start + rows.first * share;
@@ -116,9 +117,10 @@ impl Files {
     /// Refuses values that are no numbers to compute with as they lie there, such as integers.
     pub(super) fn check_is_read(&self, name: &str, slice: &Slice) -> Result<()> {
         match slice.stored {
-            Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) | Stored::Blocks(_) => Ok(()),
+            Stored::Plain(Dtype::F32 | Dtype::F16 | Dtype::BF16) | Stored::Float8(_) | Stored::Blocks(_) => Ok(()),
             Stored::Plain(other) => {
-                let problem = format!("tensor `{name}` has dtype {other:?}; read are F32, F16 and BF16");
+                let problem =
+                    format!("tensor `{name}` has dtype {other:?}; read are F32, F16, BF16, F8_E4M3 and F8_E5M2");
                 Err(Error::checkpoint(&self.files[slice.file].0, problem))
             }
         }
@@ -139,6 +141,7 @@ impl Files {
     pub(super) fn read(&self, slice: &Slice, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
         let published = match slice.stored {
             Stored::Plain(published) => published,
+            Stored::Float8(float8) => return self.widen(slice, float8, shape, dtype, device),
             Stored::Blocks(blocks) => return self.dequantise(slice, blocks, shape, dtype, device),
         };
         match dtype {
@@ -147,6 +150,37 @@ impl Files {
             DType::F32 => self.read_as(slice, published, shape, to_f32, device),
             other => Err(Error::Device(format!("nothing is computed in {other:?}"))),
         }
+    }
+
+    /// A tensor of eight bits per value.
+    fn widen(&self, slice: &Slice, float8: Float8, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let values = float8.values();
+        match dtype {
+            DType::BF16 => self.look_up(slice, &values.map(bf16::from_f32), shape, device),
+            DType::F16 => self.look_up(slice, &values.map(f16::from_f32), shape, device),
+            DType::F32 => self.look_up(slice, &values, shape, device),
+            other => Err(Error::Device(format!("nothing is computed in {other:?}"))),
+        }
+    }
+
+    /// The value of each byte, piece by piece as [`Files::convert`].
+    fn look_up<T: WithDType>(
+        &self,
+        slice: &Slice,
+        values: &[T; 256],
+        shape: &[usize],
+        device: &Device,
+    ) -> Result<Tensor> {
+        let mmap = &self.files[slice.file].1;
+        let mut elements = Vec::with_capacity(slice.len());
+        for whole in &slice.pieces {
+            for start in whole.clone().step_by(PIECE_BYTES) {
+                let piece = start..whole.end.min(start + PIECE_BYTES);
+                elements.extend(mmap[piece.clone()].iter().map(|byte| values[usize::from(*byte)]));
+                self.drop_pages_of(slice.file, piece);
+            }
+        }
+        Ok(Tensor::from_vec(elements, shape, device)?)
     }
 
     /// A quantised tensor that is not only multiplied with, block by block: its rows need not be whole blocks.

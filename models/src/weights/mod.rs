@@ -1,7 +1,7 @@
 //! Tensors of a checkpoint component by name: memory-mapped files, checked before use, copied once.
 //!
 //! Owns: the view by name (`files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
-//! of a file that holds several, `mapped` copies tensors out of them, `dummy` makes random ones where there are no files,
+//! of a file that holds several, `mapped` copies tensors out of them, `float8` knows those of eight bits, `dummy` makes random ones where there are no files,
 //! `record` keeps what was used). Does not know: any architecture, how a packed matrix is multiplied with. A *dry* view
 //! answers every request with a tensor that takes no memory and records what is missing, so that `tale inspect` runs the
 //! very code that loads.
@@ -27,6 +27,7 @@ use crate::lora::{LayerShape, Sites, Slot};
 mod ahead;
 mod dummy;
 mod files;
+mod float8;
 mod gguf;
 mod mapped;
 mod metadata;
@@ -111,12 +112,13 @@ impl Weights {
         Self { source, placement, prefix: String::new(), names: None, sites: None, ahead: None }
     }
 
-    /// The same view with the names that the network's tensors have in the original implementation, if it is that
-    /// whose names the files have. Called before any [`Weights::pp`].
-    pub fn or_original<N: Names + 'static>(self, names: impl FnOnce() -> N) -> Self {
-        match &self.source.origin {
-            Origin::Files(files) if files.are_original => Self { names: Some(Arc::new(names())), ..self },
-            _ => self,
+    /// The same view with these names of the network's tensors, if it is they that the files have. Called before any
+    /// [`Weights::pp`].
+    pub fn or_named(self, names: impl Names + 'static) -> Self {
+        let mark = format!("{}{}", self.source.beginning(), names.mark());
+        match self.source.published().contains_key(&mark) {
+            true => Self { names: Some(Arc::new(names)), ..self },
+            false => self,
         }
     }
 

@@ -22,6 +22,11 @@ pub enum Extent {
     Rows(Rows),
     /// All of it, with the first half of the rows after the second.
     SwappedHalves,
+    /// All of it, with so many dimensions of one before those that the network's tensor has.
+    Batched {
+        /// Number of them.
+        dims: usize,
+    },
 }
 
 /// Of `of` parts with equally many rows, `count` parts from `first` on.
@@ -44,6 +49,9 @@ impl Place {
 
 /// The names of one component in one layout.
 pub trait Names: Send + Sync {
+    /// A tensor that every file in this layout has, and no file in the network's own.
+    fn mark(&self) -> &'static str;
+
     /// Where the tensor lies that the network calls `name`; `None` where a file in this layout has none such.
     fn place(&self, name: &str) -> Option<Place>;
 

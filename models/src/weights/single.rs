@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::float8::take_scales;
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
 use super::{Origin, Source, Weights, files, gguf};
@@ -36,8 +37,6 @@ enum Format {
 pub struct PartOfFile {
     /// What their names begin with.
     pub beginning: String,
-    /// Whether the rest of a name is that of the original implementation.
-    pub is_original: bool,
     /// Whether every one of them must have its place in the network.
     pub must_fit: bool,
 }
@@ -64,10 +63,13 @@ impl WeightFile {
         } else {
             return Err(Error::checkpoint(path, "is not a checkpoint: neither a safetensors nor a GGUF file"));
         };
+        let files = vec![(path.to_owned(), mmap)];
+        let mut tensors = tensors.into_iter().collect();
+        take_scales(&files, &mut tensors)?;
         Ok(Self {
             path: path.to_owned(),
-            files: Arc::new(vec![(path.to_owned(), mmap)]),
-            tensors: Arc::new(tensors.into_iter().collect()),
+            files: Arc::new(files),
+            tensors: Arc::new(tensors),
             format,
             metadata: Arc::new(metadata),
         })
@@ -118,7 +120,6 @@ impl WeightFile {
             files: self.files.clone(),
             tensors: mine.map(|(name, located)| (name.clone(), located.clone())).collect(),
             beginning: part.beginning.clone(),
-            are_original: part.is_original,
             must_fit: part.must_fit,
         };
         Weights::over(Source::new(&self.path, Origin::Files(files), dry), placement)

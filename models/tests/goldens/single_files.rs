@@ -4,10 +4,8 @@
 //! to the same tensors. `published-files/*.txt` are names and shapes of the files that everybody downloads.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Write;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
+
 use tale_models::diffusion::parameters::{
     GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH,
 };
@@ -21,7 +19,7 @@ use tale_models::diffusion::DiffusionRequest;
 use tale_models::families::flux::original::FluxNames;
 use tale_models::families::flux::transformer::{FluxTransformer, FluxTransformerConfig};
 use tale_models::family::{LoadOptions, LoadedModel};
-use tale_models::loading::{self, Inspection};
+use tale_models::loading;
 use tale_models::presets::{Configurations, Preset};
 use tale_models::request::{Event, Events, Frame, Request, SessionId};
 use tale_models::single_file::SingleFile;
@@ -29,7 +27,11 @@ use tale_models::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use tale_models::vae::original::KlNames;
 use tale_models::{ModelCard, ModelSource};
 
-use crate::support::{case_dir, golden_json, golden_tensors, psnr};
+use crate::files::{
+    assembled, assert_clean, check_refused, checkpoint, cpu, inspect, load, published, read_component, remove_weights,
+    write_empty, write_file, write_file_saying,
+};
+use crate::support::{case_dir, copy_folder, golden_json, golden_tensors, psnr};
 use crate::{flux, sdxl};
 
 const MIN_PSNR: f64 = 50.0;
@@ -64,7 +66,7 @@ fn the_published_flux_files_fit_the_published_configurations() {
     let file = SingleFile::open(&path).unwrap();
     let weights = |component| file.weights(component, &cpu(), true).expect("is there");
 
-    let transformer = weights("transformer").or_original(|| FluxNames);
+    let transformer = weights("transformer").or_named(FluxNames);
     let config: FluxTransformerConfig = read_config(base.path(), "transformer");
     FluxTransformer::load(&transformer, config).unwrap();
     let report = transformer.report();
@@ -73,7 +75,7 @@ fn the_published_flux_files_fit_the_published_configurations() {
     transformer.check_fit(base.path()).unwrap();
 
     let config: KlConfig = read_config(base.path(), "vae");
-    let vae = weights("vae").or_original(|| KlNames::new(&config));
+    let vae = weights("vae").or_named(KlNames::new(&config));
     KlDecoder::load(&vae, &config).unwrap();
     KlEncoder::load(&vae, &config).unwrap();
     let report = vae.report();
@@ -87,45 +89,6 @@ fn preset(name: &str) -> Configurations {
 
 fn read_config<T: serde::de::DeserializeOwned>(base: &Path, component: &str) -> T {
     serde_json::from_slice(&std::fs::read(base.join(component).join("config.json")).unwrap()).unwrap()
-}
-
-/// Names and shapes of a published file: one line each, or one for several whose names count, as in `a.{0-18}.b 64x64`.
-fn published(name: &str) -> BTreeMap<String, Vec<usize>> {
-    let text = std::fs::read_to_string(case_dir("published-files").join(format!("{name}.txt"))).unwrap();
-    let mut tensors = BTreeMap::new();
-    for line in text.lines() {
-        let (names, shape) = line.split_once(' ').unwrap();
-        let shape: Vec<usize> =
-            shape.split('x').filter(|dim| *dim != "scalar").map(|dim| dim.parse().unwrap()).collect();
-        for name in counted(names) {
-            assert!(tensors.insert(name, shape.clone()).is_none(), "{line}: a name is there twice");
-        }
-    }
-    tensors
-}
-
-fn counted(names: &str) -> Vec<String> {
-    let Some((before, rest)) = names.split_once('{') else { return vec![names.to_owned()] };
-    let (range, after) = rest.split_once('}').unwrap();
-    let (first, last) = range.split_once('-').unwrap();
-    let numbers: Range<usize> = first.parse().unwrap()..last.parse::<usize>().unwrap() + 1;
-    let after = counted(after);
-    numbers.flat_map(|number| after.iter().map(move |after| format!("{before}{number}{after}"))).collect()
-}
-
-/// A file with this header and a hole where its data would be.
-fn write_empty(path: &Path, tensors: &BTreeMap<String, Vec<usize>>) {
-    let (mut header, mut end) = (serde_json::Map::new(), 0);
-    for (name, shape) in tensors {
-        let start = end;
-        end += 2 * shape.iter().product::<usize>();
-        header.insert(name.clone(), json!({"dtype": "F16", "shape": shape, "data_offsets": [start, end]}));
-    }
-    let header = Value::Object(header).to_string();
-    let mut file = File::create(path).unwrap();
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-    file.write_all(header.as_bytes()).unwrap();
-    file.set_len((8 + header.len() + end) as u64).unwrap();
 }
 
 // --- SDXL ------------------------------------------------------------------------------------------------------------
@@ -336,7 +299,7 @@ fn the_largest_matrix_is_dequantised_for_a_moment() {
     let (base, file) = (gguf_base(), SingleFile::open(&gguf_file()).unwrap());
     for (dtype, bytes_per_value) in [(WeightDtype::Auto, 2 + 2), (WeightDtype::F32, 4)] {
         let on_gpu = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
-        let weights = file.weights("transformer", &on_gpu, true).unwrap().or_original(|| FluxNames);
+        let weights = file.weights("transformer", &on_gpu, true).unwrap().or_named(FluxNames);
         let transformer = FluxTransformer::load(&weights, read_config(base.path(), "transformer")).unwrap();
         // A modulation of a double block, [6 * 64, 64]; 16 bits come by way of f16.
         assert_eq!(transformer.dequantised_bytes(), 6 * 64 * 64 * bytes_per_value);
@@ -439,124 +402,11 @@ fn what_is_no_model_is_refused_in_its_own_words() {
     check_refused(&path("absent.gguf"), None, &["is neither a folder nor a file"]);
 }
 
-/// By the inspection, or by its report; and by the load in the same words.
-#[track_caller]
-fn check_refused(path: &Path, base: Option<&Path>, expected: &[&str]) {
-    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
-    let inspected = match loading::inspect(&source, &cpu(), &LoadOptions::default()) {
-        Err(error) => error.to_string(),
-        Ok(inspection) => {
-            let of_components = inspection.components.iter().flat_map(|(_, report)| &report.problems);
-            let problems: Vec<String> = of_components.chain(&inspection.problem).map(ToString::to_string).collect();
-            problems.join("\n")
-        }
-    };
-    let loaded = tale_models::load(&source, &cpu(), &LoadOptions::default(), &mut |_| ());
-    let loaded = loaded.err().expect("is refused").to_string();
-    for part in expected {
-        assert!(inspected.contains(part), "inspected: expected `{part}` in: {inspected}");
-        assert!(loaded.contains(part), "loaded: expected `{part}` in: {loaded}");
-    }
-}
-
 // --- making files and pictures ---------------------------------------------------------------------------------------
 
-fn checkpoint(case: &str) -> PathBuf {
-    case_dir(case).join("checkpoint")
-}
-
-/// The tensors of a single file from those of a case's folder, as `single-files/{names}.names` says.
+/// As `single-files/{names}.names` says.
 fn assemble(case: &str, names: &str) -> HashMap<String, Tensor> {
-    let mut components: HashMap<String, HashMap<String, Tensor>> = HashMap::new();
-    let text = std::fs::read_to_string(case_dir("single-files").join(format!("{names}.names"))).unwrap();
-    let mut tensors = HashMap::new();
-    for line in text.lines() {
-        let (name, expression) = line.split_once(" = ").unwrap();
-        let (change, parts) = match expression.split_once(' ') {
-            Some((change @ ("transposed" | "swapped"), part)) => (change, part),
-            _ => ("", expression),
-        };
-        let parts: Vec<Tensor> = parts
-            .split(" + ")
-            .map(|part| {
-                let (component, tensor) = part.split_once('/').unwrap();
-                let read = || read_component(&checkpoint(case).join(component));
-                components.entry(component.to_owned()).or_insert_with(read)[tensor].clone()
-            })
-            .collect();
-        let tensor = Tensor::cat(&parts, 0).unwrap();
-        let tensor = match change {
-            "transposed" => tensor.t().unwrap().contiguous().unwrap(),
-            "swapped" => {
-                let half = tensor.dim(0).unwrap() / 2;
-                Tensor::cat(&[tensor.narrow(0, half, half).unwrap(), tensor.narrow(0, 0, half).unwrap()], 0).unwrap()
-            }
-            _ => tensor,
-        };
-        tensors.insert(name.to_owned(), tensor);
-    }
-    tensors
-}
-
-fn read_component(folder: &Path) -> HashMap<String, Tensor> {
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"));
-    files.flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap()).collect()
-}
-
-fn write_file(path: &Path, tensors: HashMap<String, Tensor>) {
-    candle_core::safetensors::save(&tensors, path).unwrap();
-}
-
-/// With `modelspec.prediction_type` in its metadata.
-fn write_file_saying(path: &Path, tensors: HashMap<String, Tensor>, prediction_type: &str) {
-    let metadata = HashMap::from([("modelspec.prediction_type".to_owned(), prediction_type.to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(metadata), path).unwrap();
-}
-
-fn remove_weights(folder: &Path) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.to_string_lossy().contains(".safetensors") {
-            std::fs::remove_file(path).unwrap();
-        }
-    }
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy_folder(&entry.path(), &target),
-            false => drop(std::fs::copy(entry.path(), target).unwrap()),
-        }
-    }
-}
-
-fn cpu() -> Placement {
-    Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap()
-}
-
-fn inspect(path: &Path, base: Option<&Path>) -> Inspection {
-    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
-    loading::inspect(source, &cpu(), &LoadOptions::default()).unwrap()
-}
-
-#[track_caller]
-fn assert_clean(inspection: &Inspection) {
-    assert!(inspection.problem.is_none(), "{:?}", inspection.problem);
-    for (component, report) in &inspection.components {
-        assert!(report.problems.is_empty(), "{component}: {:?}", report.problems);
-        assert!(report.unused.is_empty(), "{component}: unused {:?}", report.unused);
-    }
-}
-
-fn load(path: &Path, base: Option<&Path>, dtype: WeightDtype) -> LoadedModel {
-    let source = ModelSource { base: base.map(Path::to_owned), ..ModelSource::at(path) };
-    let placement = Placement::open(DeviceSpec::Cpu, dtype).unwrap();
-    tale_models::load(source, &placement, &LoadOptions::default(), &mut |_| ()).unwrap()
+    assembled(case, &format!("single-files/{names}"))
 }
 
 fn card(model: &LoadedModel) -> &DiffusionCard {

@@ -10,7 +10,7 @@ use tale_models::request::Frame;
 use tale_models::runner::diffusion::DiffusionModel;
 use tale_models::runner::diffusion::course::FIRST_EXPERT;
 use tale_models::runner::diffusion::inputs::{Inputs, Pass};
-use tale_models::runner::{Runner, StepPlan};
+use tale_models::runner::{Runner, RunnerStatus, StepPlan};
 use tale_models::testing::repository;
 use tale_models::{Event, Events, Request, SessionId};
 
@@ -138,6 +138,18 @@ pub fn pictures_and(
 /// The pictures of sessions that ran as in [`run_to_end`].
 pub fn pictures(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Frame> {
     pictures_and(runner, requests, |_, _, _| ())
+}
+
+/// The frames of each session, in order; sessions run as in [`run_to_end`].
+pub fn clips(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
+    let mut clips = vec![Vec::new(); requests.len()];
+    run_to_end(runner, requests, |_, session, event| {
+        if let Event::Frames(frames) = event {
+            clips[session.0 as usize].extend(frames);
+        }
+    });
+    assert_eq!(runner.status(), RunnerStatus::default());
+    clips
 }
 
 /// What a model makes of different inputs of one pass, in one go.

@@ -15,11 +15,11 @@ use tale_models::diffusion::{DiffusionCard, DiffusionRequest};
 use tale_models::family::LoadOptions;
 use tale_models::lora::LoraOption;
 use tale_models::parameter::Options;
-use tale_models::request::{Event, Frame, Request};
-use tale_models::runner::{Runner, RunnerStatus};
+use tale_models::request::{Frame, Request};
+use tale_models::runner::Runner;
 use tale_models::{ModelCard, ModelSource};
 
-use crate::support::{case_dir, golden_json, golden_tensors, psnr, run_to_end};
+use crate::support::{case_dir, clips, golden_json, golden_tensors, psnr};
 
 const CASE: &str = "wan-lora";
 const MIN_PSNR: f64 = 50.0;
@@ -152,18 +152,6 @@ fn the_footprint_counts_every_kind_of_term() {
         assert_eq!(peak(&[(name, 1.0)]) - peak(&[]), expected, "{checkpoint} {name}");
         assert_eq!(peak(&[(name, 0.0)]), peak(&[]));
     }
-}
-
-/// The frames of each session, in order; sessions run as in [`run_to_end`].
-fn clips(runner: &mut dyn Runner, requests: &[DiffusionRequest]) -> Vec<Vec<Frame>> {
-    let mut clips = vec![Vec::new(); requests.len()];
-    run_to_end(runner, requests, |_, session, event| {
-        if let Event::Frames(frames) = event {
-            clips[session.0 as usize].extend(frames);
-        }
-    });
-    assert_eq!(runner.status(), RunnerStatus::default());
-    clips
 }
 
 fn bytes(frames: &[Frame]) -> Vec<u8> {

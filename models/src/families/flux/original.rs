@@ -12,6 +12,10 @@ use crate::weights::names::{Extent, Names, Place, Rows, split_index};
 pub struct FluxNames;
 
 impl Names for FluxNames {
+    fn mark(&self) -> &'static str {
+        "double_blocks.0.img_mod.lin.weight"
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         let (first, rest) = name.split_once('.')?;
         match first {

@@ -78,7 +78,8 @@ impl FluxModel {
         let conditioning = branches * text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
         // The sample; of each branch what the model sees of it and predicts, in the batch and by itself.
         let latents = (1 + 3 * branches) * image_len * transformer.in_channels * size_of::<f32>();
-        let encode = self.t5_config.forward_bytes(branches, text_len, &self.placement);
+        let t5_pass = self.t5_config.forward_bytes(branches, text_len, &self.placement);
+        let encode = t5_pass + self.text_encoder_2.dequantised_bytes();
         let denoise = branches * (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
         let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
         let caches = match self.card.cache_threshold(request) {

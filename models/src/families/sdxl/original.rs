@@ -57,6 +57,10 @@ impl UNetNames {
 }
 
 impl Names for UNetNames {
+    fn mark(&self) -> &'static str {
+        "input_blocks.0.0.weight"
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         let (first, rest) = name.split_once('.')?;
         let name = match first {
@@ -126,6 +130,10 @@ fn of_resnet(name: &str) -> Option<String> {
 pub struct OpenClipNames;
 
 impl Names for OpenClipNames {
+    fn mark(&self) -> &'static str {
+        "transformer.resblocks.0.ln_1.weight"
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         if let Some(rest) = name.strip_prefix("encoder.layers.") {
             let (layer, rest) = split_index(rest)?;

@@ -15,6 +15,10 @@ pub struct WanNames;
 const TABLE: &str = "scale_shift_table";
 
 impl Names for WanNames {
+    fn mark(&self) -> &'static str {
+        "blocks.0.self_attn.q.weight"
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         let original = match name.split_once('.') {
             Some(("blocks", rest)) => {

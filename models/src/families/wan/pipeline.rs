@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::WanModel;
 use super::pictures::{FramesEncoding, KnownFrames, Pictures, VisionEncoding};
 use super::transformer::WanInput as TransformerInput;
+use super::{Dequantised, WanModel};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
 use crate::error::Result;
@@ -100,7 +100,11 @@ impl DiffusionModel for WanModel {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, &self.placement)
+        let dequantised = Dequantised {
+            text_encoder: self.text_encoder.dequantised_bytes(),
+            transformer: self.transformer.dequantised_bytes(),
+        };
+        self.sizes.plan(request, &self.placement, dequantised)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<WanInput>> {

@@ -47,6 +47,8 @@ pub struct WanTransformer {
     scale_shift_table: Table,
     proj_out: Linear,
     compute_dtype: DType,
+    /// Bytes that the largest of its quantised matrices takes for a moment.
+    dequantised_bytes: usize,
     config: WanConfig,
 }
 
@@ -77,8 +79,14 @@ impl WanTransformer {
             scale_shift_table: Table::load(weights, [1, 2, dim], "scale_shift_table")?,
             proj_out: Linear::load(&weights.pp("proj_out"), dim, patch_values)?,
             compute_dtype: weights.placement().compute_dtype,
+            dequantised_bytes: weights.dequantised_bytes(),
             config: config.clone(),
         })
+    }
+
+    /// Most bytes that a forward pass takes for a moment to multiply with a quantised matrix.
+    pub(super) fn dequantised_bytes(&self) -> usize {
+        self.dequantised_bytes
     }
 
     /// The predicted flow, f32 `[n, out_channels, frames, height, width]`.

@@ -5,6 +5,10 @@ use crate::weights::names::Place;
 struct Original;
 
 impl elsewhere::Names for Original {
+    fn mark(&self) -> &'static str {
+        ""
+    }
+
     fn place(&self, name: &str) -> Option<Place> {
         let third = |first| elsewhere::Extent::Rows(elsewhere::Rows { first, count: 1, of: 3 });
         let (name, part) = match name {
