@@ -85,12 +85,13 @@ impl Admission {
     }
 }
 
-/// A request that has a place, and the only way to the engine's work. There is one only within [`with_place`].
-#[derive(Debug)]
+/// A request that has a place, and the only way to the engine's work. There is one only within [`with_place`], and clones of it
+/// share its place, which is given back with the last.
+#[derive(Debug, Clone)]
 pub(super) struct Admitted {
     engine: Served,
     client: ClientId,
-    _place: Place,
+    _place: Arc<Place>,
 }
 
 impl Admitted {
@@ -122,7 +123,8 @@ pub(super) async fn with_place(
     client: ClientId,
     work: impl AsyncFnOnce(&Admitted) -> Result<Response, ApiError>,
 ) -> Result<Response, ApiError> {
-    let admitted = Admitted { engine: state.engine()?.clone(), client, _place: state.admission().place(client)? };
+    let place = Arc::new(state.admission().place(client)?);
+    let admitted = Admitted { engine: state.engine()?.clone(), client, _place: place };
     let response = work(&admitted).await?;
     Ok(response.map(|body| carry(body, admitted)))
 }

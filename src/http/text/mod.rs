@@ -16,7 +16,7 @@ use super::admission::{Admitted, with_place};
 use super::body::{self, Format, MAX_BODY_BYTES};
 use super::error::ApiError;
 use super::{AppState, random_seed, sse};
-use crate::compute::Compute;
+use crate::engine::Session;
 
 mod answer;
 pub mod wire;
@@ -36,13 +36,13 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
         let max_tokens_name = body.settle_max_tokens()?;
         let TextBody { model, options, answer, prompt: messages } = body;
         let num_bytes = messages.iter().map(|message| message.content.len()).sum();
-        let encode = move |card: &TextCard, cancelled: &CancelToken| card.encode_chat(&messages, cancelled);
+        let encode = move |card: &TextCard, cancelled: &CancelToken| Ok(vec![card.encode_chat(&messages, cancelled)?]);
+        let order = Order { shape: Shape::Chat, model, options, answer };
         // Never here: a template is a stranger's program, and takes its time.
-        let prompt = encoded(state.compute(), num_bytes, card.clone(), encode).await?;
+        let placed = placed(&state, admitted, num_bytes, card, order, encode).await;
         drop(held);
-        let order = Order { shape: Shape::Chat, model: &model, options, answer };
         let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
-        order.answer(&state, admitted, text(&card)?, vec![prompt]).await.map_err(renamed)
+        placed.map_err(renamed)?.answer(&state).await
     })
     .await
 }
@@ -64,13 +64,16 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let encode = move |card: &TextCard, cancelled: &CancelToken| -> tale_models::Result<Vec<_>> {
             texts.into_iter().map(|prompt| prompt.encode(card, cancelled)).collect()
         };
-        let prompts = match num_bytes <= MAX_INLINE_PROMPT_BYTES {
-            true => encode(text(&card)?, &CancelToken::default())?,
-            false => encoded(state.compute(), num_bytes, card.clone(), encode).await?,
+        let order = Order { shape: Shape::Completion, model, options, answer };
+        let placed = match num_bytes <= MAX_INLINE_PROMPT_BYTES {
+            true => {
+                let card = text(&card)?;
+                order.place(admitted, card, encode(card, &CancelToken::default())?)?
+            }
+            false => placed(&state, admitted, num_bytes, card, order, encode).await?,
         };
         drop(held);
-        let order = Order { shape: Shape::Completion, model: &model, options, answer };
-        order.answer(&state, admitted, text(&card)?, prompts).await
+        placed.answer(&state).await
     })
     .await
 }
@@ -85,38 +88,47 @@ fn largest_context(state: &AppState) -> Result<usize, ApiError> {
 }
 
 /// What a client ordered, apart from the prompts.
-struct Order<'a> {
+struct Order {
     shape: Shape,
-    model: &'a str,
+    model: String,
     options: Options,
     answer: wire::AnswerOptions,
 }
 
-impl Order<'_> {
-    async fn answer(
-        self,
-        state: &AppState,
-        admitted: &Admitted,
-        card: &TextCard,
-        prompts: Vec<Vec<u32>>,
-    ) -> Result<Response, ApiError> {
+/// An order whose sessions the engine has.
+struct Placed {
+    order: Order,
+    sessions: Vec<Session>,
+    prompt_tokens: usize,
+}
+
+impl Order {
+    /// Gives the engine the sessions of these prompts.
+    fn place(self, admitted: &Admitted, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Placed, ApiError> {
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let seed = self.options.get(&SEED).unwrap_or_else(random_seed);
         let mut sessions = Vec::with_capacity(prompts.len() * self.answer.n);
         for prompt in prompts {
             let request = card.resolve(prompt, &self.options, seed)?;
             for choice in 0..self.answer.n {
-                sessions.push(admitted.submit(self.model, with_seed(&request, seed, choice))?);
+                sessions.push(admitted.submit(&self.model, with_seed(&request, seed, choice))?);
             }
         }
-        let head = Head::new(self.shape, self.model);
-        if !self.answer.stream {
+        Ok(Placed { order: self, sessions, prompt_tokens })
+    }
+}
+
+impl Placed {
+    async fn answer(self, state: &AppState) -> Result<Response, ApiError> {
+        let Self { order: Order { shape, model, answer, .. }, mut sessions, prompt_tokens } = self;
+        let head = Head::new(shape, &model);
+        if !answer.stream {
             return answer::whole(state.compute(), head, sessions, prompt_tokens).await;
         }
         if let Some(first) = sessions.first_mut() {
             sse::first_event(first).await?;
         }
-        Ok(answer::stream(head, sessions, prompt_tokens, self.answer))
+        Ok(answer::stream(head, sessions, prompt_tokens, answer))
     }
 }
 
@@ -139,13 +151,20 @@ fn text(card: &ModelCard) -> Result<&TextCard, ApiError> {
     }
 }
 
-/// What `encode` makes of so many bytes of text, on a thread that computes.
-async fn encoded<T: Send + 'static>(
-    compute: &Compute,
+/// The order, placed for what `encode` makes of so many bytes of text, both on a thread that computes: the engine is nearer
+/// from there than over the thread that waits.
+async fn placed(
+    state: &AppState,
+    admitted: &Admitted,
     num_bytes: usize,
     card: Arc<ModelCard>,
-    encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<T> + Send + 'static,
-) -> Result<T, ApiError> {
-    let cost = num_bytes.saturating_mul(TOKENISING_COST);
-    compute.run(cost, move |cancelled| text(&card).and_then(|card| Ok(encode(card, cancelled)?))).await?
+    order: Order,
+    encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<Vec<Vec<u32>>> + Send + 'static,
+) -> Result<Placed, ApiError> {
+    let (cost, admitted) = (num_bytes.saturating_mul(TOKENISING_COST), admitted.clone());
+    let place = move |cancelled: &CancelToken| {
+        let card = text(&card)?;
+        order.place(&admitted, card, encode(card, cancelled)?)
+    };
+    state.compute().run(cost, place).await?
 }
