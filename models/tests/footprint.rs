@@ -79,6 +79,8 @@ fn sessions_take_at_most_their_footprint() {
             "hunyuan-video-b",
             options(192, 128, Some(29)).with(&TRUE_CFG_SCALE, 2.0).with(&NEGATIVE_PROMPT, "x".to_owned()),
         ),
+        ("wan-a", options(512, 288, Some(17)).with(&VAE_TILING, true)),
+        ("wan-i2v", options(512, 288, Some(9)).with(&INPUT_REFERENCE, picture()).with(&VAE_TILING, true)),
         ("flux-dev", options(256, 192, None)),
         ("sdxl-a", options(256, 192, None)),
         ("sdxl-b", options(128, 160, None)),

@@ -61,7 +61,7 @@ pub struct DiffusionRequest {
     pub acceleration: Acceleration,
     /// Low-rank terms that are added to the model's layers for this request alone.
     pub loras: Vec<LoraUse>,
-    /// Whether the VAE works on tiles of the image, where that is larger than one.
+    /// Whether the VAE works on tiles of the image or of the frames, where they are larger than one.
     pub vae_tiling: bool,
     /// Previews on the way; they change nothing in the image.
     pub partial_images: usize,
@@ -126,9 +126,7 @@ impl DiffusionRequest {
         self.guidance.echo(&mut options);
         options.set(&acceleration::ACCELERATION, self.acceleration);
         loras::echo(&self.loras, &mut options);
-        if self.canvas.fps == 0 {
-            options.set(&tiling::VAE_TILING, self.vae_tiling);
-        }
+        options.set(&tiling::VAE_TILING, self.vae_tiling);
         if let Some(edit) = &self.edit {
             edit.echo(&mut options);
         }

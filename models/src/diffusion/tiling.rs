@@ -1,25 +1,25 @@
-//! Whether the VAE works on tiles of the image.
+//! Whether the VAE works on tiles of the image, or of the frames.
 //!
 //! Owns: `vae_tiling`, and the rule by which tiles are chosen where nobody asks. Does not know: how tiles are blended, nor
 //! what is free at the moment: the choice depends on the request, the model and the room that the device has for work, and
 //! on nothing else, so that the same request gives the same image whatever else is running.
 
 use crate::error::{Error, Result};
-use crate::parameter::{Declaration, IMAGES, Options, Parameter};
+use crate::parameter::{Declaration, Options, Parameter};
 
 use super::Canvas;
 
 /// Whether the VAE works in tiles.
 pub static VAE_TILING: Parameter<bool> = Parameter::flag_or_auto(
     "vae_tiling",
-    "Whether the VAE works on tiles of the image, as diffusers' enable_vae_tiling; \"auto\" tiles where memory is short.",
-)
-.only_for(IMAGES);
+    "Whether the VAE works on tiles of the image or of the frames, as diffusers' enable_vae_tiling; \"auto\" tiles where memory \
+     is short.",
+);
 
 /// The parameters of this capability.
 pub(super) static PARAMETERS: &[&Declaration] = &[&VAE_TILING.declaration];
 
-/// When a model's VAE works on tiles of an image instead of the whole.
+/// When a model's VAE works on tiles of an image, or of a clip's frames, instead of the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VaeTiling {
     /// Pixels on each side of a tile.

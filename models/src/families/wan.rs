@@ -261,7 +261,7 @@ impl WanModel {
         let vae = open("vae")?.or_named(WanVaeNames::new(&sizes.vae));
         let pictures = vision.map(|vision| Pictures::load(manifest, vision, &vae, &sizes.vae)).transpose()?;
         Ok(Self {
-            card: sizes.card(schedulers),
+            card: sizes.card(schedulers, placement.compute_dtype),
             tokenizer,
             placement: placement.clone(),
             text_encoder,
@@ -373,7 +373,7 @@ impl Sizes {
         self.transformer.pos_embed_seq_len.unwrap_or(of_one)
     }
 
-    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers, dtype: DType) -> DiffusionCard {
         let [_, patch_height, patch_width] = self.transformer.patch_size;
         let (spatial, temporal) = (self.vae.scale_factor_spatial, self.vae.scale_factor_temporal);
         let positions = self.transformer.rope_max_seq_len;
@@ -394,6 +394,7 @@ impl Sizes {
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
         let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
         DiffusionCard {
+            tiling: self.vae.vae_tiling(dtype),
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
             loras: LoraSupport::NoFolder,
             keyframes: self.image_encoder.as_ref().map(|_| match self.transformer.pos_embed_seq_len {
@@ -425,21 +426,23 @@ impl Sizes {
         let conditioning = rows * text * self.transformer.text_dim * dtype.size_in_bytes() + seen + known;
         // The sample, the solver's past (predictions, last sample, what it is computing) and the rows' predictions.
         let solver = latents * (6 + 2 * rows) + rows * known;
+        // Of each row: the input, its patches; the answer in patches, in the latents' order, and apart from other rows.
+        let ends = rows * (2 * known + 5 * latents);
         let (pixels, cached) = (frames * height * width, request.acceleration != Acceleration::None);
         let caches = usize::from(cached) * self.transformer.cache_bytes_of_row(pixels, dtype);
         let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches);
-        let decode = latents + self.vae.peak_values(height, width) * dtype.size_in_bytes();
+        let decode = latents + self.vae.peak_decode_bytes(frames, (height, width), request.vae_tiling, dtype);
         let text_pass = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let vision_pass = self.image_encoder.as_ref().map_or(0, |config| config.forward_bytes(dtype));
         let of_pictures = self.image_encoder.as_ref().map(|_| {
             let Canvas { height, width, .. } = request.canvas;
             let pixels = 2 * self.vae.scale_factor_temporal * 3 * height * width * size_of::<f32>();
-            let work = self.vae.encode_peak_values(height, width) * dtype.size_in_bytes();
+            let work = self.vae.peak_encode_bytes(height, width, request.vae_tiling, dtype);
             (Phase::VaeEncode, conditioning + known + pixels + work)
         });
         let phases = [
             (Phase::Encode, conditioning + text_pass.max(vision_pass)),
-            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
+            (Phase::Denoise, conditioning + solver + ends + denoise + dequantised.transformer),
             (Phase::VaeDecode, latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_pictures))

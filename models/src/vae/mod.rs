@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::rng::TorchGenerator;
 
+pub mod clip_tiles;
 pub mod hunyuan_video;
 pub mod kl;
 pub mod original;

@@ -13,13 +13,18 @@ use tale_kernels::{AttentionOptions, CausalPadding, attention, rms_norm_channels
 
 use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SCALE, check_product};
 use crate::config::{Bound, Bounded};
+use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{self, Conv2d, Conv3d};
+use crate::vae::clip_tiles::{self, ClipDecoder, TiledDecoding};
+use crate::vae::tiling::Tiling;
 use crate::weights::Weights;
 
 pub mod encoder;
 pub mod original;
 
+/// Pixels on each side of a tile (`tile_sample_min_height`, `tile_sample_min_width`).
+pub const TILE_SIDE: usize = 256;
 /// Frames of the past that a causal convolution over time needs: its kernel spans three.
 const HISTORY: usize = 2;
 
@@ -120,6 +125,40 @@ impl WanVaeConfig {
         Err(Error::checkpoint(path, problem))
     }
 
+    /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
+    pub fn tiling(&self) -> Option<Tiling> {
+        Tiling::of_latents(TILE_SIDE / self.scale_factor_spatial, TILE_SIDE)
+    }
+
+    /// When decoding works in tiles, which takes more than encoding.
+    pub fn vae_tiling(&self, dtype: DType) -> Option<VaeTiling> {
+        self.tiling()?;
+        let latent_pixels = self.scale_factor_spatial.pow(2);
+        let bytes_per_pixel = (self.peak_values(1, 1) * dtype.size_in_bytes()).div_ceil(latent_pixels);
+        Some(VaeTiling { tile_side: TILE_SIDE, bytes_per_pixel, room_bytes: None })
+    }
+
+    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
+    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        self.tiling().filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// Calls of [`WanVaeDecoder::decode_next`] for so many latent frames of this height and width, in tiles or not.
+    pub fn num_decode_steps(&self, frames: usize, latents: (usize, usize), tiled: bool) -> usize {
+        self.tiles(latents, tiled).map_or(frames, |tiling| clip_tiles::num_steps(&tiling, latents, frames))
+    }
+
+    /// Bytes that decoding so many latent frames of this height and width holds at its peak beside the latents, in tiles or
+    /// not.
+    pub fn peak_decode_bytes(&self, frames: usize, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let bytes = |(height, width)| self.peak_values(height, width) * dtype.size_in_bytes();
+        let Some(tiling) = self.tiles(latents, tiled) else { return bytes(latents) };
+        let tile = tiling.largest(latents.0, latents.1);
+        let pixels = |(height, width): (usize, usize)| height * width * self.scale_factor_spatial.pow(2);
+        let frames = (frames - 1) * self.scale_factor_temporal + 1;
+        bytes(tile) + clip_tiles::pixel_bytes(frames, pixels(latents), pixels(tile))
+    }
+
     /// Channels of the decoder's levels, from the latents' size to the pixels'.
     fn level_dims(&self) -> Vec<usize> {
         let base = self.decoder_base_dim.unwrap_or(self.base_dim);
@@ -170,10 +209,19 @@ pub struct WanVaeDecoder {
     norm_out: Norm,
     conv_out: CausalConv3d,
     num_slots: usize,
+    config: WanVaeConfig,
 }
 
-/// A decode between two frames. Dropping it frees all that it remembers.
-pub struct WanDecoding {
+/// A decode between two steps. Dropping it frees all that it remembers.
+pub enum WanDecoding {
+    /// Of whole frames.
+    Whole(FramesDecoding),
+    /// Tile by tile.
+    Tiles(Box<TiledDecoding<FramesDecoding>>),
+}
+
+/// A decode of frames, whole ones or those of a tile.
+pub struct FramesDecoding {
     /// Latents with the model's mean and scale, f32 `[1, z, f, h, w]`.
     latents: Tensor,
     /// Latent frame that comes next.
@@ -214,18 +262,40 @@ impl WanVaeDecoder {
             norm_out: Norm::load(&decoder.pp("norm_out"), &[last, 1, 1, 1])?,
             conv_out: loader.causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
             num_slots: loader.num_slots,
+            config: config.clone(),
         })
     }
 
-    /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`.
-    pub fn begin(&self, latents: &Tensor) -> Result<WanDecoding> {
-        let latents = latents.broadcast_mul(&self.latents_std)?.broadcast_add(&self.latents_mean)?;
-        Ok(WanDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
+    /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`, in tiles if asked and if there is more than one.
+    pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<WanDecoding> {
+        let (_, _, frames, height, width) = latents.dims5()?;
+        Ok(match self.config.tiles((height, width), tiled) {
+            None => WanDecoding::Whole(self.begin_clip(latents)?),
+            Some(tiling) => WanDecoding::Tiles(Box::new(TiledDecoding::new(latents.clone(), tiling, frames)?)),
+        })
     }
 
-    /// Decodes the next latent frame: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
-    /// cut by whoever rounds them, so that what is not finite is still seen there. The first latent frame gives one frame, each later one as many as the temporal scale factor says. Fails when all are decoded.
-    pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Tensor> {
+    /// The frames of the next latent frame: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
+    /// cut by whoever rounds them, so that what is not finite is still seen there. The first latent frame gives one frame,
+    /// each later one as many as the temporal scale factor says. Of tiles, a latent frame of one: `None` until the last
+    /// tile is done. Fails when all are decoded.
+    pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
+        match decoding {
+            WanDecoding::Whole(decoding) => self.next_portion(decoding).map(Some),
+            WanDecoding::Tiles(decoding) => decoding.next(self),
+        }
+    }
+}
+
+impl ClipDecoder for WanVaeDecoder {
+    type Decoding = FramesDecoding;
+
+    fn begin_clip(&self, latents: &Tensor) -> Result<FramesDecoding> {
+        let latents = latents.broadcast_mul(&self.latents_std)?.broadcast_add(&self.latents_mean)?;
+        Ok(FramesDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
+    }
+
+    fn next_portion(&self, decoding: &mut FramesDecoding) -> Result<Tensor> {
         let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?.to_dtype(self.compute_dtype)?; // [1, z, 1, h, w]
         let past = &mut decoding.past;
         let x = self.conv_in.forward(&self.post_quant_conv.forward(&z)?, past)?;

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod chats;
+mod clip_tiling;
 mod clips;
 mod configs;
 mod edits;

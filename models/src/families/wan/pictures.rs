@@ -8,11 +8,12 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::checkpoint::Manifest;
-use crate::diffusion::Keyframes;
+use crate::diffusion::{DiffusionRequest, Keyframes};
 use crate::encoders::clip_vision::ClipVisionEncoder;
 use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::Result;
 use crate::request::Frame;
+use crate::vae::tiling::{Mosaic, Tiling};
 use crate::vae::wan::WanVaeConfig;
 use crate::vae::wan::encoder::{WanEncoding, WanVaeEncoder};
 use crate::weights::Weights;
@@ -31,6 +32,8 @@ pub struct KnownFrames {
     first: Arc<Frame>,
     last: Option<Arc<Frame>>,
     num_frames: usize,
+    /// Whether they are encoded in tiles, where they are larger than one.
+    tiled: bool,
 }
 
 /// Pictures on their way through the vision encoder.
@@ -44,18 +47,38 @@ pub struct VisionEncoding {
 /// Frames on their way through the VAE.
 pub struct FramesEncoding {
     frames: KnownFrames,
+    /// Of the whole, or of the tile under way.
     encoding: WanEncoding,
+    tiles: Option<Tiles>,
+}
+
+struct Tiles {
+    tiling: Tiling,
+    /// The tile under way.
+    tile: usize,
+    mosaic: Mosaic,
 }
 
 impl KnownFrames {
-    /// Those of a request for so many frames.
-    pub(super) fn new(keyframes: &Keyframes, num_frames: usize) -> Self {
+    /// Those of a request that has `keyframes`.
+    pub(super) fn new(keyframes: &Keyframes, request: &DiffusionRequest) -> Self {
         let last = keyframes.last.as_ref().map(|last| last.fitted.clone());
-        Self { first: keyframes.first.fitted.clone(), last, num_frames }
+        let (num_frames, tiled) = (request.canvas.num_frames, request.vae_tiling);
+        Self { first: keyframes.first.fitted.clone(), last, num_frames, tiled }
+    }
+
+    fn tiling(&self, vae: &WanVaeConfig) -> Option<Tiling> {
+        vae.frame_tiles(self.first.height, self.first.width, self.tiled)
+    }
+
+    /// Latent frames, of each tile.
+    pub(super) fn num_encode_steps(&self, vae: &WanVaeConfig) -> usize {
+        let tiles = self.tiling(vae).map_or(1, |tiling| tiling.count(self.first.height, self.first.width));
+        tiles * self.num_latent_frames(vae.scale_factor_temporal)
     }
 
     /// Latent frames, of which each but the first stands for `temporal` frames.
-    pub(super) fn num_latent_frames(&self, temporal: usize) -> usize {
+    fn num_latent_frames(&self, temporal: usize) -> usize {
         (self.num_frames - 1) / temporal + 1
     }
 
@@ -138,21 +161,35 @@ impl Pictures {
     }
 
     /// Before the first of the frames.
-    pub(super) fn begin_frames(&self, frames: KnownFrames) -> FramesEncoding {
-        FramesEncoding { frames, encoding: self.vae.begin() }
+    pub(super) fn begin_frames(&self, frames: KnownFrames, vae: &WanVaeConfig) -> FramesEncoding {
+        let Frame { height, width, .. } = *frames.first;
+        let tiles = frames.tiling(vae);
+        let tiles = tiles.map(|tiling| Tiles { tiling, tile: 0, mosaic: Mosaic::new(tiling, height, width) });
+        FramesEncoding { frames, encoding: self.vae.begin(), tiles }
     }
 
-    /// Encodes the next latent frame; the mask and the latents of all, f32 `[1, temporal + z, f, h, w]`, once that was the
+    /// Encodes the next latent frame, of a tile where there are some; the mask and the latents of all, f32 `[1, temporal + z, f, h, w]`, once that was the
     /// last.
     pub(super) fn encode_next(&self, encoding: &mut FramesEncoding, vae: &WanVaeConfig) -> Result<Option<Tensor>> {
-        let FramesEncoding { frames, encoding } = encoding;
+        let FramesEncoding { frames, encoding, tiles } = encoding;
         let (temporal, device) = (vae.scale_factor_temporal, &self.device);
-        let pixels = frames.pixels(encoding.num_latent_frames(), temporal, device)?;
+        let mut pixels = frames.pixels(encoding.num_latent_frames(), temporal, device)?;
+        if let Some(Tiles { tiling, tile, .. }) = tiles {
+            let window = tiling.window(frames.first.height, frames.first.width, *tile);
+            let rows = pixels.narrow(3, window.top, window.height)?;
+            pixels = rows.narrow(4, window.left, window.width)?.contiguous()?;
+        }
         self.vae.encode_next(encoding, &pixels)?;
         if encoding.num_latent_frames() < frames.num_latent_frames(temporal) {
             return Ok(None);
         }
-        let latents = encoding.latents()?;
+        let mut latents = encoding.latents()?;
+        if let Some(Tiles { tile, mosaic, .. }) = tiles {
+            *tile += 1;
+            *encoding = self.vae.begin();
+            let Some(joined) = mosaic.push(latents.squeeze(0)?.transpose(0, 1)?)? else { return Ok(None) };
+            latents = joined.transpose(0, 1)?.unsqueeze(0)?.contiguous()?; // [1, z, f, h, w]
+        }
         let (_, _, _, height, width) = latents.dims5()?;
         Ok(Some(Tensor::cat(&[&frames.mask(temporal, [height, width], device)?, &latents], 1)?))
     }
@@ -164,7 +201,7 @@ mod tests {
 
     fn frames(num_frames: usize, has_last: bool) -> KnownFrames {
         let picture = |value: u8| Arc::new(Frame { width: 2, height: 1, rgb: vec![value; 6] });
-        KnownFrames { first: picture(255), last: has_last.then(|| picture(0)), num_frames }
+        KnownFrames { first: picture(255), last: has_last.then(|| picture(0)), num_frames, tiled: false }
     }
 
     #[test]

@@ -122,7 +122,7 @@ impl DiffusionModel for WanModel {
         };
         let of_keyframes = request.keyframes.as_ref().map(|keyframes| {
             let given = keyframes.iter().map(|keyframe| keyframe.given.clone()).collect();
-            let frames = KnownFrames::new(keyframes, request.canvas.num_frames);
+            let frames = KnownFrames::new(keyframes, request);
             [
                 Inputs { pass: pass(&["image_encoder"], 0, 1), rows: vec![WanInput::Pictures(given)] },
                 Inputs { pass: Pass::of_image(), rows: vec![WanInput::Frames(frames)] },
@@ -135,7 +135,7 @@ impl DiffusionModel for WanModel {
         match &inputs.rows[0] {
             WanInput::Text(_) => 1,
             WanInput::Pictures(pictures) => pictures.len(),
-            WanInput::Frames(frames) => frames.num_latent_frames(self.sizes.vae.scale_factor_temporal),
+            WanInput::Frames(frames) => frames.num_encode_steps(&self.sizes.vae),
         }
     }
 
@@ -147,7 +147,9 @@ impl DiffusionModel for WanModel {
                 self.begin_texts(pass.sequence_length, &texts.collect::<Vec<_>>()).map(WanEncoding::Texts)
             }
             WanInput::Pictures(pictures) => Ok(WanEncoding::Pictures(VisionEncoding::new(pictures.clone()))),
-            WanInput::Frames(frames) => Ok(WanEncoding::Frames(Box::new(self.pictures().begin_frames(frames.clone())))),
+            WanInput::Frames(frames) => {
+                Ok(WanEncoding::Frames(Box::new(self.pictures().begin_frames(frames.clone(), &self.sizes.vae))))
+            }
         }
     }
 
@@ -203,16 +205,17 @@ impl DiffusionModel for WanModel {
         split_rows(&self.transformer.forward(&rows.input())?)
     }
 
-    fn begin_decode(&self, _expert: Expert, latents: &Tensor, _request: &DiffusionRequest) -> Result<WanDecoding> {
-        self.vae.begin(latents)
+    fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<WanDecoding> {
+        self.vae.begin(latents, request.vae_tiling)
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
-        self.sizes.latent_shape(request)[2]
+        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
+        self.sizes.vae.num_decode_steps(frames, (height, width), request.vae_tiling)
     }
 
     fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding).map(Some)
+        self.vae.decode_next(decoding)
     }
 
     fn adapters(&self) -> Option<&Adapters> {

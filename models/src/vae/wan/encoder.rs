@@ -6,9 +6,10 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{CausalConv3d, HISTORY, Loader, MidBlock, Norm, Past, ResidualBlock, WanVaeConfig};
+use super::{CausalConv3d, HISTORY, Loader, MidBlock, Norm, Past, ResidualBlock, TILE_SIDE, WanVaeConfig};
 use crate::error::Result;
 use crate::layers::{Conv2d, Conv3d};
+use crate::vae::tiling::Tiling;
 use crate::weights::Weights;
 
 /// Frames of pixels that the encoder sees: red, green and blue.
@@ -20,9 +21,23 @@ impl WanVaeConfig {
         self.dim_mult.iter().map(|multiple| self.base_dim * multiple).collect()
     }
 
+    /// The tiles of frames of this height and width, in pixels; `None` where they are encoded as a whole.
+    pub fn frame_tiles(&self, height: usize, width: usize, tiled: bool) -> Option<Tiling> {
+        let tiling = Tiling::of_pixels(TILE_SIDE, TILE_SIDE / self.scale_factor_spatial);
+        tiling.filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// Bytes that encoding frames of this height and width, in pixels, holds at its peak, in tiles or not. The frames
+    /// themselves and the latents are not counted.
+    pub fn peak_encode_bytes(&self, height: usize, width: usize, tiled: bool, dtype: DType) -> usize {
+        let tiles = self.frame_tiles(height, width, tiled);
+        let (height, width) = tiles.map_or((height, width), |tiling| tiling.largest(height, width));
+        self.encode_peak_values(height, width) * dtype.size_in_bytes()
+    }
+
     /// Most values of the compute dtype that encoding frames of this height and width, in pixels, holds at a time. The
     /// frames themselves and the latents are not counted.
-    pub fn encode_peak_values(&self, height: usize, width: usize) -> usize {
+    fn encode_peak_values(&self, height: usize, width: usize) -> usize {
         let (mut frames, mut pixels) = (self.scale_factor_temporal, height * width);
         let mut remembered = HISTORY * pixels * CHANNELS;
         let mut working = 0;
