@@ -1,6 +1,7 @@
 // Norms of planes: over groups of channels, and over all channels of a position; each with SiLU after it if asked.
 //
 //   group_stats + group_norm:  y = (x - mean) / sqrt(var + eps) * weight + bias, mean and var of a group of channels
+//   group_stats + spatial_norm: the same times a factor plus a term of boxes of values, then SiLU
 //   rms_norm_channels:         y = x / max(sqrt(sum of x² over channels), 1e-12) * sqrt(channels) * weight
 //
 // Group norm. A VAE at full size has 32 groups of up to 10^8 values, so every group is cut into `parts` and two launches
@@ -9,6 +10,9 @@
 // Chan's formula in a fixed order: no cancellation whatever the offset, no atomics, the same bits every time.
 // group_norm: the blocks merge the parts of their group (at most one per thread) and normalise their own part, the last
 // part of the tensor first, since that is what the L2 cache still holds. Bytes moved: x twice, y once.
+//
+// spatial_norm: as group_norm; a value finds its factor and term by its frame, row and column. Those lie at the size of
+// latents, at most a 64th of x in a VAE, so that the caches hold what boxes share. Bytes moved: x twice, y once.
 //
 // Channel norm. A block takes one 128-byte line of positions: 8 threads wide, 32 channels at a time; up to REGISTER_PACKS
 // packs per thread (256 channels) stay in registers between sum and result. Bytes moved: x once (channels past those in
@@ -124,13 +128,8 @@ __device__ void group_stats(const T* x, float* partials, long len, long span, lo
     }
 }
 
-/// x, y [groups, channels of a group, positions]; weight, bias [num_groups, channels of a group].
-template <typename T>
-__device__ void group_norm(const T* x, const float* partials, const T* weight, const T* bias, T* y, long len, long span,
-                           long parts, long positions, long num_groups, float eps, int silu, int vector) {
-    constexpr int LEN = Pack<T>::LEN;
-    const long block = gridDim.x - 1 - static_cast<long>(blockIdx.x);
-    const long group = block / parts, start = block % parts * span;
+/// Of a whole group, from its parts.
+__device__ __forceinline__ Stats merged(const float* partials, long group, long parts) {
     Stats mine;
     if (threadIdx.x < parts) {
         const float* from = partials + 3 * (group * parts + threadIdx.x);
@@ -138,7 +137,17 @@ __device__ void group_norm(const T* x, const float* partials, const T* weight, c
         mine.mean = from[1];
         mine.squares = from[2];
     }
-    const Stats stats = block_merge(mine);
+    return block_merge(mine);
+}
+
+/// x, y [groups, channels of a group, positions]; weight, bias [num_groups, channels of a group].
+template <typename T>
+__device__ void group_norm(const T* x, const float* partials, const T* weight, const T* bias, T* y, long len, long span,
+                           long parts, long positions, long num_groups, float eps, int silu, int vector) {
+    constexpr int LEN = Pack<T>::LEN;
+    const long block = gridDim.x - 1 - static_cast<long>(blockIdx.x);
+    const long group = block / parts, start = block % parts * span;
+    const Stats stats = merged(partials, group, parts);
     const float mean = stats.mean, factor = rsqrtf(stats.squares / stats.count + eps);
     // Places within the part are divided as 32-bit numbers.
     const long channels = len / positions, channel = group % num_groups * channels + start / positions;
@@ -160,6 +169,55 @@ __device__ void group_norm(const T* x, const float* partials, const T* weight, c
             }
             pack.set(i, activated((pack[i] - mean) * scale + shift, silu));
             ++position;
+        }
+        store(y + group * len + start + place, count - place, vector, pack);
+    }
+}
+
+/// x, y [groups, channels of a group, frames, rows, columns]; weight, bias [num_groups, channels of a group]; factor, term
+/// [groups, channels of a group, small_frames, small_rows, small_columns]. The first `lead` frames have one of their own, of
+/// the others `box_frames` share one.
+template <typename T>
+__device__ void spatial_norm(const T* x, const float* partials, const T* weight, const T* bias, const T* factor,
+                             const T* term, T* y, long len, long span, long parts, long positions, long num_groups,
+                             int rows, int columns, int lead, int small_frames, int small_rows, int small_columns,
+                             int box_frames, float eps, int vector) {
+    constexpr int LEN = Pack<T>::LEN;
+    const long block = gridDim.x - 1 - static_cast<long>(blockIdx.x);
+    const long group = block / parts, start = block % parts * span;
+    const Stats stats = merged(partials, group, parts);
+    const float mean = stats.mean, deviation = rsqrtf(stats.squares / stats.count + eps);
+    const long channels = len / positions, first_channel = start / positions;
+    const unsigned remainder = static_cast<unsigned>(start % positions), plane = static_cast<unsigned>(positions);
+    const unsigned area = static_cast<unsigned>(rows * columns);
+    const int box_rows = rows / small_rows, box_columns = columns / small_columns;
+    const long count = min(len, start + span) - start;
+    for (long place = static_cast<long>(threadIdx.x) * LEN; place < count; place += static_cast<long>(THREADS) * LEN) {
+        Pack<T> pack = load(x + group * len + start + place, count - place, vector);
+        unsigned position = remainder + static_cast<unsigned>(place);
+        long channel = first_channel + position / plane;
+        position %= plane;
+        int frame = position / area, row = position % area / columns, column = position % columns;
+#pragma unroll
+        for (int i = 0; i < LEN; ++i) {
+            if (place + i < count) {
+                const long at = group % num_groups * channels + channel;
+                const int small_frame = frame < lead ? frame : lead + (frame - lead) / box_frames;
+                const long small = (((group * channels + channel) * small_frames + small_frame) * small_rows +
+                                    row / box_rows) * small_columns + column / box_columns;
+                const float normed = (pack[i] - mean) * (deviation * to_float(weight[at])) + to_float(bias[at]);
+                pack.set(i, activated(normed * to_float(factor[small]) + to_float(term[small]), 1));
+            }
+            if (++column == columns) {
+                column = 0;
+                if (++row == rows) {
+                    row = 0;
+                    if (static_cast<unsigned>(++frame) * area == plane) {
+                        frame = 0;
+                        ++channel;
+                    }
+                }
+            }
         }
         store(y + group * len + start + place, count - place, vector, pack);
     }
@@ -230,6 +288,13 @@ __device__ void rms_norm_channels(const T* x, const T* weight, T* y, long channe
     KERNEL(THREADS, group_norm_##dtype, const T* x, const float* partials, const T* weight, const T* bias, T* y,      \
            long len, long span, long parts, long positions, long num_groups, float eps, int silu, int vector) {       \
         group_norm<T>(x, partials, weight, bias, y, len, span, parts, positions, num_groups, eps, silu, vector);      \
+    }                                                                                                                  \
+    KERNEL(THREADS, spatial_norm_##dtype, const T* x, const float* partials, const T* weight, const T* bias,           \
+           const T* factor, const T* term, T* y, long len, long span, long parts, long positions, long num_groups,     \
+           int rows, int columns, int lead, int small_frames, int small_rows, int small_columns, int box_frames,       \
+           float eps, int vector) {                                                                                    \
+        spatial_norm<T>(x, partials, weight, bias, factor, term, y, len, span, parts, positions, num_groups, rows,     \
+                        columns, lead, small_frames, small_rows, small_columns, box_frames, eps, vector);              \
     }                                                                                                                  \
     KERNEL(THREADS, rms_norm_channels_##dtype, const T* x, const T* weight, T* y, long channels, long positions,      \
            int silu, int vector) {                                                                                     \

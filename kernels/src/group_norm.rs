@@ -11,8 +11,12 @@ use crate::row::{self, Function, Function2};
 use crate::simd::{Op, Simd, dispatch};
 use crate::view::{View, tensor, vector};
 
+mod boxes;
 #[cfg(gpu)]
 mod launch;
+mod spatial;
+
+pub use spatial::{SpatialNorm, spatial_norm_silu};
 
 /// What happens to a normed value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,18 +120,7 @@ impl Op for NormGroup<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let positions = self.from.len() / self.weight.len();
-        let count = self.from.len() as f64;
-        // A group may have millions of values: lanes are added up channel by channel, channels in f64.
-        let mut sum = 0f64;
-        for channel in self.from.chunks_exact(positions) {
-            sum += row::long_sum(s, channel);
-        }
-        let mean = (sum / count) as f32;
-        let mut squares = 0f64;
-        for channel in self.from.chunks_exact(positions) {
-            squares += row::long_sum_of_squares(s, channel, mean);
-        }
-        let factor = 1.0 / (squares / count + self.eps).sqrt();
+        let (mean, factor) = statistics(s, self.from, positions, self.eps);
         for (channel, from) in self.from.chunks_exact(positions).enumerate() {
             let to = &mut self.to[channel * positions..(channel + 1) * positions];
             let scale = (factor * f64::from(self.weight[channel])) as f32;
@@ -138,6 +131,23 @@ impl Op for NormGroup<'_> {
             }
         }
     }
+}
+
+/// The mean of a group, whose channels have so many positions, and what makes its deviation 1.
+#[inline(always)]
+fn statistics<S: Simd>(s: S, group: &[f32], positions: usize, eps: f64) -> (f32, f64) {
+    let count = group.len() as f64;
+    // A group may have millions of values: lanes are added up channel by channel, channels in f64.
+    let mut sum = 0f64;
+    for channel in group.chunks_exact(positions) {
+        sum += row::long_sum(s, channel);
+    }
+    let mean = (sum / count) as f32;
+    let mut squares = 0f64;
+    for channel in group.chunks_exact(positions) {
+        squares += row::long_sum_of_squares(s, channel, mean);
+    }
+    (mean, 1.0 / (squares / count + eps).sqrt())
 }
 
 /// `(x - mean) * scale + shift`.

@@ -46,7 +46,9 @@ pub use change::relative_l1;
 pub use conv::{CausalOptions, CausalPadding, ConvOptions, causal_conv3d, conv_weight, conv2d, conv3d};
 #[cfg(feature = "emulator")]
 pub use gpu::emulated;
-pub use group_norm::{group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu};
+pub use group_norm::{
+    SpatialNorm, group_norm, group_norm_silu, rms_norm_channels, rms_norm_channels_silu, spatial_norm_silu,
+};
 pub use heap::{give_back_freed_memory, keep_freed_memory, share_one_heap};
 pub use layout::{cat, transpose};
 pub use linear::{QuantisedMatrix, embedding, linear, linear_quantised};

@@ -10,7 +10,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::{AttentionOptions, ConvOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout};
+use crate::{AttentionOptions, ConvOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout, SpatialNorm};
 
 /// How large the inputs are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -307,7 +307,18 @@ impl<'a> Bench<'a> {
         })?;
         let weight = self.random(&[96])?;
         let bytes = 2.0 * self.bytes(96 * 6 * h * w);
-        self.measure("rms_norm_channels", &shape, Work::Bytes(bytes), || crate::rms_norm_channels(&x, &weight))
+        self.measure("rms_norm_channels", &shape, Work::Bytes(bytes), || crate::rms_norm_channels(&x, &weight))?;
+        let (small_h, small_w) = (self.sizes.side(480) / 8, self.sizes.side(720) / 8);
+        let (h, w) = (8 * small_h, 8 * small_w);
+        let x = self.random(&[1, 128, 8, h, w])?;
+        let (z, weight) = (self.random(&[1, 128, 2, small_h, small_w])?, self.random(&[128])?);
+        let shape = format!("CogVideoX VAE, 128 x 8 frames of {h} x {w}");
+        // x is read for its statistics before it is read again.
+        let bytes = 3.0 * self.bytes(128 * 8 * h * w);
+        self.measure("spatial_norm_silu", &shape, Work::Bytes(bytes), || {
+            let norm = SpatialNorm { num_groups: 32, weight: &weight, bias: &weight, eps: 1e-6, factor: &z, term: &z };
+            crate::spatial_norm_silu(&x, &norm)
+        })
     }
 
     fn measure(&mut self, op: &'static str, shape: &str, work: Work, call: impl Fn() -> Result<Tensor>) -> Result<()> {

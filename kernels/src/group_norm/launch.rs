@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{Planes, Then};
+use super::boxes::Boxes;
+use super::{Planes, SpatialNorm, Then};
 use crate::gpu::{Launch, MAX_WAVES_BLOCKS, address, by_dtype, module, output};
 
 module!(GROUP_NORM, "group_norm");
@@ -24,15 +25,7 @@ pub(super) fn group_norm(
     let x = aligned(x)?;
     let cut = Cut::new(&x, planes, num_groups)?;
     let y = output(x.shape(), x.dtype(), &x)?;
-    let partials = output((cut.blocks(), 3), DType::F32, &x)?;
-    Launch::new(&GROUP_NORM, by_dtype!("group_stats", x.dtype()), [cut.blocks(), 1, 1], THREADS)?
-        .tensor(&x)?
-        .tensor(&partials)?
-        .i64(cut.len)
-        .i64(cut.span)
-        .i64(cut.parts)
-        .i32(cut.vector)
-        .run(&x)?;
+    let partials = cut.statistics(&x)?;
     Launch::new(&GROUP_NORM, by_dtype!("group_norm", x.dtype()), [cut.blocks(), 1, 1], THREADS)?
         .tensor(&x)?
         .tensor(&partials)?
@@ -46,6 +39,43 @@ pub(super) fn group_norm(
         .i64(num_groups)
         .f32(eps as f32)
         .i32(i32::from(then == Then::Silu))
+        .i32(cut.vector)
+        .run(&x)?;
+    Ok(y)
+}
+
+/// The caller has checked the groups, and that `boxes` are of x, factor and term.
+pub(super) fn spatial_norm(x: &Tensor, planes: Planes, norm: &SpatialNorm<'_>, boxes: Boxes) -> Result<Tensor> {
+    let [weight, bias] = [norm.weight, norm.bias].map(|of| vector("spatial_norm", x, planes, of));
+    let [factor, term] = [norm.factor, norm.term].map(|of| of.to_dtype(x.dtype())?.contiguous());
+    let (weight, bias, factor, term) = (weight?, bias?, factor?, term?);
+    let x = aligned(x)?;
+    let cut = Cut::new(&x, planes, norm.num_groups)?;
+    let y = output(x.shape(), x.dtype(), &x)?;
+    let partials = cut.statistics(&x)?;
+    let ([frames, rows, columns], [small_frames, small_rows, small_columns]) = (boxes.large, boxes.small);
+    let lead = boxes.lead();
+    Launch::new(&GROUP_NORM, by_dtype!("spatial_norm", x.dtype()), [cut.blocks(), 1, 1], THREADS)?
+        .tensor(&x)?
+        .tensor(&partials)?
+        .tensor(&weight)?
+        .tensor(&bias)?
+        .tensor(&factor)?
+        .tensor(&term)?
+        .tensor(&y)?
+        .i64(cut.len)
+        .i64(cut.span)
+        .i64(cut.parts)
+        .i64(planes.positions)
+        .i64(norm.num_groups)
+        .i32(rows as i32)
+        .i32(columns as i32)
+        .i32(lead as i32)
+        .i32(small_frames as i32)
+        .i32(small_rows as i32)
+        .i32(small_columns as i32)
+        .i32(((frames - lead) / (small_frames - lead)) as i32)
+        .f32(norm.eps as f32)
         .i32(cut.vector)
         .run(&x)?;
     Ok(y)
@@ -95,6 +125,20 @@ impl Cut {
 
     fn blocks(&self) -> usize {
         self.groups * self.parts
+    }
+
+    /// Of each part its count, mean and sum of squared differences.
+    fn statistics(&self, x: &Tensor) -> Result<Tensor> {
+        let partials = output((self.blocks(), 3), DType::F32, x)?;
+        Launch::new(&GROUP_NORM, by_dtype!("group_stats", x.dtype()), [self.blocks(), 1, 1], THREADS)?
+            .tensor(x)?
+            .tensor(&partials)?
+            .i64(self.len)
+            .i64(self.span)
+            .i64(self.parts)
+            .i32(self.vector)
+            .run(x)?;
+        Ok(partials)
     }
 }
 
