@@ -4,7 +4,7 @@
 //! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
 use crate::diffusion::acceleration::CacheThresholds;
-use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
@@ -118,6 +118,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         size_multiple: 16,
         max_side: 512,
         max_pixels: 256 * 256,
+        sizes: SizeRule::AspectOfPicture,
         frames: (medium == Medium::Video).then_some(frames),
     };
     let (schedulers, kind, default_scale) = match medium {
@@ -125,7 +126,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         Medium::Video => (flow_schedulers(), GuidanceKind::ClassifierFree, 5.0),
     };
     let sampling = SamplingSupport { default_steps: 4, schedulers };
-    let guidance = GuidanceSupport { kind, default_scale };
+    let guidance = GuidanceSupport::constant(kind, default_scale);
     let card = DiffusionCard::new("scripted", prompts, canvas, sampling, guidance);
     let card = DiffusionCard { acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }), ..card };
     match medium {

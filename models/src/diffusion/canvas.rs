@@ -81,8 +81,26 @@ pub struct CanvasSupport {
     pub max_side: usize,
     /// Most pixels of one frame.
     pub max_pixels: usize,
+    /// What else there is to say of sizes.
+    pub sizes: SizeRule,
     /// Of models that make videos.
     pub frames: Option<FrameSupport>,
+}
+
+/// Which of the sizes within its bounds a model makes, and which one unless told otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SizeRule {
+    /// All of them; without a size a video has the aspect of the picture that it begins with.
+    AspectOfPicture,
+    /// Those of at most so many pixels across and down; without a size the default one.
+    Within {
+        /// Largest width.
+        width: usize,
+        /// Largest height.
+        height: usize,
+    },
+    /// The default one.
+    OnlyDefault,
 }
 
 /// The frames that a model of videos can make.
@@ -129,12 +147,24 @@ impl CanvasSupport {
     }
 
     fn check_size(&self, canvas: &Canvas) -> Result<()> {
-        for (field, pixels) in [("width", canvas.width), ("height", canvas.height)] {
-            if pixels == 0 || pixels % self.size_multiple != 0 || pixels > self.max_side {
-                let Self { size_multiple: multiple, max_side: max, .. } = self;
-                let problem = format!("is {pixels}; allowed: multiples of {multiple} from {multiple} to {max}");
-                return Err(Error::invalid(field, problem));
-            }
+        let [max_width, max_height] = match self.sizes {
+            SizeRule::Within { width, height } => [width.min(self.max_side), height.min(self.max_side)],
+            SizeRule::AspectOfPicture | SizeRule::OnlyDefault => [self.max_side; 2],
+        };
+        let sides = [
+            ("width", canvas.width, self.default_width, max_width),
+            ("height", canvas.height, self.default_height, max_height),
+        ];
+        for (field, pixels, own, max) in sides {
+            let multiple = self.size_multiple;
+            let problem = if self.sizes == SizeRule::OnlyDefault && pixels != own {
+                format!("is {pixels}; allowed: {own}, the only size that this model was made for")
+            } else if pixels == 0 || pixels % multiple != 0 || pixels > max {
+                format!("is {pixels}; allowed: multiples of {multiple} from {multiple} to {max}")
+            } else {
+                continue;
+            };
+            return Err(Error::invalid(field, problem));
         }
         let Canvas { width, height, .. } = canvas;
         let pixels = width * height;

@@ -1,10 +1,10 @@
 //! How far the prompt is followed, what is steered away from, and in which steps.
 //!
-//! Owns: `guidance_scale`, `true_cfg_scale`, `guidance_interval` and `negative_prompt`, and how they depend on each
-//! other.
+//! Owns: `guidance_scale`, `true_cfg_scale`, `guidance_interval`, `use_dynamic_cfg` and `negative_prompt`, and how they
+//! depend on each other.
 
 use crate::error::{Error, Result};
-use crate::parameter::{Declaration, Options, Parameter};
+use crate::parameter::{Declaration, Options, Parameter, VIDEOS};
 
 use super::prompt::NEGATIVE_PROMPT;
 
@@ -35,12 +35,20 @@ pub static GUIDANCE_INTERVAL: Parameter<[f64; 2]> = Parameter::interval(
     "Part of the steps that make the negative prediction: step i of n does where start <= i/n < end.",
 );
 
+/// See [`Guidance::use_dynamic_cfg`].
+pub static USE_DYNAMIC_CFG: Parameter<bool> = Parameter::boolean(
+    "use_dynamic_cfg",
+    "Whether the guidance scale changes from step to step, as in diffusers' pipelines of CogVideoX; false when absent.",
+)
+.only_for(VIDEOS);
+
 /// The parameters of this capability.
 pub(super) static PARAMETERS: &[&Declaration] = &[
     &NEGATIVE_PROMPT.declaration,
     &GUIDANCE_SCALE.declaration,
     &TRUE_CFG_SCALE.declaration,
     &GUIDANCE_INTERVAL.declaration,
+    &USE_DYNAMIC_CFG.declaration,
 ];
 
 /// Guidance of a request.
@@ -53,6 +61,9 @@ pub struct Guidance {
     pub true_cfg_scale: Option<f64>,
     /// Fractions of the steps between which the negative prediction is made; see [`Guidance::is_guided_at`].
     pub interval: [f64; 2],
+    /// Whether the scale of a step is made of its timestep; `None` of models that have no such scale. See
+    /// [`Guidance::cfg_scale_at`].
+    pub use_dynamic_cfg: Option<bool>,
     /// What to steer away from; `None` where the model or the guidance scale uses none.
     pub negative_prompt: Option<NegativePrompt>,
 }
@@ -60,12 +71,31 @@ pub struct Guidance {
 impl Guidance {
     /// One prediction a step, at a scale of 1.
     pub fn none() -> Self {
-        Self { guidance_scale: 1.0, true_cfg_scale: None, interval: WHOLE_INTERVAL, negative_prompt: None }
+        Self {
+            guidance_scale: 1.0,
+            true_cfg_scale: None,
+            interval: WHOLE_INTERVAL,
+            use_dynamic_cfg: None,
+            negative_prompt: None,
+        }
     }
 
     /// How far the negative prediction, where there is one, is left behind.
     pub fn cfg_scale(&self) -> f64 {
         self.true_cfg_scale.unwrap_or(self.guidance_scale)
+    }
+
+    /// That of the step at `timestep`, of `steps` in all. Source: `CogVideoXPipeline.__call__`, which takes the timestep of
+    /// training (0 to 999) for the number of a step, so that a dynamic scale jumps between 1 and `1 + guidance_scale`.
+    pub fn cfg_scale_at(&self, timestep: f64, steps: usize) -> f64 {
+        match self.use_dynamic_cfg {
+            Some(true) => {
+                let progress = (steps as f64 - timestep) / steps as f64;
+                let angle = std::f64::consts::PI * progress.powf(5.0);
+                1.0 + self.cfg_scale() * ((1.0 - angle.cos()) / 2.0)
+            }
+            Some(false) | None => self.cfg_scale(),
+        }
     }
 
     /// Whether step `index` (from 0 on) of `steps` makes a negative prediction: those with `start <= index / steps < end`.
@@ -82,6 +112,7 @@ impl Guidance {
         options.set(&TRUE_CFG_SCALE, self.true_cfg_scale);
         // Without a negative prediction the interval has no meaning.
         options.set(&GUIDANCE_INTERVAL, self.negative_prompt.as_ref().map(|_| self.interval));
+        options.set(&USE_DYNAMIC_CFG, self.use_dynamic_cfg);
         let negative = self.negative_prompt.as_ref().and_then(NegativePrompt::text);
         options.set(&NEGATIVE_PROMPT, negative.map(str::to_owned));
     }
@@ -124,9 +155,16 @@ pub struct GuidanceSupport {
     pub kind: GuidanceKind,
     /// Where the client gives no `guidance_scale`.
     pub default_scale: f64,
+    /// Whether the scale may be made of the timestep.
+    pub has_dynamic_cfg: bool,
 }
 
 impl GuidanceSupport {
+    /// A scale that is the same in all steps.
+    pub fn constant(kind: GuidanceKind, default_scale: f64) -> Self {
+        Self { kind, default_scale, has_dynamic_cfg: false }
+    }
+
     /// `edit_scale` is the default of a request that begins from an image.
     pub(super) fn resolve(&self, options: &Options, edit_scale: Option<f64>) -> Result<Guidance> {
         let default_scale = edit_scale.unwrap_or(self.default_scale);
@@ -134,13 +172,30 @@ impl GuidanceSupport {
             guidance_scale: options.get(&GUIDANCE_SCALE).unwrap_or(default_scale),
             true_cfg_scale: self.true_cfg_scale(options.get(&TRUE_CFG_SCALE))?,
             interval: options.get(&GUIDANCE_INTERVAL).unwrap_or(WHOLE_INTERVAL),
+            use_dynamic_cfg: self.dynamic_cfg(options.get(&USE_DYNAMIC_CFG))?,
             negative_prompt: options.get(&NEGATIVE_PROMPT).map(NegativePrompt::Text),
         };
         if self.kind == GuidanceKind::None && guidance.guidance_scale != 0.0 {
             let problem = "this model was distilled without guidance; only 0 is allowed";
             return Err(Error::invalid("guidance_scale", problem));
         }
-        self.with_negative_prompt(guidance)
+        let guidance = self.with_negative_prompt(guidance)?;
+        if guidance.use_dynamic_cfg == Some(true) && guidance.negative_prompt.is_none() {
+            let problem = format!("has no effect unless {} is above 1; leave it out", self.cfg_field());
+            return Err(Error::invalid("use_dynamic_cfg", problem));
+        }
+        Ok(guidance)
+    }
+
+    /// Off where the client says nothing; `None` for models whose scale never changes.
+    fn dynamic_cfg(&self, asked: Option<bool>) -> Result<Option<bool>> {
+        match (self.has_dynamic_cfg, asked) {
+            (true, asked) => Ok(Some(asked.unwrap_or(false))),
+            (false, Some(true)) => {
+                Err(Error::invalid("use_dynamic_cfg", "this model's guidance scale never changes; leave it out"))
+            }
+            (false, Some(false) | None) => Ok(None),
+        }
     }
 
     /// Off (1) where the client gives none; `None` for models that are guided by `guidance_scale`.

@@ -10,13 +10,13 @@ use crate::frame::Frame;
 use crate::parameter::{Declaration, Options, Parameter, VIDEOS};
 use crate::resample::Filter;
 
-use super::canvas::{Canvas, CanvasSupport};
+use super::canvas::{Canvas, CanvasSupport, SizeRule};
 
 /// See [`Keyframes::first`].
 pub static INPUT_REFERENCE: Parameter<Arc<Frame>> = Parameter::image(
     "input_reference",
     "Picture that the video begins with: PNG, JPEG or WebP. It is stretched to the video's size; without a size the video \
-     has its aspect.",
+     has its aspect (Wan2.1) or the model's own size (CogVideoX).",
 )
 .only_for(VIDEOS)
 .flag("image");
@@ -89,9 +89,13 @@ pub(super) fn asked(support: Option<KeyframeSupport>, options: &Options) -> Resu
 }
 
 impl Asked {
-    /// Width and height of a video with the aspect of the first picture and about as many pixels as the model makes unless
-    /// told otherwise. Source: the published example of diffusers' `WanImageToVideoPipeline`.
+    /// Width and height of a video that was given none. As the model says it has the aspect of the first picture and about
+    /// as many pixels as the model makes unless told otherwise: source, the published example of diffusers'
+    /// `WanImageToVideoPipeline`. Or it has the model's own size, as in `CogVideoXImageToVideoPipeline`.
     pub(super) fn own_size(&self, canvas: &CanvasSupport) -> (usize, usize) {
+        if canvas.sizes != SizeRule::AspectOfPicture {
+            return (canvas.default_width, canvas.default_height);
+        }
         let pixels = (canvas.default_width * canvas.default_height) as f64;
         let aspect = self.first.height as f64 / self.first.width as f64;
         let side = |length: f64| {
@@ -127,6 +131,7 @@ mod tests {
             size_multiple: 16,
             max_side: 1536,
             max_pixels: 1280 * 768,
+            sizes: SizeRule::AspectOfPicture,
             frames: Some(FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 257 }),
         }
     }

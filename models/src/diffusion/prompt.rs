@@ -61,6 +61,11 @@ pub enum Prompts {
         /// Largest `max_sequence_length`.
         max_length: usize,
     },
+    /// Text, padded or cut to this length, the only one that the model has positions for; weights are refused.
+    Fixed {
+        /// Tokens.
+        length: usize,
+    },
     /// Text with weights, in as many chunks as it fills where the client gives no `max_sequence_length`.
     Chunked(ChunkRule),
 }
@@ -70,6 +75,7 @@ impl Prompts {
     pub fn default_length(&self) -> usize {
         match self {
             Self::Plain { default_length, .. } => *default_length,
+            Self::Fixed { length } => *length,
             Self::Chunked(rule) => rule.positions,
         }
     }
@@ -78,6 +84,7 @@ impl Prompts {
     pub fn max_length(&self) -> usize {
         match self {
             Self::Plain { max_length, .. } => *max_length,
+            Self::Fixed { length } => *length,
             Self::Chunked(rule) => rule.max_length(),
         }
     }
@@ -91,14 +98,15 @@ impl Prompts {
         let prompts = std::iter::once(("prompt", text.as_str())).chain(negative);
         let max_sequence_length = match self {
             Self::Chunked(rule) => rule.length(asked, prompts)?,
-            Self::Plain { default_length, .. } => {
+            Self::Plain { .. } | Self::Fixed { .. } => {
                 for (field, text) in prompts {
                     plain_text(field, text)?;
                 }
-                asked.unwrap_or(*default_length)
+                asked.unwrap_or(self.default_length())
             }
         };
-        check_range("max_sequence_length", max_sequence_length, 1, self.max_length())?;
+        let min_length = if let Self::Fixed { length } = self { *length } else { 1 };
+        check_range("max_sequence_length", max_sequence_length, min_length, self.max_length())?;
         Ok(Prompt { text, max_sequence_length })
     }
 }

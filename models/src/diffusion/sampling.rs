@@ -31,8 +31,7 @@ pub static TIMESTEP_SPACING: Parameter<Spacing> = Parameter::choice(
     "timestep_spacing",
     Spacing::NAMES,
     "Which timesteps of training the scheduler visits, where that is its choice; the checkpoint's own when absent.",
-)
-.only_for(IMAGES);
+);
 
 /// See [`Sampling::eta`].
 pub static ETA: Parameter<f64> =

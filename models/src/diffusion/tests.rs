@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::acceleration::CacheThresholds;
-use super::canvas::{CanvasSupport, FrameSupport};
+use super::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use super::edit::{EditDefaults, EditSupport, StepRounding};
 use super::guidance::{GuidanceKind, GuidanceSupport};
 use super::parameters::*;
@@ -23,10 +23,11 @@ fn clip_card() -> DiffusionCard {
         size_multiple: 16,
         max_side: 2048,
         max_pixels: 1280 * 720,
+        sizes: SizeRule::AspectOfPicture,
         frames: Some(FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 161 }),
     };
     let sampling = SamplingSupport { default_steps: 50, schedulers: crate::testing::flow_schedulers() };
-    let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: 5.0 };
+    let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, 5.0);
     let acceleration = Some(CacheThresholds { safe: 0.1, fast: 0.2 });
     DiffusionCard { acceleration, ..DiffusionCard::new("wan", prompts, canvas, sampling, guidance) }
 }
@@ -34,7 +35,7 @@ fn clip_card() -> DiffusionCard {
 fn picture_card(kind: GuidanceKind) -> DiffusionCard {
     let mut card = clip_card();
     card.canvas.frames = None;
-    card.guidance = GuidanceSupport { kind, default_scale: 0.0 };
+    card.guidance = GuidanceSupport::constant(kind, 0.0);
     card
 }
 

@@ -6,7 +6,7 @@
 //! in f32, as diffusers does for an f32 pipeline.
 
 use crate::diffusion::acceleration::CacheThresholds;
-use crate::diffusion::canvas::CanvasSupport;
+use crate::diffusion::canvas::{CanvasSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
@@ -261,10 +261,11 @@ fn card(
         size_multiple: vae.vae_scale_factor() * PACK,
         max_side: MAX_SIDE,
         max_pixels: MAX_PIXELS,
+        sizes: SizeRule::AspectOfPicture,
         frames: None,
     };
     let sampling = SamplingSupport { default_steps, schedulers };
-    let guidance = GuidanceSupport { kind, default_scale };
+    let guidance = GuidanceSupport::constant(kind, default_scale);
     DiffusionCard {
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
         loras: LoraSupport::NoFolder,

@@ -11,7 +11,7 @@ use self::transformer::HunyuanVideoTransformer;
 use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
-use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
@@ -212,6 +212,7 @@ impl Sizes {
             ),
             max_side: MAX_SIDE,
             max_pixels: MAX_PIXELS,
+            sizes: SizeRule::AspectOfPicture,
             frames: Some(FrameSupport {
                 default_num_frames: DEFAULT_FRAMES,
                 default_fps: DEFAULT_FPS,
@@ -221,8 +222,8 @@ impl Sizes {
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
         let guidance = match self.transformer.guidance_embeds {
-            true => GuidanceSupport { kind: GuidanceKind::Embedded, default_scale: DEFAULT_GUIDANCE_SCALE },
-            false => GuidanceSupport { kind: GuidanceKind::None, default_scale: 0.0 },
+            true => GuidanceSupport::constant(GuidanceKind::Embedded, DEFAULT_GUIDANCE_SCALE),
+            false => GuidanceSupport::constant(GuidanceKind::None, 0.0),
         };
         DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
     }

@@ -4,7 +4,7 @@
 //! guidance, batching. Source: diffusers `pipelines/stable_diffusion_xl/pipeline_stable_diffusion_xl.py` and its
 //! siblings for image to image and inpainting. Noise is drawn in f32, as diffusers does for an f32 pipeline.
 
-use crate::diffusion::canvas::CanvasSupport;
+use crate::diffusion::canvas::{CanvasSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
@@ -370,10 +370,11 @@ impl Sizes {
             size_multiple: self.vae.vae_scale_factor(),
             max_side: MAX_SIDE,
             max_pixels: MAX_PIXELS,
+            sizes: SizeRule::AspectOfPicture,
             frames: None,
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
-        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
+        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
         DiffusionCard {
             loras: LoraSupport::NoFolder,
             tiling: self.vae.vae_tiling(dtype, LATENT_COPIES),

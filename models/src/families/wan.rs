@@ -24,7 +24,7 @@ use crate::config::bounds::{
 use crate::config::{Bound, Bounded};
 use crate::device::Placement;
 use crate::diffusion::acceleration::CacheThresholds;
-use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::keyframes::KeyframeSupport;
 use crate::diffusion::prompt::Prompts;
@@ -384,6 +384,7 @@ impl Sizes {
             size_multiple: lcm(PIPELINE_SIZE_MULTIPLE, lcm(spatial * patch_height, spatial * patch_width)),
             max_side: MAX_SIDE.min(positions * spatial * patch_height.min(patch_width)),
             max_pixels: MAX_PIXELS,
+            sizes: SizeRule::AspectOfPicture,
             frames: Some(FrameSupport {
                 default_num_frames: DEFAULT_FRAMES,
                 default_fps: DEFAULT_FPS,
@@ -392,7 +393,7 @@ impl Sizes {
             }),
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
-        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: DEFAULT_GUIDANCE_SCALE };
+        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype),
             acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),

@@ -138,7 +138,9 @@ impl<C> Denoising<C> {
             return Ok(positive);
         }
         let negative = next();
-        Ok((&negative + ((positive - &negative)? * request.guidance.cfg_scale())?)?)
+        let timestep = self.solver.timesteps()[self.index];
+        let scale = request.guidance.cfg_scale_at(timestep, request.sampling.num_inference_steps);
+        Ok((&negative + ((positive - &negative)? * scale)?)?)
     }
 
     /// Moves the latents one timestep on.

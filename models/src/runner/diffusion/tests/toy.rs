@@ -12,7 +12,7 @@ use super::super::narrow::NarrowNetworks;
 use super::super::previews::Previews;
 use super::super::start::ImageStart;
 use super::super::{DenoiseRow, DiffusionModel};
-use crate::diffusion::canvas::{CanvasSupport, FrameSupport};
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
@@ -87,10 +87,11 @@ impl Toy {
             size_multiple: 1,
             max_side: 8,
             max_pixels: 64,
+            sizes: SizeRule::AspectOfPicture,
             frames: Some(FrameSupport { default_num_frames: 1, default_fps: 1, multiple: 1, max_frames: 8 }),
         };
         let sampling = SamplingSupport { default_steps: 3, schedulers: flow_schedulers() };
-        let guidance = GuidanceSupport { kind: GuidanceKind::ClassifierFree, default_scale: 1.0 };
+        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, 1.0);
         let card = DiffusionCard::new("toy", prompts, canvas, sampling, guidance);
         Self {
             card,
