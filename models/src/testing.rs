@@ -158,6 +158,11 @@ pub fn discrete_schedulers() -> Schedulers {
     schedulers("EulerDiscreteScheduler", Training::Discrete)
 }
 
+/// Those of a model on a schedule with a shifted signal-to-noise ratio, without a configuration of its own.
+pub fn shifted_schedulers() -> Schedulers {
+    schedulers("CogVideoXDDIMScheduler", Training::Shifted)
+}
+
 fn schedulers(class_name: &str, training: Training) -> Schedulers {
     let own = Scheduler::named(class_name).expect("a class of the table");
     Schedulers::new(own, &SchedulerConfig::default(), training).expect("diffusers' defaults are supported")

@@ -12,6 +12,8 @@ pub enum Kind {
     Either,
     /// Flow matching alone, its shift called `shift`.
     FlowMatch,
+    /// Betas whose signal-to-noise ratio is shifted (CogVideoX).
+    ShiftedBetas,
 }
 
 /// Classes of diffusers without a solver here. Those whose models have another noise schedule (EDM), and those that are

@@ -77,6 +77,7 @@ const BOUNDS: &[Bound] = &[
     Bound::scale("clip_sample_range"),
     Bound::scale("sigma_min"),
     Bound::scale("sigma_max"),
+    Bound::scale("snr_shift_scale"),
     Bound::number("shift", 1.0 / MAX_SHIFT, MAX_SHIFT),
     Bound::number("flow_shift", 1.0 / MAX_SHIFT, MAX_SHIFT),
     Bound::number("base_shift", -MAX_SCALE, MAX_SCALE),

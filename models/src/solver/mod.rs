@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 
 pub mod classes;
+pub mod cogvideox;
 pub mod config;
 pub mod ddim;
 pub mod dpm;

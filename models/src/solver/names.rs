@@ -28,7 +28,7 @@ enum Setting {
 }
 
 /// Every name: short ones, and diffusers' class names, which take the checkpoint's configuration as it is.
-pub static SCHEDULERS: [Scheduler; 19] = [
+pub static SCHEDULERS: [Scheduler; 23] = [
     Scheduler { name: "euler", class: Class::Euler, settings: &[] },
     Scheduler { name: "euler_a", class: Class::EulerAncestral, settings: &[] },
     Scheduler { name: "ddim", class: Class::Ddim, settings: &[] },
@@ -40,6 +40,8 @@ pub static SCHEDULERS: [Scheduler; 19] = [
     Scheduler { name: "lcm", class: Class::Lcm, settings: &[] },
     Scheduler { name: "tcd", class: Class::Tcd, settings: &[] },
     Scheduler { name: "flow_euler", class: Class::FlowMatchEuler, settings: &[] },
+    Scheduler { name: "cogvideox_ddim", class: Class::CogVideoXDdim, settings: &[] },
+    Scheduler { name: "cogvideox_dpm", class: Class::CogVideoXDpm, settings: &[] },
     Scheduler { name: "EulerDiscreteScheduler", class: Class::Euler, settings: &[] },
     Scheduler { name: "EulerAncestralDiscreteScheduler", class: Class::EulerAncestral, settings: &[] },
     Scheduler { name: "DDIMScheduler", class: Class::Ddim, settings: &[] },
@@ -48,6 +50,8 @@ pub static SCHEDULERS: [Scheduler; 19] = [
     Scheduler { name: "LCMScheduler", class: Class::Lcm, settings: &[] },
     Scheduler { name: "TCDScheduler", class: Class::Tcd, settings: &[] },
     Scheduler { name: "FlowMatchEulerDiscreteScheduler", class: Class::FlowMatchEuler, settings: &[] },
+    Scheduler { name: "CogVideoXDDIMScheduler", class: Class::CogVideoXDdim, settings: &[] },
+    Scheduler { name: "CogVideoXDPMScheduler", class: Class::CogVideoXDpm, settings: &[] },
 ];
 
 /// The names of [`SCHEDULERS`].
@@ -106,6 +110,8 @@ pub(super) enum Class {
     Lcm,
     Tcd,
     FlowMatchEuler,
+    CogVideoXDdim,
+    CogVideoXDpm,
 }
 
 impl Class {
@@ -114,6 +120,7 @@ impl Class {
         match self {
             Self::FlowMatchEuler => Kind::FlowMatch,
             Self::Dpm | Self::UniPc => Kind::Either,
+            Self::CogVideoXDdim | Self::CogVideoXDpm => Kind::ShiftedBetas,
             Self::Euler | Self::EulerAncestral | Self::Ddim | Self::Lcm | Self::Tcd => Kind::Betas,
         }
     }

@@ -13,6 +13,8 @@ use crate::error::Result;
 use crate::solver::config::SchedulerConfig;
 use crate::solver::names::Spacing;
 
+mod snr_shift;
+
 /// `alphas_cumprod` of the last training timestep after rescaling to zero SNR, where a solver divides by it.
 const LAST_ALPHA: f32 = 1.0 / (1 << 24) as f32;
 /// Exponent of the schedule of Karras et al. 2022 (<https://arxiv.org/abs/2206.00364>).
@@ -38,6 +40,7 @@ pub struct NoiseScheduleConfig {
     sigma_min: Option<f64>,
     sigma_max: Option<f64>,
     final_sigmas_type: FinalSigma,
+    snr_shift_scale: Option<f64>,
 }
 
 impl Default for NoiseScheduleConfig {
@@ -58,6 +61,7 @@ impl Default for NoiseScheduleConfig {
             sigma_min: None,
             sigma_max: None,
             final_sigmas_type: FinalSigma::Zero,
+            snr_shift_scale: None,
         }
     }
 }
@@ -123,6 +127,8 @@ pub struct Defaults {
     /// Whether the class has fields for other spacings of sigmas (Karras and its like) and for the last one. One that
     /// has none ignores what another class left in the file.
     spaces_sigmas: bool,
+    /// Of classes that shift the signal-to-noise ratio of training: by how much.
+    snr_shift_scale: Option<f64>,
 }
 
 impl Defaults {
@@ -133,6 +139,7 @@ impl Defaults {
         beta_schedule: BetaSchedule::Linear,
         spacing: Spacing::Linspace,
         spaces_sigmas: true,
+        snr_shift_scale: None,
     };
     /// Of Euler ancestral.
     pub const EULER_ANCESTRAL: Self = Self { spaces_sigmas: false, ..Self::SIGMAS };
@@ -141,6 +148,8 @@ impl Defaults {
     /// Of LCM and TCD.
     pub const CONSISTENCY: Self =
         Self { beta_start: 0.00085, beta_end: 0.012, beta_schedule: BetaSchedule::ScaledLinear, ..Self::DDIM };
+    /// Of both solvers of CogVideoX.
+    pub const COGVIDEOX: Self = Self { snr_shift_scale: Some(3.0), ..Self::CONSISTENCY };
 }
 
 /// Noise levels of training and the rules by which an inference walks through them.
@@ -156,8 +165,8 @@ pub struct NoiseSchedule {
     zero_terminal_snr: bool,
     /// Whether betas follow a squared cosine.
     is_cosine: bool,
-    /// Share of the signal's variance that is left at each timestep of training.
-    alphas_cumprod: Vec<f32>,
+    /// Share of the signal's variance that is left at each timestep of training: an f32, but for shifted ones.
+    alphas_cumprod: Vec<f64>,
 }
 
 impl NoiseSchedule {
@@ -183,10 +192,6 @@ impl NoiseSchedule {
                 "must be below sigma_max",
             ),
         ])?;
-        let mut betas = betas(&config, defaults);
-        if config.rescale_betas_zero_snr {
-            rescale_zero_terminal_snr(&mut betas);
-        }
         let schedule = Self {
             num_train_timesteps: config.num_train_timesteps,
             prediction: prediction.expect("refused above"),
@@ -196,7 +201,10 @@ impl NoiseSchedule {
             karras: (config.use_karras_sigmas == Some(true)).then_some((config.sigma_min, config.sigma_max)),
             zero_terminal_snr: config.rescale_betas_zero_snr,
             is_cosine: config.beta_schedule.unwrap_or(defaults.beta_schedule) == BetaSchedule::SquaredCosine,
-            alphas_cumprod: cumulative_product(betas.iter().map(|beta| 1.0 - beta)),
+            alphas_cumprod: match defaults.snr_shift_scale {
+                Some(scale) => snr_shift::alphas_cumprod(&config, defaults, config.snr_shift_scale.unwrap_or(scale)),
+                None => alphas_cumprod(&config, defaults),
+            },
         };
         let is_level = |sigma: &f32| *sigma > 0.0 && sigma.is_finite();
         let is_wrong = !schedule.training_sigmas().iter().all(is_level);
@@ -236,7 +244,7 @@ impl NoiseSchedule {
 
     /// Share of the signal's variance that is left at a timestep of training: 0 at the last one with zero SNR.
     pub fn alpha_cumprod(&self, timestep: usize) -> f64 {
-        f64::from(self.alphas_cumprod[timestep])
+        self.alphas_cumprod[timestep]
     }
 
     /// Signal and noise at a timestep of training.
@@ -246,7 +254,7 @@ impl NoiseSchedule {
 
     /// Noise relative to signal at each timestep of training, never infinite.
     pub fn training_sigmas(&self) -> Vec<f32> {
-        let mut alphas = self.alphas_cumprod.clone();
+        let mut alphas: Vec<f32> = self.alphas_cumprod.iter().map(|alpha| *alpha as f32).collect();
         if self.zero_terminal_snr {
             *alphas.last_mut().expect("there are timesteps: checked above") = LAST_ALPHA;
         }
@@ -338,6 +346,15 @@ impl NoiseSchedule {
             FinalSigma::SigmaMin => self.training_sigmas()[0],
         }
     }
+}
+
+/// Of a schedule that is computed in f32.
+fn alphas_cumprod(config: &NoiseScheduleConfig, defaults: Defaults) -> Vec<f64> {
+    let mut betas = betas(config, defaults);
+    if config.rescale_betas_zero_snr {
+        rescale_zero_terminal_snr(&mut betas);
+    }
+    cumulative_product(betas.iter().map(|beta| 1.0 - beta)).into_iter().map(f64::from).collect()
 }
 
 fn betas(config: &NoiseScheduleConfig, defaults: Defaults) -> Vec<f32> {

@@ -10,6 +10,7 @@ use crate::checkpoint::{MODEL_INDEX, Manifest};
 use crate::error::{Error, Result};
 use crate::solver::Solver;
 use crate::solver::classes::{Kind, kind_without_solver};
+use crate::solver::cogvideox::{CogVideoXConfig, CogVideoXDdim, CogVideoXDpm};
 use crate::solver::config::SchedulerConfig;
 use crate::solver::ddim::{Ddim, DdimConfig};
 use crate::solver::dpm::{Dpm, DpmConfig};
@@ -33,6 +34,8 @@ pub enum Training {
     FlowLinear,
     /// Flow matching; the pipeline hands over evenly spaced sigmas, and `mu` by the picture's size (FLUX.1).
     FlowWithMu,
+    /// Discrete timesteps whose signal-to-noise ratio is shifted (CogVideoX), of which only its own solvers know.
+    Shifted,
 }
 
 impl Training {
@@ -43,14 +46,16 @@ impl Training {
             }
             Self::Flow => &[Class::UniPc, Class::FlowMatchEuler],
             Self::FlowLinear | Self::FlowWithMu => &[Class::FlowMatchEuler],
+            Self::Shifted => &[Class::CogVideoXDdim, Class::CogVideoXDpm],
         }
     }
 
     /// Whether a class of this kind can describe the noise of this family's models.
     fn takes(self, kind: Kind) -> bool {
         match self {
-            Self::Discrete => kind != Kind::FlowMatch,
-            Self::Flow | Self::FlowLinear | Self::FlowWithMu => kind != Kind::Betas,
+            Self::Discrete => matches!(kind, Kind::Betas | Kind::Either),
+            Self::Flow | Self::FlowLinear | Self::FlowWithMu => matches!(kind, Kind::FlowMatch | Kind::Either),
+            Self::Shifted => kind == Kind::ShiftedBetas,
         }
     }
 
@@ -89,6 +94,8 @@ enum SolverConfig {
     Lcm(LcmConfig),
     Tcd(TcdConfig),
     FlowMatchEuler(FlowMatchEulerConfig),
+    CogVideoXDdim(CogVideoXConfig),
+    CogVideoXDpm(CogVideoXConfig),
 }
 
 impl SolverConfig {
@@ -100,6 +107,8 @@ impl SolverConfig {
             Class::Dpm => Self::Dpm(DpmConfig::new(file)?),
             Class::Lcm => Self::Lcm(LcmConfig::new(file)?),
             Class::Tcd => Self::Tcd(TcdConfig::new(file)?),
+            Class::CogVideoXDdim => Self::CogVideoXDdim(CogVideoXConfig::new(file)?),
+            Class::CogVideoXDpm => Self::CogVideoXDpm(CogVideoXConfig::new(file)?),
             Class::UniPc => {
                 let config = UniPcConfig::new(file)?;
                 let is_other_kind = config.is_flow() == (training == Training::Discrete);
@@ -124,6 +133,7 @@ impl SolverConfig {
             Self::EulerAncestral(config) => Some(&mut config.schedule),
             Self::Ddim(config) => Some(&mut config.schedule),
             Self::Dpm(config) => Some(&mut config.schedule).filter(|schedule| !schedule.is_karras()),
+            Self::CogVideoXDdim(config) | Self::CogVideoXDpm(config) => Some(&mut config.schedule),
             Self::UniPc(config) => config.schedule_mut().filter(|schedule| !schedule.is_karras()),
             Self::Lcm(_) | Self::Tcd(_) | Self::FlowMatchEuler(_) => None,
         }
@@ -137,6 +147,7 @@ impl SolverConfig {
             Self::UniPc(config) => config.max_steps(),
             Self::Lcm(config) => config.max_steps(),
             Self::Tcd(config) => config.max_steps(),
+            Self::CogVideoXDdim(config) | Self::CogVideoXDpm(config) => config.max_steps(),
             Self::Euler(_) | Self::EulerAncestral(_) | Self::FlowMatchEuler(_) => usize::MAX,
         }
     }
@@ -401,6 +412,8 @@ impl Schedulers {
             SolverConfig::UniPc(config) => Box::new(UniPc::new(config, steps)),
             SolverConfig::Lcm(config) => Box::new(Lcm::new(config, steps)),
             SolverConfig::Tcd(config) => Box::new(Tcd::new(config, steps, eta)),
+            SolverConfig::CogVideoXDdim(config) => Box::new(CogVideoXDdim::new(config, steps)),
+            SolverConfig::CogVideoXDpm(config) => Box::new(CogVideoXDpm::new(config, steps)),
             SolverConfig::FlowMatchEuler(config) => Box::new(match the_loop.image_seq_len {
                 Some(tokens) => FlowMatchEuler::new(config, &linear_sigmas(steps), config.mu(tokens)),
                 None if self.training == Training::FlowLinear => {
@@ -442,7 +455,7 @@ mod tests {
         Asked { scheduler: Some(scheduler), ..Asked::default() }
     }
     use crate::rng::TorchGenerator;
-    use crate::testing::{discrete_schedulers, flow_schedulers, repository};
+    use crate::testing::{discrete_schedulers, flow_schedulers, repository, shifted_schedulers};
 
     #[test]
     fn names_are_told_apart_and_documented() {
@@ -610,8 +623,8 @@ mod tests {
             Tensor::from_vec(values, (1, 8), &Device::Cpu).expect("values")
         };
         let (clean, noise) = (tensor(1), tensor(2));
-        let (discrete, flow) = (discrete_schedulers(), flow_schedulers());
-        for (schedulers, is_flow) in [(&discrete, false), (&flow, true)] {
+        let (discrete, shifted, flow) = (discrete_schedulers(), shifted_schedulers(), flow_schedulers());
+        for (schedulers, is_flow) in [(&discrete, false), (&shifted, false), (&flow, true)] {
             for scheduler in schedulers.iter() {
                 let solver = schedulers.start(scheduler, &Loop { steps: 6, ..Loop::default() });
                 // DDIM cuts the clean sample at 1 where it is configured so, as by default.
