@@ -3,9 +3,13 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::request::Frame;
 use crate::rng::TorchGenerator;
+use tiling::Window;
 
+pub mod causal;
 pub mod clip_tiles;
+pub mod cogvideox;
 pub mod hunyuan_video;
 pub mod kl;
 pub mod original;
@@ -13,20 +17,44 @@ pub mod preview;
 pub mod tiling;
 pub mod wan;
 
-/// What a VAE says of a picture: a normal distribution of each value of its latents. Source: diffusers
+/// Bounds of the logarithm of a variance.
+const LOG_VARIANCE: std::ops::RangeInclusive<f64> = -30.0..=20.0;
+
+/// What a VAE says of a picture or a clip: a normal distribution of each value of its latents. Source: diffusers
 /// `models/autoencoders/vae.py`, `DiagonalGaussianDistribution`.
 #[derive(Debug, Clone)]
 pub struct Posterior {
-    /// f32 `[1, latent_channels, h, w]`.
+    /// f32 `[1, latent_channels, h, w]`, of a clip `[1, latent_channels, f, h, w]`.
     pub mean: Tensor,
     /// Standard deviations, of the same shape.
     pub std: Tensor,
 }
 
 impl Posterior {
+    /// Of an encoder's answer, `[1, 2 latent_channels, ...]` in f32: means, and logarithms of variances.
+    fn of_moments(moments: &Tensor) -> Result<Self> {
+        let halves = moments.chunk(2, 1)?;
+        // Zero times what is not finite is NaN, which the kernels of a GPU take for the lower limit.
+        let log_variance = (halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())? + (&halves[1] * 0.0)?)?;
+        Ok(Self { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
+    }
+
     /// One of the latents that the picture may have; draws as many normals as it has values.
     pub fn sample(&self, generator: &mut TorchGenerator) -> Result<Tensor> {
         let noise = Tensor::from_vec(generator.randn(self.mean.elem_count()), self.mean.dims(), self.mean.device())?;
         Ok((&self.mean + (&self.std * noise)?)?)
     }
+}
+
+/// Of a part of an image, channel by channel, in -1..=1.
+pub(crate) fn pixels(image: &Frame, window: Window) -> Vec<f32> {
+    let mut pixels = Vec::with_capacity(3 * window.height * window.width);
+    for channel in 0..3 {
+        for row in window.top..window.top + window.height {
+            let first = row * image.width + window.left;
+            let places = first..first + window.width;
+            pixels.extend(places.map(|i| 2.0 * (f32::from(image.rgb[3 * i + channel]) / 255.0) - 1.0));
+        }
+    }
+    pixels
 }

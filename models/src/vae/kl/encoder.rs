@@ -11,12 +11,9 @@ use super::{Attention, KlConfig, LatentScale, NORM_EPS, Resnet};
 use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm};
 use crate::request::{Frame, MASK_THRESHOLD, Mask};
-use crate::vae::Posterior;
 use crate::vae::tiling::{Mosaic, Tiling, Window};
+use crate::vae::{Posterior, pixels};
 use crate::weights::Weights;
-
-/// Bounds of the logarithm of a variance.
-const LOG_VARIANCE: std::ops::RangeInclusive<f64> = -30.0..=20.0;
 
 /// Pixels to latents.
 #[derive(Debug, Clone)]
@@ -101,11 +98,11 @@ impl KlEncoder {
         let (height, width) = (image.height, image.width);
         let moments = |window| self.moments(pixels(image, window), window);
         let Some(Tiles { tiling, mosaic, next }) = tiles else {
-            return posterior(&moments(Window { top: 0, left: 0, height, width })?).map(Some);
+            return Posterior::of_moments(&moments(Window { top: 0, left: 0, height, width })?).map(Some);
         };
         let whole = mosaic.push(moments(tiling.window(height, width, *next))?)?;
         *next += 1;
-        whole.map(|whole| posterior(&whole)).transpose()
+        whole.map(|whole| Posterior::of_moments(&whole)).transpose()
     }
 
     /// Mean and logarithm of the variance of the latents of these pixels, side by side in f32.
@@ -144,27 +141,6 @@ impl KlEncoder {
         let values = (0..height * width).map(|i| f32::from(u8::from(set(i)))).collect();
         Ok(Tensor::from_vec(values, (1, 1, height, width), &self.device)?)
     }
-}
-
-/// Of the moments of a whole picture.
-fn posterior(moments: &Tensor) -> Result<Posterior> {
-    let halves = moments.chunk(2, 1)?;
-    // Zero times what is not finite is NaN, which the kernels of a GPU take for the lower limit.
-    let log_variance = (halves[1].clamp(*LOG_VARIANCE.start(), *LOG_VARIANCE.end())? + (&halves[1] * 0.0)?)?;
-    Ok(Posterior { mean: halves[0].contiguous()?, std: (log_variance * 0.5)?.exp()? })
-}
-
-/// Of a part of an image, channel by channel, in -1..=1.
-fn pixels(image: &Frame, window: Window) -> Vec<f32> {
-    let mut pixels = Vec::with_capacity(3 * window.height * window.width);
-    for channel in 0..3 {
-        for row in window.top..window.top + window.height {
-            let first = row * image.width + window.left;
-            let places = first..first + window.width;
-            pixels.extend(places.map(|i| 2.0 * (f32::from(image.rgb[3 * i + channel]) / 255.0) - 1.0));
-        }
-    }
-    pixels
 }
 
 impl KlConfig {}
