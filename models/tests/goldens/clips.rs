@@ -37,7 +37,8 @@ pub fn check_denoising<'a, M: DiffusionModel>(
         if step == 0 {
             close("prediction0", &predictions[0], 1e-4);
         }
-        let prediction = guided(&predictions, request.guidance.cfg_scale());
+        let scale = request.guidance.cfg_scale_at(timestep, request.sampling.num_inference_steps);
+        let prediction = guided(&predictions, scale);
         latents = solver.step(step, &prediction, &latents, &mut generator).unwrap();
         close(&format!("latents{step}"), &latents, LATENTS_TOLERANCE);
     }
