@@ -95,7 +95,8 @@ class Recorder:
         for hook in hooks:
             hook.remove()
         kept["timesteps"] = self.pipeline.scheduler.timesteps.float()
-        kept["sigmas"] = self.pipeline.scheduler.sigmas.float()
+        if hasattr(self.pipeline.scheduler, "sigmas"):
+            kept["sigmas"] = self.pipeline.scheduler.sigmas.float()
         return kept, answer
 
 

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::family::Family;
 
 pub mod causal_lm;
+pub mod cogvideox;
 pub mod flux;
 pub mod hunyuan_video;
 pub mod llama;
@@ -15,8 +16,15 @@ pub mod sdxl;
 pub mod wan;
 
 /// All families of this build.
-pub const FAMILIES: &[&dyn Family] =
-    &[&llama::Llama, &qwen2::Qwen2, &flux::Flux, &sdxl::Sdxl, &wan::Wan, &hunyuan_video::HunyuanVideo];
+pub const FAMILIES: &[&dyn Family] = &[
+    &llama::Llama,
+    &qwen2::Qwen2,
+    &flux::Flux,
+    &sdxl::Sdxl,
+    &wan::Wan,
+    &hunyuan_video::HunyuanVideo,
+    &cogvideox::CogVideoX,
+];
 
 /// The rows `[1, ...]` of the predictions for a batch.
 fn split_rows(predictions: &Tensor) -> Result<Vec<Tensor>> {

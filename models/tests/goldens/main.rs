@@ -7,6 +7,8 @@
 mod chats;
 mod clip_tiling;
 mod clips;
+mod cogvideox;
+mod cogvideox_pictures;
 mod configs;
 mod edits;
 mod files;

@@ -11,7 +11,8 @@ use tale_models::loading;
 use crate::support::{case_dir, copy_folder};
 
 /// One of each family, with every kind of component.
-const CASES: [&str; 6] = ["llama-untied", "qwen2-yarn", "sdxl-a", "flux-dev", "wan-a", "hunyuan-video-a"];
+const CASES: [&str; 7] =
+    ["llama-untied", "qwen2-yarn", "sdxl-a", "flux-dev", "wan-a", "hunyuan-video-a", "cogvideox-a"];
 
 /// Numbers that no network here is made or computed with.
 const UNREAD: [&str; 19] = [

@@ -1,0 +1,501 @@
+//! CogVideoX (2B, 5B, 1.5) from text alone and from a picture: T5 text, a diffusion transformer over patches, a causal video
+//! VAE.
+//!
+//! Owns: what a checkpoint of either pipeline must look like, limits and defaults. Does not know: the denoising loop,
+//! guidance, batching, RGB bytes.
+//! Source: diffusers `pipelines/cogvideo/pipeline_cogvideox.py`, `pipeline_cogvideox_image2video.py`. Noise is drawn in f32,
+//! as diffusers does for an f32 pipeline.
+
+use std::path::Path;
+
+use candle_core::DType;
+use serde::Deserialize;
+
+use self::transformer::CogVideoXTransformer;
+use crate::card::ModelCard;
+use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
+use crate::config::bounds::{
+    MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_LEARNED_POSITIONS, MAX_PATCH, MAX_SCALE, MAX_SIDE,
+    MAX_WIDTH, check_product,
+};
+use crate::config::{Bound, Bounded};
+use crate::device::Placement;
+use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
+use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::keyframes::KeyframeSupport;
+use crate::diffusion::prompt::Prompts;
+use crate::diffusion::sampling::SamplingSupport;
+use crate::diffusion::{Canvas, DiffusionCard, DiffusionRequest};
+use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
+use crate::error::{Error, Result};
+use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::memory::MemoryPlan;
+use crate::request::Phase;
+use crate::runner::diffusion::DiffusionRunner;
+use crate::runner::diffusion::on_demand::OnDemand;
+use crate::runner::diffusion::retry::reread_in_f32;
+use crate::solver::schedulers::{Schedulers, Training};
+use crate::tokenizer::Tokenizer;
+use crate::vae::cogvideox::encoder::CogVideoXVaeEncoder;
+use crate::vae::cogvideox::{CogVideoXVaeConfig, CogVideoXVaeDecoder};
+use crate::weights::Weights;
+
+pub mod pipeline;
+mod positions;
+pub mod transformer;
+
+/// The largest size that a model of the family was trained on (1.5), which is also what it makes unless told otherwise.
+const LARGE: [usize; 2] = [1360, 768];
+/// Most frames that are published for the models without patches over time and with them; a configuration may say more.
+const MAX_FRAMES: [usize; 2] = [49, 161];
+/// Tokens that the pipelines pad prompts to.
+const SEQUENCE_LENGTH: usize = 226;
+/// Defaults of both pipelines.
+const DEFAULT_STEPS: usize = 50;
+const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
+/// Rates of the published examples, without patches over time and with them.
+const DEFAULT_FPS: [usize; 2] = [8, 16];
+
+/// Columns that products of many rows on the CPU take at a time, and what each such block has beside them.
+const PACKED_COLUMNS: usize = 512;
+const PACKED_MARGIN: usize = 16;
+
+/// Pipelines of diffusers that make videos from text, and from pictures.
+const PIPELINES: [&str; 2] = ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline"];
+
+/// CogVideoX: text to video, image to video.
+pub struct CogVideoX;
+
+impl Family for CogVideoX {
+    fn name(&self) -> &'static str {
+        "cogvideox"
+    }
+
+    fn makes(&self) -> &'static str {
+        "video"
+    }
+
+    fn detects(&self, manifest: &Manifest) -> bool {
+        PIPELINES.contains(&manifest.architecture())
+    }
+
+    fn text_encoders(&self) -> &'static [&'static str] {
+        &["text_encoder"]
+    }
+
+    fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
+        let model = build(manifest, open)?;
+        let card = model.card.clone();
+        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
+            .retrying(reread_in_f32(open.reread(), build));
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
+    }
+}
+
+fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<CogVideoXModel> {
+    let placement = open.placement().clone();
+    CogVideoXModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
+}
+
+/// `transformer/config.json`. Defaults are those of diffusers.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CogVideoXConfig {
+    pub num_attention_heads: usize,
+    pub attention_head_dim: usize,
+    pub in_channels: usize,
+    pub out_channels: usize,
+    pub flip_sin_to_cos: bool,
+    pub freq_shift: f64,
+    pub time_embed_dim: usize,
+    pub ofs_embed_dim: Option<usize>,
+    pub text_embed_dim: usize,
+    pub num_layers: usize,
+    pub attention_bias: bool,
+    pub sample_width: usize,
+    pub sample_height: usize,
+    pub sample_frames: usize,
+    pub patch_size: usize,
+    pub patch_size_t: Option<usize>,
+    pub temporal_compression_ratio: usize,
+    pub max_text_seq_length: usize,
+    pub activation_fn: String,
+    pub timestep_activation_fn: String,
+    pub norm_elementwise_affine: bool,
+    pub norm_eps: f64,
+    pub spatial_interpolation_scale: f64,
+    pub temporal_interpolation_scale: f64,
+    pub use_rotary_positional_embeddings: bool,
+    pub use_learned_positional_embeddings: bool,
+    pub patch_bias: bool,
+}
+
+impl Default for CogVideoXConfig {
+    fn default() -> Self {
+        Self {
+            num_attention_heads: 30,
+            attention_head_dim: 64,
+            in_channels: 16,
+            out_channels: 16,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            time_embed_dim: 512,
+            ofs_embed_dim: None,
+            text_embed_dim: 4096,
+            num_layers: 30,
+            attention_bias: true,
+            sample_width: 90,
+            sample_height: 60,
+            sample_frames: 49,
+            patch_size: 2,
+            patch_size_t: None,
+            temporal_compression_ratio: 4,
+            max_text_seq_length: SEQUENCE_LENGTH,
+            activation_fn: "gelu-approximate".to_owned(),
+            timestep_activation_fn: "silu".to_owned(),
+            norm_elementwise_affine: true,
+            norm_eps: 1e-5,
+            spatial_interpolation_scale: 1.875,
+            temporal_interpolation_scale: 1.0,
+            use_rotary_positional_embeddings: false,
+            use_learned_positional_embeddings: false,
+            patch_bias: true,
+        }
+    }
+}
+
+impl Bounded for CogVideoXConfig {
+    const BOUNDS: &'static [Bound] = &[
+        Bound::size("num_attention_heads", MAX_HEADS),
+        Bound::size("attention_head_dim", MAX_HEAD_DIM),
+        Bound::size("in_channels", MAX_CHANNELS),
+        Bound::size("out_channels", MAX_CHANNELS),
+        Bound::number("freq_shift", -MAX_SCALE, MAX_SCALE),
+        Bound::size("time_embed_dim", MAX_WIDTH),
+        Bound::whole("ofs_embed_dim", 0, MAX_WIDTH),
+        Bound::size("text_embed_dim", MAX_WIDTH),
+        Bound::size("num_layers", MAX_LAYERS),
+        Bound::size("sample_width", MAX_SIDE),
+        Bound::size("sample_height", MAX_SIDE),
+        Bound::size("sample_frames", MAX_LEARNED_POSITIONS),
+        Bound::size("patch_size", MAX_PATCH),
+        Bound::size("patch_size_t", MAX_PATCH),
+        Bound::size("temporal_compression_ratio", MAX_PATCH),
+        Bound::size("max_text_seq_length", MAX_LEARNED_POSITIONS),
+        Bound::eps("norm_eps"),
+        Bound::scale("spatial_interpolation_scale"),
+        Bound::scale("temporal_interpolation_scale"),
+    ];
+}
+
+impl CogVideoXConfig {
+    /// Width of the transformer.
+    fn dim(&self) -> usize {
+        self.num_attention_heads * self.attention_head_dim
+    }
+
+    /// Latent frames of a patch.
+    fn patch_frames(&self) -> usize {
+        self.patch_size_t.unwrap_or(1)
+    }
+
+    /// Latent values of one channel in a patch.
+    fn patch_values(&self) -> usize {
+        self.patch_frames() * self.patch_size * self.patch_size
+    }
+
+    /// Whether tokens have vectors of their own, which is for prompts of one length and patches of one frame.
+    fn has_positions(&self) -> bool {
+        !self.use_rotary_positional_embeddings || self.use_learned_positional_embeddings
+    }
+
+    /// Patches of latents of so many frames, rows and columns.
+    fn grid(&self, [frames, height, width]: [usize; 3]) -> [usize; 3] {
+        [frames / self.patch_frames(), height / self.patch_size, width / self.patch_size]
+    }
+
+    /// Patches of what the model was made for.
+    fn own_grid(&self) -> [usize; 3] {
+        let frames = (self.sample_frames - 1) / self.temporal_compression_ratio + 1;
+        [frames, self.sample_height / self.patch_size, self.sample_width / self.patch_size]
+    }
+
+    /// Whether learned positions are of this grid.
+    fn is_own(&self, grid: [usize; 3]) -> bool {
+        grid == self.own_grid() && (grid[0] - 1) * self.temporal_compression_ratio + 1 == self.sample_frames
+    }
+
+    fn check(&self, path: &Path) -> Result<()> {
+        let (heads, head_dim) = (self.num_attention_heads, self.attention_head_dim);
+        check_product(path, ("num_attention_heads", heads), ("attention_head_dim", head_dim), MAX_WIDTH)?;
+        let learned = self.use_learned_positional_embeddings;
+        let [_, rows, columns] = self.own_grid();
+        let problem = if !self.flip_sin_to_cos || self.freq_shift != 0.0 {
+            "`flip_sin_to_cos`, `freq_shift`: only true and 0 are supported".to_owned()
+        } else if self.timestep_activation_fn != "silu" {
+            format!("`timestep_activation_fn` is {:?}; only \"silu\" is supported", self.timestep_activation_fn)
+        } else if self.activation_fn != "gelu-approximate" {
+            format!("`activation_fn` is {:?}; only \"gelu-approximate\" is supported", self.activation_fn)
+        } else if learned && !self.use_rotary_positional_embeddings {
+            "`use_learned_positional_embeddings` needs `use_rotary_positional_embeddings`".to_owned()
+        } else if self.use_rotary_positional_embeddings && !head_dim.is_multiple_of(16) {
+            format!("`attention_head_dim` is {head_dim}; rotations in three directions need a multiple of 16")
+        } else if self.has_positions() && !self.dim().is_multiple_of(16) {
+            format!(
+                "`num_attention_heads` times `attention_head_dim` is {}; positions need a multiple of 16",
+                self.dim()
+            )
+        } else if self.has_positions() && self.patch_frames() != 1 {
+            "`patch_size_t` needs `use_rotary_positional_embeddings` alone".to_owned()
+        } else if self.ofs_embed_dim.is_some_and(|width| width != self.time_embed_dim) {
+            format!("`ofs_embed_dim` is {:?}; `time_embed_dim` {}", self.ofs_embed_dim, self.time_embed_dim)
+        } else if !self.dim().is_multiple_of(2) || self.ofs_embed_dim.is_some_and(|width| width % 2 == 1) {
+            "`attention_head_dim` and `ofs_embed_dim` must be even".to_owned()
+        } else if rows * columns == 0 {
+            "`sample_height` and `sample_width` have no patch".to_owned()
+        } else {
+            return Ok(());
+        };
+        Err(Error::checkpoint(path, problem))
+    }
+}
+
+/// Everything of either pipeline that the diffusion runner drives.
+pub struct CogVideoXModel {
+    card: DiffusionCard,
+    sizes: Sizes,
+    placement: Placement,
+    tokenizer: Tokenizer,
+    text_encoder: T5Encoder,
+    transformer: CogVideoXTransformer,
+    vae: CogVideoXVaeDecoder,
+    /// Of models that begin from a picture.
+    vae_encoder: Option<CogVideoXVaeEncoder>,
+}
+
+/// The configurations of a checkpoint, read and found to fit together.
+struct Sizes {
+    text_encoder: T5Config,
+    transformer: CogVideoXConfig,
+    vae: CogVideoXVaeConfig,
+    takes_picture: bool,
+}
+
+impl CogVideoXModel {
+    /// Reads and checks all configurations first, then the weights that `open` gives for each component. Those that are not
+    /// dry are at `placement`.
+    pub fn load(
+        manifest: &Manifest,
+        placement: &Placement,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
+        check_pipeline(manifest)?;
+        let sizes = Sizes::read(manifest)?;
+        let schedulers = Schedulers::read(manifest, Training::Shifted)?;
+        let vocab_size = sizes.text_encoder.vocab_size;
+        let length = sizes.prompts().default_length();
+        let tokenizer = manifest.component("tokenizer")?.tokenizer_of_encoder(vocab_size, length)?;
+        let text_encoder = T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?;
+        let transformer = CogVideoXTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        let vae = open("vae")?;
+        let load_encoder = || CogVideoXVaeEncoder::load(&vae, &sizes.vae);
+        Ok(Self {
+            card: sizes.card(schedulers),
+            tokenizer,
+            placement: placement.clone(),
+            text_encoder,
+            transformer,
+            vae_encoder: sizes.takes_picture.then(load_encoder).transpose()?,
+            vae: CogVideoXVaeDecoder::load(&vae, &sizes.vae)?,
+            sizes,
+        })
+    }
+}
+
+/// Refuses components of other classes.
+fn check_pipeline(manifest: &Manifest) -> Result<()> {
+    for (component, supported) in [
+        ("text_encoder", "T5EncoderModel"),
+        ("transformer", "CogVideoXTransformer3DModel"),
+        ("vae", "AutoencoderKLCogVideoX"),
+    ] {
+        let found = manifest.class_of(component).unwrap_or("absent");
+        if found != supported {
+            let problem = format!("`{component}` is {found}; supported is {supported}");
+            return Err(Error::checkpoint(manifest.path("", MODEL_INDEX), problem));
+        }
+    }
+    Ok(())
+}
+
+impl Sizes {
+    fn read(manifest: &Manifest) -> Result<Self> {
+        let text_encoder = T5Config::read(&manifest.component("text_encoder")?.fields(CONFIG)?, T5Kind::T5)?;
+        let transformer: CogVideoXConfig = manifest.component("transformer")?.config()?;
+        let vae: CogVideoXVaeConfig = manifest.component("vae")?.config()?;
+        let path = manifest.path("transformer", CONFIG);
+        transformer.check(&path)?;
+        vae.check(&manifest.path("vae", CONFIG))?;
+        let takes_picture = manifest.architecture() == PIPELINES[1];
+        let sizes = Self { text_encoder, transformer, vae, takes_picture };
+        sizes.check(&path)?;
+        Ok(sizes)
+    }
+
+    /// Refuses parts that do not fit together; `path` is the transformer's file.
+    fn check(&self, path: &Path) -> Result<()> {
+        let Self { text_encoder, transformer, vae, takes_picture } = self;
+        let channels = vae.latent_channels;
+        // Beside the noisy latents those of the picture.
+        let in_channels = channels * (1 + usize::from(*takes_picture));
+        let pairs = [
+            ("out_channels", transformer.out_channels, "the VAE's `latent_channels`", channels),
+            ("in_channels", transformer.in_channels, "what the VAE and the pipeline give", in_channels),
+            ("text_embed_dim", transformer.text_embed_dim, "the text encoder's `d_model`", text_encoder.d_model),
+            (
+                "temporal_compression_ratio",
+                transformer.temporal_compression_ratio,
+                "that of the VAE",
+                if transformer.has_positions() { vae.temporal() } else { transformer.temporal_compression_ratio },
+            ),
+        ];
+        for (field, found, whose, wanted) in pairs {
+            if found != wanted {
+                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {whose} {wanted}")));
+            }
+        }
+        if transformer.ofs_embed_dim.is_some() && !takes_picture {
+            return Err(Error::checkpoint(path, "`ofs_embed_dim` is of a model that begins from a picture"));
+        }
+        Ok(())
+    }
+
+    /// Either is of models without patches over time, and with them.
+    fn of_version<T: Copy>(&self, either: [T; 2]) -> T {
+        either[usize::from(self.transformer.patch_size_t.is_some())]
+    }
+
+    fn prompts(&self) -> Prompts {
+        match self.transformer.has_positions() {
+            true => Prompts::Fixed { length: self.transformer.max_text_seq_length },
+            false => Prompts::Plain { default_length: SEQUENCE_LENGTH, max_length: SEQUENCE_LENGTH },
+        }
+    }
+
+    fn canvas(&self) -> CanvasSupport {
+        let (transformer, spatial) = (&self.transformer, self.vae.spatial());
+        let own = [transformer.sample_width, transformer.sample_height].map(|side| side * spatial);
+        let size_multiple = spatial * transformer.patch_size;
+        let fitting = own.map(|side| side - side % size_multiple);
+        let is_made = own[0] * own[1] <= LARGE[0] * LARGE[1] || transformer.use_learned_positional_embeddings;
+        let [default_width, default_height] = if is_made { fitting } else { LARGE };
+        // Frames come in pairs of latent frames, the first of all by itself.
+        let multiple = 2 * self.vae.temporal() * transformer.patch_frames();
+        let own_frames = ((transformer.sample_frames - 1) / multiple).max(1) * multiple + 1;
+        CanvasSupport {
+            default_width,
+            default_height,
+            size_multiple,
+            max_side: LARGE[0].max(default_width).max(default_height),
+            max_pixels: LARGE[0] * LARGE[1],
+            sizes: if transformer.use_learned_positional_embeddings {
+                SizeRule::OnlyDefault
+            } else if transformer.patch_size_t.is_some() {
+                // There are no positions beyond.
+                SizeRule::Within { width: own[0], height: own[1] }
+            } else {
+                SizeRule::Within { width: usize::MAX, height: usize::MAX }
+            },
+            frames: Some(FrameSupport {
+                default_num_frames: own_frames,
+                default_fps: self.of_version(DEFAULT_FPS),
+                multiple,
+                max_frames: self.of_version(MAX_FRAMES).max(own_frames),
+            }),
+        }
+    }
+
+    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+        let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
+        let guidance = GuidanceSupport {
+            kind: GuidanceKind::ClassifierFree,
+            default_scale: DEFAULT_GUIDANCE_SCALE,
+            has_dynamic_cfg: true,
+        };
+        DiffusionCard {
+            keyframes: self.takes_picture.then_some(KeyframeSupport::First),
+            ..DiffusionCard::new(CogVideoX.name(), self.prompts(), self.canvas(), sampling, guidance)
+        }
+    }
+
+    /// Latent frames of a request's video.
+    fn latent_frames(&self, request: &DiffusionRequest) -> usize {
+        (request.canvas.num_frames - 1) / self.vae.temporal() + 1
+    }
+
+    /// Shape of a request's latents, which have as many frames as whole patches have: `[1, frames, channels, height,
+    /// width]`.
+    fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
+        let frames = self.latent_frames(request).next_multiple_of(self.transformer.patch_frames());
+        let [height, width] = [request.canvas.height, request.canvas.width].map(|side| side / self.vae.spatial());
+        [1, frames, self.vae.latent_channels, height, width]
+    }
+
+    /// Most bytes that one session keeps alive in each phase.
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
+        let dtype = placement.compute_dtype;
+        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let [_, frames, _, height, width] = self.latent_shape(request);
+        let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
+        let text = request.prompt.max_sequence_length;
+        let conditioning = rows * text * self.transformer.text_embed_dim * dtype.size_in_bytes();
+        // The picture's latents, and in each row once more as the transformer's input.
+        let picture = usize::from(self.takes_picture) * latents;
+        // The sample, the noise of a step and of the one that it is made instead of, the last clean sample and what is
+        // being computed; of each row its input and prediction.
+        let solver = latents * (7 + 4 * rows) + (1 + rows) * picture;
+        let denoise = rows * self.transformer.peak_bytes_of_row([frames, height, width], text, dtype);
+        let decode = self.vae.peak_values(self.latent_frames(request), height, width) * dtype.size_in_bytes();
+        let encode = self.text_encoder.forward_bytes(rows, text, placement);
+        let of_picture = self.takes_picture.then(|| {
+            let Canvas { height, width, .. } = request.canvas;
+            let pixels = 2 * 3 * height * width * size_of::<f32>();
+            let work = self.vae.encode_peak_values(height, width) * dtype.size_in_bytes();
+            // As above.
+            (Phase::VaeEncode, conditioning + (2 * latents + picture).max(pixels + work))
+        });
+        let phases = [
+            // The last step of it draws the noise.
+            (Phase::Encode, conditioning + encode.max(2 * latents + picture)),
+            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::VaeDecode, 2 * latents + decode),
+        ];
+        MemoryPlan::new(phases.into_iter().chain(of_picture))
+    }
+}
+
+impl CogVideoXConfig {
+    /// Activations of one row of one forward pass over latents of this size, at the widest of the places below.
+    fn peak_bytes_of_row(&self, latents: [usize; 3], text: usize, dtype: DType) -> usize {
+        let video = self.grid(latents).iter().product::<usize>();
+        let (tokens, dim) = (text + video, self.dim());
+        // On the CPU, which computes in f32, a product has its rows once more, cut into columns that are filled up.
+        let packed = |width: usize| match dtype {
+            DType::F32 => width.div_ceil(PACKED_COLUMNS) * (PACKED_COLUMNS + PACKED_MARGIN),
+            _ => 0,
+        };
+        let hidden = transformer::MLP_RATIO * dim;
+        // The stream and its norm, q and k before and after they are turned, v, the attention's answer; the last product.
+        let attention = (8 * dim).max(3 * dim + packed(dim));
+        // The stream, its norm; the hidden layer before and after its activation, or one of them and what is made of it.
+        let feed_forward = 2 * dim + (2 * hidden).max(hidden + packed(hidden) + dim);
+        let wide = tokens * attention.max(feed_forward) * dtype.size_in_bytes();
+        let rotations = if self.use_rotary_positional_embeddings { tokens * self.attention_head_dim } else { 0 };
+        // The table in f32 and what it is made of, before there is anything else as wide but the stream.
+        let positions = if self.has_positions() { 3 * video * dim } else { 0 };
+        let narrow = (2 * tokens * dim) * dtype.size_in_bytes() + positions * size_of::<f32>();
+        wide.max(narrow) + rotations * size_of::<f32>()
+    }
+}

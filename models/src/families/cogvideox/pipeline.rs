@@ -1,0 +1,230 @@
+//! The way of a request through CogVideoX: prompts and a picture to what the transformer is told, prediction, decoding.
+//!
+//! Owns: what a request has encoded and in which steps, the order in which its generator is drawn from. Does not know:
+//! sessions, batching, guidance. Latents have frames before channels, as in the reference, until they are decoded.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+
+use super::CogVideoXModel;
+use super::transformer::CogVideoXInput as TransformerInput;
+use crate::diffusion::{DiffusionCard, DiffusionRequest};
+use crate::encoders::slices;
+use crate::error::Result;
+use crate::families::split_rows;
+use crate::memory::MemoryPlan;
+use crate::prompt::plain_text;
+use crate::request::{Frame, Phase};
+use crate::rng::TorchGenerator;
+use crate::runner::diffusion::course::{Course, Expert};
+use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
+use crate::runner::diffusion::narrow::NarrowNetworks;
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
+use crate::vae::cogvideox::CogVideoXDecoding;
+use crate::vae::cogvideox::encoder::CogVideoXEncoding;
+use crate::vae::tiling::Window;
+use crate::vae::{Posterior, pixels};
+
+/// What a request has encoded.
+#[derive(Debug, Clone, PartialEq)]
+pub enum CogVideoXInput {
+    /// A prompt, positive or negative.
+    Text(String),
+    /// The picture to begin from, in the size of the video.
+    Picture(Arc<Frame>),
+}
+
+/// A pass before its only step.
+pub enum CogVideoXPass {
+    /// The prompts' tokens.
+    Texts(Vec<Vec<u32>>),
+    /// A picture.
+    Picture(Arc<Frame>),
+}
+
+/// What became of an input.
+#[derive(Debug)]
+pub enum CogVideoXEncoded {
+    /// `[1, max_sequence_length, text_embed_dim]` in the compute dtype; padding is not masked.
+    Text(Tensor),
+    /// What the latents of the picture may be, `[1, latent_channels, 1, height, width]`.
+    Picture(Posterior),
+}
+
+/// What the transformer needs of one guidance branch.
+#[derive(Debug, Clone)]
+pub struct CogVideoXConditioning {
+    /// As [`CogVideoXEncoded::Text`].
+    pub text: Tensor,
+    /// Of models that begin from a picture: its latents and zeros for all later frames, f32 `[1, frames, channels, height,
+    /// width]`.
+    pub picture: Option<Tensor>,
+}
+
+impl CogVideoXModel {
+    fn encode_picture(&self, picture: &Frame) -> Result<Posterior> {
+        let encoder = self.vae_encoder.as_ref().expect("pictures were refused without an encoder: this is a bug");
+        let Frame { width, height, .. } = *picture;
+        let values = pixels(picture, Window { top: 0, left: 0, height, width });
+        let frames = Tensor::from_vec(values, (1, 3, 1, height, width), &self.placement.device)?;
+        let mut encoding = CogVideoXEncoding::default();
+        encoder.encode_next(&mut encoding, &frames)?;
+        encoding.posterior()
+    }
+
+    /// The latents of a picture, drawn from what they may be before anything else is drawn.
+    fn picture_latents(&self, posterior: &Posterior, request: &DiffusionRequest) -> Result<Tensor> {
+        let sample = posterior.sample(&mut TorchGenerator::new(request.sampling.seed))?;
+        let scale = self.sizes.vae.scaling_factor;
+        // Some models were trained on latents that were divided where they should have been multiplied.
+        let scale = if self.sizes.vae.invert_scale_latents { 1.0 / scale } else { scale };
+        let first = (sample.transpose(1, 2)? * scale)?; // [1, 1, channels, height, width]
+        let [_, frames, ..] = self.sizes.latent_shape(request);
+        Ok(first.pad_with_zeros(1, 0, frames - 1)?)
+    }
+}
+
+impl DiffusionModel for CogVideoXModel {
+    type Input = CogVideoXInput;
+    type Encoding = CogVideoXPass;
+    type Encoded = CogVideoXEncoded;
+    type Conditioning = CogVideoXConditioning;
+    type Decoding = CogVideoXDecoding;
+
+    fn card(&self) -> &DiffusionCard {
+        &self.card
+    }
+
+    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+        self.sizes.plan(request, &self.placement)
+    }
+
+    fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<CogVideoXInput>> {
+        let texts = Inputs {
+            pass: Pass {
+                phase: Phase::Encode,
+                components: &["text_encoder"],
+                sequence_length: request.prompt.max_sequence_length,
+                loras: None,
+                max_rows: MAX_TEXTS_PER_PASS,
+            },
+            rows: branch_texts(request).into_iter().map(CogVideoXInput::Text).collect(),
+        };
+        let picture = request.keyframes.as_ref().map(|keyframes| Inputs {
+            pass: Pass::of_image(),
+            rows: vec![CogVideoXInput::Picture(keyframes.first.fitted.clone())],
+        });
+        std::iter::once(texts).chain(picture).collect()
+    }
+
+    fn num_encode_steps(&self, _inputs: &Inputs<CogVideoXInput>) -> usize {
+        1
+    }
+
+    fn begin_encode(&self, pass: &Pass, rows: &[&CogVideoXInput]) -> Result<CogVideoXPass> {
+        if let [CogVideoXInput::Picture(picture)] = rows {
+            return Ok(CogVideoXPass::Picture(picture.clone()));
+        }
+        let texts = rows.iter().filter_map(|row| match row {
+            CogVideoXInput::Text(text) => Some(plain_text("prompt", text)),
+            CogVideoXInput::Picture(_) => None,
+        });
+        let texts = texts.collect::<Result<Vec<_>>>()?;
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        // The padding is not masked: the model was trained to see it.
+        Ok(CogVideoXPass::Texts(self.tokenizer.encode_padded_rows(&texts, pass.sequence_length)?))
+    }
+
+    fn encode_next(&self, pass: &mut CogVideoXPass) -> Result<Option<Vec<CogVideoXEncoded>>> {
+        Ok(Some(match pass {
+            CogVideoXPass::Texts(ids) => {
+                let hidden = self.text_encoder.forward(&slices(ids))?;
+                hidden.into_iter().map(CogVideoXEncoded::Text).collect()
+            }
+            CogVideoXPass::Picture(picture) => vec![CogVideoXEncoded::Picture(self.encode_picture(picture)?)],
+        }))
+    }
+
+    fn conditioning(
+        &self,
+        _expert: Expert,
+        encoded: &[Arc<CogVideoXEncoded>],
+        request: &DiffusionRequest,
+    ) -> Result<Vec<CogVideoXConditioning>> {
+        let (mut texts, mut picture) = (Vec::new(), None);
+        for encoded in encoded {
+            match &**encoded {
+                CogVideoXEncoded::Text(text) => texts.push(text.clone()),
+                CogVideoXEncoded::Picture(posterior) => picture = Some(self.picture_latents(posterior, request)?),
+            }
+        }
+        Ok(texts.into_iter().map(|text| CogVideoXConditioning { text, picture: picture.clone() }).collect())
+    }
+
+    fn shape(&self, conditioning: &CogVideoXConditioning) -> Vec<usize> {
+        conditioning.text.dims().to_vec()
+    }
+
+    fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
+        let shape = self.sizes.latent_shape(request);
+        if request.keyframes.is_some() {
+            // The latents of the picture were drawn first, by a generator of the same seed.
+            let [_, _, channels, height, width] = shape;
+            generator.randn(channels * height * width);
+        }
+        let noise = generator.randn(shape.iter().product());
+        Ok(Tensor::from_vec(noise, shape.to_vec(), &self.placement.device)?)
+    }
+
+    fn course(&self, request: &DiffusionRequest) -> Result<Course> {
+        let the_loop = request.sampling.denoising_loop(None);
+        Ok(Course::of(self.card.sampling.schedulers.start(request.sampling.scheduler, &the_loop)))
+    }
+
+    fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, CogVideoXConditioning>]) -> Result<Vec<Tensor>> {
+        let latents = |row: &DenoiseRow<'_, CogVideoXConditioning>| match &row.conditioning.picture {
+            Some(picture) => Tensor::cat(&[row.latents, picture], 2),
+            None => Ok(row.latents.clone()),
+        };
+        let text: Vec<&Tensor> = rows.iter().map(|row| &row.conditioning.text).collect();
+        let latents = rows.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?;
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        split_rows(&self.transformer.forward(&TransformerInput {
+            latents: &Tensor::cat(&latents, 0)?,
+            timesteps: &timesteps,
+            // Of another dtype only where another model has encoded the prompt.
+            text: &Tensor::cat(&text, 0)?.to_dtype(self.placement.compute_dtype)?,
+        })?)
+    }
+
+    fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<CogVideoXDecoding> {
+        // Frames that only fill a patch come first.
+        let frames = self.sizes.latent_frames(request);
+        let latents = latents.narrow(1, latents.dim(1)? - frames, frames)?;
+        self.vae.begin(&latents.transpose(1, 2)?)
+    }
+
+    fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
+        self.sizes.vae.num_chunks(self.sizes.latent_frames(request))
+    }
+
+    fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Option<Tensor>> {
+        self.vae.decode_next(decoding).map(Some)
+    }
+
+    fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
+        Some(self)
+    }
+}
+
+impl NarrowNetworks for CogVideoXModel {
+    fn components(&self, phase: Phase, _expert: Expert) -> &'static [&'static str] {
+        match phase {
+            _ if self.placement.compute_dtype == DType::F32 => &[],
+            Phase::Denoise => &["transformer"],
+            Phase::VaeDecode => &["vae"],
+            _ => &[],
+        }
+    }
+}
