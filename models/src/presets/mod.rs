@@ -49,6 +49,15 @@ const WAN_OF_PICTURES: &[File] = &[
     ("image_encoder/config.json", include_str!("clip-vit-h.json")),
     ("image_processor/preprocessor_config.json", include_str!("clip-image-processor.json")),
 ];
+/// What all models of CogVideoX have.
+const COGVIDEOX: &[File] = &[("text_encoder/config.json", include_str!("t5-xxl.json"))];
+/// What those of them have besides that make videos from text.
+const COGVIDEOX_OF_TEXT: &[File] = &[("model_index.json", include_str!("cogvideox-index.json"))];
+/// What those of them have besides that make videos from pictures.
+const COGVIDEOX_OF_PICTURES: &[File] = &[("model_index.json", include_str!("cogvideox-i2v-index.json"))];
+/// What those of them have besides that have five billion parameters.
+const COGVIDEOX_5B: &[File] = &[("scheduler/scheduler_config.json", include_str!("cogvideox-scheduler.json"))];
+const COGVIDEOX_VAE: &[File] = &[("vae/config.json", include_str!("cogvideox-vae.json"))];
 
 /// What all models of HunyuanVideo have.
 const HUNYUAN: &[File] = &[
@@ -129,6 +138,65 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
+    },
+    Preset {
+        name: "cogvideox-2b",
+        files: &[
+            COGVIDEOX,
+            COGVIDEOX_OF_TEXT,
+            &[
+                ("transformer/config.json", include_str!("cogvideox-2b.json")),
+                ("scheduler/scheduler_config.json", include_str!("cogvideox-2b-scheduler.json")),
+                ("vae/config.json", include_str!("cogvideox-2b-vae.json")),
+            ],
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "cogvideox-5b",
+        files: &[
+            COGVIDEOX,
+            COGVIDEOX_OF_TEXT,
+            COGVIDEOX_5B,
+            COGVIDEOX_VAE,
+            &[("transformer/config.json", include_str!("cogvideox-5b.json"))],
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "cogvideox-5b-i2v",
+        files: &[
+            COGVIDEOX,
+            COGVIDEOX_OF_PICTURES,
+            COGVIDEOX_5B,
+            COGVIDEOX_VAE,
+            &[("transformer/config.json", include_str!("cogvideox-5b-i2v.json"))],
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "cogvideox1.5-5b",
+        files: &[
+            COGVIDEOX,
+            COGVIDEOX_OF_TEXT,
+            COGVIDEOX_5B,
+            COGVIDEOX_VAE,
+            &[("transformer/config.json", include_str!("cogvideox1.5-5b.json"))],
+        ],
+        tokenizers: &["tokenizer"],
+    },
+    Preset {
+        name: "cogvideox1.5-5b-i2v",
+        files: &[
+            COGVIDEOX,
+            COGVIDEOX_OF_PICTURES,
+            COGVIDEOX_5B,
+            &[
+                ("transformer/config.json", include_str!("cogvideox1.5-5b-i2v.json")),
+                ("vae/config.json", include_str!("cogvideox1.5-i2v-vae.json")),
+            ],
+        ],
+        tokenizers: &["tokenizer"],
     },
 ];
 

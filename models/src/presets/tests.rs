@@ -55,6 +55,18 @@ fn parameters_are_those_published() {
         check(name, "transformer", transformer);
         check(name, "text_encoder", 5.681);
     }
+    // Learned positions (0.055) are counted; of the VAE its decoder alone is read where nothing begins from a picture.
+    for (name, transformer, vae) in [
+        ("cogvideox-2b", 1.6938, 0.1234),
+        ("cogvideox-5b", 5.5703, 0.1234),
+        ("cogvideox-5b-i2v", 5.6251, 0.2156),
+        ("cogvideox1.5-5b", 5.5707, 0.1234),
+        ("cogvideox1.5-5b-i2v", 5.5716, 0.2156),
+    ] {
+        check(name, "transformer", transformer);
+        check(name, "text_encoder", 4.762);
+        check(name, "vae", vae);
+    }
 }
 
 #[test]

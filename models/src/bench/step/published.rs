@@ -243,6 +243,21 @@ fn hunyuanvideo_has_the_operations_of_its_size() {
     }
 }
 
+/// Against counts of diffusers' transformers on torch's meta device (`FlopCounterMode`).
+#[test]
+fn cogvideox_has_the_operations_of_its_size() {
+    let step = |name: &str, positions: usize| {
+        let folder = preset(name);
+        set(&folder, "text_encoder", "num_layers", 1);
+        Model::of_pictures_in_clips(&folder, 226).denoise(positions)
+    };
+    // 480 x 720 is 60 x 90 latents; 49 frames are 13.
+    check(step("cogvideox-2b", 13 * 60 * 90), 120.0, 0.05);
+    check(step("cogvideox-5b", 13 * 60 * 90), 332.2, 0.1);
+    // 768 x 1360 is 96 x 170 latents; 81 frames are 21, filled up to 22, of which two are a patch as one is alone.
+    check(step("cogvideox1.5-5b", 11 * 96 * 170), 1479.2, 0.5);
+}
+
 #[test]
 fn a_token_takes_two_operations_for_each_parameter() {
     let folder = preset("llama-3.1-8b");
