@@ -77,7 +77,10 @@ impl CacheThresholds {
 pub(super) fn resolve(support: Option<&CacheThresholds>, options: &Options) -> Result<Acceleration> {
     let asked = options.get(&ACCELERATION).unwrap_or_default();
     if asked != Acceleration::None && support.is_none() {
-        return Err(Error::invalid("acceleration", "this model has no first-block cache; allowed: none"));
+        return Err(Error::invalid(
+            "acceleration",
+            "no figure says what a first-block cache does to this model; allowed: none",
+        ));
     }
     Ok(asked)
 }

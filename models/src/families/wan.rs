@@ -396,7 +396,7 @@ impl Sizes {
         let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype),
-            acceleration: (self.transformer.num_layers > 1).then_some(CACHE_THRESHOLDS),
+            acceleration: self.cache_thresholds(),
             loras: LoraSupport::NoFolder,
             keyframes: self.image_encoder.as_ref().map(|_| match self.transformer.pos_embed_seq_len {
                 Some(_) => KeyframeSupport::FirstAndLast,
@@ -404,6 +404,11 @@ impl Sizes {
             }),
             ..DiffusionCard::new(Wan.name(), prompts, canvas, sampling, guidance)
         }
+    }
+
+    /// None where no figure supports them: they were measured for text to video.
+    fn cache_thresholds(&self) -> Option<CacheThresholds> {
+        (self.transformer.num_layers > 1 && self.image_encoder.is_none()).then_some(CACHE_THRESHOLDS)
     }
 
     /// Shape of a request's latents: `[1, channels, frames, height, width]`.
