@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Tale beside diffusers (torch) and stable-diffusion.cpp on this machine's CPU: seconds per denoising step, seconds of the
-VAE decode and peak memory, on one random checkpoint: FLUX of published width and few blocks, SDXL as published.
+VAE decode and peak memory, on one random checkpoint: SDXL as published, the others of published width and few blocks.
 
     cargo build --release && pip install -r benches/beside-requirements.txt
-    benches/beside.py [flux] [sdxl] [--size 256] [--steps 4] [--rounds 3] [--folder out/beside]
+    benches/beside.py [flux] [sdxl] [wan] [hunyuan] [--size 256] [--frames 9] [--steps 4] [--rounds 3] [--folder out/beside]
 
 The checkpoint is written once into the folder, in bf16 and the diffusers layout, which all of them read (8 GB for SDXL,
 which has all its layers because stable-diffusion.cpp fixes their number). Each system runs in a process of its own, one
 after the other, in rounds, so that a noisy machine disturbs all alike; medians are printed. A step is one of guidance with
-two branches for SDXL, and one without for FLUX. diffusers computes in f32, as one has to on a CPU for speed; Tale keeps the
+two branches for SDXL, and one without for the others. diffusers computes in f32, as one has to on a CPU for speed; Tale keeps the
 weights as published and computes in f32; stable-diffusion.cpp does as it does by default. Of FLUX it gets no T5, whose
-number of layers it fixes, and takes zeros of the same length for it.
+number of layers it fixes, and takes zeros of the same length for it; video models it does not get. With --bf16 diffusers
+computes in bf16 too, which is fast where the CPU has the units for it (avx512_bf16, amx_bf16).
 """
 
 import argparse
@@ -29,15 +30,24 @@ sys.path.append(str(ROOT / "scripts"))  # for the names of original files
 FLUX_BLOCKS = (2, 4)
 TEXT_TOKENS = 256
 PROMPT = "a lighthouse in fog"
-SYSTEMS = ["tale", "diffusers", "sd.cpp"]
-MODELS = ["flux", "sdxl"]
+# Layers of Wan2.1 1.3B, double and single blocks of HunyuanVideo.
+WAN_LAYERS = 4
+HUNYUAN_BLOCKS = (1, 2)
+# The text is read from the third layer from the end.
+LLAMA_LAYERS = 3
+IMAGE_SYSTEMS = ["tale", "diffusers", "sd.cpp"]
+VIDEO_SYSTEMS = ["tale", "diffusers"]
+VIDEO_MODELS = ["wan", "hunyuan"]
+MODELS = ["flux", "sdxl", *VIDEO_MODELS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="flux, sdxl [default: both]")
+    parser.add_argument("models", nargs="*", help=f"any of {', '.join(MODELS)} [default: all]")
     parser.add_argument("--size", type=int, default=256, help="pixels of each side")
+    parser.add_argument("--frames", type=int, default=9, help="of a video")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--bf16", action="store_true", help="diffusers in bf16 too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "out/beside")
     parser.add_argument("--tale", type=Path, default=ROOT / "target/release/tale")
@@ -56,20 +66,23 @@ def main() -> None:
 def compare(model: str, options) -> None:
     # In a process of its own too: a child's peak is never below what its parent held when it began.
     run("checkpoint", model, options)
-    found = {system: [] for system in SYSTEMS}
+    systems = VIDEO_SYSTEMS if model in VIDEO_MODELS else IMAGE_SYSTEMS
+    found = {system: [] for system in systems + (["diffusers-bf16"] if options.bf16 else [])}
     for _ in range(options.rounds):
         for system, rounds in found.items():
             rounds.append(run(system, model, options))
-    print(f"{model}, {options.size}x{options.size}, {os.cpu_count()} cores, {options.rounds} rounds of {options.steps} steps")
+    frames = f", {options.frames} frames" if model in VIDEO_MODELS else ""
+    size = f"{options.size}x{options.size}{frames}"
+    print(f"{model}, {size}, {os.cpu_count()} cores, {options.rounds} rounds of {options.steps} steps")
     for system, rounds in found.items():
         step, decode, peak = (statistics.median(r[what] for r in rounds) for what in ("step", "decode", "peak"))
         spread = f"{min(r['step'] for r in rounds):.2f} to {max(r['step'] for r in rounds):.2f}"
-        print(f"  {system:<10} step {step:6.2f} s ({spread})   decode {decode:6.2f} s   peak {peak / 2**30:5.2f} GiB", flush=True)
+        print(f"  {system:<14} step {step:6.2f} s ({spread})   decode {decode:6.2f} s   peak {peak / 2**30:5.2f} GiB", flush=True)
 
 
 def run(system: str, model: str, options) -> dict:
     arguments = [model, "--size", str(options.size), "--steps", str(options.steps), "--folder", str(options.folder)]
-    arguments += ["--tale", str(options.tale), "--child", system]
+    arguments += ["--frames", str(options.frames), "--tale", str(options.tale), "--child", system]
     done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{system} failed on {model}")
@@ -87,7 +100,8 @@ def make(model: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    pipeline = {"flux": make_flux, "sdxl": make_sdxl}[model](diffusers)
+    makers = {"flux": make_flux, "sdxl": make_sdxl, "wan": make_wan, "hunyuan": make_hunyuan}
+    pipeline = makers[model](diffusers)
     pipeline.save_pretrained(folder, max_shard_size="100GB")
     torch.set_default_dtype(torch.float32)
 
@@ -100,9 +114,9 @@ def text_encoder(kind: str, config: dict, layers: int):
     import transformers
 
     classes = {"clip": transformers.CLIPTextModel, "clip_projection": transformers.CLIPTextModelWithProjection,
-               "t5": transformers.T5EncoderModel}
-    configs = {"t5": transformers.T5Config}
-    config = {**config, ("num_layers" if kind == "t5" else "num_hidden_layers"): layers}
+               "t5": transformers.T5EncoderModel, "umt5": transformers.UMT5EncoderModel, "llama": transformers.LlamaModel}
+    configs = {"t5": transformers.T5Config, "umt5": transformers.UMT5Config, "llama": transformers.LlamaConfig}
+    config = {**config, ("num_layers" if kind.endswith("t5") else "num_hidden_layers"): layers}
     return classes[kind](configs.get(kind, transformers.CLIPTextConfig)(**config)).eval()
 
 
@@ -117,7 +131,7 @@ def tokenizers(case: str, second: str) -> list:
 
 def make_flux(diffusers):
     double, single = FLUX_BLOCKS
-    config = {key: value for key, value in preset("flux.1-schnell").items() if not key.startswith("_")}
+    config = own_fields("flux.1-schnell")
     tokenizer, tokenizer_2 = tokenizers("flux-schnell", "T5TokenizerFast")
     return diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -142,6 +156,41 @@ def make_sdxl(diffusers):
         unet=diffusers.UNet2DConditionModel.from_config(preset("sdxl")),
         vae=vae(diffusers, preset("sdxl-vae")),
     )
+
+
+def make_wan(diffusers):
+    import transformers
+
+    golden = ROOT / "tests/goldens/wan-a/checkpoint"
+    transformer = {**own_fields("wan2.1-t2v-1.3b"), "num_layers": WAN_LAYERS}
+    return diffusers.WanPipeline(
+        scheduler=diffusers.UniPCMultistepScheduler.from_config(preset("wan-scheduler")),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(golden / "tokenizer"),
+        text_encoder=text_encoder("umt5", preset("umt5-xxl"), 1),
+        transformer=diffusers.WanTransformer3DModel(**transformer),
+        vae=diffusers.AutoencoderKLWan(**own_fields("wan-vae")),
+    )
+
+
+def make_hunyuan(diffusers):
+    import transformers
+
+    golden = ROOT / "tests/goldens/hunyuan-video-a/checkpoint"
+    double, single = HUNYUAN_BLOCKS
+    transformer = {**own_fields("hunyuanvideo"), "num_layers": double, "num_single_layers": single}
+    return diffusers.HunyuanVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(preset("hunyuanvideo-scheduler")),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(golden / "tokenizer"),
+        text_encoder=text_encoder("llama", preset("llava-llama-3-8b"), LLAMA_LAYERS),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(golden / "tokenizer_2"),
+        text_encoder_2=text_encoder("clip", preset("clip-l"), 12),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(**transformer),
+        vae=diffusers.AutoencoderKLHunyuanVideo(**own_fields("hunyuanvideo-vae")),
+    )
+
+
+def own_fields(name: str) -> dict:
+    return {key: value for key, value in preset(name).items() if not key.startswith("_")}
 
 
 def vae(diffusers, config: dict):
@@ -170,6 +219,8 @@ def original(model: str, folder: Path) -> dict:
 
 def write_checkpoint(model: str, options) -> dict:
     make(model, options.folder / model)
+    if model in VIDEO_MODELS:
+        return {}
     original(model, options.folder / model)
     return {}
 
@@ -178,6 +229,7 @@ def run_tale(model: str, options) -> dict:
     size = str(options.size)
     command = [options.tale, "bench", "step", "--model", options.folder / model, "--json", "--repeat", str(options.steps)]
     command += ["--width", size, "--height", size] + (["--prompt-tokens", str(TEXT_TOKENS)] if model == "flux" else [])
+    command += ["--frames", str(options.frames)] if model in VIDEO_MODELS else []
     # The other systems take both branches of guidance in one pass of two rows.
     command += ["--batch", "2"] if model == "sdxl" else []
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -188,15 +240,20 @@ def run_tale(model: str, options) -> dict:
     return {"step": step, "decode": decode, "peak": max(line.get("peak_memory_bytes", 0) for line in lines)}
 
 
-def run_diffusers(model: str, options) -> dict:
+def run_diffusers(model: str, options, dtype: str = "float32") -> dict:
     import diffusers
     import torch
 
     diffusers.utils.logging.disable_progress_bar()
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(options.folder / model, dtype=torch.float32)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(options.folder / model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     ends = []
-    arguments = {"flux": {"guidance_scale": 0.0, "max_sequence_length": TEXT_TOKENS}, "sdxl": {"guidance_scale": 5.0}}[model]
+    arguments = {
+        "flux": {"guidance_scale": 0.0, "max_sequence_length": TEXT_TOKENS},
+        "sdxl": {"guidance_scale": 5.0},
+        "wan": {"guidance_scale": 1.0, "num_frames": options.frames},
+        "hunyuan": {"num_frames": options.frames},
+    }[model]
 
     def step_end(_pipeline, _step, _timestep, values):
         ends.append(time.perf_counter())
@@ -228,7 +285,13 @@ def own_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-CHILDREN = {"checkpoint": write_checkpoint, "tale": run_tale, "diffusers": run_diffusers, "sd.cpp": run_sd_cpp}
+CHILDREN = {
+    "checkpoint": write_checkpoint,
+    "tale": run_tale,
+    "diffusers": run_diffusers,
+    "diffusers-bf16": lambda model, options: run_diffusers(model, options, "bfloat16"),
+    "sd.cpp": run_sd_cpp,
+}
 
 if __name__ == "__main__":
     main()
