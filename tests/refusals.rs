@@ -179,6 +179,9 @@ async fn wrong_fields_of_a_clip_are_named() {
         (json!({"true_cfg_scale": 4.0}), (400, "true_cfg_scale", invalid)),
         (json!({"guidance_interval": [0.5, 0.25]}), (400, "guidance_interval", invalid)),
         (json!({"guidance_interval": [0.1, 0.2]}), (400, "guidance_interval", invalid)),
+        (json!({"use_dynamic_cfg": true}), (400, "use_dynamic_cfg", invalid)),
+        (json!({"use_dynamic_cfg": SECRET}), (400, "use_dynamic_cfg", invalid)),
+        (json!({"timestep_spacing": "trailing"}), (400, "timestep_spacing", invalid)),
         (json!({"model": "pictures"}), (400, "model", invalid)),
         (json!({"model": "words"}), (400, "model", invalid)),
     ];

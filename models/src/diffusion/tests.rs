@@ -295,6 +295,44 @@ fn true_guidance_takes_a_scale_and_a_negative_prompt() {
     assert_eq!(clip_card().resolve(&Options::default(), 0).expect("valid").guidance.cfg_scale(), 5.0);
 }
 
+/// As Python computes `1 + g * (1 - cos(pi * ((n - t) / n) ** 5.0)) / 2`.
+#[test]
+fn a_dynamic_scale_is_made_of_the_timestep() {
+    let card =
+        || DiffusionCard { guidance: GuidanceSupport { has_dynamic_cfg: true, ..clip_card().guidance }, ..clip_card() };
+    let of = |scale, dynamic| Options::default().with(&GUIDANCE_SCALE, scale).with(&USE_DYNAMIC_CFG, dynamic);
+    let guidance = card().resolve(&of(6.0, Some(true)), 0).expect("valid").guidance;
+    for (timestep, expected) in
+        [(999.0, 2.291487174551452), (979.0, 2.5435028667646318), (39.0, 1.000003932038104), (19.0, 1.123397939968981)]
+    {
+        let found = guidance.cfg_scale_at(timestep, 50);
+        assert!((found - expected).abs() < 1e-6, "{timestep}: {found}, not {expected}");
+    }
+    for dynamic in [None, Some(false)] {
+        let request = card().resolve(&of(6.0, dynamic), 0).expect("valid");
+        assert_eq!(request.guidance.cfg_scale_at(999.0, 50), 6.0);
+        assert_eq!(request.echo().get(&USE_DYNAMIC_CFG), Some(false));
+    }
+    check(card(), of(1.0, Some(true)), "use_dynamic_cfg", "guidance_scale is above 1");
+    check(clip_card(), of(6.0, Some(true)), "use_dynamic_cfg", "never changes");
+    let other = clip_card().resolve(&of(6.0, Some(false)), 0).expect("as it is");
+    assert_eq!(other.echo().get(&USE_DYNAMIC_CFG), None);
+}
+
+#[test]
+fn a_model_may_make_one_size_alone() {
+    let card = |sizes| DiffusionCard { canvas: CanvasSupport { sizes, ..clip_card().canvas }, ..clip_card() };
+    let of = |width, height| Options::default().with(&WIDTH, width).with(&HEIGHT, height);
+    let only = || card(SizeRule::OnlyDefault);
+    check(only(), of(816, 480), "width", "allowed: 832");
+    check(only(), of(832, 464), "height", "allowed: 480");
+    assert!(only().resolve(&of(832, 480), 0).is_ok());
+    let within = || card(SizeRule::Within { width: 640, height: 320 });
+    check(within(), of(656, 320), "width", "from 16 to 640");
+    check(within(), of(640, 336), "height", "from 16 to 320");
+    assert!(within().resolve(&of(640, 320), 0).is_ok());
+}
+
 #[test]
 fn acceleration_is_off_unless_asked_for_and_refused_where_there_is_none() {
     let options = |acceleration| Options::default().with(&ACCELERATION, acceleration);
