@@ -7,6 +7,7 @@
 //! as diffusers does for an f32 pipeline.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::DType;
 use serde::Deserialize;
@@ -29,6 +30,7 @@ use crate::diffusion::{Canvas, DiffusionCard, DiffusionRequest};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
 use crate::runner::diffusion::DiffusionRunner;
@@ -84,12 +86,13 @@ impl Family for CogVideoX {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = build(manifest, open)?;
-        let card = model.card.clone();
+        let mut model = build(manifest, open)?;
+        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
+        let (card, resident_bytes) = (model.card.clone(), model.adapters.cache_bytes());
         let runner = DiffusionRunner::new(model, options.max_denoise_rows)
             .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
             .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
@@ -273,6 +276,7 @@ pub struct CogVideoXModel {
     vae: CogVideoXVaeDecoder,
     /// Of models that begin from a picture.
     vae_encoder: Option<CogVideoXVaeEncoder>,
+    adapters: Adapters,
 }
 
 /// The configurations of a checkpoint, read and found to fit together.
@@ -298,7 +302,10 @@ impl CogVideoXModel {
         let length = sizes.prompts().default_length();
         let tokenizer = manifest.component("tokenizer")?.tokenizer_of_encoder(vocab_size, length)?;
         let text_encoder = T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?;
-        let transformer = CogVideoXTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        // The text encoder takes no terms, as in diffusers, which knows no other names of the layers either.
+        let sites = Arc::<Sites>::default();
+        let transformer = CogVideoXTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
+        let names = LoraNames::new(vec![NetworkNames::under_own_names(&sites)]);
         let vae = open("vae")?;
         let load_encoder = || CogVideoXVaeEncoder::load(&vae, &sizes.vae);
         Ok(Self {
@@ -309,6 +316,7 @@ impl CogVideoXModel {
             transformer,
             vae_encoder: sizes.takes_picture.then(load_encoder).transpose()?,
             vae: CogVideoXVaeDecoder::load(&vae, &sizes.vae)?,
+            adapters: Adapters::new(names, placement),
             sizes,
         })
     }
@@ -425,6 +433,7 @@ impl Sizes {
             has_dynamic_cfg: true,
         };
         DiffusionCard {
+            loras: LoraSupport::NoFolder,
             keyframes: self.takes_picture.then_some(KeyframeSupport::First),
             ..DiffusionCard::new(CogVideoX.name(), self.prompts(), self.canvas(), sampling, guidance)
         }

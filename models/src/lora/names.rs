@@ -70,6 +70,14 @@ impl NetworkNames {
         original: &dyn elsewhere::Names,
         more: impl IntoIterator<Item = Alias>,
     ) -> Self {
+        let mut names = Self::under_own_names(sites);
+        names.enter_original(original);
+        more.into_iter().for_each(|alias| names.enter(alias));
+        names
+    }
+
+    /// As [`NetworkNames::denoiser`], of a network that goes by diffusers' names alone.
+    pub fn under_own_names(sites: &Arc<Sites>) -> Self {
         const DOTTED: &[&str] =
             &["unet.", "transformer.", "base_model.model.", "model.diffusion_model.", "diffusion_model.", ""];
         const FLAT: &[&str] = &["lora_unet_", "lora_transformer_"];
@@ -79,8 +87,6 @@ impl NetworkNames {
                 names.enter(Alias { name, parts: vec![whole(&layer, shape)] });
             }
         }
-        names.enter_original(original);
-        more.into_iter().for_each(|alias| names.enter(alias));
         names
     }
 

@@ -201,7 +201,11 @@ pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionReques
 
 /// What a run of a case asks for, but for pictures.
 pub fn options(case: &str, run: usize) -> Options {
-    let run = &golden_json(case)["runs"][run];
+    options_of(&golden_json(case)["runs"][run])
+}
+
+/// As [`options`], of a run that any case has.
+pub fn options_of(run: &serde_json::Value) -> Options {
     let number = |field: &str| run[field].as_u64().map(|value| value as usize);
     Options::default()
         .with(&PROMPT, run["prompt"].as_str().expect("a prompt").to_owned())

@@ -157,7 +157,7 @@ fn with_picture(case: &str, run: usize) -> Options {
     options(case, run).with(&INPUT_REFERENCE, index.map(|index| picture(case, index as usize)))
 }
 
-fn picture(case: &str, index: usize) -> Arc<Frame> {
+pub fn picture(case: &str, index: usize) -> Arc<Frame> {
     let pixels = &golden_tensors(case)[&format!("picture{index}")];
     let (height, width, _) = pixels.dims3().expect("[height, width, 3]");
     Arc::new(Frame { width, height, rgb: pixels.flatten_all().unwrap().to_vec1().unwrap() })

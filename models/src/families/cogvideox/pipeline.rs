@@ -13,6 +13,7 @@ use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::slices;
 use crate::error::Result;
 use crate::families::split_rows;
+use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Phase};
@@ -211,6 +212,10 @@ impl DiffusionModel for CogVideoXModel {
 
     fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Option<Tensor>> {
         self.vae.decode_next(decoding).map(Some)
+    }
+
+    fn adapters(&self) -> Option<&Adapters> {
+        Some(&self.adapters)
     }
 
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
