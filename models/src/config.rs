@@ -94,7 +94,7 @@ fn make_whole(value: &mut Value) {
 }
 
 /// The fields of one JSON file, where what an absent field means depends on who reads it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Fields {
     path: PathBuf,
     fields: Map<String, Value>,

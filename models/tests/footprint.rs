@@ -73,6 +73,8 @@ fn sessions_take_at_most_their_footprint() {
         ("wan-b", options(64, 64, Some(49))),
         ("wan-i2v", options(256, 160, Some(9)).with(&INPUT_REFERENCE, picture())),
         ("wan-flf2v", options(128, 128, Some(13)).with(&INPUT_REFERENCE, picture()).with(&LAST_IMAGE, picture())),
+        ("hunyuan-video-i2v", options(256, 160, Some(9)).with(&INPUT_REFERENCE, picture())),
+        ("hunyuan-video-i2v-33ch", options(128, 128, Some(13)).with(&INPUT_REFERENCE, picture())),
         ("hunyuan-video-a", options(256, 160, Some(21))),
         ("hunyuan-video-a", options(128, 128, Some(5)).with(&MAX_SEQUENCE_LENGTH, 1024)),
         (

@@ -338,16 +338,16 @@ def publish_b(parts: dict, checkpoint: Path) -> None:
     copy.deepcopy(parts["transformer"]).to(torch.bfloat16).save_pretrained(checkpoint / "transformer")
 
 
-def save(parts: dict, checkpoint: Path, pipeline=HunyuanVideoPipeline, **more) -> None:
+def save(parts: dict, checkpoint: Path, pipeline=HunyuanVideoPipeline, install=None) -> None:
     """`save_pretrained`, with the tokenizer folders as they are published instead of as transformers 5 writes them."""
     checkpoint.mkdir()
-    folders = {"tokenizer": install_llama, "tokenizer_2": tokenizers.install_clip}
+    folders = {"tokenizer": install or install_llama, "tokenizer_2": tokenizers.install_clip}
     install_all(folders, checkpoint)
     loaded = {
         "tokenizer": PreTrainedTokenizerFast.from_pretrained(checkpoint / "tokenizer"),
         "tokenizer_2": CLIPTokenizer.from_pretrained(checkpoint / "tokenizer_2"),
     }
-    pipeline(**parts, **loaded, **more).save_pretrained(checkpoint)
+    pipeline(**parts, **loaded).save_pretrained(checkpoint)
     install_all(folders, checkpoint)
     # Published is LlamaTokenizerFast, which transformers 5 builds anew without the file's pre-tokenizer.
     edit_json(checkpoint / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])

@@ -1,11 +1,13 @@
-//! HunyuanVideo: a language model and CLIP read the prompt, a transformer over space-time patches, a causal video VAE.
+//! HunyuanVideo, from text alone and from a picture: a language model and CLIP read the prompt, a transformer over space-time
+//! patches, a causal video VAE.
 //!
-//! Owns: what a checkpoint must look like, limits and defaults. Does not know: the denoising loop, guidance, batching, RGB
-//! bytes. Source: diffusers `pipelines/hunyuan_video/pipeline_hunyuan_video.py`.
+//! Owns: what a checkpoint of either pipeline must look like, limits and defaults. Does not know: the denoising loop, guidance,
+//! batching, RGB bytes. Source: diffusers `pipelines/hunyuan_video/pipeline_hunyuan_video.py`,
+//! `pipeline_hunyuan_video_image2video.py`.
 
 use std::path::Path;
 
-use self::config::HunyuanVideoConfig;
+use self::config::{HunyuanVideoConfig, ImageCondition};
 use self::text::{TextConfigs, TextEncoders};
 use self::transformer::HunyuanVideoTransformer;
 use crate::card::ModelCard;
@@ -13,6 +15,7 @@ use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::keyframes::KeyframeSupport;
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
@@ -24,10 +27,12 @@ use crate::runner::diffusion::DiffusionRunner;
 use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::solver::schedulers::{Schedulers, Training};
+use crate::vae::hunyuan_video::encoder::HunyuanVaeEncoder;
 use crate::vae::hunyuan_video::{HunyuanVaeConfig, HunyuanVaeDecoder};
 use crate::weights::Weights;
 
 pub mod config;
+mod llava;
 pub mod pipeline;
 mod refiner;
 pub mod text;
@@ -47,13 +52,18 @@ const DEFAULT_HEIGHT: usize = 720;
 const DEFAULT_FRAMES: usize = 129;
 const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
+/// That of `HunyuanVideoImageToVideoPipeline.__call__`, whose other defaults are the same.
+const DEFAULT_GUIDANCE_SCALE_OF_PICTURES: f64 = 1.0;
 const DEFAULT_SEQUENCE_LENGTH: usize = 256;
 /// Four times as many tokens as the transformer was trained with.
 const MAX_SEQUENCE_LENGTH: usize = 1024;
 /// The rate at which the model was trained and its own example saves videos.
 const DEFAULT_FPS: usize = 24;
 
-/// HunyuanVideo: text to video.
+/// Pipelines of diffusers that make videos from text, and from a picture.
+const PIPELINES: [&str; 2] = ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"];
+
+/// HunyuanVideo: text to video, image to video.
 pub struct HunyuanVideo;
 
 impl Family for HunyuanVideo {
@@ -66,7 +76,7 @@ impl Family for HunyuanVideo {
     }
 
     fn detects(&self, manifest: &Manifest) -> bool {
-        manifest.architecture() == "HunyuanVideoPipeline"
+        PIPELINES.contains(&manifest.architecture())
     }
 
     fn licence_note(&self) -> Option<&'static str> {
@@ -103,6 +113,8 @@ pub struct HunyuanVideoModel {
     text_encoders: TextEncoders,
     transformer: HunyuanVideoTransformer,
     vae: HunyuanVaeDecoder,
+    /// Of models that take a picture.
+    vae_encoder: Option<HunyuanVaeEncoder>,
 }
 
 /// The configurations of a checkpoint, read and found to fit together.
@@ -110,6 +122,8 @@ struct Sizes {
     text: TextConfigs,
     transformer: HunyuanVideoConfig,
     vae: HunyuanVaeConfig,
+    /// Of models that take a picture.
+    image_condition: Option<ImageCondition>,
 }
 
 impl HunyuanVideoModel {
@@ -123,18 +137,25 @@ impl HunyuanVideoModel {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::FlowLinear)?;
-        let [llama, clip] = [open("text_encoder")?, open("text_encoder_2")?];
-        let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &llama, &clip)?;
+        let [reader, clip] = [open("text_encoder")?, open("text_encoder_2")?];
+        let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &reader, &clip)?;
         let transformer = HunyuanVideoTransformer::load(&open("transformer")?, &sizes.transformer)?;
         let vae = open("vae")?;
-        vae.ignore_below("encoder");
-        vae.ignore_below("quant_conv");
+        let vae_encoder = match sizes.image_condition {
+            Some(_) => Some(HunyuanVaeEncoder::load(&vae, &sizes.vae)?),
+            None => None,
+        };
+        if vae_encoder.is_none() {
+            vae.ignore_below("encoder");
+            vae.ignore_below("quant_conv");
+        }
         Ok(Self {
             card: sizes.card(schedulers),
             placement: placement.clone(),
             text_encoders,
             transformer,
             vae: HunyuanVaeDecoder::load(&vae, &sizes.vae)?,
+            vae_encoder,
             sizes,
         })
     }
@@ -142,8 +163,9 @@ impl HunyuanVideoModel {
 
 /// Refuses pipelines that share the class name and have other networks than this family.
 fn check_pipeline(manifest: &Manifest) -> Result<()> {
+    let reader = if takes_a_picture(manifest) { "LlavaForConditionalGeneration" } else { "LlamaModel" };
     let classes = [
-        ("text_encoder", "LlamaModel"),
+        ("text_encoder", reader),
         ("text_encoder_2", "CLIPTextModel"),
         ("transformer", "HunyuanVideoTransformer3DModel"),
         ("vae", "AutoencoderKLHunyuanVideo"),
@@ -158,34 +180,41 @@ fn check_pipeline(manifest: &Manifest) -> Result<()> {
     Ok(())
 }
 
+fn takes_a_picture(manifest: &Manifest) -> bool {
+    manifest.architecture() == PIPELINES[1]
+}
+
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
-        let text = TextConfigs::read(manifest)?;
+        let text = TextConfigs::read(manifest, takes_a_picture(manifest))?;
         let transformer: HunyuanVideoConfig = manifest.component("transformer")?.config()?;
         let vae: HunyuanVaeConfig = manifest.component("vae")?.config()?;
         let path = manifest.path("transformer", CONFIG);
         transformer.check(&path)?;
         vae.check(&manifest.path("vae", CONFIG))?;
-        let sizes = Self { text, transformer, vae };
+        let image_condition = transformer.image_condition(&path)?;
+        if image_condition.is_some() != takes_a_picture(manifest) {
+            let kind = &transformer.image_condition_type;
+            let problem = format!("`image_condition_type` is {kind:?}, and the pipeline {}", manifest.architecture());
+            return Err(Error::checkpoint(path, problem));
+        }
+        let sizes = Self { text, transformer, vae, image_condition };
         sizes.check(&path)?;
         Ok(sizes)
     }
 
     /// Refuses parts that do not fit together; `path` is the transformer's file.
     fn check(&self, path: &Path) -> Result<()> {
-        let Self { text, transformer, vae } = self;
-        if let Some(kind) = &transformer.image_condition_type {
-            let problem = format!("`image_condition_type` is {kind:?}, but the pipeline takes no image");
-            return Err(Error::checkpoint(path, problem));
-        }
+        let Self { text, transformer, vae, .. } = self;
         let latents = ("the VAE's `latent_channels`", vae.latent_channels);
+        let seen = ("what fits the VAE and the pipeline", vae.latent_channels + self.concatenated_channels());
         let pairs = [
-            ("in_channels", transformer.in_channels, latents),
+            ("in_channels", transformer.in_channels, seen),
             ("out_channels", transformer.predicted_channels(), latents),
             (
                 "text_embed_dim",
                 transformer.text_embed_dim,
-                ("the text encoder's `hidden_size`", text.llama.hidden_size),
+                ("the text encoder's `hidden_size`", text.llama().hidden_size),
             ),
             (
                 "pooled_projection_dim",
@@ -195,10 +224,27 @@ impl Sizes {
         ];
         for (field, found, (of, wanted)) in pairs {
             if found != wanted {
-                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {of} {wanted}")));
+                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {of} is {wanted}")));
             }
         }
         Ok(())
+    }
+
+    /// Channels behind those of the noisy latents: of the picture, and a mask.
+    fn concatenated_channels(&self) -> usize {
+        match self.image_condition {
+            Some(ImageCondition::LatentConcat) => self.vae.latent_channels + 1,
+            Some(ImageCondition::TokenReplace) | None => 0,
+        }
+    }
+
+    /// Frames at the beginning of what is decoded that are no part of the clip: with a picture beside the latents there is a
+    /// latent frame more.
+    fn skipped_frames(&self) -> usize {
+        match self.image_condition {
+            Some(ImageCondition::LatentConcat) => self.vae.temporal_compression_ratio,
+            Some(ImageCondition::TokenReplace) | None => 0,
+        }
     }
 
     fn card(&self, schedulers: Schedulers) -> DiffusionCard {
@@ -221,17 +267,24 @@ impl Sizes {
             }),
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
+        let default_scale = match self.image_condition {
+            None => DEFAULT_GUIDANCE_SCALE,
+            Some(_) => DEFAULT_GUIDANCE_SCALE_OF_PICTURES,
+        };
         let guidance = match self.transformer.guidance_embeds {
-            true => GuidanceSupport::constant(GuidanceKind::Embedded, DEFAULT_GUIDANCE_SCALE),
+            true => GuidanceSupport::constant(GuidanceKind::Embedded, default_scale),
             false => GuidanceSupport::constant(GuidanceKind::None, 0.0),
         };
-        DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
+        DiffusionCard {
+            keyframes: self.image_condition.map(|_| KeyframeSupport::First),
+            ..DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
+        }
     }
 
     /// Shape of a request's latents: `[1, channels, frames, height, width]`.
     fn latent_shape(&self, request: &DiffusionRequest) -> [usize; 5] {
         let spatial = self.vae.spatial_compression_ratio;
-        let frames = self.vae.latent_frames(request.canvas.num_frames);
+        let frames = self.vae.latent_frames(request.canvas.num_frames + self.skipped_frames());
         [1, self.vae.latent_channels, frames, request.canvas.height / spatial, request.canvas.width / spatial]
     }
 
@@ -241,20 +294,29 @@ impl Sizes {
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let (length, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
-        let text = length * self.transformer.text_embed_dim + self.transformer.pooled_projection_dim;
+        let told = self.told_length(request);
+        let text = told * self.transformer.text_embed_dim + self.transformer.pooled_projection_dim;
         // Of each row what was encoded, and once more among the rows of a step.
         let conditioning = 2 * rows * text * dtype.size_in_bytes();
+        // What lies behind the channels, and what was encoded of the picture.
+        let known = latents / self.vae.latent_channels * self.concatenated_channels() + latents / frames;
         // The sample and what the solver computes of it; of each row what the model sees and predicts.
-        let solver = latents * (3 + 4 * rows);
+        let solver = (latents + known) * (3 + 4 * rows);
         let positions = frames * height * width;
-        let denoise = rows * self.transformer.peak_bytes_of_row(positions, length, dtype);
+        let denoise = rows * self.transformer.peak_bytes_of_row(positions, told, dtype);
         let sizes = [frames, height, width];
         let decode = self.vae.peak_decode_values(sizes) * dtype.size_in_bytes() + self.vae.decoded_bytes(sizes);
-        MemoryPlan::new([
+        let of_picture = self.image_condition.map(|_| {
+            let pixels = 2 * 3 * request.canvas.height * request.canvas.width * size_of::<f32>();
+            let values = self.vae.peak_encode_values(request.canvas.height, request.canvas.width);
+            (Phase::VaeEncode, conditioning + known + pixels + values * dtype.size_in_bytes())
+        });
+        let phases = [
             (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype)),
             (Phase::Denoise, conditioning + solver + denoise),
             (Phase::VaeDecode, 3 * latents + decode),
-        ])
+        ];
+        MemoryPlan::new(phases.into_iter().chain(of_picture))
     }
 }
 

@@ -95,10 +95,24 @@ impl Decoder {
     ///
     /// If there is no state of a number.
     pub fn hidden_states(&self, input: &DenseInput, wanted: &[usize]) -> Result<Vec<Tensor>> {
+        self.states_of(self.embed(&Tensor::new(input.tokens(), &self.device)?)?, input, wanted)
+    }
+
+    /// As [`Decoder::hidden_states`], where `vectors [b * l, hidden_size]` stand in place of the embedded tokens, whose padding
+    /// is behind those that count.
+    pub fn hidden_states_of(&self, vectors: Tensor, input: &DenseInput, wanted: &[usize]) -> Result<Vec<Tensor>> {
+        self.states_of(Stream { hidden: vectors, pending: None }, input, wanted)
+    }
+
+    /// Vectors of tokens, `[l, hidden_size]`.
+    pub fn embedded(&self, tokens: &[u32]) -> Result<Tensor> {
+        self.embed_tokens.forward(&Tensor::new(tokens, &self.device)?)
+    }
+
+    fn states_of(&self, mut stream: Stream, input: &DenseInput, wanted: &[usize]) -> Result<Vec<Tensor>> {
         let (cos, sin) = self.config.rope.cos_sin(input.positions(), &self.device)?;
         let context = Context::Dense { rows: input.len(), key_lens: input.key_lens() };
         let step = AttentionStep { cos: &cos, sin: &sin, context };
-        let mut stream = self.embed(&Tensor::new(input.tokens(), &self.device)?)?;
         let mut states = BTreeMap::new();
         let last = wanted.iter().copied().max().unwrap_or(0);
         for number in 0..=last {

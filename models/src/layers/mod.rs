@@ -17,6 +17,13 @@ pub mod timesteps;
 
 use projection::{Dense, Projection};
 
+/// Values that a product of many rows on the CPU holds beside each row of so many values: the row once more, in blocks.
+pub fn packed_values(columns: usize) -> usize {
+    const BLOCK: usize = 512;
+    const BLOCK_STRIDE: usize = 528;
+    columns.div_ceil(BLOCK) * BLOCK_STRIDE
+}
+
 /// `y = x Wᵀ + b`, and the term of an adapter where one is active.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -344,6 +351,12 @@ impl CausalConv3d {
     /// The convolution of frames that are first upsampled by 2, to the nearest value.
     pub fn upsampling(mut self) -> Self {
         self.options.upsample = 2;
+        self
+    }
+
+    /// The convolution at every `time`th frame, and every `space`th row and column.
+    pub fn strided(mut self, [time, space]: [usize; 2]) -> Self {
+        self.options.stride = [time, space];
         self
     }
 

@@ -19,6 +19,7 @@ use crate::weights::Weights;
 use tale_kernels::CausalPadding;
 
 mod blocks;
+pub mod encoder;
 
 /// Of every group norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -184,6 +185,13 @@ struct Factor {
     space: usize,
 }
 
+impl Factor {
+    /// Whether it changes anything.
+    fn enlarges(self) -> bool {
+        self.time * self.space > 1
+    }
+}
+
 /// The stretches of a clip's latent frames that are decoded at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stretches {
@@ -236,6 +244,8 @@ pub struct HunyuanVaeDecoding {
     stretches: Stretches,
     /// The stretch that comes next.
     next: usize,
+    /// Frames at the beginning that nobody wants.
+    skipped: usize,
     /// The last frames of the one before, f32 `[frames, 3, H, W]`.
     tail: Option<Tensor>,
 }
@@ -272,22 +282,24 @@ impl HunyuanVaeDecoder {
         })
     }
 
-    /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`.
-    pub fn begin(&self, latents: &Tensor) -> Result<HunyuanVaeDecoding> {
+    /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`, whose first `skipped` frames, fewer than those of
+    /// a latent frame more, are left out.
+    pub fn begin(&self, latents: &Tensor, skipped: usize) -> Result<HunyuanVaeDecoding> {
         let stretches = Stretches::of(latents.dim(2)?, self.config.temporal_compression_ratio);
         let latents = (latents / self.config.scaling_factor)?;
-        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, tail: None })
+        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, skipped, tail: None })
     }
 
     /// Decodes the next stretch: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are cut by whoever
     /// rounds them. Fails when all are decoded.
     pub fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Tensor> {
-        let HunyuanVaeDecoding { latents, stretches, next, tail } = decoding;
+        let HunyuanVaeDecoding { latents, stretches, next, skipped, tail } = decoding;
         let (start, len) = stretches.window(*next, latents.dim(2)?);
         let decoded = self.decode(&latents.narrow(2, start, len)?.contiguous()?)?;
         *next += 1;
+        let skipped = std::mem::take(skipped);
         if stretches.count == 1 {
-            return Ok(decoded);
+            return Ok(decoded.narrow(0, skipped, decoded.dim(0)? - skipped)?.contiguous()?);
         }
         // All but the first begin with a frame that only helps to decode the others.
         let decoded = if start == 0 { decoded } else { decoded.narrow(0, 1, decoded.dim(0)? - 1)? };
@@ -300,7 +312,7 @@ impl HunyuanVaeDecoder {
             let overlap = (STRETCH_FRAMES - STRIDE_FRAMES).min(frames);
             *tail = Some(blended.narrow(0, frames - overlap, overlap)?.force_contiguous()?);
         }
-        Ok(blended.narrow(0, 0, kept.min(frames))?.force_contiguous()?)
+        Ok(blended.narrow(0, skipped, kept.min(frames) - skipped)?.force_contiguous()?)
     }
 
     /// Latents of the VAE `[1, z, f, h, w]` to f32 pixels `[frames, 3, height, width]`.

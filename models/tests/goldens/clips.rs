@@ -24,12 +24,24 @@ pub fn check_denoising<'a, M: DiffusionModel>(
     branches: &[M::Conditioning],
     tensor: &impl Fn(&str) -> &'a Tensor,
 ) -> Tensor {
+    let mut generator = TorchGenerator::new(request.sampling.seed);
+    let latents = model.initial_latents(request, &mut generator).unwrap();
+    assert_close(&format!("{name} noise"), &latents, tensor("noise"), 0.0);
+    check_steps(name, model, request, branches, (latents, generator), tensor)
+}
+
+/// As [`check_denoising`] from what the loop begins from, with the generator that drew the noise.
+pub fn check_steps<'a, M: DiffusionModel>(
+    name: &str,
+    model: &M,
+    request: &DiffusionRequest,
+    branches: &[M::Conditioning],
+    (mut latents, mut generator): (Tensor, TorchGenerator),
+    tensor: &impl Fn(&str) -> &'a Tensor,
+) -> Tensor {
     let close = |what: &str, found: &Tensor, tolerance: f64| {
         assert_close(&format!("{name} {what}"), found, tensor(what), tolerance);
     };
-    let mut generator = TorchGenerator::new(request.sampling.seed);
-    let mut latents = model.initial_latents(request, &mut generator).unwrap();
-    close("noise", &latents, 0.0);
     let mut solver = model.course(request).unwrap().solver;
     close("timesteps", &row(solver.timesteps()), 0.0);
     for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {

@@ -22,7 +22,9 @@ use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
-use crate::{cogvideox, cogvideox_pictures, flux, hunyuan_video, sdxl, text, wan, wan_pictures};
+use crate::{
+    cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, sdxl, text, wan, wan_pictures,
+};
 
 /// Of pictures in f32, as on the CPU.
 const MIN_PSNR_F32: f64 = 50.0;
@@ -120,6 +122,18 @@ fn cogvideox_videos_from_pictures_are_the_reference_ones() {
             let golden = golden_tensors(case);
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
             let requests = cogvideox_pictures::requests(case, diffusion_card(&model));
+            check_videos(gpu, case, &golden, &mut model, requests);
+        }
+    });
+}
+
+#[test]
+fn hunyuan_videos_from_pictures_are_the_reference_ones() {
+    on_every_gpu(|gpu| {
+        for case in gpu.some_of(&["hunyuan-video-i2v", "hunyuan-video-i2v-33ch"]) {
+            let golden = golden_tensors(case);
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            let requests = hunyuan_video_pictures::requests(case, diffusion_card(&model));
             check_videos(gpu, case, &golden, &mut model, requests);
         }
     });

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::Tensor;
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::parameters::{
@@ -10,7 +11,10 @@ use tale_models::diffusion::parameters::{
 };
 use tale_models::diffusion::{DiffusionCard, DiffusionRequest};
 use tale_models::families::hunyuan_video::HunyuanVideoModel;
-use tale_models::families::hunyuan_video::text::HunyuanVideoText;
+use tale_models::families::hunyuan_video::pipeline::{
+    HunyuanVideoConditioning, HunyuanVideoEncoded, HunyuanVideoInput,
+};
+use tale_models::families::hunyuan_video::text::{HunyuanVideoPrompt, HunyuanVideoText};
 use tale_models::parameter::Options;
 use tale_models::request::Phase;
 use tale_models::runner::diffusion::DiffusionModel;
@@ -29,21 +33,28 @@ fn every_stage_is_that_of_the_reference() {
         for (run, request) in requests(case, model.card()) {
             let tensor = |what: &str| &tensors[&format!("run{run}.{what}")];
             let branches = conditioning(&model, &request);
-            assert_eq!(branches.len(), 1 + usize::from(request.guidance.negative_prompt.is_some()));
-            for (branch, part) in branches.iter().zip(["", "negative_"]) {
-                let what = format!("{case} run {run} {part}");
-                let expected = tensor(&format!("{part}prompt_embeds"));
-                assert_eq!(branch.num_tokens, expected.dim(1).unwrap(), "{what}tokens");
-                let length = request.prompt.max_sequence_length;
-                assert_eq!(branch.prompt_embeds.dim(1).unwrap(), length);
-                let found = branch.prompt_embeds.narrow(1, 0, branch.num_tokens).unwrap();
-                assert_close(&format!("{what}prompt_embeds"), &found, expected, 1e-4);
-                let pooled = tensor(&format!("{part}pooled_prompt_embeds"));
-                assert_close(&format!("{what}pooled"), &branch.pooled_prompt_embeds, pooled, 1e-4);
-            }
+            check_prompts(&format!("{case} run {run}"), &request, &branches, &tensor);
             let latents = check_denoising(&format!("{case} run {run}"), &model, &request, &branches, &tensor);
             assert_eq!(decode(&model, &request, &latents).dims()[0], request.canvas.num_frames);
         }
+    }
+}
+
+/// What each branch is told of its prompt is that of the reference.
+pub fn check_prompts<'a>(
+    name: &str,
+    request: &DiffusionRequest,
+    branches: &[HunyuanVideoConditioning],
+    tensor: &impl Fn(&str) -> &'a Tensor,
+) {
+    assert_eq!(branches.len(), 1 + usize::from(request.guidance.negative_prompt.is_some()));
+    for (HunyuanVideoConditioning { text, .. }, part) in branches.iter().zip(["", "negative_"]) {
+        let expected = tensor(&format!("{part}prompt_embeds"));
+        assert_eq!(text.num_tokens, expected.dim(1).unwrap(), "{name} {part}tokens");
+        let found = text.prompt_embeds.narrow(1, 0, text.num_tokens).unwrap();
+        assert_close(&format!("{name} {part}prompt_embeds"), &found, expected, 1e-4);
+        let pooled = tensor(&format!("{part}pooled_prompt_embeds"));
+        assert_close(&format!("{name} {part}pooled"), &text.pooled_prompt_embeds, pooled, 1e-4);
     }
 }
 
@@ -104,16 +115,25 @@ fn prompts_encoded_together_have_the_bits_of_lone_ones() {
         let model = open_model(case);
         let options = Options::default().with(&MAX_SEQUENCE_LENGTH, 220);
         let request = model.card().resolve(&options, 0).unwrap();
-        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"].map(str::to_owned);
+        let prompts = ["A boat", "", "Seven ships in a harbour under the evening sun", "A boat"];
+        let prompts = prompts.map(|text| {
+            HunyuanVideoInput::Prompt(HunyuanVideoPrompt { text: text.to_owned(), picture: None, told_length: 220 })
+        });
         let pass = &model.inputs(&request)[0].pass;
         let together = encode(&model, pass, &prompts.each_ref());
         for (prompt, together) in prompts.iter().zip(&together) {
-            let alone: HunyuanVideoText = encode(&model, pass, &[prompt]).remove(0);
+            let alone = encode(&model, pass, &[prompt]);
+            let (together, alone) = (of_prompt(together), of_prompt(&alone[0]));
             assert_eq!(together.num_tokens, alone.num_tokens);
             assert_close(&format!("{prompt:?}"), &together.prompt_embeds, &alone.prompt_embeds, 0.0);
             assert_close(&format!("{prompt:?}"), &together.pooled_prompt_embeds, &alone.pooled_prompt_embeds, 0.0);
         }
     }
+}
+
+fn of_prompt(encoded: &HunyuanVideoEncoded) -> &HunyuanVideoText {
+    let HunyuanVideoEncoded::Prompt(text) = encoded else { panic!("a prompt: {encoded:?}") };
+    text
 }
 
 #[test]
@@ -160,23 +180,25 @@ pub fn open_model(case: &str) -> HunyuanVideoModel {
     try_open(&case_dir(case).join("checkpoint")).unwrap_or_else(|e| panic!("{case}: {e}"))
 }
 
+/// What a run asks for.
+pub fn options(run: &serde_json::Value) -> Options {
+    let number = |field: &str| run[field].as_u64().map(|value| value as usize);
+    Options::default()
+        .with(&PROMPT, run["prompt"].as_str().expect("a prompt").to_owned())
+        .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
+        .with(&TRUE_CFG_SCALE, run["true_cfg_scale"].as_f64())
+        .with(&WIDTH, number("width"))
+        .with(&HEIGHT, number("height"))
+        .with(&NUM_FRAMES, number("num_frames"))
+        .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
+        .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
+        .with(&SEED, run["seed"].as_u64())
+        .with(&MAX_SEQUENCE_LENGTH, number("max_sequence_length"))
+}
+
 /// The runs of a case, through the card as a client's would go.
 pub fn requests(case: &str, card: &DiffusionCard) -> Vec<(usize, DiffusionRequest)> {
     let golden = golden_json(case);
-    let request = |run: &serde_json::Value| {
-        let number = |field: &str| run[field].as_u64().map(|value| value as usize);
-        let options = Options::default()
-            .with(&PROMPT, run["prompt"].as_str().expect("a prompt").to_owned())
-            .with(&NEGATIVE_PROMPT, run["negative_prompt"].as_str().map(str::to_owned))
-            .with(&TRUE_CFG_SCALE, run["true_cfg_scale"].as_f64())
-            .with(&WIDTH, number("width"))
-            .with(&HEIGHT, number("height"))
-            .with(&NUM_FRAMES, number("num_frames"))
-            .with(&NUM_INFERENCE_STEPS, number("num_inference_steps"))
-            .with(&GUIDANCE_SCALE, run["guidance_scale"].as_f64())
-            .with(&SEED, run["seed"].as_u64())
-            .with(&MAX_SEQUENCE_LENGTH, number("max_sequence_length"));
-        card.resolve(&options, 0).expect("a valid request")
-    };
+    let request = |run: &serde_json::Value| card.resolve(&options(run), 0).expect("a valid request");
     golden["runs"].as_array().expect("runs").iter().map(request).enumerate().collect()
 }

@@ -162,13 +162,16 @@ pub fn encode<M: DiffusionModel>(model: &M, pass: &Pass, rows: &[&M::Input]) -> 
     }
 }
 
-/// What the model's first expert is conditioned on, of the positive branch, and of the negative one where there is guidance.
-/// Each input has a pass of its own.
-pub fn conditioning<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Vec<M::Conditioning> {
+/// What became of all that a request has encoded. Each input has a pass of its own.
+pub fn encoded<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Vec<Arc<M::Encoded>> {
     let inputs = model.inputs(request);
     let encoded = |Inputs { pass, rows }: &Inputs<M::Input>| -> Vec<Arc<M::Encoded>> {
         rows.iter().flat_map(|row| encode(model, pass, &[row])).map(Arc::new).collect()
     };
-    let encoded: Vec<_> = inputs.iter().flat_map(encoded).collect();
-    model.conditioning(FIRST_EXPERT, &encoded, request).unwrap()
+    inputs.iter().flat_map(encoded).collect()
+}
+
+/// What the model's first expert is conditioned on, of the positive branch, and of the negative one where there is guidance.
+pub fn conditioning<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Vec<M::Conditioning> {
+    model.conditioning(FIRST_EXPERT, &encoded(model, request), request).unwrap()
 }

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use crate::config::bounds::{MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_PATCH, MAX_WIDTH, check_product};
 use crate::config::{Bound, Bounded};
 use crate::error::{Error, Result};
+use crate::layers::packed_values;
 
 /// Width of a feed-forward network over that of the stream. Published is 4.
 const MAX_MLP_RATIO: f64 = 64.0;
@@ -18,12 +19,10 @@ const MAX_MLP_RATIO: f64 = 64.0;
 const MAX_THETA: f64 = 1e9;
 /// The only value of `qk_norm` that is computed.
 const QK_NORM: &str = "rms_norm";
+/// Width of the sinusoids of timestep and guidance; the class does not configure it.
+pub(super) const TIME_CHANNELS: usize = 256;
 /// Feed-forward width of a refiner's block over that of the stream; the class does not configure it.
 pub(super) const REFINER_MLP_RATIO: usize = 4;
-
-/// Values of a row that a product on the CPU takes at once, and what they take of memory.
-const PRODUCT_BLOCK: usize = 512;
-const PRODUCT_BLOCK_STRIDE: usize = 528;
 
 /// `config.json` of a `HunyuanVideoTransformer3DModel`. Defaults are those of diffusers.
 #[derive(Debug, Clone, Deserialize)]
@@ -96,7 +95,29 @@ impl Bounded for HunyuanVideoConfig {
     ];
 }
 
+/// How a picture enters the transformer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageCondition {
+    /// Its latents are the first frame, whose tokens are told that they have no noise.
+    TokenReplace,
+    /// Its latents and a mask lie behind the channels of the first frame, which is no part of the clip.
+    LatentConcat,
+}
+
 impl HunyuanVideoConfig {
+    /// What `image_condition_type` says; `None` where it takes no picture. Refuses what is not known.
+    pub fn image_condition(&self, path: &Path) -> Result<Option<ImageCondition>> {
+        match self.image_condition_type.as_deref() {
+            None => Ok(None),
+            Some("token_replace") => Ok(Some(ImageCondition::TokenReplace)),
+            Some("latent_concat") => Ok(Some(ImageCondition::LatentConcat)),
+            Some(kind) => {
+                let problem = format!("`image_condition_type` is {kind:?}; supported: token_replace, latent_concat");
+                Err(Error::checkpoint(path, problem))
+            }
+        }
+    }
+
     /// Width of the streams.
     pub fn dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim
@@ -145,8 +166,7 @@ impl HunyuanVideoConfig {
     pub(super) fn peak_bytes_of_row(&self, positions: usize, text: usize, dtype: DType) -> usize {
         let tokens = self.num_tokens(positions) + text;
         let (dim, inner) = (self.dim(), self.inner());
-        let multiplied = (dim + inner).next_multiple_of(PRODUCT_BLOCK) / PRODUCT_BLOCK * PRODUCT_BLOCK_STRIDE;
-        let of_token = (10 * dim).max(5 * dim + 2 * inner + multiplied);
+        let of_token = (10 * dim).max(5 * dim + 2 * inner + packed_values(dim + inner));
         let rotations = tokens * self.attention_head_dim * size_of::<f32>();
         // The refined text between its layers.
         let refined = text * (3 * dim + 2 * REFINER_MLP_RATIO * dim + self.text_embed_dim);

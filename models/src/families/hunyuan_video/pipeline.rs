@@ -1,32 +1,121 @@
-//! The way of a request through HunyuanVideo: prompts to what the transformer is told, prediction, decoding.
+//! The way of a request through HunyuanVideo: prompts and a picture to what the transformer is told, prediction, decoding.
 //!
-//! Owns: what a request has encoded and in which steps. Does not know: sessions, batching, guidance.
+//! Owns: what a request has encoded and in which steps, how a picture enters. Does not know: sessions, batching, guidance.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 
-use super::HunyuanVideoModel;
-use super::text::{HunyuanVideoText, TextEncoders, TextEncoding};
+use super::config::ImageCondition;
+use super::text::{HunyuanVideoPrompt, HunyuanVideoText, PromptPicture, TextEncoders, TextEncoding};
 use super::transformer::HunyuanVideoInput as TransformerInput;
+use super::{HunyuanVideoModel, Sizes};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::Result;
 use crate::families::split_rows;
 use crate::memory::MemoryPlan;
-use crate::request::Phase;
+use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
+use crate::runner::diffusion::start::PictureStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::vae::hunyuan_video::HunyuanVaeDecoding;
 
+/// Most prompts with a picture of one pass, each of which has hundreds of tokens more.
+const MAX_PICTURES_PER_PASS: usize = 2;
+/// Of the initial latents the part that is noise (`prepare_latents`); the rest is the picture, in every frame.
+const NOISE: f32 = 0.999;
+
+/// What a request has encoded.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HunyuanVideoInput {
+    /// Of a guidance branch.
+    Prompt(HunyuanVideoPrompt),
+    /// The picture that the clip begins with, in its size.
+    Picture(Arc<Frame>),
+}
+
+/// State of a pass between two steps.
+pub enum HunyuanVideoEncoding {
+    /// Encoder by encoder.
+    Prompts(TextEncoding),
+    /// In one step.
+    Picture(Arc<Frame>),
+}
+
+/// What became of an input.
+#[derive(Debug)]
+pub enum HunyuanVideoEncoded {
+    /// Of a prompt.
+    Prompt(HunyuanVideoText),
+    /// Latents of the picture, f32 `[1, z, 1, h, w]`.
+    Picture(Tensor),
+}
+
+/// What the transformer needs of one guidance branch.
+#[derive(Debug, Clone)]
+pub struct HunyuanVideoConditioning {
+    /// Of its prompt.
+    pub text: HunyuanVideoText,
+    /// Latents of the picture and a mask, for the channels behind those of the clip, f32 `[1, z + 1, f, h, w]`, of models
+    /// that take it there.
+    pub behind: Option<Tensor>,
+}
+
+/// The latents of the picture, of models that take one.
+fn picture_of(encoded: &[Arc<HunyuanVideoEncoded>]) -> Option<&Tensor> {
+    encoded.iter().find_map(|encoded| match &**encoded {
+        HunyuanVideoEncoded::Picture(latents) => Some(latents),
+        HunyuanVideoEncoded::Prompt(_) => None,
+    })
+}
+
+/// `latents [1, c, 1, h, w]` as the first of `frames` frames, the others being zeros.
+fn first_of(latents: &Tensor, frames: usize) -> Result<Tensor> {
+    Ok(latents.pad_with_zeros(2, 0, frames - 1)?.contiguous()?)
+}
+
+impl Sizes {
+    /// The prompts of the guidance branches, the positive one first, which alone is about the picture.
+    fn prompts(&self, request: &DiffusionRequest) -> Vec<HunyuanVideoPrompt> {
+        let told_length = self.told_length(request);
+        let prompt = |(branch, text): (usize, String)| {
+            let keyframes = request.keyframes.as_ref();
+            let picture = self.interleave(branch).zip(keyframes).map(|(interleave, keyframes)| PromptPicture {
+                picture: match branch {
+                    0 => keyframes.first.given.clone(),
+                    _ => Arc::new(Frame::black(request.canvas.width, request.canvas.height)),
+                },
+                interleave,
+            });
+            // Rows of one step are as long as the longest.
+            HunyuanVideoPrompt { text, picture, told_length }
+        };
+        branch_texts(request).into_iter().enumerate().map(prompt).collect()
+    }
+
+    /// Of every how many patches of its picture a branch is told: the pipeline asks for less only of the positive one.
+    fn interleave(&self, branch: usize) -> Option<usize> {
+        let condition = self.image_condition?;
+        Some(if condition == ImageCondition::TokenReplace && branch == 0 { 4 } else { 2 })
+    }
+
+    /// Vectors that each branch is told of its prompt, padding included.
+    pub(super) fn told_length(&self, request: &DiffusionRequest) -> usize {
+        let branches = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let length = request.prompt.max_sequence_length;
+        let told = |branch| HunyuanVideoPrompt::length_told(length, self.interleave(branch));
+        (0..branches).map(told).max().unwrap_or(length)
+    }
+}
+
 impl DiffusionModel for HunyuanVideoModel {
-    /// A prompt, positive or negative.
-    type Input = String;
-    type Encoding = TextEncoding;
-    type Encoded = HunyuanVideoText;
-    type Conditioning = HunyuanVideoText;
+    type Input = HunyuanVideoInput;
+    type Encoding = HunyuanVideoEncoding;
+    type Encoded = HunyuanVideoEncoded;
+    type Conditioning = HunyuanVideoConditioning;
     type Decoding = HunyuanVaeDecoding;
 
     fn card(&self) -> &DiffusionCard {
@@ -37,41 +126,80 @@ impl DiffusionModel for HunyuanVideoModel {
         self.sizes.plan(request, &self.placement)
     }
 
-    fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<String>> {
+    fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<HunyuanVideoInput>> {
         let pass = Pass {
             phase: Phase::Encode,
             components: TextEncoders::COMPONENTS,
             sequence_length: request.prompt.max_sequence_length,
             loras: None,
-            max_rows: MAX_TEXTS_PER_PASS,
+            max_rows: if self.vae_encoder.is_some() { MAX_PICTURES_PER_PASS } else { MAX_TEXTS_PER_PASS },
         };
-        vec![Inputs { pass, rows: branch_texts(request) }]
+        let prompts = self.sizes.prompts(request).into_iter().map(HunyuanVideoInput::Prompt).collect();
+        let picture = request.keyframes.as_ref().map(|keyframes| Inputs {
+            pass: Pass::of_image(),
+            rows: vec![HunyuanVideoInput::Picture(keyframes.first.fitted.clone())],
+        });
+        std::iter::once(Inputs { pass, rows: prompts }).chain(picture).collect()
     }
 
-    fn num_encode_steps(&self, _inputs: &Inputs<String>) -> usize {
-        TextEncoders::COMPONENTS.len()
+    fn num_encode_steps(&self, inputs: &Inputs<HunyuanVideoInput>) -> usize {
+        match &inputs.rows[0] {
+            HunyuanVideoInput::Prompt(_) => self.text_encoders.num_steps(),
+            HunyuanVideoInput::Picture(_) => 1,
+        }
     }
 
-    fn begin_encode(&self, pass: &Pass, rows: &[&String]) -> Result<TextEncoding> {
-        let prompts: Vec<&str> = rows.iter().map(|prompt| prompt.as_str()).collect();
-        self.text_encoders.begin(pass.sequence_length, &prompts)
+    fn begin_encode(&self, pass: &Pass, rows: &[&HunyuanVideoInput]) -> Result<HunyuanVideoEncoding> {
+        if let [HunyuanVideoInput::Picture(picture)] = rows {
+            return Ok(HunyuanVideoEncoding::Picture(picture.clone()));
+        }
+        let prompts = rows.iter().filter_map(|row| match row {
+            HunyuanVideoInput::Prompt(prompt) => Some(prompt),
+            HunyuanVideoInput::Picture(_) => None,
+        });
+        let prompts: Vec<&HunyuanVideoPrompt> = prompts.collect();
+        self.text_encoders.begin(pass.sequence_length, &prompts).map(HunyuanVideoEncoding::Prompts)
     }
 
-    fn encode_next(&self, encoding: &mut TextEncoding) -> Result<Option<Vec<HunyuanVideoText>>> {
-        self.text_encoders.encode_next(encoding)
+    fn encode_next(&self, encoding: &mut HunyuanVideoEncoding) -> Result<Option<Vec<HunyuanVideoEncoded>>> {
+        match encoding {
+            HunyuanVideoEncoding::Prompts(encoding) => {
+                let texts = self.text_encoders.encode_next(encoding)?;
+                Ok(texts.map(|texts| texts.into_iter().map(HunyuanVideoEncoded::Prompt).collect()))
+            }
+            HunyuanVideoEncoding::Picture(picture) => {
+                let encoder = self.vae_encoder.as_ref();
+                let encoder = encoder.expect("pictures were refused without an encoder for them: this is a bug");
+                Ok(Some(vec![HunyuanVideoEncoded::Picture(encoder.encode(picture)?)]))
+            }
+        }
     }
 
     fn conditioning(
         &self,
         _expert: Expert,
-        encoded: &[Arc<HunyuanVideoText>],
-        _request: &DiffusionRequest,
-    ) -> Result<Vec<HunyuanVideoText>> {
-        Ok(encoded.iter().map(|text| HunyuanVideoText::clone(text)).collect())
+        encoded: &[Arc<HunyuanVideoEncoded>],
+        request: &DiffusionRequest,
+    ) -> Result<Vec<HunyuanVideoConditioning>> {
+        let frames = self.sizes.latent_shape(request)[2];
+        let behind = match (self.sizes.image_condition, picture_of(encoded)) {
+            (Some(ImageCondition::LatentConcat), Some(latents)) => {
+                let mask = latents.narrow(1, 0, 1)?.ones_like()?;
+                Some(Tensor::cat(&[first_of(latents, frames)?, first_of(&mask, frames)?], 1)?)
+            }
+            _ => None,
+        };
+        let texts = encoded.iter().filter_map(|encoded| match &**encoded {
+            HunyuanVideoEncoded::Prompt(text) => {
+                Some(HunyuanVideoConditioning { text: text.clone(), behind: behind.clone() })
+            }
+            HunyuanVideoEncoded::Picture(_) => None,
+        });
+        Ok(texts.collect())
     }
 
-    fn shape(&self, conditioning: &HunyuanVideoText) -> Vec<usize> {
-        conditioning.prompt_embeds.dims().to_vec()
+    fn shape(&self, conditioning: &HunyuanVideoConditioning) -> Vec<usize> {
+        conditioning.text.prompt_embeds.dims().to_vec()
     }
 
     fn initial_latents(&self, request: &DiffusionRequest, generator: &mut TorchGenerator) -> Result<Tensor> {
@@ -84,24 +212,29 @@ impl DiffusionModel for HunyuanVideoModel {
         Ok(Course::of(self.card.sampling.schedulers.start(request.sampling.scheduler, &the_loop)))
     }
 
-    fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, HunyuanVideoText>]) -> Result<Vec<Tensor>> {
+    fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, HunyuanVideoConditioning>]) -> Result<Vec<Tensor>> {
         // Of another dtype only where another model has encoded the prompt.
         let dtype = self.placement.compute_dtype;
-        let stack = |part: fn(&DenoiseRow<'_, HunyuanVideoText>) -> Tensor| {
-            Tensor::cat(&rows.iter().map(part).collect::<Vec<_>>(), 0)
+        let stack = |part: fn(&DenoiseRow<'_, HunyuanVideoConditioning>) -> candle_core::Result<Tensor>| {
+            Tensor::cat(&rows.iter().map(part).collect::<candle_core::Result<Vec<_>>>()?, 0)
         };
         let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
         let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance.guidance_scale as f32).collect();
-        let text_lens: Vec<usize> = rows.iter().map(|row| row.conditioning.num_tokens).collect();
+        let text_lens: Vec<usize> = rows.iter().map(|row| row.conditioning.text.num_tokens).collect();
+        let first_is_clean = self.sizes.image_condition == Some(ImageCondition::TokenReplace);
         let flow = self.transformer.forward(&TransformerInput {
-            latents: &stack(|row| row.latents.clone())?,
+            latents: &stack(|row| match &row.conditioning.behind {
+                Some(behind) => Tensor::cat(&[row.latents, behind], 1),
+                None => Ok(row.latents.clone()),
+            })?,
             timesteps: &timesteps,
-            text: &stack(|row| row.conditioning.prompt_embeds.clone())?.to_dtype(dtype)?,
+            text: &stack(|row| Ok(row.conditioning.text.prompt_embeds.clone()))?.to_dtype(dtype)?,
             text_lens: &text_lens,
-            pooled: &stack(|row| row.conditioning.pooled_prompt_embeds.clone())?.to_dtype(dtype)?,
+            pooled: &stack(|row| Ok(row.conditioning.text.pooled_prompt_embeds.clone()))?.to_dtype(dtype)?,
             guidance_scales: &guidance_scales,
+            first_is_clean,
         })?;
-        split_rows(&flow)
+        split_rows(&if first_is_clean { standing_first(&flow)? } else { flow })
     }
 
     fn begin_decode(
@@ -110,7 +243,7 @@ impl DiffusionModel for HunyuanVideoModel {
         latents: &Tensor,
         _request: &DiffusionRequest,
     ) -> Result<HunyuanVaeDecoding> {
-        self.vae.begin(latents)
+        self.vae.begin(latents, self.sizes.skipped_frames())
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
@@ -121,9 +254,36 @@ impl DiffusionModel for HunyuanVideoModel {
         self.vae.decode_next(decoding).map(Some)
     }
 
+    fn picture_start(&self) -> Option<&dyn PictureStart<HunyuanVideoEncoded>> {
+        self.vae_encoder.as_ref().map(|_| self as _)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
     }
+}
+
+impl PictureStart<HunyuanVideoEncoded> for HunyuanVideoModel {
+    fn begin(&self, noise: Tensor, encoded: &[Arc<HunyuanVideoEncoded>]) -> Result<Tensor> {
+        let picture = picture_of(encoded).expect("a clip's picture is one of the inputs: this is a bug");
+        let rest = f64::from(1.0 - NOISE);
+        let latents = (noise * f64::from(NOISE))?.broadcast_add(&(picture * rest)?)?;
+        match self.sizes.image_condition {
+            // The solver leaves this frame as it is.
+            Some(ImageCondition::TokenReplace) => {
+                let others = latents.dim(2)? - 1;
+                Ok(Tensor::cat(&[picture, &latents.narrow(2, 1, others)?], 2)?.contiguous()?)
+            }
+            Some(ImageCondition::LatentConcat) | None => Ok(latents),
+        }
+    }
+}
+
+/// A flow `[n, c, f, h, w]` that leaves the first frame where it is.
+fn standing_first(flow: &Tensor) -> Result<Tensor> {
+    let first = flow.narrow(2, 0, 1)?.zeros_like()?;
+    let others = flow.narrow(2, 1, flow.dim(2)? - 1)?;
+    Ok(Tensor::cat(&[&first, &others], 2)?.contiguous()?)
 }
 
 impl NarrowNetworks for HunyuanVideoModel {

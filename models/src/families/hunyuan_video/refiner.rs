@@ -7,8 +7,7 @@
 use candle_core::{DType, Tensor};
 use tale_kernels::{AttentionOptions, attention, gated_sum, silu};
 
-use super::config::{HunyuanVideoConfig, REFINER_MLP_RATIO};
-use super::transformer::TIME_CHANNELS;
+use super::config::{HunyuanVideoConfig, REFINER_MLP_RATIO, TIME_CHANNELS};
 use crate::error::Result;
 use crate::layers::joint::NORM_EPS;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};

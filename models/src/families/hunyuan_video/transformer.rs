@@ -6,9 +6,9 @@
 //! Source: diffusers `models/transformers/transformer_hunyuan_video.py`.
 
 use candle_core::{DType, Device, Tensor};
-use tale_kernels::{gated_sum, gelu_tanh, silu};
+use tale_kernels::{cat, gated_sum, gelu_tanh, silu};
 
-use super::config::HunyuanVideoConfig;
+use super::config::{HunyuanVideoConfig, TIME_CHANNELS};
 use super::refiner::TokenRefiner;
 use crate::error::Result;
 use crate::layers::Linear;
@@ -16,8 +16,6 @@ use crate::layers::joint::{ADDED, FeedForward, Modulation, OWN, Projections, Rot
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::weights::Weights;
 
-/// Width of the sinusoids of timestep and guidance.
-pub(super) const TIME_CHANNELS: usize = 256;
 /// What an embedded guidance scale is multiplied with.
 const GUIDANCE_UNIT: f64 = 1000.0;
 
@@ -35,6 +33,8 @@ pub struct HunyuanVideoInput<'a> {
     pub pooled: &'a Tensor,
     /// One per row; read where the model embeds it.
     pub guidance_scales: &'a [f32],
+    /// Whether the first frame is a picture, whose tokens have no noise (`token_replace`).
+    pub first_is_clean: bool,
 }
 
 /// `HunyuanVideoTransformer3DModel`.
@@ -92,7 +92,7 @@ impl HunyuanVideoTransformer {
         let (video_len, text_len) = (grid.iter().product::<usize>(), input.text.dim(1)?);
         let key_lens: Vec<usize> = input.text_lens.iter().map(|len| video_len + len).collect();
         let told = Told {
-            condition: self.time_text_embed.forward(input)?,
+            conditions: self.time_text_embed.forward(input, grid[1] * grid[2])?,
             rotations: rotations(&self.config, grid, text_len, &self.device)?,
             key_lens: key_lens.iter().any(|len| *len < video_len + text_len).then_some(&key_lens),
         };
@@ -107,7 +107,7 @@ impl HunyuanVideoTransformer {
         }
         let video = joint.narrow(1, 0, video_len)?.contiguous()?;
         // The last norm alone has its scale before its shift.
-        let [scale, shift] = self.norm_out.forward(&told.condition)?;
+        let [scale, shift] = self.norm_out.forward(&told.conditions.all)?;
         let flow = self.proj_out.forward(&modulated(&video, &shift, &scale)?)?.to_dtype(DType::F32)?;
         self.unpatchify(&flow, grid)
     }
@@ -124,12 +124,79 @@ impl HunyuanVideoTransformer {
 
 /// What all blocks are told beside the streams of tokens.
 struct Told<'a> {
-    /// `[n, dim]`, activated.
-    condition: Tensor,
+    conditions: Conditions,
     /// Of all tokens; text tokens are not turned.
     rotations: Rotations,
     /// Tokens of each row that are looked at, where they are not all.
     key_lens: Option<&'a Vec<usize>>,
+}
+
+/// What tokens are modulated by.
+struct Conditions {
+    /// `[n, dim]`, activated.
+    all: Tensor,
+    /// Of the tokens of a first frame without noise.
+    first: Option<FirstFrame>,
+}
+
+struct FirstFrame {
+    num_tokens: usize,
+    /// `[n, dim]`, activated.
+    condition: Tensor,
+}
+
+/// Shifts, scales and gates of a block, each `[n, 1, dim]`, for all tokens but those of a first frame without noise.
+struct Modulated<const N: usize> {
+    all: [Tensor; N],
+    /// How many tokens have which other ones.
+    first: Option<(usize, [Tensor; N])>,
+}
+
+impl<const N: usize> Modulated<N> {
+    fn of_text(modulation: &Modulation<N>, conditions: &Conditions) -> Result<Self> {
+        Ok(Self { all: modulation.forward(&conditions.all)?, first: None })
+    }
+
+    fn of_video(modulation: &Modulation<N>, conditions: &Conditions) -> Result<Self> {
+        let first = conditions.first.as_ref().map(|FirstFrame { num_tokens, condition }| -> Result<_> {
+            Ok((*num_tokens, modulation.forward(condition)?))
+        });
+        Ok(Self { first: first.transpose()?, ..Self::of_text(modulation, conditions)? })
+    }
+
+    /// `norm(x) * (1 + scale) + shift` with the parts of these numbers; `x [n, l, dim]` begins with the first frame.
+    fn normed(&self, x: &Tensor, shift: usize, scale: usize) -> Result<Tensor> {
+        self.apart(x, |part, parts| modulated(part, &parts[shift], &parts[scale]))
+    }
+
+    /// `x + gate * y`; both `[n, l, dim]`.
+    fn add(&self, x: &Tensor, gate: usize, y: &Tensor) -> Result<Tensor> {
+        match &self.first {
+            None => Ok(gated_sum(x, &self.all[gate], y)?),
+            Some((num_tokens, first)) => {
+                let [x, y] = [in_two(x, *num_tokens)?, in_two(y, *num_tokens)?];
+                let sums = [gated_sum(&x[0], &first[gate], &y[0])?, gated_sum(&x[1], &self.all[gate], &y[1])?];
+                Ok(cat(&[&sums[0], &sums[1]], 1)?)
+            }
+        }
+    }
+
+    /// What `of` makes of the tokens of the first frame and of the others, each with their parts.
+    fn apart(&self, x: &Tensor, of: impl Fn(&Tensor, &[Tensor; N]) -> Result<Tensor>) -> Result<Tensor> {
+        match &self.first {
+            None => of(x, &self.all),
+            Some((num_tokens, first)) => {
+                let [head, tail] = in_two(x, *num_tokens)?;
+                Ok(cat(&[&of(&head, first)?, &of(&tail, &self.all)?], 1)?)
+            }
+        }
+    }
+}
+
+/// The first tokens of `x [n, l, dim]`, and the others.
+fn in_two(x: &Tensor, num_tokens: usize) -> Result<[Tensor; 2]> {
+    let others = x.dim(1)? - num_tokens;
+    Ok([x.narrow(1, 0, num_tokens)?.contiguous()?, x.narrow(1, num_tokens, others)?.contiguous()?])
 }
 
 impl Told<'_> {
@@ -138,7 +205,7 @@ impl Told<'_> {
     }
 }
 
-/// Timestep, guidance and pooled text as one activated vector. Source: `HunyuanVideoConditionEmbedding`.
+/// Timestep, guidance and pooled text as one vector. Source: `HunyuanVideoConditionEmbedding`.
 struct TimeTextEmbed {
     timestep_embedder: ConditionEmbedder,
     guidance_embedder: Option<ConditionEmbedder>,
@@ -158,17 +225,24 @@ impl TimeTextEmbed {
         })
     }
 
-    /// `[n, dim]`.
-    fn forward(&self, input: &HunyuanVideoInput<'_>) -> Result<Tensor> {
+    /// A first frame without noise has so many tokens.
+    fn forward(&self, input: &HunyuanVideoInput<'_>, frame_tokens: usize) -> Result<Conditions> {
         let device = input.latents.device();
         let embedded = |embedder: &ConditionEmbedder, values: &[f32]| {
             embedder.forward(&sinusoidal(values, TIME_CHANNELS, device)?)
         };
+        let pooled = self.text_embedder.forward(input.pooled)?;
         let mut condition = embedded(&self.timestep_embedder, input.timesteps)?;
         if let Some(embedder) = &self.guidance_embedder {
             condition = (condition + embedded(embedder, &self.guidance(input.guidance_scales)?)?)?;
         }
-        Ok(silu(&(condition + self.text_embedder.forward(input.pooled)?)?)?)
+        let clean = || -> Result<FirstFrame> {
+            // It is told of no guidance either.
+            let time = embedded(&self.timestep_embedder, &vec![0.0; input.timesteps.len()])?;
+            Ok(FirstFrame { num_tokens: frame_tokens, condition: silu(&(time + &pooled)?)? })
+        };
+        let first = input.first_is_clean.then(clean).transpose()?;
+        Ok(Conditions { all: silu(&(condition + &pooled)?)?, first })
     }
 
     /// As the pipeline makes it: in the transformer's dtype, where 6 becomes 6016 in bf16.
@@ -248,12 +322,12 @@ struct Stream {
 }
 
 impl Stream {
-    /// `x + gate * attended`, then the feed-forward; `modulation` is all of the stream's in published order.
-    fn after_attention(&self, x: &Tensor, attended: &Tensor, modulation: &[Tensor; 6]) -> Result<Tensor> {
-        let [_, _, gate_msa, shift_mlp, scale_mlp, gate_mlp] = modulation;
-        let x = gated_sum(x, gate_msa, &self.to_out.forward(&attended.contiguous()?)?)?;
-        let y = self.ff.forward(&modulated(&x, shift_mlp, scale_mlp)?)?;
-        Ok(gated_sum(&x, gate_mlp, &y)?)
+    /// `x + gate * attended`, then the feed-forward. The parts of the modulation are shift, scale and gate of the attention,
+    /// then of the feed-forward.
+    fn after_attention(&self, x: &Tensor, attended: &Tensor, modulation: &Modulated<6>) -> Result<Tensor> {
+        let x = modulation.add(x, 2, &self.to_out.forward(&attended.contiguous()?)?)?;
+        let y = self.ff.forward(&modulation.normed(&x, 3, 4)?)?;
+        modulation.add(&x, 5, &y)
     }
 }
 
@@ -287,13 +361,13 @@ impl DualBlock {
     /// `video [n, lv, dim]` and `text [n, lt, dim]` to the same.
     fn forward(&self, video: &Tensor, text: &Tensor, told: &Told<'_>) -> Result<(Tensor, Tensor)> {
         let (video_len, text_len) = (video.dim(1)?, text.dim(1)?);
-        let of_video = self.video.norm1.forward(&told.condition)?;
-        let of_text = self.text.norm1.forward(&told.condition)?;
+        let of_video = Modulated::of_video(&self.video.norm1, &told.conditions)?;
+        let of_text = Modulated::of_text(&self.text.norm1, &told.conditions)?;
         let attended = {
             let turned = told.rotations.narrow(0, video_len)?;
-            let video = self.video.projections.forward(&modulated(video, &of_video[0], &of_video[1])?, &turned)?;
+            let video = self.video.projections.forward(&of_video.normed(video, 0, 1)?, &turned)?;
             let unturned = told.rotations.narrow(video_len, text_len)?;
-            let text = self.text.projections.forward(&modulated(text, &of_text[0], &of_text[1])?, &unturned)?;
+            let text = self.text.projections.forward(&of_text.normed(text, 0, 1)?, &unturned)?;
             let joint = |i: usize| Tensor::cat(&[&video[i], &text[i]], 1); // [n, l, heads, head_dim]
             told.attend(&[joint(0)?, joint(1)?, joint(2)?])?
         };
@@ -323,12 +397,12 @@ impl SingleBlock {
         })
     }
 
-    /// `x [n, l, dim]` to the same.
+    /// `x [n, l, dim]` to the same; the parts of the modulation are shift, scale and gate.
     fn forward(&self, x: &Tensor, told: &Told<'_>) -> Result<Tensor> {
-        let [shift, scale, gate] = self.norm.forward(&told.condition)?;
-        let normed = modulated(x, &shift, &scale)?;
+        let modulation = Modulated::of_video(&self.norm, &told.conditions)?;
+        let normed = modulation.normed(x, 0, 1)?;
         let attended = told.attend(&self.projections.forward(&normed, &told.rotations)?)?;
         let inner = gelu_tanh(&self.proj_mlp.forward(&normed)?)?;
-        Ok(gated_sum(x, &gate, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)?)
+        modulation.add(x, 2, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)
     }
 }

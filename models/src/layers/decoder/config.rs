@@ -12,6 +12,7 @@ use crate::config::bounds::{
 use crate::config::{Bound, Fields};
 use crate::error::{Error, Result};
 use crate::kv::KvShape;
+use crate::layers::packed_values;
 use crate::layers::rope::Rope;
 
 /// Of all classes.
@@ -142,10 +143,12 @@ impl DecoderConfig {
 
     /// Bytes that a pass over so many tokens without a cache takes at its peak, in `dtype`: the states, what the last layer
     /// adds and their norm; and queries and keys before and after they are turned, values and what is attended, or the inner
-    /// vectors, which are gated.
+    /// vectors, which are gated, or what is multiplied.
     pub fn dense_bytes(&self, tokens: usize, dtype: DType) -> usize {
         let heads = 3 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim;
-        let values = 3 * self.hidden_size + heads.max(3 * self.intermediate_size);
+        let inner = self.intermediate_size;
+        let multiplied = (heads + packed_values(self.hidden_size)).max(inner + packed_values(inner));
+        let values = 3 * self.hidden_size + multiplied.max(3 * inner);
         let rotation = self.head_dim * size_of::<f32>();
         tokens * (values * dtype.size_in_bytes() + rotation)
     }

@@ -70,6 +70,10 @@ impl<C> Denoising<C> {
         let Course { solver, stretches } = course;
         let noise = |generator: &mut TorchGenerator| model.initial_latents(request, generator);
         let Start { latents, repaint } = start(model.image_start(), request, encoded, &*solver, &mut generator, noise)?;
+        let latents = match model.picture_start() {
+            Some(family) => family.begin(latents, encoded)?,
+            None => latents,
+        };
         let conditioned = |Stretch { expert, steps, solver }| -> Result<Conditioned<C>> {
             Ok(Conditioned { expert, steps, solver, conditioning: model.conditioning(expert, encoded, request)? })
         };

@@ -16,7 +16,7 @@ use super::inputs::{Inputs, Pass};
 use super::narrow::NarrowNetworks;
 use super::previews::Previews;
 use super::row::DenoiseRow;
-use super::start::ImageStart;
+use super::start::{ImageStart, PictureStart};
 use crate::diffusion::DiffusionCard;
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
@@ -96,6 +96,11 @@ pub trait DiffusionModel: Send {
 
     /// How it begins from an image, if it does.
     fn image_start(&self) -> Option<&dyn ImageStart<Self::Encoded>> {
+        None
+    }
+
+    /// How its videos begin with a picture that is among their latents, if they do.
+    fn picture_start(&self) -> Option<&dyn PictureStart<Self::Encoded>> {
         None
     }
 

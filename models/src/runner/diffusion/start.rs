@@ -27,6 +27,12 @@ pub trait ImageStart<E> {
     fn mask_latents(&self, mask: &Mask, request: &DiffusionRequest) -> Result<Tensor>;
 }
 
+/// What a family adds whose videos begin with a picture that is part of what the loop begins from.
+pub trait PictureStart<E> {
+    /// What the loop begins from: the initial noise, and what the request has encoded of the picture.
+    fn begin(&self, noise: Tensor, encoded: &[Arc<E>]) -> Result<Tensor>;
+}
+
 /// What the loop begins from.
 pub struct Start {
     /// At the first timestep that is not left out.

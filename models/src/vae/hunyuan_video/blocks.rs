@@ -125,8 +125,7 @@ pub(super) struct UpBlock {
 impl UpBlock {
     pub(super) fn load(weights: &Weights, resnets: Vec<Resnet>, channels: usize, factor: Factor) -> Result<Self> {
         let upsampler = || Upsampler::load(&weights.pp("upsamplers").pp(0), channels, factor);
-        let enlarges = factor != Factor { time: 1, space: 1 };
-        Ok(Self { resnets, upsampler: enlarges.then(upsampler).transpose()? })
+        Ok(Self { resnets, upsampler: factor.enlarges().then(upsampler).transpose()? })
     }
 
     /// `[1, in, t, h, w]` to `[1, out, t', h', w']`.
