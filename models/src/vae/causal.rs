@@ -14,8 +14,8 @@ pub struct Past {
 }
 
 impl Past {
-    /// What the next convolution remembers; nothing before the first chunk.
-    pub fn next(&mut self) -> &mut Option<Tensor> {
+    /// What the convolution that is called next remembers; nothing before the first chunk.
+    pub fn next_layer(&mut self) -> &mut Option<Tensor> {
         if self.next == self.remembered.len() {
             self.remembered.push(None);
         }

@@ -258,7 +258,7 @@ impl CogVideoXVaeDecoder {
         let len = if *next == 0 { frames.min(CHUNK + frames % CHUNK) } else { CHUNK };
         let z = latents.narrow(2, *next, len)?.to_dtype(self.compute_dtype)?.contiguous()?;
         *next += len;
-        let mut x = self.conv_in.forward(&z, past.next())?;
+        let mut x = self.conv_in.forward(&z, past.next_layer())?;
         for resnet in &self.mid_block {
             x = resnet.forward(x, &z, past)?;
         }
@@ -266,7 +266,7 @@ impl CogVideoXVaeDecoder {
             x = block.forward(x, &z, past)?;
         }
         x = self.norm_out.activated(&x, &z)?;
-        x = self.conv_out.forward(&x, past.next())?; // [1, 3, frames, H, W]
+        x = self.conv_out.forward(&x, past.next_layer())?; // [1, 3, frames, H, W]
         past.end_chunk();
         Ok(x.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
@@ -357,9 +357,9 @@ impl<N: ActivatedNorm> ResnetBlock<N> {
     fn forward(&self, x: Tensor, told: &N::Told, past: &mut Past) -> Result<Tensor> {
         // One name, so that each is freed when the next is there.
         let mut y = self.norm1.activated(&x, told)?;
-        y = self.conv1.forward(&y, past.next())?;
+        y = self.conv1.forward(&y, past.next_layer())?;
         y = self.norm2.activated(&y, told)?;
-        y = self.conv2.forward(&y, past.next())?;
+        y = self.conv2.forward(&y, past.next_layer())?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(&x)?,
             None => x,

@@ -95,14 +95,14 @@ impl CogVideoXVaeEncoder {
     /// a time, and one that is left over with the first eight; a picture is a chunk of one.
     pub fn encode_next(&self, encoding: &mut CogVideoXEncoding, frames: &Tensor) -> Result<()> {
         let CogVideoXEncoding { past, moments } = encoding;
-        let mut x = self.conv_in.forward(&frames.to_dtype(self.compute_dtype)?, past.next())?;
+        let mut x = self.conv_in.forward(&frames.to_dtype(self.compute_dtype)?, past.next_layer())?;
         for level in &self.levels {
             x = level.forward(x, past)?;
         }
         for resnet in &self.mid_block {
             x = resnet.forward(x, &(), past)?;
         }
-        let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past.next())?;
+        let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past.next_layer())?;
         past.end_chunk();
         moments.push(x.to_dtype(DType::F32)?);
         Ok(())
