@@ -11,10 +11,12 @@ use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, LoadedModel, TextEncoders};
 use tale_models::loading::{self, Inspection};
+use tale_models::presets::{Configurations, Preset};
 use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
 use super::CliError;
+use super::bench::parse_preset;
 use super::generate::image::read_parameters;
 use super::logs::{self, Libraries};
 use crate::config::{ByteSize, LogFormat};
@@ -23,7 +25,12 @@ use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 #[derive(Debug, Args)]
 pub struct InspectArgs {
     /// The checkpoint (a folder or a single file), or a .png that tale made, whose parameters are printed as JSON
-    path: PathBuf,
+    #[arg(required_unless_present = "preset")]
+    path: Option<PathBuf>,
+
+    /// Instead of a checkpoint a published configuration by name, without weights
+    #[arg(long, value_name = "NAME", value_parser = parse_preset, conflicts_with_all = ["path", "base"])]
+    preset: Option<&'static Preset>,
 
     /// Of a single file: the diffusers folder with what it lacks [default: the file's folder]
     #[arg(long, value_name = "DIR")]
@@ -65,20 +72,25 @@ pub struct InspectArgs {
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR, Libraries::Quiet);
-    if args.path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
-        return print_parameters(&args.path);
+    let configurations = args.preset.map(Configurations::of_preset).transpose()?;
+    let path = configurations.as_ref().map(Configurations::path).or(args.path.as_deref());
+    let path = path.expect("the command line has a path or a preset: this is a bug");
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
+        return print_parameters(path);
     }
     let placement = Placement::in_host_memory(args.device, args.dtype);
     let (ip_adapter, image_encoder) = (args.ip_adapter.clone(), args.image_encoder.clone());
     let (base, refiner) = (args.base.clone(), args.refiner.clone());
-    let source = ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(&args.path) };
-    let mut options = LoadOptions { load_format: args.load_format, ..LoadOptions::default() };
+    let source = ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(path) };
+    let load_format = if configurations.is_some() { LoadFormat::Dummy } else { args.load_format };
+    let mut options = LoadOptions { load_format, ..LoadOptions::default() };
     if let Some(ByteSize(capacity_bytes)) = args.memory {
         options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
     }
     let (inspection, model) = loading::plan(source, &placement, &options)?;
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
-    let report = Report::new(args, inspection, request);
+    let called = args.preset.map_or_else(|| path.to_owned(), |preset| preset.name.into());
+    let report = Report::new(called, inspection, request);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {
@@ -97,7 +109,7 @@ fn placed_text_encoders(
 ) -> Result<TextEncoders, CliError> {
     let (device, weight_dtype, load) = (args.device, args.dtype, load.clone());
     let options = EngineOptions { device, weight_dtype, load, ..EngineOptions::default() };
-    let models = [ModelSpec { name: args.path.display().to_string(), source: source.clone() }];
+    let models = [ModelSpec { name: source.path.display().to_string(), source: source.clone() }];
     let placed = engine::place_text_encoders(&models, &options, capacity_bytes).map_err(|error| match error {
         EngineError::Load { source, .. } => CliError::from(*source),
         other => CliError::from(other),
@@ -207,7 +219,7 @@ struct ComponentReport {
 }
 
 impl Report {
-    fn new(args: &InspectArgs, inspection: Inspection, request: Option<RequestReport>) -> Self {
+    fn new(path: PathBuf, inspection: Inspection, request: Option<RequestReport>) -> Self {
         let of_weights = inspection.components.iter().flat_map(|(_, weights)| &weights.problems);
         let problems: Vec<_> = of_weights.chain(&inspection.problem).map(ToString::to_string).collect();
         let components: Vec<_> = inspection
@@ -222,7 +234,7 @@ impl Report {
             })
             .collect();
         Self {
-            path: args.path.clone(),
+            path,
             family: inspection.family,
             makes: inspection.makes,
             licence_note: inspection.licence_note,

@@ -124,7 +124,15 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "wan2.1-flf2v-14b",
-        files: &[WAN, WAN_OF_PICTURES, &[("transformer/config.json", include_str!("wan2.1-flf2v-14b.json"))]],
+        files: &[
+            WAN,
+            WAN_OF_PICTURES,
+            &[
+                ("transformer/config.json", include_str!("wan2.1-flf2v-14b.json")),
+                // In place of what all have: the published shift of this one is another.
+                ("scheduler/scheduler_config.json", include_str!("wan-flf2v-scheduler.json")),
+            ],
+        ],
         tokenizers: &["tokenizer"],
     },
     Preset {

@@ -16,6 +16,8 @@ use super::{CliError, threads};
 use crate::config::{ByteSize, LogFormat};
 use crate::engine::EngineOptions;
 
+pub use step::parse_preset;
+
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(subcommand)]

@@ -75,7 +75,7 @@ struct Model {
 }
 
 /// Only the names that are known, without the field, which the caller names.
-pub(super) fn parse_preset(name: &str) -> Result<&'static Preset, String> {
+pub fn parse_preset(name: &str) -> Result<&'static Preset, String> {
     name.parse().map_err(|error| match error {
         tale_models::Error::InvalidRequest { problem, .. } => problem,
         other => other.to_string(),
