@@ -84,6 +84,15 @@ pub enum Kind {
     Seconds,
     /// `[start, end]` with `0 <= start < end <= 1`.
     Interval,
+    /// A list of at least one and at most so many numbers, each within the bounds. Models may narrow them.
+    Numbers {
+        /// Inclusive.
+        max_len: usize,
+        /// Inclusive.
+        min: f64,
+        /// Inclusive.
+        max: f64,
+    },
     /// One of these words.
     Choice(&'static [&'static str]),
     /// One of these names; which of them a request may use is the model's affair.
@@ -152,6 +161,7 @@ impl Declaration {
             Kind::Number { .. } | Kind::NumberAbove { .. } => Value::Number(f64::deserialize(deserializer)?),
             Kind::Seconds => Value::Number(deserializer.deserialize_any(Seconds)?),
             Kind::Interval => Value::Interval(<[f64; 2]>::deserialize(deserializer)?),
+            Kind::Numbers { .. } => Value::Numbers(Vec::deserialize(deserializer)?),
             Kind::Strings { .. } => Value::Strings(deserializer.deserialize_any(Strings)?),
             Kind::Loras => Value::Loras(Vec::deserialize(deserializer)?),
             Kind::Image | Kind::Images { .. } | Kind::Mask => return Err(D::Error::custom("is an image")),
@@ -181,6 +191,21 @@ impl Declaration {
             }
             (Kind::Interval, Value::Interval([start, end])) if !(*start >= 0.0 && start < end && *end <= 1.0) => {
                 refuse(format!("is [{start}, {end}]; allowed: [start, end] with 0 <= start < end <= 1"))
+            }
+            (Kind::Numbers { max_len, .. }, Value::Numbers(numbers)) if !(1..=max_len).contains(&numbers.len()) => {
+                refuse(format!("has {} numbers; allowed: 1 to {max_len}", numbers.len()))
+            }
+            (Kind::Numbers { min, max, .. }, Value::Numbers(numbers)) => {
+                match numbers.iter().position(|number| !(min..=max).contains(number)) {
+                    Some(at) => {
+                        let problem = is_not_within(numbers[at], min, max);
+                        Err(Error::invalid(
+                            format!("{}[{at}]", self.name),
+                            format!("{problem}; allowed: {min} to {max}"),
+                        ))
+                    }
+                    None => Ok(()),
+                }
             }
             (Kind::Choice(words), Value::Text(word)) if !words.contains(&word.as_str()) => {
                 refuse(format!("is not known; allowed: {}", words.join(", ")))
@@ -358,6 +383,13 @@ impl Parameter<[f64; 2]> {
     }
 }
 
+impl Parameter<Vec<f64>> {
+    /// A list of 1 to `max_len` numbers from `min` to `max`.
+    pub const fn numbers(name: &'static str, max_len: usize, min: f64, max: f64, doc: &'static str) -> Self {
+        Self::new(name, Kind::Numbers { max_len, min, max }, doc)
+    }
+}
+
 impl Parameter<Vec<LoraOption>> {
     /// LoRA files by name.
     pub const fn loras(name: &'static str, doc: &'static str) -> Self {
@@ -481,6 +513,7 @@ mod tests {
     const SCALE: Parameter<f64> = Parameter::number("scale", 0.0, 100.0, "Scale.").only_for(IMAGES);
     const PART: Parameter<[f64; 2]> = Parameter::interval("a_part", "A part.");
     const PENALTY: Parameter<f32> = Parameter::number_above("penalty", 0.0, 2.0, "A penalty.");
+    const LEVELS: Parameter<Vec<f64>> = Parameter::numbers("levels", 3, 0.0, 1.0, "Levels.");
     const STOP: Parameter<Vec<String>> = Parameter::strings("stop", 2, 4, 6, "Ends.");
     const NOTE: Parameter<String> = Parameter::text("note", 3, "A note.").flag("remark");
 
@@ -508,6 +541,11 @@ mod tests {
         check(&PENALTY, 0.0, Some("penalty: is 0; allowed: above 0, at most 2"));
         check(&PENALTY, 2.5, Some("penalty: is 2.5; allowed: above 0, at most 2"));
         check(&PENALTY, f32::INFINITY, Some("penalty: is above 2; allowed: above 0, at most 2"));
+        check(&LEVELS, vec![1.0, 0.5, 0.0], None);
+        check(&LEVELS, vec![], Some("levels: has 0 numbers; allowed: 1 to 3"));
+        check(&LEVELS, vec![0.5; 4], Some("levels: has 4 numbers; allowed: 1 to 3"));
+        check(&LEVELS, vec![1.0, 1.5], Some("levels[1]: is 1.5; allowed: 0 to 1"));
+        check(&LEVELS, vec![f64::NAN], Some("levels[0]: is NaN; allowed: 0 to 1"));
         check(&STOP, vec!["a".to_owned(); 2], None);
         check(&STOP, vec!["a".to_owned(); 3], Some("stop: takes at most 2 strings, none empty"));
         check(&STOP, vec![String::new()], Some("stop: takes at most 2 strings, none empty"));

@@ -260,6 +260,7 @@ fn value_name(kind: Kind) -> &'static str {
         Kind::Number { .. } | Kind::NumberAbove { .. } => "X",
         Kind::Seconds => "SECONDS",
         Kind::Interval => "START,END",
+        Kind::Numbers { .. } => "X,X,...",
         Kind::Loras => "NAME[:WEIGHT]",
         Kind::Image | Kind::Images { .. } | Kind::Mask => "FILE",
     }
@@ -291,6 +292,7 @@ fn parse(declaration: &Declaration, text: &str) -> Result<Said, String> {
             Value::Number(text.parse().map_err(|_| "expected a number")?)
         }
         Kind::Interval => Value::Interval(interval(text).ok_or("expected two numbers, such as 0,0.4")?),
+        Kind::Numbers { .. } => Value::Numbers(numbers(text).ok_or("expected numbers, such as 1,0.75,0.5")?),
         Kind::Strings { .. } => Value::Strings(vec![text.to_owned()]),
         Kind::Loras => Value::Loras(vec![lora(text)?]),
         _ => Value::Text(text.to_owned()),
@@ -306,6 +308,10 @@ fn seed(text: &str) -> Option<u64> {
 fn interval(text: &str) -> Option<[f64; 2]> {
     let (start, end) = text.split_once(',')?;
     Some([start.trim().parse().ok()?, end.trim().parse().ok()?])
+}
+
+fn numbers(text: &str) -> Option<Vec<f64>> {
+    text.split(',').map(|number| number.trim().parse().ok()).collect()
 }
 
 /// `NAME`, or `NAME:WEIGHT`.

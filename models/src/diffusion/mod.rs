@@ -34,7 +34,7 @@ pub use refinement::Refinement;
 pub use sampling::Sampling;
 
 /// `options`, and those of `base` where they have none. What belongs to a value that is replaced is not taken over: the
-/// length to its prompts, which it would cut, spacing and `eta` to their scheduler.
+/// length to its prompts, which it would cut, spacing and `eta` to their scheduler, steps that are given to their number.
 pub fn options_over(options: Options, mut base: Options) -> Options {
     if options.has(&prompt::PROMPT) || options.has(&prompt::NEGATIVE_PROMPT) {
         base.set(&prompt::MAX_SEQUENCE_LENGTH, None);
@@ -42,6 +42,15 @@ pub fn options_over(options: Options, mut base: Options) -> Options {
     if options.has(&sampling::SCHEDULER) {
         base.set(&sampling::TIMESTEP_SPACING, None);
         base.set(&sampling::ETA, None);
+    }
+    let have_steps = options.has(&sampling::NUM_INFERENCE_STEPS);
+    let have_given = options.has(&sampling::SIGMAS) || options.has(&sampling::TIMESTEPS);
+    if have_steps || have_given || options.has(&sampling::SCHEDULER) {
+        base.set(&sampling::SIGMAS, None);
+        base.set(&sampling::TIMESTEPS, None);
+    }
+    if have_given {
+        base.set(&sampling::NUM_INFERENCE_STEPS, None);
     }
     options.or(base)
 }

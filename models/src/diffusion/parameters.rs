@@ -17,7 +17,7 @@ pub use super::previews::PARTIAL_IMAGES;
 pub use super::prompt::{MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, PROMPT};
 pub use super::references::{IP_ADAPTER_SCALE, REFERENCE_IMAGES};
 pub use super::refinement::DENOISING_END;
-pub use super::sampling::{ETA, NUM_INFERENCE_STEPS, SCHEDULER, SEED, TIMESTEP_SPACING};
+pub use super::sampling::{ETA, FLOW_SHIFT, NUM_INFERENCE_STEPS, SCHEDULER, SEED, SIGMAS, TIMESTEP_SPACING, TIMESTEPS};
 pub use super::tiling::VAE_TILING;
 
 /// Every parameter of images and videos, in the order in which documentation and answers have them.

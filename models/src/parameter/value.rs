@@ -22,6 +22,8 @@ pub enum Value {
     Number(f64),
     /// Of [`Kind::Interval`].
     Interval([f64; 2]),
+    /// Of [`Kind::Numbers`].
+    Numbers(Vec<f64>),
     /// Of [`Kind::Strings`].
     Strings(Vec<String>),
     /// Of [`Kind::Loras`].
@@ -43,6 +45,7 @@ impl Value {
             Self::Integer(number) => (*number).into(),
             Self::Number(number) => (*number).into(),
             Self::Interval(interval) => interval.to_vec().into(),
+            Self::Numbers(numbers) => numbers.as_slice().into(),
             Self::Strings(strings) => strings.as_slice().into(),
             Self::Loras(loras) => {
                 let loras = loras.iter().map(|lora| serde_json::json!({"name": lora.name, "weight": lora.weight}));
@@ -86,6 +89,7 @@ parameter_types! {
     u64 => Integer,
     f64 => Number,
     [f64; 2] => Interval,
+    Vec<f64> => Numbers,
     Vec<String> => Strings,
     Vec<LoraOption> => Loras,
     Arc<Frame> => Image,

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
-use crate::solver::names::Spacing;
+use crate::solver::names::{Given, Spacing};
 use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule, Prediction};
 
 /// What decides about the steps, from `scheduler_config.json`.
@@ -59,6 +59,11 @@ impl Euler {
     pub fn new(config: &EulerConfig, num_inference_steps: usize) -> Self {
         let ladder = Ladder::new(&config.schedule, num_inference_steps);
         Self { prediction: config.schedule.prediction(), ladder }
+    }
+
+    /// The loop over steps that are given.
+    pub fn over(config: &EulerConfig, given: &Given) -> Self {
+        Self { prediction: config.schedule.prediction(), ladder: Ladder::over(&config.schedule, given) }
     }
 
     /// One per timestep, and the one that the last step leads to.
@@ -117,6 +122,32 @@ impl Ladder {
         }
         let mut sigmas: Vec<f32> = sigmas.into_iter().map(|sigma| sigma as f32).collect();
         sigmas.push(schedule.final_sigma());
+        Self::of(schedule, timesteps, sigmas)
+    }
+
+    /// Through the timesteps or sigmas that are given. Timesteps without Karras sigmas.
+    fn over(schedule: &NoiseSchedule, given: &Given) -> Self {
+        let rounded = |values: &[f64]| values.iter().map(|value| *value as f32).collect::<Vec<_>>();
+        let widened = |values: Vec<f32>| values.into_iter().map(f64::from).collect::<Vec<_>>();
+        match given {
+            Given::Timesteps(timesteps) => {
+                let timesteps = widened(rounded(timesteps));
+                let mut sigmas = rounded(&schedule.sigmas_at(&timesteps));
+                sigmas.push(schedule.final_sigma());
+                Self::of(schedule, timesteps, sigmas)
+            }
+            Given::Sigmas(sigmas) => {
+                let sigmas = rounded(sigmas);
+                let training = schedule.log_training_sigmas();
+                let timesteps = sigmas[..sigmas.len() - 1].iter();
+                let timesteps = timesteps.map(|sigma| schedule.timestep_of(f64::from(*sigma), &training));
+                let timesteps = widened(rounded(&timesteps.collect::<Vec<_>>()));
+                Self::of(schedule, timesteps, sigmas)
+            }
+        }
+    }
+
+    fn of(schedule: &NoiseSchedule, timesteps: Vec<f64>, sigmas: Vec<f32>) -> Self {
         let most = f64::from(sigmas.iter().copied().fold(0.0, f32::max));
         let init_noise_sigma = match schedule.spacing() {
             Spacing::Linspace | Spacing::Trailing => most,

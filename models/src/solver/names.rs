@@ -3,6 +3,8 @@
 //! Owns: the table of names and what each sets. Plain data: what they mean for a checkpoint, and any solver's steps, are
 //! known to `schedulers.rs` and the files beside it.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -164,11 +166,40 @@ impl std::str::FromStr for Spacing {
     }
 }
 
+/// The steps of a loop one by one, instead of their number.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Given {
+    /// Of flow matching those before the shift, without the 0 at the end; of the models of discrete timesteps those of
+    /// [`Class::Euler`], with the one in which the loop ends. They fall.
+    Sigmas(Arc<[f64]>),
+    /// Of training. They fall.
+    Timesteps(Arc<[f64]>),
+}
+
+impl Given {
+    /// The numbers.
+    pub fn values(&self) -> &[f64] {
+        match self {
+            Self::Sigmas(values) | Self::Timesteps(values) => values,
+        }
+    }
+
+    /// The field in which a request has them.
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::Sigmas(_) => "sigmas",
+            Self::Timesteps(_) => "timesteps",
+        }
+    }
+}
+
 /// What a loop needs to know beside its scheduler.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Loop {
     /// At least 1.
     pub steps: usize,
+    /// As many steps as `steps` says.
+    pub given: Option<Given>,
     /// Another than the checkpoint's.
     pub timestep_spacing: Option<Spacing>,
     /// Of DDIM and TCD.

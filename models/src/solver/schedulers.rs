@@ -18,7 +18,7 @@ use crate::solver::euler::{Euler, EulerConfig};
 use crate::solver::euler_ancestral::{EulerAncestral, EulerAncestralConfig};
 use crate::solver::flow_match_euler::{FlowMatchEuler, FlowMatchEulerConfig, falling_sigmas, linear_sigmas};
 use crate::solver::lcm::{Lcm, LcmConfig};
-use crate::solver::names::{Class, Loop, SCHEDULERS, Scheduler, Spacing};
+use crate::solver::names::{Class, Given, Loop, SCHEDULERS, Scheduler, Spacing};
 use crate::solver::noise_schedule::NoiseSchedule;
 use crate::solver::tcd::{Tcd, TcdConfig};
 use crate::solver::unipc::{UniPc, UniPcConfig};
@@ -180,6 +180,8 @@ pub struct Chosen {
     pub timestep_spacing: Option<Spacing>,
     /// Where it shifts flow-matching sigmas by a constant.
     pub flow_shift: Option<f64>,
+    /// Steps of the loop, where the request gives them one by one.
+    pub given_steps: Option<usize>,
     /// Most steps of a loop.
     pub max_steps: usize,
 }
@@ -240,6 +242,50 @@ impl Choice {
         Some(self.file.get(field).and_then(Value::as_f64).unwrap_or(1.0))
     }
 
+    /// Steps of a loop over what is given, which this scheduler can take, as diffusers' `set_timesteps` does.
+    fn num_steps(&self, given: &Given) -> Option<usize> {
+        let is_flow = self.is_flow();
+        match (given, &self.config) {
+            (Given::Sigmas(sigmas), _) if is_flow => Some(sigmas.len()),
+            (Given::Sigmas(sigmas), SolverConfig::Euler(_)) => Some(sigmas.len() - 1),
+            (Given::Timesteps(timesteps), SolverConfig::Euler(config)) if !config.schedule.is_karras() => {
+                Some(timesteps.len())
+            }
+            _ => None,
+        }
+    }
+
+    fn is_flow(&self) -> bool {
+        match &self.config {
+            SolverConfig::UniPc(config) => config.is_flow(),
+            SolverConfig::FlowMatchEuler(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Refuses steps that this scheduler cannot take.
+    fn check_given(&self, given: &Given, num_train_timesteps: usize) -> Result<()> {
+        let (field, values) = (given.field(), given.values());
+        let steps = self.num_steps(given).ok_or_else(|| self.has_no_effect(field))?;
+        if steps == 0 {
+            return Err(Error::invalid(field, "has one sigma; the last one is that in which the loop ends"));
+        }
+        if let Some(at) = values.windows(2).position(|pair| pair[0] <= pair[1]) {
+            let problem = format!("is {}, which is not below the one before it", values[at + 1]);
+            return Err(Error::invalid(format!("{field}[{}]", at + 1), problem));
+        }
+        let (first, last) = (values[0], values[values.len() - 1]);
+        let most = if let Given::Timesteps(_) = given { num_train_timesteps as f64 - 1.0 } else { 1.0 };
+        if (self.is_flow() || field == "timesteps") && first > most {
+            return Err(Error::invalid(format!("{field}[0]"), format!("is {first}; allowed: at most {most}")));
+        }
+        if self.is_flow() && last <= 0.0 {
+            let problem = format!("is {last}; allowed: above 0 (the loop ends in 0 without being told)");
+            return Err(Error::invalid(format!("{field}[{}]", values.len() - 1), problem));
+        }
+        Ok(())
+    }
+
     fn has_no_effect(&self, field: &str) -> Error {
         Error::invalid(field, format!("has no effect with scheduler {}; leave it out", self.scheduler.name))
     }
@@ -254,6 +300,8 @@ pub struct Asked<'a> {
     pub timestep_spacing: Option<Spacing>,
     /// The file's own without one.
     pub flow_shift: Option<f64>,
+    /// Steps one by one.
+    pub given: Option<&'a Given>,
 }
 
 impl Schedulers {
@@ -368,9 +416,13 @@ impl Schedulers {
             (None, Some(_)) => return Err(choice.has_no_effect("timestep_spacing")),
             (_, None) => (),
         }
+        if let Some(given) = asked.given {
+            choice.check_given(given, self.num_train_timesteps)?;
+        }
         let timestep_spacing = config.spaced().map(|schedule| schedule.spacing());
         let flow_shift = asked.flow_shift.or_else(|| choice.own_shift());
-        Ok(Chosen { scheduler, timestep_spacing, flow_shift, max_steps: config.max_steps() })
+        let given_steps = asked.given.and_then(|given| choice.num_steps(given));
+        Ok(Chosen { scheduler, timestep_spacing, flow_shift, given_steps, max_steps: config.max_steps() })
     }
 
     /// All that a request may ask for.
@@ -404,6 +456,12 @@ impl Schedulers {
             schedule.set_spacing(spacing);
         }
         let (steps, eta) = (the_loop.steps, the_loop.eta.unwrap_or_default());
+        let sigmas = the_loop.given.as_ref().map(|given| given.values().to_vec());
+        match (&config, &the_loop.given) {
+            (SolverConfig::Euler(config), Some(given)) => return Box::new(Euler::over(config, given)),
+            (SolverConfig::UniPc(config), Some(given)) => return Box::new(UniPc::over(config, given.values())),
+            _ => {}
+        }
         match &config {
             SolverConfig::Euler(config) => Box::new(Euler::new(config, steps)),
             SolverConfig::EulerAncestral(config) => Box::new(EulerAncestral::new(config, steps)),
@@ -415,11 +473,14 @@ impl Schedulers {
             SolverConfig::CogVideoXDdim(config) => Box::new(CogVideoXDdim::new(config, steps)),
             SolverConfig::CogVideoXDpm(config) => Box::new(CogVideoXDpm::new(config, steps)),
             SolverConfig::FlowMatchEuler(config) => Box::new(match the_loop.image_seq_len {
-                Some(tokens) => FlowMatchEuler::new(config, &linear_sigmas(steps), config.mu(tokens)),
-                None if self.training == Training::FlowLinear => {
-                    FlowMatchEuler::new(config, &falling_sigmas(steps), 0.0)
+                Some(tokens) => {
+                    let sigmas = sigmas.unwrap_or_else(|| linear_sigmas(steps));
+                    FlowMatchEuler::new(config, &sigmas, config.mu(tokens))
                 }
-                None => FlowMatchEuler::new(config, &config.own_sigmas(steps), 0.0),
+                None if self.training == Training::FlowLinear => {
+                    FlowMatchEuler::new(config, &sigmas.unwrap_or_else(|| falling_sigmas(steps)), 0.0)
+                }
+                None => FlowMatchEuler::new(config, &sigmas.unwrap_or_else(|| config.own_sigmas(steps)), 0.0),
             }),
         }
     }

@@ -169,11 +169,12 @@ impl File {
 
 impl Schedule {
     /// Whole timesteps of the steps and their sigmas, with the one that the last step leads to. Rounded to f32, as the
-    /// reference keeps them.
-    fn steps(&self, n: usize) -> (Vec<f64>, Vec<f64>) {
+    /// reference keeps them. `given`: sigmas of flow matching before the shift, instead of evenly spaced ones.
+    fn steps(&self, n: usize, given: Option<&[f64]>) -> (Vec<f64>, Vec<f64>) {
         let (timesteps, mut sigmas): (Vec<f64>, Vec<f64>) = match self {
             Self::Flow { num_train_timesteps, shift } => {
-                let sigmas = flow_sigmas(*shift, *num_train_timesteps, n);
+                let even = || even_sigmas(*num_train_timesteps, n);
+                let sigmas = shifted(*shift, given.map_or_else(even, <[f64]>::to_vec));
                 // Timesteps are rounded down: with many steps two of them can be equal.
                 (sigmas.iter().map(|sigma| (sigma * *num_train_timesteps as f64).trunc()).collect(), sigmas)
             }
@@ -225,7 +226,15 @@ pub struct UniPc {
 impl UniPc {
     /// The loop over `num_inference_steps` steps, from 1 to [`UniPcConfig::max_steps`].
     pub fn new(config: &UniPcConfig, num_inference_steps: usize) -> Self {
-        let (timesteps, sigmas) = config.schedule.steps(num_inference_steps);
+        Self::through(config, config.schedule.steps(num_inference_steps, None))
+    }
+
+    /// The loop of a flow-matching model over sigmas that are given, before the shift and without the final 0.
+    pub fn over(config: &UniPcConfig, sigmas: &[f64]) -> Self {
+        Self::through(config, config.schedule.steps(sigmas.len(), Some(sigmas)))
+    }
+
+    fn through(config: &UniPcConfig, (timesteps, sigmas): (Vec<f64>, Vec<f64>)) -> Self {
         let levels = sigmas.iter().map(|sigma| config.schedule.level(*sigma)).collect();
         Self { config: config.clone(), timesteps, sigmas, levels, predictions: VecDeque::new(), last: None }
     }
@@ -310,14 +319,16 @@ impl Solver for UniPc {
     }
 }
 
-/// Sigmas of the steps in f64, without the final 0.
-fn flow_sigmas(shift: f64, num_train_timesteps: usize, num_inference_steps: usize) -> Vec<f64> {
+/// Sigmas from 1 down, before the shift and without the final 0.
+fn even_sigmas(num_train_timesteps: usize, num_inference_steps: usize) -> Vec<f64> {
     let last = 1.0 / num_train_timesteps as f64;
     let stride = (last - 1.0) / num_inference_steps as f64;
-    let mut sigmas: Vec<f64> = (0..num_inference_steps)
-        .map(|step| step as f64 * stride + 1.0)
-        .map(|sigma| shift * sigma / (1.0 + (shift - 1.0) * sigma))
-        .collect();
+    (0..num_inference_steps).map(|step| step as f64 * stride + 1.0).collect()
+}
+
+/// Sigmas of the steps in f64, without the final 0.
+fn shifted(shift: f64, mut sigmas: Vec<f64>) -> Vec<f64> {
+    sigmas.iter_mut().for_each(|sigma| *sigma = shift * *sigma / (1.0 + (shift - 1.0) * *sigma));
     if (sigmas[0] - 1.0).abs() < FIRST_SIGMA_GAP {
         sigmas[0] -= FIRST_SIGMA_GAP;
     }

@@ -9,10 +9,10 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde::Deserialize;
 
-use super::float8::take_scales;
 use super::gguf;
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
+use super::scales::take_scales;
 use super::stored::Stored;
 use crate::config::read_json;
 use crate::error::{Error, Result};

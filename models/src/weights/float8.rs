@@ -1,28 +1,7 @@
-//! Numbers of eight bits, as files have networks in that were made small: each may be multiplied with a scale of its
-//! tensor.
-//!
-//! Owns: the two formats, and which tensors of a file are not weights but scales. Does not know: where a tensor lies.
-//!
-//! Source of the convention: ComfyUI `comfy/ops.py` (`scaled_fp8_ops`). A layer's `weight` is multiplied with its
-//! `scale_weight`; `scale_input` is for products of eight-bit activations, which are not computed here; `scaled_fp8` marks
-//! the file.
+//! Numbers of eight bits: the two formats, and their values. All of a tensor may be multiplied with one scale.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use half::{bf16, f16};
-use memmap2::Mmap;
+use half::f16;
 use safetensors::Dtype;
-
-use super::mapped::Located;
-use super::stored::Stored;
-use crate::error::{Error, Result};
-
-/// What lies beside the weight of a layer.
-const SCALE: &str = "scale_weight";
-const INPUT_SCALE: &str = "scale_input";
-/// A tensor that says that there are scales.
-const MARKER: &str = "scaled_fp8";
 
 /// How a tensor has its values in a byte each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +30,8 @@ impl Float8 {
         Some(Self { format, scale: 1f32.to_bits() })
     }
 
-    fn scaled_by(self, scale: f32) -> Self {
+    /// The same with values that are so many times as large.
+    pub(super) fn scaled_by(self, scale: f32) -> Self {
         Self { scale: scale.to_bits(), ..self }
     }
 
@@ -95,41 +75,6 @@ impl Format {
             }
         }
     }
-}
-
-/// Gives the tensors of eight bits their scales, and takes from `tensors` what is no weight.
-pub(super) fn take_scales(files: &[(PathBuf, Mmap)], tensors: &mut BTreeMap<String, Located>) -> Result<()> {
-    let is_narrow = |located: &Located| matches!(located.stored, Stored::Float8(_));
-    tensors.retain(|name, located| !(is_narrow(located) && name.rsplit('.').next() == Some(MARKER)));
-    let narrow: Vec<String> =
-        tensors.iter().filter(|(_, located)| is_narrow(located)).map(|(name, _)| name.clone()).collect();
-    for name in narrow {
-        let Some(layer) = name.strip_suffix("weight") else { continue };
-        tensors.remove(&format!("{layer}{INPUT_SCALE}"));
-        let scale_name = format!("{layer}{SCALE}");
-        let Some(scale) = tensors.remove(&scale_name) else { continue };
-        let (path, bytes) = &files[scale.file];
-        let value = one_number(&scale, bytes).ok_or_else(|| {
-            let (shape, stored) = (&scale.shape, scale.stored);
-            let problem = format!("tensor `{scale_name}` of {stored} {shape:?} is not one finite number");
-            Error::checkpoint(path, problem)
-        })?;
-        if let Some(Located { stored: Stored::Float8(float8), .. }) = tensors.get_mut(&name) {
-            *float8 = float8.scaled_by(value);
-        }
-    }
-    Ok(())
-}
-
-fn one_number(located: &Located, file: &[u8]) -> Option<f32> {
-    let bytes = &file[located.bytes.clone()];
-    let value = match located.stored {
-        Stored::Plain(Dtype::F32) => f32::from_le_bytes(bytes.try_into().ok()?),
-        Stored::Plain(Dtype::F16) => f16::from_le_bytes(bytes.try_into().ok()?).to_f32(),
-        Stored::Plain(Dtype::BF16) => bf16::from_le_bytes(bytes.try_into().ok()?).to_f32(),
-        _ => return None,
-    };
-    value.is_finite().then_some(value)
 }
 
 #[cfg(test)]

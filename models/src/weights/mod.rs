@@ -1,10 +1,10 @@
 //! Tensors of a checkpoint component by name: memory-mapped files, checked before use, copied once.
 //!
 //! Owns: the view by name (`files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
-//! of a file that holds several, `mapped` copies tensors out of them, `float8` knows those of eight bits, `dummy` makes random ones where there are no files,
-//! `record` keeps what was used). Does not know: any architecture, how a packed matrix is multiplied with. A *dry* view
-//! answers every request with a tensor that takes no memory and records what is missing, so that `tale inspect` runs the
-//! very code that loads.
+//! of a file that holds several, `mapped` copies tensors out of them, `float8` and `scales` know those of eight bits,
+//! `dummy` makes random ones where there are no files, `record` keeps what was used). Does not know: any architecture, how
+//! a packed matrix is multiplied with. A *dry* view answers every request with a tensor that takes no memory and records
+//! what is missing, so that `tale inspect` runs the very code that loads.
 //!
 //! A network asks for tensors by diffusers' names. Where a file has those of the original implementation, a map
 //! (`names`) says where in the file a tensor lies, which may be some rows of one that is larger.
@@ -33,6 +33,7 @@ mod mapped;
 mod metadata;
 pub mod names;
 mod record;
+mod scales;
 pub mod single;
 mod stored;
 mod ties;

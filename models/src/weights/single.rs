@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use super::float8::take_scales;
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
+use super::scales::take_scales;
 use super::{Origin, Source, Weights, files, gguf};
 use crate::device::Placement;
 use crate::error::{Error, Result};

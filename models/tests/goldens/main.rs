@@ -14,6 +14,7 @@ mod configs;
 mod edits;
 mod files;
 mod flux;
+mod given_steps;
 mod gpu;
 mod guidance;
 mod hidden_states;

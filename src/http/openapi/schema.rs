@@ -26,7 +26,7 @@ pub(super) fn in_form(declaration: &Declaration) -> (String, Value) {
         Kind::Images { max } => {
             (format!("{}[]", declaration.name), json!({"type": "array", "items": file(), "maxItems": max}))
         }
-        kind @ (Kind::Interval | Kind::Loras) => {
+        kind @ (Kind::Interval | Kind::Numbers { .. } | Kind::Loras) => {
             let schema =
                 json!({"type": "string", "contentMediaType": "application/json", "contentSchema": values(kind)});
             (declaration.name.to_owned(), schema)
@@ -61,6 +61,10 @@ pub(super) fn values(kind: Kind) -> Value {
         Kind::Interval => {
             let share = json!({"type": "number", "minimum": 0, "maximum": 1});
             json!({"type": "array", "items": share, "minItems": 2, "maxItems": 2})
+        }
+        Kind::Numbers { max_len, min, max } => {
+            let number = json!({"type": "number", "minimum": min, "maximum": max});
+            json!({"type": "array", "items": number, "minItems": 1, "maxItems": max_len})
         }
         Kind::Choice(words) | Kind::Name(words) => json!({"type": "string", "enum": words}),
         Kind::Strings { max, max_bytes, .. } => {

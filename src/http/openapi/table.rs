@@ -46,6 +46,7 @@ fn values(kind: Kind) -> String {
         Kind::NumberAbove { min, max } => format!("number, above {min}, at most {max}"),
         Kind::Seconds => "number above 0, also as text".to_owned(),
         Kind::Interval => "`[start, end]` with `0 <= start < end <= 1`".to_owned(),
+        Kind::Numbers { max_len, min, max } => format!("list of 1 to {max_len} numbers, {min} to {max}"),
         Kind::Choice(words) => words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "),
         Kind::Name(_) => "name".to_owned(),
         Kind::Strings { max, max_bytes, max_total_bytes } => {
