@@ -401,6 +401,38 @@ fn a_clip_is_the_one_that_diffusers_makes() {
     }
 }
 
+/// A file of LoRA by name and weight, and steps one by one.
+#[test]
+fn a_clip_takes_loras_and_lists_of_sigmas() {
+    let checkpoint = Golden::read("wan-a").checkpoint;
+    let folder = checkpoint.replace("wan-a/checkpoint", "wan-lora/t2v");
+    let (of_loras, of_steps) = (Golden::read("wan-lora"), Golden::read("given-steps"));
+    let lora = &of_loras.json["runs"][1]["loras"][0];
+    let lora = format!("--lora={}:{}", lora["name"].as_str().unwrap(), lora["weight"]);
+    let steps = ["--sigmas=1,0.75,0.5,0.25", "--flow-shift=5", "--scheduler=flow_euler"].map(str::to_owned);
+    for (golden, run, pixels, more) in [
+        (&of_loras, 1, "run1.frames", vec![format!("--loras={folder}"), lora]),
+        (&of_steps, 0, "run0.pixels", steps.to_vec()),
+    ] {
+        let dir = tempdir().unwrap();
+        let flags = [golden.flags(run), more, vec![format!("--output={}/", dir.path().display())]].concat();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        succeed(&[&["generate", "video", "--model", &checkpoint], &flags[..]].concat());
+        let frames = names(dir.path());
+        let found: Vec<u8> = frames.iter().flat_map(|frame| decode(&dir.path().join(frame))).collect();
+        let psnr = psnr(&found, &golden.pixels(pixels));
+        assert!(psnr >= 50.0, "{pixels}: {psnr:.1} dB");
+    }
+    let clip = ["generate", "video", "--model", &checkpoint, "--prompt", "x", "--output", "x.mp4"];
+    check_failure(
+        &[&clip[..], &["--sigmas", "1,0.5,0.7"]].concat(),
+        2,
+        &["--sigmas", "is 0.7", "not below the one before"],
+    );
+    let said = run(&[&clip[..], &["--sigmas", "1,x"]].concat()).stderr;
+    assert!(String::from_utf8(said).unwrap().contains("expected numbers, such as 1,0.75,0.5"));
+}
+
 #[test]
 fn a_video_from_pictures_is_the_one_that_diffusers_makes() {
     let golden = Golden::read("wan-flf2v");
@@ -484,6 +516,28 @@ fn inspect_says_what_a_checkpoint_is() {
             "{report}"
         );
         assert_eq!(text.contains("European Union"), has_note, "{text}");
+    }
+}
+
+#[test]
+fn inspect_plans_a_published_configuration_without_files() {
+    let inspect = |args: &[&str]| -> Value {
+        let args = [&["inspect", "--preset", "wan2.1-flf2v-14b", "--device", "cuda:0", "--json"], args].concat();
+        serde_json::from_str(&succeed(&args)).unwrap()
+    };
+    let (small, large) = (inspect(&["--memory", "24GiB"]), inspect(&["--memory", "80GiB"]));
+    assert_eq!((small["path"].as_str(), small["loads"].as_bool()), (Some("wan2.1-flf2v-14b"), Some(true)));
+    let needs = |report: &Value| report["request"]["memory_bytes"].as_u64().unwrap();
+    let free = |report: &Value| report["request"]["free_bytes"].as_u64().unwrap();
+    assert!(needs(&small) > free(&small) && needs(&large) <= free(&large), "{small} {large}");
+    for (args, part) in [
+        (&["--preset", "nobody"][..], "known: llama"),
+        (&["--preset", "wan2.1-flf2v-14b", "x"], "cannot be used with"),
+        (&[], "<PATH>"),
+    ] {
+        let output = run(&[&["inspect"], args].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && said.contains(part), "{args:?}: {said}");
     }
 }
 
