@@ -6,8 +6,10 @@
 //! `pipeline_hunyuan_video_image2video.py`.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use self::config::{HunyuanVideoConfig, ImageCondition};
+use self::original::HunyuanVideoNames;
 use self::text::{TextConfigs, TextEncoders};
 use self::transformer::HunyuanVideoTransformer;
 use crate::card::ModelCard;
@@ -21,6 +23,7 @@ use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::{Error, Result};
 use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
 use crate::runner::diffusion::DiffusionRunner;
@@ -33,6 +36,7 @@ use crate::weights::Weights;
 
 pub mod config;
 mod llava;
+pub mod original;
 pub mod pipeline;
 mod refiner;
 pub mod text;
@@ -91,12 +95,13 @@ impl Family for HunyuanVideo {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let model = build(manifest, open)?;
-        let card = model.card.clone();
+        let mut model = build(manifest, open)?;
+        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
+        let (card, resident_bytes) = (model.card.clone(), model.adapters.cache_bytes());
         let runner = DiffusionRunner::new(model, options.max_denoise_rows)
             .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
             .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes: 0, runner: Box::new(runner) })
+        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
     }
 }
 
@@ -115,6 +120,7 @@ pub struct HunyuanVideoModel {
     vae: HunyuanVaeDecoder,
     /// Of models that take a picture.
     vae_encoder: Option<HunyuanVaeEncoder>,
+    adapters: Adapters,
 }
 
 /// The configurations of a checkpoint, read and found to fit together.
@@ -139,7 +145,10 @@ impl HunyuanVideoModel {
         let schedulers = Schedulers::read(manifest, Training::FlowLinear)?;
         let [reader, clip] = [open("text_encoder")?, open("text_encoder_2")?];
         let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &reader, &clip)?;
-        let transformer = HunyuanVideoTransformer::load(&open("transformer")?, &sizes.transformer)?;
+        // Text encoders take no terms, as in diffusers.
+        let sites = Arc::<Sites>::default();
+        let transformer = HunyuanVideoTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
+        let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &HunyuanVideoNames, [])]);
         let vae = open("vae")?;
         let vae_encoder = match sizes.image_condition {
             Some(_) => Some(HunyuanVaeEncoder::load(&vae, &sizes.vae)?),
@@ -156,6 +165,7 @@ impl HunyuanVideoModel {
             transformer,
             vae: HunyuanVaeDecoder::load(&vae, &sizes.vae)?,
             vae_encoder,
+            adapters: Adapters::new(names, placement),
             sizes,
         })
     }
@@ -276,6 +286,7 @@ impl Sizes {
             false => GuidanceSupport::constant(GuidanceKind::None, 0.0),
         };
         DiffusionCard {
+            loras: LoraSupport::NoFolder,
             keyframes: self.image_condition.map(|_| KeyframeSupport::First),
             ..DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
         }

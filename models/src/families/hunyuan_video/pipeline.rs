@@ -13,6 +13,7 @@ use super::{HunyuanVideoModel, Sizes};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::Result;
 use crate::families::split_rows;
+use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
 use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
@@ -252,6 +253,10 @@ impl DiffusionModel for HunyuanVideoModel {
 
     fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Option<Tensor>> {
         self.vae.decode_next(decoding).map(Some)
+    }
+
+    fn adapters(&self) -> Option<&Adapters> {
+        Some(&self.adapters)
     }
 
     fn picture_start(&self) -> Option<&dyn PictureStart<HunyuanVideoEncoded>> {

@@ -1,0 +1,95 @@
+//! LoRA of HunyuanVideo, in PEFT's names and in the original ones, beside a checkpoint whose weights were changed by hand.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::diffusion::parameters::{HEIGHT, LORAS, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, SEED, WIDTH};
+use tale_models::family::LoadOptions;
+use tale_models::lora::LoraOption;
+use tale_models::parameter::Options;
+use tale_models::request::Frame;
+use tale_models::rng::TorchGenerator;
+use tale_models::{ModelCard, ModelSource};
+
+use crate::support::{case_dir, clips, copy_folder, edit_tensors, psnr};
+
+const CASE: &str = "hunyuan-video-a";
+/// Of the network, and of a term.
+const DIM: usize = 24;
+const RANK: usize = 2;
+const WEIGHT: f64 = 0.75;
+
+#[test]
+fn terms_are_what_they_would_be_among_the_weights() {
+    let mut generator = TorchGenerator::new(1);
+    let mut matrix = |rows: usize, columns: usize| {
+        let values = generator.randn(rows * columns);
+        (Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap() * 0.3).unwrap()
+    };
+    // Of a dual block the three projections of the video, of a single one these and the feed-forward's.
+    let (dual_a, dual_b) = (matrix(RANK, DIM), matrix(3 * DIM, RANK));
+    let (single_a, single_b) = (matrix(RANK, DIM), matrix(7 * DIM, RANK));
+    let (dual, single) = ("transformer_blocks.0", "single_transformer_blocks.1");
+    let mut parts = Vec::new();
+    for (block, a, b, names) in [
+        (dual, &dual_a, &dual_b, &["attn.to_q", "attn.to_k", "attn.to_v"][..]),
+        (single, &single_a, &single_b, &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]),
+    ] {
+        for (index, name) in names.iter().enumerate() {
+            let rows = if *name == "proj_mlp" { 4 * DIM } else { DIM };
+            parts.push((format!("{block}.{name}"), a.clone(), b.narrow(0, index * DIM, rows).unwrap()));
+        }
+    }
+
+    let files = tempfile::tempdir().unwrap();
+    let save = |name: &str, tensors: HashMap<String, Tensor>| {
+        candle_core::safetensors::save(&tensors, files.path().join(format!("{name}.safetensors"))).unwrap();
+    };
+    let both = |layer: &str, a: &Tensor, b: &Tensor| {
+        let tensor = |kind: &str, x: &Tensor| (format!("{layer}.lora_{kind}.weight"), x.force_contiguous().unwrap());
+        [tensor("A", a), tensor("B", b)]
+    };
+    save("peft", parts.iter().flat_map(|(layer, a, b)| both(&format!("transformer.{layer}"), a, b)).collect());
+    let original = [
+        both("diffusion_model.double_blocks.0.img_attn_qkv", &dual_a, &dual_b),
+        both("diffusion_model.single_blocks.1.linear1", &single_a, &single_b),
+    ];
+    save("original", original.into_iter().flatten().collect());
+
+    let own = case_dir(CASE).join("checkpoint");
+    let changed = tempfile::tempdir().unwrap();
+    copy_folder(&own, changed.path());
+    for (layer, a, b) in &parts {
+        let term = (b.matmul(a).unwrap() * WEIGHT).unwrap();
+        edit_tensors(&changed.path().join("transformer"), &format!("{layer}.weight"), |x| (x + &term).unwrap());
+    }
+    let expected = clip(changed.path(), None, None);
+    let bare = clip(&own, None, None);
+    assert!(psnr(&expected, &bare) < 35.0, "the terms matter: {:.1} dB", psnr(&expected, &bare));
+    for name in ["peft", "original"] {
+        let found = psnr(&clip(&own, Some(files.path()), Some(name)), &expected);
+        assert!(found >= 50.0, "{name}: {found:.1} dB");
+    }
+}
+
+/// Bytes of all frames.
+fn clip(checkpoint: &Path, loras: Option<&Path>, name: Option<&str>) -> Vec<u8> {
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+    let source = ModelSource { loras: loras.map(Path::to_owned), ..ModelSource::at(checkpoint) };
+    let mut loaded = tale_models::load(&source, &placement, &LoadOptions::default(), &mut |_| ()).unwrap();
+    let ModelCard::Diffusion(card) = &loaded.card else { panic!("makes clips") };
+    let lora = |name: &str| vec![LoraOption { name: name.to_owned(), weight: WEIGHT }];
+    let options = Options::default()
+        .with(&PROMPT, "A small boat".to_owned())
+        .with(&WIDTH, 48)
+        .with(&HEIGHT, 32)
+        .with(&NUM_FRAMES, 5)
+        .with(&NUM_INFERENCE_STEPS, 2)
+        .with(&SEED, 4)
+        .with(&LORAS, name.map(lora));
+    let request = card.resolve(&options, 0).unwrap();
+    let frames: Vec<Frame> = clips(&mut *loaded.runner, &[request]).remove(0);
+    frames.into_iter().flat_map(|frame| frame.rgb).collect()
+}
