@@ -8,6 +8,7 @@ mod cli;
 mod clients;
 mod connections;
 mod edits;
+mod frames;
 mod images;
 mod layering;
 mod lifecycle;

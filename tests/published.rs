@@ -226,7 +226,7 @@ async fn videos_begin_with_pictures_and_end_with_them() {
         (with(json!({"model": "both", "image": first})), "last_image"),
         (with(json!({"model": "first", "image": first, "last_image": last})), "last_image"),
         (with(json!({"model": "first", "image": [first.clone(), first.clone()]})), "image"),
-        (with(json!({"model": "first", "image": "aGVsbG8="})), "input_reference"),
+        (with(json!({"model": "first", "image": "aGVsbG8="})), "image"),
     ] {
         let answer = server.post("/v1/videos", &body).await.expect(400).json();
         assert_eq!(answer["error"]["param"], param, "{answer}");

@@ -53,7 +53,8 @@ async fn wrong_ones_are_refused_with_their_field() {
     };
     check(json!({"reference_images": [picture(8), BASE64.encode(SECRET)]}), "reference_images[1]", "must be a PNG")
         .await;
-    check(json!({"reference_images": [7]}), "reference_images[0]", "must be a file, base64 or a data URL").await;
+    check(json!({"reference_images": [7]}), "reference_images[0]", "must be a file, base64, a data URL or a frame")
+        .await;
     check(json!({"reference_images": vec![picture(2); 9]}), "reference_images", "has more than 8 elements").await;
     let large = picture(2400);
     check(json!({"reference_images": vec![large; 7]}), "reference_images", "pixels together; at most 33554432").await;

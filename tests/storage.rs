@@ -59,8 +59,13 @@ async fn clips_are_their_owners_alone() {
     for format in ["mp4", "webm", "gif"] {
         let id = order(&server, json!({"output_format": format})).await;
         wait_for(&server, &id, "completed").await;
-        let file = std::fs::metadata(path.join(format!("{id}.{format}"))).expect("there");
-        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+        assert!(path.join(format!("{id}.{format}")).exists());
+    }
+    let files: Vec<_> = std::fs::read_dir(&path).expect("there").map(|entry| entry.expect("readable").path()).collect();
+    assert_eq!(files.len(), 15, "three clips, each with four stills");
+    for file in files {
+        let mode = std::fs::metadata(&file).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{}", file.display());
     }
     assert_eq!(std::fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o700);
 }

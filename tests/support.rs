@@ -14,7 +14,8 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tale::engine::{Engine, EngineOptions, ModelStatus};
 use tale::http::{AppState, ConnectionLimits, DEFAULT_MAX_BODY_MEMORY, ServerOptions, serve};
-use tale_models::testing::{Script, clip_model, picture_model, text_model};
+use tale_models::diffusion::keyframes::KeyframeSupport;
+use tale_models::testing::{Script, clip_model, clip_model_from_pictures, picture_model, text_model};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -22,7 +23,7 @@ use tokio::task::JoinHandle;
 /// A text that must come back in no error.
 pub const SECRET: &str = "s3cret-prompt";
 
-/// A running server with the models `words`, `pictures` and `clips`.
+/// A running server with the models `words`, `pictures`, `clips`, and of clips from pictures `shots` and `between`.
 pub struct Server {
     pub address: SocketAddr,
     pub engine: Engine,
@@ -93,6 +94,8 @@ pub async fn start(setup: Setup) -> Server {
         ("words".to_owned(), text_model(script(0)).expect("the tokenizer is sound")),
         ("pictures".to_owned(), picture_model(script(0))),
         ("clips".to_owned(), clip_model(script(setup.clip_bytes))),
+        ("shots".to_owned(), clip_model_from_pictures(script(setup.clip_bytes), KeyframeSupport::First)),
+        ("between".to_owned(), clip_model_from_pictures(script(setup.clip_bytes), KeyframeSupport::FirstAndLast)),
     ];
     let options = EngineOptions {
         max_queued_sessions: setup.max_queued_sessions,

@@ -129,7 +129,7 @@ async fn models_are_listed_and_found_by_name() {
     let server = server().await;
     let list = server.get("/v1/models").await.expect(200).json();
     let names: Vec<_> = list["data"].as_array().expect("a list").iter().map(|model| model["id"].clone()).collect();
-    assert_eq!(names, ["words", "pictures", "clips"]);
+    assert_eq!(names, ["words", "pictures", "clips", "shots", "between"]);
     assert_eq!(server.get("/v1/models/clips").await.expect(200).json()["object"], "model");
     assert_eq!(server.get("/v1/models/org/none").await.expect(404).json()["error"]["code"], "model_not_found");
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Server, read, request, server};
+use crate::support::{Server, Setup, read, request, server, start};
 
 pub async fn order(server: &Server, extra: Value) -> String {
     let mut body = json!({"model": "clips", "prompt": "a boat"});
@@ -53,7 +53,7 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     let effective = json!({
         "model": "clips", "prompt": "a boat", "size": "96x64", "seconds": "4.125", "num_frames": 33, "fps": 8, "seed": 5,
         "num_inference_steps": 4, "guidance_scale": 5.0, "negative_prompt": null, "max_sequence_length": 64,
-        "output_format": "mp4", "guidance_interval": [0.0, 0.5], "acceleration": "none", "scheduler": "unipc",
+        "output_format": "mp4", "codec": "h264", "quality": "high", "metadata": true, "guidance_interval": [0.0, 0.5], "acceleration": "none", "scheduler": "unipc",
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&created[name], value, "{name}");
@@ -84,8 +84,63 @@ async fn parts_of_a_clip_can_be_fetched() {
     let mut beyond = request("GET", &path, "", "");
     beyond.headers_mut().insert("range", "bytes=99999999-".parse().expect("ASCII"));
     read(server.send(beyond).await).await.expect(416);
-    let thumbnail = server.get(&format!("{path}?variant=thumbnail")).await.expect(400).json();
-    assert_eq!(thumbnail["error"]["param"], "variant");
+    let poster = server.get(&format!("{path}?variant=poster")).await.expect(400).json();
+    assert_eq!(poster["error"]["param"], "variant");
+}
+
+#[tokio::test]
+async fn a_video_has_a_thumbnail_and_a_sheet_of_its_frames() {
+    let dir = tempfile::tempdir().expect("made");
+    let outputs = dir.path().join("clips");
+    let server = start(Setup { output_dir: Some(outputs.clone()), ..Setup::default() }).await;
+    let id = order(&server, json!({"num_frames": 33, "size": "128x64"})).await;
+    let early = server.get(&format!("/v1/videos/{id}/content?variant=thumbnail")).await;
+    assert!([200, 409].contains(&early.status.as_u16()), "{early:?}");
+    wait_for(&server, &id, "completed").await;
+    for (variant, media_type, size) in
+        [("thumbnail", "image/webp", (128, 64)), ("spritesheet", "image/jpeg", (4 * 128, 4 * 64))]
+    {
+        let path = format!("/v1/videos/{id}/content?variant={variant}");
+        let still = server.get(&path).await.expect(200);
+        assert_eq!(still.header("content-type"), media_type);
+        let picture = image::load_from_memory(&still.body).expect("a picture");
+        assert_eq!((picture.width(), picture.height()), size, "{variant}");
+        let mut part = request("GET", &path, "", "");
+        part.headers_mut().insert("range", "bytes=0-3".parse().expect("ASCII"));
+        assert_eq!(read(server.send(part).await).await.expect(206).body, still.body[..4]);
+    }
+    assert_eq!(std::fs::read_dir(&outputs).expect("there").count(), 5, "the clip and four stills");
+    server.delete(&format!("/v1/videos/{id}")).await.expect(200);
+    assert_eq!(std::fs::read_dir(&outputs).expect("there").count(), 0);
+    server.get(&format!("/v1/videos/{id}/content?variant=thumbnail")).await.expect(404);
+}
+
+#[tokio::test]
+async fn a_file_is_made_as_asked_and_says_how_it_was_made() {
+    let server = server().await;
+    let fetch = async |extra: Value| {
+        let id = order(&server, extra).await;
+        let job = wait_for(&server, &id, "completed").await;
+        let content = server.get(&format!("/v1/videos/{id}/content")).await.expect(200);
+        (job, content)
+    };
+    let (job, plain) = fetch(json!({"seed": 5, "quality": "best", "title": "Boats"})).await;
+    let echoed = ["output_format", "codec", "quality", "metadata", "title"].map(|name| job[name].clone());
+    assert_eq!(echoed, [json!("mp4"), json!("h264"), json!("best"), json!(true), json!("Boats")]);
+    assert!(job.get("output_fps").is_none(), "{job}");
+    let holds = |content: &crate::support::Answer, text: &str| {
+        content.body.windows(text.len()).any(|bytes| bytes == text.as_bytes())
+    };
+    let comment = r#"{"model":"clips","prompt":"a boat","#;
+    assert!(holds(&plain, comment) && holds(&plain, "Boats"));
+    let (job, silent) = fetch(json!({"seed": 5, "metadata": false, "codec": "vp9", "output_fps": 24})).await;
+    assert_eq!(
+        (&job["output_format"], &job["output_fps"], &job["metadata"]),
+        (&json!("webm"), &json!(24), &json!(false))
+    );
+    assert_eq!((&job["fps"], &job["num_frames"], &job["seconds"]), (&json!(8), &json!(9), &json!("1.125")));
+    assert_eq!(silent.header("content-type"), "video/webm");
+    assert!(!holds(&silent, "a boat") && !holds(&silent, "Tale"));
 }
 
 #[tokio::test]

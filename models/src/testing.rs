@@ -7,6 +7,7 @@ use crate::diffusion::acceleration::CacheThresholds;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
+use crate::diffusion::keyframes::KeyframeSupport;
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest, Medium};
@@ -103,6 +104,12 @@ pub fn picture_model(script: Script) -> LoadedModel {
 /// A clip model: 64x64, nine frames at 8 per second by default, four steps, classifier-free guidance.
 pub fn clip_model(script: Script) -> LoadedModel {
     loaded(ModelCard::Diffusion(diffusion_card(Medium::Video)), script)
+}
+
+/// A clip model as [`clip_model`] that goes from pictures: its clips begin, and where it says so end, with theirs.
+pub fn clip_model_from_pictures(script: Script, keyframes: KeyframeSupport) -> LoadedModel {
+    let card = DiffusionCard { keyframes: Some(keyframes), ..diffusion_card(Medium::Video) };
+    loaded(ModelCard::Diffusion(card), script)
 }
 
 fn loaded(card: ModelCard, script: Script) -> LoadedModel {
@@ -331,14 +338,26 @@ fn advance_diffusion(
     if *phase == Phase::VaeDecode {
         let first = (*done - 1) * FRAMES_PER_DECODE;
         let last = (first + FRAMES_PER_DECODE).min(request.canvas.num_frames);
-        let size = (request.canvas.width, request.canvas.height);
-        emit(Event::Frames((first..last).map(|index| gradient(size, seed, index)).collect()));
+        emit(Event::Frames((first..last).map(|index| frame(request, index)).collect()));
         return (*done == total).then_some((FinishReason::Complete, Usage::default()));
     }
     if *done == total {
         (*phase, *done) = (next, 0);
     }
     None
+}
+
+/// A frame of a clip: a picture that the request gives for it, or a gradient.
+fn frame(request: &DiffusionRequest, index: usize) -> Frame {
+    let given = request.keyframes.as_ref().and_then(|keyframes| match index {
+        0 => Some(&keyframes.first),
+        _ if index + 1 == request.canvas.num_frames => keyframes.last.as_ref(),
+        _ => None,
+    });
+    match given {
+        Some(keyframe) => keyframe.fitted.as_ref().clone(),
+        None => gradient((request.canvas.width, request.canvas.height), request.sampling.seed, index),
+    }
 }
 
 /// Red grows to the right, green downwards, blue is the seed's and moves with time.

@@ -9,12 +9,13 @@ use tale_models::diffusion::{DiffusionRequest, Medium};
 use tale_models::parameter::{Options, Parameter};
 use tokio::sync::Semaphore;
 
-use super::AppState;
 use super::body::MAX_PICTURE_BODY_BYTES;
 use super::body::memory::Held;
+use super::body::upload::Upload;
 use super::error::ApiError;
 use super::files::FileWork;
 use super::parameters::{Given, image_bytes};
+use super::{AppState, stored};
 use crate::compute::Compute;
 
 /// Most requests whose images are decoded at a time: each may take a few hundred megabytes for a moment.
@@ -85,15 +86,20 @@ pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<
     }
 }
 
-/// The options of a body with its images decoded, and the memory of these.
-pub(super) async fn decoded(compute: &Compute, given: Given, mut held: Held) -> Result<(Options, Held), ApiError> {
+/// The options of a body with its images decoded, and the memory of these. Frames of videos are read from their files.
+pub(super) async fn decoded(state: &AppState, mut given: Given, mut held: Held) -> Result<(Options, Held), ApiError> {
     if !given.has_files() {
         held.shrink_to(0);
         return Ok((given.options, held));
     }
+    for (name, upload) in given.uploads_mut() {
+        if let Upload::Frame(frame) = upload {
+            *upload = Upload::File(stored::fetch_frame(state, &name, frame, &mut held).await?);
+        }
+    }
     let _permit = DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?;
     let decode = move |cancelled: &CancelToken| given.decode(&mut held, cancelled).map(|options| (options, held));
-    compute.run(DECODING_COST, decode).await?
+    state.compute().run(DECODING_COST, decode).await?
 }
 
 /// The validated request. `settle` makes of the options what the model's card knows, and says where the size was given.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::compute::ComputeError;
 use crate::engine::EngineError;
 use crate::job::UnknownJob;
-use crate::job::drive::INSUFFICIENT_STORAGE;
+use crate::job::failure::INSUFFICIENT_STORAGE;
 use crate::job::output::StorageProblem;
 use crate::job::store::StoreFull;
 use crate::media::MediaError;
@@ -188,12 +188,21 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", what)
     }
 
-    /// The same error about a field that the client spells differently.
+    /// The same error about a field, or a part of it, that the client spells differently.
     pub(super) fn renamed(mut self, from: &str, to: &str) -> Self {
-        if self.body.param.as_deref() == Some(from) {
+        let rest = self.body.param.as_deref().and_then(|param| param.strip_prefix(from));
+        let part = rest.filter(|rest| rest.is_empty() || rest.starts_with(['.', '['])).map(str::to_owned);
+        if let Some(part) = part {
             self.body.message = self.body.message.replacen(from, to, 1);
-            self.body.param = Some(to.to_owned());
+            self.body.param = Some(format!("{to}{part}"));
         }
+        self
+    }
+
+    /// The same error, whose cause is what a field of the request refers to.
+    pub(super) fn about(mut self, param: &str) -> Self {
+        self.body.message = format!("{param}: {}", self.body.message);
+        self.body.param = Some(param.to_owned());
         self
     }
 

@@ -12,7 +12,7 @@ use tale_models::diffusion::Medium;
 
 use super::error::ApiError;
 use super::{AppState, browsers};
-use crate::job::drive::INSUFFICIENT_STORAGE;
+use crate::job::failure::INSUFFICIENT_STORAGE;
 use crate::telemetry;
 
 /// What the health listener answers, and other listeners when they are crowded; not measured. `other` is told to all else.

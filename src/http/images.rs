@@ -27,7 +27,7 @@ use super::parameters::{Given, room_in};
 use super::{AppState, unix_seconds};
 use crate::compute::Compute;
 use crate::engine::Session;
-use crate::media::{PictureFormat, encode_picture, enlarge};
+use crate::media::{PictureFormat, encode_picture, resized};
 use crate::parameters::{self, EffectiveParameters};
 
 pub use fields::MAX_IMAGES;
@@ -93,7 +93,7 @@ async fn make(
     let fields = ImageFields::new(&given.options)?;
     let ImageFields { model, n, is_stream, encoding } = fields;
     let card = diffusion::card(state, &model, Medium::Image)?;
-    let (options, held) = diffusion::decoded(state.compute(), given, held).await?;
+    let (options, held) = diffusion::decoded(state, given, held).await?;
     let request = diffusion::resolve(state.compute(), options, card, SizeField::take).await?;
     let parameters = EffectiveParameters::new(&model, &request);
     if is_stream {
@@ -189,7 +189,7 @@ impl Encoding {
         (width, height): (usize, usize),
     ) -> Result<String, ApiError> {
         let encoded = compute.run(width * height * 3, move |_| {
-            let preview = enlarge(&preview, width, height)?;
+            let preview = resized(&preview, width, height)?;
             encode_picture(&preview, self.format, self.compression, None).map(|bytes| BASE64.encode(bytes))
         });
         Ok(encoded.await??)

@@ -93,7 +93,7 @@ impl WireEvent {
             JobEvent::Queued => empty("queued"),
             JobEvent::Started => empty("started"),
             JobEvent::Progress(progress) => Self { progress: Some(progress.into()), ..empty("progress") },
-            JobEvent::Finished(file) => Self { bytes: Some(file.bytes), ..empty("finished") },
+            JobEvent::Finished(files) => Self { bytes: Some(files.clip.bytes), ..empty("finished") },
             JobEvent::Failed(failure) => Self { error: Some(failure.into()), ..empty("failed") },
             JobEvent::Cancelled => empty("cancelled"),
         }

@@ -48,6 +48,7 @@ mod parameters;
 mod path;
 mod peer;
 mod sse;
+mod stored;
 mod text;
 mod videos;
 

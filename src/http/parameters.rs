@@ -22,7 +22,7 @@ use crate::parameters::{is_image, set_images};
 pub(super) struct Given {
     /// Everything but images.
     pub(super) options: Options,
-    files: Vec<(&'static Declaration, Vec<Bytes>)>,
+    files: Vec<(&'static Declaration, Vec<Upload>)>,
 }
 
 /// Reads a body for `task`; `own` are the endpoint's fields beside the parameters of the model.
@@ -85,7 +85,7 @@ impl Given {
         if is_image(declaration) {
             let OneOrMany(uploads) = of_field(name, value, OneOrMany::<Upload>::deserialize)?;
             check_count(declaration, uploads.len())?;
-            self.files.push((declaration, uploads.into_iter().map(|Upload(bytes)| bytes).collect()));
+            self.files.push((declaration, uploads));
             return Ok(());
         }
         if let Some(value) = of_field(name, value, |value| declaration.read(value))? {
@@ -93,6 +93,16 @@ impl Given {
             self.options.insert(declaration, value);
         }
         Ok(())
+    }
+
+    /// The images, each with the name of its field.
+    pub(super) fn uploads_mut(&mut self) -> Vec<(String, &mut Upload)> {
+        let mut all = Vec::new();
+        for (declaration, uploads) in &mut self.files {
+            let named = uploads.iter_mut().enumerate().map(|(number, upload)| (path(declaration, number), upload));
+            all.extend(named);
+        }
+        all
     }
 
     /// Whether there are images to decode.
@@ -110,16 +120,22 @@ impl Given {
                 no_memory = held.add(bytes).err();
                 no_memory.is_none() && !cancelled.is_cancelled()
             };
+            let files: Vec<Bytes> = files.into_iter().map(Upload::into_file).collect();
             let decoded = set_images(&mut options, declaration, &files, &mut reserve);
             decoded.map_err(|(number, error)| {
-                let is_list = matches!(declaration.kind, Kind::Images { .. });
-                let name = declaration.name;
-                let name = if is_list { format!("{name}[{number}]") } else { name.to_owned() };
-                no_memory.take().unwrap_or_else(|| ApiError::field(name, error))
+                no_memory.take().unwrap_or_else(|| ApiError::field(path(declaration, number), error))
             })?;
         }
         held.shrink_to(image_bytes(&options));
         Ok(options)
+    }
+}
+
+/// One image of a field.
+fn path(declaration: &Declaration, number: usize) -> String {
+    match declaration.kind {
+        Kind::Images { .. } => format!("{}[{number}]", declaration.name),
+        _ => declaration.name.to_owned(),
     }
 }
 

@@ -4,7 +4,9 @@ use std::sync::Mutex;
 
 use tokio::sync::watch;
 
-use super::{Change, ClipFile, Failure, Progress};
+use super::failure::Failure;
+use super::files::ClipFiles;
+use super::{Change, Progress};
 
 /// Most events that a feed remembers. A job that reports more forgets the progress in the middle, never its ends.
 pub const MAX_FEED_EVENTS: usize = 2048;
@@ -18,8 +20,8 @@ pub enum JobEvent {
     Started,
     /// The device moved on.
     Progress(Progress),
-    /// The file is whole.
-    Finished(ClipFile),
+    /// The files are whole.
+    Finished(ClipFiles),
     /// It ended without a file.
     Failed(Failure),
     /// Its owner did not want it any more.
@@ -38,7 +40,7 @@ impl From<&Change> for JobEvent {
         match change {
             Change::Started => JobEvent::Started,
             Change::Progressed(progress) => JobEvent::Progress(*progress),
-            Change::Completed(file) => JobEvent::Finished(file.clone()),
+            Change::Completed(files) => JobEvent::Finished(files.clone()),
             Change::Failed(failure) => JobEvent::Failed(failure.clone()),
             Change::Cancelled => JobEvent::Cancelled,
         }

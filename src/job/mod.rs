@@ -4,18 +4,23 @@
 //! from one state to the next. Where jobs live is a [`store::JobStore`]'s business, how one is worked off is [`drive`]'s.
 //! Does not know: HTTP, wire types.
 
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use tale_models::ClientId;
-use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::keyframes::Fitting;
+use tale_models::diffusion::{DiffusionRequest, Keyframes};
 use tale_models::request::Phase;
 use uuid::Uuid;
 
-use crate::media::ClipFormat;
+use self::failure::Failure;
+use self::files::ClipFiles;
+use crate::media::ClipSettings;
 
 pub mod drive;
+mod encoder;
+pub mod failure;
 pub mod feed;
+pub mod files;
 pub mod output;
 pub mod store;
 
@@ -63,8 +68,10 @@ pub struct Job {
     pub model: String,
     /// Effective parameters.
     pub request: DiffusionRequest,
-    /// Kind of file.
-    pub format: ClipFormat,
+    /// How the pictures that it was given came to its size; they themselves are not kept.
+    pub fittings: Vec<Fitting>,
+    /// What becomes of its frames.
+    pub file: ClipSettings,
     /// When it was ordered.
     pub created: SystemTime,
     /// When the device began.
@@ -84,30 +91,12 @@ pub enum JobState {
     Queued,
     /// The device works on it, or its file is being written.
     InProgress,
-    /// The file is whole.
-    Completed(ClipFile),
+    /// The files are whole.
+    Completed(ClipFiles),
     /// It ended without a file.
     Failed(Failure),
     /// Its owner did not want it any more.
     Cancelled,
-}
-
-/// The file of a completed job.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClipFile {
-    /// Where it lies.
-    pub path: PathBuf,
-    /// Its size.
-    pub bytes: u64,
-}
-
-/// Why a job failed: a short truth for its owner.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// For programs.
-    pub code: &'static str,
-    /// For people.
-    pub message: String,
 }
 
 /// How far a job is.
@@ -153,8 +142,8 @@ pub enum Change {
     Started,
     /// The device moved on.
     Progressed(Progress),
-    /// The file is whole.
-    Completed(ClipFile),
+    /// The files are whole.
+    Completed(ClipFiles),
     /// It cannot be made.
     Failed(Failure),
     /// Its owner does not want it any more.
@@ -162,6 +151,17 @@ pub enum Change {
 }
 
 impl JobState {
+    /// Its name, as OpenAI's API has it.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            JobState::Queued => "queued",
+            JobState::InProgress => "in_progress",
+            JobState::Completed(_) => "completed",
+            JobState::Failed(_) => "failed",
+            JobState::Cancelled => "cancelled",
+        }
+    }
+
     /// Whether nothing can follow.
     pub fn is_terminal(&self) -> bool {
         matches!(self, JobState::Completed(_) | JobState::Failed(_) | JobState::Cancelled)
@@ -169,14 +169,15 @@ impl JobState {
 }
 
 impl Job {
-    /// A job that waits for the device.
-    pub fn new(client: ClientId, model: String, request: DiffusionRequest, format: ClipFormat) -> Self {
+    /// A job that waits for the device, which is given the pictures of `request`; the job goes without them.
+    pub fn new(client: ClientId, model: String, request: DiffusionRequest, file: ClipSettings) -> Self {
         Self {
             id: JobId::generate(),
             client,
             model,
-            request,
-            format,
+            fittings: request.keyframes.as_ref().map_or(Vec::new(), Keyframes::fittings),
+            request: request.without_pictures(),
+            file,
             created: SystemTime::now(),
             started: None,
             ended: None,
@@ -222,16 +223,20 @@ pub(crate) mod tests {
     use tale_models::diffusion::{Canvas, Prompt, Sampling};
     use tale_models::solver::names::Scheduler;
 
+    use crate::job::files::StoredFile;
+    use crate::media::{ClipFormat, Encoding};
+
     pub(crate) fn job() -> Job {
         let prompt = Prompt { text: "a boat".into(), max_sequence_length: 8 };
         let canvas = Canvas { width: 32, height: 32, num_frames: 9, fps: 8 };
         let scheduler = Scheduler::named("flow_euler").unwrap();
         let request = DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0));
-        Job::new(ClientId::default(), "clips".into(), request, ClipFormat::Mp4)
+        let file = ClipSettings::new(Encoding::usual(ClipFormat::Mp4), canvas.fps);
+        Job::new(ClientId::default(), "clips".into(), request, file)
     }
 
-    pub(crate) fn file() -> ClipFile {
-        ClipFile { path: "/nowhere/clip.mp4".into(), bytes: 10 }
+    pub(crate) fn file() -> ClipFiles {
+        ClipFiles::new(StoredFile { path: "/nowhere/clip.mp4".into(), bytes: 10 })
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 use rustix::fs::{Access, access, statvfs};
 
 use super::JobId;
-use crate::media::{ClipFormat, PARTIAL_EXTENSION, is_abandoned};
+use crate::media::{ClipFormat, PARTIAL_EXTENSION, Still, is_abandoned};
 
 /// Bytes that must be free on the disk of finished clips when nothing else is configured.
 pub const DEFAULT_MIN_FREE_BYTES: u64 = 256 << 20;
@@ -173,8 +173,8 @@ impl OutputDir {
                     std::fs::remove_file(&path)?;
                     removed += 1;
                 }
-                Some(Left::Clip) => {
-                    clips += 1;
+                Some(kind @ (Left::Clip | Left::Still)) => {
+                    clips += usize::from(matches!(kind, Left::Clip));
                     bytes += std::fs::metadata(&path).map_or(0, |metadata| metadata.len());
                 }
                 _ => (),
@@ -196,19 +196,22 @@ const PROBE_BYTES: usize = 4096;
 /// What an earlier process may have left.
 enum Left {
     Clip,
+    Still,
     Unfinished,
 }
 
 /// What a file is by its name; `None` for one that is not ours.
 fn kind_of(path: &Path) -> Option<Left> {
-    let is_clip = |name: &Path| {
-        let id = name.file_stem()?.to_str()?.parse::<JobId>().ok();
-        id.and(ClipFormat::from_extension(name.extension()?.to_str()?))
-    };
-    let is_partial = path.extension().is_some_and(|extension| extension == PARTIAL_EXTENSION);
-    match is_partial {
-        true => is_clip(Path::new(path.file_stem()?)).map(|_| Left::Unfinished),
-        false => is_clip(path).map(|_| Left::Clip),
+    let (id, kind) = path.file_name()?.to_str()?.split_once('.')?;
+    id.parse::<JobId>().ok()?;
+    let is_partial = Path::new(kind).extension().is_some_and(|extension| extension == PARTIAL_EXTENSION);
+    let kind = if is_partial { kind.rsplit_once('.')?.0 } else { kind };
+    let is_still = Still::ALL.iter().any(|still| still.extension() == kind);
+    match ClipFormat::from_extension(kind) {
+        None if !is_still => None,
+        _ if is_partial => Some(Left::Unfinished),
+        Some(_) => Some(Left::Clip),
+        None => Some(Left::Still),
     }
 }
 
@@ -299,6 +302,8 @@ mod tests {
             format!("{job}.mp4"),
             "holiday.mp4.partial".to_owned(),
             format!("{job}.txt.partial"),
+            format!("{job}.last.png.partial"),
+            format!("{job}.last.png"),
         ];
         for name in &names {
             std::fs::write(dir.path().join(name), "x").expect("writable");
@@ -308,7 +313,7 @@ mod tests {
         held.lock().expect("nobody else has it");
         OutputDir::at(dir.path(), 0).expect("usable");
         let stays: Vec<bool> = names.iter().map(|name| dir.path().join(name).exists()).collect();
-        assert_eq!(stays, [false, true, true, true]);
+        assert_eq!(stays, [false, true, true, true, false, true]);
         assert!(writing.exists(), "another process writes it");
     }
 }

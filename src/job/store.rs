@@ -20,7 +20,7 @@ pub trait JobStore: Send + Sync + std::fmt::Debug {
     /// Applies a change and tells the feed; `None` when the job is gone or the change cannot happen any more.
     fn apply(&self, id: JobId, change: Change) -> Option<Job>;
 
-    /// Takes a job out and removes its file.
+    /// Takes a job out and removes its files.
     fn remove(&self, id: JobId) -> Option<Job>;
 
     /// What happened to a job and what will.
@@ -120,7 +120,7 @@ impl MemoryStore {
             }
         }
         for id in surplus {
-            jobs.remove(&id).iter().for_each(|entry| remove_file(&entry.job));
+            jobs.remove(&id).iter().for_each(|entry| remove_files(&entry.job));
         }
     }
 }
@@ -155,7 +155,7 @@ impl JobStore for MemoryStore {
 
     fn remove(&self, id: JobId) -> Option<Job> {
         let entry = self.lock().remove(&id)?;
-        remove_file(&entry.job);
+        remove_files(&entry.job);
         Some(entry.job)
     }
 
@@ -192,16 +192,13 @@ fn num_active(jobs: &BTreeMap<JobId, Entry>) -> usize {
 }
 
 fn file_bytes(job: &Job) -> u64 {
-    if let JobState::Completed(file) = &job.state { file.bytes } else { 0 }
+    if let JobState::Completed(files) = &job.state { files.total_bytes() } else { 0 }
 }
 
-fn remove_file(job: &Job) {
-    let JobState::Completed(file) = &job.state else { return };
-    match std::fs::remove_file(&file.path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(job = %job.id, %error, "the file of a removed job stays");
-        }
-        _ => (),
+fn remove_files(job: &Job) {
+    let JobState::Completed(files) = &job.state else { return };
+    if let Err(error) = files.remove() {
+        tracing::warn!(job = %job.id, %error, "the files of a removed job stay");
     }
 }
 
@@ -209,7 +206,8 @@ fn remove_file(job: &Job) {
 mod tests {
     use tale_models::ClientId;
 
-    use super::super::{ClipFile, tests::job};
+    use super::super::files::{ClipFiles, StoredFile};
+    use super::super::tests::job;
     use super::*;
 
     fn completed(store: &MemoryStore, dir: &std::path::Path, bytes: u64) -> JobId {
@@ -219,7 +217,7 @@ mod tests {
         std::fs::write(&path, "x").expect("writable");
         store.insert(job).expect("room");
         store.apply(id, Change::Started).expect("queued before");
-        store.apply(id, Change::Completed(ClipFile { path, bytes })).expect("in progress before");
+        store.apply(id, Change::Completed(ClipFiles::new(StoredFile { path, bytes }))).expect("in progress before");
         id
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of containers and encoders.
 
+use std::path::Path;
 use std::sync::Once;
 
 use ffmpeg_next::util::log;
@@ -91,4 +92,12 @@ fn find(name: &'static str) -> Result<filter::Filter> {
 /// `1/fps` seconds.
 pub fn frame_duration(fps: usize) -> Rational {
     Rational::new(1, fps as i32)
+}
+
+/// A path as FFmpeg takes it: with its scheme, or `rtmp:` and the like in a name would mean a protocol.
+pub fn url(path: &Path) -> Result<String> {
+    match path.to_str() {
+        Some(path) => Ok(format!("file:{path}")),
+        None => Err(MediaError::PathEncoding { path: path.to_path_buf() }),
+    }
 }

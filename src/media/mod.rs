@@ -9,7 +9,9 @@ mod ffmpeg;
 mod frames;
 mod input;
 mod jpeg;
+mod partial;
 mod picture;
+mod stills;
 #[cfg(test)]
 mod tests;
 
@@ -17,10 +19,15 @@ use std::path::{Path, PathBuf};
 
 use tale_models::request::Frame;
 
-pub use clip::{ClipEncoder, ClipFormat, MAX_GIF_FPS, PARTIAL_EXTENSION, Readers, is_abandoned};
+pub use clip::{BadEncoding, ClipEncoder, ClipFormat, ClipSettings, ClipText, Codec, Encoding, MAX_GIF_FPS, Quality};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
 pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture, decode_picture_within};
-pub use picture::{PictureFormat, encode_picture, enlarge, read_png_text};
+pub use partial::{PARTIAL_EXTENSION, Readers, is_abandoned};
+pub use picture::{PictureFormat, encode_picture, read_png_text, resized};
+pub use stills::{Still, Stills, write_still};
+
+/// Who made a file, in those that say how they were made.
+const SOFTWARE: &str = concat!("Tale ", env!("CARGO_PKG_VERSION"));
 
 /// What can go wrong between frames and a file.
 #[derive(Debug, thiserror::Error)]

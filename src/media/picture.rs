@@ -10,7 +10,7 @@ use image::{ExtendedColorType, ImageEncoder, ImageError, ImageFormat};
 use tale_models::request::Frame;
 
 use super::ffmpeg::{Filters, frame_duration, to_rgb24};
-use super::{MediaError, Result, check_frame};
+use super::{MediaError, Result, SOFTWARE, check_frame};
 
 /// JPEG quality when the caller names none: without visible loss, at a third of the bytes of 100.
 const DEFAULT_JPEG_QUALITY: u8 = 95;
@@ -65,9 +65,6 @@ impl std::fmt::Display for PictureFormat {
         f.write_str(self.as_str())
     }
 }
-
-/// `Software` of a PNG file that has a text.
-const SOFTWARE: &str = concat!("Tale ", env!("CARGO_PKG_VERSION"));
 
 /// Most bytes of a compressed text in a PNG file that somebody hands us.
 const MAX_TEXT_BYTES: usize = 8 << 20;
@@ -142,7 +139,7 @@ fn write_png(frame: &Frame, text: Option<(&str, String)>, bytes: &mut Vec<u8>) -
 }
 
 /// The same picture in another size, smooth between its pixels.
-pub fn enlarge(frame: &Frame, width: usize, height: usize) -> Result<Frame> {
+pub fn resized(frame: &Frame, width: usize, height: usize) -> Result<Frame> {
     check_frame(frame)?;
     let (from, to) = (size_u32(frame)?, size_u32(&Frame { width, height, rgb: Vec::new() })?);
     let small =

@@ -29,24 +29,42 @@ fn gradients(width: usize, height: usize, count: usize) -> Vec<Frame> {
 }
 
 fn encode(path: &Path, format: ClipFormat, fps: usize, frames: &[Frame]) {
-    let mut clip = ClipEncoder::create(path, format, frames[0].width, frames[0].height, fps).unwrap();
+    encode_as(path, &ClipSettings::new(Encoding::usual(format), fps), frames);
+}
+
+fn encode_as(path: &Path, settings: &ClipSettings, frames: &[Frame]) {
+    let mut clip = ClipEncoder::create(path, settings, frames[0].width, frames[0].height).unwrap();
     for frame in frames {
         clip.push(frame).unwrap();
     }
     clip.finish().unwrap();
 }
 
+fn mp4(fps: usize) -> ClipSettings {
+    ClipSettings::new(Encoding::usual(ClipFormat::Mp4), fps)
+}
+
 /// A decoded file: what a player sees.
 struct Played {
     codec: codec::Id,
     profile: codec::Profile,
+    /// As the container names the codec.
+    tag: [u8; 4],
     size: (u32, u32),
+    /// What the container says of itself.
+    text: Vec<(String, String)>,
     tags: (color::Space, color::Range, color::Primaries, color::TransferCharacteristic),
     /// Seconds, as the container states it.
     duration: f64,
     /// Seconds of each frame.
     times: Vec<f64>,
     frames: Vec<ffmpeg_next::frame::Video>,
+}
+
+impl Played {
+    fn says(&self, name: &str) -> Option<String> {
+        self.text.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.clone())
+    }
 }
 
 fn play(path: &Path) -> Played {
@@ -59,7 +77,10 @@ fn play(path: &Path) -> Played {
     let mut played = Played {
         codec: decoder.id(),
         profile: decoder.profile(),
+        // SAFETY: the stream's parameters live as long as it does.
+        tag: unsafe { (*stream.parameters().as_ptr()).codec_tag }.to_le_bytes(),
         size: (decoder.width(), decoder.height()),
+        text: input.metadata().iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         tags: (
             decoder.color_space(),
             decoder.color_range(),
@@ -120,11 +141,22 @@ fn psnr(sent: &Frame, shown: &ffmpeg_next::frame::Video) -> f64 {
 }
 
 /// Frames, times, duration and pixels of a clip are those that went in.
-fn check_clip(format: ClipFormat, (width, height): (usize, usize), fps: usize, count: usize, min_psnr: f64) -> Played {
+fn check_clip(format: ClipFormat, size: (usize, usize), fps: usize, count: usize, min_psnr: f64) -> Played {
+    check_encoding(Encoding::usual(format), size, fps, count, min_psnr)
+}
+
+fn check_encoding(
+    encoding: Encoding,
+    (width, height): (usize, usize),
+    fps: usize,
+    count: usize,
+    min_psnr: f64,
+) -> Played {
     let dir = tempdir().unwrap();
+    let format = encoding.format();
     let path = dir.path().join("clip").with_extension(format.as_str());
     let sent = gradients(width, height, count);
-    encode(&path, format, fps, &sent);
+    encode_as(&path, &ClipSettings::new(encoding, fps), &sent);
     let played = play(&path);
     assert_eq!(played.frames.len(), count, "frames of {format:?}");
     for (index, time) in played.times.iter().enumerate() {
@@ -163,6 +195,95 @@ fn webm_is_vp9_with_bt709_tags_and_the_frames_that_went_in() {
     let played = check_clip(ClipFormat::Webm, (96, 64), 16, 21, 33.0);
     assert_eq!(played.codec, codec::Id::VP9);
     assert_eq!(played.tags, BT709_TAGS);
+}
+
+/// Of those that this machine's FFmpeg has, which in Debian are all.
+#[test]
+fn every_codec_has_the_frames_that_went_in_in_every_format_that_holds_it() {
+    for (format, codec, id, tag) in [
+        (ClipFormat::Mp4, Codec::H265, codec::Id::HEVC, Some(*b"hvc1")),
+        (ClipFormat::Mp4, Codec::Av1, codec::Id::AV1, Some(*b"av01")),
+        (ClipFormat::Webm, Codec::Av1, codec::Id::AV1, None),
+    ] {
+        let encoding = match Encoding::choose(Some(format), Some(codec), None) {
+            Ok(encoding) => encoding,
+            Err(BadEncoding { problem, .. }) => {
+                println!("NOT RUN: {problem}");
+                continue;
+            }
+        };
+        for (size, fps, count) in [((96, 64), 16, 21), ((48, 32), 8, 1), ((35, 49), 24, 3)] {
+            let played = check_encoding(encoding, size, fps, count, 30.0);
+            assert_eq!((played.codec, played.tags), (id, BT709_TAGS), "{codec:?}");
+            tag.inspect(|tag| assert_eq!(played.tag, *tag, "{codec:?}"));
+        }
+    }
+}
+
+#[test]
+fn better_quality_is_more_bytes_and_less_loss() {
+    let dir = tempdir().unwrap();
+    let frames = gradients(96, 64, 9);
+    for codec in [Codec::H264, Codec::H265, Codec::Av1, Codec::Vp9] {
+        let mut found = Vec::new();
+        for name in Quality::NAMES {
+            let Ok(encoding) = Encoding::choose(None, Some(codec), Quality::named(name)) else { continue };
+            let path = dir.path().join(name);
+            encode_as(&path, &ClipSettings::new(encoding, 16), &frames);
+            let played = play(&path);
+            let psnr = frames.iter().zip(&played.frames).map(|(sent, shown)| psnr(sent, shown)).sum::<f64>();
+            found.push((std::fs::metadata(&path).unwrap().len(), psnr / frames.len() as f64));
+        }
+        assert!(found.is_sorted_by(|worse, better| worse.0 < better.0 && worse.1 < better.1), "{codec:?}: {found:?}");
+    }
+}
+
+#[test]
+fn another_rate_shows_frames_again_or_leaves_them_out_and_lasts_as_long() {
+    let dir = tempdir().unwrap();
+    let frames: Vec<Frame> = (0..16).map(|index| flat(64, 64, [index * 16, 128, 255 - index * 16])).collect();
+    for (format, fps, output_fps, expected) in [
+        (ClipFormat::Mp4, 8, 24, 48),
+        (ClipFormat::Mp4, 16, 24, 24),
+        (ClipFormat::Webm, 16, 8, 8),
+        (ClipFormat::Gif, 16, 20, 20),
+    ] {
+        let path = dir.path().join("a").with_extension(format.as_str());
+        let settings = ClipSettings { output_fps: Some(output_fps), ..ClipSettings::new(Encoding::usual(format), fps) };
+        encode_as(&path, &settings, &frames);
+        let played = play(&path);
+        assert_eq!(played.frames.len(), expected, "{format:?} {fps} to {output_fps}");
+        assert!((played.duration - 16.0 / fps as f64).abs() <= 0.0101, "{format:?} lasts {} s", played.duration);
+        for (index, shown) in played.frames.iter().enumerate() {
+            let sent = &frames[index * fps / output_fps];
+            let psnr = psnr(sent, shown);
+            assert!(psnr > 30.0, "frame {index} of {format:?} {fps} to {output_fps}: {psnr:.1} dB");
+        }
+    }
+}
+
+#[test]
+fn a_clip_says_of_itself_what_it_was_told() {
+    let dir = tempdir().unwrap();
+    let comment = format!(r#"{{"prompt": "한국 😀 \"caf\u00e9\" {}"}}"#, "long ".repeat(5000));
+    let text = ClipText { title: Some("Szene 1 – Übung".into()), comment: Some(comment.clone()) };
+    for (format, software) in [(ClipFormat::Mp4, "encoder"), (ClipFormat::Webm, "software")] {
+        let path = dir.path().join("a").with_extension(format.as_str());
+        let settings = ClipSettings::new(Encoding::usual(format), 8);
+        let frames = gradients(64, 64, 5);
+        encode_as(&path, &ClipSettings { text: text.clone(), ..settings.clone() }, &frames);
+        let played = play(&path);
+        assert_eq!((played.frames.len(), played.says("title")), (5, text.title.clone()));
+        assert_eq!(played.says("comment"), Some(comment.clone()), "{format:?}");
+        let tale = concat!("Tale ", env!("CARGO_PKG_VERSION")).to_owned();
+        assert_eq!(played.says(software), Some(tale), "{format:?}: {:?}", played.text);
+        encode_as(&path, &settings, &frames);
+        let silent = play(&path);
+        let said = ["title", "comment"].map(|name| silent.says(name));
+        assert_eq!(said, [None, None], "{format:?}");
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(!bytes.windows(4).any(|bytes| bytes == b"Tale"), "{format:?}");
+    }
 }
 
 #[test]
@@ -281,7 +402,7 @@ fn a_dropped_clip_leaves_nothing_and_spares_what_was_there() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("a.mp4");
     std::fs::write(&path, "an earlier clip").unwrap();
-    let mut clip = ClipEncoder::create(&path, ClipFormat::Mp4, 64, 64, 16).unwrap();
+    let mut clip = ClipEncoder::create(&path, &mp4(16), 64, 64).unwrap();
     clip.push(&gradient(64, 64, 0)).unwrap();
     drop(clip);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "an earlier clip");
@@ -292,14 +413,14 @@ fn a_dropped_clip_leaves_nothing_and_spares_what_was_there() {
 fn bad_clips_are_refused() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("a.mp4");
-    let create = |path: &Path, width, fps| ClipEncoder::create(path, ClipFormat::Mp4, width, 64, fps).err();
+    let create = |path: &Path, width, fps| ClipEncoder::create(path, &mp4(fps), width, 64).err();
     assert!(matches!(create(&path, 64, 0), Some(MediaError::NoFrameRate)));
     assert!(matches!(create(&path, 0, 16), Some(MediaError::BadFrame { .. })));
     assert!(matches!(create(&path, 1 << 20, 16), Some(MediaError::BadFrame { .. })));
     let missing = dir.path().join("no/such/folder/a.mp4");
     assert!(matches!(create(&missing, 64, 16), Some(MediaError::Io { .. })));
 
-    let mut clip = ClipEncoder::create(&path, ClipFormat::Mp4, 64, 64, 16).unwrap();
+    let mut clip = ClipEncoder::create(&path, &mp4(16), 64, 64).unwrap();
     assert!(matches!(clip.push(&gradient(32, 64, 0)), Err(MediaError::FrameSize { .. })));
     let torn = Frame { width: 64, height: 64, rgb: vec![0; 17] };
     assert!(matches!(clip.push(&torn), Err(MediaError::BadFrame { bytes: 17, .. })));

@@ -117,12 +117,12 @@ pub struct FrameSupport {
 }
 
 impl CanvasSupport {
-    /// `image`: size of the image that the request begins from. As in diffusers the result has that size, down to what the
-    /// model can make, unless the client gives another.
-    pub(super) fn resolve(&self, options: &Options, image: Option<(usize, usize)>) -> Result<Canvas> {
+    /// `image`: the field and the size of the image that the request begins from. As in diffusers the result has that size,
+    /// down to what the model can make, unless the client gives another.
+    pub(super) fn resolve(&self, options: &Options, image: Option<(&str, (usize, usize))>) -> Result<Canvas> {
         let own = |side: usize| side - side % self.size_multiple;
         let (default_width, default_height) = match image {
-            Some((width, height)) => (own(width), own(height)),
+            Some((_, (width, height))) => (own(width), own(height)),
             None => (self.default_width, self.default_height),
         };
         let (num_frames, fps) = match &self.frames {
@@ -137,9 +137,9 @@ impl CanvasSupport {
         };
         let has_own_size = !options.has(&WIDTH) && !options.has(&HEIGHT);
         self.check_size(&canvas).map_err(|error| match image {
-            Some((width, height)) if has_own_size => {
+            Some((field, (width, height))) if has_own_size => {
                 let problem = format!("is {width}x{height}, a size that this model does not make");
-                Error::invalid("image", format!("{problem} ({error}); give width and height"))
+                Error::invalid(field, format!("{problem} ({error}); give width and height"))
             }
             _ => error,
         })?;

@@ -133,8 +133,10 @@ impl DiffusionCard {
         let sampling = self.sampling.resolve(options, fallback_seed)?;
         let references = References::resolve(self.has_ip_adapter, options)?;
         let loras = loras::resolve(&self.loras, options)?;
-        let of_keyframes = keyframes.as_ref().map(|keyframes| keyframes.own_size(&self.canvas));
-        let canvas = self.canvas.resolve(options, edit.as_ref().map(edit::Asked::image_size).or(of_keyframes))?;
+        let of_edit = edit.as_ref().map(|edit| (IMAGE.declaration.name, edit.image_size()));
+        let of_keyframes =
+            keyframes.as_ref().map(|keyframes| (INPUT_REFERENCE.declaration.name, keyframes.own_size(&self.canvas)));
+        let canvas = self.canvas.resolve(options, of_edit.or(of_keyframes))?;
         let keyframes = keyframes.map(|keyframes| keyframes.resolve(&canvas)).transpose()?;
         let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
         let acceleration = acceleration::resolve(self.acceleration.as_ref(), options)?;

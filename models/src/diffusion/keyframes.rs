@@ -56,7 +56,29 @@ pub struct Keyframe {
     pub fitted: Arc<Frame>,
 }
 
+/// How a picture came to the size of its video.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fitting {
+    /// The parameter that brought it.
+    pub field: &'static str,
+    /// Its own width and height in pixels.
+    pub size: (usize, usize),
+    /// Whether that is not the video's: then it was stretched, without a margin and without a cut, as diffusers'
+    /// `VideoProcessor` does it.
+    pub is_stretched: bool,
+}
+
 impl Keyframes {
+    /// How they came to the size of the video.
+    pub fn fittings(&self) -> Vec<Fitting> {
+        let fields = [&INPUT_REFERENCE, &LAST_IMAGE].map(|parameter| parameter.declaration.name);
+        let fitting = |(field, Keyframe { given, fitted }): (_, &Keyframe)| {
+            let size = (given.width, given.height);
+            Fitting { field, size, is_stretched: size != (fitted.width, fitted.height) }
+        };
+        fields.into_iter().zip(self.iter()).map(fitting).collect()
+    }
+
     /// All of them, in the order of time.
     pub fn iter(&self) -> impl Iterator<Item = &Keyframe> {
         std::iter::once(&self.first).chain(&self.last)

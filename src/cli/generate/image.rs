@@ -101,7 +101,7 @@ fn numbered(path: &Path, i: usize, n: u8) -> PathBuf {
 }
 
 /// What the parameters of a picture call a model that nobody has named.
-fn folder_name(model: &Path) -> String {
+pub(super) fn folder_name(model: &Path) -> String {
     let path = std::path::absolute(model).unwrap_or_else(|_| model.to_path_buf());
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

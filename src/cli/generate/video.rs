@@ -3,16 +3,21 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use clap::builder::PossibleValuesParser;
 use tale_models::Request;
 use tale_models::diffusion::{Canvas, DiffusionRequest, Medium, Sampling};
 use tale_models::parameter::Options;
 use tale_models::request::Frame;
 
 use super::diffusion::{card_for, follow};
+use super::image::folder_name;
 use super::{CliError, Generator, ModelArgs, random_seed};
 use crate::cli::parameters::{ParameterArgs, Videos, subject};
 use crate::engine::EngineOptions;
-use crate::media::{self, ClipEncoder, ClipFormat, FrameFolder};
+use crate::media::{
+    self, BadEncoding, ClipEncoder, ClipFormat, ClipSettings, ClipText, Codec, Encoding, FrameFolder, Quality,
+};
+use crate::parameters::EffectiveParameters;
 
 #[derive(Debug, Args)]
 #[command(group = subject())]
@@ -24,13 +29,40 @@ pub struct VideoArgs {
     #[arg(long, value_name = "FILE|DIR/")]
     output: PathBuf,
 
+    #[command(flatten)]
+    file: FileArgs,
+
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
     parameters: ParameterArgs<Videos>,
 }
 
+/// What becomes of the frames.
+#[derive(Debug, Args)]
+struct FileArgs {
+    /// How the file is compressed: in .mp4 h264, h265 or av1, in .webm vp9 or av1 [default: the first]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(Codec::NAMES))]
+    codec: Option<String>,
+
+    /// How little the file may lose of the frames [default: high]
+    #[arg(long, value_name = "HOW", value_parser = PossibleValuesParser::new(Quality::NAMES))]
+    quality: Option<String>,
+
+    /// Frames per second of the file where they are not --fps: frames are shown again or left out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=120))]
+    output_fps: Option<u8>,
+
+    /// Title that players show
+    #[arg(long, value_name = "TEXT")]
+    title: Option<String>,
+
+    /// Leave out of the file how it was made, the prompt included
+    #[arg(long)]
+    no_metadata: bool,
+}
+
 pub fn run(args: VideoArgs) -> Result<(), CliError> {
-    let target = Target::of(&args.output)?;
+    let target = Target::of(&args.output, &args.file)?;
     let options = args.parameters.options_over(Options::default())?;
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
@@ -46,7 +78,8 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
         )
     });
 
-    let mut output = Output::create(&args.output, target, &request)?;
+    let parameters = EffectiveParameters::new(&folder_name(&args.model.model), &request);
+    let mut output = Output::create(&args.output, target, &args.file, &request, &parameters)?;
     let session = generator.submit(Request::Diffusion(request))?;
     follow(&mut generator, session, |frames| frames.iter().try_for_each(|frame| Ok(output.push(frame)?)))?;
     Ok(output.finish()?)
@@ -55,21 +88,56 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
 /// What the path after `--output` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Target {
-    File(ClipFormat),
+    File(Encoding),
     Folder,
 }
 
 impl Target {
-    fn of(path: &Path) -> Result<Self, CliError> {
+    fn of(path: &Path, file: &FileArgs) -> Result<Self, CliError> {
         let names_folder = path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.is_dir();
-        let Some(extension) = path.extension().filter(|_| !names_folder) else { return Ok(Self::Folder) };
-        let format = extension.to_str().and_then(ClipFormat::from_extension);
-        format.map(Self::File).ok_or_else(|| {
+        let Some(extension) = path.extension().filter(|_| !names_folder) else {
+            return match file.said() {
+                None => Ok(Self::Folder),
+                Some(flag) => Err(CliError::Argument(format!("--{flag}: a folder holds the frames as they are"))),
+            };
+        };
+        let format = extension.to_str().and_then(ClipFormat::from_extension).ok_or_else(|| {
             let path = path.display();
             CliError::Argument(format!(
                 "--output: {path} should end in .mp4, .webm or .gif, or in / for a folder of frames"
             ))
-        })
+        })?;
+        file.encoding(format).map(Self::File)
+    }
+}
+
+impl FileArgs {
+    fn encoding(&self, format: ClipFormat) -> Result<Encoding, CliError> {
+        let codec = self.codec.as_deref().and_then(Codec::named);
+        let quality = self.quality.as_deref().and_then(Quality::named);
+        let encoding = Encoding::choose(Some(format), codec, quality)
+            .map_err(|BadEncoding { field, problem }| CliError::Argument(format!("--{field}: {problem}")))?;
+        if self.title.is_some() && !encoding.holds_text() {
+            return Err(CliError::Argument(format!("--title: {} has none; leave it out", format.as_str())));
+        }
+        Ok(encoding)
+    }
+
+    /// The first flag that says how a file is made.
+    fn said(&self) -> Option<&'static str> {
+        let said = [
+            ("codec", self.codec.is_some()),
+            ("quality", self.quality.is_some()),
+            ("output-fps", self.output_fps.is_some()),
+            ("title", self.title.is_some()),
+        ];
+        said.into_iter().find_map(|(flag, is_said)| is_said.then_some(flag))
+    }
+
+    fn settings(&self, encoding: Encoding, fps: usize, parameters: &EffectiveParameters) -> ClipSettings {
+        let has_comment = encoding.holds_text() && !self.no_metadata;
+        let text = ClipText { title: self.title.clone(), comment: has_comment.then(|| parameters.to_json()) };
+        ClipSettings { encoding, fps, output_fps: self.output_fps.map(usize::from), text }
     }
 }
 
@@ -80,11 +148,18 @@ enum Output {
 }
 
 impl Output {
-    fn create(path: &Path, target: Target, request: &DiffusionRequest) -> media::Result<Self> {
+    fn create(
+        path: &Path,
+        target: Target,
+        file: &FileArgs,
+        request: &DiffusionRequest,
+        parameters: &EffectiveParameters,
+    ) -> media::Result<Self> {
+        let Canvas { width, height, fps, .. } = request.canvas;
         match target {
-            Target::File(format) => {
-                ClipEncoder::create(path, format, request.canvas.width, request.canvas.height, request.canvas.fps)
-                    .map(|clip| Self::File(Box::new(clip)))
+            Target::File(encoding) => {
+                let settings = file.settings(encoding, fps, parameters);
+                ClipEncoder::create(path, &settings, width, height).map(|clip| Self::File(Box::new(clip)))
             }
             Target::Folder => FrameFolder::create(path).map(Self::Folder),
         }
@@ -115,16 +190,32 @@ mod tests {
         let existing = dir.path().join("existing.mp4");
         std::fs::create_dir(&existing).unwrap();
         for (path, expected) in [
-            ("a.mp4", Target::File(ClipFormat::Mp4)),
-            ("b/c.WEBM", Target::File(ClipFormat::Webm)),
-            ("d.gif", Target::File(ClipFormat::Gif)),
+            ("a.mp4", Target::File(Encoding::usual(ClipFormat::Mp4))),
+            ("b/c.WEBM", Target::File(Encoding::usual(ClipFormat::Webm))),
+            ("d.gif", Target::File(Encoding::usual(ClipFormat::Gif))),
             ("frames/", Target::Folder),
             ("frames.mp4/", Target::Folder),
             ("frames", Target::Folder),
             (existing.to_str().unwrap(), Target::Folder),
         ] {
-            assert_eq!(Target::of(Path::new(path)).unwrap(), expected, "{path}");
+            assert_eq!(Target::of(Path::new(path), &plain()).unwrap(), expected, "{path}");
         }
-        assert!(Target::of(Path::new("a.mov")).is_err());
+        assert!(Target::of(Path::new("a.mov"), &plain()).is_err());
+    }
+
+    #[test]
+    fn what_the_output_cannot_have_is_refused_by_its_flag() {
+        let refusal = |path: &str, file| Target::of(Path::new(path), &file).unwrap_err().to_string();
+        let codec = |name: &str| FileArgs { codec: Some(name.into()), ..plain() };
+        assert!(refusal("a.webm", codec("h264")).starts_with("--codec: webm does not hold h264"));
+        assert!(refusal("frames/", codec("h264")).starts_with("--codec: a folder"));
+        let titled = || FileArgs { title: Some("x".into()), ..plain() };
+        assert!(refusal("a.gif", titled()).starts_with("--title: gif"));
+        assert!(refusal("frames/", FileArgs { output_fps: Some(8), ..plain() }).starts_with("--output-fps: a folder"));
+        assert!(Target::of(Path::new("a.mp4"), &titled()).is_ok());
+    }
+
+    fn plain() -> FileArgs {
+        FileArgs { codec: None, quality: None, output_fps: None, title: None, no_metadata: false }
     }
 }

@@ -1,4 +1,4 @@
-//! A file in a body: a part of a form, or text in JSON.
+//! A file in a body: a part of a form, text in JSON, or a frame of a video that this server has made.
 
 use std::fmt;
 
@@ -7,17 +7,82 @@ use base64::alphabet::STANDARD;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::{DecodeError, Engine as _};
-use serde::de::value::SeqAccessDeserializer;
-use serde::de::{Error, SeqAccess, Visitor};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// A file's bytes: as they are in a form, and in JSON as base64, alone or in a data URL.
-pub(in crate::http) struct Upload(pub(in crate::http) Bytes);
+/// An image that a request brings.
+pub(in crate::http) enum Upload {
+    /// A file's bytes: as they are in a form, and in JSON as base64, alone or in a data URL.
+    File(Bytes),
+    /// One that lies here already.
+    Frame(FrameOf),
+}
+
+/// A frame of a video.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::http) struct FrameOf {
+    pub(in crate::http) video_id: String,
+    pub(in crate::http) end: End,
+}
+
+/// Which frame of a video.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::http) enum End {
+    First,
+    Last,
+}
+
+/// An image that is not spelled as a file. `image_url` is OpenAI's.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Reference {
+    image_url: Option<Upload>,
+    file_id: Option<IgnoredAny>,
+    video_id: Option<String>,
+    frame: Option<End>,
+}
+
+impl Reference {
+    fn into_upload<E: Error>(self) -> Result<Upload, E> {
+        match self {
+            Self { file_id: Some(_), .. } => {
+                Err(E::custom("has a file_id; no files are kept here, give image_url or video_id"))
+            }
+            Self { image_url: Some(file @ Upload::File(_)), video_id: None, frame: None, .. } => Ok(file),
+            Self { image_url: None, video_id: Some(video_id), frame: Some(end), .. } => {
+                Ok(Upload::Frame(FrameOf { video_id, end }))
+            }
+            Self { image_url: None, video_id: Some(_), frame: None, .. } => {
+                Err(E::custom("has a video_id without frame, which is first or last"))
+            }
+            _ => Err(E::custom("must have either image_url alone or video_id and frame")),
+        }
+    }
+}
+
+impl Upload {
+    /// The bytes of a file.
+    ///
+    /// # Panics
+    ///
+    /// For a frame, in whose place its file has to be put before.
+    pub(in crate::http) fn into_file(self) -> Bytes {
+        match self {
+            Self::File(bytes) => bytes,
+            Self::Frame(_) => unreachable!("frames are fetched before files are decoded: this is a bug"),
+        }
+    }
+}
 
 // Bodies are printed; files are not.
 impl fmt::Debug for Upload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Upload({} bytes)", self.0.len())
+        match self {
+            Self::File(bytes) => write!(f, "Upload({} bytes)", bytes.len()),
+            Self::Frame(frame) => write!(f, "Upload({frame:?})"),
+        }
     }
 }
 
@@ -29,21 +94,25 @@ impl<'de> Deserialize<'de> for Upload {
 
 struct UploadVisitor;
 
-impl Visitor<'_> for UploadVisitor {
+impl<'de> Visitor<'de> for UploadVisitor {
     type Value = Upload;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a file, base64 or a data URL")
+        f.write_str("a file, base64, a data URL or a frame of a video")
     }
 
     fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Upload, E> {
-        Ok(Upload(bytes.into()))
+        Ok(Upload::File(bytes.into()))
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<Upload, E> {
         let bytes = base64_of(text).map_err(str::to_owned).and_then(decode);
         let bytes = bytes.map_err(|reason| E::custom(format!("must be a file, base64 or a data URL; {reason}")))?;
-        Ok(Upload(bytes.into()))
+        Ok(Upload::File(bytes.into()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Upload, A::Error> {
+        Reference::deserialize(MapAccessDeserializer::new(fields))?.into_upload()
     }
 }
 
@@ -118,6 +187,10 @@ impl<'de> Deserialize<'de> for OneOrMany<Upload> {
                 UploadVisitor.visit_str(text).map(|one| OneOrMany(vec![one]))
             }
 
+            fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Self::Value, A::Error> {
+                UploadVisitor.visit_map(fields).map(|one| OneOrMany(vec![one]))
+            }
+
             fn visit_seq<A: SeqAccess<'de>>(self, values: A) -> Result<Self::Value, A::Error> {
                 Vec::deserialize(SeqAccessDeserializer::new(values)).map(OneOrMany)
             }
@@ -133,7 +206,11 @@ mod tests {
 
     fn read(text: &str) -> Result<Vec<u8>, String> {
         let upload: Result<Upload, serde::de::value::Error> = UploadVisitor.visit_str(text);
-        upload.map(|Upload(bytes)| bytes.to_vec()).map_err(|error| error.to_string())
+        match upload {
+            Ok(Upload::File(bytes)) => Ok(bytes.to_vec()),
+            Ok(Upload::Frame(_)) => unreachable!("a text is a file"),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Bytes whose base64 has both symbols in which the alphabets differ, and padding.
@@ -177,6 +254,31 @@ mod tests {
             let error = read(text).expect_err(text);
             let expected = format!("must be a file, base64 or a data URL; {problem}");
             assert!(error.starts_with(&expected) && !error.contains("s3cret"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_frame_of_a_video_is_named_by_its_end() {
+        let read = |json: &str| serde_json::from_str::<OneOrMany<Upload>>(json).map_err(|error| error.to_string());
+        let frame = |end| FrameOf { video_id: "video_1".to_owned(), end };
+        for (word, end) in [("first", End::First), ("last", End::Last)] {
+            let OneOrMany(uploads) =
+                read(&format!(r#"{{"video_id": "video_1", "frame": "{word}"}}"#)).expect("a frame");
+            assert!(matches!(&uploads[..], [Upload::Frame(found)] if *found == frame(end)), "{uploads:?}");
+        }
+        let url = format!(r#"[{{"image_url": "data:;base64,{TEXT}"}}, "{TEXT}"]"#);
+        let OneOrMany(files) = read(&url).expect("two files");
+        assert!(files.iter().all(|file| matches!(file, Upload::File(bytes) if bytes == BYTES)), "{files:?}");
+        for (json, problem) in [
+            (r#"{"file_id": "file_1"}"#, "has a file_id; no files are kept here"),
+            (r#"{"video_id": "video_1"}"#, "has a video_id without frame"),
+            (r#"{"frame": "last"}"#, "must have either image_url alone"),
+            (r#"{"video_id": "video_1", "frame": "last", "image_url": "QUJD"}"#, "must have either image_url alone"),
+            (r#"{"video_id": "video_1", "frame": "third"}"#, "unknown variant"),
+            (r#"{"url": "x"}"#, "unknown field"),
+        ] {
+            let error = read(json).expect_err(json);
+            assert!(error.starts_with(problem), "{json}: {error}");
         }
     }
 }

@@ -10,11 +10,15 @@ use crate::parameters::is_image;
 
 /// A field of a JSON body, where `null` is as good as absent.
 pub(super) fn in_json(declaration: &Declaration) -> Value {
-    let mut schema = values(declaration.kind);
+    let mut schema = match declaration.kind {
+        Kind::Image | Kind::Mask => image(),
+        Kind::Images { max } => json!({"type": "array", "items": image(), "maxItems": max}),
+        kind => values(kind),
+    };
     if !declaration.is_required {
         allow_null(&mut schema);
     }
-    let file = if is_image(declaration) { " As base64 or a data URL." } else { "" };
+    let file = if is_image(declaration) { " As base64, a data URL or a frame of a video." } else { "" };
     described(schema, format!("{}{file}", declaration.doc))
 }
 
@@ -77,6 +81,11 @@ pub(super) fn values(kind: Kind) -> Value {
     }
 }
 
+/// An image in JSON.
+fn image() -> Value {
+    json!({"anyOf": [{"type": "string"}, {"$ref": "#/components/schemas/ImageReference"}]})
+}
+
 fn lora() -> Value {
     let weight = json!({"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT, "default": 1});
     json!({
@@ -91,6 +100,9 @@ fn lora() -> Value {
 fn allow_null(schema: &mut Value) {
     if let Some(words) = schema.get_mut("enum").and_then(Value::as_array_mut) {
         words.push(Value::Null);
+    }
+    if let Some(choices) = schema.get_mut("anyOf").and_then(Value::as_array_mut) {
+        choices.push(json!({"type": "null"}));
     }
     match schema.get_mut("type") {
         Some(Value::Array(types)) => types.push("null".into()),

@@ -1,4 +1,4 @@
-//! `GET /v1/videos/{id}/content`: the file, or a part of it.
+//! `GET /v1/videos/{id}/content`: the file or a still beside it, or a part of that.
 //!
 //! A file is opened before the head of the answer is sent, so that one that is not there is an error with a status, and
 //! stays open until the last byte: a video that is removed meanwhile is still sent whole. Bytes are read when the client
@@ -20,12 +20,14 @@ use futures_core::Stream;
 use tale_models::parameter::{Declaration, Parameter};
 
 use self::open::{OpenFile, OpenFiles};
-use super::{job, query, status};
+use super::job;
+use super::list::query;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::files::FileWork;
 use crate::http::path::Id;
-use crate::job::JobState;
+use crate::http::stored::completed;
+use crate::media::Still;
 
 mod open;
 
@@ -39,8 +41,13 @@ const MAX_READS: usize = 16;
 static OPEN_FILES: OpenFiles = OpenFiles::new(MAX_OPEN_FILES);
 static READS: FileWork = FileWork::new(MAX_READS);
 
-static VARIANT: Parameter<String> =
-    Parameter::choice("variant", &["video"], "There are no thumbnails or spritesheets.");
+static VARIANT: Parameter<String> = Parameter::choice(
+    "variant",
+    VARIANTS,
+    "The video when absent; a thumbnail is the first frame as WebP, a spritesheet up to 16 frames as JPEG.",
+);
+/// What there is of a video.
+const VARIANTS: &[&str] = &["video", "thumbnail", "spritesheet"];
 
 /// The query of a file.
 pub(in crate::http) static CONTENT_QUERY: &[&Declaration] = &[&VARIANT.declaration];
@@ -51,15 +58,19 @@ pub(in crate::http) async fn content(
     uri: Uri,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    match query(&uri, CONTENT_QUERY)?.get("variant").map(String::as_str) {
-        None | Some("video") => (),
-        Some(_) => return Err(ApiError::field("variant", "must be video; there are no thumbnails or spritesheets")),
-    }
-    let job = job(&state, &id)?;
-    let JobState::Completed(file) = job.state else {
-        let message = format!("the video is {}; its content is there once it is completed", status(&job.state));
-        return Err(ApiError::not_completed(message));
+    let still = match query(&uri, CONTENT_QUERY)?.get("variant").map(String::as_str) {
+        None | Some("video") => None,
+        Some("thumbnail") => Some(Still::Thumbnail),
+        Some("spritesheet") => Some(Still::Spritesheet),
+        Some(_) => return Err(ApiError::field("variant", format!("must be one of {}", VARIANTS.join(", ")))),
     };
+    let job = job(&state, &id)?;
+    let files = completed(&job)?;
+    let file = match still {
+        None => &files.clip,
+        Some(still) => files.still(still).ok_or_else(ApiError::removed)?,
+    };
+    let media_type = still.map_or(job.file.encoding.format().media_type(), Still::media_type);
     let open = OPEN_FILES.open(job.id, file.clone()).await?;
     let range = headers.get(header::RANGE).and_then(|range| range.to_str().ok());
     let mut response = match parse_range(range, file.bytes) {
@@ -74,7 +85,7 @@ pub(in crate::http) async fn content(
         }
     };
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(job.format.media_type()));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
     headers.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     Ok(response)
 }
@@ -168,7 +179,8 @@ mod tests {
     use axum::body::HttpBody;
 
     use super::*;
-    use crate::job::{ClipFile, JobId};
+    use crate::job::JobId;
+    use crate::job::files::StoredFile;
 
     /// The next chunk of a body.
     async fn chunk(body: &mut Body) -> Option<io::Result<Bytes>> {
@@ -182,7 +194,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("made");
         let path = dir.path().join("clip");
         std::fs::File::create(&path).and_then(|file| file.set_len(BYTES)).expect("writable");
-        let clip = ClipFile { path: path.clone(), bytes: BYTES };
+        let clip = StoredFile { path: path.clone(), bytes: BYTES };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
         let all = async {
             let open = OPEN_FILES.open(JobId::generate(), clip).await.expect("there");

@@ -1,0 +1,171 @@
+//! The fields of videos that are no parameters of the model: how long, and as what file.
+
+use tale_models::ModelCard;
+use tale_models::diffusion::DiffusionCard;
+use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport, MAX_FPS};
+use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
+use tale_models::parameter::{Declaration, Options, Parameter};
+
+use crate::http::diffusion::{MODEL, SIZE};
+use crate::http::error::ApiError;
+use crate::media::{BadEncoding, ClipFormat, ClipSettings, ClipText, Codec, Encoding, MAX_GIF_FPS, Quality};
+
+/// Longest name of a video.
+pub(super) const MAX_ID_BYTES: usize = 64;
+/// Longest title.
+const MAX_TITLE_BYTES: usize = 1024;
+
+pub(super) static SECONDS: Parameter<f64> = Parameter::seconds(
+    "seconds",
+    "Length instead of `num_frames`: the first frame and as many groups of frames as fit in the time.",
+);
+
+static OUTPUT_FORMAT: Parameter<String> = Parameter::choice(
+    "output_format",
+    &["mp4", "webm", "gif"],
+    "Format of the file; when absent the one that `codec` is at home in, or mp4.",
+);
+
+static CODEC: Parameter<String> = Parameter::choice(
+    "codec",
+    Codec::NAMES,
+    "How the file is compressed: in mp4 h264 (when absent), h265 or av1, in webm vp9 (when absent) or av1.",
+);
+
+static QUALITY: Parameter<String> =
+    Parameter::choice("quality", Quality::NAMES, "How little the file may lose of the frames; high when absent.");
+
+static OUTPUT_FPS: Parameter<usize> = Parameter::integer(
+    "output_fps",
+    1,
+    MAX_FPS,
+    "Frames per second of the file where they are not `fps`: the video lasts as long, its frames are shown again or left out.",
+);
+
+static METADATA: Parameter<bool> = Parameter::boolean(
+    "metadata",
+    "Whether the comment in an mp4 or webm says how it was made; true when absent, and impossible for gif.",
+);
+
+static TITLE: Parameter<String> =
+    Parameter::text("title", MAX_TITLE_BYTES, "Title that players show of an mp4 or webm; none when absent.");
+
+/// All of them.
+pub(in crate::http) static OWN: &[&Declaration] = &[
+    &MODEL.declaration,
+    &SIZE.declaration,
+    &SECONDS.declaration,
+    &OUTPUT_FORMAT.declaration,
+    &CODEC.declaration,
+    &QUALITY.declaration,
+    &OUTPUT_FPS.declaration,
+    &METADATA.declaration,
+    &TITLE.declaration,
+];
+
+/// What they say of the file.
+#[derive(Debug)]
+pub(super) struct FileFields {
+    encoding: Encoding,
+    output_fps: Option<usize>,
+    has_comment: bool,
+    title: Option<String>,
+}
+
+impl FileFields {
+    pub(super) fn new(options: &Options) -> Result<Self, ApiError> {
+        let format = options.get(&OUTPUT_FORMAT).and_then(|name| ClipFormat::from_extension(&name));
+        let codec = options.get(&CODEC).and_then(|name| Codec::named(&name));
+        let quality = options.get(&QUALITY).and_then(|name| Quality::named(&name));
+        let encoding = Encoding::choose(format, codec, quality)
+            .map_err(|BadEncoding { field, problem }| ApiError::field(field, problem))?;
+        let title = options.get(&TITLE);
+        let metadata = options.get(&METADATA);
+        if !encoding.holds_text() {
+            // Asked for and impossible is an error; absent, it is what the format can do.
+            if metadata == Some(true) {
+                return Err(ApiError::field("metadata", "a gif holds no parameters; leave it out"));
+            }
+            if title.is_some() {
+                return Err(ApiError::field("title", "a gif has none; leave it out"));
+            }
+        }
+        let has_comment = metadata.unwrap_or(encoding.holds_text());
+        Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title })
+    }
+
+    /// How a video of `fps` frames per second becomes a file; `parameters` is what it says of itself.
+    pub(super) fn settings(self, fps: usize, parameters: impl FnOnce() -> String) -> Result<ClipSettings, ApiError> {
+        let (field, file_fps) = self.output_fps.map_or(("fps", fps), |output_fps| ("output_fps", output_fps));
+        if self.encoding.format() == ClipFormat::Gif && file_fps > MAX_GIF_FPS {
+            return Err(ApiError::field(field, format!("is {file_fps}; gif plays at most {MAX_GIF_FPS}")));
+        }
+        let text = ClipText { title: self.title, comment: self.has_comment.then(parameters) };
+        Ok(ClipSettings { encoding: self.encoding, fps, output_fps: self.output_fps, text })
+    }
+}
+
+/// `num_frames`, or the frames of `seconds`.
+pub(super) fn frames(options: &Options, card: &ModelCard) -> Result<Option<usize>, ApiError> {
+    let num_frames = options.get(&NUM_FRAMES);
+    let ModelCard::Diffusion(DiffusionCard { canvas: CanvasSupport { frames: Some(frames), .. }, .. }) = card else {
+        return Ok(num_frames);
+    };
+    let Some(seconds) = options.get(&SECONDS) else { return Ok(num_frames) };
+    let of_seconds = frames_of(seconds, options.get(&FPS).unwrap_or(frames.default_fps), frames);
+    match num_frames {
+        Some(num_frames) if num_frames != of_seconds => {
+            let problem = format!("is {of_seconds} frames, which contradicts num_frames; give one of them");
+            Err(ApiError::field("seconds", problem))
+        }
+        _ => Ok(Some(of_seconds)),
+    }
+}
+
+/// Frames of a clip of `seconds`: the first frame, and as many groups of `frames.multiple` frames as fit in the time. 5
+/// seconds at 16 frames per second are 81 frames for a model that makes 4k+1. Of a model that makes any number of frames
+/// they are those that fit in the time, at least one. The [`duration`] of a clip always gives its own frames.
+fn frames_of(seconds: f64, fps: usize, frames: &FrameSupport) -> usize {
+    let multiple = frames.multiple;
+    // A billionth of a frame more, so that 0.3 * 10 is 3.
+    let groups = (seconds * fps as f64 / multiple as f64 + 1e-9).floor() as usize;
+    match multiple {
+        1 => groups.max(1),
+        _ => groups.saturating_mul(multiple).saturating_add(1),
+    }
+}
+
+/// Seconds that a file of these frames plays.
+pub(super) fn duration(num_frames: usize, fps: usize) -> f64 {
+    num_frames as f64 / fps.max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAMES: FrameSupport = FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 401 };
+
+    #[test]
+    fn the_duration_of_a_clip_asks_for_the_same_clip() {
+        for multiple in [1, 4, 8] {
+            let support = FrameSupport { multiple, ..FRAMES };
+            for fps in 1..=120 {
+                for num_frames in (1..=400).step_by(multiple) {
+                    let seconds: f64 = duration(num_frames, fps).to_string().parse().expect("a number");
+                    assert_eq!(frames_of(seconds, fps, &support), num_frames, "{seconds} s at {fps}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn seconds_are_the_first_frame_and_groups_that_fit() {
+        for (multiple, seconds, fps, num_frames) in
+            [(4, 5.0, 16, 81), (4, 4.0, 8, 33), (4, 0.01, 16, 1), (8, 1.0, 24, 25), (1, 0.3, 10, 3), (1, 0.01, 10, 1)]
+        {
+            let support = FrameSupport { multiple, ..FRAMES };
+            assert_eq!(frames_of(seconds, fps, &support), num_frames, "{seconds} s at {fps}");
+        }
+    }
+}

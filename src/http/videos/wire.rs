@@ -1,0 +1,132 @@
+//! A video as the API shows it.
+
+use axum::Json;
+use axum::http::HeaderValue;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use tale_models::diffusion::Canvas;
+use tale_models::diffusion::keyframes::Fitting;
+
+use super::fields::duration;
+use crate::http::unix_seconds;
+use crate::job::failure::Failure;
+use crate::job::{Job, JobState};
+use crate::media::{ClipSettings, Codec, Quality};
+use crate::parameters::EffectiveParameters;
+
+/// Bounds of the time after which a client is told to look again.
+const POLL_MS: std::ops::RangeInclusive<u128> = 200..=5000;
+/// When nothing is known about the pace.
+const DEFAULT_POLL_MS: u128 = 1000;
+/// Tells the client of OpenAI when to look again.
+pub(in crate::http) const POLL_HEADER: &str = "openai-poll-after-ms";
+
+/// OpenAI's fields, and the effective parameters beside them.
+#[derive(Debug, Serialize)]
+pub(super) struct WireVideo {
+    pub(super) id: String,
+    object: &'static str,
+    status: &'static str,
+    progress: u8,
+    created_at: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completed_at: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<WireFailure>,
+    size: String,
+    seconds: String,
+    #[serde(flatten)]
+    parameters: EffectiveParameters,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    fitted_images: Vec<WireFitting>,
+    #[serde(flatten)]
+    file: WireFile,
+}
+
+/// How a picture came to the size of the video.
+#[derive(Debug, Serialize)]
+struct WireFitting {
+    field: &'static str,
+    size: String,
+    fit: &'static str,
+}
+
+impl From<&Fitting> for WireFitting {
+    fn from(fitting: &Fitting) -> Self {
+        let Fitting { field, size: (width, height), is_stretched } = fitting;
+        Self { field, size: format!("{width}x{height}"), fit: if *is_stretched { "stretched" } else { "exact" } }
+    }
+}
+
+/// What becomes of the frames.
+#[derive(Debug, Serialize)]
+struct WireFile {
+    output_format: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    codec: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quality: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output_fps: Option<usize>,
+    metadata: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    title: Option<String>,
+}
+
+impl From<&ClipSettings> for WireFile {
+    fn from(settings: &ClipSettings) -> Self {
+        Self {
+            output_format: settings.encoding.format().as_str(),
+            codec: settings.encoding.codec().map(Codec::as_str),
+            quality: settings.encoding.quality().map(Quality::as_str),
+            output_fps: settings.output_fps,
+            metadata: settings.text.comment.is_some(),
+            title: settings.text.title.clone(),
+        }
+    }
+}
+
+/// Why a job failed.
+#[derive(Debug, Serialize)]
+pub(in crate::http) struct WireFailure {
+    code: &'static str,
+    message: String,
+}
+
+impl From<&Failure> for WireFailure {
+    fn from(failure: &Failure) -> Self {
+        Self { code: failure.code, message: failure.message.clone() }
+    }
+}
+
+impl From<&Job> for WireVideo {
+    fn from(job: &Job) -> Self {
+        let Canvas { width, height, num_frames, fps } = job.request.canvas;
+        let is_completed = matches!(job.state, JobState::Completed(_));
+        Self {
+            id: job.id.to_string(),
+            object: "video",
+            status: job.state.as_str(),
+            progress: job.progress.percent,
+            created_at: unix_seconds(job.created),
+            completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
+            error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
+            size: format!("{width}x{height}"),
+            seconds: duration(num_frames, fps).to_string(),
+            parameters: EffectiveParameters::new(&job.model, &job.request),
+            fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
+            file: (&job.file).into(),
+        }
+    }
+}
+
+/// The answer, and when to look again.
+pub(super) fn answer(job: &Job) -> Response {
+    let mut response = Json(WireVideo::from(job)).into_response();
+    if !job.state.is_terminal() {
+        let half = job.progress.eta.map_or(DEFAULT_POLL_MS, |eta| eta.as_millis() / 2);
+        let poll_ms = half.clamp(*POLL_MS.start(), *POLL_MS.end()) as u64;
+        response.headers_mut().insert(POLL_HEADER, HeaderValue::from(poll_ms));
+    }
+    response
+}

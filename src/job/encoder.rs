@@ -1,0 +1,147 @@
+//! The encoding of one clip beside the device: a thread takes frames as they come and leaves files.
+//!
+//! Owns: the thread, how many frames and threads there may be, and that nothing stays of a clip that nobody owns. Does not
+//! know: sessions, the store of jobs.
+
+use std::path::{Path, PathBuf};
+
+use tale_models::request::Frame;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+use super::Job;
+use super::failure::Failure;
+use super::files::{ClipFiles, StoredFile};
+use crate::media::{ClipEncoder, ClipSettings, MediaError, Readers, Stills, write_still};
+
+/// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
+const MAX_WAITING_BATCHES: usize = 2;
+
+/// Most clips that are encoded at a time, each on a thread of its own; frames of others wait.
+const MAX_ENCODERS: usize = 32;
+static ENCODERS: Semaphore = Semaphore::const_new(MAX_ENCODERS);
+
+/// The encoding of one clip on a thread of its own, which begins with the first frame. Dropped before its end, nothing of
+/// the clip stays.
+pub(super) struct Encoder {
+    frames: mpsc::Sender<Batch>,
+    clip: oneshot::Receiver<Result<Option<FinishedClip>, MediaError>>,
+    /// What the thread will do; `None` once it does.
+    waiting: Option<Box<dyn FnOnce() + Send>>,
+}
+
+enum Batch {
+    Frames(Vec<Frame>),
+    /// The last frame has come.
+    End,
+}
+
+/// A whole file; removed when dropped unless a job in the store has come to own it.
+pub(super) struct FinishedClip {
+    pub(super) files: ClipFiles,
+    pub(super) is_claimed: bool,
+}
+
+impl Drop for FinishedClip {
+    fn drop(&mut self) {
+        if self.is_claimed {
+            return;
+        }
+        if let Err(error) = self.files.remove() {
+            tracing::warn!(path = %self.files.clip.path.display(), %error, "the clip of a cancelled job stays");
+        }
+    }
+}
+
+impl Encoder {
+    pub(super) fn new(job: &Job, path: PathBuf) -> Self {
+        let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
+        let (sender, clip) = oneshot::channel();
+        let settings = job.file.clone();
+        let num_frames = job.request.canvas.num_frames;
+        // A receiver that is gone drops the clip, and the file with it.
+        let work = move || drop(sender.send(encode(&path, batches, &settings, num_frames)));
+        Self { frames, clip, waiting: Some(Box::new(work)) }
+    }
+
+    /// Starts the thread, once there are fewer than [`MAX_ENCODERS`].
+    async fn begin(&mut self) {
+        let Some(work) = self.waiting.take() else { return };
+        // Neither the semaphore closes nor, where there is no thread, does the receiver hear anything but the end.
+        let Ok(permit) = ENCODERS.acquire().await else { return };
+        let work = move || {
+            let _permit = permit;
+            work();
+        };
+        if let Err(error) = std::thread::Builder::new().name("tale-clip".into()).spawn(work) {
+            tracing::error!(%error, "a clip has no thread to be encoded on");
+        }
+    }
+
+    /// False when the encoder has ended already.
+    pub(super) async fn push(&mut self, frames: Vec<Frame>) -> bool {
+        self.begin().await;
+        self.frames.send(Batch::Frames(frames)).await.is_ok()
+    }
+
+    pub(super) async fn finish(&mut self) -> Result<FinishedClip, Failure> {
+        self.begin().await;
+        let _ = self.frames.send(Batch::End).await;
+        match (&mut self.clip).await {
+            Ok(Ok(Some(clip))) => Ok(clip),
+            Ok(Ok(None)) => Err(Failure::internal("the clip ended before its last frame")),
+            Ok(Err(error)) if error.is_of_storage() => {
+                tracing::error!(%error, "a clip could not be written");
+                Err(Failure::insufficient_storage("the disk took no more of the clip"))
+            }
+            Ok(Err(error)) => Err(Failure::internal(&error.to_string())),
+            Err(_) => Err(Failure::internal("the encoder panicked")),
+        }
+    }
+}
+
+/// Encodes until the end; `None` when the sender goes away before it.
+fn encode(
+    path: &Path,
+    mut batches: mpsc::Receiver<Batch>,
+    settings: &ClipSettings,
+    num_frames: usize,
+) -> Result<Option<FinishedClip>, MediaError> {
+    let mut encoder: Option<ClipEncoder> = None;
+    let mut stills = Stills::of(num_frames);
+    loop {
+        match batches.blocking_recv() {
+            None => return Ok(None),
+            Some(Batch::Frames(frames)) => {
+                for frame in frames {
+                    let mut open = match encoder.take() {
+                        Some(open) => open,
+                        None => {
+                            let size = (frame.width, frame.height);
+                            ClipEncoder::create_for(Readers::Owner, path, settings, size)?
+                        }
+                    };
+                    open.push(&frame)?;
+                    encoder = Some(open);
+                    stills.push(frame)?;
+                }
+            }
+            Some(Batch::End) => {
+                encoder.ok_or(MediaError::Empty)?.finish()?;
+                return finished(path, stills).map(Some);
+            }
+        }
+    }
+}
+
+/// The clip at `path`, with its stills beside it.
+fn finished(path: &Path, stills: Stills) -> Result<FinishedClip, MediaError> {
+    let failed = |source| MediaError::Io { path: path.into(), source };
+    let files = ClipFiles::new(StoredFile::at(path).map_err(failed)?);
+    // From here on whatever is there goes again, should something fail.
+    let mut clip = FinishedClip { files, is_claimed: false };
+    for (still, bytes) in stills.finish()? {
+        write_still(path, still, &bytes, Readers::Owner)?;
+        clip.files.add(still).map_err(failed)?;
+    }
+    Ok(clip)
+}

@@ -1,0 +1,47 @@
+//! Why a job failed, in what its owner is told.
+
+use tale_models::Error;
+
+/// Code of a failure for want of a disk that takes the clip.
+pub const INSUFFICIENT_STORAGE: &str = "insufficient_storage";
+
+/// A short truth for the owner of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// For programs.
+    pub code: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+impl Failure {
+    /// No disk takes the clip.
+    pub fn insufficient_storage(problem: impl ToString) -> Self {
+        Self { code: INSUFFICIENT_STORAGE, message: problem.to_string() }
+    }
+
+    /// Something of ours went wrong; the log says what.
+    pub fn internal(message: &str) -> Self {
+        tracing::error!(message, "a clip could not be made");
+        Self { code: "internal_error", message: "the clip could not be encoded".into() }
+    }
+
+    /// Of a session that failed.
+    pub fn of(error: &Error) -> Self {
+        let code = match error {
+            Error::OutOfMemory { .. } => "out_of_memory",
+            Error::TooManySessions { .. } => "queue_full",
+            Error::InvalidRequest { .. } => "invalid_request",
+            Error::NotFinite { .. } => "not_finite",
+            _ => "internal_error",
+        };
+        let message = match error {
+            Error::OutOfMemory { .. }
+            | Error::TooManySessions { .. }
+            | Error::InvalidRequest { .. }
+            | Error::NotFinite { .. } => error.to_string(),
+            _ => "the device failed while it worked on this clip".into(),
+        };
+        Self { code, message }
+    }
+}
