@@ -3,7 +3,7 @@
 VAE decode and peak memory, on one random checkpoint: SDXL as published, the others of published width and few blocks.
 
     cargo build --release && pip install -r benches/beside-requirements.txt
-    benches/beside.py [flux] [sdxl] [wan] [hunyuan] [--size 256] [--frames 9] [--steps 4] [--rounds 3] [--folder out/beside]
+    benches/beside.py [flux] [sdxl] [wan] [cogvideox] [hunyuan] [--size 256] [--frames 9] [--steps 4] [--rounds 3] [--folder out/beside]
 
 The checkpoint is written once into the folder, in bf16 and the diffusers layout, which all of them read (8 GB for SDXL,
 which has all its layers because stable-diffusion.cpp fixes their number). Each system runs in a process of its own, one
@@ -30,14 +30,15 @@ sys.path.append(str(ROOT / "scripts"))  # for the names of original files
 FLUX_BLOCKS = (2, 4)
 TEXT_TOKENS = 256
 PROMPT = "a lighthouse in fog"
-# Layers of Wan2.1 1.3B, double and single blocks of HunyuanVideo.
+# Layers of Wan2.1 1.3B and of CogVideoX-5B, double and single blocks of HunyuanVideo.
 WAN_LAYERS = 4
+COGVIDEOX_LAYERS = 4
 HUNYUAN_BLOCKS = (1, 2)
 # The text is read from the third layer from the end.
 LLAMA_LAYERS = 3
 IMAGE_SYSTEMS = ["tale", "diffusers", "sd.cpp"]
 VIDEO_SYSTEMS = ["tale", "diffusers"]
-VIDEO_MODELS = ["wan", "hunyuan"]
+VIDEO_MODELS = ["wan", "cogvideox", "hunyuan"]
 MODELS = ["flux", "sdxl", *VIDEO_MODELS]
 
 
@@ -100,7 +101,8 @@ def make(model: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    makers = {"flux": make_flux, "sdxl": make_sdxl, "wan": make_wan, "hunyuan": make_hunyuan}
+    makers = {"flux": make_flux, "sdxl": make_sdxl, "wan": make_wan, "cogvideox": make_cogvideox,
+              "hunyuan": make_hunyuan}
     pipeline = makers[model](diffusers)
     pipeline.save_pretrained(folder, max_shard_size="100GB")
     torch.set_default_dtype(torch.float32)
@@ -169,6 +171,19 @@ def make_wan(diffusers):
         text_encoder=text_encoder("umt5", preset("umt5-xxl"), 1),
         transformer=diffusers.WanTransformer3DModel(**transformer),
         vae=diffusers.AutoencoderKLWan(**own_fields("wan-vae")),
+    )
+
+
+def make_cogvideox(diffusers):
+    import transformers
+
+    golden = ROOT / "tests/goldens/cogvideox-a/checkpoint"
+    return diffusers.CogVideoXPipeline(
+        scheduler=diffusers.CogVideoXDDIMScheduler.from_config(preset("cogvideox-scheduler")),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(golden / "tokenizer"),
+        text_encoder=text_encoder("t5", preset("t5-xxl"), 1),
+        transformer=diffusers.CogVideoXTransformer3DModel(**{**own_fields("cogvideox-5b"), "num_layers": COGVIDEOX_LAYERS}),
+        vae=diffusers.AutoencoderKLCogVideoX(**own_fields("cogvideox-vae")),
     )
 
 
@@ -252,6 +267,7 @@ def run_diffusers(model: str, options, dtype: str = "float32") -> dict:
         "flux": {"guidance_scale": 0.0, "max_sequence_length": TEXT_TOKENS},
         "sdxl": {"guidance_scale": 5.0},
         "wan": {"guidance_scale": 1.0, "num_frames": options.frames},
+        "cogvideox": {"guidance_scale": 1.0, "num_frames": options.frames},
         "hunyuan": {"num_frames": options.frames},
     }[model]
 
