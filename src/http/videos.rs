@@ -111,6 +111,7 @@ async fn order(state: &AppState, admitted: &Admitted, options: Options, held: He
     let card = diffusion::card(state, &model, Medium::Video)?;
     let file = FileFields::new(&options)?;
     let request = resolve(state.compute(), options, card).await?;
+    file.check_size(request.canvas.width, request.canvas.height)?;
     let file = file.settings(request.canvas.fps, || EffectiveParameters::new(&model, &request).to_json())?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;

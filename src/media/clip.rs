@@ -92,6 +92,7 @@ impl ClipEncoder {
         if fps == 0 || output_fps == Some(0) {
             return Err(MediaError::NoFrameRate);
         }
+        encoding.check_size(width, height).map_err(|bad| MediaError::BadSize { problem: bad.problem })?;
         let coded_size = check_size(encoding, width, height)?;
         let (rate, fps) = match output_fps {
             Some(output_fps) => (Rate::new(fps, output_fps), output_fps),

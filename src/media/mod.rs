@@ -70,6 +70,12 @@ pub enum MediaError {
         /// Why.
         source: png::DecodingError,
     },
+    /// The codec takes no frames of this size.
+    #[error("{problem}")]
+    BadSize {
+        /// Which are taken.
+        problem: String,
+    },
     /// A frame's bytes do not match its size, or a size is zero or beyond what the format can hold.
     #[error("a frame of {width}x{height} pixels with {bytes} bytes of RGB cannot be encoded")]
     BadFrame {

@@ -212,7 +212,11 @@ fn every_codec_has_the_frames_that_went_in_in_every_format_that_holds_it() {
                 continue;
             }
         };
-        for (size, fps, count) in [((96, 64), 16, 21), ((48, 32), 8, 1), ((35, 49), 24, 3)] {
+        for (size, fps, count) in [((96, 64), 16, 21), ((48, 32), 8, 1), ((35, 49), 24, 3), ((67, 65), 24, 3)] {
+            if let Err(bad) = encoding.check_size(size.0, size.1) {
+                assert!(codec == Codec::H265 && size.1 < 64, "{size:?}: {}", bad.problem);
+                continue;
+            }
             let played = check_encoding(encoding, size, fps, count, 30.0);
             assert_eq!((played.codec, played.tags), (id, BT709_TAGS), "{codec:?}");
             tag.inspect(|tag| assert_eq!(played.tag, *tag, "{codec:?}"));

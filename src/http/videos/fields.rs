@@ -94,6 +94,12 @@ impl FileFields {
         Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title })
     }
 
+    /// Refuses frames that the codec does not take.
+    pub(super) fn check_size(&self, width: usize, height: usize) -> Result<(), ApiError> {
+        let bad = self.encoding.check_size(width, height);
+        bad.map_err(|BadEncoding { field, problem }| ApiError::field(field, problem))
+    }
+
     /// How a video of `fps` frames per second becomes a file; `parameters` is what it says of itself.
     pub(super) fn settings(self, fps: usize, parameters: impl FnOnce() -> String) -> Result<ClipSettings, ApiError> {
         let (field, file_fps) = self.output_fps.map_or(("fps", fps), |output_fps| ("output_fps", output_fps));

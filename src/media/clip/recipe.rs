@@ -20,8 +20,8 @@ const BT709_FILTERS: &str =
 /// the last one is in (4 bytes per pixel).
 const GIF_FILTERS: &str = "split[a][b];[a]palettegen=stats_mode=full[palette];[b][palette]paletteuse=dither=sierra2_4a";
 
-/// Narrower or lower pictures have no macroblock trees of x265: version 3.5's code for them writes past its buffers there.
-const X265_TREE_SIDE: usize = 64;
+/// x265 takes no narrower or lower pictures: version 3.5 writes past its buffers there, so that some files are broken.
+const MIN_X265_SIDE: usize = 64;
 
 /// Pictures with so many pixels on each side are two tiles wide and high for libaom.
 const LIBAOM_TILED_SIDE: usize = 256;
@@ -292,6 +292,15 @@ impl Encoding {
         }
     }
 
+    /// Refuses frames that are too small for the codec.
+    pub fn check_size(self, width: usize, height: usize) -> Result<(), BadEncoding> {
+        if self.codec() != Some(Codec::H265) || width.min(height) >= MIN_X265_SIDE {
+            return Ok(());
+        }
+        let problem = format!("h265 takes {MIN_X265_SIDE} pixels on each side at least; this is {width}x{height}");
+        Err(BadEncoding { field: "codec", problem })
+    }
+
     pub(super) fn encoder(self) -> &'static str {
         self.lossy.map_or("gif", |(codec, _)| codec.encoder())
     }
@@ -304,7 +313,7 @@ impl Encoding {
         options.push(("crf", codec.crf(quality).to_string().into()));
         match codec {
             Codec::H264 => options.extend(steady_x264()),
-            Codec::H265 => options.push(("x265-params", x265_params(width.min(height)).into())),
+            Codec::H265 => options.push(("x265-params", x265_params().into())),
             // libaom refuses more tiles than fit, where libvpx makes fewer.
             Codec::Av1 if width.min(height) >= LIBAOM_TILED_SIDE => {
                 options.extend([("tile-columns", "1".into()), ("tile-rows", "1".into())]);
@@ -332,9 +341,8 @@ fn steady_x264() -> Option<(&'static str, Cow<'static, str>)> {
 }
 
 /// Silent, in as many threads as the other encoders, and without the message in which it names the processor.
-fn x265_params(smaller_side: usize) -> String {
-    let trees = if smaller_side < X265_TREE_SIDE { ":cutree=0" } else { "" };
-    format!("log-level=none:info=0:pools={}{trees}", super::ENCODER_THREADS)
+fn x265_params() -> String {
+    format!("log-level=none:info=0:pools={}", super::ENCODER_THREADS)
 }
 
 #[cfg(test)]
