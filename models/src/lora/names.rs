@@ -2,7 +2,7 @@
 //!
 //! Owns: the dialects' prefixes, and one table of all the names that a model's layers go by. The table is made from the
 //! model's own layers, so that a name is either exactly one of theirs or none of this model. What follows a layer's name
-//! is read by [`tensors`], and held against the layer by [`shapes`].
+//! is read by `tensors`, and held against the layer by `shapes`.
 //!
 //! | dialect | name of one tensor |
 //! |---|---|

@@ -170,7 +170,7 @@ impl std::str::FromStr for Spacing {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Given {
     /// Of flow matching those before the shift, without the 0 at the end; of the models of discrete timesteps those of
-    /// [`Class::Euler`], with the one in which the loop ends. They fall.
+    /// `Class::Euler`, with the one in which the loop ends. They fall.
     Sigmas(Arc<[f64]>),
     /// Of training. They fall.
     Timesteps(Arc<[f64]>),
