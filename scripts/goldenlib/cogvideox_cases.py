@@ -13,7 +13,6 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from transformers import T5TokenizerFast
 
 from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, psnr, randomise, relative_difference, require, write_golden
@@ -25,9 +24,11 @@ from .diffusion import (
     dtypes,
     edit_json,
     quiet,
+    require_loaded,
     require_moved,
     require_stable,
     require_visible,
+    save_with_t5,
     scale_output,
     to_u8,
 )
@@ -363,22 +364,11 @@ def publish_b(parts: dict, checkpoint: Path) -> None:
 
 
 def save(parts: dict, checkpoint: Path, tokenizer_json: bool, pipeline=CogVideoXPipeline) -> None:
-    """`save_pretrained`, with the tokenizer folder as it is published instead of as transformers 5 writes it."""
-    folder = checkpoint / "tokenizer"
-    folder.mkdir(parents=True)
-    tokenizers.install_t5(folder, tokenizer_json)
-    pipeline(**parts, tokenizer=T5TokenizerFast.from_pretrained(folder)).save_pretrained(checkpoint)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    tokenizers.install_t5(folder, tokenizer_json)
-    edit_json(checkpoint / "model_index.json", tokenizer=["transformers", "T5Tokenizer"])
+    save_with_t5(parts, checkpoint, pipeline, lambda folder: tokenizers.install_t5(folder, tokenizer_json), "T5Tokenizer")
 
 
 def check_published(name: str, pipeline, parts: dict) -> None:
-    for part in ("text_encoder", "transformer", "vae"):
-        loaded = dict(getattr(pipeline, part).named_parameters())
-        same = all(torch.equal(loaded[key], value) for key, value in parts[part].named_parameters())
-        require(same, f"{name}: {part} loads as it was saved")
+    require_loaded(name, pipeline, parts, ("text_encoder", "transformer", "vae"))
 
 
 # --- solvers ---------------------------------------------------------------------------------------------------------

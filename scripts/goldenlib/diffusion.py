@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import T5TokenizerFast
 
 from .common import normal, psnr, require, write_json
 
@@ -114,6 +116,26 @@ def require_visible(name: str, image: torch.Tensor) -> None:
 def require_moved(name: str, what: str, a: torch.Tensor, b: torch.Tensor, limit: float) -> None:
     distance = psnr(a, b)
     require(distance < limit, f"{name}: {what} is {distance:.1f} dB away (limit {limit:g})")
+
+
+def require_loaded(name: str, pipeline, parts: dict, components: tuple) -> None:
+    """The components of a published pipeline are those that were saved."""
+    for part in components:
+        loaded = dict(getattr(pipeline, part).named_parameters())
+        same = all(torch.equal(loaded[key], value) for key, value in parts[part].named_parameters())
+        require(same, f"{name}: {part} loads as it was saved")
+
+
+def save_with_t5(parts: dict, checkpoint: Path, pipeline, install, tokenizer_class: str) -> None:
+    """`save_pretrained`, with the tokenizer folder as it is published instead of as transformers 5 writes it."""
+    folder = checkpoint / "tokenizer"
+    folder.mkdir(parents=True)
+    install(folder)
+    pipeline(**parts, tokenizer=T5TokenizerFast.from_pretrained(folder)).save_pretrained(checkpoint)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    install(folder)
+    edit_json(checkpoint / "model_index.json", tokenizer=["transformers", tokenizer_class])
 
 
 def disturbed(noise: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from diffusers import (
 from transformers import CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from . import tokenizers_cases as tokenizers
-from .common import fresh_case, normal, psnr, randomise, read_json, require, write_golden
+from .common import fresh_case, normal, psnr, randomise, require, write_golden
 from .diffusion import (
     ANOTHER_PROMPT,
     ANOTHER_SEED,
@@ -23,6 +23,7 @@ from .diffusion import (
     dtypes,
     edit_json,
     quiet,
+    require_loaded,
     require_moved,
     require_stable,
     require_visible,
@@ -359,10 +360,7 @@ def install_llama(folder: Path) -> None:
 
 
 def check_published(name: str, pipeline, parts: dict) -> None:
-    for part in ("text_encoder", "text_encoder_2", "transformer", "vae"):
-        loaded = dict(getattr(pipeline, part).named_parameters())
-        same = all(torch.equal(loaded[key], value) for key, value in parts[part].named_parameters())
-        require(same, f"{name}: {part} loads as it was saved")
+    require_loaded(name, pipeline, parts, ("text_encoder", "text_encoder_2", "transformer", "vae"))
     require(pipeline.tokenizer.padding_side == "right", f"{name}: the tokenizer pads behind the prompt")
     text = pipeline.tokenizer("<|start_header_id|>user", add_special_tokens=True).input_ids
     begin = pipeline.tokenizer.convert_tokens_to_ids("<|begin_of_text|>")

@@ -5,7 +5,6 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoTransformer3DModel,
 )
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -22,6 +21,7 @@ from .diffusion import (
     edit_json,
     quiet,
     rename_tensors,
+    require_loaded,
     require_moved,
     require_stable,
     require_visible,
@@ -29,7 +29,7 @@ from .diffusion import (
     to_u8,
 )
 from .flux_cases import clip
-from .hunyuan_video_cases import TRANSFORMER_WEIGHTS, save, vae
+from .hunyuan_video_cases import save, transformer, vae
 from .wan_images_cases import PICTURES, picture, processor
 
 TOKEN_REPLACE, LATENT_CONCAT = "token_replace", "latent_concat"
@@ -271,23 +271,6 @@ def llava(seed: int, width: int, heads: int, layers: int, vision_width: int, vis
     return model
 
 
-def transformer(seed: int, **config):
-    model = HunyuanVideoTransformer3DModel(**config).eval()
-    randomise(model, seed, overrides=TRANSFORMER_WEIGHTS)
-    generator = torch.Generator().manual_seed(seed)
-    outputs = model(
-        hidden_states=torch.randn(1, model.config.in_channels, 3, 6, 8, generator=generator),
-        timestep=torch.tensor([700.0]),
-        encoder_hidden_states=torch.randn(1, 20, model.config.text_embed_dim, generator=generator),
-        encoder_attention_mask=torch.ones(1, 20),
-        pooled_projections=torch.randn(1, model.config.pooled_projection_dim, generator=generator),
-        guidance=torch.tensor([6000.0]) if model.config.guidance_embeds else None,
-        return_dict=False,
-    )[0]
-    scale_output(model.proj_out.weight, outputs, std=1.0)
-    return model
-
-
 def encodable(model):
     """The answers of the encoder as large as latents are."""
     generator = torch.Generator().manual_seed(1)
@@ -338,8 +321,5 @@ def as_in_memory(tensor: str) -> list:
 
 
 def check_published(name: str, pipeline, parts: dict) -> None:
-    for part in ("text_encoder", "text_encoder_2", "transformer", "vae"):
-        loaded = dict(getattr(pipeline, part).named_parameters())
-        same = all(torch.equal(loaded[key], value) for key, value in parts[part].named_parameters())
-        require(same, f"{name}: {part} loads as it was saved")
+    require_loaded(name, pipeline, parts, ("text_encoder", "text_encoder_2", "transformer", "vae"))
     require(pipeline.tokenizer.padding_side == "right", f"{name}: the tokenizer pads behind the prompt")

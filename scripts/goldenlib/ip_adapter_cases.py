@@ -1,7 +1,5 @@
 """IP-Adapter over the UNet of `sdxl-a`: a base and a plus adapter, each with a vision encoder of its own."""
 
-import copy
-
 import numpy
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -10,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from .common import ROOT, fresh_case, psnr, randomise, read_json, require, write_golden, write_json
+from .common import ROOT, fresh_case, psnr, randomise, read_json, require, write_golden
 from .diffusion import ANOTHER_PROMPT, disturbed, quiet, require_moved, require_stable, require_visible
 from .sdxl_cases import record
 

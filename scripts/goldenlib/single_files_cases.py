@@ -98,7 +98,7 @@ def sdxl_names(checkpoint: Path) -> dict:
 
 
 def original_unet_name(name: str, config: dict) -> str:
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    layers = config["layers_per_block"]
     simple = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",

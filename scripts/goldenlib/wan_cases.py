@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from . import tokenizers_cases as tokenizers
 from .common import fresh_case, normal, psnr, randomise, read_json, require, write_golden, write_json
@@ -21,9 +21,11 @@ from .diffusion import (
     edit_json,
     quiet,
     rename_tensors,
+    require_loaded,
     require_moved,
     require_stable,
     require_visible,
+    save_with_t5,
     scale_output,
     to_u8,
 )
@@ -306,22 +308,11 @@ def keep_fields(file: Path, names: str) -> None:
 
 
 def save(parts: dict, checkpoint: Path, tokenizer_json: bool, pipeline=WanPipeline) -> None:
-    """`save_pretrained`, with the tokenizer folder as it is published instead of as transformers 5 writes it."""
-    folder = checkpoint / "tokenizer"
-    folder.mkdir(parents=True)
-    tokenizers.install_umt5(folder, tokenizer_json)
-    pipeline(**parts, tokenizer=T5TokenizerFast.from_pretrained(folder)).save_pretrained(checkpoint)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    tokenizers.install_umt5(folder, tokenizer_json)
-    edit_json(checkpoint / "model_index.json", tokenizer=["transformers", "T5TokenizerFast"])
+    save_with_t5(parts, checkpoint, pipeline, lambda folder: tokenizers.install_umt5(folder, tokenizer_json), "T5TokenizerFast")
 
 
 def check_published(name: str, pipeline, parts: dict) -> None:
-    for part in ("text_encoder", "transformer", "vae"):
-        loaded = dict(getattr(pipeline, part).named_parameters())
-        same = all(torch.equal(loaded[key], value) for key, value in parts[part].named_parameters())
-        require(same, f"{name}: {part} loads as it was saved")
+    require_loaded(name, pipeline, parts, ("text_encoder", "transformer", "vae"))
     encoder = pipeline.text_encoder
     require(torch.equal(encoder.encoder.embed_tokens.weight, encoder.shared.weight), f"{name}: UMT5 embeds with shared")
     biases = [key for key in loaded_names(pipeline, "text_encoder") if key.endswith("relative_attention_bias.weight")]

@@ -16,17 +16,15 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
+use crate::families::loading::{self, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraSupport, Sites};
-use crate::runner::diffusion::on_demand::OnDemand;
-use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, DiffusionRunner};
+use crate::runner::diffusion::DenoiseRow;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder, KlEncoder};
@@ -81,13 +79,11 @@ impl Family for Flux {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = build(manifest, open)?;
-        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let (card, resident_bytes) = (model.card().clone(), model.adapters.cache_bytes());
-        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
-            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
-            .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
+        loading::load(build, manifest, open, options, |model| Parts {
+            card: &mut model.card,
+            adapters: &model.adapters,
+            fixed_bytes: 0,
+        })
     }
 }
 

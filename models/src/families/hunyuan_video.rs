@@ -12,7 +12,6 @@ use self::config::{HunyuanVideoConfig, ImageCondition};
 use self::original::HunyuanVideoNames;
 use self::text::{TextConfigs, TextEncoders};
 use self::transformer::HunyuanVideoTransformer;
-use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
@@ -22,13 +21,11 @@ use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::{Error, Result};
+use crate::families::loading::{self, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
-use crate::runner::diffusion::DiffusionRunner;
-use crate::runner::diffusion::on_demand::OnDemand;
-use crate::runner::diffusion::retry::reread_in_f32;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::vae::hunyuan_video::encoder::HunyuanVaeEncoder;
 use crate::vae::hunyuan_video::{HunyuanVaeConfig, HunyuanVaeDecoder};
@@ -95,13 +92,11 @@ impl Family for HunyuanVideo {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = build(manifest, open)?;
-        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let (card, resident_bytes) = (model.card.clone(), model.adapters.cache_bytes());
-        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
-            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
-            .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
+        loading::load(build, manifest, open, options, |model| Parts {
+            card: &mut model.card,
+            adapters: &model.adapters,
+            fixed_bytes: 0,
+        })
     }
 }
 

@@ -11,6 +11,7 @@ pub mod cogvideox;
 pub mod flux;
 pub mod hunyuan_video;
 pub mod llama;
+mod loading;
 pub mod qwen2;
 pub mod sdxl;
 pub mod wan;

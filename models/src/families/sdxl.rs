@@ -16,19 +16,16 @@ use std::sync::Arc;
 use candle_core::DType;
 use serde::Deserialize;
 
-use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, Folder, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
 use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::clip_chunks::{self, ChunkRule};
 use crate::error::{Error, Result};
+use crate::families::loading::{self, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
-use crate::runner::diffusion::on_demand::OnDemand;
-use crate::runner::diffusion::retry::reread_in_f32;
-use crate::runner::diffusion::{DiffusionModel, DiffusionRunner};
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::{KlConfig, KlDecoder, KlEncoder};
@@ -94,14 +91,10 @@ impl Family for Sdxl {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = build(manifest, open)?;
-        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let in_f32 = reread_in_f32(open.reread(), build);
-        let (card, resident_bytes) = (model.card().clone(), model.recordings_bytes() + model.adapters.cache_bytes());
-        let text_encoders = open.lent().map(|parts| OnDemand::new(parts, build));
-        let runner =
-            DiffusionRunner::new(model, options.max_denoise_rows).with_text_encoders(text_encoders).retrying(in_f32);
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
+        loading::load(build, manifest, open, options, |model| {
+            let fixed_bytes = model.recordings_bytes();
+            Parts { card: &mut model.card, adapters: &model.adapters, fixed_bytes }
+        })
     }
 }
 

@@ -15,7 +15,6 @@ use serde_json::Value;
 use self::original::WanNames;
 use self::pictures::Pictures;
 use self::transformer::WanTransformer;
-use crate::card::ModelCard;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::config::bounds::{
     MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_LEARNED_POSITIONS, MAX_PATCH, MAX_WIDTH,
@@ -33,13 +32,11 @@ use crate::diffusion::{Acceleration, Canvas, DiffusionCard, DiffusionRequest};
 use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
+use crate::families::loading::{self, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
-use crate::runner::diffusion::DiffusionRunner;
-use crate::runner::diffusion::on_demand::OnDemand;
-use crate::runner::diffusion::retry::reread_in_f32;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::tokenizer::Tokenizer;
 use crate::vae::wan::original::WanVaeNames;
@@ -103,13 +100,11 @@ impl Family for Wan {
     }
 
     fn load(&self, manifest: &Manifest, open: &mut OpenWeights<'_>, options: &LoadOptions) -> Result<LoadedModel> {
-        let mut model = build(manifest, open)?;
-        model.card.loras = model.adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
-        let (card, resident_bytes) = (model.card.clone(), model.adapters.cache_bytes());
-        let runner = DiffusionRunner::new(model, options.max_denoise_rows)
-            .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
-            .retrying(reread_in_f32(open.reread(), build));
-        Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
+        loading::load(build, manifest, open, options, |model| Parts {
+            card: &mut model.card,
+            adapters: &model.adapters,
+            fixed_bytes: 0,
+        })
     }
 }
 
