@@ -373,7 +373,8 @@ def gguf_picture(folder: Path) -> dict:
     )
     names = flux_names(dict(model.state_dict()))
     original = {name: from_model(model.state_dict(), expression) for name, expression in names.items()}
-    original = write_gguf(folder / "transformer.gguf", original)
+    words = lambda writer: writer.add_array("test.words", ["a list", "of text"])
+    original = write_gguf(folder / "transformer.gguf", "flux", original, type_of, seed=0, add_metadata=words)
     model.load_state_dict(convert_flux(original, model.inner_dim))
     model.save_config(folder / "gguf-transformer")
     pipeline = FluxPipeline.from_pretrained(
@@ -398,16 +399,16 @@ def from_model(tensors: dict, expression: str) -> torch.Tensor:
     return torch.cat([tensors[part.removeprefix("transformer/")] for part in expression.split(" + ")])
 
 
-def write_gguf(path: Path, tensors: dict) -> dict:
-    """Writes the file, and gives what gguf reads from it."""
-    writer = gguf.GGUFWriter(path, "flux")
+def write_gguf(path: Path, architecture: str, tensors: dict, type_of, seed: int, add_metadata=lambda writer: None) -> dict:
+    """Writes the file, and gives what gguf reads from it. `type_of`: of a tensor with this name and values."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    writer.add_array("test.words", ["a list", "of text"])
+    add_metadata(writer)
     for index, (name, tensor) in enumerate(sorted(tensors.items())):
         kind = type_of(name, tensor)
         if kind in BLOCK_BYTES:
-            data = random_blocks(kind, tensor, seed=index)
+            data = random_blocks(kind, tensor, seed=seed + index)
         else:
             data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=kind)

@@ -9,8 +9,6 @@ import json
 import re
 from pathlib import Path
 
-import gguf
-import numpy
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
@@ -20,7 +18,7 @@ from . import wan_cases
 from .common import ROOT, fresh_case, require, write_golden
 from .diffusion import ANOTHER_PROMPT, disturbed, quiet, require_moved, require_stable, require_visible
 from .lora_cases import load
-from .single_files_cases import QUANTS, assemble, load_component, random_blocks, write_names
+from .single_files_cases import QUANTS, assemble, load_component, write_gguf, write_names
 
 RUN = {
     "prompt": "Slow camera movement over a green valley",
@@ -242,14 +240,14 @@ def ggufs(folder: Path) -> dict:
     plain = wan_clip(pipeline)
 
     tensors = {original_transformer_name(name): tensor for name, tensor in transformer.state_dict().items()}
-    read = write_gguf(folder / "transformer.gguf", "wan", tensors, TRANSFORMER_TYPES)
+    read = write_gguf(folder / "transformer.gguf", "wan", tensors, typed(TRANSFORMER_TYPES), seed=100)
     require(read["patch_embedding.weight"].dim() == 5, "gguf: the patches have five dimensions")
     pipeline.transformer.load_state_dict(convert_wan_transformer_to_diffusers(read))
     transformer.save_config(folder / "gguf-transformer")
 
     own = {name: gguf_name(name) for name in encoder.state_dict() if name != "encoder.embed_tokens.weight"}
     tensors = {gguf: encoder.state_dict()[name] for name, gguf in own.items()}
-    read = write_gguf(folder / "text_encoder.gguf", "t5encoder", tensors, ENCODER_TYPES)
+    read = write_gguf(folder / "text_encoder.gguf", "t5encoder", tensors, typed(ENCODER_TYPES), seed=100)
     read = {name: read[gguf] for name, gguf in own.items()}
     pipeline.text_encoder.load_state_dict(read | {"encoder.embed_tokens.weight": read["shared.weight"]})
     (folder / "gguf-text_encoder").mkdir()
@@ -291,31 +289,9 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def write_gguf(path: Path, architecture: str, tensors: dict, types: list) -> dict:
-    """Writes the file, and gives what gguf reads from it."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    for index, (name, tensor) in enumerate(sorted(tensors.items())):
-        kind = type_of(name, tensor, types)
-        if kind in (QUANTS.Q4_K, QUANTS.Q6_K):
-            data = random_blocks(kind, tensor, seed=100 + index)
-        else:
-            data = gguf.quants.quantize(tensor.float().numpy(), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    reader = gguf.GGUFReader(path)
-    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
-    print(f"  {path.name}: {path.stat().st_size / 1024:.0f} KiB, {', '.join(sorted(kinds))}")
-
-    def values(tensor) -> torch.Tensor:
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(found.astype(numpy.float32)).reshape(tensors[tensor.name].shape)
-
-    return {tensor.name: values(tensor) for tensor in reader.tensors}
+def typed(types: list):
+    """What `write_gguf` asks, of such a table."""
+    return lambda name, tensor: type_of(name, tensor, types)
 
 
 def type_of(name: str, tensor: torch.Tensor, types: list):
