@@ -696,7 +696,7 @@ fn configurations_of(case: &str) -> (TempDir, String) {
 fn configurations_alone_make_noise() {
     let (_dir, llama) = configurations_of("llama-untied");
     let text = ["generate", "text", "--model", &llama, "--prompt", "A", "--max-tokens", "8", "--ignore-eos", "--json"];
-    check_failure(&text, 1, &["holds no safetensors file"]);
+    check_failure(&text, 1, &["holds no weights"]);
     let noise = || succeed(&[&text[..], &["--load-format", "dummy", "--temperature", "0"]].concat());
     assert_eq!(noise(), noise(), "the same folder gives the same values");
     let inspect = |path: &str, format: &str| -> Value {

@@ -180,6 +180,8 @@ async fn wrong_fields_of_a_clip_are_named() {
         (json!({"output_format": "gif", "quality": "low"}), (400, "quality", invalid)),
         (json!({"output_format": "gif", "metadata": true}), (400, "metadata", invalid)),
         (json!({"output_format": "gif", "title": SECRET}), (400, "title", invalid)),
+        (json!({"title": format!("{SECRET}\0")}), (400, "title", invalid)),
+        (json!({"num_frames": 45, "fps": 1, "output_fps": 120}), (400, "output_fps", invalid)),
         (json!({"input_reference": SECRET}), (400, "input_reference", invalid)),
         (json!({"input_reference": PICTURE}), (400, "input_reference", invalid)),
         (json!({"image": PICTURE, "input_reference": PICTURE}), (400, "image", invalid)),

@@ -29,7 +29,7 @@ pub struct InspectArgs {
     path: Option<PathBuf>,
 
     /// Instead of a checkpoint a published configuration by name, without weights
-    #[arg(long, value_name = "NAME", value_parser = parse_preset, conflicts_with_all = ["path", "base"])]
+    #[arg(long, value_name = "NAME", value_parser = parse_preset, conflicts_with_all = ["path", "base", "load_format"])]
     preset: Option<&'static Preset>,
 
     /// Of a single file: the diffusers folder with what it lacks [default: the file's folder]

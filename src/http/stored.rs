@@ -1,5 +1,7 @@
 //! Files of videos that are done, and the frames of them that other requests refer to: those were written losslessly when the
 //! video was encoded.
+//!
+//! Owns: how they are found and read. Does not know: what is done with them.
 
 use axum::body::Bytes;
 

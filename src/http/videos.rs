@@ -28,7 +28,6 @@ use crate::engine::MayBegin;
 use crate::job::drive::drive;
 use crate::job::output::OutputDir;
 use crate::job::{Change, Job, JobId, UnknownJob};
-use crate::parameters::EffectiveParameters;
 
 mod content;
 mod fields;
@@ -90,7 +89,9 @@ impl Spelling {
     fn of(body: Value) -> Result<(Value, Self), ApiError> {
         let name = INPUT_REFERENCE.declaration.name;
         let mut fields = body.into_object()?;
-        let Some(image) = fields.remove(IMAGE_ALIAS) else { return Ok((Value::Object(fields), Self::InputReference)) };
+        // A null is as good as absent.
+        let image = fields.remove(IMAGE_ALIAS).filter(|image| !matches!(image, Value::Null));
+        let Some(image) = image else { return Ok((Value::Object(fields), Self::InputReference)) };
         if fields.insert(name.to_owned(), image).is_some() {
             return Err(ApiError::field(IMAGE_ALIAS, format!("is another name of {name}; give one of them")));
         }
@@ -111,13 +112,13 @@ async fn order(state: &AppState, admitted: &Admitted, options: Options, held: He
     let card = diffusion::card(state, &model, Medium::Video)?;
     let file = FileFields::new(&options)?;
     let request = resolve(state.compute(), options, card).await?;
-    file.check_size(request.canvas.width, request.canvas.height)?;
-    let file = file.settings(request.canvas.fps, || EffectiveParameters::new(&model, &request).to_json())?;
+    let has_comment = file.has_comment;
+    let file = file.settings(&request.canvas)?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;
     let order = tale_models::Request::Diffusion(request.clone());
     let session = admitted.submit_if(&model, order, while_disk(outputs))?;
-    let job = Job::new(admitted.client(), model, request, file);
+    let job = Job::new(admitted.client(), model, request, file, has_comment);
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.

@@ -12,6 +12,7 @@ use super::Job;
 use super::failure::Failure;
 use super::files::{ClipFiles, StoredFile};
 use crate::media::{ClipEncoder, ClipSettings, MediaError, Readers, Stills, write_still};
+use crate::parameters::EffectiveParameters;
 
 /// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
 const MAX_WAITING_BATCHES: usize = 2;
@@ -56,10 +57,14 @@ impl Encoder {
     pub(super) fn new(job: &Job, path: PathBuf) -> Self {
         let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
         let (sender, clip) = oneshot::channel();
-        let settings = job.file.clone();
+        let mut settings = job.file.clone();
+        let parameters = job.has_comment.then(|| EffectiveParameters::new(&job.model, &job.request));
         let num_frames = job.request.canvas.num_frames;
-        // A receiver that is gone drops the clip, and the file with it.
-        let work = move || drop(sender.send(encode(&path, batches, &settings, num_frames)));
+        let work = move || {
+            settings.text.comment = parameters.map(|parameters| parameters.to_json());
+            // A receiver that is gone drops the clip, and the file with it.
+            drop(sender.send(encode(&path, batches, &settings, num_frames)));
+        };
         Self { frames, clip, waiting: Some(Box::new(work)) }
     }
 
@@ -136,9 +141,10 @@ fn encode(
 /// The clip at `path`, with its stills beside it.
 fn finished(path: &Path, stills: Stills) -> Result<FinishedClip, MediaError> {
     let failed = |source| MediaError::Io { path: path.into(), source };
-    let files = ClipFiles::new(StoredFile::at(path).map_err(failed)?);
     // From here on whatever is there goes again, should something fail.
+    let files = ClipFiles::new(StoredFile { path: path.into(), bytes: 0 });
     let mut clip = FinishedClip { files, is_claimed: false };
+    clip.files.clip = StoredFile::at(path).map_err(failed)?;
     for (still, bytes) in stills.finish()? {
         write_still(path, still, &bytes, Readers::Owner)?;
         clip.files.add(still).map_err(failed)?;

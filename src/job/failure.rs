@@ -1,4 +1,6 @@
 //! Why a job failed, in what its owner is told.
+//!
+//! Owns: codes and words. Does not know: HTTP.
 
 use tale_models::Error;
 

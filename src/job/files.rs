@@ -1,4 +1,6 @@
 //! The files of a completed job: the clip, and the stills beside it. They come and go together.
+//!
+//! Owns: which files there are, and their removal. Does not know: who made them.
 
 use std::io;
 use std::path::{Path, PathBuf};

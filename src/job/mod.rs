@@ -70,8 +70,10 @@ pub struct Job {
     pub request: DiffusionRequest,
     /// How the pictures that it was given came to its size; they themselves are not kept.
     pub fittings: Vec<Fitting>,
-    /// What becomes of its frames.
+    /// What becomes of its frames. The comment is written by the encoder, if there is one.
     pub file: ClipSettings,
+    /// Whether the file says how it was made.
+    pub has_comment: bool,
     /// When it was ordered.
     pub created: SystemTime,
     /// When the device began.
@@ -151,7 +153,7 @@ pub enum Change {
 }
 
 impl JobState {
-    /// Its name, as OpenAI's API has it.
+    /// Its name, as the API has it.
     pub fn as_str(&self) -> &'static str {
         match self {
             JobState::Queued => "queued",
@@ -170,7 +172,13 @@ impl JobState {
 
 impl Job {
     /// A job that waits for the device, which is given the pictures of `request`; the job goes without them.
-    pub fn new(client: ClientId, model: String, request: DiffusionRequest, file: ClipSettings) -> Self {
+    pub fn new(
+        client: ClientId,
+        model: String,
+        request: DiffusionRequest,
+        file: ClipSettings,
+        has_comment: bool,
+    ) -> Self {
         Self {
             id: JobId::generate(),
             client,
@@ -178,6 +186,7 @@ impl Job {
             fittings: request.keyframes.as_ref().map_or(Vec::new(), Keyframes::fittings),
             request: request.without_pictures(),
             file,
+            has_comment,
             created: SystemTime::now(),
             started: None,
             ended: None,
@@ -232,7 +241,7 @@ pub(crate) mod tests {
         let scheduler = Scheduler::named("flow_euler").unwrap();
         let request = DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0));
         let file = ClipSettings::new(Encoding::usual(ClipFormat::Mp4), canvas.fps);
-        Job::new(ClientId::default(), "clips".into(), request, file)
+        Job::new(ClientId::default(), "clips".into(), request, file, true)
     }
 
     pub(crate) fn file() -> ClipFiles {

@@ -48,7 +48,41 @@ pub struct ClipText {
     pub comment: Option<String>,
 }
 
+/// Most frames of a file, whatever frames are shown again.
+const MAX_FILE_FRAMES: usize = 4096;
+/// Most bytes that FFmpeg holds of a gif, whose palette is made of all frames: 4 for each of their pixels.
+const MAX_GIF_BYTES: usize = 1 << 30;
+
 impl ClipSettings {
+    /// Refuses what these settings cannot make of `num_frames` frames of this size.
+    pub fn check(&self, (width, height): (usize, usize), num_frames: usize) -> Result<(), BadEncoding> {
+        let bad = |field: &'static str, problem: String| Err(BadEncoding { field, problem });
+        self.encoding.check_size(width, height)?;
+        let is_gif = self.encoding.format() == ClipFormat::Gif;
+        let (field, file_fps) = self.output_fps.map_or(("fps", self.fps), |output_fps| ("output_fps", output_fps));
+        if is_gif && file_fps > MAX_GIF_FPS {
+            return bad(field, format!("is {file_fps}; gif plays at most {MAX_GIF_FPS}"));
+        }
+        let file_frames = num_frames.saturating_mul(file_fps).div_ceil(self.fps.max(1));
+        if file_frames > MAX_FILE_FRAMES {
+            return bad(field, format!("makes a file of {file_frames} frames; at most {MAX_FILE_FRAMES}"));
+        }
+        let gif_bytes = width.saturating_mul(height).saturating_mul(4 * file_frames);
+        if is_gif && gif_bytes > MAX_GIF_BYTES {
+            return bad(
+                field,
+                format!(
+                    "makes a gif of {file_frames} frames that takes {gif_bytes} bytes to encode; at most {MAX_GIF_BYTES}"
+                ),
+            );
+        }
+        match &self.text.title {
+            Some(_) if !self.encoding.holds_text() => bad("title", "a gif has none; leave it out".into()),
+            Some(title) if title.contains('\0') => bad("title", "has a character of code 0".into()),
+            _ => Ok(()),
+        }
+    }
+
     /// Without a conversion of the rate, and without a text.
     pub fn new(encoding: Encoding, fps: usize) -> Self {
         Self { encoding, fps, output_fps: None, text: ClipText::default() }

@@ -115,12 +115,7 @@ impl FileArgs {
     fn encoding(&self, format: ClipFormat) -> Result<Encoding, CliError> {
         let codec = self.codec.as_deref().and_then(Codec::named);
         let quality = self.quality.as_deref().and_then(Quality::named);
-        let encoding = Encoding::choose(Some(format), codec, quality)
-            .map_err(|BadEncoding { field, problem }| CliError::Argument(format!("--{field}: {problem}")))?;
-        if self.title.is_some() && !encoding.holds_text() {
-            return Err(CliError::Argument(format!("--title: {} has none; leave it out", format.as_str())));
-        }
-        Ok(encoding)
+        Encoding::choose(Some(format), codec, quality).map_err(refused)
     }
 
     /// The first flag that says how a file is made.
@@ -134,11 +129,23 @@ impl FileArgs {
         said.into_iter().find_map(|(flag, is_said)| is_said.then_some(flag))
     }
 
-    fn settings(&self, encoding: Encoding, fps: usize, parameters: &EffectiveParameters) -> ClipSettings {
+    fn settings(
+        &self,
+        encoding: Encoding,
+        canvas: &Canvas,
+        parameters: &EffectiveParameters,
+    ) -> Result<ClipSettings, CliError> {
         let has_comment = encoding.holds_text() && !self.no_metadata;
         let text = ClipText { title: self.title.clone(), comment: has_comment.then(|| parameters.to_json()) };
-        ClipSettings { encoding, fps, output_fps: self.output_fps.map(usize::from), text }
+        let output_fps = self.output_fps.map(usize::from);
+        let settings = ClipSettings { encoding, fps: canvas.fps, output_fps, text };
+        settings.check((canvas.width, canvas.height), canvas.num_frames).map_err(refused)?;
+        Ok(settings)
     }
+}
+
+fn refused(BadEncoding { field, problem }: BadEncoding) -> CliError {
+    CliError::Argument(format!("--{}: {problem}", field.replace('_', "-")))
 }
 
 /// Dropped before `finish`, it leaves nothing behind.
@@ -154,14 +161,14 @@ impl Output {
         file: &FileArgs,
         request: &DiffusionRequest,
         parameters: &EffectiveParameters,
-    ) -> media::Result<Self> {
-        let Canvas { width, height, fps, .. } = request.canvas;
+    ) -> Result<Self, CliError> {
+        let Canvas { width, height, .. } = request.canvas;
         match target {
             Target::File(encoding) => {
-                let settings = file.settings(encoding, fps, parameters);
-                ClipEncoder::create(path, &settings, width, height).map(|clip| Self::File(Box::new(clip)))
+                let settings = file.settings(encoding, &request.canvas, parameters)?;
+                Ok(Self::File(Box::new(ClipEncoder::create(path, &settings, width, height)?)))
             }
-            Target::Folder => FrameFolder::create(path).map(Self::Folder),
+            Target::Folder => Ok(Self::Folder(FrameFolder::create(path)?)),
         }
     }
 
@@ -209,8 +216,16 @@ mod tests {
         let codec = |name: &str| FileArgs { codec: Some(name.into()), ..plain() };
         assert!(refusal("a.webm", codec("h264")).starts_with("--codec: webm does not hold h264"));
         assert!(refusal("frames/", codec("h264")).starts_with("--codec: a folder"));
+        let canvas = Canvas { width: 64, height: 64, num_frames: 9, fps: 16 };
+        let refused = |path: &str, file: FileArgs| {
+            let Ok(Target::File(encoding)) = Target::of(Path::new(path), &file) else { panic!("{path} is a file") };
+            let parameters = EffectiveParameters::new("clips", &crate::job::tests::job().request);
+            file.settings(encoding, &canvas, &parameters).unwrap_err().to_string()
+        };
         let titled = || FileArgs { title: Some("x".into()), ..plain() };
-        assert!(refusal("a.gif", titled()).starts_with("--title: gif"));
+        assert!(refused("a.gif", titled()).starts_with("--title: a gif"));
+        assert!(refused("a.gif", FileArgs { output_fps: Some(100), ..plain() }).starts_with("--output-fps: is 100"));
+        assert!(refused("a.mp4", FileArgs { title: Some("\0".into()), ..plain() }).starts_with("--title: has"));
         assert!(refusal("frames/", FileArgs { output_fps: Some(8), ..plain() }).starts_with("--output-fps: a folder"));
         assert!(Target::of(Path::new("a.mp4"), &titled()).is_ok());
     }

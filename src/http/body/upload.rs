@@ -34,11 +34,23 @@ pub(in crate::http) enum End {
     Last,
 }
 
+/// A file that is spelled as one.
+struct File(Bytes);
+
+impl<'de> Deserialize<'de> for File {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Upload::deserialize(deserializer)? {
+            Upload::File(bytes) => Ok(Self(bytes)),
+            Upload::Frame(_) => Err(D::Error::custom("must be base64 or a data URL")),
+        }
+    }
+}
+
 /// An image that is not spelled as a file. `image_url` is OpenAI's.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Reference {
-    image_url: Option<Upload>,
+    image_url: Option<File>,
     file_id: Option<IgnoredAny>,
     video_id: Option<String>,
     frame: Option<End>,
@@ -50,7 +62,7 @@ impl Reference {
             Self { file_id: Some(_), .. } => {
                 Err(E::custom("has a file_id; no files are kept here, give image_url or video_id"))
             }
-            Self { image_url: Some(file @ Upload::File(_)), video_id: None, frame: None, .. } => Ok(file),
+            Self { image_url: Some(File(bytes)), video_id: None, frame: None, .. } => Ok(Upload::File(bytes)),
             Self { image_url: None, video_id: Some(video_id), frame: Some(end), .. } => {
                 Ok(Upload::Frame(FrameOf { video_id, end }))
             }

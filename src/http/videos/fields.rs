@@ -1,14 +1,16 @@
 //! The fields of videos that are no parameters of the model: how long, and as what file.
+//!
+//! Owns: their declarations, and what they make of a request. Does not know: what an encoding can do, which `media` says.
 
 use tale_models::ModelCard;
-use tale_models::diffusion::DiffusionCard;
 use tale_models::diffusion::canvas::{CanvasSupport, FrameSupport, MAX_FPS};
 use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
+use tale_models::diffusion::{Canvas, DiffusionCard};
 use tale_models::parameter::{Declaration, Options, Parameter};
 
 use crate::http::diffusion::{MODEL, SIZE};
 use crate::http::error::ApiError;
-use crate::media::{BadEncoding, ClipFormat, ClipSettings, ClipText, Codec, Encoding, MAX_GIF_FPS, Quality};
+use crate::media::{BadEncoding, ClipFormat, ClipSettings, ClipText, Codec, Encoding, Quality};
 
 /// Longest name of a video.
 pub(super) const MAX_ID_BYTES: usize = 64;
@@ -68,7 +70,7 @@ pub(in crate::http) static OWN: &[&Declaration] = &[
 pub(super) struct FileFields {
     encoding: Encoding,
     output_fps: Option<usize>,
-    has_comment: bool,
+    pub(super) has_comment: bool,
     title: Option<String>,
 }
 
@@ -77,38 +79,27 @@ impl FileFields {
         let format = options.get(&OUTPUT_FORMAT).and_then(|name| ClipFormat::from_extension(&name));
         let codec = options.get(&CODEC).and_then(|name| Codec::named(&name));
         let quality = options.get(&QUALITY).and_then(|name| Quality::named(&name));
-        let encoding = Encoding::choose(format, codec, quality)
-            .map_err(|BadEncoding { field, problem }| ApiError::field(field, problem))?;
-        let title = options.get(&TITLE);
+        let encoding = Encoding::choose(format, codec, quality).map_err(refused)?;
         let metadata = options.get(&METADATA);
-        if !encoding.holds_text() {
-            // Asked for and impossible is an error; absent, it is what the format can do.
-            if metadata == Some(true) {
-                return Err(ApiError::field("metadata", "a gif holds no parameters; leave it out"));
-            }
-            if title.is_some() {
-                return Err(ApiError::field("title", "a gif has none; leave it out"));
-            }
+        // Asked for and impossible is an error; absent, it is what the format can do.
+        if metadata == Some(true) && !encoding.holds_text() {
+            return Err(ApiError::field("metadata", "a gif holds no parameters; leave it out"));
         }
         let has_comment = metadata.unwrap_or(encoding.holds_text());
-        Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title })
+        Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title: options.get(&TITLE) })
     }
 
-    /// Refuses frames that the codec does not take.
-    pub(super) fn check_size(&self, width: usize, height: usize) -> Result<(), ApiError> {
-        let bad = self.encoding.check_size(width, height);
-        bad.map_err(|BadEncoding { field, problem }| ApiError::field(field, problem))
+    /// How a video of this canvas becomes a file.
+    pub(super) fn settings(self, canvas: &Canvas) -> Result<ClipSettings, ApiError> {
+        let text = ClipText { title: self.title, comment: None };
+        let settings = ClipSettings { encoding: self.encoding, fps: canvas.fps, output_fps: self.output_fps, text };
+        settings.check((canvas.width, canvas.height), canvas.num_frames).map_err(refused)?;
+        Ok(settings)
     }
+}
 
-    /// How a video of `fps` frames per second becomes a file; `parameters` is what it says of itself.
-    pub(super) fn settings(self, fps: usize, parameters: impl FnOnce() -> String) -> Result<ClipSettings, ApiError> {
-        let (field, file_fps) = self.output_fps.map_or(("fps", fps), |output_fps| ("output_fps", output_fps));
-        if self.encoding.format() == ClipFormat::Gif && file_fps > MAX_GIF_FPS {
-            return Err(ApiError::field(field, format!("is {file_fps}; gif plays at most {MAX_GIF_FPS}")));
-        }
-        let text = ClipText { title: self.title, comment: self.has_comment.then(parameters) };
-        Ok(ClipSettings { encoding: self.encoding, fps, output_fps: self.output_fps, text })
-    }
+fn refused(BadEncoding { field, problem }: BadEncoding) -> ApiError {
+    ApiError::field(field, problem)
 }
 
 /// `num_frames`, or the frames of `seconds`.

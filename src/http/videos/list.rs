@@ -1,4 +1,6 @@
 //! `GET /v1/videos`: the videos that are kept, page by page.
+//!
+//! Owns: the query and the order of pages. Does not know: how a video is shown.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,6 @@
 //! A video as the API shows it.
+//!
+//! Owns: the answer's fields. Does not know: how a job comes to its state.
 
 use axum::Json;
 use axum::http::HeaderValue;
@@ -11,7 +13,7 @@ use super::fields::duration;
 use crate::http::unix_seconds;
 use crate::job::failure::Failure;
 use crate::job::{Job, JobState};
-use crate::media::{ClipSettings, Codec, Quality};
+use crate::media::{Codec, Quality};
 use crate::parameters::EffectiveParameters;
 
 /// Bounds of the time after which a client is told to look again.
@@ -73,14 +75,15 @@ struct WireFile {
     title: Option<String>,
 }
 
-impl From<&ClipSettings> for WireFile {
-    fn from(settings: &ClipSettings) -> Self {
+impl From<&Job> for WireFile {
+    fn from(job: &Job) -> Self {
+        let settings = &job.file;
         Self {
             output_format: settings.encoding.format().as_str(),
             codec: settings.encoding.codec().map(Codec::as_str),
             quality: settings.encoding.quality().map(Quality::as_str),
             output_fps: settings.output_fps,
-            metadata: settings.text.comment.is_some(),
+            metadata: job.has_comment,
             title: settings.text.title.clone(),
         }
     }
@@ -115,7 +118,7 @@ impl From<&Job> for WireVideo {
             seconds: duration(num_frames, fps).to_string(),
             parameters: EffectiveParameters::new(&job.model, &job.request),
             fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
-            file: (&job.file).into(),
+            file: job.into(),
         }
     }
 }
