@@ -28,8 +28,9 @@ use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{Canvas, DiffusionCard, DiffusionRequest};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
-use crate::families::loading::{self, Parts};
+use crate::families::loading::{self, Dequantised, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
+use crate::layers::packed_values;
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
 use crate::request::Phase;
@@ -54,10 +55,6 @@ const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
 /// Rates of the published examples, without patches over time and with them.
 const DEFAULT_FPS: [usize; 2] = [8, 16];
-
-/// Columns that products of many rows on the CPU take at a time, and what each such block has beside them.
-const PACKED_COLUMNS: usize = 512;
-const PACKED_MARGIN: usize = 16;
 
 /// Pipelines of diffusers that make videos from text, and from pictures.
 const PIPELINES: [&str; 2] = ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline"];
@@ -266,6 +263,7 @@ pub struct CogVideoXModel {
     sizes: Sizes,
     placement: Placement,
     tokenizer: Tokenizer,
+    dequantised: Dequantised,
     text_encoder: T5Encoder,
     transformer: CogVideoXTransformer,
     vae: CogVideoXVaeDecoder,
@@ -299,7 +297,8 @@ impl CogVideoXModel {
         let text_encoder = T5Encoder::load(&open("text_encoder")?, &sizes.text_encoder)?;
         // The text encoder takes no terms, as in diffusers, which knows no other names of the layers either.
         let sites = Arc::<Sites>::default();
-        let transformer = CogVideoXTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
+        let weights = open("transformer")?.noting(&sites);
+        let transformer = CogVideoXTransformer::load(&weights, &sizes.transformer)?;
         let names = LoraNames::new(vec![NetworkNames::under_own_names(&sites)]);
         let vae = open("vae")?;
         let load_encoder = || CogVideoXVaeEncoder::load(&vae, &sizes.vae);
@@ -307,6 +306,10 @@ impl CogVideoXModel {
             card: sizes.card(schedulers),
             tokenizer,
             placement: placement.clone(),
+            dequantised: Dequantised {
+                text_encoder: text_encoder.dequantised_bytes(),
+                transformer: weights.dequantised_bytes(),
+            },
             text_encoder,
             transformer,
             vae_encoder: sizes.takes_picture.then(load_encoder).transpose()?,
@@ -355,18 +358,16 @@ impl Sizes {
         let in_channels = channels * (1 + usize::from(*takes_picture));
         let pairs = [
             ("out_channels", transformer.out_channels, "the VAE's `latent_channels`", channels),
-            ("in_channels", transformer.in_channels, "what the VAE and the pipeline give", in_channels),
+            ("in_channels", transformer.in_channels, "what fits the VAE and the pipeline", in_channels),
             ("text_embed_dim", transformer.text_embed_dim, "the text encoder's `d_model`", text_encoder.d_model),
-            (
-                "temporal_compression_ratio",
-                transformer.temporal_compression_ratio,
-                "that of the VAE",
-                if transformer.has_positions() { vae.temporal() } else { transformer.temporal_compression_ratio },
-            ),
         ];
+        // Positions alone depend on it.
+        let of_time =
+            ("temporal_compression_ratio", transformer.temporal_compression_ratio, "that of the VAE", vae.temporal());
+        let pairs = pairs.into_iter().chain(transformer.has_positions().then_some(of_time));
         for (field, found, whose, wanted) in pairs {
             if found != wanted {
-                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {whose} {wanted}")));
+                return Err(Error::checkpoint(path, format!("`{field}` is {found}, {whose} is {wanted}")));
             }
         }
         if transformer.ofs_embed_dim.is_some() && !takes_picture {
@@ -383,7 +384,10 @@ impl Sizes {
     fn prompts(&self) -> Prompts {
         match self.transformer.has_positions() {
             true => Prompts::Fixed { length: self.transformer.max_text_seq_length },
-            false => Prompts::Plain { default_length: SEQUENCE_LENGTH, max_length: SEQUENCE_LENGTH },
+            false => Prompts::Plain {
+                default_length: SEQUENCE_LENGTH,
+                max_length: SEQUENCE_LENGTH.max(self.transformer.max_text_seq_length),
+            },
         }
     }
 
@@ -393,7 +397,9 @@ impl Sizes {
         let size_multiple = spatial * transformer.patch_size;
         let fitting = own.map(|side| side - side % size_multiple);
         let is_made = own[0] * own[1] <= LARGE[0] * LARGE[1] || transformer.use_learned_positional_embeddings;
-        let [default_width, default_height] = if is_made { fitting } else { LARGE };
+        // No larger than the positions reach.
+        let large = [0, 1].map(|axis| LARGE[axis].min(own[axis])).map(|side| side - side % size_multiple);
+        let [default_width, default_height] = if is_made { fitting } else { large };
         // Frames come in pairs of latent frames, the first of all by itself.
         let multiple = 2 * self.vae.temporal() * transformer.patch_frames();
         let own_frames = ((transformer.sample_frames - 1) / multiple).max(1) * multiple + 1;
@@ -402,7 +408,7 @@ impl Sizes {
             default_height,
             size_multiple,
             max_side: LARGE[0].max(default_width).max(default_height),
-            max_pixels: LARGE[0] * LARGE[1],
+            max_pixels: (LARGE[0] * LARGE[1]).max(default_width * default_height),
             sizes: if transformer.use_learned_positional_embeddings {
                 SizeRule::OnlyDefault
             } else if transformer.patch_size_t.is_some() {
@@ -448,7 +454,7 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
         let dtype = placement.compute_dtype;
         let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let [_, frames, _, height, width] = self.latent_shape(request);
@@ -462,7 +468,7 @@ impl Sizes {
         let solver = latents * (7 + 4 * rows) + (1 + rows) * picture;
         let denoise = rows * self.transformer.peak_bytes_of_row([frames, height, width], text, dtype);
         let decode = self.vae.peak_values(self.latent_frames(request), height, width) * dtype.size_in_bytes();
-        let encode = self.text_encoder.forward_bytes(rows, text, placement);
+        let encode = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let of_picture = self.takes_picture.then(|| {
             let Canvas { height, width, .. } = request.canvas;
             let pixels = 2 * 3 * height * width * size_of::<f32>();
@@ -473,7 +479,7 @@ impl Sizes {
         let phases = [
             // The last step of it draws the noise.
             (Phase::Encode, conditioning + encode.max(2 * latents + picture)),
-            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
             (Phase::VaeDecode, 2 * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))
@@ -487,7 +493,7 @@ impl CogVideoXConfig {
         let (tokens, dim) = (text + video, self.dim());
         // On the CPU, which computes in f32, a product has its rows once more, cut into columns that are filled up.
         let packed = |width: usize| match dtype {
-            DType::F32 => width.div_ceil(PACKED_COLUMNS) * (PACKED_COLUMNS + PACKED_MARGIN),
+            DType::F32 => packed_values(width),
             _ => 0,
         };
         let hidden = transformer::MLP_RATIO * dim;

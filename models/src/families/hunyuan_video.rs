@@ -21,7 +21,8 @@ use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::{Error, Result};
-use crate::families::loading::{self, Parts};
+use crate::families::lcm;
+use crate::families::loading::{self, Dequantised, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
@@ -43,7 +44,7 @@ pub mod transformer;
 /// 1280x720 and its neighbours in multiples of 16.
 const MAX_PIXELS: usize = 1280 * 768;
 const MAX_SIDE: usize = 1536;
-/// Ten seconds at the model's 24 frames per second.
+/// More than ten seconds at the model's 24 frames per second.
 const MAX_FRAMES: usize = 257;
 /// The pipeline refuses other sizes whatever the patches are.
 const PIPELINE_SIZE_MULTIPLE: usize = 16;
@@ -53,7 +54,8 @@ const DEFAULT_HEIGHT: usize = 720;
 const DEFAULT_FRAMES: usize = 129;
 const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
-/// That of `HunyuanVideoImageToVideoPipeline.__call__`, whose other defaults are the same.
+/// That of `HunyuanVideoImageToVideoPipeline.__call__`. Its other defaults are the same, but that here a clip without a size has
+/// the aspect of its picture, as with Wan.
 const DEFAULT_GUIDANCE_SCALE_OF_PICTURES: f64 = 1.0;
 const DEFAULT_SEQUENCE_LENGTH: usize = 256;
 /// Four times as many tokens as the transformer was trained with.
@@ -105,11 +107,12 @@ fn build(manifest: &Manifest, open: &mut OpenWeights<'_>) -> Result<HunyuanVideo
     HunyuanVideoModel::load(manifest, &placement, &mut |component| open.component(manifest, component))
 }
 
-/// Everything of a `HunyuanVideoPipeline` that the diffusion runner drives.
+/// Everything of either pipeline that the diffusion runner drives.
 pub struct HunyuanVideoModel {
     card: DiffusionCard,
     sizes: Sizes,
     placement: Placement,
+    dequantised: Dequantised,
     text_encoders: TextEncoders,
     transformer: HunyuanVideoTransformer,
     vae: HunyuanVaeDecoder,
@@ -142,8 +145,10 @@ impl HunyuanVideoModel {
         let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &reader, &clip)?;
         // Text encoders take no terms, as in diffusers.
         let sites = Arc::<Sites>::default();
-        let transformer = HunyuanVideoTransformer::load(&open("transformer")?.noting(&sites), &sizes.transformer)?;
-        let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &HunyuanVideoNames, [])]);
+        let weights = open("transformer")?.noting(&sites);
+        let transformer = HunyuanVideoTransformer::load(&weights, &sizes.transformer)?;
+        let names =
+            LoraNames::new(vec![NetworkNames::denoiser(&sites, &HunyuanVideoNames::new(&sizes.transformer), [])]);
         let vae = open("vae")?;
         let vae_encoder = match sizes.image_condition {
             Some(_) => Some(HunyuanVaeEncoder::load(&vae, &sizes.vae)?),
@@ -156,6 +161,10 @@ impl HunyuanVideoModel {
         Ok(Self {
             card: sizes.card(schedulers),
             placement: placement.clone(),
+            dequantised: Dequantised {
+                text_encoder: reader.dequantised_bytes().max(clip.dequantised_bytes()),
+                transformer: weights.dequantised_bytes(),
+            },
             text_encoders,
             transformer,
             vae: HunyuanVaeDecoder::load(&vae, &sizes.vae)?,
@@ -295,7 +304,7 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
         let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
@@ -318,20 +327,10 @@ impl Sizes {
             (Phase::VaeEncode, conditioning + known + pixels + values * dtype.size_in_bytes())
         });
         let phases = [
-            (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype)),
-            (Phase::Denoise, conditioning + solver + denoise),
+            (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype) + dequantised.text_encoder),
+            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
             (Phase::VaeDecode, 3 * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))
     }
-}
-
-fn lcm(a: usize, b: usize) -> usize {
-    let gcd = |mut a: usize, mut b: usize| {
-        while b != 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    a / gcd(a, b) * b
 }

@@ -13,7 +13,14 @@ use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DiffusionModel, DiffusionRunner};
 
-/// What a pipeline has of its own for that.
+/// Bytes that the largest quantised matrix of a network takes for a moment beside weights and activations.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dequantised {
+    pub(super) text_encoder: usize,
+    pub(super) transformer: usize,
+}
+
+/// What [`load`] needs of a pipeline's model.
 pub(super) struct Parts<'m> {
     pub(super) card: &'m mut DiffusionCard,
     pub(super) adapters: &'m Adapters,

@@ -32,6 +32,17 @@ fn split_rows(predictions: &Tensor) -> Result<Vec<Tensor>> {
     (0..predictions.dim(0)?).map(|row| Ok(predictions.narrow(0, row, 1)?.contiguous()?)).collect()
 }
 
+/// The least common multiple.
+fn lcm(a: usize, b: usize) -> usize {
+    let gcd = |mut a: usize, mut b: usize| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    a / gcd(a, b) * b
+}
+
 /// The family of the checkpoint.
 pub(crate) fn detect(manifest: &Manifest) -> Result<&'static dyn Family> {
     FAMILIES.iter().copied().find(|family| family.detects(manifest)).ok_or_else(|| Error::UnknownArchitecture {
@@ -53,8 +64,9 @@ mod tests {
         for family in FAMILIES {
             let row = format!("| `{}` | {} |", family.name(), family.makes());
             assert!(docs.contains(&row), "docs/models.md lacks the row `{row}`");
-            let note = family.licence_note().unwrap_or_default();
-            assert!(docs.contains(note), "docs/models.md lacks the licence note `{note}`");
+            if let Some(note) = family.licence_note() {
+                assert!(docs.contains(note), "docs/models.md lacks the licence note `{note}`");
+            }
         }
     }
 }

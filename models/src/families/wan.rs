@@ -32,7 +32,8 @@ use crate::diffusion::{Acceleration, Canvas, DiffusionCard, DiffusionRequest};
 use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
-use crate::families::loading::{self, Parts};
+use crate::families::lcm;
+use crate::families::loading::{self, Dequantised, Parts};
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::lora::{Adapters, LoraNames, LoraSupport, NetworkNames, Sites};
 use crate::memory::MemoryPlan;
@@ -301,13 +302,6 @@ fn takes_pictures(manifest: &Manifest) -> bool {
     manifest.architecture() == PIPELINES[1]
 }
 
-/// Bytes that the largest quantised matrix of a network takes for a moment.
-#[derive(Debug, Clone, Copy)]
-struct Dequantised {
-    text_encoder: usize,
-    transformer: usize,
-}
-
 impl Sizes {
     fn read(manifest: &Manifest) -> Result<Self> {
         let text_encoder = T5Config::read(&manifest.component("text_encoder")?.fields(CONFIG)?, T5Kind::Umt5)?;
@@ -470,14 +464,4 @@ impl WanConfig {
         let embedded = text * (6 * dim + 340);
         (self_attention.max(feed_forward) + embedded) * dtype.size_in_bytes() + rope
     }
-}
-
-fn lcm(a: usize, b: usize) -> usize {
-    let gcd = |mut a: usize, mut b: usize| {
-        while b != 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    a / gcd(a, b) * b
 }

@@ -98,7 +98,7 @@ impl DiffusionModel for CogVideoXModel {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, &self.placement)
+        self.sizes.plan(request, &self.placement, self.dequantised)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<CogVideoXInput>> {

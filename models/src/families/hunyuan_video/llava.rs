@@ -210,7 +210,13 @@ impl Arrangement {
             false => behind.binary_search(&token).ok().map(|index| before.len() + NUM_PATCHES + index),
         };
         let end = last_header_end(ids, tokens.end_of_header)? + 1;
-        let text = (CROP_START..end.saturating_sub(ASSISTANT_TOKENS)).chain(end..ids.len());
+        // Before that the text would have more tokens than its length says.
+        if end < CROP_START + ASSISTANT_TOKENS {
+            return refuse(
+                "leaves no room for the headers of its template, or ends a header of its own where it begins",
+            );
+        }
+        let text = (CROP_START..end - ASSISTANT_TOKENS).chain(end..ids.len());
         let mut told: Vec<u32> = (0..NUM_PATCHES).step_by(interleave).map(|i| (before.len() + i) as u32).collect();
         for token in text.filter(|token| *token < prompt.num_tokens) {
             match row_of(token) {
@@ -289,9 +295,14 @@ mod tests {
         twice.ids[110] = TOKENS.image;
         let mut padded = prompt(5, &[3, 101, 118], 120, 130);
         padded.ids[105] = TOKENS.pad;
-        for prompt in
-            [twice, padded, prompt(200, &[3], 120, 130), prompt(5, &[], 120, 130), prompt(104, &[3], 120, 130)]
-        {
+        for prompt in [
+            twice,
+            padded,
+            prompt(200, &[3], 120, 130),
+            prompt(5, &[], 120, 130),
+            prompt(104, &[3], 120, 130),
+            prompt(5, &[3, 101, 103], 130, 130),
+        ] {
             let error = Arrangement::of(&prompt, &TOKENS, 4).expect_err("refused").to_string();
             assert!(error.contains("prompt"), "{error}");
         }

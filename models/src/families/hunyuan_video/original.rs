@@ -3,14 +3,23 @@
 //! Source: diffusers `loaders/single_file_utils.py`, `convert_hunyuan_video_transformer_to_diffusers`. Projections of the same
 //! input are one matrix there, and the last modulation has its shift before its scale.
 
+use super::config::HunyuanVideoConfig;
 use crate::weights::names::{Extent, Names, Place, Rows, split_index};
-
-/// How many times as wide as the stream the feed-forward of the published networks is.
-const MLP_RATIO: usize = 4;
 
 /// Of a transformer of any depth and width.
 #[derive(Debug, Clone, Copy)]
-pub struct HunyuanVideoNames;
+pub struct HunyuanVideoNames {
+    /// How many times as wide as the stream its feed-forward is; `None` where that is no whole number, so that its rows in
+    /// the joined matrices of single blocks cannot be told by counting parts.
+    mlp_ratio: Option<usize>,
+}
+
+impl HunyuanVideoNames {
+    /// Of the network with this configuration.
+    pub fn new(config: &HunyuanVideoConfig) -> Self {
+        Self { mlp_ratio: (config.mlp_ratio.fract() == 0.0).then_some(config.mlp_ratio as usize) }
+    }
+}
 
 impl Names for HunyuanVideoNames {
     fn mark(&self) -> &'static str {
@@ -21,7 +30,7 @@ impl Names for HunyuanVideoNames {
         let (first, rest) = name.split_once('.')?;
         match first {
             "transformer_blocks" => in_block("double_blocks", rest, dual_block),
-            "single_transformer_blocks" => in_block("single_blocks", rest, single_block),
+            "single_transformer_blocks" => in_block("single_blocks", rest, |layer| single_block(layer, self.mlp_ratio)),
             "x_embedder" => Some(Place::whole(format!("img_in.{rest}"))),
             "proj_out" => Some(Place::whole(format!("final_layer.linear.{rest}"))),
             "time_text_embed" => of_embedders(rest),
@@ -68,7 +77,7 @@ fn of_refiner(name: &str) -> Option<Place> {
 }
 
 /// What follows the name of a list of blocks; `place` says it of a layer in a block.
-fn in_block(list: &str, name: &str, place: fn(&str) -> Option<(&'static str, Extent)>) -> Option<Place> {
+fn in_block(list: &str, name: &str, place: impl Fn(&str) -> Option<(&'static str, Extent)>) -> Option<Place> {
     let (block, rest) = split_index(name)?;
     let (layer, leaf) = rest.rsplit_once('.')?;
     let (layer, part) = place(layer)?;
@@ -104,14 +113,14 @@ fn dual_block(layer: &str) -> Option<(&'static str, Extent)> {
 }
 
 /// `linear1` is query, key, value and the feed-forward's way in.
-fn single_block(layer: &str) -> Option<(&'static str, Extent)> {
-    let of_linear1 = |first, count| ("linear1", Extent::Rows(Rows { first, count, of: 3 + MLP_RATIO }));
+fn single_block(layer: &str, mlp_ratio: Option<usize>) -> Option<(&'static str, Extent)> {
+    let of_linear1 = |first, count| Some(("linear1", Extent::Rows(Rows { first, count, of: 3 + mlp_ratio? })));
     Some(match layer {
         "norm.linear" => ("modulation.linear", Extent::Whole),
-        "attn.to_q" => of_linear1(0, 1),
-        "attn.to_k" => of_linear1(1, 1),
-        "attn.to_v" => of_linear1(2, 1),
-        "proj_mlp" => of_linear1(3, MLP_RATIO),
+        "attn.to_q" => of_linear1(0, 1)?,
+        "attn.to_k" => of_linear1(1, 1)?,
+        "attn.to_v" => of_linear1(2, 1)?,
+        "proj_mlp" => of_linear1(3, mlp_ratio?)?,
         "attn.norm_q" => ("q_norm", Extent::Whole),
         "attn.norm_k" => ("k_norm", Extent::Whole),
         "proj_out" => ("linear2", Extent::Whole),
@@ -139,9 +148,11 @@ mod tests {
     use super::*;
     use crate::testing::repository;
 
+    const NAMES: HunyuanVideoNames = HunyuanVideoNames { mlp_ratio: Some(4) };
+
     #[track_caller]
     fn check(name: &str, original: &str, part: Extent) {
-        assert_eq!(HunyuanVideoNames.place(name), Some(Place { name: original.to_owned(), part }), "{name}");
+        assert_eq!(NAMES.place(name), Some(Place { name: original.to_owned(), part }), "{name}");
     }
 
     #[test]
@@ -159,8 +170,15 @@ mod tests {
             Extent::Whole,
         );
         for unknown in ["transformer_blocks.x.attn.to_q.weight", "transformer_blocks.0.attn.to_r.weight", "x", ""] {
-            assert_eq!(HunyuanVideoNames.place(unknown), None, "{unknown}");
+            assert_eq!(NAMES.place(unknown), None, "{unknown}");
         }
+    }
+
+    #[test]
+    fn a_feed_forward_of_no_whole_width_has_no_rows_to_count() {
+        let names = HunyuanVideoNames::new(&HunyuanVideoConfig { mlp_ratio: 2.5, ..Default::default() });
+        assert_eq!(names.place("single_transformer_blocks.0.proj_mlp.weight"), None);
+        assert!(names.place("single_transformer_blocks.0.proj_out.weight").is_some());
     }
 
     #[test]
@@ -170,7 +188,7 @@ mod tests {
         let index: serde_json::Value = crate::config::read_json(&index).expect("an index");
         let names = index["weight_map"].as_object().expect("names");
         for name in names.keys() {
-            assert!(HunyuanVideoNames.place(name).is_some(), "{name}");
+            assert!(NAMES.place(name).is_some(), "{name}");
         }
     }
 }

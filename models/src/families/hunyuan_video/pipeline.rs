@@ -124,7 +124,7 @@ impl DiffusionModel for HunyuanVideoModel {
     }
 
     fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, &self.placement)
+        self.sizes.plan(request, &self.placement, self.dequantised)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<HunyuanVideoInput>> {

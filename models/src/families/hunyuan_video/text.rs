@@ -179,7 +179,7 @@ impl TextEncoders {
     /// The components that encode prompts.
     pub(super) const COMPONENTS: &'static [&'static str] = &["text_encoder", "text_encoder_2"];
 
-    /// With the weights that `open` gives for each of them, and prompts of up to `max_length` tokens.
+    /// With the weights of the language model and of CLIP. The tokenizer is tried with prompts of `max_length` tokens.
     pub(super) fn load(
         manifest: &Manifest,
         configs: &TextConfigs,

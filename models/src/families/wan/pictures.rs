@@ -13,7 +13,8 @@ use crate::encoders::clip_vision::ClipVisionEncoder;
 use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::Result;
 use crate::request::Frame;
-use crate::vae::tiling::{Mosaic, Tiling};
+use crate::vae;
+use crate::vae::tiling::{Mosaic, Tiling, Window};
 use crate::vae::wan::WanVaeConfig;
 use crate::vae::wan::encoder::{WanEncoding, WanVaeEncoder};
 use crate::weights::Weights;
@@ -91,23 +92,26 @@ impl KnownFrames {
         }
     }
 
-    /// The frames of a latent frame, f32 `[1, 3, frames, height, width]` in -1..=1.
-    fn pixels(&self, latent_frame: usize, temporal: usize, device: &Device) -> Result<Tensor> {
+    /// The frames of a latent frame within `window`, f32 `[1, 3, frames, height, width]` in -1..=1.
+    fn pixels(&self, latent_frame: usize, temporal: usize, window: Window, device: &Device) -> Result<Tensor> {
         let indices = match latent_frame {
             0 => 0..1,
             _ => (latent_frame - 1) * temporal + 1..latent_frame * temporal + 1,
         };
-        let (count, area) = (indices.len(), self.first.height * self.first.width);
+        let (count, area) = (indices.len(), window.height * window.width);
         let mut values = vec![0f32; 3 * count * area];
         for (frame, index) in indices.enumerate() {
             let Some(picture) = self.picture(index) else { continue };
-            for (pixel, rgb) in picture.rgb.chunks_exact(3).enumerate() {
-                for (channel, byte) in rgb.iter().enumerate() {
-                    values[(channel * count + frame) * area + pixel] = 2.0 * (f32::from(*byte) / 255.0) - 1.0;
-                }
+            for (channel, plane) in vae::pixels(picture, window).chunks_exact(area).enumerate() {
+                values[(channel * count + frame) * area..][..area].copy_from_slice(plane);
             }
         }
-        Ok(Tensor::from_vec(values, (1, 3, count, self.first.height, self.first.width), device)?)
+        Ok(Tensor::from_vec(values, (1, 3, count, window.height, window.width), device)?)
+    }
+
+    /// All of a frame.
+    fn whole(&self) -> Window {
+        Window { top: 0, left: 0, height: self.first.height, width: self.first.width }
     }
 
     /// Which frames are known, one channel for each of those that a latent frame stands for: f32 `[1, temporal, f, h, w]`.
@@ -168,17 +172,17 @@ impl Pictures {
         FramesEncoding { frames, encoding: self.vae.begin(), tiles }
     }
 
-    /// Encodes the next latent frame, of a tile where there are some; the mask and the latents of all, f32 `[1, temporal + z, f, h, w]`, once that was the
-    /// last.
+    /// Encodes the next latent frame, of the tile under way if there are tiles. After the last one: the mask and the latents of
+    /// all, f32 `[1, temporal + z, f, h, w]`.
     pub(super) fn encode_next(&self, encoding: &mut FramesEncoding, vae: &WanVaeConfig) -> Result<Option<Tensor>> {
         let FramesEncoding { frames, encoding, tiles } = encoding;
         let (temporal, device) = (vae.scale_factor_temporal, &self.device);
-        let mut pixels = frames.pixels(encoding.num_latent_frames(), temporal, device)?;
-        if let Some(Tiles { tiling, tile, .. }) = tiles {
-            let window = tiling.window(frames.first.height, frames.first.width, *tile);
-            let rows = pixels.narrow(3, window.top, window.height)?;
-            pixels = rows.narrow(4, window.left, window.width)?.contiguous()?;
-        }
+        let whole = frames.whole();
+        let window = match tiles {
+            Some(Tiles { tiling, tile, .. }) => tiling.window(whole.height, whole.width, *tile),
+            None => whole,
+        };
+        let pixels = frames.pixels(encoding.num_latent_frames(), temporal, window, device)?;
         self.vae.encode_next(encoding, &pixels)?;
         if encoding.num_latent_frames() < frames.num_latent_frames(temporal) {
             return Ok(None);
@@ -220,7 +224,11 @@ mod tests {
     #[test]
     fn what_is_not_known_is_grey() {
         let values = |latent_frame: usize| -> Vec<f32> {
-            let pixels = frames(5, true).pixels(latent_frame, 4, &Device::Cpu).expect("pixels");
+            let pixels = {
+                let frames = frames(5, true);
+                frames.pixels(latent_frame, 4, frames.whole(), &Device::Cpu)
+            }
+            .expect("pixels");
             assert_eq!(pixels.dims()[..2], [1, 3]);
             pixels.flatten_all().and_then(|pixels| pixels.to_vec1()).expect("values")
         };

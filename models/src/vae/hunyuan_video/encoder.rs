@@ -12,6 +12,7 @@ use super::{Factor, HunyuanVaeConfig, LIVE_COPIES, NORM_EPS, load_conv};
 use crate::error::Result;
 use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
 use crate::request::Frame;
+use crate::vae::tiling::Window;
 use crate::weights::Weights;
 
 /// A picture to latents.
@@ -76,14 +77,9 @@ impl HunyuanVaeEncoder {
 
 /// f32 `[1, 3, 1, height, width]` in -1..=1.
 fn pixels(picture: &Frame, device: &Device) -> Result<Tensor> {
-    let area = picture.height * picture.width;
-    let mut values = vec![0f32; 3 * area];
-    for (pixel, rgb) in picture.rgb.chunks_exact(3).enumerate() {
-        for (channel, byte) in rgb.iter().enumerate() {
-            values[channel * area + pixel] = 2.0 * (f32::from(*byte) / 255.0) - 1.0;
-        }
-    }
-    Ok(Tensor::from_vec(values, (1, 3, 1, picture.height, picture.width), device)?)
+    let Frame { height, width, .. } = *picture;
+    let values = crate::vae::pixels(picture, Window { top: 0, left: 0, height, width });
+    Ok(Tensor::from_vec(values, (1, 3, 1, height, width), device)?)
 }
 
 impl HunyuanVaeConfig {
