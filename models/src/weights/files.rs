@@ -1,6 +1,7 @@
 //! Finding, mapping and checking the weight files of a folder. Nothing of a header is used before it is checked.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,19 +102,21 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
             }
         }
     }
-    let lone = lone_files(dir)?;
+    let pickle = PICKLES.iter().map(|name| dir.join(name)).find(|path| path.exists());
+    let lone = if pickle.is_some() { Vec::new() } else { lone_files(dir)? };
     if let [file] = &lone[..] {
         return Ok((vec![file.clone()], WeightMap::new()));
     }
-    match PICKLES.iter().map(|name| dir.join(name)).find(|path| path.exists()) {
+    match pickle {
         Some(pickle) => {
-            Err(Error::checkpoint(pickle, "is a pickle, which can run code when read; only safetensors files are read"))
+            let problem = "is a pickle, which can run code when read; only safetensors and GGUF files are read";
+            Err(Error::checkpoint(pickle, problem))
         }
         None => Err(Error::checkpoint(
             dir,
             match lone.len() {
-                0 => "holds no safetensors file (model.safetensors, diffusion_pytorch_model.safetensors, an index of shards, \
-                      or one file of another name)"
+                0 => "holds no weights (model.safetensors, diffusion_pytorch_model.safetensors, an index of shards, or one \
+                      .safetensors or .gguf file of another name)"
                     .to_owned(),
                 several => format!("holds {several} weight files of other names than published ones; leave one of them"),
             },
@@ -123,10 +126,14 @@ fn find(dir: &Path) -> Result<(Vec<PathBuf>, WeightMap)> {
 
 /// Files of either format in a folder, in the order of their names.
 fn lone_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let Ok(entries) = std::fs::read_dir(dir) else { return Ok(Vec::new()) };
+    let unreadable = |error: std::io::Error| Error::checkpoint(dir, format!("cannot be read: {error}"));
+    let entries = match std::fs::read_dir(dir) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
+        entries => entries.map_err(unreadable)?,
+    };
     let mut found = Vec::new();
     for entry in entries {
-        let path = entry.map_err(|error| Error::checkpoint(dir, format!("cannot be read: {error}")))?.path();
+        let path = entry.map_err(unreadable)?.path();
         let extension = path.extension().and_then(|extension| extension.to_str());
         if extension.is_some_and(|extension| EXTENSIONS.contains(&extension)) && path.is_file() {
             found.push(path);

@@ -1,8 +1,7 @@
 //! The names that a tensor has elsewhere: from what a network calls it (diffusers' names) to where a file of the original
 //! implementation keeps it.
 //!
-//! Owns: how a place is described. Does not know: any family; each has its own map (`families/*/original.rs`,
-//! `vae/original.rs`).
+//! Owns: how a place is described. Does not know: any family; each has its own map beside its network.
 
 /// Where a tensor lies in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! The scales that lie in a file beside tensors of eight bits.
 //!
+//! Owns: which tensors are scales. Does not know: how eight bits are widened.
+//!
 //! Source of the convention: ComfyUI `comfy/ops.py` (`scaled_fp8_ops`). A layer's `weight` is multiplied with its
 //! `scale_weight`; `scale_input` is for products of eight-bit activations, which are not computed here; `scaled_fp8` marks
 //! the file.
@@ -18,6 +20,8 @@ use crate::error::{Error, Result};
 /// What lies beside the weight of a layer.
 const SCALE: &str = "scale_weight";
 const INPUT_SCALE: &str = "scale_input";
+/// Scales of other conventions, which are not read: of blocks or channels, or the inverse.
+const OTHER_SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
 /// A tensor that says that there are scales.
 const MARKER: &str = "scaled_fp8";
 
@@ -29,6 +33,12 @@ pub(super) fn take_scales(files: &[(PathBuf, Mmap)], tensors: &mut BTreeMap<Stri
         tensors.iter().filter(|(_, located)| is_narrow(located)).map(|(name, _)| name.clone()).collect();
     for name in narrow {
         let Some(layer) = name.strip_suffix("weight") else { continue };
+        if let Some(other) =
+            OTHER_SCALES.map(|scale| format!("{layer}{scale}")).iter().find(|of| tensors.contains_key(*of))
+        {
+            let problem = format!("tensor `{other}` scales `{name}` in a way that is not read; `{SCALE}` is");
+            return Err(Error::checkpoint(&files[tensors[other].file].0, problem));
+        }
         tensors.remove(&format!("{layer}{INPUT_SCALE}"));
         let scale_name = format!("{layer}{SCALE}");
         let Some(scale) = tensors.remove(&scale_name) else { continue };

@@ -162,7 +162,7 @@ fn damaged_files_are_refused_with_the_reason() {
 fn pickles_and_empty_folders_are_refused() {
     let dir = tempfile::tempdir().expect("temp dir");
     let open = || error_of(Weights::open(dir.path(), &placement(WeightDtype::Auto)));
-    assert!(open().contains("holds no safetensors file"));
+    assert!(open().contains("holds no weights"));
     std::fs::write(dir.path().join("pytorch_model.bin"), b"\x80\x02").expect("write");
     assert!(open().contains("is a pickle"), "{}", open());
 }

@@ -306,7 +306,7 @@ fn weights_that_cannot_be_told_are_refused_by_name() {
         assert!(expected.iter().all(|part| error.contains(part)), "{expected:?} in: {error}");
     };
     let base = originals("wan-a");
-    refused(base.path(), &["transformer", "holds no safetensors file", "one file of another name"]);
+    refused(base.path(), &["transformer", "holds no weights", "file of another name"]);
     for name in ["one.safetensors", "two.safetensors"] {
         write_file(&base.path().join("transformer").join(name), assembled("wan-a", &format!("{CASE}/wan-a")));
     }
