@@ -1,6 +1,7 @@
 //! Overwrites memory as it is freed, so that prompts, answers and pictures do not outlive their use.
 //!
-//! Texts pass through many hands: the HTTP library's buffers, JSON, templates, tokenizers. Only the allocator sees them all.
+//! Texts pass through many hands: the HTTP library's buffers, JSON, templates, tokenizers. Only the allocator sees them all, but for
+//! what FFmpeg copies: it takes memory from the C library itself.
 //!
 //! Owns: the process's allocator. Does not know: who allocates.
 

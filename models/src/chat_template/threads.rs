@@ -1,7 +1,7 @@
 //! Threads on which templates are compiled and rendered.
 //!
-//! Owns: their stacks, their reuse, and what happens to work that does not end in time. Deliberately does not know:
-//! templates.
+//! Owns: how deep their stacks are, those threads that are its own and their reuse, and what happens to work that does not end
+//! in time. Deliberately does not know: templates.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};

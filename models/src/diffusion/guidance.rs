@@ -56,8 +56,8 @@ pub(super) static PARAMETERS: &[&Declaration] = &[
 pub struct Guidance {
     /// As in diffusers: embedded guidance (FLUX.1-dev, HunyuanVideo) or classifier-free guidance (SDXL, Wan).
     pub guidance_scale: f64,
-    /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1, HunyuanVideo), as in diffusers: the scale of a
-    /// second, negative prediction.
+    /// Of models whose `guidance_scale` is not that of classifier-free guidance (FLUX.1, HunyuanVideo), as in diffusers: the
+    /// scale of a second, negative prediction.
     pub true_cfg_scale: Option<f64>,
     /// Fractions of the steps between which the negative prediction is made; see [`Guidance::is_guided_at`].
     pub interval: [f64; 2],

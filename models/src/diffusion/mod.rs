@@ -68,7 +68,7 @@ pub struct DiffusionRequest {
     pub guidance: Guidance,
     /// Whether some steps may reuse the results of earlier ones.
     pub acceleration: Acceleration,
-    /// Low-rank terms that are added to the model's layers for this request alone.
+    /// Terms that are added to the model's layers for this request alone.
     pub loras: Vec<LoraUse>,
     /// Whether the VAE works on tiles of the image or of the frames, where they are larger than one.
     pub vae_tiling: bool,

@@ -1,7 +1,7 @@
 //! The way from noise to latents: steps, scheduler, seed.
 //!
-//! Owns: `num_inference_steps`, `sigmas` and `timesteps` in its place, `scheduler`, `timestep_spacing`, `eta` and `seed`. Does not know: what a scheduler
-//! computes.
+//! Owns: `num_inference_steps`, `sigmas` and `timesteps` in its place, `scheduler`, `timestep_spacing`, `eta` and `seed`. Does
+//! not know: what a scheduler computes.
 
 use crate::error::{Error, Result};
 use crate::parameter::{Declaration, IMAGES, Options, Parameter, ParameterType, VIDEOS, Value, check_range};

@@ -101,7 +101,7 @@ impl LoraFile {
         Ok(lora)
     }
 
-    /// LoraNames the file among all that were opened.
+    /// Names the file among all that were opened.
     pub fn id(&self) -> u64 {
         self.id
     }

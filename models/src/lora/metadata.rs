@@ -1,4 +1,6 @@
 //! What a LoRA file says beside its tensors, and how much its terms count because of it.
+//!
+//! Owns: alphas, ranks and what diffusers wrote of an adapter. Does not know: shapes, layers.
 
 use std::collections::{BTreeMap, HashMap};
 

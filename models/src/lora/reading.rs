@@ -37,7 +37,7 @@ pub enum LoadedAddend {
     Bias(Tensor),
 }
 
-/// The matrices of a file on their way to the device.
+/// The tensors of a file on their way to the device.
 #[derive(Debug)]
 pub struct FileReading {
     file: Arc<LoraFile>,

@@ -1,4 +1,6 @@
 //! Why a LoRA file cannot be used.
+//!
+//! Owns: the words. Does not know: who refuses.
 
 /// Why a file cannot be used.
 #[derive(Debug)]

@@ -1,4 +1,6 @@
 //! The register of a network's layers that take terms, and what kind of layer each is.
+//!
+//! Owns: the register. Does not know: files, and what is added.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};

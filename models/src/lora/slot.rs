@@ -1,4 +1,6 @@
 //! Where a layer looks for what adapters add to it.
+//!
+//! Owns: how an answer or a weight changes by what is added. Does not know: where that comes from.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 

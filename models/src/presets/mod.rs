@@ -55,8 +55,9 @@ const COGVIDEOX: &[File] = &[("text_encoder/config.json", include_str!("t5-xxl.j
 const COGVIDEOX_OF_TEXT: &[File] = &[("model_index.json", include_str!("cogvideox-index.json"))];
 /// What those of them have besides that make videos from pictures.
 const COGVIDEOX_OF_PICTURES: &[File] = &[("model_index.json", include_str!("cogvideox-i2v-index.json"))];
-/// What those of them have besides that have five billion parameters.
+/// The scheduler of all but the 2B model.
 const COGVIDEOX_5B: &[File] = &[("scheduler/scheduler_config.json", include_str!("cogvideox-scheduler.json"))];
+/// The VAE of all but the 2B model and 1.5 from a picture.
 const COGVIDEOX_VAE: &[File] = &[("vae/config.json", include_str!("cogvideox-vae.json"))];
 
 /// What all models of HunyuanVideo have.

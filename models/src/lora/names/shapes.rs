@@ -1,4 +1,6 @@
 //! Whether the tensors of a LoRA file have the shapes that a layer takes.
+//!
+//! Owns: the rules. Does not know: names, values.
 
 use std::collections::BTreeMap;
 
