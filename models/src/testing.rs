@@ -133,7 +133,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
         Medium::Video => (flow_schedulers(), GuidanceKind::ClassifierFree, 5.0),
     };
     let sampling = SamplingSupport { default_steps: 4, schedulers };
-    let guidance = GuidanceSupport::constant(kind, default_scale);
+    let guidance = GuidanceSupport::constant(kind, default_scale).of_flow();
     let card = DiffusionCard::new("scripted", prompts, canvas, sampling, guidance);
     let card = DiffusionCard { acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }), ..card };
     match medium {

@@ -1,4 +1,4 @@
-"""What a request can ask beyond the plain loop: true CFG, a guidance interval, the first-block cache.
+"""What a request can ask beyond the plain loop: true CFG, a guidance interval, CFG-Zero*, the first-block cache.
 
 The checkpoints are those of the groups flux, sdxl and wan, which are made before this one.
 """
@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, StableDiffusionXLPipeline, WanPipeline
+from diffusers.guiders import ClassifierFreeZeroStarGuidance
 from diffusers.hooks import first_block_cache
 
 from .common import ROOT, fresh_case, require, write_golden
@@ -69,6 +70,27 @@ RUNS = [
         "acceleration": "fast",
         "steps": 24,
     },
+    # CFG-Zero*: as it comes, beside an interval, without steps that are left out.
+    {"checkpoint": "wan-b", **WAN, "negative_prompt": "Rain", "guidance_scale": 4.0, "cfg_zero_star": True, "steps": 5},
+    {
+        "checkpoint": "wan-b",
+        **WAN,
+        "negative_prompt": "Rain",
+        "guidance_scale": 4.0,
+        "guidance_interval": [0.0, 0.6],
+        "cfg_zero_star": True,
+        "zero_init_steps": 2,
+        "steps": 5,
+    },
+    {
+        "checkpoint": "flux-dev",
+        **FLUX,
+        "negative_prompt": "Rain, smoke and silence",
+        "true_cfg_scale": 3.0,
+        "cfg_zero_star": True,
+        "zero_init_steps": 0,
+        "steps": 4,
+    },
 ]
 
 
@@ -107,7 +129,8 @@ def record(pipeline, run: dict):
     arguments |= {"num_inference_steps": run["steps"], "output_type": "np"}
     guided = guided_steps(run)
     generator = torch.Generator("cpu").manual_seed(run["seed"])
-    with interval(pipeline, run, guided, arguments), cache(pipeline, run) as skips:
+    branches = zero_star(pipeline, run) if "cfg_zero_star" in run else interval(pipeline, run, guided, arguments)
+    with branches, cache(pipeline, run) as skips:
         answer = pipeline(**arguments, generator=generator)
     return to_u8(answer.frames[0] if "num_frames" in run else answer.images[0]), skips
 
@@ -201,6 +224,42 @@ def wan_switch(pipeline, run: dict, guided: list[bool], arguments: dict):
     yield
 
 
+# --- CFG-Zero* -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def zero_star(pipeline, run: dict):
+    """diffusers' guider in place of the pipeline's own formula: both branches answer what it has made of them, of which
+    there is left `g + scale * (g - g)`."""
+    start, stop = run.get("guidance_interval", [0.0, 1.0])
+    options = {"zero_init_steps": run["zero_init_steps"]} if "zero_init_steps" in run else {}
+    scale = run.get("true_cfg_scale", run["guidance_scale"] if "guidance_scale" in run else None)
+    guider = ClassifierFreeZeroStarGuidance(guidance_scale=scale, start=start, stop=stop, **options)
+    kept, forward, context = {"step": 0}, pipeline.transformer.forward, pipeline.transformer.cache_context
+
+    @contextlib.contextmanager
+    def named(name, **kwargs):
+        kept["branch"] = name
+        with context(name, **kwargs):
+            yield
+
+    def heard(*args, **kwargs):
+        (prediction,) = forward(*args, **kwargs)
+        if kept["branch"] == "cond":
+            kept["positive"] = prediction
+            return (prediction,)
+        guider.set_state(kept["step"], run["steps"], torch.tensor(0.0))
+        guided = guider.forward(kept["positive"].clone(), prediction).pred
+        # The pipeline holds this very tensor.
+        kept["positive"].copy_(guided)
+        kept["step"] += 1
+        return (guided,)
+
+    pipeline.transformer.forward, pipeline.transformer.cache_context = heard, named
+    yield
+    del pipeline.transformer.forward, pipeline.transformer.cache_context
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +308,9 @@ def check_sensitivity(name: str, pipeline, run: dict, pixels, skips) -> None:
         guided = guided_steps(run)
         require(any(guided) and not all(guided), f"{name}: guided are {sum(guided)} of {len(guided)} steps")
         moved("guidance in all steps", guidance_interval=...)
+    if "cfg_zero_star" in run:
+        moved("plain guidance", cfg_zero_star=..., limit=60.0)
+        moved("another step left out", zero_init_steps=run.get("zero_init_steps", 1) + 1)
     if "acceleration" in run:
         for branch, found in skips.items():
             both = any(found) and not all(found)

@@ -160,7 +160,7 @@ impl DiffusionCard {
             keyframes,
             refinement,
         };
-        self.guidance.check_interval(&request.guidance, request.steps_made())?;
+        self.guidance.check_steps(&request.guidance, request.steps_made())?;
         Ok(request)
     }
 

@@ -1,12 +1,13 @@
 //! How far the prompt is followed, what is steered away from, and in which steps.
 //!
-//! Owns: `guidance_scale`, `true_cfg_scale`, `guidance_interval`, `use_dynamic_cfg` and `negative_prompt`, and how they
-//! depend on each other.
+//! Owns: `guidance_scale`, `true_cfg_scale`, `guidance_interval`, `use_dynamic_cfg`, `cfg_zero_star`, `zero_init_steps` and
+//! `negative_prompt`, and how they depend on each other. Does not know: how predictions are merged (`runner::diffusion`).
 
 use crate::error::{Error, Result};
 use crate::parameter::{Declaration, Options, Parameter, VIDEOS};
 
 use super::prompt::NEGATIVE_PROMPT;
+use super::sampling::MAX_INFERENCE_STEPS;
 
 /// Largest guidance scale.
 pub const MAX_GUIDANCE_SCALE: f64 = 100.0;
@@ -42,6 +43,20 @@ pub static USE_DYNAMIC_CFG: Parameter<bool> = Parameter::boolean(
 )
 .only_for(VIDEOS);
 
+/// See [`Guidance::zero_star`].
+pub static CFG_ZERO_STAR: Parameter<bool> = Parameter::boolean(
+    "cfg_zero_star",
+    "CFG-Zero*, for models of flow matching: the negative prediction is scaled to fit the other one; false when absent.",
+);
+
+/// See [`ZeroStar::zero_init_steps`].
+pub static ZERO_INIT_STEPS: Parameter<usize> = Parameter::integer(
+    "zero_init_steps",
+    0,
+    MAX_INFERENCE_STEPS,
+    "First steps that `cfg_zero_star` leaves out, latents and all; 1 when absent, as in diffusers.",
+);
+
 /// The parameters of this capability.
 pub(super) static PARAMETERS: &[&Declaration] = &[
     &NEGATIVE_PROMPT.declaration,
@@ -49,6 +64,8 @@ pub(super) static PARAMETERS: &[&Declaration] = &[
     &TRUE_CFG_SCALE.declaration,
     &GUIDANCE_INTERVAL.declaration,
     &USE_DYNAMIC_CFG.declaration,
+    &CFG_ZERO_STAR.declaration,
+    &ZERO_INIT_STEPS.declaration,
 ];
 
 /// Guidance of a request.
@@ -64,9 +81,21 @@ pub struct Guidance {
     /// Whether the scale of a step is made of its timestep; `None` of models that have no such scale. See
     /// [`Guidance::cfg_scale_at`].
     pub use_dynamic_cfg: Option<bool>,
+    /// Where the two predictions are merged as CFG-Zero* does it.
+    pub zero_star: Option<ZeroStar>,
     /// What to steer away from; `None` where the model or the guidance scale uses none.
     pub negative_prompt: Option<NegativePrompt>,
 }
+
+/// Zero-star guidance. Source: arXiv 2503.18886; diffusers `guiders/classifier_free_zero_star_guidance.py`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZeroStar {
+    /// First steps whose prediction is zero: the latents stay as they are, and no network is asked.
+    pub zero_init_steps: usize,
+}
+
+/// That of diffusers' guider.
+const DEFAULT_ZERO_INIT_STEPS: usize = 1;
 
 impl Guidance {
     /// One prediction a step, at a scale of 1.
@@ -76,6 +105,7 @@ impl Guidance {
             true_cfg_scale: None,
             interval: WHOLE_INTERVAL,
             use_dynamic_cfg: None,
+            zero_star: None,
             negative_prompt: None,
         }
     }
@@ -98,13 +128,26 @@ impl Guidance {
         }
     }
 
-    /// Whether step `index` (from 0 on) of `steps` makes a negative prediction: those with `start <= index / steps < end`.
-    /// The others take the prediction for the prompt as it is, as a pipeline of diffusers does whose callback has
+    /// Whether the prediction of step `index` is zero, and nobody makes it.
+    pub fn is_zero_at(&self, index: usize) -> bool {
+        self.zero_star.is_some_and(|zero_star| index < zero_star.zero_init_steps)
+    }
+
+    /// Predictions that step `index` (from 0 on) of `steps` makes.
+    pub fn num_predictions_at(&self, index: usize, steps: usize) -> usize {
+        match self.is_zero_at(index) {
+            true => 0,
+            false => 1 + usize::from(self.is_guided_at(index, steps)),
+        }
+    }
+
+    /// Whether step `index` (from 0 on) of `steps` makes a negative prediction: those with `start <= index / steps < end`
+    /// whose prediction is not zero anyway. The others take the prediction for the prompt as it is, as a pipeline of diffusers does whose callback has
     /// switched guidance off.
     pub fn is_guided_at(&self, index: usize, steps: usize) -> bool {
         let [start, end] = self.interval;
         let fraction = index as f64 / steps as f64;
-        self.negative_prompt.is_some() && start <= fraction && fraction < end
+        self.negative_prompt.is_some() && !self.is_zero_at(index) && start <= fraction && fraction < end
     }
 
     pub(super) fn echo(&self, options: &mut Options) {
@@ -113,6 +156,8 @@ impl Guidance {
         // Without a negative prediction the interval has no meaning.
         options.set(&GUIDANCE_INTERVAL, self.negative_prompt.as_ref().map(|_| self.interval));
         options.set(&USE_DYNAMIC_CFG, self.use_dynamic_cfg);
+        options.set(&CFG_ZERO_STAR, self.zero_star.map(|_| true));
+        options.set(&ZERO_INIT_STEPS, self.zero_star.map(|zero_star| zero_star.zero_init_steps));
         let negative = self.negative_prompt.as_ref().and_then(NegativePrompt::text);
         options.set(&NEGATIVE_PROMPT, negative.map(str::to_owned));
     }
@@ -157,12 +202,19 @@ pub struct GuidanceSupport {
     pub default_scale: f64,
     /// Whether the scale may be made of the timestep.
     pub has_dynamic_cfg: bool,
+    /// Whether what the model predicts is a flow, so that CFG-Zero* is for it.
+    pub has_zero_star: bool,
 }
 
 impl GuidanceSupport {
     /// A scale that is the same in all steps.
     pub fn constant(kind: GuidanceKind, default_scale: f64) -> Self {
-        Self { kind, default_scale, has_dynamic_cfg: false }
+        Self { kind, default_scale, has_dynamic_cfg: false, has_zero_star: false }
+    }
+
+    /// The same for a model that predicts a flow.
+    pub fn of_flow(self) -> Self {
+        Self { has_zero_star: true, ..self }
     }
 
     /// `edit_scale` is the default of a request that begins from an image.
@@ -173,6 +225,7 @@ impl GuidanceSupport {
             true_cfg_scale: self.true_cfg_scale(options.get(&TRUE_CFG_SCALE))?,
             interval: options.get(&GUIDANCE_INTERVAL).unwrap_or(WHOLE_INTERVAL),
             use_dynamic_cfg: self.dynamic_cfg(options.get(&USE_DYNAMIC_CFG))?,
+            zero_star: self.zero_star(options)?,
             negative_prompt: options.get(&NEGATIVE_PROMPT).map(NegativePrompt::Text),
         };
         if self.kind == GuidanceKind::None && guidance.guidance_scale != 0.0 {
@@ -180,11 +233,31 @@ impl GuidanceSupport {
             return Err(Error::invalid("guidance_scale", problem));
         }
         let guidance = self.with_negative_prompt(guidance)?;
-        if guidance.use_dynamic_cfg == Some(true) && guidance.negative_prompt.is_none() {
-            let problem = format!("has no effect unless {} is above 1; leave it out", self.cfg_field());
-            return Err(Error::invalid("use_dynamic_cfg", problem));
+        let of_two = [
+            ("use_dynamic_cfg", guidance.use_dynamic_cfg == Some(true)),
+            ("cfg_zero_star", guidance.zero_star.is_some()),
+        ];
+        match of_two.into_iter().find(|(_, is_asked)| *is_asked && guidance.negative_prompt.is_none()) {
+            Some((field, _)) => {
+                let problem = format!("has no effect unless {} is above 1; leave it out", self.cfg_field());
+                Err(Error::invalid(field, problem))
+            }
+            None => Ok(guidance),
         }
-        Ok(guidance)
+    }
+
+    fn zero_star(&self, options: &Options) -> Result<Option<ZeroStar>> {
+        let zero_init_steps = options.get(&ZERO_INIT_STEPS);
+        match options.get(&CFG_ZERO_STAR) {
+            Some(true) if !self.has_zero_star => {
+                Err(Error::invalid("cfg_zero_star", "this model predicts no flow; leave it out"))
+            }
+            Some(true) => Ok(Some(ZeroStar { zero_init_steps: zero_init_steps.unwrap_or(DEFAULT_ZERO_INIT_STEPS) })),
+            Some(false) | None if zero_init_steps.is_some() => {
+                Err(Error::invalid("zero_init_steps", "has no effect without cfg_zero_star; leave it out"))
+            }
+            Some(false) | None => Ok(None),
+        }
     }
 
     /// Off where the client says nothing; `None` for models whose scale never changes.
@@ -230,8 +303,16 @@ impl GuidanceSupport {
         Ok(guidance)
     }
 
-    /// Refuses an interval that changes nothing or holds none of the `steps` that are made.
-    pub(super) fn check_interval(&self, guidance: &Guidance, steps: usize) -> Result<()> {
+    /// Refuses what leaves none of the `steps` that are made to be guided, and an interval that changes nothing.
+    pub(super) fn check_steps(&self, guidance: &Guidance, steps: usize) -> Result<()> {
+        if guidance.is_zero_at(steps - 1) {
+            let problem = format!("leaves none of the {steps} steps; allowed: 0 to {}", steps - 1);
+            return Err(Error::invalid("zero_init_steps", problem));
+        }
+        self.check_interval(guidance, steps)
+    }
+
+    fn check_interval(&self, guidance: &Guidance, steps: usize) -> Result<()> {
         let refuse = |problem: String| Err(Error::invalid("guidance_interval", problem));
         if guidance.interval == WHOLE_INTERVAL {
             return Ok(());

@@ -26,7 +26,7 @@ pub use acceleration::Acceleration;
 pub use canvas::Canvas;
 pub use card::{DiffusionCard, Medium};
 pub use edit::Edit;
-pub use guidance::{Guidance, NegativePrompt};
+pub use guidance::{Guidance, NegativePrompt, ZeroStar};
 pub use keyframes::Keyframes;
 pub use prompt::Prompt;
 pub use references::References;

@@ -10,7 +10,9 @@ use crate::parameter::Declaration;
 pub use super::acceleration::ACCELERATION;
 pub use super::canvas::{FPS, HEIGHT, NUM_FRAMES, WIDTH};
 pub use super::edit::{IMAGE, MASK, STRENGTH};
-pub use super::guidance::{GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE, USE_DYNAMIC_CFG};
+pub use super::guidance::{
+    CFG_ZERO_STAR, GUIDANCE_INTERVAL, GUIDANCE_SCALE, TRUE_CFG_SCALE, USE_DYNAMIC_CFG, ZERO_INIT_STEPS,
+};
 pub use super::keyframes::{INPUT_REFERENCE, LAST_IMAGE};
 pub use super::loras::LORAS;
 pub use super::previews::PARTIAL_IMAGES;

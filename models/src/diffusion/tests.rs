@@ -320,6 +320,28 @@ fn a_dynamic_scale_is_made_of_the_timestep() {
 }
 
 #[test]
+fn zero_star_is_for_flows_that_are_guided() {
+    let card = || DiffusionCard { guidance: clip_card().guidance.of_flow(), ..clip_card() };
+    let of = |asked, steps| Options::default().with(&CFG_ZERO_STAR, asked).with(&ZERO_INIT_STEPS, steps);
+    let resolve = |options: &Options| card().resolve(options, 0).expect("valid");
+    for (asked, steps, expected) in
+        [(None, None, None), (Some(false), None, None), (Some(true), None, Some(1)), (Some(true), Some(0), Some(0))]
+    {
+        let request = resolve(&of(asked, steps));
+        assert_eq!(request.guidance.zero_star.map(|zero_star| zero_star.zero_init_steps), expected);
+        let echo = request.echo();
+        assert_eq!((echo.get(&CFG_ZERO_STAR), echo.get(&ZERO_INIT_STEPS)), (expected.map(|_| true), expected));
+        assert_eq!(resolve(&echo), request);
+    }
+    check(card(), of(None, Some(1)), "zero_init_steps", "without cfg_zero_star");
+    check(card(), of(Some(true), Some(50)), "zero_init_steps", "0 to 49");
+    check(card(), of(Some(true), None).with(&GUIDANCE_SCALE, 1.0), "cfg_zero_star", "guidance_scale is above 1");
+    check(clip_card(), of(Some(true), None), "cfg_zero_star", "no flow");
+    let all_zero = of(Some(true), Some(5)).with(&GUIDANCE_INTERVAL, [0.0, 0.1]);
+    check(card(), all_zero, "guidance_interval", "holds none");
+}
+
+#[test]
 fn a_model_may_make_one_size_alone() {
     let card = |sizes| DiffusionCard { canvas: CanvasSupport { sizes, ..clip_card().canvas }, ..clip_card() };
     let of = |width, height| Options::default().with(&WIDTH, width).with(&HEIGHT, height);

@@ -428,11 +428,8 @@ impl Sizes {
 
     fn card(&self, schedulers: Schedulers) -> DiffusionCard {
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
-        let guidance = GuidanceSupport {
-            kind: GuidanceKind::ClassifierFree,
-            default_scale: DEFAULT_GUIDANCE_SCALE,
-            has_dynamic_cfg: true,
-        };
+        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
+        let guidance = GuidanceSupport { has_dynamic_cfg: true, ..guidance };
         DiffusionCard {
             loras: LoraSupport::NoFolder,
             keyframes: self.takes_picture.then_some(KeyframeSupport::First),

@@ -261,7 +261,7 @@ fn card(
         frames: None,
     };
     let sampling = SamplingSupport { default_steps, schedulers };
-    let guidance = GuidanceSupport::constant(kind, default_scale);
+    let guidance = GuidanceSupport::constant(kind, default_scale).of_flow();
     DiffusionCard {
         acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
         loras: LoraSupport::NoFolder,

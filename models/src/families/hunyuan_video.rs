@@ -286,8 +286,8 @@ impl Sizes {
             Some(_) => DEFAULT_GUIDANCE_SCALE_OF_PICTURES,
         };
         let guidance = match self.transformer.guidance_embeds {
-            true => GuidanceSupport::constant(GuidanceKind::Embedded, default_scale),
-            false => GuidanceSupport::constant(GuidanceKind::None, 0.0),
+            true => GuidanceSupport::constant(GuidanceKind::Embedded, default_scale).of_flow(),
+            false => GuidanceSupport::constant(GuidanceKind::None, 0.0).of_flow(),
         };
         DiffusionCard {
             loras: LoraSupport::NoFolder,

@@ -382,7 +382,7 @@ impl Sizes {
             }),
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
-        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
+        let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE).of_flow();
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype),
             acceleration: self.cache_thresholds(),

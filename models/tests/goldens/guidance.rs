@@ -1,10 +1,10 @@
-//! True CFG, the guidance interval and the first-block cache, on the checkpoints of the families.
+//! True CFG, the guidance interval, CFG-Zero* and the first-block cache, on the checkpoints of the families.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use tale_models::diffusion::parameters::{
-    ACCELERATION, GUIDANCE_INTERVAL, GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES,
-    NUM_INFERENCE_STEPS, PROMPT, SEED, TRUE_CFG_SCALE, WIDTH,
+    ACCELERATION, CFG_ZERO_STAR, GUIDANCE_INTERVAL, GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT,
+    NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, SEED, TRUE_CFG_SCALE, WIDTH, ZERO_INIT_STEPS,
 };
 use tale_models::parameter::Options;
 
@@ -225,6 +225,8 @@ fn request(run: &Value, card: &DiffusionCard) -> DiffusionRequest {
         .with(&TRUE_CFG_SCALE, run["true_cfg_scale"].as_f64())
         .with(&GUIDANCE_INTERVAL, run["guidance_interval"].as_array().map(interval))
         .with(&ACCELERATION, run["acceleration"].as_str().map(|name| Acceleration::named(name).unwrap()))
+        .with(&CFG_ZERO_STAR, run["cfg_zero_star"].as_bool())
+        .with(&ZERO_INIT_STEPS, size("zero_init_steps"))
         .with(&SEED, run["seed"].as_u64())
         .with(&MAX_SEQUENCE_LENGTH, size("max_sequence_length"));
     card.resolve(&options, 0).unwrap()

@@ -117,9 +117,9 @@ impl<C> Denoising<C> {
         self.caches.iter().map(BlockCache::skipped).sum()
     }
 
-    /// Rows of the coming step: one, and one more where it is guided.
+    /// Rows of the coming step: one, and one more where it is guided; none where its prediction is zero.
     pub(super) fn num_rows(&self, request: &DiffusionRequest) -> usize {
-        1 + usize::from(request.guidance.is_guided_at(self.done, self.total))
+        request.guidance.num_predictions_at(self.done, self.total)
     }
 
     /// Rows of the coming step: the positive branch, then the negative one if the step is guided.
@@ -130,18 +130,26 @@ impl<C> Denoising<C> {
         branches.map(move |conditioning| DenoiseRow { latents, timestep, conditioning, request })
     }
 
-    /// Takes this session's predictions and merges them: `negative + scale * (positive - negative)`.
+    /// Takes this session's predictions and merges them: `negative + scale * (positive - negative)`, with CFG-Zero* of a
+    /// negative one that is scaled before.
     pub(super) fn guided(
         &self,
         predictions: &mut impl Iterator<Item = Tensor>,
         request: &DiffusionRequest,
     ) -> Result<Tensor> {
+        let num_rows = self.num_rows(request);
+        if num_rows == 0 {
+            return Ok(self.latents.zeros_like()?);
+        }
         let mut next = || predictions.next().expect("one prediction per row: this is a bug");
         let positive = next();
-        if self.num_rows(request) == 1 {
+        if num_rows == 1 {
             return Ok(positive);
         }
-        let negative = next();
+        let negative = match request.guidance.zero_star {
+            Some(_) => closest_to(&positive, &next())?,
+            None => next(),
+        };
         let timestep = self.solver.timesteps()[self.index];
         let scale = request.guidance.cfg_scale_at(timestep, request.sampling.num_inference_steps);
         Ok((&negative + ((positive - &negative)? * scale)?)?)
@@ -185,4 +193,14 @@ impl<C> Denoising<C> {
     pub(super) fn predict_clean(&self, prediction: &Tensor) -> Result<Tensor> {
         self.solver.predict_clean(self.index, prediction, &self.latents)
     }
+}
+
+/// Keeps the factor finite where there is no negative prediction to speak of; that of the reference.
+const LEAST_SQUARE: f64 = 1e-8;
+
+/// The multiple of the negative prediction that is closest to the positive one: `<p, n> / |n|^2` times `n`. Source: diffusers
+/// `guiders/classifier_free_zero_star_guidance.py` (`cfg_zero_star_scale`).
+fn closest_to(positive: &Tensor, negative: &Tensor) -> Result<Tensor> {
+    let factor = ((positive * negative)?.sum_all()? / (negative.sqr()?.sum_all()? + LEAST_SQUARE)?)?;
+    Ok(negative.broadcast_mul(&factor)?)
 }

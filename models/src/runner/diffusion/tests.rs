@@ -10,7 +10,7 @@ use super::loading::Loading;
 use super::retry::ReadInF32;
 use super::session::Stage;
 use super::*;
-use crate::diffusion::{Canvas, Edit, NegativePrompt, Prompt, Sampling};
+use crate::diffusion::{Canvas, Edit, NegativePrompt, Prompt, Sampling, ZeroStar};
 use crate::request::{Frame, Mask, SamplingParams, TextRequest};
 use crate::rng::TorchGenerator;
 use crate::solver::names::Scheduler;

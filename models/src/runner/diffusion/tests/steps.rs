@@ -77,6 +77,31 @@ fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
     assert!(found.into_iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-5));
 }
 
+/// CFG-Zero*: nobody is asked in the first steps; then the negative prediction is the multiple of itself that is closest.
+#[test]
+fn zero_star_leaves_the_first_steps_out_and_scales_the_negative_prediction() {
+    let request = with(guided("123456", "12"), |request| {
+        request.guidance.zero_star = Some(ZeroStar { zero_init_steps: 2 });
+        request.guidance.interval = [0.0, 0.75];
+        request.sampling.num_inference_steps = 4;
+    });
+    let mut runner = DiffusionRunner::new(Toy::new(), 4);
+    submit(&mut runner, 1, request);
+    (0..5).for_each(|_| drop(step(&mut runner)));
+    assert_eq!(*runner.model().passes.lock().expect("lock"), [(0, 2), (0, 1)]);
+    let Stage::Latents(found) = &runner.session(SessionId(1)).stage else { panic!("denoising is done") };
+    let noise = TorchGenerator::new(1).randn(4);
+    let predicted = |wanted: f32, timestep: f32, x: &[f32]| x.iter().map(|x| wanted - x * timestep).collect::<Vec<_>>();
+    let (positive, negative) = (predicted(6.0, 0.5, &noise), predicted(2.0, 0.5, &noise));
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    let factor = dot(&positive, &negative) / dot(&negative, &negative);
+    let guided = positive.iter().zip(negative).map(|(p, n)| n * factor + 3.0 * (p - n * factor));
+    let expected = noise.iter().zip(guided).map(|(x, flow)| x + flow / 2.0).map(|x| x + (6.0 - x * 0.25) / 2.0);
+    for (found, expected) in values(&found.values).into_iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-4, "{found}, not {expected}");
+    }
+}
+
 #[test]
 fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
     let requests = [
@@ -91,6 +116,7 @@ fn sessions_at_different_timesteps_share_a_pass_and_equal_the_lone_ones() {
             request.sampling.num_inference_steps = 6;
         }),
         with(guided("seven", "no"), |request| request.guidance.true_cfg_scale = Some(2.0)),
+        with(guided("eight", "no"), |request| request.guidance.zero_star = Some(ZeroStar { zero_init_steps: 1 })),
     ];
     for max_rows in 1..6 {
         let mut runner = DiffusionRunner::new(Toy::new(), max_rows);
