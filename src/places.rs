@@ -75,6 +75,16 @@ impl Places {
         Ok(Place { places: self.clone(), client })
     }
 
+    /// Takes a place for a client whose work was admitted before and goes on, even where there is none left. Whoever calls it
+    /// bounds that work.
+    pub fn take_further(self: &Arc<Self>, client: ClientId) -> Place {
+        let mut taken = self.lock();
+        taken.all += 1;
+        *taken.by_client.entry(client).or_default() += 1;
+        drop(taken);
+        Place { places: self.clone(), client }
+    }
+
     /// How many are taken.
     pub fn taken(&self) -> usize {
         self.lock().all

@@ -17,6 +17,7 @@ mod process;
 mod published;
 mod references;
 mod refusals;
+mod shots;
 mod storage;
 mod support;
 mod text;

@@ -118,7 +118,14 @@ fn loaded(card: ModelCard, script: Script) -> LoadedModel {
 
 fn diffusion_card(medium: Medium) -> DiffusionCard {
     let prompts = Prompts::Plain { default_length: 64, max_length: 128 };
-    let frames = FrameSupport { default_num_frames: 9, default_fps: 8, multiple: 4, max_frames: 81 };
+    let frames = FrameSupport {
+        default_num_frames: 9,
+        default_fps: 8,
+        multiple: 4,
+        max_frames: 81,
+        trained_frames: 33,
+        has_one_length: false,
+    };
     let canvas = CanvasSupport {
         default_width: 64,
         default_height: 64,

@@ -21,7 +21,7 @@ use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request,
 use self::ledger::{Ledger, Owner};
 use self::mailbox::Mailbox;
 use self::worker::{Command, DeviceWorker, Order, WallClock};
-use crate::places::{NoPlace, Places};
+use crate::places::{NoPlace, Place, Places};
 
 pub mod arbiter;
 pub mod ledger;
@@ -298,14 +298,43 @@ impl Engine {
         request: Request,
         may_begin: Option<MayBegin>,
     ) -> Result<Session, EngineError> {
-        let shared = &self.shared;
-        let index = self.models().iter().position(|m| m.name == model).ok_or_else(|| self.unknown(model))?;
+        let index = self.index(model)?;
         if !self.takes_work() {
             return Err(EngineError::Draining);
         }
-        let gauges = &shared.gauges.models[index];
-        let place = gauges.queue.take(client);
+        let place = self.shared.gauges.models[index].queue.take(client);
         let place = place.map_err(|reason| EngineError::Busy { model: model.to_owned(), reason })?;
+        self.hand_over(index, client, request, place, may_begin)
+    }
+
+    /// As [`Engine::submit_if`], for the next part of work whose part before has ended: it has a place in the queue whoever
+    /// else waits, and is taken until the engine stops. One part at a time is the caller's to keep.
+    pub fn submit_further(
+        &self,
+        model: &str,
+        client: ClientId,
+        request: Request,
+        may_begin: Option<MayBegin>,
+    ) -> Result<Session, EngineError> {
+        let index = self.index(model)?;
+        let place = self.shared.gauges.models[index].queue.take_further(client);
+        self.hand_over(index, client, request, place, may_begin)
+    }
+
+    fn index(&self, model: &str) -> Result<usize, EngineError> {
+        self.models().iter().position(|served| served.name == model).ok_or_else(|| self.unknown(model))
+    }
+
+    fn hand_over(
+        &self,
+        index: usize,
+        client: ClientId,
+        request: Request,
+        place: Place,
+        may_begin: Option<MayBegin>,
+    ) -> Result<Session, EngineError> {
+        let shared = &self.shared;
+        let gauges = &shared.gauges.models[index];
         gauges.live.fetch_add(1, Relaxed);
         let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
         let mailbox = Arc::new(Mailbox::default());

@@ -21,7 +21,7 @@ use tale_models::ClientId;
 
 use super::AppState;
 use super::error::ApiError;
-use crate::engine::{Engine, EngineStatus, MayBegin, ServedModel, Session};
+use crate::engine::{Engine, EngineError, EngineStatus, MayBegin, ServedModel, Session};
 use crate::places::{Place, Places};
 use crate::telemetry;
 
@@ -100,6 +100,11 @@ impl Admitted {
         self.client
     }
 
+    /// The way to the engine for the parts of this request's work after the first.
+    pub(super) fn further(&self) -> Further {
+        Further { engine: self.engine.clone(), client: self.client }
+    }
+
     /// Gives work to the engine.
     pub(super) fn submit(&self, model: &str, request: tale_models::Request) -> Result<Session, ApiError> {
         Ok(self.engine.0.submit(model, self.client, request)?)
@@ -113,6 +118,26 @@ impl Admitted {
         may_begin: MayBegin,
     ) -> Result<Session, ApiError> {
         Ok(self.engine.0.submit_if(model, self.client, request, Some(may_begin))?)
+    }
+}
+
+/// The way to the engine for work of several parts, one after the other, that goes on when its request is answered: it holds no
+/// place among the requests.
+#[derive(Debug, Clone)]
+pub(super) struct Further {
+    engine: Served,
+    client: ClientId,
+}
+
+impl Further {
+    /// Gives the next part to the engine, after the part before has ended.
+    pub(super) fn submit_if(
+        &self,
+        model: &str,
+        request: tale_models::Request,
+        may_begin: MayBegin,
+    ) -> Result<Session, EngineError> {
+        self.engine.0.submit_further(model, self.client, request, Some(may_begin))
     }
 }
 

@@ -8,13 +8,14 @@ use axum::response::Response;
 use serde::Serialize;
 use tale_models::ModelCard;
 use tale_models::diffusion::parameters::{INPUT_REFERENCE, NUM_FRAMES, PARAMETERS};
+use tale_models::diffusion::shots::assembly::Assembly;
 use tale_models::diffusion::{DiffusionRequest, Medium};
 use tale_models::parameter::{Options, Task};
 
 use self::fields::{FileFields, SECONDS};
 use self::wire::answer;
 use super::AppState;
-use super::admission::{Admitted, with_place};
+use super::admission::{Admitted, Further, with_place};
 use super::body::memory::Held;
 use super::body::value::Value;
 use super::body::{self, Format};
@@ -25,7 +26,8 @@ use super::parameters::room_in;
 use super::path::Id;
 use crate::compute::Compute;
 use crate::engine::MayBegin;
-use crate::job::drive::drive;
+use crate::job::drive::{BeginPart, drive};
+use crate::job::failure::Failure;
 use crate::job::output::OutputDir;
 use crate::job::{Change, Job, JobId, UnknownJob};
 
@@ -116,18 +118,28 @@ async fn order(state: &AppState, admitted: &Admitted, options: Options, held: He
     let file = file.settings(&request.canvas)?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;
-    let order = tale_models::Request::Diffusion(request.clone());
-    let session = admitted.submit_if(&model, order, while_disk(outputs))?;
+    let assembly = Assembly::new(request.clone());
+    let first = tale_models::Request::Diffusion(assembly.part_request());
+    let session = admitted.submit_if(&model, first, while_disk(outputs))?;
+    let begin = begin_parts(admitted.further(), model.clone(), outputs.clone());
     let job = Job::new(admitted.client(), model, request, file, has_comment);
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
-    let driven = drive(job, session, outputs.clone(), state.jobs().clone());
+    let driven = drive(job, assembly, session, begin, outputs.clone(), state.jobs().clone());
     tokio::spawn(async move {
         driven.await;
         drop(held);
     });
     Ok(response)
+}
+
+/// Begins the parts of a video after its first.
+fn begin_parts(further: Further, model: String, outputs: Arc<OutputDir>) -> Box<BeginPart> {
+    Box::new(move |request| {
+        let part = tale_models::Request::Diffusion(request);
+        further.submit_if(&model, part, while_disk(&outputs)).map_err(|error| Failure::of_engine(&error))
+    })
 }
 
 /// Refuses a clip that could not be written.

@@ -1,9 +1,12 @@
-//! Works off one job: follows its session, feeds frames to the encoder while later ones are decoded, books the end.
+//! Works off one job: follows the sessions of its parts, feeds frames to the encoder while later ones are decoded, books
+//! the end.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tale_models::Event;
+use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::shots::assembly::Assembly;
 use tale_models::request::Phase;
 
 use super::encoder::{Encoder, FinishedClip};
@@ -13,16 +16,27 @@ use super::store::JobStore;
 use super::{Change, Job, Progress};
 use crate::engine::Session;
 
-/// Follows `session` until the job's end. Stops the device work when the job ends by another hand (it was cancelled).
-pub async fn drive(job: Job, mut session: Session, outputs: Arc<OutputDir>, store: Arc<dyn JobStore>) {
+/// Begins the session of a part.
+pub type BeginPart = dyn Fn(DiffusionRequest) -> Result<Session, Failure> + Send + Sync;
+
+/// Follows `session`, which makes the first part of `assembly`, and those of the other parts, which `begin` begins, until
+/// the job's end. Stops the device work when the job ends by another hand (it was cancelled).
+pub async fn drive(
+    job: Job,
+    assembly: Assembly,
+    session: Session,
+    begin: Box<BeginPart>,
+    outputs: Arc<OutputDir>,
+    store: Arc<dyn JobStore>,
+) {
     let Some(feed) = store.feed(job.id) else { return };
     let encoder = Encoder::new(&job, outputs.file(job.id, job.file.encoding.format()));
-    let mut work = Work { encoder, pace: Pace::default(), outputs, store: store.clone(), job };
+    let mut work = Work { encoder, assembly, begin, pace: Pace::default(), outputs, store: store.clone(), job };
     let id = work.job.id;
     let outcome = tokio::select! {
         // Dropping the session and the encoder stops both.
         () = feed.ended() => return,
-        outcome = work.follow(&mut session) => outcome,
+        outcome = work.follow(session) => outcome,
     };
     match outcome {
         Ok(mut clip) => {
@@ -37,27 +51,42 @@ pub async fn drive(job: Job, mut session: Session, outputs: Arc<OutputDir>, stor
 struct Work {
     job: Job,
     encoder: Encoder,
+    assembly: Assembly,
+    begin: Box<BeginPart>,
     pace: Pace,
     outputs: Arc<OutputDir>,
     store: Arc<dyn JobStore>,
 }
 
 impl Work {
-    async fn follow(&mut self, session: &mut Session) -> Result<FinishedClip, Failure> {
+    async fn follow(&mut self, mut session: Session) -> Result<FinishedClip, Failure> {
+        while self.follow_part(&mut session).await? {
+            match self.assembly.next_part() {
+                Some(request) => session = (self.begin)(request)?,
+                None => break,
+            }
+        }
+        self.encoder.finish().await
+    }
+
+    /// Whether the part came to its end; else the encoder did.
+    async fn follow_part(&mut self, session: &mut Session) -> Result<bool, Failure> {
         loop {
             match session.recv().await {
+                // Later parts start while the job is in progress, which is refused.
                 Some(Event::Started) => self.apply(Change::Started),
                 Some(Event::Progress { phase, done, total }) => {
-                    let progress = self.pace.progress(phase, done, total, Instant::now());
+                    let part = self.assembly.position();
+                    let progress = self.pace.progress(phase, part, done, total, Instant::now());
                     self.apply(Change::Progressed(progress));
                 }
                 Some(Event::Frames(frames)) => {
                     // An encoder that has failed takes no more; `finish` hears why, and the device need not go on.
-                    if !self.encoder.push(frames).await {
-                        return self.encoder.finish().await;
+                    if !self.encoder.push(self.assembly.push(frames)).await {
+                        return Ok(false);
                     }
                 }
-                Some(Event::Finished { .. }) => return self.encoder.finish().await,
+                Some(Event::Finished { .. }) => return Ok(true),
                 Some(Event::Failed(error)) => return Err(Failure::of(&error)),
                 // A clip has none.
                 Some(Event::Preview { .. }) => (),
@@ -71,7 +100,7 @@ impl Work {
     fn cut_off(&self) -> Failure {
         match self.outputs.problem() {
             Some(problem) => Failure::insufficient_storage(&problem),
-            None => Failure { code: "shutdown", message: "the server was shut down".into() },
+            None => Failure::shutdown(),
         }
     }
 
@@ -86,15 +115,14 @@ impl Work {
 struct Pace(Option<(Phase, usize, Instant)>);
 
 impl Pace {
-    fn progress(&mut self, phase: Phase, done: usize, total: usize, now: Instant) -> Progress {
-        match self.0 {
-            Some((current, first, since)) if current == phase => {
-                Progress::new(phase, done, total, Some((first, now - since)))
-            }
+    fn progress(&mut self, phase: Phase, part: (usize, usize), done: usize, total: usize, now: Instant) -> Progress {
+        let since_first = match self.0 {
+            Some((current, first, since)) if current == phase && first <= done => (first, now - since),
             _ => {
                 self.0 = Some((phase, done, now));
-                Progress::new(phase, done, total, Some((done, Duration::ZERO)))
+                (done, Duration::ZERO)
             }
-        }
+        };
+        Progress::new(phase, done, total, Some(since_first)).of_part(part)
     }
 }

@@ -4,6 +4,8 @@
 
 use tale_models::Error;
 
+use crate::engine::EngineError;
+
 /// Code of a failure for want of a disk that takes the clip.
 pub const INSUFFICIENT_STORAGE: &str = "insufficient_storage";
 
@@ -26,6 +28,19 @@ impl Failure {
     pub fn internal(message: &str) -> Self {
         tracing::error!(message, "a clip could not be made");
         Self { code: "internal_error", message: "the clip could not be encoded".into() }
+    }
+
+    /// The server stops before the clip is whole.
+    pub fn shutdown() -> Self {
+        Self { code: "shutdown", message: "the server was shut down".into() }
+    }
+
+    /// The engine does not take the next part.
+    pub fn of_engine(error: &EngineError) -> Self {
+        match error {
+            EngineError::Draining => Self::shutdown(),
+            error => Self::internal(&error.to_string()),
+        }
     }
 
     /// Of a session that failed.

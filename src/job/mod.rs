@@ -106,13 +106,13 @@ pub enum JobState {
 pub struct Progress {
     /// What the device did last.
     pub phase: Option<Phase>,
-    /// Steps done of that phase.
+    /// Steps done of that phase, in all parts.
     pub done: usize,
-    /// Steps of that phase in all.
+    /// Steps of that phase in all parts.
     pub total: usize,
     /// Of the whole job, 0 to 100.
     pub percent: u8,
-    /// What is left of the phase at its pace so far; `None` until two of its steps are done.
+    /// What is left of the phase, in all parts, at its pace so far; `None` until two of its steps are done.
     pub eta: Option<Duration>,
 }
 
@@ -134,6 +134,23 @@ impl Progress {
             since_first.and_then(|(first, time)| Some(time / u32::try_from(done.checked_sub(first)?).ok()?.max(1)));
         let eta = pace.filter(|pace| !pace.is_zero()).map(|pace| pace * (total - done.min(total)) as u32);
         Self { phase: Some(phase), done, total, percent: percent as u8, eta }
+    }
+
+    /// The progress of a whole of `count` equal parts, of which this is that of part `index`, from 0.
+    pub fn of_part(self, (index, count): (usize, usize)) -> Self {
+        let count = count.max(1);
+        let later = count - 1 - index.min(count - 1);
+        // The rest of the part at its pace, and as long as all of it would take for each of the parts that follow.
+        let left = self.total - self.done.min(self.total);
+        let steps_left = left + later * self.total;
+        let eta = self.eta.filter(|_| left > 0).map(|eta| eta.mul_f64(steps_left as f64 / left as f64));
+        Self {
+            done: index * self.total + self.done,
+            total: count * self.total,
+            percent: ((index * 100 + usize::from(self.percent)) / count) as u8,
+            eta,
+            ..self
+        }
     }
 }
 
@@ -263,6 +280,11 @@ pub(crate) mod tests {
         let third = Progress::new(Phase::Denoise, 3, 10, Some((1, Duration::from_secs(4))));
         assert_eq!((third.percent, third.eta), (27, Some(Duration::from_secs(14))));
         assert_eq!(Progress::new(Phase::VaeDecode, 3, 3, None).percent, 99);
+        let third = third.of_part((1, 3));
+        assert_eq!((third.done, third.total, third.percent), (13, 30, 42));
+        assert_eq!(third.eta, Some(Duration::from_secs(34)), "17 steps at 2 seconds");
+        let last = Progress::new(Phase::VaeDecode, 3, 3, None).of_part((2, 3));
+        assert_eq!((last.done, last.total, last.percent), (9, 9, 99));
     }
 
     proptest! {

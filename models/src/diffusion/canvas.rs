@@ -112,23 +112,30 @@ pub struct FrameSupport {
     pub default_fps: usize,
     /// `num_frames` must be `multiple * k + 1`.
     pub multiple: usize,
-    /// Most frames.
+    /// Most frames that are made at once.
     pub max_frames: usize,
+    /// Most frames that the model was trained to make at once.
+    pub trained_frames: usize,
+    /// Whether that is the only number of frames that the model has positions for.
+    pub has_one_length: bool,
 }
 
 impl CanvasSupport {
     /// `image`: the field and the size of the image that the request begins from. As in diffusers the result has that size,
     /// down to what the model can make, unless the client gives another.
-    pub(super) fn resolve(&self, options: &Options, image: Option<(&str, (usize, usize))>) -> Result<Canvas> {
+    /// A video has `num_frames`, which have been checked.
+    pub(super) fn resolve(
+        &self,
+        options: &Options,
+        image: Option<(&str, (usize, usize))>,
+        num_frames: usize,
+    ) -> Result<Canvas> {
         let own = |side: usize| side - side % self.size_multiple;
         let (default_width, default_height) = match image {
             Some((_, (width, height))) => (own(width), own(height)),
             None => (self.default_width, self.default_height),
         };
-        let (num_frames, fps) = match &self.frames {
-            None => (1, 0),
-            Some(frames) => frames.resolve(options)?,
-        };
+        let fps = self.frames.map_or(Ok(0), |frames| frames.fps(options))?;
         let canvas = Canvas {
             width: options.get(&WIDTH).unwrap_or(default_width),
             height: options.get(&HEIGHT).unwrap_or(default_height),
@@ -177,16 +184,20 @@ impl CanvasSupport {
 }
 
 impl FrameSupport {
-    /// Frames, and frames per second.
-    fn resolve(&self, options: &Options) -> Result<(usize, usize)> {
-        let Self { multiple, max_frames, .. } = *self;
-        let frames = options.get(&NUM_FRAMES).unwrap_or(self.default_num_frames);
-        if frames == 0 || frames % multiple != 1 % multiple || frames > max_frames {
-            let problem = format!("is {frames}; allowed: {multiple}k+1 from 1 to {max_frames}");
+    /// Refuses a number of frames that no video of at most `max_frames` has.
+    pub(super) fn check(&self, num_frames: usize, max_frames: usize) -> Result<()> {
+        let multiple = self.multiple;
+        if num_frames == 0 || num_frames % multiple != 1 % multiple || num_frames > max_frames {
+            let problem = format!("is {num_frames}; allowed: {multiple}k+1 from 1 to {max_frames}");
             return Err(Error::invalid("num_frames", problem));
         }
+        Ok(())
+    }
+
+    /// Frames per second.
+    fn fps(&self, options: &Options) -> Result<usize> {
         let fps = options.get(&FPS).unwrap_or(self.default_fps);
         check_range("fps", fps, 1, MAX_FPS)?;
-        Ok((frames, fps))
+        Ok(fps)
     }
 }

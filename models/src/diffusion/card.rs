@@ -10,7 +10,6 @@ use crate::lora::LoraSupport;
 use crate::parameter::{IMAGES, Options, VIDEOS};
 use crate::solver::schedulers::Schedulers;
 
-use super::DiffusionRequest;
 use super::acceleration::{self, CacheThresholds};
 use super::canvas::CanvasSupport;
 use super::edit::{self, EditSupport, IMAGE};
@@ -23,7 +22,9 @@ use super::prompt::Prompts;
 use super::references::References;
 use super::refinement::Refinement;
 use super::sampling::{SCHEDULER, SamplingSupport};
+use super::shots;
 use super::tiling::VaeTiling;
+use super::{Canvas, DiffusionRequest};
 
 /// Card of an image or video model.
 #[derive(Debug, Clone)]
@@ -136,15 +137,21 @@ impl DiffusionCard {
         let of_edit = edit.as_ref().map(|edit| (IMAGE.declaration.name, edit.image_size()));
         let of_keyframes =
             keyframes.as_ref().map(|keyframes| (INPUT_REFERENCE.declaration.name, keyframes.own_size(&self.canvas)));
-        let canvas = self.canvas.resolve(options, of_edit.or(of_keyframes))?;
+        let num_pictures = keyframes.as_ref().map_or(0, |keyframes| keyframes.count());
+        let shot = self.canvas.frames.map(|frames| shots::resolve(&frames, self.keyframes, num_pictures, options));
+        let shot = shot.transpose()?;
+        let num_frames = shot.as_ref().map_or(1, |shot| shot.num_frames);
+        let canvas = self.canvas.resolve(options, of_edit.or(of_keyframes), num_frames)?;
         let keyframes = keyframes.map(|keyframes| keyframes.resolve(&canvas)).transpose()?;
         let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
         let acceleration = acceleration::resolve(self.acceleration.as_ref(), options)?;
         let edit = edit.map(|edit| edit.resolve(&canvas, sampling.num_inference_steps)).transpose()?;
         let own = &self.sampling.schedulers;
         let refinement = Refinement::resolve(options, &sampling, own, self.refiner.as_ref(), edit.is_some())?;
+        let num_frames = shot.as_ref().map_or(1, |shot| shot.longest_part());
+        let at_once = Canvas { num_frames, ..canvas };
         let held_bytes = self.loras.footprint_bytes(&loras);
-        let vae_tiling = VaeTiling::resolve(self.tiling.as_ref(), options, &canvas, held_bytes)?;
+        let vae_tiling = VaeTiling::resolve(self.tiling.as_ref(), options, &at_once, held_bytes)?;
         let partial_images = options.get(&PARTIAL_IMAGES).unwrap_or(0);
         let request = DiffusionRequest {
             prompt,
@@ -158,6 +165,7 @@ impl DiffusionCard {
             edit,
             references,
             keyframes,
+            shot,
             refinement,
         };
         self.guidance.check_steps(&request.guidance, request.steps_made())?;

@@ -1,6 +1,6 @@
-//! Pictures that a video begins and ends with.
+//! Pictures that a video begins with, goes through and ends with.
 //!
-//! Owns: `input_reference` and `last_image`, which of them a model takes, and how they are fitted to the video. Does not
+//! Owns: `input_reference`, `key_images` and `last_image`, which of them a model takes, and how they are fitted to the video. Does not
 //! know: what a network makes of them.
 
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use crate::parameter::{Declaration, Options, Parameter, VIDEOS};
 use crate::resample::Filter;
 
 use super::canvas::{Canvas, CanvasSupport, SizeRule};
+use super::shots::MAX_PARTS;
 
 /// See [`Keyframes::first`].
 pub static INPUT_REFERENCE: Parameter<Arc<Frame>> = Parameter::image(
@@ -26,8 +27,17 @@ pub static LAST_IMAGE: Parameter<Arc<Frame>> =
     Parameter::image("last_image", "Picture that the video ends with, stretched to its size as the first one.")
         .only_for(VIDEOS);
 
+/// See [`Keyframes::middle`].
+pub static KEY_IMAGES: Parameter<Vec<Arc<Frame>>> = Parameter::images(
+    "key_images",
+    MAX_PARTS - 1,
+    "Pictures that the video goes through on its way from the first to the last, evenly in time, stretched to its size.",
+)
+.only_for(VIDEOS);
+
 /// The parameters of this capability.
-pub(super) static PARAMETERS: &[&Declaration] = &[&INPUT_REFERENCE.declaration, &LAST_IMAGE.declaration];
+pub(super) static PARAMETERS: &[&Declaration] =
+    &[&INPUT_REFERENCE.declaration, &LAST_IMAGE.declaration, &KEY_IMAGES.declaration];
 
 /// Which pictures a model of videos takes. It makes nothing without those that it takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +53,8 @@ pub enum KeyframeSupport {
 pub struct Keyframes {
     /// What the video begins with.
     pub first: Keyframe,
+    /// What it goes through, in order of time; each ends one part of the video and begins the next.
+    pub middle: Vec<Keyframe>,
     /// What it ends with.
     pub last: Option<Keyframe>,
 }
@@ -54,6 +66,13 @@ pub struct Keyframe {
     pub given: Arc<Frame>,
     /// In the width and height of the video.
     pub fitted: Arc<Frame>,
+}
+
+impl Keyframe {
+    /// A picture that has the size of the video.
+    pub fn exact(picture: Arc<Frame>) -> Self {
+        Self { given: picture.clone(), fitted: picture }
+    }
 }
 
 /// How a picture came to the size of its video.
@@ -71,30 +90,50 @@ pub struct Fitting {
 impl Keyframes {
     /// How they came to the size of the video.
     pub fn fittings(&self) -> Vec<Fitting> {
-        let fields = [&INPUT_REFERENCE, &LAST_IMAGE].map(|parameter| parameter.declaration.name);
-        let fitting = |(field, Keyframe { given, fitted }): (_, &Keyframe)| {
+        let fitting = |field, Keyframe { given, fitted }: &Keyframe| {
             let size = (given.width, given.height);
             Fitting { field, size, is_stretched: size != (fitted.width, fitted.height) }
         };
-        fields.into_iter().zip(self.iter()).map(fitting).collect()
+        let first = fitting(INPUT_REFERENCE.declaration.name, &self.first);
+        let middle = self.middle.iter().map(|picture| fitting(KEY_IMAGES.declaration.name, picture));
+        let last = self.last.iter().map(|picture| fitting(LAST_IMAGE.declaration.name, picture));
+        std::iter::once(first).chain(middle).chain(last).collect()
     }
 
     /// All of them, in the order of time.
     pub fn iter(&self) -> impl Iterator<Item = &Keyframe> {
-        std::iter::once(&self.first).chain(&self.last)
+        std::iter::once(&self.first).chain(&self.middle).chain(&self.last)
+    }
+
+    /// One picture to begin with.
+    pub fn from_first(first: Keyframe) -> Self {
+        Self { first, middle: Vec::new(), last: None }
+    }
+
+    /// The two pictures between which part `index` of the video is, if there is that part.
+    pub fn part(&self, index: usize) -> Option<Self> {
+        let mut pictures = self.iter().skip(index).cloned();
+        let first = pictures.next()?;
+        let last = Some(pictures.next()?);
+        Some(Self { first, middle: Vec::new(), last })
     }
 }
 
 /// The pictures that a request asks for, before the size of the video is known.
 pub(super) struct Asked {
     first: Arc<Frame>,
+    middle: Vec<Arc<Frame>>,
     last: Option<Arc<Frame>>,
 }
 
 /// What the options ask for; `support` is `None` for models that take no pictures.
 pub(super) fn asked(support: Option<KeyframeSupport>, options: &Options) -> Result<Option<Asked>> {
     let (first, last) = (options.get(&INPUT_REFERENCE), options.get(&LAST_IMAGE));
+    let middle = options.get(&KEY_IMAGES).unwrap_or_default();
     let refuse = |field: &str, problem: &str| Err(Error::invalid(field, problem));
+    if !middle.is_empty() && support != Some(KeyframeSupport::FirstAndLast) {
+        return refuse("key_images", "this model does not go from picture to picture; leave them out");
+    }
     match (support, first, last) {
         (None, None, None) => Ok(None),
         (None, Some(_), _) => refuse("input_reference", "this model makes videos from text alone; leave it out"),
@@ -106,11 +145,16 @@ pub(super) fn asked(support: Option<KeyframeSupport>, options: &Options) -> Resu
         (Some(KeyframeSupport::FirstAndLast), _, None) => {
             refuse("last_image", "is missing; this model goes from a first picture to a last one")
         }
-        (Some(_), Some(first), last) => Ok(Some(Asked { first, last })),
+        (Some(_), Some(first), last) => Ok(Some(Asked { first, middle, last })),
     }
 }
 
 impl Asked {
+    /// How many they are.
+    pub(super) fn count(&self) -> usize {
+        1 + self.middle.len() + usize::from(self.last.is_some())
+    }
+
     /// Width and height of a video that was given none. As the model says it has the aspect of the first picture and about
     /// as many pixels as the model makes unless told otherwise: source, the published example of diffusers'
     /// `WanImageToVideoPipeline`. Or it has the model's own size, as in `CogVideoXImageToVideoPipeline`.
@@ -137,7 +181,8 @@ impl Asked {
             fitted: Arc::new(given.resized(canvas.width, canvas.height, Filter::Lanczos)),
             given,
         };
-        Ok(Keyframes { first: fit(self.first), last: self.last.map(fit) })
+        let middle = self.middle.into_iter().map(fit).collect();
+        Ok(Keyframes { first: fit(self.first), middle, last: self.last.map(fit) })
     }
 }
 
@@ -154,7 +199,14 @@ mod tests {
             max_side: 1536,
             max_pixels: 1280 * 768,
             sizes: SizeRule::AspectOfPicture,
-            frames: Some(FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 257 }),
+            frames: Some(FrameSupport {
+                default_num_frames: 81,
+                default_fps: 16,
+                multiple: 4,
+                max_frames: 257,
+                trained_frames: 81,
+                has_one_length: false,
+            }),
         }
     }
 
@@ -168,7 +220,7 @@ mod tests {
         for ((width, height), expected) in
             [((832, 480), (832, 480)), ((100, 100), (624, 624)), ((90, 160), (464, 832)), ((9000, 3), (1536, 16))]
         {
-            let asked = Asked { first: picture(width, height), last: None };
+            let asked = Asked { first: picture(width, height), middle: Vec::new(), last: None };
             assert_eq!(asked.own_size(&canvas()), expected, "{width}x{height}");
         }
     }

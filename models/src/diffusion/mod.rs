@@ -16,6 +16,7 @@ pub mod prompt;
 pub mod references;
 pub mod refinement;
 pub mod sampling;
+pub mod shots;
 #[cfg(test)]
 mod tests;
 pub mod tiling;
@@ -32,9 +33,11 @@ pub use prompt::Prompt;
 pub use references::References;
 pub use refinement::Refinement;
 pub use sampling::Sampling;
+pub use shots::Shot;
 
 /// `options`, and those of `base` where they have none. What belongs to a value that is replaced is not taken over: the
-/// length to its prompts, which it would cut, spacing and `eta` to their scheduler, steps that are given to their number.
+/// length to its prompts, which it would cut, spacing and `eta` to their scheduler, steps that are given to their number, the
+/// way to a video's length to that.
 pub fn options_over(options: Options, mut base: Options) -> Options {
     if options.has(&prompt::PROMPT) || options.has(&prompt::NEGATIVE_PROMPT) {
         base.set(&prompt::MAX_SEQUENCE_LENGTH, None);
@@ -51,6 +54,10 @@ pub fn options_over(options: Options, mut base: Options) -> Options {
     }
     if have_given {
         base.set(&sampling::NUM_INFERENCE_STEPS, None);
+    }
+    if options.has(&canvas::NUM_FRAMES) {
+        base.set(&shots::SHOT_METHOD, None);
+        base.set(&shots::OVERLAP_FRAMES, None);
     }
     options.or(base)
 }
@@ -80,6 +87,8 @@ pub struct DiffusionRequest {
     pub references: Option<References>,
     /// Pictures that a video begins and ends with.
     pub keyframes: Option<Keyframes>,
+    /// The parts that a video is made of.
+    pub shot: Option<Shot>,
     /// Where the model's refiner takes the latents over; without it the model makes all steps.
     pub refinement: Option<Refinement>,
 }
@@ -99,6 +108,7 @@ impl DiffusionRequest {
             edit: None,
             references: None,
             keyframes: None,
+            shot: None,
             refinement: None,
         }
     }
@@ -114,6 +124,11 @@ impl DiffusionRequest {
     pub fn without_pictures(mut self) -> Self {
         self.keyframes = None;
         self
+    }
+
+    /// What whoever asked should know, each with the parameter that it is about.
+    pub fn warnings(&self) -> Vec<String> {
+        self.shot.as_ref().map_or(Vec::new(), Shot::warnings)
     }
 
     /// Denoising steps that are made: those of the schedule but for the ones that an image to begin from leaves out; with
@@ -141,6 +156,9 @@ impl DiffusionRequest {
         }
         if let Some(references) = &self.references {
             references.echo(&mut options);
+        }
+        if let Some(shot) = &self.shot {
+            shot.echo(&mut options);
         }
         if let Some(refinement) = &self.refinement {
             refinement.echo(&mut options);

@@ -24,7 +24,14 @@ fn clip_card() -> DiffusionCard {
         max_side: 2048,
         max_pixels: 1280 * 720,
         sizes: SizeRule::AspectOfPicture,
-        frames: Some(FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 161 }),
+        frames: Some(FrameSupport {
+            default_num_frames: 81,
+            default_fps: 16,
+            multiple: 4,
+            max_frames: 161,
+            trained_frames: 81,
+            has_one_length: false,
+        }),
     };
     let sampling = SamplingSupport { default_steps: 50, schedulers: crate::testing::flow_schedulers() };
     let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, 5.0);

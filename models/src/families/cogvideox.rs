@@ -46,8 +46,10 @@ pub mod transformer;
 
 /// The largest size that a model of the family was trained on (1.5), which is also what it makes unless told otherwise.
 const LARGE: [usize; 2] = [1360, 768];
-/// Most frames that are published for the models without patches over time and with them; a configuration may say more.
-const MAX_FRAMES: [usize; 2] = [49, 161];
+/// Frames on which the models with patches over time were trained; the others' are in their configurations.
+const TRAINED_FRAMES: usize = 161;
+/// Most frames of models whose positions are computed: 20 seconds at 8 frames per second, 10 at 16.
+const MAX_FRAMES: usize = 161;
 /// Tokens that the pipelines pad prompts to.
 const SEQUENCE_LENGTH: usize = 226;
 /// Defaults of both pipelines.
@@ -403,6 +405,7 @@ impl Sizes {
         // Frames come in pairs of latent frames, the first of all by itself.
         let multiple = 2 * self.vae.temporal() * transformer.patch_frames();
         let own_frames = ((transformer.sample_frames - 1) / multiple).max(1) * multiple + 1;
+        let has_one_length = transformer.use_learned_positional_embeddings;
         CanvasSupport {
             default_width,
             default_height,
@@ -421,7 +424,9 @@ impl Sizes {
                 default_num_frames: own_frames,
                 default_fps: self.of_version(DEFAULT_FPS),
                 multiple,
-                max_frames: self.of_version(MAX_FRAMES).max(own_frames),
+                max_frames: if has_one_length { own_frames } else { MAX_FRAMES.max(own_frames) },
+                trained_frames: self.of_version([own_frames, TRAINED_FRAMES.max(own_frames)]),
+                has_one_length,
             }),
         }
     }

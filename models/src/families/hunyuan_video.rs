@@ -278,6 +278,8 @@ impl Sizes {
                 default_fps: DEFAULT_FPS,
                 multiple: self.vae.temporal_compression_ratio,
                 max_frames: MAX_FRAMES,
+                trained_frames: DEFAULT_FRAMES,
+                has_one_length: false,
             }),
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };

@@ -379,6 +379,8 @@ impl Sizes {
                 default_fps: DEFAULT_FPS,
                 multiple: temporal,
                 max_frames: MAX_FRAMES.min((positions - 1) * temporal + 1),
+                trained_frames: DEFAULT_FRAMES.min((positions - 1) * temporal + 1),
+                has_one_length: false,
             }),
         };
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };

@@ -140,8 +140,8 @@ fn what_a_request_may_ask_for_depends_on_the_positions() {
     let options = Options::default;
     refused(&a, "max_sequence_length", options().with(&MAX_SEQUENCE_LENGTH, 23), "24 to 24");
     refused(&b, "max_sequence_length", options().with(&MAX_SEQUENCE_LENGTH, 227), "1 to 226");
-    refused(&a, "num_frames", options().with(&NUM_FRAMES, 13), "8k+1 from 1 to 49");
-    refused(&b, "num_frames", options().with(&NUM_FRAMES, 57), "8k+1 from 1 to 49");
+    refused(&a, "num_frames", options().with(&NUM_FRAMES, 13), "8k+1 from 1 to 161");
+    refused(&b, "num_frames", options().with(&NUM_FRAMES, 169), "8k+1 from 1 to 161");
     refused(&a, "width", options().with(&WIDTH, 72), "multiples of 16");
     refused(&b, "height", options().with(&HEIGHT, 36), "multiples of 8");
     refused(&b, "use_dynamic_cfg", options().with(&USE_DYNAMIC_CFG, true).with(&GUIDANCE_SCALE, 1.0), "above 1");

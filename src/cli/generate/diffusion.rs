@@ -1,8 +1,9 @@
-//! What images and videos share: the model's card, and following a session to its frames.
+//! What images and videos share: the model's card, and following the sessions of a request to its frames.
 
-use tale_models::diffusion::{DiffusionCard, Medium};
+use tale_models::diffusion::shots::assembly::Assembly;
+use tale_models::diffusion::{DiffusionCard, DiffusionRequest, Medium};
 use tale_models::request::Frame;
-use tale_models::{Event, ModelCard};
+use tale_models::{Event, ModelCard, Request};
 
 use super::{CliError, Generator, wrong_medium};
 use crate::cli::progress::Phases;
@@ -14,6 +15,25 @@ pub fn card_for(medium: Medium, card: &ModelCard) -> Result<&DiffusionCard, CliE
         ModelCard::Diffusion(card) if card.medium() == medium => Ok(card),
         other => Err(wrong_medium(other)),
     }
+}
+
+/// Makes what `request` asks for, part by part, and hands over the frames as they come.
+pub fn make(
+    generator: &mut Generator,
+    request: DiffusionRequest,
+    mut on_frames: impl FnMut(Vec<Frame>) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let mut assembly = Assembly::new(request);
+    let mut next = Some(assembly.part_request());
+    while let Some(request) = next {
+        if let (part, count @ 2..) = assembly.position() {
+            generator.note(|| format!("part {} of {count}", part + 1));
+        }
+        let session = generator.submit(Request::Diffusion(request))?;
+        follow(generator, session, |frames| on_frames(assembly.push(frames)))?;
+        next = assembly.next_part();
+    }
+    Ok(())
 }
 
 /// Follows a session to its end and hands over the frames as they come.

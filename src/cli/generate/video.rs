@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use tale_models::Request;
 use tale_models::diffusion::{Canvas, DiffusionRequest, Medium, Sampling};
 use tale_models::parameter::Options;
 use tale_models::request::Frame;
 
-use super::diffusion::{card_for, follow};
+use super::diffusion::{card_for, make};
 use super::image::folder_name;
 use super::{CliError, Generator, ModelArgs, random_seed};
 use crate::cli::parameters::{ParameterArgs, Videos, subject};
@@ -67,6 +66,9 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
     let request = card_for(Medium::Video, &card)?.resolve(&options, random_seed())?;
+    for warning in request.warnings() {
+        eprintln!("warning: {warning}");
+    }
     generator.note(|| {
         let Canvas { width, height, num_frames, fps } = request.canvas;
         let Sampling { num_inference_steps, scheduler, seed, .. } = request.sampling;
@@ -80,8 +82,7 @@ pub fn run(args: VideoArgs) -> Result<(), CliError> {
 
     let parameters = EffectiveParameters::new(&folder_name(&args.model.model), &request);
     let mut output = Output::create(&args.output, target, &args.file, &request, &parameters)?;
-    let session = generator.submit(Request::Diffusion(request))?;
-    follow(&mut generator, session, |frames| frames.iter().try_for_each(|frame| Ok(output.push(frame)?)))?;
+    make(&mut generator, request, |frames| frames.iter().try_for_each(|frame| Ok(output.push(frame)?)))?;
     Ok(output.finish()?)
 }
 

@@ -141,7 +141,14 @@ pub(super) fn duration(num_frames: usize, fps: usize) -> f64 {
 mod tests {
     use super::*;
 
-    const FRAMES: FrameSupport = FrameSupport { default_num_frames: 81, default_fps: 16, multiple: 4, max_frames: 401 };
+    const FRAMES: FrameSupport = FrameSupport {
+        default_num_frames: 81,
+        default_fps: 16,
+        multiple: 4,
+        max_frames: 401,
+        trained_frames: 401,
+        has_one_length: false,
+    };
 
     #[test]
     fn the_duration_of_a_clip_asks_for_the_same_clip() {

@@ -41,6 +41,8 @@ pub(super) struct WireVideo {
     parameters: EffectiveParameters,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     fitted_images: Vec<WireFitting>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
     #[serde(flatten)]
     file: WireFile,
 }
@@ -118,6 +120,7 @@ impl From<&Job> for WireVideo {
             seconds: duration(num_frames, fps).to_string(),
             parameters: EffectiveParameters::new(&job.model, &job.request),
             fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
+            warnings: job.request.warnings(),
             file: job.into(),
         }
     }

@@ -88,7 +88,14 @@ impl Toy {
             max_side: 8,
             max_pixels: 64,
             sizes: SizeRule::AspectOfPicture,
-            frames: Some(FrameSupport { default_num_frames: 1, default_fps: 1, multiple: 1, max_frames: 8 }),
+            frames: Some(FrameSupport {
+                default_num_frames: 1,
+                default_fps: 1,
+                multiple: 1,
+                max_frames: 8,
+                trained_frames: 8,
+                has_one_length: false,
+            }),
         };
         let sampling = SamplingSupport { default_steps: 3, schedulers: flow_schedulers() };
         let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, 1.0);
