@@ -156,7 +156,10 @@ impl NetworkNames {
 
 fn part_of(layer: &str, shape: LayerShape, part: elsewhere::Extent) -> Part {
     match part {
-        elsewhere::Extent::Whole | elsewhere::Extent::Batched { .. } => whole(layer, shape),
+        // LoRA files have rows in the network's order.
+        elsewhere::Extent::Whole | elsewhere::Extent::Batched { .. } | elsewhere::Extent::AlternatingHalves { .. } => {
+            whole(layer, shape)
+        }
         elsewhere::Extent::SwappedHalves => Part { swap_halves: true, ..whole(layer, shape) },
         elsewhere::Extent::Rows(elsewhere::Rows { first, count, .. }) => {
             let start = first * shape.outputs() / count;

@@ -173,11 +173,7 @@ impl Claim<'_> {
 
     /// Bytes; rows are whole blocks.
     fn size(&self) -> Option<usize> {
-        let (block_values, block_bytes) = match self.stored {
-            Stored::Plain(dtype) => (1, dtype.bitsize() / 8),
-            Stored::Float8(_) => (1, 1),
-            Stored::Blocks(dtype) => (dtype.block_size(), dtype.type_size()),
-        };
+        let (block_values, block_bytes) = self.stored.block();
         let columns = self.dimensions.first().copied().unwrap_or(1);
         let rows = self.dimensions.iter().skip(1).try_fold(1usize, |rows, dim| rows.checked_mul(*dim))?;
         let is_whole = columns.is_multiple_of(block_values);

@@ -47,6 +47,8 @@ pub(super) struct Slice {
     pub(super) file: usize,
     pub(super) stored: Stored,
     pieces: Vec<Range<usize>>,
+    /// Whether a piece begins or ends within a block.
+    cuts_blocks: bool,
 }
 
 /// Shape of the file's tensor of which a tensor of this shape is the part.
@@ -60,24 +62,42 @@ pub(super) fn whole_shape(part: Extent, shape: &[usize]) -> Vec<usize> {
     whole
 }
 
+/// Which values of a tensor of this shape are the part, in its order.
+fn values_of(part: Extent, shape: &[usize]) -> Vec<Range<usize>> {
+    let all = elements(shape);
+    match part {
+        Extent::Whole | Extent::Batched { .. } => vec![0..all],
+        Extent::Rows(rows) => {
+            let share = all / rows.of;
+            vec![rows.first * share..(rows.first + rows.count) * share]
+        }
+        Extent::SwappedHalves => vec![all / 2..all, 0..all / 2],
+        Extent::AlternatingHalves { heads } => {
+            let num_rows = shape.first().copied().unwrap_or(0);
+            let row = all / num_rows.max(1);
+            let half = num_rows / heads / 2;
+            let of_half = |head: usize, second: usize| (0..half).map(move |i| 2 * (head * half + i) + second);
+            let order = (0..heads).flat_map(|head| of_half(head, 0).chain(of_half(head, 1)));
+            order.map(|at| at * row..(at + 1) * row).collect()
+        }
+    }
+}
+
 impl Slice {
     /// `located` has been checked to have the shape of the whole, so that its rows divide as `part` says.
     pub(super) fn new(located: &Located, part: Extent) -> Self {
-        let Range { start, end } = located.bytes;
-        let mut pieces = Vec::with_capacity(2);
-        match part {
-            Extent::Whole | Extent::Batched { .. } => pieces.push(start..end),
-            Extent::Rows(rows) => {
-                let share = (end - start) / rows.of;
-                let first = start + rows.first * share;
-                pieces.push(first..first + rows.count * share);
-            }
-            Extent::SwappedHalves => {
-                let middle = start + (end - start) / 2;
-                pieces.extend([middle..end, start..middle]);
-            }
-        }
-        Self { file: located.file, stored: located.stored, pieces }
+        let (block_values, block_bytes) = located.stored.block();
+        let values = values_of(part, &located.shape);
+        let cuts_blocks = values
+            .iter()
+            .any(|piece| !piece.start.is_multiple_of(block_values) || !piece.end.is_multiple_of(block_values));
+        let at = |value: usize| located.bytes.start + value / block_values * block_bytes;
+        let pieces = match part {
+            // A dtype with several values in a byte has no place for each of them.
+            Extent::Whole | Extent::Batched { .. } => vec![located.bytes.clone()],
+            _ => values.into_iter().map(|piece| at(piece.start)..at(piece.end)).collect(),
+        };
+        Self { file: located.file, stored: located.stored, pieces, cuts_blocks }
     }
 
     /// The values in this range of its bytes.
@@ -92,7 +112,7 @@ impl Slice {
             }
             before += piece.len();
         }
-        Self { file: self.file, stored: self.stored, pieces }
+        Self { file: self.file, stored: self.stored, pieces, cuts_blocks: self.cuts_blocks }
     }
 
     /// Bytes.
@@ -129,8 +149,7 @@ impl Files {
     /// Refuses a part of a tensor that ends within a block. Rows of a file's tensor may: its shape need not be the one in
     /// which it was quantised.
     pub(super) fn check_is_whole(&self, name: &str, slice: &Slice) -> Result<()> {
-        let Stored::Blocks(dtype) = slice.stored else { return Ok(()) };
-        if slice.pieces.iter().all(|piece| piece.len().is_multiple_of(dtype.type_size())) {
+        if !slice.cuts_blocks {
             return Ok(());
         }
         let problem = format!("tensor `{name}`: a part of it ends within a block of {}", slice.stored);
@@ -204,7 +223,7 @@ impl Files {
         let mmap = &self.files[slice.file].1;
         match &slice.pieces[..] {
             [piece] => Cow::Borrowed(&mmap[piece.clone()]),
-            pieces => Cow::Owned(pieces.iter().flat_map(|piece| &mmap[piece.clone()]).copied().collect()),
+            pieces => Cow::Owned(pieces.iter().map(|piece| &mmap[piece.clone()]).collect::<Vec<_>>().concat()),
         }
     }
 

@@ -21,6 +21,12 @@ pub enum Extent {
     Rows(Rows),
     /// All of it, with the first half of the rows after the second.
     SwappedHalves,
+    /// All of it, where the rows of each of so many heads alternate between those of the network's first half and its
+    /// second: rotations of neighbouring rows, where the network rotates a half against the other.
+    AlternatingHalves {
+        /// Number of heads, each with an even number of rows.
+        heads: usize,
+    },
     /// All of it, with so many dimensions of one before those that the network's tensor has.
     Batched {
         /// Number of them.

@@ -25,6 +25,15 @@ impl Stored {
         Float8::of(dtype).map_or(Self::Plain(dtype), Self::Float8)
     }
 
+    /// Values that lie together, and the bytes that they take.
+    pub(super) fn block(self) -> (usize, usize) {
+        match self {
+            Self::Plain(dtype) => (1, dtype.bitsize() / 8),
+            Self::Float8(_) => (1, 1),
+            Self::Blocks(dtype) => (dtype.block_size(), dtype.type_size()),
+        }
+    }
+
     /// The dtype that a tensor has which is kept as published, the narrowest that is computed with and has its values.
     /// Blocks are dequantised where more is done with them than to multiply.
     pub(super) fn dtype(self) -> DType {

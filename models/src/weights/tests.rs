@@ -7,6 +7,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 
 use super::mapped::{as_values, to_bf16};
+use super::names::Extent;
 use super::*;
 use crate::device::{DeviceSpec, WeightDtype};
 
@@ -313,5 +314,75 @@ fn what_is_not_ready_is_read_there_and_then() {
     let view = Weights::open(dir.path(), &placement).expect("open").pp("a");
     for component in ["another", "network"] {
         assert_eq!(ask(&view.clone().with_ahead(&ahead, component)).len(), 4);
+    }
+}
+
+/// A file whose one tensor is all that a network asks for, or this part of it.
+struct Part(Extent);
+
+impl Names for Part {
+    fn mark(&self) -> &'static str {
+        "there"
+    }
+
+    fn place(&self, _: &str) -> Option<Place> {
+        Some(Place { name: self.mark().to_owned(), part: self.0 })
+    }
+}
+
+/// Rows of two heads of four, whole and in steps of three rows.
+#[test]
+fn rows_that_alternate_between_halves_are_read_half_by_half() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let rows: Vec<u8> = (0..16u8).flat_map(|i| bf16::from_f32(f32::from(i)).to_le_bytes()).collect();
+    let there = TensorView::new(Dtype::BF16, vec![8, 2], &rows).expect("view");
+    serialize_to_file([("there", there)], None, &dir.path().join("model.safetensors")).expect("write");
+    let placement = placement(WeightDtype::Auto);
+    let halves = || Part(Extent::AlternatingHalves { heads: 2 });
+    let ahead = Arc::new(Ahead::new(&placement.device));
+    let dry = Weights::open_dry(dir.path(), &placement).expect("open").or_named(halves());
+    dry.with_ahead(&ahead, "network").matrix(8, 2, "here").expect("is noted");
+    while ahead.advance(3 * 4).expect("reads") {}
+    let view = Weights::open(dir.path(), &placement).expect("open").or_named(halves());
+    for view in [view.clone(), view.with_ahead(&ahead, "network")] {
+        let rows: Vec<Vec<f32>> =
+            view.matrix(8, 2, "here").and_then(|rows| Ok(rows.to_dtype(DType::F32)?.to_vec2()?)).expect("is read");
+        let first: Vec<f32> = rows.iter().map(|row| row[0] / 2.0).collect();
+        assert_eq!(first, [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]);
+    }
+}
+
+/// Three rows of 48 values are four and a half blocks.
+#[test]
+fn parts_that_end_within_a_block_are_refused_by_name() {
+    let dir = sound_folder();
+    let path = dir.path().join("model.safetensors");
+    let mmap = crate::files::map(&path).expect("mapped");
+    let tensors = BTreeMap::new();
+    let files = Files { files: Arc::new(vec![(path, mmap)]), tensors, beginning: String::new(), must_fit: false };
+    let check = |shape: [usize; 2], part: Extent| {
+        let bytes = 0..shape.iter().product::<usize>() / 32 * 34;
+        let stored = Stored::Blocks(candle_core::quantized::GgmlDType::Q8_0);
+        let located = Located { file: 0, stored, shape: shape.to_vec(), bytes };
+        files.check_is_whole("x", &Slice::new(&located, part))
+    };
+    let rows = |first, count, of| Extent::Rows(names::Rows { first, count, of });
+    for (shape, part) in [
+        ([6, 48], rows(0, 1, 2)),
+        ([6, 48], rows(1, 1, 2)),
+        ([4, 16], rows(1, 3, 4)),
+        ([2, 16], Extent::SwappedHalves),
+        ([4, 48], Extent::AlternatingHalves { heads: 1 }),
+    ] {
+        let error = error_of(check(shape, part));
+        assert!(error.contains("tensor `x`: a part of it ends within a block of Q8_0"), "{part:?}: {error}");
+    }
+    for (shape, part) in [
+        ([6, 48], Extent::Whole),
+        ([8, 48], rows(1, 1, 4)),
+        ([4, 16], Extent::SwappedHalves),
+        ([4, 32], Extent::AlternatingHalves { heads: 1 }),
+    ] {
+        check(shape, part).unwrap_or_else(|error| panic!("{part:?}: {error}"));
     }
 }
