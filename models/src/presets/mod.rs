@@ -23,6 +23,8 @@ pub struct Preset {
     files: &'static [&'static [File]],
     /// Folders of tokenizers; the empty one is the checkpoint folder itself.
     tokenizers: &'static [&'static str],
+    /// What the first of them has beside bytes, for a template whose tokens are counted.
+    tokens: &'static [(u32, &'static str)],
 }
 
 /// A path below the checkpoint folder, and what is there.
@@ -67,6 +69,27 @@ const HUNYUAN: &[File] = &[
     ("vae/config.json", include_str!("hunyuanvideo-vae.json")),
 ];
 
+/// Those of the template that HunyuanVideo's prompts of pictures have, under their published numbers where they have one
+/// there. The long one is as many words as make the template the published number of tokens.
+const OF_LLAVA: &[(u32, &str)] = &[
+    (271, "\n\n"),
+    (882, "user"),
+    (9125, "system"),
+    (78_191, "assistant"),
+    (128_006, "<|start_header_id|>"),
+    (128_007, "<|end_header_id|>"),
+    (128_009, "<|eot_id|>"),
+    (128_257, "<image>"),
+    (128_258, bytes::PAD),
+    (
+        128_259,
+        "Describe the video by detailing the following aspects according to the reference image: 1. The main content \
+         and theme of the video.2. The color, shape, size, texture, quantity, text, and spatial relationships of the \
+         objects.3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.4. \
+         background environment, li",
+    ),
+];
+
 /// All presets of this build.
 pub const PRESETS: &[Preset] = &[
     language_model("llama-3.1-8b", &[&[("config.json", include_str!("llama-3.1-8b.json"))]]),
@@ -84,6 +107,7 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
+        tokens: &[],
     },
     Preset {
         name: "flux.1-schnell",
@@ -95,6 +119,7 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
+        tokens: &[],
     },
     Preset {
         name: "sdxl",
@@ -107,21 +132,25 @@ pub const PRESETS: &[Preset] = &[
             ("vae/config.json", include_str!("sdxl-vae.json")),
         ]],
         tokenizers: &["tokenizer", "tokenizer_2"],
+        tokens: &[],
     },
     Preset {
         name: "wan2.1-t2v-1.3b",
         files: &[WAN, WAN_OF_TEXT, &[("transformer/config.json", include_str!("wan2.1-t2v-1.3b.json"))]],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "wan2.1-t2v-14b",
         files: &[WAN, WAN_OF_TEXT, &[("transformer/config.json", include_str!("wan2.1-t2v-14b.json"))]],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "wan2.1-i2v-14b",
         files: &[WAN, WAN_OF_PICTURES, &[("transformer/config.json", include_str!("wan2.1-i2v-14b.json"))]],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "wan2.1-flf2v-14b",
@@ -135,6 +164,7 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "hunyuanvideo",
@@ -147,6 +177,21 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer", "tokenizer_2"],
+        tokens: &[],
+    },
+    Preset {
+        name: "hunyuanvideo-i2v",
+        files: &[
+            HUNYUAN,
+            &[
+                ("model_index.json", include_str!("hunyuanvideo-i2v-index.json")),
+                ("text_encoder/config.json", include_str!("llava-llama-3-8b-v1_1.json")),
+                ("image_processor/preprocessor_config.json", include_str!("clip-image-processor-336.json")),
+                ("transformer/config.json", include_str!("hunyuanvideo-i2v.json")),
+            ],
+        ],
+        tokenizers: &["tokenizer", "tokenizer_2"],
+        tokens: OF_LLAVA,
     },
     Preset {
         name: "cogvideox-2b",
@@ -160,6 +205,7 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "cogvideox-5b",
@@ -171,6 +217,7 @@ pub const PRESETS: &[Preset] = &[
             &[("transformer/config.json", include_str!("cogvideox-5b.json"))],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "cogvideox-5b-i2v",
@@ -182,6 +229,7 @@ pub const PRESETS: &[Preset] = &[
             &[("transformer/config.json", include_str!("cogvideox-5b-i2v.json"))],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "cogvideox1.5-5b",
@@ -193,6 +241,7 @@ pub const PRESETS: &[Preset] = &[
             &[("transformer/config.json", include_str!("cogvideox1.5-5b.json"))],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
     Preset {
         name: "cogvideox1.5-5b-i2v",
@@ -206,11 +255,12 @@ pub const PRESETS: &[Preset] = &[
             ],
         ],
         tokenizers: &["tokenizer"],
+        tokens: &[],
     },
 ];
 
 const fn language_model(name: &'static str, files: &'static [&'static [File]]) -> Preset {
-    Preset { name, files, tokenizers: &[""] }
+    Preset { name, files, tokenizers: &[""], tokens: &[] }
 }
 
 impl std::str::FromStr for &'static Preset {
@@ -228,11 +278,14 @@ impl std::str::FromStr for &'static Preset {
 #[derive(Debug)]
 pub struct Configurations(TempDir);
 
+const NO_TOKENS: &[(u32, &str)] = &[];
 /// What a checkpoint folder has beside its weights.
 const EXTENSIONS: [&str; 4] = ["json", "jinja", "txt", "model"];
 /// Numbers of layers, as the configurations of all components call them.
 const DEPTHS: [&str; 5] =
     ["num_hidden_layers", "num_layers", "num_single_layers", "num_refiner_layers", "transformer_layers_per_block"];
+/// Fields with the configuration of one of several networks.
+const PARTS: [&str; 2] = ["text_config", "vision_config"];
 
 impl Configurations {
     /// Of a preset.
@@ -241,10 +294,16 @@ impl Configurations {
         for (name, text) in preset.files.iter().copied().flatten() {
             folder.write(name, text)?;
         }
-        for tokenizer in preset.tokenizers {
+        let all_tokens = std::iter::once(preset.tokens).chain(std::iter::repeat(NO_TOKENS));
+        for (tokenizer, tokens) in preset.tokenizers.iter().zip(all_tokens) {
             // A language model's lies in the checkpoint folder itself.
-            let around = if tokenizer.is_empty() { Around::Nothing } else { Around::StartAndEnd };
-            bytes::write(&create_dir(folder.path().join(tokenizer))?, around)?;
+            let around = match tokenizer.is_empty() {
+                true => Around::Nothing,
+                // A template has its own end.
+                false if !tokens.is_empty() => Around::Start,
+                false => Around::StartAndEnd,
+            };
+            bytes::write_with(&create_dir(folder.path().join(tokenizer))?, around, tokens)?;
         }
         Ok(folder)
     }
@@ -271,9 +330,11 @@ impl Configurations {
         folders.push(self.path().to_owned());
         for path in folders.iter().map(|folder| folder.join("config.json")).filter(|path| path.exists()) {
             let mut config: Value = read_json(&path)?;
-            for field in DEPTHS {
-                if let Some(depth) = config.get_mut(field) {
-                    cut(depth, max_layers);
+            cut_fields(&mut config, max_layers);
+            // A component that is two networks has a configuration of each.
+            for part in PARTS {
+                if let Some(fields) = config.get_mut(part) {
+                    cut_fields(fields, max_layers);
                 }
             }
             std::fs::write(&path, config.to_string()).map_err(|e| Error::checkpoint(path, e))?;
@@ -290,6 +351,14 @@ impl Configurations {
         let path = self.path().join(name);
         create_dir(path.parent().unwrap_or(self.path()).to_owned())?;
         std::fs::write(&path, text).map_err(|e| Error::checkpoint(path, e))
+    }
+}
+
+fn cut_fields(config: &mut Value, max_layers: usize) {
+    for field in DEPTHS {
+        if let Some(depth) = config.get_mut(field) {
+            cut(depth, max_layers);
+        }
     }
 }
 

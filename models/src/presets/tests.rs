@@ -76,6 +76,11 @@ fn hunyuanvideo_has_the_parameters_of_its_size() {
     check("hunyuanvideo", "text_encoder", 7.5052);
     check("hunyuanvideo", "text_encoder_2", 0.1231);
     check("hunyuanvideo", "vae", 0.14614);
+    // Of the vision encoder's 24 layers the last is not read, nor is the language model's head.
+    check("hunyuanvideo-i2v", "transformer", 12.821);
+    check("hunyuanvideo-i2v", "text_encoder", 7.5052 + 0.2909 + 0.02098);
+    check("hunyuanvideo-i2v", "text_encoder_2", 0.1231);
+    check("hunyuanvideo-i2v", "vae", 0.24648);
 }
 
 /// Everything that stands in the table, so that an entry cannot be added and never read.
@@ -106,6 +111,17 @@ fn layers_are_cut_in_every_component() {
     assert_eq!(layers("text_encoder", "num_hidden_layers"), Some(2));
     assert_eq!(layers("text_encoder_2", "num_layers"), Some(2));
     assert_eq!(layers("vae", "num_layers"), None);
+    inspect(&folder);
+}
+
+#[test]
+fn layers_are_cut_in_the_parts_of_a_component() {
+    let folder = preset("hunyuanvideo-i2v");
+    folder.keep_layers(3).expect("cut");
+    let config: Value = read_json(&folder.path().join("text_encoder/config.json")).expect("is there");
+    for part in ["text_config", "vision_config"] {
+        assert_eq!(config[part]["num_hidden_layers"], 3);
+    }
     inspect(&folder);
 }
 

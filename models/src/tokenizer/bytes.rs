@@ -15,16 +15,29 @@ pub const VOCAB_SIZE: usize = 258;
 pub enum Around {
     /// None: a text has as many tokens as bytes.
     Nothing,
+    /// One before it.
+    Start,
     /// One before and one after it, as the text encoders of pictures want.
     StartAndEnd,
 }
 
+/// What texts are filled up with where there is a token of this name.
+pub const PAD: &str = "<pad>";
+const START: &str = "<|turn|>";
+const END: &str = "<|end|>";
+
 /// Writes the published files of such a tokenizer, with a small chat template, into the folder `dir`.
 pub fn write(dir: &Path, around: Around) -> Result<()> {
+    write_with(dir, around, &[])
+}
+
+/// As [`write`], of a tokenizer that knows these special tokens too, by their numbers.
+pub fn write_with(dir: &Path, around: Around, tokens: &[(u32, &str)]) -> Result<()> {
     let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
+    let pad = if tokens.iter().any(|(_, token)| *token == PAD) { PAD } else { END };
     let files = [
-        ("tokenizer.json", tokenizer(around).to_string()),
-        ("tokenizer_config.json", json!({"eos_token": "<|end|>", "pad_token": "<|end|>"}).to_string()),
+        ("tokenizer.json", tokenizer(around, tokens).to_string()),
+        ("tokenizer_config.json", json!({"eos_token": END, "pad_token": pad}).to_string()),
         ("chat_template.jinja", template.to_owned()),
     ];
     for (name, text) in files {
@@ -35,16 +48,20 @@ pub fn write(dir: &Path, around: Around) -> Result<()> {
 }
 
 /// `tokenizer.json` of byte-level BPE without merges.
-fn tokenizer(around: Around) -> Value {
-    let vocab: Map<_, _> = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into())).collect();
-    let special = |id: usize, content: &str| {
+fn tokenizer(around: Around, tokens: &[(u32, &str)]) -> Value {
+    let bytes = byte_characters().into_iter().zip(0..).map(|(c, id)| (c, id.into()));
+    // Where added tokens stand in the vocabulary they have the numbers that they have there.
+    let vocab: Map<_, _> = bytes.chain(tokens.iter().map(|(id, token)| ((*token).to_owned(), (*id).into()))).collect();
+    let special = |id: u32, content: &str| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     };
+    let own = [(256, START), (257, END)];
+    let added: Vec<Value> = own.iter().chain(tokens).map(|(id, token)| special(*id, token)).collect();
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": specials(around),
-        "added_tokens": [special(256, "<|turn|>"), special(257, "<|end|>")],
+        "added_tokens": added,
         "pre_tokenizer": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     })
@@ -58,11 +75,13 @@ fn specials(around: Around) -> Value {
     let special = |name: &str| json!({"SpecialToken": {"id": name, "type_id": 0}});
     let sequence = |name: &str| json!({"Sequence": {"id": name, "type_id": 0}});
     let token = |id: usize, name: &str| json!({"id": name, "ids": [id], "tokens": [name]});
+    let end = (around == Around::StartAndEnd).then(|| special(END));
+    let single: Vec<Value> = [special(START), sequence("A")].into_iter().chain(end).collect();
     json!({
         "type": "TemplateProcessing",
-        "single": [special("<|turn|>"), sequence("A"), special("<|end|>")],
+        "single": single,
         "pair": [sequence("A"), sequence("B")],
-        "special_tokens": {"<|turn|>": token(256, "<|turn|>"), "<|end|>": token(257, "<|end|>")},
+        "special_tokens": {START: token(256, START), END: token(257, END)},
     })
 }
 

@@ -128,8 +128,10 @@ fn at(positions: usize, values: [f64; 3]) -> f64 {
 fn set(folder: &Configurations, component: &str, field: &str, layers: usize) -> usize {
     let path = folder.path().join(component).join("config.json");
     let mut config: Value = read_json(&path).expect("is there");
-    let before = config[field].as_u64().expect("is published") as usize;
-    config[field] = layers.into();
+    let whole = config.get("text_config").is_none();
+    let fields = if whole { &mut config } else { &mut config["text_config"] };
+    let before = fields[field].as_u64().expect("is published") as usize;
+    fields[field] = layers.into();
     std::fs::write(&path, config.to_string()).expect("written");
     before
 }
@@ -206,8 +208,8 @@ fn wan_has_the_operations_of_its_size() {
 }
 
 /// Of a step of HunyuanVideo over so many latent positions, from networks of one and of two blocks of each kind.
-fn hunyuan_step(positions: &[usize]) -> Vec<f64> {
-    let folder = preset("hunyuanvideo");
+fn hunyuan_step(name: &str, positions: &[usize]) -> Vec<f64> {
+    let folder = preset(name);
     set(&folder, "text_encoder", "num_hidden_layers", 2);
     let kinds = ["num_layers", "num_single_layers"];
     let published = kinds.map(|kind| set(&folder, "transformer", kind, 1));
@@ -232,7 +234,12 @@ fn hunyuan_step(positions: &[usize]) -> Vec<f64> {
 #[test]
 fn hunyuanvideo_has_the_operations_of_its_size() {
     let positions = [33 * 90 * 160, 33 * 68 * 120, 16 * 40 * 64];
-    for (found, expected) in hunyuan_step(&positions).into_iter().zip([12_068.6, 4285.3, 224.0]) {
+    for (found, expected) in hunyuan_step("hunyuanvideo", &positions).into_iter().zip([12_068.6, 4285.3, 224.0]) {
+        check(found, expected, expected * 1e-4);
+    }
+    // Told of 144 patches and 252 tokens.
+    for (found, expected) in hunyuan_step("hunyuanvideo-i2v", &positions).into_iter().zip([12_095.16, 4301.25, 228.156])
+    {
         check(found, expected, expected * 1e-4);
     }
     let folder = preset("hunyuanvideo");
