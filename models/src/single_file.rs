@@ -42,6 +42,11 @@ const WAN_OTHERS: &[(&str, &[&str])] = &[
     ("text_encoder", &["text_encoders.umt5xxl.transformer.", "text_encoders.umt5xxl."]),
     ("vae", &["vae.", "first_stage_model."]),
 ];
+const HUNYUAN_VIDEO_OTHERS: &[(&str, &[&str])] = &[
+    ("text_encoder", &["text_encoders.llama.transformer."]),
+    ("text_encoder_2", &["text_encoders.clip_l.transformer."]),
+    ("vae", &["vae.", "first_stage_model."]),
+];
 /// As files of whole pipelines have it, and as files of the network alone.
 const DENOISER_BEGINNINGS: &[&str] = &["model.diffusion_model.", ""];
 
@@ -71,6 +76,11 @@ const KINDS: &[Kind] = &[
         others: &[],
         companions: &[],
     },
+    // Before FLUX.1, whose blocks are called the same. What a transformer makes of a picture its tensors do not always tell:
+    // a base says it.
+    hunyuan_video("HunyuanVideo", &["time_in.mlp.0.weight", "txt_in.input_embedder.weight"]),
+    hunyuan_video("HunyuanVideo under ComfyUI's names", &["time_in.in_layer.weight", "txt_in.input_embedder.weight"]),
+    hunyuan_video("HunyuanVideo's transformer", &["x_embedder.proj.weight", "context_embedder.proj_in.weight"]),
     Kind {
         name: "FLUX.1",
         pipelines: FLUX_PIPELINES,
@@ -109,6 +119,20 @@ const KINDS: &[Kind] = &[
         &["blocks.0.scale_shift_table", "condition_embedder.time_proj.weight"],
     ),
 ];
+
+const fn hunyuan_video(name: &'static str, marks: &'static [&'static str]) -> Kind {
+    Kind {
+        name,
+        pipelines: &["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"],
+        denoiser: "transformer",
+        // ComfyUI saves networks below its own model's.
+        beginnings: &["model.diffusion_model.", "model.model.", "model.", ""],
+        marks,
+        architectures: &["hyvid"],
+        others: HUNYUAN_VIDEO_OTHERS,
+        companions: &[],
+    }
+}
 
 /// What beside the text the model sees is told by its tensors: the first kind that fits counts.
 const fn wan(name: &'static str, pipelines: &'static [&'static str], marks: &'static [&'static str]) -> Kind {

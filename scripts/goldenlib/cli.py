@@ -6,7 +6,7 @@ import os
 import time
 
 GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "wan_images", "wan_lora", "wan_files", "guidance", "schedulers"]
-GROUPS += ["hunyuan_video", "hunyuan_video_images", "tiling", "clip_tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner", "hidden_states"]
+GROUPS += ["hunyuan_video", "hunyuan_video_images", "hunyuan_files", "tiling", "clip_tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner", "hidden_states"]
 GROUPS += ["special_tokens", "templates", "given_steps", "cogvideox", "cogvideox_images", "cogvideox_lora"]
 
 

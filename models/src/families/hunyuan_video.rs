@@ -9,8 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use self::config::{HunyuanVideoConfig, ImageCondition};
-use self::original::HunyuanVideoNames;
-use self::text::{TextConfigs, TextEncoders};
+use self::original::{ComfyNames, HunyuanVideoNames};
+use self::text::{TextConfigs, TextEncoders, TextWeights};
 use self::transformer::HunyuanVideoTransformer;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
@@ -141,14 +141,14 @@ impl HunyuanVideoModel {
         check_pipeline(manifest)?;
         let sizes = Sizes::read(manifest)?;
         let schedulers = Schedulers::read(manifest, Training::FlowLinear)?;
-        let [reader, clip] = [open("text_encoder")?, open("text_encoder_2")?];
-        let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &reader, &clip)?;
+        let text = TextWeights::open(manifest, &sizes.text, open)?;
+        let text_encoders = TextEncoders::load(manifest, &sizes.text, DEFAULT_SEQUENCE_LENGTH, &text)?;
         // Text encoders take no terms, as in diffusers.
         let sites = Arc::<Sites>::default();
-        let weights = open("transformer")?.noting(&sites);
+        let names = HunyuanVideoNames::new(&sizes.transformer);
+        let weights = open("transformer")?.or_named(names).or_named(ComfyNames(names)).noting(&sites);
         let transformer = HunyuanVideoTransformer::load(&weights, &sizes.transformer)?;
-        let names =
-            LoraNames::new(vec![NetworkNames::denoiser(&sites, &HunyuanVideoNames::new(&sizes.transformer), [])]);
+        let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &names, [])]);
         let vae = open("vae")?;
         let vae_encoder = match sizes.image_condition {
             Some(_) => Some(HunyuanVaeEncoder::load(&vae, &sizes.vae)?),
@@ -162,7 +162,7 @@ impl HunyuanVideoModel {
             card: sizes.card(schedulers),
             placement: placement.clone(),
             dequantised: Dequantised {
-                text_encoder: reader.dequantised_bytes().max(clip.dequantised_bytes()),
+                text_encoder: text.dequantised_bytes(),
                 transformer: weights.dequantised_bytes(),
             },
             text_encoders,

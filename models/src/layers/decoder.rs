@@ -19,12 +19,14 @@ use crate::weights::Weights;
 
 mod config;
 mod dense;
+mod gguf;
 mod rows;
 
 #[cfg(test)]
 pub(crate) use config::testing;
 pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use dense::DenseInput;
+pub use gguf::LlamaGgufNames;
 pub use rows::{DecoderInput, PreparedInput};
 
 /// The layers between tokens and a head: embedding, blocks, final norm.

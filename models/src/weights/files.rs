@@ -26,7 +26,7 @@ const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
 /// Of files that are read.
 const EXTENSIONS: [&str; 2] = ["safetensors", "gguf"];
 /// What all names of some files of a denoiser alone begin with.
-const DENOISER: &str = "model.diffusion_model.";
+const DENOISERS: [&str; 2] = ["model.diffusion_model.", "model.model."];
 /// Files that hold the same weights as pickles.
 const PICKLES: [&str; 6] = [
     "pytorch_model.bin",
@@ -71,8 +71,9 @@ pub(super) fn open(dir: &Path) -> Result<Files> {
         }
     }
     take_scales(&mapped, &mut tensors)?;
-    let is_below = tensors.keys().all(|name| name.starts_with(DENOISER)) && !tensors.is_empty();
-    let beginning = if is_below { DENOISER.to_owned() } else { String::new() };
+    let is_common = |beginning: &&&str| tensors.keys().all(|name| name.starts_with(**beginning));
+    let beginning = DENOISERS.iter().filter(|_| !tensors.is_empty()).find(is_common);
+    let beginning = beginning.copied().unwrap_or_default().to_owned();
     Ok(Files { files: Arc::new(mapped), tensors, beginning, must_fit: false })
 }
 

@@ -19,6 +19,7 @@ mod gpu;
 mod guidance;
 mod hidden_states;
 mod hunyuan_video;
+mod hunyuan_video_files;
 mod hunyuan_video_lora;
 mod hunyuan_video_pictures;
 mod ip_adapter;

@@ -17,7 +17,7 @@ use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::{Error, Result};
 use crate::families::llama;
 use crate::layers::Linear;
-use crate::layers::decoder::DecoderConfig;
+use crate::layers::decoder::{DecoderConfig, LlamaGgufNames};
 use crate::request::Frame;
 use crate::tokenizer::{Padded, Tokenizer};
 use crate::weights::Weights;
@@ -105,8 +105,16 @@ pub(super) struct LlavaWeights {
 
 impl LlavaWeights {
     /// Transformers 4 published `language_model.model.*` beside `vision_tower.*` and `multi_modal_projector.*`; 5 writes all
-    /// three below `model.`. The head says words, which nobody wants here.
-    pub(super) fn of(weights: &Weights) -> Self {
+    /// three below `model.`. The head says words, which nobody wants here. Where the language model is shared by itself, as
+    /// ComfyUI and llama.cpp have it, what sees pictures is in `beside`: `vision_model.*` and `multi_modal_projector.*`.
+    pub(super) fn of(weights: &Weights, beside: Option<&Weights>, config: &LlavaConfig) -> Self {
+        if let Some(beside) = beside {
+            return Self {
+                language_model: LlamaGgufNames::trunk(weights, &config.text),
+                vision_tower: beside.clone(),
+                projector: beside.pp("multi_modal_projector"),
+            };
+        }
         let root = if weights.contains_below("model") { weights.pp("model") } else { weights.clone() };
         let language_model = root.pp("language_model");
         for head in [weights.clone(), language_model.clone()] {

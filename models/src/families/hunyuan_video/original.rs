@@ -1,36 +1,62 @@
-//! The names of HunyuanVideo's transformer in the files of its original implementation, found from diffusers' names.
+//! The names of HunyuanVideo's transformer in other files than diffusers', found from diffusers' names: those of its original
+//! implementation (single files, GGUF files, most LoRA files), and those under which ComfyUI saves it.
 //!
-//! Source: diffusers `loaders/single_file_utils.py`, `convert_hunyuan_video_transformer_to_diffusers`. Projections of the same
-//! input are one matrix there, and the last modulation has its shift before its scale.
+//! Source: diffusers `loaders/single_file_utils.py`, `convert_hunyuan_video_transformer_to_diffusers`; ComfyUI
+//! `comfy/supported_models.py`, `HunyuanVideo.process_unet_state_dict`. Projections of the same input are one matrix in both,
+//! and the last modulation has its shift before its scale.
 
 use super::config::HunyuanVideoConfig;
+use crate::families::lcm;
 use crate::weights::names::{Extent, Names, Place, Rows, split_index};
 
-/// Of a transformer of any depth and width.
+/// The original names, of a transformer of any depth and width.
 #[derive(Debug, Clone, Copy)]
 pub struct HunyuanVideoNames {
-    /// How many times as wide as the stream its feed-forward is; `None` where that is no whole number, so that its rows in
-    /// the joined matrices of single blocks cannot be told by counting parts.
-    mlp_ratio: Option<usize>,
+    /// Widths of the stream and of a feed-forward in it, by their greatest common divisor: of so many parts are the rows of
+    /// the joined matrices of single blocks.
+    stream: usize,
+    inner: usize,
 }
 
 impl HunyuanVideoNames {
     /// Of the network with this configuration.
     pub fn new(config: &HunyuanVideoConfig) -> Self {
-        Self { mlp_ratio: (config.mlp_ratio.fract() == 0.0).then_some(config.mlp_ratio as usize) }
+        let multiple = lcm(config.dim(), config.inner());
+        Self { stream: multiple / config.inner(), inner: multiple / config.dim() }
+    }
+
+    /// `linear1` is query, key, value and the feed-forward's way in.
+    fn of_linear1(self, member: usize) -> (&'static str, Extent) {
+        let count = if member < 3 { self.stream } else { self.inner };
+        let rows = Rows { first: member * self.stream, count, of: 3 * self.stream + self.inner };
+        ("linear1", Extent::Rows(rows))
+    }
+
+    fn single_block(self, layer: &str) -> Option<(&'static str, Extent)> {
+        Some(match layer {
+            "norm.linear" => ("modulation.linear", Extent::Whole),
+            "attn.to_q" => self.of_linear1(0),
+            "attn.to_k" => self.of_linear1(1),
+            "attn.to_v" => self.of_linear1(2),
+            "proj_mlp" => self.of_linear1(3),
+            "attn.norm_q" => ("q_norm", Extent::Whole),
+            "attn.norm_k" => ("k_norm", Extent::Whole),
+            "proj_out" => ("linear2", Extent::Whole),
+            _ => return None,
+        })
     }
 }
 
 impl Names for HunyuanVideoNames {
     fn mark(&self) -> &'static str {
-        "img_in.proj.weight"
+        "time_in.mlp.0.weight"
     }
 
     fn place(&self, name: &str) -> Option<Place> {
         let (first, rest) = name.split_once('.')?;
         match first {
             "transformer_blocks" => in_block("double_blocks", rest, dual_block),
-            "single_transformer_blocks" => in_block("single_blocks", rest, |layer| single_block(layer, self.mlp_ratio)),
+            "single_transformer_blocks" => in_block("single_blocks", rest, |layer| self.single_block(layer)),
             "x_embedder" => Some(Place::whole(format!("img_in.{rest}"))),
             "proj_out" => Some(Place::whole(format!("final_layer.linear.{rest}"))),
             "time_text_embed" => of_embedders(rest),
@@ -42,6 +68,44 @@ impl Names for HunyuanVideoNames {
             }
             _ => None,
         }
+    }
+}
+
+/// The names under which ComfyUI saves the network, as its own files of HunyuanVideo have them.
+#[derive(Debug, Clone, Copy)]
+pub struct ComfyNames(pub HunyuanVideoNames);
+
+/// What ComfyUI renames: the parts of original names that the first file has, by its own.
+const OF_COMFY: [(&str, &str); 14] = [
+    ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
+    ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
+    ("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
+    ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
+    ("_in.mlp.0.", "_in.in_layer."),
+    ("_in.mlp.2.", "_in.out_layer."),
+    ("_attn_qkv.", "_attn.qkv."),
+    ("_attn_proj.", "_attn.proj."),
+    ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
+    ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
+    (".q_norm.weight", ".norm.query_norm.scale"),
+    (".k_norm.weight", ".norm.key_norm.scale"),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.2."),
+];
+/// Likewise, of modulations.
+const MODULATIONS: [(&str, &str); 2] = [("_mod.linear.", "_mod.lin."), (".modulation.linear.", ".modulation.lin.")];
+
+impl Names for ComfyNames {
+    fn mark(&self) -> &'static str {
+        "time_in.in_layer.weight"
+    }
+
+    fn place(&self, name: &str) -> Option<Place> {
+        let Place { name, part } = self.0.place(name)?;
+        // Each name has one of these parts at most.
+        let own = OF_COMFY.iter().chain(&MODULATIONS).find(|(original, _)| name.contains(original));
+        let name = own.map_or_else(|| name.clone(), |(original, own)| name.replacen(original, own, 1));
+        Some(Place { name, part })
     }
 }
 
@@ -112,22 +176,6 @@ fn dual_block(layer: &str) -> Option<(&'static str, Extent)> {
     })
 }
 
-/// `linear1` is query, key, value and the feed-forward's way in.
-fn single_block(layer: &str, mlp_ratio: Option<usize>) -> Option<(&'static str, Extent)> {
-    let of_linear1 = |first, count| Some(("linear1", Extent::Rows(Rows { first, count, of: 3 + mlp_ratio? })));
-    Some(match layer {
-        "norm.linear" => ("modulation.linear", Extent::Whole),
-        "attn.to_q" => of_linear1(0, 1)?,
-        "attn.to_k" => of_linear1(1, 1)?,
-        "attn.to_v" => of_linear1(2, 1)?,
-        "proj_mlp" => of_linear1(3, mlp_ratio?)?,
-        "attn.norm_q" => ("q_norm", Extent::Whole),
-        "attn.norm_k" => ("k_norm", Extent::Whole),
-        "proj_out" => ("linear2", Extent::Whole),
-        _ => return None,
-    })
-}
-
 fn refiner_block(layer: &str) -> Option<(&'static str, Extent)> {
     Some(match layer {
         "norm1" => ("norm1", Extent::Whole),
@@ -148,37 +196,94 @@ mod tests {
     use super::*;
     use crate::testing::repository;
 
-    const NAMES: HunyuanVideoNames = HunyuanVideoNames { mlp_ratio: Some(4) };
+    const NAMES: HunyuanVideoNames = HunyuanVideoNames { stream: 1, inner: 4 };
 
     #[track_caller]
-    fn check(name: &str, original: &str, part: Extent) {
+    fn check(name: &str, original: &str, comfy: &str, part: Extent) {
         assert_eq!(NAMES.place(name), Some(Place { name: original.to_owned(), part }), "{name}");
+        assert_eq!(ComfyNames(NAMES).place(name), Some(Place { name: comfy.to_owned(), part }), "{name}");
+    }
+
+    const fn rows(first: usize, count: usize, of: usize) -> Extent {
+        Extent::Rows(Rows { first, count, of })
     }
 
     #[test]
-    fn names_are_the_original_ones() {
-        let rows = |first, count, of| Extent::Rows(Rows { first, count, of });
-        check("x_embedder.proj.weight", "img_in.proj.weight", Extent::Whole);
-        check("time_text_embed.text_embedder.linear_2.bias", "vector_in.out_layer.bias", Extent::Whole);
-        check("transformer_blocks.7.attn.add_k_proj.bias", "double_blocks.7.txt_attn_qkv.bias", rows(1, 1, 3));
-        check("transformer_blocks.0.attn.norm_q.weight", "double_blocks.0.img_attn_q_norm.weight", Extent::Whole);
-        check("single_transformer_blocks.37.proj_mlp.weight", "single_blocks.37.linear1.weight", rows(3, 4, 7));
-        check("norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight", Extent::SwappedHalves);
+    fn names_are_those_of_the_other_files() {
+        for (name, original, comfy) in [
+            ("x_embedder.proj.weight", "img_in.proj.weight", "img_in.proj.weight"),
+            ("time_text_embed.text_embedder.linear_2.bias", "vector_in.out_layer.bias", "vector_in.out_layer.bias"),
+            ("time_text_embed.guidance_embedder.linear_1.bias", "guidance_in.mlp.0.bias", "guidance_in.in_layer.bias"),
+            (
+                "transformer_blocks.0.attn.norm_q.weight",
+                "double_blocks.0.img_attn_q_norm.weight",
+                "double_blocks.0.img_attn.norm.query_norm.scale",
+            ),
+            (
+                "transformer_blocks.3.norm1_context.linear.bias",
+                "double_blocks.3.txt_mod.linear.bias",
+                "double_blocks.3.txt_mod.lin.bias",
+            ),
+            (
+                "transformer_blocks.3.ff_context.net.2.bias",
+                "double_blocks.3.txt_mlp.fc2.bias",
+                "double_blocks.3.txt_mlp.2.bias",
+            ),
+            (
+                "single_transformer_blocks.1.attn.norm_k.weight",
+                "single_blocks.1.k_norm.weight",
+                "single_blocks.1.norm.key_norm.scale",
+            ),
+            (
+                "context_embedder.time_text_embed.timestep_embedder.linear_2.bias",
+                "txt_in.t_embedder.mlp.2.bias",
+                "txt_in.t_embedder.out_layer.bias",
+            ),
+            (
+                "context_embedder.time_text_embed.text_embedder.linear_1.bias",
+                "txt_in.c_embedder.linear_1.bias",
+                "txt_in.c_embedder.in_layer.bias",
+            ),
+            (
+                "context_embedder.token_refiner.refiner_blocks.1.attn.to_out.0.weight",
+                "txt_in.individual_token_refiner.blocks.1.self_attn_proj.weight",
+                "txt_in.individual_token_refiner.blocks.1.self_attn.proj.weight",
+            ),
+            (
+                "context_embedder.token_refiner.refiner_blocks.1.ff.net.0.proj.weight",
+                "txt_in.individual_token_refiner.blocks.1.mlp.fc1.weight",
+                "txt_in.individual_token_refiner.blocks.1.mlp.0.weight",
+            ),
+        ] {
+            check(name, original, comfy, Extent::Whole);
+        }
         check(
-            "context_embedder.token_refiner.refiner_blocks.1.ff.net.0.proj.weight",
-            "txt_in.individual_token_refiner.blocks.1.mlp.fc1.weight",
-            Extent::Whole,
+            "transformer_blocks.7.attn.add_k_proj.bias",
+            "double_blocks.7.txt_attn_qkv.bias",
+            "double_blocks.7.txt_attn.qkv.bias",
+            rows(1, 1, 3),
         );
+        let linear1 = "single_blocks.37.linear1.weight";
+        check("single_transformer_blocks.37.proj_mlp.weight", linear1, linear1, rows(3, 4, 7));
+        let last = "final_layer.adaLN_modulation.1.weight";
+        check("norm_out.linear.weight", last, last, Extent::SwappedHalves);
         for unknown in ["transformer_blocks.x.attn.to_q.weight", "transformer_blocks.0.attn.to_r.weight", "x", ""] {
             assert_eq!(NAMES.place(unknown), None, "{unknown}");
         }
     }
 
+    /// Widths of 24 and 60 are parts of 12.
     #[test]
-    fn a_feed_forward_of_no_whole_width_has_no_rows_to_count() {
-        let names = HunyuanVideoNames::new(&HunyuanVideoConfig { mlp_ratio: 2.5, ..Default::default() });
-        assert_eq!(names.place("single_transformer_blocks.0.proj_mlp.weight"), None);
-        assert!(names.place("single_transformer_blocks.0.proj_out.weight").is_some());
+    fn rows_are_counted_in_parts_of_both_widths() {
+        let names = HunyuanVideoNames::new(&HunyuanVideoConfig {
+            num_attention_heads: 2,
+            attention_head_dim: 12,
+            mlp_ratio: 2.5,
+            ..Default::default()
+        });
+        let part = |name: &str| names.place(&format!("single_transformer_blocks.0.{name}.weight")).map(|at| at.part);
+        assert_eq!(part("attn.to_v"), Some(rows(4, 2, 11)));
+        assert_eq!(part("proj_mlp"), Some(rows(6, 5, 11)));
     }
 
     #[test]

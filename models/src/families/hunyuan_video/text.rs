@@ -15,7 +15,7 @@ use crate::encoders::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::encoders::{rows_of, slices};
 use crate::error::{Error, Result};
 use crate::families::llama;
-use crate::layers::decoder::{Decoder, DecoderConfig, DenseInput};
+use crate::layers::decoder::{Decoder, DecoderConfig, DenseInput, LlamaGgufNames};
 use crate::prompt::plain_text;
 use crate::request::Frame;
 use crate::tokenizer::{Padded, Tokenizer};
@@ -46,6 +46,35 @@ const LAYERS_TO_SKIP: usize = 2;
 const CLIP_LENGTH: usize = 77;
 /// The tokenizer pads behind the prompt unless its file says otherwise.
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// The folder of what sees pictures, where that is not among the language model's files.
+const SIGHT: &str = "image_encoder";
+
+/// The weights of the encoders.
+pub(super) struct TextWeights {
+    /// Of the language model, with what sees pictures where there is no `sight`.
+    reader: Weights,
+    clip: Weights,
+    sight: Option<Weights>,
+}
+
+impl TextWeights {
+    /// `open` gives those of a component.
+    pub(super) fn open(
+        manifest: &Manifest,
+        configs: &TextConfigs,
+        open: &mut dyn FnMut(&str) -> Result<Weights>,
+    ) -> Result<Self> {
+        let has_sight = matches!(configs.reader, ReaderConfig::Pictured(_)) && manifest.has_component(SIGHT);
+        let sight = has_sight.then(|| open(SIGHT)).transpose()?;
+        Ok(Self { reader: open("text_encoder")?, clip: open("text_encoder_2")?, sight })
+    }
+
+    /// See [`Weights::dequantised_bytes`].
+    pub(super) fn dequantised_bytes(&self) -> usize {
+        self.reader.dequantised_bytes().max(self.clip.dequantised_bytes())
+    }
+}
 
 /// The configurations of the encoders.
 pub(super) struct TextConfigs {
@@ -176,26 +205,27 @@ impl HunyuanVideoPrompt {
 }
 
 impl TextEncoders {
-    /// The components that encode prompts.
-    pub(super) const COMPONENTS: &'static [&'static str] = &["text_encoder", "text_encoder_2"];
+    /// The components that encode prompts. Checkpoints of diffusers have none of the last name: it is what sees pictures,
+    /// where the language model has files of its own.
+    pub(super) const COMPONENTS: &'static [&'static str] = &["text_encoder", "text_encoder_2", SIGHT];
 
-    /// With the weights of the language model and of CLIP. The tokenizer is tried with prompts of `max_length` tokens.
+    /// The tokenizer is tried with prompts of `max_length` tokens.
     pub(super) fn load(
         manifest: &Manifest,
         configs: &TextConfigs,
         max_length: usize,
-        reader: &Weights,
-        clip: &Weights,
+        weights: &TextWeights,
     ) -> Result<Self> {
+        let TextWeights { reader, clip, sight } = weights;
         check_padding(manifest)?;
         let (vocab_size, clip_length) = (configs.llama().vocab_size, configs.clip_length());
         let tokenizer = manifest.component("tokenizer")?;
         let tokenizer = tokenizer.tokenizer_of_encoder(vocab_size, CROP_START + max_length)?;
         let tokenizer_2 = manifest.component("tokenizer_2")?;
         let (llama, sight) = match &configs.reader {
-            ReaderConfig::Text(llama) => (Decoder::load(reader, llama.clone())?, None),
+            ReaderConfig::Text(llama) => (Decoder::load(&LlamaGgufNames::trunk(reader, llama), llama.clone())?, None),
             ReaderConfig::Pictured(llava) => {
-                let weights = LlavaWeights::of(reader);
+                let weights = LlavaWeights::of(reader, sight.as_ref(), llava);
                 let sight = Sight::load(manifest, &weights, llava, &tokenizer)?;
                 (Decoder::load(&weights.language_model, llava.text.clone())?, Some(sight))
             }
@@ -347,5 +377,23 @@ fn check_padding(manifest: &Manifest) -> Result<()> {
             let problem = format!("`padding_side` is {side:?}; only \"right\" is supported");
             Err(Error::checkpoint(component.path(TOKENIZER_CONFIG), problem))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presets::{Configurations, Preset};
+
+    /// What stands in for the published tokenizer counts the template as that does.
+    #[test]
+    fn a_presets_template_has_the_published_number_of_tokens() {
+        let preset: &Preset = "hunyuanvideo-i2v".parse().expect("is in the table");
+        let folder = Configurations::of_preset(preset).expect("can be written");
+        let tokenizer = Tokenizer::from_dir(&folder.path().join("tokenizer")).expect("sound");
+        let ids = tokenizer.encode(BEFORE_PICTURED_PROMPT, true).expect("encoded");
+        assert_eq!(ids.len(), llava::CROP_START);
+        assert_eq!(ids[5], 128_257);
+        assert_eq!(tokenizer.encode(BEHIND_PICTURED_PROMPT, false).expect("encoded").len(), 5);
     }
 }
