@@ -13,6 +13,7 @@ use serde::Deserialize;
 use super::gguf;
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
+use super::qweights::take_blocks;
 use super::scales::take_scales;
 use super::stored::Stored;
 use crate::config::read_json;
@@ -70,6 +71,7 @@ pub(super) fn open(dir: &Path) -> Result<Files> {
             return Err(Error::checkpoint(dir.join(shard), problem));
         }
     }
+    take_blocks(&mapped, &mut tensors)?;
     take_scales(&mapped, &mut tensors)?;
     let is_common = |beginning: &&&str| tensors.keys().all(|name| name.starts_with(**beginning));
     let beginning = DENOISERS.iter().filter(|_| !tensors.is_empty()).find(is_common);

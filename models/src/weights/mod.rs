@@ -2,7 +2,7 @@
 //!
 //! Owns: the view by name (`files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
 //! of a file that holds several, `mapped` copies tensors out of them, `float8` and `scales` know those of eight bits,
-//! `dummy` makes random ones where there are no files, `record` keeps what was used). Does not know: any architecture, how
+//! `qweights` those of safetensors files that are quantised, `dummy` makes random ones where there are no files, `record` keeps what was used). Does not know: any architecture, how
 //! a packed matrix is multiplied with. A *dry* view answers every request with a tensor that takes no memory and records
 //! what is missing, so that `tale inspect` runs the very code that loads.
 //!
@@ -32,6 +32,7 @@ mod gguf;
 mod mapped;
 mod metadata;
 pub mod names;
+mod qweights;
 mod record;
 mod scales;
 pub mod single;

@@ -11,6 +11,7 @@ use memmap2::Mmap;
 
 use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
+use super::qweights::take_blocks;
 use super::scales::take_scales;
 use super::{Origin, Source, Weights, files, gguf};
 use crate::device::Placement;
@@ -65,6 +66,7 @@ impl WeightFile {
         };
         let files = vec![(path.to_owned(), mmap)];
         let mut tensors = tensors.into_iter().collect();
+        take_blocks(&files, &mut tensors)?;
         take_scales(&files, &mut tensors)?;
         Ok(Self {
             path: path.to_owned(),

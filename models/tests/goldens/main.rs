@@ -8,6 +8,7 @@ mod chats;
 mod clip_tiling;
 mod clips;
 mod cogvideox;
+mod cogvideox_files;
 mod cogvideox_lora;
 mod cogvideox_pictures;
 mod configs;
