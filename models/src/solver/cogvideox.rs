@@ -210,6 +210,38 @@ mod tests {
         assert!((rescaled[0] - own[0]).abs() < 1e-12 && rescaled[2] == 0.0);
     }
 
+    /// `CogVideoXDDIMScheduler(...).alphas_cumprod` of diffusers 0.42.1, which is f32 but for scaled-linear betas. torch's
+    /// vectorised root, with which schedules are rescaled, may be off by a bit.
+    #[test]
+    fn schedules_of_other_betas_are_rounded_as_in_the_reference() {
+        const RESCALED: &str = r#", "snr_shift_scale": 1.0, "rescale_betas_zero_snr": true"#;
+        for (betas, rest, tolerance, expected) in [
+            ("linear", "", 0.0, [0.9974542856216431, 0.0604594387114048, 0.012048664502799511, 0.00052687554853037]),
+            ("linear", RESCALED, 2.5e-7, [0.9991499781608582, 0.1425294280052185, 0.023798402398824692, 0.0]),
+            (
+                "squaredcos_cap_v2",
+                "",
+                0.0,
+                [0.999876081943512, 0.24541084468364716, 0.07775366306304932, 8.095783488037966e-10],
+            ),
+            ("squaredcos_cap_v2", RESCALED, 2.5e-7, [0.999958872795105, 0.49382293224334717, 0.20184452831745148, 0.0]),
+            (
+                "scaled_linear",
+                "",
+                1e-12,
+                [0.9974543276430068, 0.1135820813743849, 0.029108319445199673, 0.001558207103429585],
+            ),
+        ] {
+            let file = read(&format!(r#"{{"beta_schedule": "{betas}"{rest}}}"#)).expect("known fields");
+            let schedule = CogVideoXConfig::new(&file).expect("a schedule").schedule;
+            for (timestep, expected) in [0, 499, 700, 999].into_iter().zip(expected) {
+                let found = schedule.alpha_cumprod(timestep);
+                let error = (found - expected).abs();
+                assert!(error <= tolerance * expected, "{betas}{rest} at {timestep}: {found}, {expected}");
+            }
+        }
+    }
+
     #[test]
     fn a_flow_matching_model_is_refused_by_name() {
         let file = read(r#"{"prediction_type": "flow_prediction"}"#).expect("known");
