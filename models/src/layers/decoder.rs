@@ -35,7 +35,8 @@ pub struct Decoder {
     config: DecoderConfig,
     embed_tokens: Embedding,
     layers: Vec<DecoderLayer>,
-    norm: RmsNorm,
+    /// Absent where layers above are.
+    norm: Option<RmsNorm>,
     device: Device,
 }
 
@@ -47,14 +48,30 @@ impl Decoder {
 
     /// As [`Decoder::load`], where the tokens' vectors are the `weight` of `table`.
     pub fn load_with_table(weights: &Weights, table: &Weights, config: DecoderConfig) -> Result<Self> {
+        let mut decoder = Self::load_layers(weights, table, config.num_hidden_layers, config)?;
+        let DecoderConfig { hidden_size, rms_norm_eps, .. } = decoder.config;
+        decoder.norm = Some(RmsNorm::load(&weights.pp("norm"), hidden_size, rms_norm_eps)?);
+        Ok(decoder)
+    }
+
+    /// The lowest `num_layers` of a decoder whose states above theirs nobody wants: the layers above and the final norm stay on
+    /// disk, and need not be there.
+    pub fn load_lowest(weights: &Weights, num_layers: usize, config: DecoderConfig) -> Result<Self> {
+        for index in num_layers..config.num_hidden_layers {
+            weights.pp("layers").ignore_below(&index.to_string());
+        }
+        weights.ignore_below("norm");
+        Self::load_layers(weights, &weights.pp("embed_tokens"), num_layers, config)
+    }
+
+    fn load_layers(weights: &Weights, table: &Weights, num_layers: usize, config: DecoderConfig) -> Result<Self> {
         let embed_tokens = Embedding::load(table, config.vocab_size, config.hidden_size)?;
-        let mut layers = Vec::with_capacity(config.num_hidden_layers);
-        for index in 0..config.num_hidden_layers {
+        let mut layers = Vec::with_capacity(num_layers);
+        for index in 0..num_layers {
             layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config)?);
         }
-        let norm = RmsNorm::load(&weights.pp("norm"), config.hidden_size, config.rms_norm_eps)?;
         let device = weights.placement().device.clone();
-        Ok(Self { config, embed_tokens, layers, norm, device })
+        Ok(Self { config, embed_tokens, layers, norm: None, device })
     }
 
     /// Its sizes.
@@ -84,7 +101,8 @@ impl Decoder {
             stream = layer.forward(stream, &step)?;
         }
         let Some(asked_for) = stream.asked_for(input)? else { return Ok(None) };
-        let (_, normed) = asked_for.normed_sum(&self.norm)?;
+        let norm = self.norm.as_ref().expect("only a whole decoder is asked for tokens: this is a bug");
+        let (_, normed) = asked_for.normed_sum(norm)?;
         Ok(Some(normed))
     }
 
@@ -130,10 +148,10 @@ impl Decoder {
 
     /// The hidden state of this number, from the stream that the layers below leave.
     fn state(&self, stream: &Stream, number: usize) -> Result<Tensor> {
-        match &stream.pending {
-            _ if number == self.layers.len() => Ok(stream.clone().normed_sum(&self.norm)?.1),
-            Some(pending) => Ok((&stream.hidden + pending)?),
-            None => Ok(stream.hidden.clone()),
+        match (&self.norm, &stream.pending) {
+            (Some(norm), _) if number == self.layers.len() => Ok(stream.clone().normed_sum(norm)?.1),
+            (_, Some(pending)) => Ok((&stream.hidden + pending)?),
+            (_, None) => Ok(stream.hidden.clone()),
         }
     }
 

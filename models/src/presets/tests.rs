@@ -71,9 +71,9 @@ fn parameters_are_those_published() {
 
 #[test]
 fn hunyuanvideo_has_the_parameters_of_its_size() {
-    // Counted by torch from the classes; of the VAE the decoder.
+    // Counted by torch from the classes; of the VAE the decoder. Two layers of the language model (0.4362) are not read.
     check("hunyuanvideo", "transformer", 12.821);
-    check("hunyuanvideo", "text_encoder", 7.5052);
+    check("hunyuanvideo", "text_encoder", 7.0690);
     check("hunyuanvideo", "text_encoder_2", 0.1231);
     check("hunyuanvideo", "vae", 0.14614);
     // Of the vision encoder's 24 layers the last is not read, nor is the language model's head.

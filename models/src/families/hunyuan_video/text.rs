@@ -40,7 +40,7 @@ const BEFORE_PICTURED_PROMPT: &str = "<|start_header_id|>system<|end_header_id|>
 const BEHIND_PICTURED_PROMPT: &str = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n";
 /// Tokens before the prompt, of the published tokenizer; the transformer is not told of them.
 const CROP_START: usize = 95;
-/// Layers whose work is left out, the final norm with them (`num_hidden_layers_to_skip`).
+/// Layers that are neither loaded nor computed, the final norm with them (`num_hidden_layers_to_skip`).
 const LAYERS_TO_SKIP: usize = 2;
 /// Tokens that CLIP reads, as the pipeline says it.
 const CLIP_LENGTH: usize = 77;
@@ -223,11 +223,11 @@ impl TextEncoders {
         let tokenizer = tokenizer.tokenizer_of_encoder(vocab_size, CROP_START + max_length)?;
         let tokenizer_2 = manifest.component("tokenizer_2")?;
         let (llama, sight) = match &configs.reader {
-            ReaderConfig::Text(llama) => (Decoder::load(&LlamaGgufNames::trunk(reader, llama), llama.clone())?, None),
+            ReaderConfig::Text(llama) => (load_lowest(&LlamaGgufNames::trunk(reader, llama), llama)?, None),
             ReaderConfig::Pictured(llava) => {
                 let weights = LlavaWeights::of(reader, sight.as_ref(), llava);
                 let sight = Sight::load(manifest, &weights, llava, &tokenizer)?;
-                (Decoder::load(&weights.language_model, llava.text.clone())?, Some(sight))
+                (load_lowest(&weights.language_model, &llava.text)?, Some(sight))
             }
         };
         Ok(Self {
@@ -307,7 +307,7 @@ impl TextEncoders {
         let counted: Vec<_> = rows.iter().map(|row| 0..row.len()).collect();
         let ids: Vec<Vec<u32>> = rows.iter().map(|row| row.ids(longest)).collect();
         let input = DenseInput::new(&slices(&ids), &counted);
-        let wanted = [self.llama.config().num_hidden_layers - LAYERS_TO_SKIP];
+        let wanted = [num_layers_read(self.llama.config())];
         let states = match self.sight {
             None => self.llama.hidden_states(&input, &wanted)?,
             Some(_) => {
@@ -365,6 +365,15 @@ impl Row {
             Some(_) => vec![0; length],
         }
     }
+}
+
+/// Layers of the language model that are computed.
+fn num_layers_read(config: &DecoderConfig) -> usize {
+    config.num_hidden_layers - LAYERS_TO_SKIP
+}
+
+fn load_lowest(weights: &Weights, config: &DecoderConfig) -> Result<Decoder> {
+    Decoder::load_lowest(weights, num_layers_read(config), config.clone())
 }
 
 /// Refuses a tokenizer that says it pads before the prompt: the pipeline's masks then hide the prompt and not the padding.
