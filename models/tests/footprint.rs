@@ -83,6 +83,8 @@ fn sessions_take_at_most_their_footprint() {
         ),
         ("wan-a", options(512, 288, Some(17)).with(&VAE_TILING, true)),
         ("wan-i2v", options(512, 288, Some(9)).with(&INPUT_REFERENCE, picture()).with(&VAE_TILING, true)),
+        ("hunyuan-video-a", options(512, 288, Some(21)).with(&VAE_TILING, true)),
+        ("hunyuan-video-i2v", options(512, 288, Some(9)).with(&INPUT_REFERENCE, picture()).with(&VAE_TILING, true)),
         ("cogvideox-a", options(256, 160, Some(9))),
         ("cogvideox-a", options(128, 128, Some(25))),
         ("cogvideox-b", options(192, 128, Some(17))),
@@ -99,6 +101,16 @@ fn sessions_take_at_most_their_footprint() {
             check(&format!("{case} from a picture"), &golden(case), &LoadOptions::default(), edit);
         }
         check(case, &golden(case), &LoadOptions::default(), options);
+    }
+    // Of a VAE that was made for another size, so that the overlaps of its tiles are whole latents.
+    for (case, sample, options) in [
+        ("cogvideox-a", [96, 160], options(256, 192, Some(25))),
+        ("cogvideox-b", [96, 80], options(128, 128, Some(49))),
+        ("cogvideox-1.5-i2v", [48, 40], options(56, 56, Some(33)).with(&INPUT_REFERENCE, picture())),
+    ] {
+        let copy = made_for(&golden(case), sample);
+        let options = options.with(&VAE_TILING, true);
+        check(&format!("{case} in tiles"), copy.path(), &LoadOptions::default(), options);
     }
     let wide = wide_sdxl();
     let dummy = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
@@ -190,6 +202,29 @@ fn peaks_of(runner: &mut dyn Runner, request: Request) -> HashMap<Phase, usize> 
         *peak = taken.max(*peak);
     }
     peaks
+}
+
+/// A copy of a checkpoint of CogVideoX whose VAE was made for this height and width.
+fn made_for(checkpoint: &Path, sample: [usize; 2]) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("a folder");
+    for component in std::fs::read_dir(checkpoint).expect("a folder") {
+        let component = component.expect("readable");
+        let target = copy.path().join(component.file_name());
+        if component.file_type().expect("readable").is_file() {
+            std::fs::copy(component.path(), target).expect("copied");
+            continue;
+        }
+        std::fs::create_dir(&target).expect("made");
+        for file in std::fs::read_dir(component.path()).expect("a folder") {
+            let file = file.expect("readable");
+            std::fs::copy(file.path(), target.join(file.file_name())).expect("copied");
+        }
+    }
+    let path = copy.path().join("vae/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    [config["sample_height"], config["sample_width"]] = sample.map(Value::from);
+    std::fs::write(&path, config.to_string()).expect("written");
+    copy
 }
 
 /// SDXL's kinds of blocks with heads of 64 values as published, a fifth as wide, with one transformer layer everywhere.

@@ -22,9 +22,9 @@ pub(super) static PARAMETERS: &[&Declaration] = &[&VAE_TILING.declaration];
 /// When a model's VAE works on tiles of an image, or of a clip's frames, instead of the whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VaeTiling {
-    /// Pixels on each side of a tile.
-    pub tile_side: usize,
-    /// Bytes that the VAE needs for each pixel of an untiled image.
+    /// Height and width of a tile in pixels.
+    pub tile: [usize; 2],
+    /// Bytes that the VAE needs for each pixel of an untiled image, or of the untiled frames of a clip of any length.
     pub bytes_per_pixel: usize,
     /// Bytes that the device has for work beside all weights; `None` where nobody bounds them.
     pub room_bytes: Option<usize>,
@@ -50,7 +50,7 @@ impl VaeTiling {
     /// would need more than the device has for work.
     fn is_needed(&self, canvas: &Canvas, held_bytes: usize) -> bool {
         let Canvas { width, height, .. } = *canvas;
-        let is_larger = width > self.tile_side || height > self.tile_side;
+        let is_larger = height > self.tile[0] || width > self.tile[1];
         let needed_bytes = width.saturating_mul(height).saturating_mul(self.bytes_per_pixel);
         let has_room = |room_bytes: usize| needed_bytes <= room_bytes.saturating_sub(held_bytes);
         is_larger && !self.room_bytes.is_none_or(has_room)
@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn tiles_are_for_images_that_do_not_fit_as_a_whole() {
         let is_needed = |(width, height), room_bytes, held_bytes| {
-            let tiling = VaeTiling { tile_side: 64, bytes_per_pixel: 10, room_bytes };
+            let tiling = VaeTiling { tile: [64, 64], bytes_per_pixel: 10, room_bytes };
             tiling.is_needed(&Canvas { width, height, num_frames: 1, fps: 0 }, held_bytes)
         };
         assert!(!is_needed((64, 64), Some(0), 0), "one tile is the whole image");
@@ -73,5 +73,8 @@ mod tests {
         assert!(is_needed((128, 64), Some(128 * 64 * 10), 1));
         assert!(is_needed((64, 65), Some(0), 0));
         assert!(!is_needed((64, 65), None, 0));
+        let wide = VaeTiling { tile: [48, 64], bytes_per_pixel: 10, room_bytes: Some(0) };
+        let is_needed = |width, height| wide.is_needed(&Canvas { width, height, num_frames: 9, fps: 8 }, 0);
+        assert!(!is_needed(64, 48) && is_needed(48, 64) && is_needed(65, 48));
     }
 }

@@ -58,6 +58,9 @@ const DEFAULT_GUIDANCE_SCALE: f64 = 6.0;
 /// Rates of the published examples, without patches over time and with them.
 const DEFAULT_FPS: [usize; 2] = [8, 16];
 
+/// Copies of its latents that a session holds while it decodes them: with the model's scale and without it.
+const LATENT_COPIES: usize = 2;
+
 /// Pipelines of diffusers that make videos from text, and from pictures.
 const PIPELINES: [&str; 2] = ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline"];
 
@@ -305,7 +308,7 @@ impl CogVideoXModel {
         let vae = open("vae")?;
         let load_encoder = || CogVideoXVaeEncoder::load(&vae, &sizes.vae);
         Ok(Self {
-            card: sizes.card(schedulers),
+            card: sizes.card(schedulers, placement.compute_dtype),
             tokenizer,
             placement: placement.clone(),
             dequantised: Dequantised {
@@ -431,20 +434,30 @@ impl Sizes {
         }
     }
 
-    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers, dtype: DType) -> DiffusionCard {
+        let canvas = self.canvas();
         let sampling = SamplingSupport { default_steps: DEFAULT_STEPS, schedulers };
         let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE);
         let guidance = GuidanceSupport { has_dynamic_cfg: true, ..guidance };
+        let max_frames = canvas.frames.map_or(1, |frames| frames.max_frames);
         DiffusionCard {
+            tiling: self.vae.vae_tiling(dtype, self.held_bytes_per_pixel(max_frames)),
             loras: LoraSupport::NoFolder,
             keyframes: self.takes_picture.then_some(KeyframeSupport::First),
-            ..DiffusionCard::new(CogVideoX.name(), self.prompts(), self.canvas(), sampling, guidance)
+            ..DiffusionCard::new(CogVideoX.name(), self.prompts(), canvas, sampling, guidance)
         }
     }
 
     /// Latent frames of a request's video.
     fn latent_frames(&self, request: &DiffusionRequest) -> usize {
         (request.canvas.num_frames - 1) / self.vae.temporal() + 1
+    }
+
+    /// Bytes of latents that a session holds while it decodes, for each pixel of a video of so many frames.
+    fn held_bytes_per_pixel(&self, num_frames: usize) -> usize {
+        let frames = ((num_frames - 1) / self.vae.temporal() + 1).next_multiple_of(self.transformer.patch_frames());
+        let latents = frames * self.vae.latent_channels * size_of::<f32>();
+        (LATENT_COPIES * latents).div_ceil(self.vae.spatial().pow(2))
     }
 
     /// Shape of a request's latents, which have as many frames as whole patches have: `[1, frames, channels, height,
@@ -469,20 +482,20 @@ impl Sizes {
         // being computed; of each row its input and prediction.
         let solver = latents * (7 + 4 * rows) + (1 + rows) * picture;
         let denoise = rows * self.transformer.peak_bytes_of_row([frames, height, width], text, dtype);
-        let decode = self.vae.peak_values(self.latent_frames(request), height, width) * dtype.size_in_bytes();
+        let decode =
+            self.vae.peak_decode_bytes(self.latent_frames(request), (height, width), request.vae_tiling, dtype);
         let encode = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let of_picture = self.takes_picture.then(|| {
             let Canvas { height, width, .. } = request.canvas;
-            let pixels = 2 * 3 * height * width * size_of::<f32>();
-            let work = self.vae.encode_peak_values(height, width) * dtype.size_in_bytes();
+            let work = self.vae.peak_encode_bytes((height, width), request.vae_tiling, dtype);
             // As above.
-            (Phase::VaeEncode, conditioning + (2 * latents + picture).max(pixels + work))
+            (Phase::VaeEncode, conditioning + (2 * latents + picture).max(work))
         });
         let phases = [
             // The last step of it draws the noise.
             (Phase::Encode, conditioning + encode.max(2 * latents + picture)),
             (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
-            (Phase::VaeDecode, 2 * latents + decode),
+            (Phase::VaeDecode, LATENT_COPIES * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))
     }

@@ -8,6 +8,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::DType;
+
 use self::config::{HunyuanVideoConfig, ImageCondition};
 use self::original::{ComfyNames, HunyuanVideoNames};
 use self::text::{TextConfigs, TextEncoders, TextWeights};
@@ -19,7 +21,7 @@ use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::keyframes::KeyframeSupport;
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
-use crate::diffusion::{DiffusionCard, DiffusionRequest};
+use crate::diffusion::{Canvas, DiffusionCard, DiffusionRequest};
 use crate::error::{Error, Result};
 use crate::families::lcm;
 use crate::families::loading::{self, Dequantised, Parts};
@@ -62,6 +64,9 @@ const DEFAULT_SEQUENCE_LENGTH: usize = 256;
 const MAX_SEQUENCE_LENGTH: usize = 1024;
 /// The rate at which the model was trained and its own example saves videos.
 const DEFAULT_FPS: usize = 24;
+
+/// Copies of its latents that a session holds while it decodes them, at most.
+const LATENT_COPIES: usize = 3;
 
 /// Pipelines of diffusers that make videos from text, and from a picture.
 const PIPELINES: [&str; 2] = ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"];
@@ -159,7 +164,7 @@ impl HunyuanVideoModel {
             vae.ignore_below("quant_conv");
         }
         Ok(Self {
-            card: sizes.card(schedulers),
+            card: sizes.card(schedulers, placement.compute_dtype),
             placement: placement.clone(),
             dequantised: Dequantised {
                 text_encoder: text.dequantised_bytes(),
@@ -261,7 +266,7 @@ impl Sizes {
         }
     }
 
-    fn card(&self, schedulers: Schedulers) -> DiffusionCard {
+    fn card(&self, schedulers: Schedulers, dtype: DType) -> DiffusionCard {
         let prompts = Prompts::Plain { default_length: DEFAULT_SEQUENCE_LENGTH, max_length: MAX_SEQUENCE_LENGTH };
         let canvas = CanvasSupport {
             default_width: DEFAULT_WIDTH,
@@ -291,7 +296,9 @@ impl Sizes {
             true => GuidanceSupport::constant(GuidanceKind::Embedded, default_scale).of_flow(),
             false => GuidanceSupport::constant(GuidanceKind::None, 0.0).of_flow(),
         };
+        let latent_frames = self.vae.latent_frames(MAX_FRAMES + self.skipped_frames());
         DiffusionCard {
+            tiling: self.vae.vae_tiling(dtype, latent_frames, LATENT_COPIES),
             loras: LoraSupport::NoFolder,
             keyframes: self.image_condition.map(|_| KeyframeSupport::First),
             ..DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
@@ -322,16 +329,16 @@ impl Sizes {
         let positions = frames * height * width;
         let denoise = rows * self.transformer.peak_bytes_of_row(positions, told, dtype);
         let sizes = [frames, height, width];
-        let decode = self.vae.peak_decode_values(sizes) * dtype.size_in_bytes() + self.vae.decoded_bytes(sizes);
+        let decode = self.vae.peak_decode_bytes(sizes, request.vae_tiling, dtype);
         let of_picture = self.image_condition.map(|_| {
-            let pixels = 2 * 3 * request.canvas.height * request.canvas.width * size_of::<f32>();
-            let values = self.vae.peak_encode_values(request.canvas.height, request.canvas.width);
-            (Phase::VaeEncode, conditioning + known + pixels + values * dtype.size_in_bytes())
+            let Canvas { height, width, .. } = request.canvas;
+            let work = self.vae.peak_encode_bytes((height, width), request.vae_tiling, dtype);
+            (Phase::VaeEncode, conditioning + known + work)
         });
         let phases = [
             (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype) + dequantised.text_encoder),
             (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
-            (Phase::VaeDecode, 3 * latents + decode),
+            (Phase::VaeDecode, LATENT_COPIES * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))
     }

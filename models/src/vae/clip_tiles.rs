@@ -1,18 +1,19 @@
-//! A clip in overlapping tiles, each of which is decoded from its first frame to its last.
+//! A clip that is decoded portion by portion in the order of time, as a whole or in overlapping tiles.
 //!
-//! Owns: the order of tiles and frames, and the pixels until the last tile is done; then they are handed out in the portions
-//! in which a decoder makes them. So a decoder remembers past frames of one tile only. Does not know: any decoder.
-//! Source: diffusers `models/autoencoders/autoencoder_kl_wan.py`, `tiled_decode`.
+//! Owns: the order of tiles and portions, and the pixels of all tiles but the last. A tile is decoded from its first frame to its
+//! last, so that a decoder remembers past frames of one tile only; with each portion of the last tile whole frames are there. Does
+//! not know: any decoder.
+//! Source: diffusers `models/autoencoders/autoencoder_kl_wan.py` and `autoencoder_kl_cogvideox.py`, `tiled_decode`.
 
 use candle_core::Tensor;
 
-use super::tiling::{Mosaic, Tiling};
+use super::tiling::{Mosaic, Tiling, Window};
 use crate::error::Result;
 
-/// Copies of a tile's pixels that are alive while it is blended: its portions, it, its seams and what they make of it.
+/// Copies of a tile's pixels that are alive while a portion of it is blended: it, its seams and what they make of it.
 const TILE_COPIES: usize = 4;
-/// Copies of the whole clip's pixels: the rows of tiles, and what they are joined to.
-const CLIP_COPIES: usize = 2;
+/// Copies of whole frames of a portion beside its tiles: their rows, and what these are joined to.
+const PORTION_COPIES: usize = 2;
 
 /// A decoder that makes a clip portion by portion in the order of time.
 pub trait ClipDecoder {
@@ -22,92 +23,104 @@ pub trait ClipDecoder {
     /// Begins to decode f32 latents `[1, z, frames, height, width]`.
     fn begin_clip(&self, latents: &Tensor) -> Result<Self::Decoding>;
 
-    /// The next portion: f32 pixels `[frames, 3, height, width]`.
+    /// The next portion: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are cut by whoever rounds
+    /// them, so that what is not finite is still seen there. Fails when all are decoded.
     fn next_portion(&self, decoding: &mut Self::Decoding) -> Result<Tensor>;
+}
+
+/// A decode between two steps. Dropping it frees all that it remembers.
+pub enum ClipDecoding<D> {
+    /// Of whole frames.
+    Whole(D),
+    /// Tile by tile.
+    Tiles(Box<TiledDecoding<D>>),
+}
+
+impl<D> ClipDecoding<D> {
+    /// Begins to decode `latents [1, z, frames, height, width]`, which come in so many portions.
+    pub fn begin(
+        decoder: &impl ClipDecoder<Decoding = D>,
+        latents: &Tensor,
+        tiling: Option<Tiling>,
+        portions: usize,
+    ) -> Result<Self> {
+        Ok(match tiling {
+            None => Self::Whole(decoder.begin_clip(latents)?),
+            Some(tiling) => Self::Tiles(Box::new(TiledDecoding::new(latents.clone(), tiling, portions)?)),
+        })
+    }
+
+    /// The next portion, or the next one of a tile: `None` where that is not the last tile. Fails when all are decoded.
+    pub fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Option<Tensor>> {
+        match self {
+            Self::Whole(decoding) => decoder.next_portion(decoding).map(Some),
+            Self::Tiles(decoding) => decoding.next(decoder),
+        }
+    }
 }
 
 /// A decode in tiles between two steps.
 pub struct TiledDecoding<D> {
     latents: Tensor,
-    tiling: Tiling,
-    /// Portions of each tile.
-    portions: usize,
-    /// The tile under way.
-    tile: usize,
+    /// Of each portion; their tiles come in the same order.
+    mosaics: Vec<Mosaic>,
+    /// The portion that comes next.
+    portion: usize,
+    /// Of the tile under way.
     decoding: Option<D>,
-    /// What is done of it.
-    done: Vec<Tensor>,
-    mosaic: Mosaic,
-    finished: Option<Finished>,
 }
 
-/// All pixels, of which some were handed out.
-struct Finished {
-    pixels: Tensor,
-    /// Frames of each portion that is still there, the next one last.
-    portions: Vec<usize>,
-    handed_out: usize,
+/// Calls of [`ClipDecoding::next`] for latents of this height and width that are decoded in so many portions.
+pub fn num_steps(tiling: Option<Tiling>, (height, width): (usize, usize), portions: usize) -> usize {
+    portions * tiling.map_or(1, |tiling| tiling.count(height, width))
 }
 
-/// Calls of [`TiledDecoding::next`] for latents of this height and width that are decoded in so many portions.
-pub fn num_steps(tiling: &Tiling, (height, width): (usize, usize), portions: usize) -> usize {
-    // With the last portion of the last tile the first one of the clip is there.
-    tiling.count(height, width) * portions + portions - 1
-}
-
-/// Bytes of pixels that a decode in tiles holds beside the decoder's work on one tile, for `frames` frames of so many pixels,
-/// of which a tile has `tile_pixels`.
-pub fn pixel_bytes(frames: usize, pixels: usize, tile_pixels: usize) -> usize {
-    3 * frames * (CLIP_COPIES * pixels + TILE_COPIES * tile_pixels) * size_of::<f32>()
+/// Bytes that a decode in tiles holds at its peak beside the latents, where the work on a tile takes `work_bytes`: of `frames`
+/// frames, at most `portion_frames` of them in a portion, whose latents have this height and width, each of them `scale` pixels
+/// wide.
+pub fn peak_bytes(
+    tiling: &Tiling,
+    (height, width): (usize, usize),
+    scale: usize,
+    [frames, portion_frames]: [usize; 2],
+    work_bytes: usize,
+) -> usize {
+    let pixels = |(height, width): (usize, usize)| height * width * scale * scale;
+    let (whole, tile) = (pixels((height, width)), pixels(tiling.largest(height, width)));
+    let bytes = |pixels: usize| 3 * pixels * size_of::<f32>();
+    let kept = frames * (whole + tiling.edge_places(width, scale));
+    // The work on a portion is done before it is blended.
+    let blended = portion_frames * (PORTION_COPIES * whole + TILE_COPIES * tile);
+    bytes(kept) + work_bytes.max(bytes(blended))
 }
 
 impl<D> TiledDecoding<D> {
     /// Before the first tile of `latents [1, z, frames, height, width]`, which are decoded in so many portions.
-    pub fn new(latents: Tensor, tiling: Tiling, portions: usize) -> Result<Self> {
+    fn new(latents: Tensor, tiling: Tiling, portions: usize) -> Result<Self> {
         let (_, _, _, height, width) = latents.dims5()?;
-        let mosaic = Mosaic::new(tiling, height, width);
-        Ok(Self { latents, tiling, portions, tile: 0, decoding: None, done: Vec::new(), mosaic, finished: None })
+        let mosaics = (0..portions).map(|_| Mosaic::new(tiling, height, width)).collect();
+        Ok(Self { latents, mosaics, portion: 0, decoding: None })
     }
 
-    /// Decodes one portion of one tile, or hands out a portion of all: `None` until the last tile is done.
-    pub fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Option<Tensor>> {
-        if let Some(finished) = &mut self.finished {
-            return finished.next().map(Some);
-        }
+    /// Decodes one portion of one tile: of the last tile, the portion of whole frames.
+    fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Option<Tensor>> {
+        let portion = self.portion;
         let mut decoding = match self.decoding.take() {
             Some(decoding) => decoding,
-            None => decoder.begin_clip(&self.latents_of_tile()?)?,
+            None => decoder.begin_clip(&cut(&self.latents, self.mosaics[portion].next_window())?)?,
         };
-        self.done.push(decoder.next_portion(&mut decoding)?);
-        if self.done.len() < self.portions {
-            self.decoding = Some(decoding);
-            return Ok(None);
-        }
-        // What the decoder remembers of the tile goes before the tile is blended.
-        drop(decoding);
-        self.tile += 1;
-        let tile = std::mem::take(&mut self.done);
-        let mut portions = tile.iter().map(|portion| portion.dim(0)).collect::<candle_core::Result<Vec<usize>>>()?;
-        let Some(pixels) = self.mosaic.push(Tensor::cat(&tile, 0)?)? else { return Ok(None) };
-        portions.reverse();
-        self.finished.insert(Finished { pixels, portions, handed_out: 0 }).next().map(Some)
-    }
-
-    fn latents_of_tile(&self) -> Result<Tensor> {
-        let (_, _, _, height, width) = self.latents.dims5()?;
-        let window = self.tiling.window(height, width, self.tile);
-        let rows = self.latents.narrow(3, window.top, window.height)?;
-        Ok(rows.narrow(4, window.left, window.width)?.contiguous()?)
+        let pixels = decoder.next_portion(&mut decoding)?;
+        self.portion = (portion + 1) % self.mosaics.len();
+        // What the decoder remembers of the tile goes before its last portion is blended.
+        self.decoding = (self.portion > 0).then_some(decoding);
+        self.mosaics[portion].push(pixels)
     }
 }
 
-impl Finished {
-    fn next(&mut self) -> Result<Tensor> {
-        let frames = self.portions.pop().expect("a clip is asked for no more portions than it has: this is a bug");
-        let portion = self.pixels.narrow(0, self.handed_out, frames)?;
-        self.handed_out += frames;
-        Ok(portion)
-    }
+/// The part of `latents [1, z, frames, height, width]` within `window`.
+pub(super) fn cut(latents: &Tensor, window: Window) -> Result<Tensor> {
+    let rows = latents.narrow(3, window.top, window.height)?;
+    Ok(rows.narrow(4, window.left, window.width)?.contiguous()?)
 }
 
 #[cfg(test)]
@@ -115,6 +128,7 @@ mod tests {
     use candle_core::{DType, Device};
 
     use super::*;
+    use crate::vae::tiling::TileSide;
 
     /// Makes of each latent frame one frame (the first) or two, of twice the size, whose channels are those of the latents.
     struct Doubling;
@@ -137,20 +151,20 @@ mod tests {
 
     #[test]
     fn a_clip_in_tiles_comes_in_the_portions_of_the_whole() {
-        let tiling = Tiling::of_latents(4, 8).expect("fits");
+        let tiling = Tiling::of_latents([TileSide::quartered(8, 2); 2]).expect("fits");
         for (height, width) in [(4, 9), (7, 5)] {
             let values = Tensor::arange(0f32, (3 * 3 * height * width) as f32, &Device::Cpu).expect("values");
             let latents = values.reshape((1, 3, 3, height, width)).expect("a shape");
-            let mut whole = Doubling.begin_clip(&latents).expect("begins");
-            let mut tiled = TiledDecoding::new(latents, tiling, 3).expect("begins");
-            let steps = num_steps(&tiling, (height, width), 3);
+            let mut whole = ClipDecoding::begin(&Doubling, &latents, None, 3).expect("begins");
+            let mut tiled = ClipDecoding::begin(&Doubling, &latents, Some(tiling), 3).expect("begins");
+            let steps = num_steps(Some(tiling), (height, width), 3);
             let tiles = tiling.count(height, width);
-            assert_eq!(steps, 3 * tiles + 2);
+            assert_eq!((steps, num_steps(None, (height, width), 3)), (3 * tiles, 3));
             for step in 1..=steps {
                 let portion = tiled.next(&Doubling).expect("a step");
-                assert_eq!(portion.is_some(), step >= 3 * tiles, "step {step} of {steps}");
+                assert_eq!(portion.is_some(), step > 3 * (tiles - 1), "step {step} of {steps}");
                 let Some(portion) = portion else { continue };
-                let expected = Doubling.next_portion(&mut whole).expect("a portion");
+                let expected = whole.next(&Doubling).expect("a step").expect("a portion");
                 assert_eq!(portion.dims(), expected.dims());
                 let error =
                     (portion - expected).and_then(|d| d.abs()?.max_all()?.to_dtype(DType::F32)?.to_scalar::<f32>());

@@ -1,9 +1,9 @@
 //! Decoder of the CogVideoX video VAE: latents to frames, a few latent frames at a time.
 //!
-//! Owns: the configuration, the causal 3-D decoder, which latent frames make a chunk. Does not know: the transformer, RGB
-//! bytes. The encoder is in `encoder`; the decoder knows its tensors and does not load them.
-//! Source: diffusers `models/autoencoders/autoencoder_kl_cogvideox.py` (`CogVideoXDecoder3D`, `AutoencoderKLCogVideoX._decode`).
-//! Group norms see a whole chunk, so that its length is part of what the model computes.
+//! Owns: the configuration, the causal 3-D decoder, which latent frames make a chunk, how large tiles are. Does not know: the
+//! transformer, RGB bytes. The encoder is in `encoder`; the decoder knows its tensors and does not load them.
+//! Source: diffusers `models/autoencoders/autoencoder_kl_cogvideox.py` (`CogVideoXDecoder3D`, `AutoencoderKLCogVideoX._decode`,
+//! `tiled_decode`). Group norms see a whole chunk, so that its length is part of what the model computes.
 
 use std::path::Path;
 
@@ -12,8 +12,11 @@ use serde::Deserialize;
 use tale_kernels::{CausalPadding, SpatialNorm, spatial_norm_silu};
 
 use super::causal::Past;
+use super::clip_tiles::{self, ClipDecoder, ClipDecoding};
+use super::tiling::{TileSide, Tiling};
 use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SIDE};
 use crate::config::{Bound, Bounded};
+use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{CausalConv3d, Conv2d, Conv3d};
 use crate::weights::Weights;
@@ -28,6 +31,10 @@ const CHANNELS: usize = 3;
 const NORM_EPS: f64 = 1e-6;
 /// Frames of the past that a causal convolution needs: its kernel spans three.
 const HISTORY: usize = 2;
+/// A tile is so many times shorter than what the model was made for, on each side (`tile_sample_min_height`, `_width`).
+const TILES_PER_SIDE: usize = 2;
+/// Shares of a tile's height and width that the next one covers again (`tile_overlap_factor_height`, `_width`).
+const TILE_OVERLAPS: [f64; 2] = [1.0 / 6.0, 1.0 / 5.0];
 /// Residual blocks in the middle of either half.
 const MID_BLOCKS: usize = 2;
 
@@ -47,6 +54,8 @@ pub struct CogVideoXVaeConfig {
     pub norm_eps: f64,
     pub norm_num_groups: usize,
     pub temporal_compression_ratio: f64,
+    pub sample_height: usize,
+    pub sample_width: usize,
     pub scaling_factor: f64,
     pub use_quant_conv: bool,
     pub use_post_quant_conv: bool,
@@ -71,6 +80,8 @@ impl Default for CogVideoXVaeConfig {
             norm_eps: 1e-6,
             norm_num_groups: 32,
             temporal_compression_ratio: 4.0,
+            sample_height: 480,
+            sample_width: 720,
             scaling_factor: 1.152_584_26,
             use_quant_conv: false,
             use_post_quant_conv: false,
@@ -150,6 +161,54 @@ impl CogVideoXVaeConfig {
         (latent_frames / CHUNK).max(1)
     }
 
+    /// Most latent frames of a chunk of so many, the first one: so many of them, and frames of them.
+    fn longest_chunk(&self, latent_frames: usize) -> [usize; 2] {
+        let latents = latent_frames.min(CHUNK + latent_frames % CHUNK);
+        let doubled = |frames: usize| 2 * frames - frames % 2;
+        let levels = self.temporal().ilog2();
+        [latents, (0..levels).fold(latents, |frames, _| doubled(frames))]
+    }
+
+    fn tile_sides(&self) -> [TileSide; 2] {
+        let sides = [self.sample_height, self.sample_width].map(|side| side / TILES_PER_SIDE);
+        [0, 1].map(|axis| TileSide {
+            pixels: sides[axis],
+            latents: sides[axis] / self.spatial(),
+            overlap: TILE_OVERLAPS[axis],
+        })
+    }
+
+    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
+    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_latents(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// When decoding works in tiles, which takes more than encoding, where a session meanwhile holds so many bytes for each
+    /// pixel; `None` where `sample_height` and `sample_width` have no tiles whose overlaps are the same places in latents and
+    /// pixels, where diffusers' results are of another size than the video.
+    pub fn vae_tiling(&self, dtype: DType, held_bytes_per_pixel: usize) -> Option<VaeTiling> {
+        Tiling::of_latents(self.tile_sides())?;
+        let bytes = self.peak_values(CHUNK + 1, 1, 1) * dtype.size_in_bytes();
+        let bytes_per_pixel = bytes.div_ceil(self.spatial().pow(2)) + held_bytes_per_pixel;
+        Some(VaeTiling { tile: self.tile_sides().map(|side| side.pixels), bytes_per_pixel, room_bytes: None })
+    }
+
+    /// Steps of a decode of so many latent frames of this height and width, in tiles or not.
+    pub fn num_decode_steps(&self, latent_frames: usize, latents: (usize, usize), tiled: bool) -> usize {
+        clip_tiles::num_steps(self.tiles(latents, tiled), latents, self.num_chunks(latent_frames))
+    }
+
+    /// Bytes that decoding so many latent frames of this height and width holds at its peak beside the latents, in tiles or
+    /// not.
+    pub fn peak_decode_bytes(&self, latent_frames: usize, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let bytes = |(height, width)| self.peak_values(latent_frames, height, width) * dtype.size_in_bytes();
+        let Some(tiling) = self.tiles(latents, tiled) else { return bytes(latents) };
+        let [_, portion] = self.longest_chunk(latent_frames);
+        let frames = [(latent_frames - 1) * self.temporal() + 1, portion];
+        let work = bytes(tiling.largest(latents.0, latents.1));
+        clip_tiles::peak_bytes(&tiling, latents, self.spatial(), frames, work)
+    }
+
     /// Channels of the decoder's levels, from the latents' size to the pixels'.
     fn decoder_channels(&self) -> impl Iterator<Item = usize> {
         self.block_out_channels.iter().rev().copied()
@@ -164,7 +223,7 @@ impl CogVideoXVaeConfig {
     /// Most values of the compute dtype that decoding so many latent frames of this height and width holds at a time.
     pub fn peak_values(&self, latent_frames: usize, height: usize, width: usize) -> usize {
         let (latent_pixels, latent) = (height * width, self.latent_channels);
-        let mut frames = latent_frames.min(CHUNK + latent_frames % CHUNK);
+        let [mut frames, _] = self.longest_chunk(latent_frames);
         let (latent_chunk, mut pixels) = (frames * latent_pixels, latent_pixels);
         let mut in_channels = self.block_out_channels[self.block_out_channels.len() - 1];
         // What convolutions remember: of the first one and of those in the middle.
@@ -201,10 +260,14 @@ pub struct CogVideoXVaeDecoder {
     up_blocks: Vec<UpBlock>,
     norm_out: LatentNorm,
     conv_out: CausalConv3d,
+    config: CogVideoXVaeConfig,
 }
 
-/// A decode between two chunks. Dropping it frees all that it remembers.
-pub struct CogVideoXDecoding {
+/// A decode between two steps. Dropping it frees all that it remembers.
+pub type CogVideoXDecoding = ClipDecoding<ChunksDecoding>;
+
+/// A decode of frames, whole ones or those of a tile.
+pub struct ChunksDecoding {
     /// Without the model's scale, f32 `[1, latent_channels, f, h, w]`.
     latents: Tensor,
     /// Latent frame that comes next.
@@ -242,23 +305,35 @@ impl CogVideoXVaeDecoder {
             up_blocks,
             norm_out: LatentNorm::load(&decoder.pp("norm_out"), last, config)?,
             conv_out: causal(&decoder.pp("conv_out"), last, config.out_channels)?,
+            config: config.clone(),
         })
     }
 
-    /// Begins to decode the final f32 latents of one clip, `[1, latent_channels, f, h, w]`.
-    pub fn begin(&self, latents: &Tensor) -> Result<CogVideoXDecoding> {
-        Ok(CogVideoXDecoding { latents: (latents * (1.0 / self.scaling_factor))?, next: 0, past: Past::default() })
+    /// Begins to decode the final f32 latents of one clip, `[1, latent_channels, f, h, w]`, in tiles if asked and if there is more
+    /// than one.
+    pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<CogVideoXDecoding> {
+        let (_, _, frames, height, width) = latents.dims5()?;
+        let tiles = self.config.tiles((height, width), tiled);
+        ClipDecoding::begin(self, latents, tiles, self.config.num_chunks(frames))
+    }
+}
+
+/// A portion is a chunk.
+impl ClipDecoder for CogVideoXVaeDecoder {
+    type Decoding = ChunksDecoding;
+
+    fn begin_clip(&self, latents: &Tensor) -> Result<ChunksDecoding> {
+        let latents = (latents * (1.0 / self.scaling_factor))?;
+        Ok(ChunksDecoding { latents, next: 0, past: Past::of_chunks() })
     }
 
-    /// Decodes the next chunk: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are cut by whoever
-    /// rounds them. Fails when all are decoded.
-    pub fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Tensor> {
-        let CogVideoXDecoding { latents, next, past } = decoding;
+    fn next_portion(&self, decoding: &mut ChunksDecoding) -> Result<Tensor> {
+        let ChunksDecoding { latents, next, past } = decoding;
         let frames = latents.dim(2)?;
         let len = if *next == 0 { frames.min(CHUNK + frames % CHUNK) } else { CHUNK };
         let z = latents.narrow(2, *next, len)?.to_dtype(self.compute_dtype)?.contiguous()?;
         *next += len;
-        let mut x = self.conv_in.forward(&z, past.next_layer())?;
+        let mut x = past.convolve(&self.conv_in, &z)?;
         for resnet in &self.mid_block {
             x = resnet.forward(x, &z, past)?;
         }
@@ -266,7 +341,7 @@ impl CogVideoXVaeDecoder {
             x = block.forward(x, &z, past)?;
         }
         x = self.norm_out.activated(&x, &z)?;
-        x = self.conv_out.forward(&x, past.next_layer())?; // [1, 3, frames, H, W]
+        x = past.convolve(&self.conv_out, &x)?; // [1, 3, frames, H, W]
         past.end_chunk();
         Ok(x.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
@@ -357,9 +432,9 @@ impl<N: ActivatedNorm> ResnetBlock<N> {
     fn forward(&self, x: Tensor, told: &N::Told, past: &mut Past) -> Result<Tensor> {
         // One name, so that each is freed when the next is there.
         let mut y = self.norm1.activated(&x, told)?;
-        y = self.conv1.forward(&y, past.next_layer())?;
+        y = past.convolve(&self.conv1, &y)?;
         y = self.norm2.activated(&y, told)?;
-        y = self.conv2.forward(&y, past.next_layer())?;
+        y = past.convolve(&self.conv2, &y)?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(&x)?,
             None => x,
@@ -407,5 +482,27 @@ impl Upsampler {
         let twice = (frames % 2..frames).flat_map(|frame| [frame as u32; 2]);
         let indices: Vec<u32> = (0..(frames % 2) as u32).chain(twice).collect();
         Ok(x.index_select(&Tensor::new(indices, x.device())?, 2)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_and_tiles_are_those_of_the_reference() {
+        let config = CogVideoXVaeConfig::default();
+        // 49 frames: nine, then eight at a time; 161 of latents that fill patches; pictures.
+        assert_eq!([13, 41, 4, 1].map(|latents| config.longest_chunk(latents)), [[3, 9], [3, 9], [2, 8], [1, 1]]);
+        assert_eq!([13, 41, 4, 1].map(|latents| config.num_chunks(latents)), [6, 20, 2, 1]);
+        assert_eq!(config.num_decode_steps(13, (60, 90), false), 6);
+        assert_eq!(config.num_decode_steps(13, (60, 90), true), 6 * 3 * 3);
+        assert_eq!(config.num_decode_steps(13, (30, 45), true), 6);
+        let tiling = config.vae_tiling(DType::BF16, 0).expect("fits");
+        assert_eq!(tiling.tile, [240, 360]);
+        // A fifth of 32 pixels and of eight latents are other places.
+        let odd = CogVideoXVaeConfig { sample_height: 96, sample_width: 128, ..config };
+        assert_eq!(odd.vae_tiling(DType::BF16, 0), None);
+        assert_eq!(odd.num_decode_steps(13, (60, 90), true), 6);
     }
 }

@@ -1,9 +1,9 @@
 //! `AutoencoderKLHunyuanVideo`: latents of a clip to its frames, and what the encoder shares with that.
 //!
-//! Owns: the configuration, the decoder, the overlapping stretches of time in which a clip is decoded. Does not know: the
-//! transformer, RGB bytes. The norms see all frames of a stretch at once, so that a clip is decoded stretch by stretch and
-//! two of them are blended where they overlap. Source: diffusers `models/autoencoders/autoencoder_kl_hunyuan_video.py`
-//! (`_decode`, `_temporal_tiled_decode`, which is on by default).
+//! Owns: the configuration, the decoder, the overlapping stretches of time in which a clip is decoded, and the tiles of each. Does
+//! not know: the transformer, RGB bytes. The norms see all frames of a stretch at once, so that a clip is decoded stretch by stretch
+//! and two of them are blended where they overlap. Source: diffusers `models/autoencoders/autoencoder_kl_hunyuan_video.py`
+//! (`_decode`, `_temporal_tiled_decode`, which is on by default, `tiled_decode`, which is not).
 
 use std::path::Path;
 
@@ -13,8 +13,11 @@ use serde::Deserialize;
 use self::blocks::{MidBlock, Resnet, UpBlock};
 use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS};
 use crate::config::{Bound, Bounded};
+use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
+use crate::vae::clip_tiles::cut;
+use crate::vae::tiling::{Mosaic, TileSide, Tiling};
 use crate::weights::Weights;
 use tale_kernels::CausalPadding;
 
@@ -27,6 +30,9 @@ const NORM_EPS: f64 = 1e-6;
 /// (`tile_sample_stride_num_frames`, `tile_sample_min_num_frames`).
 const STRIDE_FRAMES: usize = 12;
 const STRETCH_FRAMES: usize = 16;
+/// Pixels on each side of a tile (`tile_sample_min_height`, `tile_sample_min_width`), a quarter of which the next one covers
+/// again (`tile_sample_stride_height`, `_width`).
+const TILE_SIDE: usize = 256;
 /// The only ratio that the class makes a decoder for.
 const TEMPORAL_RATIO: usize = 4;
 /// Two names of one function.
@@ -138,13 +144,62 @@ impl HunyuanVaeConfig {
         (num_frames - 1) / self.temporal_compression_ratio + 1
     }
 
-    /// Stretches in which so many latent frames are decoded.
-    pub fn num_decode_steps(&self, latent_frames: usize) -> usize {
-        Stretches::of(latent_frames, self.temporal_compression_ratio).count
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(TILE_SIDE, self.spatial_compression_ratio); 2]
+    }
+
+    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
+    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_latents(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// When decoding works in tiles, which takes more than encoding, of clips of at most so many latent frames, which a session
+    /// meanwhile holds so many times; `None` where the sizes of this VAE do not allow tiles.
+    pub fn vae_tiling(&self, dtype: DType, latent_frames: usize, latent_copies: usize) -> Option<VaeTiling> {
+        Tiling::of_latents(self.tile_sides())?;
+        let held = latent_copies * latent_frames * self.latent_channels * size_of::<f32>();
+        let bytes = self.peak_decode_bytes([latent_frames, 1, 1], false, dtype) + held;
+        let bytes_per_pixel = bytes.div_ceil(self.spatial_compression_ratio.pow(2));
+        Some(VaeTiling { tile: [TILE_SIDE; 2], bytes_per_pixel, room_bytes: None })
+    }
+
+    /// Steps in which latents of these sizes are decoded, in tiles or not: stretches, of each tile.
+    pub fn num_decode_steps(&self, [frames, height, width]: [usize; 3], tiled: bool) -> usize {
+        let tiles = self.tiles((height, width), tiled).map_or(1, |tiling| tiling.count(height, width));
+        Stretches::of(frames, self.temporal_compression_ratio).count * tiles
+    }
+
+    /// Bytes that decoding latents of these sizes holds at its peak beside them, in tiles or not.
+    pub fn peak_decode_bytes(&self, [frames, height, width]: [usize; 3], tiled: bool, dtype: DType) -> usize {
+        let scale = self.spatial_compression_ratio;
+        let bytes = |pixels: usize| pixels * self.out_channels * size_of::<f32>();
+        let work = |height, width| self.peak_decode_values([frames, height, width]) * dtype.size_in_bytes();
+        let (stretch, overlap) = (self.stretch_frames(frames), STRETCH_FRAMES - STRIDE_FRAMES);
+        let whole = height * width * scale * scale;
+        // The stretch and what is blended of it; the overlaps, and what they are blended of.
+        let joined = bytes((2 * stretch + 3 * overlap) * whole);
+        let decoded = match self.tiles((height, width), tiled) {
+            // The pixels change places after the work.
+            None => work(height, width).max(joined),
+            Some(tiling) => {
+                let (tile_height, tile_width) = tiling.largest(height, width);
+                let blended = bytes(TILE_COPIES * stretch * tile_height * tile_width * scale * scale);
+                let kept = bytes(stretch * (whole + tiling.edge_places(width, scale)));
+                joined.max(kept + work(tile_height, tile_width).max(blended))
+            }
+        };
+        // The end of the stretch before.
+        decoded + bytes(overlap * whole)
+    }
+
+    /// Frames of the longest stretch of so many latent frames.
+    fn stretch_frames(&self, latent_frames: usize) -> usize {
+        let stretch = Stretches::of(latent_frames, self.temporal_compression_ratio).longest(latent_frames);
+        (stretch - 1) * self.temporal_compression_ratio + 1
     }
 
     /// Most values of the compute dtype that decoding latents of these sizes holds at a time.
-    pub fn peak_decode_values(&self, [frames, height, width]: [usize; 3]) -> usize {
+    fn peak_decode_values(&self, [frames, height, width]: [usize; 3]) -> usize {
         let stretch = Stretches::of(frames, self.temporal_compression_ratio).longest(frames);
         let mut positions = [stretch, height, width];
         let mut previous = *self.block_out_channels.last().unwrap_or(&0);
@@ -160,21 +215,15 @@ impl HunyuanVaeConfig {
             positions = [doubled, positions[1] * factor.space, positions[2] * factor.space];
             widest = widest.max((before + positions.iter().product::<usize>()) * channels);
         }
-        widest
-    }
-
-    /// Bytes of pixels that are kept or blended beside the decoder's work.
-    pub fn decoded_bytes(&self, [frames, height, width]: [usize; 3]) -> usize {
-        let stretch = Stretches::of(frames, self.temporal_compression_ratio).longest(frames);
-        let frames = (stretch - 1) * self.temporal_compression_ratio + 1;
-        let pixels = height * width * self.spatial_compression_ratio.pow(2) * self.out_channels;
-        // The stretch before and after it is put in another order, the overlaps, and what is blended of them.
-        (2 * frames + 4 * (STRETCH_FRAMES - STRIDE_FRAMES)) * pixels * size_of::<f32>()
+        // The last norm and the pixels, which become f32 and change places.
+        widest.max(positions.iter().product::<usize>() * (2 * previous).max(6 * self.out_channels))
     }
 }
 
 /// Tensors of the widest level that are alive at once: residual, first convolution, its norm, second convolution.
 const LIVE_COPIES: usize = 4;
+/// Copies of a tile's pixels that are alive while it is blended: it, its seam or edges, and what they make of it.
+const TILE_COPIES: usize = 4;
 
 /// By how much a level of the decoder enlarges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,13 +286,15 @@ pub struct HunyuanVaeDecoder {
     config: HunyuanVaeConfig,
 }
 
-/// A decode between two stretches. Dropping it frees all that it holds.
+/// A decode between two steps. Dropping it frees all that it holds.
 pub struct HunyuanVaeDecoding {
     /// Latents of the VAE, f32 `[1, z, f, h, w]`.
     latents: Tensor,
     stretches: Stretches,
-    /// The stretch that comes next.
+    /// The stretch that comes next, or of which some tiles are done.
     next: usize,
+    /// Of that stretch; `None` where it is decoded as a whole.
+    tiles: Option<Mosaic>,
     /// Frames at the beginning that nobody wants.
     skipped: usize,
     /// The last frames of the one before, f32 `[frames, 3, H, W]`.
@@ -283,36 +334,26 @@ impl HunyuanVaeDecoder {
     }
 
     /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`, whose first `skipped` frames, fewer than those of
-    /// a latent frame more, are left out.
-    pub fn begin(&self, latents: &Tensor, skipped: usize) -> Result<HunyuanVaeDecoding> {
-        let stretches = Stretches::of(latents.dim(2)?, self.config.temporal_compression_ratio);
+    /// a latent frame more, are left out; each stretch in tiles if asked and if there is more than one.
+    pub fn begin(&self, latents: &Tensor, skipped: usize, tiled: bool) -> Result<HunyuanVaeDecoding> {
+        let (_, _, frames, height, width) = latents.dims5()?;
+        let stretches = Stretches::of(frames, self.config.temporal_compression_ratio);
         let latents = (latents / self.config.scaling_factor)?;
-        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, skipped, tail: None })
+        let tiles = self.config.tiles((height, width), tiled).map(|tiling| Mosaic::new(tiling, height, width));
+        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, tiles, skipped, tail: None })
     }
 
-    /// Decodes the next stretch: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are cut by whoever
-    /// rounds them. Fails when all are decoded.
-    pub fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Tensor> {
-        let HunyuanVaeDecoding { latents, stretches, next, skipped, tail } = decoding;
+    /// Decodes the next stretch, or its next tile: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
+    /// cut by whoever rounds them; `None` until the last tile of a stretch. Fails when all are decoded.
+    pub fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Option<Tensor>> {
+        let HunyuanVaeDecoding { latents, stretches, next, tiles, .. } = decoding;
         let (start, len) = stretches.window(*next, latents.dim(2)?);
-        let decoded = self.decode(&latents.narrow(2, start, len)?.contiguous()?)?;
-        *next += 1;
-        let skipped = std::mem::take(skipped);
-        if stretches.count == 1 {
-            return Ok(decoded.narrow(0, skipped, decoded.dim(0)? - skipped)?.contiguous()?);
-        }
-        // All but the first begin with a frame that only helps to decode the others.
-        let decoded = if start == 0 { decoded } else { decoded.narrow(0, 1, decoded.dim(0)? - 1)? };
-        let blended = match tail.take() {
-            Some(tail) => blend(&tail, &decoded)?,
-            None => decoded,
+        let stretch = latents.narrow(2, start, len)?;
+        let decoded = match tiles {
+            None => Some(self.decode(&stretch.contiguous()?)?),
+            Some(tiles) => tiles.push(self.decode(&cut(&stretch, tiles.next_window())?)?)?,
         };
-        let (frames, kept) = (blended.dim(0)?, STRIDE_FRAMES + usize::from(start == 0));
-        if *next < stretches.count {
-            let overlap = (STRETCH_FRAMES - STRIDE_FRAMES).min(frames);
-            *tail = Some(blended.narrow(0, frames - overlap, overlap)?.force_contiguous()?);
-        }
-        Ok(blended.narrow(0, skipped, kept.min(frames) - skipped)?.force_contiguous()?)
+        decoded.map(|decoded| join(decoding, decoded)).transpose()
     }
 
     /// Latents of the VAE `[1, z, f, h, w]` to f32 pixels `[frames, 3, height, width]`.
@@ -323,9 +364,34 @@ impl HunyuanVaeDecoder {
         for block in &self.up_blocks {
             x = block.forward(x)?;
         }
-        x = self.conv_out.forward_whole(&self.conv_norm_out.activated(&x)?)?; // [1, 3, frames, H, W]
+        x = self.conv_norm_out.activated(&x)?;
+        x = self.conv_out.forward_whole(&x)?; // [1, 3, frames, H, W]
         Ok(x.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
+}
+
+/// What is handed out with a stretch, f32 `[frames, 3, height, width]`, the first frames of which pass over from the stretch
+/// before.
+fn join(decoding: &mut HunyuanVaeDecoding, decoded: Tensor) -> Result<Tensor> {
+    let HunyuanVaeDecoding { stretches, next, skipped, tail, .. } = decoding;
+    let is_first = *next == 0;
+    *next += 1;
+    let skipped = std::mem::take(skipped);
+    if stretches.count == 1 {
+        return Ok(decoded.narrow(0, skipped, decoded.dim(0)? - skipped)?.contiguous()?);
+    }
+    // All but the first begin with a frame that only helps to decode the others.
+    let decoded = if is_first { decoded } else { decoded.narrow(0, 1, decoded.dim(0)? - 1)? };
+    let blended = match tail.take() {
+        Some(tail) => blend(&tail, &decoded)?,
+        None => decoded,
+    };
+    let (frames, kept) = (blended.dim(0)?, STRIDE_FRAMES + usize::from(is_first));
+    if *next < stretches.count {
+        let overlap = (STRETCH_FRAMES - STRIDE_FRAMES).min(frames);
+        *tail = Some(blended.narrow(0, frames - overlap, overlap)?.force_contiguous()?);
+    }
+    Ok(blended.narrow(0, skipped, kept.min(frames) - skipped)?.force_contiguous()?)
 }
 
 /// The frames of `stretch [frames, ...]`, the first of which pass over from the `tail` of the stretch before. Source:

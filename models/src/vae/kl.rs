@@ -16,12 +16,12 @@ use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::vae::preview::{FIT_SIDE, LatentRgb};
-use crate::vae::tiling::{Mosaic, Tiling};
+use crate::vae::tiling::{Mosaic, TileSide, Tiling};
 use crate::weights::Weights;
 
 pub mod encoder;
 
-pub use encoder::{KlEncoder, KlEncoding};
+pub use encoder::KlEncoder;
 
 /// Of every group norm; the class does not configure it.
 const NORM_EPS: f64 = 1e-6;
@@ -181,8 +181,7 @@ impl KlConfig {
 
     /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
     fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        let tiling = Tiling::of_pixels(self.sample_size, self.sample_size / self.vae_scale_factor());
-        tiling.filter(|tiling| tiled && tiling.splits(height, width))
+        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
     }
 
     /// Bytes that encoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: as of
@@ -195,7 +194,11 @@ impl KlConfig {
 
     /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
     fn tiling(&self) -> Option<Tiling> {
-        Tiling::of_latents(self.sample_size / self.vae_scale_factor(), self.sample_size)
+        Tiling::of_latents(self.tile_sides())
+    }
+
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(self.sample_size, self.vae_scale_factor()); 2]
     }
 
     /// When the VAE works in tiles, where neighbours compute in `dtype` and a session meanwhile holds its latents at most so
@@ -206,7 +209,7 @@ impl KlConfig {
         let square = self.vae_scale_factor().pow(2);
         let held = latent_copies * self.latent_channels * size_of::<f32>();
         let bytes_per_pixel = (self.decode_bytes(square, dtype) + held).div_ceil(square);
-        Some(VaeTiling { tile_side: self.sample_size, bytes_per_pixel, room_bytes: None })
+        Some(VaeTiling { tile: [self.sample_size; 2], bytes_per_pixel, room_bytes: None })
     }
 
     /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
@@ -315,19 +318,16 @@ impl KlDecoder {
     pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<KlDecoding> {
         let (_, _, height, width) = latents.dims4()?;
         let tiles = self.config.tiles((height, width), tiled);
-        let tiles = tiles.map(|tiling| Tiles { tiling, done: 0, mosaic: Mosaic::new(tiling, height, width) });
-        Ok(KlDecoding { latents: latents.clone(), tiles })
+        Ok(KlDecoding { latents: latents.clone(), tiles: tiles.map(|tiling| Mosaic::new(tiling, height, width)) })
     }
 
     /// The whole picture's f32 pixels `[1, 3, H, W]`, or one more tile; `None` until the last tile.
     pub fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
         let KlDecoding { latents, tiles } = decoding;
-        let Some(Tiles { tiling, done, mosaic }) = tiles else { return self.decode(latents).map(Some) };
-        let (_, _, height, width) = latents.dims4()?;
-        let window = tiling.window(height, width, *done);
-        *done += 1;
+        let Some(tiles) = tiles else { return self.decode(latents).map(Some) };
+        let window = tiles.next_window();
         let tile = latents.narrow(2, window.top, window.height)?.narrow(3, window.left, window.width)?;
-        mosaic.push(self.decode(&tile.contiguous()?)?)
+        tiles.push(self.decode(&tile.contiguous()?)?)
     }
 
     /// A rough picture of scaled f32 `latents [1, latent_channels, h, w]`: width, height and RGB in about -1..=1, one value
@@ -368,14 +368,7 @@ impl KlDecoder {
 pub struct KlDecoding {
     latents: Tensor,
     /// Absent where the picture is decoded as a whole.
-    tiles: Option<Tiles>,
-}
-
-#[derive(Debug)]
-struct Tiles {
-    tiling: Tiling,
-    done: usize,
-    mosaic: Mosaic,
+    tiles: Option<Mosaic>,
 }
 
 /// How the latents of the network differ from those of the VAE.

@@ -13,6 +13,7 @@ pub mod cogvideox;
 pub mod hunyuan_video;
 pub mod kl;
 pub mod original;
+pub mod picture_tiles;
 pub mod preview;
 pub mod tiling;
 pub mod wan;

@@ -11,12 +11,34 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 
-/// Share of a tile that the next one covers again (`tile_overlap_factor`).
-const OVERLAP: f64 = 0.25;
+/// A tile along one side of a picture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TileSide {
+    /// In pixels.
+    pub pixels: usize,
+    /// In latents.
+    pub latents: usize,
+    /// Share of it that the next tile covers again (`tile_overlap_factor`).
+    pub overlap: f64,
+}
+
+impl TileSide {
+    /// So many pixels, `scale` of which are a latent. The next tile covers a quarter again.
+    pub fn quartered(pixels: usize, scale: usize) -> Self {
+        Self { pixels, latents: pixels / scale, overlap: 0.25 }
+    }
+}
 
 /// How a picture is cut. Pictures are what goes in (latents, when they are decoded), results what comes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {
+    rows: Cut,
+    columns: Cut,
+}
+
+/// How one side of a picture is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cut {
     /// Of a tile, in the picture.
     side: usize,
     /// From one tile to the next, in the picture.
@@ -37,49 +59,82 @@ pub struct Window {
     pub width: usize,
 }
 
+impl Window {
+    /// All of a picture of this size.
+    pub fn whole(height: usize, width: usize) -> Self {
+        Self { top: 0, left: 0, height, width }
+    }
+}
+
 impl Tiling {
-    /// Tiles of so many latents, each of which becomes a tile of `pixels`; `None` where the overlaps of latents and of
-    /// pixels would not be the same places.
-    pub fn of_latents(latents: usize, pixels: usize) -> Option<Self> {
-        let tiling = Self {
-            side: latents,
-            stride: share(latents, 1.0 - OVERLAP),
-            blend: share(pixels, OVERLAP),
-            keep: pixels - share(pixels, OVERLAP),
-        };
-        let scale = pixels.checked_div(latents)?;
-        (tiling.stride > 0 && latents * scale == pixels && tiling.stride * scale == tiling.keep).then_some(tiling)
+    /// Tiles of latents, each of which becomes a tile of pixels; height and width of one. `None` where the overlaps of latents
+    /// and of pixels would not be the same places.
+    pub fn of_latents([height, width]: [TileSide; 2]) -> Option<Self> {
+        Some(Self { rows: Cut::of_latents(height)?, columns: Cut::of_latents(width)? })
     }
 
-    /// The tiles of the way back: of so many pixels, each of which becomes a tile of `latents`.
-    pub fn of_pixels(pixels: usize, latents: usize) -> Option<Self> {
-        let there = Self::of_latents(latents, pixels)?;
-        let blend = share(latents, OVERLAP);
-        let tiling = Self { side: pixels, stride: share(pixels, 1.0 - OVERLAP), blend, keep: latents - blend };
-        // Each place is where the decoder's tiles have it.
-        (tiling.stride == there.keep && tiling.keep == there.stride).then_some(tiling)
+    /// The tiles of the way back: of pixels, each of which becomes a tile of latents.
+    pub fn of_pixels([height, width]: [TileSide; 2]) -> Option<Self> {
+        Some(Self { rows: Cut::of_pixels(height)?, columns: Cut::of_pixels(width)? })
     }
 
     /// Whether a picture of this size is more than one tile.
     pub fn splits(&self, height: usize, width: usize) -> bool {
-        height > self.side || width > self.side
+        height > self.rows.side || width > self.columns.side
     }
 
     /// Tiles of a picture of this size.
     pub fn count(&self, height: usize, width: usize) -> usize {
-        height.div_ceil(self.stride) * width.div_ceil(self.stride)
+        self.rows.count(height) * self.columns.count(width)
     }
 
     /// Tile number `index`, row by row.
     pub fn window(&self, height: usize, width: usize, index: usize) -> Window {
-        let columns = width.div_ceil(self.stride);
-        let (top, left) = (index / columns * self.stride, index % columns * self.stride);
-        Window { top, left, height: self.side.min(height - top), width: self.side.min(width - left) }
+        let columns = self.columns.count(width);
+        let (top, height) = self.rows.place(height, index / columns);
+        let (left, width) = self.columns.place(width, index % columns);
+        Window { top, left, height, width }
     }
 
     /// The largest tile of a picture of this size.
     pub fn largest(&self, height: usize, width: usize) -> (usize, usize) {
-        (self.side.min(height), self.side.min(width))
+        (self.rows.side.min(height), self.columns.side.min(width))
+    }
+
+    /// Places of the result, of each channel, that are kept beside whole rows to be blended: of a picture of this size, `scale`
+    /// times as large in the result.
+    pub fn edge_places(&self, width: usize, scale: usize) -> usize {
+        let blended_columns = self.columns.count(width) * self.columns.side * scale;
+        self.rows.blend * blended_columns + self.columns.blend * self.rows.side * scale
+    }
+}
+
+impl Cut {
+    fn of_latents(TileSide { pixels, latents, overlap }: TileSide) -> Option<Self> {
+        let blend = share(pixels, overlap);
+        let cut = Self { side: latents, stride: share(latents, 1.0 - overlap), blend, keep: pixels - blend };
+        let scale = pixels.checked_div(latents)?;
+        (cut.stride > 0 && latents * scale == pixels && cut.stride * scale == cut.keep).then_some(cut)
+    }
+
+    fn of_pixels(side: TileSide) -> Option<Self> {
+        let there = Self::of_latents(side)?;
+        let TileSide { pixels, latents, overlap } = side;
+        let blend = share(latents, overlap);
+        let cut = Self { side: pixels, stride: share(pixels, 1.0 - overlap), blend, keep: latents - blend };
+        // Each place is where the decoder's tiles have it.
+        (cut.stride == there.keep && cut.keep == there.stride).then_some(cut)
+    }
+
+    /// Tiles along a side of this length.
+    fn count(&self, len: usize) -> usize {
+        len.div_ceil(self.stride)
+    }
+
+    /// Where tile number `index` begins along a side of this length, and how long it is.
+    fn place(&self, len: usize, index: usize) -> (usize, usize) {
+        let start = index * self.stride;
+        (start, self.side.min(len - start))
     }
 }
 
@@ -92,6 +147,10 @@ fn share(size: usize, factor: f64) -> usize {
 #[derive(Debug)]
 pub struct Mosaic {
     tiling: Tiling,
+    /// Of the picture.
+    height: usize,
+    width: usize,
+    /// Tiles of a row, and rows.
     columns: usize,
     rows: usize,
     /// Lower edges of the last tiles: of those above the ones to come, then of those to the left.
@@ -107,9 +166,11 @@ pub struct Mosaic {
 impl Mosaic {
     /// Of a picture of this size.
     pub fn new(tiling: Tiling, height: usize, width: usize) -> Self {
-        let (rows, columns) = (height.div_ceil(tiling.stride), width.div_ceil(tiling.stride));
+        let (rows, columns) = (tiling.rows.count(height), tiling.columns.count(width));
         Self {
             tiling,
+            height,
+            width,
             columns,
             rows,
             lower_edges: VecDeque::with_capacity(columns + 1),
@@ -119,26 +180,35 @@ impl Mosaic {
         }
     }
 
-    /// Takes the result `[b, c, h, w]` of the next tile; the whole result once it was the last.
+    /// Where the tile lies whose result comes next.
+    pub fn next_window(&self) -> Window {
+        self.tiling.window(self.height, self.width, self.joined.len() * self.columns + self.row.len())
+    }
+
+    /// Takes the result `[b, c, h, w]` of the next tile; the whole result once it was the last, after which the first tile of
+    /// another picture comes next.
     pub fn push(&mut self, tile: Tensor) -> Result<Option<Tensor>> {
-        let Tiling { blend, keep, .. } = self.tiling;
+        let Tiling { rows, columns } = self.tiling;
         let mut tile = tile;
         // The edges of neighbours are those of blended tiles: diffusers blends in place.
         if !self.joined.is_empty() {
             let above = self.lower_edges.pop_front().expect("a tile above left its edge: this is a bug");
-            tile = blended(&above, &tile, 2, blend)?;
+            tile = blended(&above, &tile, 2, rows.blend)?;
         }
         if let Some(left) = self.right_edge.take() {
-            tile = blended(&left, &tile, 3, blend)?;
+            tile = blended(&left, &tile, 3, columns.blend)?;
         }
-        self.lower_edges.push_back(edge(&tile, 2, blend)?);
-        self.right_edge = Some(edge(&tile, 3, blend)?);
-        let (height, width) = (tile.dim(2)?.min(keep), tile.dim(3)?.min(keep));
+        if self.joined.len() + 1 < self.rows {
+            self.lower_edges.push_back(edge(&tile, 2, rows.blend)?);
+        }
+        if self.row.len() + 1 < self.columns {
+            self.right_edge = Some(edge(&tile, 3, columns.blend)?);
+        }
+        let (height, width) = (tile.dim(2)?.min(rows.keep), tile.dim(3)?.min(columns.keep));
         self.row.push(tile.narrow(2, 0, height)?.narrow(3, 0, width)?.force_contiguous()?);
         if self.row.len() < self.columns {
             return Ok(None);
         }
-        self.right_edge = None;
         self.joined.push(Tensor::cat(&std::mem::take(&mut self.row), 3)?);
         if self.joined.len() < self.rows {
             return Ok(None);
@@ -177,41 +247,74 @@ mod tests {
 
     use super::*;
 
+    const SIZES: [(usize, usize); 6] = [(8, 9), (9, 8), (20, 13), (13, 20), (12, 12), (25, 31)];
+
+    fn square(latents: usize, pixels: usize) -> [TileSide; 2] {
+        [TileSide { pixels, latents, overlap: 0.25 }; 2]
+    }
+
     /// `tile_sample_min_size` 512 and 8 pixels per latent: the numbers that the reference names in its comments.
     #[test]
     fn tiles_are_those_of_the_reference() {
-        let tiling = Tiling::of_latents(64, 512).expect("fits");
-        assert_eq!(tiling, Tiling { side: 64, stride: 48, blend: 128, keep: 384 });
+        let tiling = Tiling::of_latents(square(64, 512)).expect("fits");
+        let cut = Cut { side: 64, stride: 48, blend: 128, keep: 384 };
+        assert_eq!(tiling, Tiling { rows: cut, columns: cut });
         assert!(!tiling.splits(64, 64) && tiling.splits(64, 65) && tiling.splits(65, 1));
         assert_eq!(tiling.count(128, 97), 3 * 3);
         assert_eq!(tiling.window(128, 97, 0), Window { top: 0, left: 0, height: 64, width: 64 });
         assert_eq!(tiling.window(128, 97, 4), Window { top: 48, left: 48, height: 64, width: 49 });
         assert_eq!(tiling.window(128, 97, 8), Window { top: 96, left: 96, height: 32, width: 1 });
         assert_eq!(tiling.largest(128, 32), (64, 32));
-        let back = Tiling::of_pixels(512, 64).expect("fits");
-        assert_eq!(back, Tiling { side: 512, stride: 384, blend: 16, keep: 48 });
+        let back = Tiling::of_pixels(square(64, 512)).expect("fits");
+        let cut = Cut { side: 512, stride: 384, blend: 16, keep: 48 };
+        assert_eq!(back, Tiling { rows: cut, columns: cut });
         assert_eq!(back.count(1024, 776), tiling.count(128, 97));
+    }
+
+    /// Those of CogVideoX, whose overlaps are a sixth and a fifth.
+    #[test]
+    fn tiles_may_be_wider_than_high() {
+        let sides = [
+            TileSide { pixels: 240, latents: 30, overlap: 1.0 / 6.0 },
+            TileSide { pixels: 360, latents: 45, overlap: 1.0 / 5.0 },
+        ];
+        let tiling = Tiling::of_latents(sides).expect("fits");
+        assert_eq!(tiling.rows, Cut { side: 30, stride: 25, blend: 40, keep: 200 });
+        assert_eq!(tiling.columns, Cut { side: 45, stride: 36, blend: 72, keep: 288 });
+        assert!(!tiling.splits(30, 45) && tiling.splits(31, 45) && tiling.splits(30, 46));
+        assert_eq!(tiling.count(96, 170), 4 * 5);
+        assert_eq!(tiling.window(96, 170, 19), Window { top: 75, left: 144, height: 21, width: 26 });
+        assert_eq!(tiling.largest(96, 40), (30, 40));
+        assert_eq!(tiling.edge_places(170, 8), 40 * 5 * 360 + 72 * 240);
+        let back = Tiling::of_pixels(sides).expect("fits");
+        assert_eq!(back.rows, Cut { side: 240, stride: 200, blend: 5, keep: 25 });
+        assert_eq!(back.columns, Cut { side: 360, stride: 288, blend: 9, keep: 36 });
+        // In one direction the overlaps of latents and pixels are not the same places.
+        assert_eq!(Tiling::of_latents([sides[0], TileSide { pixels: 32, latents: 8, overlap: 0.2 }]), None);
     }
 
     #[test]
     fn sizes_whose_overlaps_do_not_meet_have_no_tiles() {
         for (latents, pixels) in [(125, 1000), (1, 8), (0, 8), (12, 100), (6, 48)] {
-            assert_eq!(Tiling::of_latents(latents, pixels), None, "{latents} latents, {pixels} pixels");
-            assert_eq!(Tiling::of_pixels(pixels, latents), None, "{pixels} pixels, {latents} latents");
+            assert_eq!(Tiling::of_latents(square(latents, pixels)), None, "{latents} latents, {pixels} pixels");
+            assert_eq!(Tiling::of_pixels(square(latents, pixels)), None, "{pixels} pixels, {latents} latents");
         }
-        assert!(Tiling::of_latents(4, 32).is_some());
+        assert!(Tiling::of_latents(square(4, 32)).is_some());
     }
 
     /// Tiles cut from one picture blend to that picture again, whatever its size.
     #[test]
     fn tiles_of_one_picture_join_to_it() {
-        let tiling = Tiling::of_latents(8, 8).expect("fits");
-        for (height, width) in [(8, 9), (9, 8), (20, 13), (13, 20), (12, 12), (25, 31)] {
+        let wide = [8, 10].map(|side| TileSide { pixels: side, latents: side, overlap: 2.0 / side as f64 });
+        let tilings = [square(8, 8), wide].map(|sides| Tiling::of_latents(sides).expect("fits"));
+        for (tiling, (height, width)) in tilings.into_iter().flat_map(|tiling| SIZES.map(|size| (tiling, size))) {
             let picture = Tensor::rand(-1f32, 1f32, (1, 2, height, width), &Device::Cpu).expect("a picture");
             let mut mosaic = Mosaic::new(tiling, height, width);
             let count = tiling.count(height, width);
-            for index in 0..count {
-                let window = tiling.window(height, width, index);
+            // A picture after another.
+            for index in (0..count).chain(0..count) {
+                let window = mosaic.next_window();
+                assert_eq!(window, tiling.window(height, width, index));
                 let tile = picture
                     .narrow(2, window.top, window.height)
                     .and_then(|rows| rows.narrow(3, window.left, window.width));
@@ -228,7 +331,7 @@ mod tests {
     /// Two tiles of one value each: the seam passes from the first to the second in steps of a blended row.
     #[test]
     fn a_seam_passes_over_evenly() {
-        let tiling = Tiling::of_latents(8, 16).expect("fits");
+        let tiling = Tiling::of_latents(square(8, 16)).expect("fits");
         let mut mosaic = Mosaic::new(tiling, 9, 6);
         let tile = |value: f32, height: usize| Tensor::full(value, (1, 1, height, 12), &Device::Cpu).expect("a tile");
         assert!(mosaic.push(tile(0.0, 16)).expect("joined").is_none());

@@ -15,9 +15,10 @@ use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SCALE, che
 use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
-use crate::layers::{self, Conv2d, Conv3d};
-use crate::vae::clip_tiles::{self, ClipDecoder, TiledDecoding};
-use crate::vae::tiling::Tiling;
+use crate::layers::{CausalConv3d, Conv2d, Conv3d};
+use crate::vae::causal::Past;
+use crate::vae::clip_tiles::{self, ClipDecoder, ClipDecoding};
+use crate::vae::tiling::{TileSide, Tiling};
 use crate::weights::Weights;
 
 pub mod encoder;
@@ -127,7 +128,11 @@ impl WanVaeConfig {
 
     /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
     pub fn tiling(&self) -> Option<Tiling> {
-        Tiling::of_latents(TILE_SIDE / self.scale_factor_spatial, TILE_SIDE)
+        Tiling::of_latents(self.tile_sides())
+    }
+
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(TILE_SIDE, self.scale_factor_spatial); 2]
     }
 
     /// When decoding works in tiles, which takes more than encoding.
@@ -135,7 +140,7 @@ impl WanVaeConfig {
         self.tiling()?;
         let latent_pixels = self.scale_factor_spatial.pow(2);
         let bytes_per_pixel = (self.peak_values(1, 1) * dtype.size_in_bytes()).div_ceil(latent_pixels);
-        Some(VaeTiling { tile_side: TILE_SIDE, bytes_per_pixel, room_bytes: None })
+        Some(VaeTiling { tile: [TILE_SIDE; 2], bytes_per_pixel, room_bytes: None })
     }
 
     /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
@@ -145,7 +150,7 @@ impl WanVaeConfig {
 
     /// Calls of [`WanVaeDecoder::decode_next`] for so many latent frames of this height and width, in tiles or not.
     pub fn num_decode_steps(&self, frames: usize, latents: (usize, usize), tiled: bool) -> usize {
-        self.tiles(latents, tiled).map_or(frames, |tiling| clip_tiles::num_steps(&tiling, latents, frames))
+        clip_tiles::num_steps(self.tiles(latents, tiled), latents, frames)
     }
 
     /// Bytes that decoding so many latent frames of this height and width holds at its peak beside the latents, in tiles or
@@ -153,10 +158,9 @@ impl WanVaeConfig {
     pub fn peak_decode_bytes(&self, frames: usize, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
         let bytes = |(height, width)| self.peak_values(height, width) * dtype.size_in_bytes();
         let Some(tiling) = self.tiles(latents, tiled) else { return bytes(latents) };
-        let tile = tiling.largest(latents.0, latents.1);
-        let pixels = |(height, width): (usize, usize)| height * width * self.scale_factor_spatial.pow(2);
-        let frames = (frames - 1) * self.scale_factor_temporal + 1;
-        bytes(tile) + clip_tiles::pixel_bytes(frames, pixels(latents), pixels(tile))
+        let frames = [(frames - 1) * self.scale_factor_temporal + 1, self.scale_factor_temporal];
+        let work = bytes(tiling.largest(latents.0, latents.1));
+        clip_tiles::peak_bytes(&tiling, latents, self.scale_factor_spatial, frames, work)
     }
 
     /// Channels of the decoder's levels, from the latents' size to the pixels'.
@@ -208,17 +212,11 @@ pub struct WanVaeDecoder {
     up_blocks: Vec<UpBlock>,
     norm_out: Norm,
     conv_out: CausalConv3d,
-    num_slots: usize,
     config: WanVaeConfig,
 }
 
 /// A decode between two steps. Dropping it frees all that it remembers.
-pub enum WanDecoding {
-    /// Of whole frames.
-    Whole(FramesDecoding),
-    /// Tile by tile.
-    Tiles(Box<TiledDecoding<FramesDecoding>>),
-}
+pub type WanDecoding = ClipDecoding<FramesDecoding>;
 
 /// A decode of frames, whole ones or those of a tile.
 pub struct FramesDecoding {
@@ -237,17 +235,16 @@ impl WanVaeDecoder {
         let z_dim = config.z_dim;
         let device = &weights.placement().device;
         let per_channel = |values: &[f32]| Tensor::from_slice(values, (1, z_dim, 1, 1, 1), device);
-        let mut loader = Loader { num_slots: 0 };
         let decoder = weights.pp("decoder");
         let dims = config.level_dims();
-        let conv_in = loader.causal(&decoder.pp("conv_in"), z_dim, dims[0], [3, 3, 3])?;
-        let mid_block = MidBlock::load(&mut loader, &decoder.pp("mid_block"), dims[0])?;
+        let conv_in = causal(&decoder.pp("conv_in"), z_dim, dims[0], [3, 3, 3])?;
+        let mid_block = MidBlock::load(&decoder.pp("mid_block"), dims[0])?;
         let mut up_blocks = Vec::with_capacity(dims.len());
         let mut in_dim = dims[0];
         for (i, out_dim) in dims.iter().copied().enumerate() {
             let (num_resnets, upsample) = (config.num_res_blocks + 1, config.upsampling(i));
             let block = UpBlockShape { in_dim, out_dim, num_resnets, upsample };
-            up_blocks.push(UpBlock::load(&mut loader, &decoder.pp("up_blocks").pp(i), &block)?);
+            up_blocks.push(UpBlock::load(&decoder.pp("up_blocks").pp(i), &block)?);
             in_dim = out_dim / 2;
         }
         let last = dims[dims.len() - 1];
@@ -260,8 +257,7 @@ impl WanVaeDecoder {
             mid_block,
             up_blocks,
             norm_out: Norm::load(&decoder.pp("norm_out"), &[last, 1, 1, 1])?,
-            conv_out: loader.causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
-            num_slots: loader.num_slots,
+            conv_out: causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
             config: config.clone(),
         })
     }
@@ -269,86 +265,37 @@ impl WanVaeDecoder {
     /// Begins to decode the final f32 latents of one clip, `[1, z, f, h, w]`, in tiles if asked and if there is more than one.
     pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<WanDecoding> {
         let (_, _, frames, height, width) = latents.dims5()?;
-        Ok(match self.config.tiles((height, width), tiled) {
-            None => WanDecoding::Whole(self.begin_clip(latents)?),
-            Some(tiling) => WanDecoding::Tiles(Box::new(TiledDecoding::new(latents.clone(), tiling, frames)?)),
-        })
-    }
-
-    /// The frames of the next latent frame: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
-    /// cut by whoever rounds them, so that what is not finite is still seen there. The first latent frame gives one frame,
-    /// each later one as many as the temporal scale factor says. Of tiles, a latent frame of one: `None` until the last
-    /// tile is done. Fails when all are decoded.
-    pub fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
-        match decoding {
-            WanDecoding::Whole(decoding) => self.next_portion(decoding).map(Some),
-            WanDecoding::Tiles(decoding) => decoding.next(self),
-        }
+        ClipDecoding::begin(self, latents, self.config.tiles((height, width), tiled), frames)
     }
 }
 
+/// A portion is a latent frame: one frame of the first, as many as the temporal scale factor says of each later one.
 impl ClipDecoder for WanVaeDecoder {
     type Decoding = FramesDecoding;
 
     fn begin_clip(&self, latents: &Tensor) -> Result<FramesDecoding> {
         let latents = latents.broadcast_mul(&self.latents_std)?.broadcast_add(&self.latents_mean)?;
-        Ok(FramesDecoding { latents, next: 0, past: Past { frames: vec![None; self.num_slots], is_first: true } })
+        Ok(FramesDecoding { latents, next: 0, past: Past::of_chunks() })
     }
 
     fn next_portion(&self, decoding: &mut FramesDecoding) -> Result<Tensor> {
         let z = decoding.latents.narrow(2, decoding.next, 1)?.contiguous()?.to_dtype(self.compute_dtype)?; // [1, z, 1, h, w]
         let past = &mut decoding.past;
-        let x = self.conv_in.forward(&self.post_quant_conv.forward(&z)?, past)?;
+        let x = past.convolve(&self.conv_in, &self.post_quant_conv.forward(&z)?)?;
         let mut x = self.mid_block.forward(x, past)?;
         for block in &self.up_blocks {
             x = block.forward(x, past)?;
         }
-        let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past)?; // [1, 3, frames, H, W]
+        let x = past.convolve(&self.conv_out, &self.norm_out.activated(&x)?)?; // [1, 3, frames, H, W]
+        past.end_chunk();
         decoding.next += 1;
-        decoding.past.is_first = false;
         Ok(x.to_dtype(DType::F32)?.squeeze(0)?.transpose(0, 1)?.contiguous()?)
     }
 }
 
-/// What the causal convolutions of one decode remember.
-struct Past {
-    /// Per convolution its last [`HISTORY`] input frames; `None` before its first call.
-    frames: Vec<Option<Tensor>>,
-    /// Whether the first latent frame is being decoded.
-    is_first: bool,
-}
-
-/// Gives every causal convolution its place in [`Past`].
-struct Loader {
-    num_slots: usize,
-}
-
-impl Loader {
-    fn causal(
-        &mut self,
-        weights: &Weights,
-        in_channels: usize,
-        out_channels: usize,
-        kernel: [usize; 3],
-    ) -> Result<CausalConv3d> {
-        let slot = self.num_slots;
-        self.num_slots += 1;
-        let conv = layers::CausalConv3d::load(weights, in_channels, out_channels, kernel, CausalPadding::Zeros)?;
-        Ok(CausalConv3d { conv, slot })
-    }
-}
-
-/// Convolution over three frames, the current one last, with its place in [`Past`].
-struct CausalConv3d {
-    conv: layers::CausalConv3d,
-    slot: usize,
-}
-
-impl CausalConv3d {
-    /// `[1, in, t, h, w]` to `[1, out, t, h, w]`.
-    fn forward(&self, x: &Tensor, past: &mut Past) -> Result<Tensor> {
-        self.conv.forward(x, &mut past.frames[self.slot])
-    }
+/// A causal convolution, which sees zeros before the first frame.
+fn causal(weights: &Weights, in_channels: usize, out_channels: usize, kernel: [usize; 3]) -> Result<CausalConv3d> {
+    CausalConv3d::load(weights, in_channels, out_channels, kernel, CausalPadding::Zeros)
 }
 
 /// RMS norm over channels.
@@ -380,20 +327,20 @@ struct ResidualBlock {
 }
 
 impl ResidualBlock {
-    fn load(loader: &mut Loader, weights: &Weights, in_dim: usize, out_dim: usize) -> Result<Self> {
+    fn load(weights: &Weights, in_dim: usize, out_dim: usize) -> Result<Self> {
         let shortcut = || Conv3d::load(&weights.pp("conv_shortcut"), in_dim, out_dim, [1, 1, 1], 0);
         Ok(Self {
             norm1: Norm::load(&weights.pp("norm1"), &[in_dim, 1, 1, 1])?,
-            conv1: loader.causal(&weights.pp("conv1"), in_dim, out_dim, [3, 3, 3])?,
+            conv1: causal(&weights.pp("conv1"), in_dim, out_dim, [3, 3, 3])?,
             norm2: Norm::load(&weights.pp("norm2"), &[out_dim, 1, 1, 1])?,
-            conv2: loader.causal(&weights.pp("conv2"), out_dim, out_dim, [3, 3, 3])?,
+            conv2: causal(&weights.pp("conv2"), out_dim, out_dim, [3, 3, 3])?,
             conv_shortcut: (in_dim != out_dim).then(shortcut).transpose()?,
         })
     }
 
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.activated(&x)?, past)?;
-        let y = self.conv2.forward(&self.norm2.activated(&y)?, past)?;
+        let y = past.convolve(&self.conv1, &self.norm1.activated(&x)?)?;
+        let y = past.convolve(&self.conv2, &self.norm2.activated(&y)?)?;
         let shortcut = match &self.conv_shortcut {
             Some(conv) => conv.forward(&x)?,
             None => x,
@@ -437,12 +384,12 @@ struct MidBlock {
 }
 
 impl MidBlock {
-    fn load(loader: &mut Loader, weights: &Weights, dim: usize) -> Result<Self> {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
         let resnets = weights.pp("resnets");
         Ok(Self {
-            first: ResidualBlock::load(loader, &resnets.pp(0), dim, dim)?,
+            first: ResidualBlock::load(&resnets.pp(0), dim, dim)?,
             attention: AttentionBlock::load(&weights.pp("attentions").pp(0), dim)?,
-            second: ResidualBlock::load(loader, &resnets.pp(1), dim, dim)?,
+            second: ResidualBlock::load(&resnets.pp(1), dim, dim)?,
         })
     }
 
@@ -466,15 +413,15 @@ struct UpBlock {
 }
 
 impl UpBlock {
-    fn load(loader: &mut Loader, weights: &Weights, shape: &UpBlockShape) -> Result<Self> {
+    fn load(weights: &Weights, shape: &UpBlockShape) -> Result<Self> {
         let mut resnets = Vec::with_capacity(shape.num_resnets);
         let mut in_dim = shape.in_dim;
         for i in 0..shape.num_resnets {
-            resnets.push(ResidualBlock::load(loader, &weights.pp("resnets").pp(i), in_dim, shape.out_dim)?);
+            resnets.push(ResidualBlock::load(&weights.pp("resnets").pp(i), in_dim, shape.out_dim)?);
             in_dim = shape.out_dim;
         }
         let upsampler = weights.pp("upsamplers").pp(0);
-        let load = |in_time: bool| Upsampler::load(loader, &upsampler, shape.out_dim, in_time);
+        let load = |in_time: bool| Upsampler::load(&upsampler, shape.out_dim, in_time);
         Ok(Self { resnets, upsampler: shape.upsample.map(load).transpose()? })
     }
 
@@ -497,10 +444,10 @@ struct Upsampler {
 }
 
 impl Upsampler {
-    fn load(loader: &mut Loader, weights: &Weights, dim: usize, in_time: bool) -> Result<Self> {
-        let mut time_conv = || loader.causal(&weights.pp("time_conv"), dim, dim * 2, [3, 1, 1]);
+    fn load(weights: &Weights, dim: usize, in_time: bool) -> Result<Self> {
+        let time_conv = || causal(&weights.pp("time_conv"), dim, dim * 2, [3, 1, 1]);
         Ok(Self {
-            time_conv: in_time.then(&mut time_conv).transpose()?,
+            time_conv: in_time.then(time_conv).transpose()?,
             conv: Conv2d::load(&weights.pp("resample").pp(1), dim, dim / 2, 3, 1)?.upsampling(),
         })
     }
@@ -508,8 +455,12 @@ impl Upsampler {
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
         let x = match &self.time_conv {
             // The first latent frame stands for one frame: it is neither doubled nor remembered here.
-            Some(time_conv) if !past.is_first => interleave(&time_conv.forward(&x, past)?)?,
-            _ => x,
+            Some(_) if past.is_first_chunk() => {
+                past.next_layer();
+                x
+            }
+            Some(time_conv) => interleave(&past.convolve(time_conv, &x)?)?,
+            None => x,
         };
         self.conv.forward_frames(&x)
     }

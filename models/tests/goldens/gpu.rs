@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use tale_kernels::work::count;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
+use tale_models::diffusion::parameters::VAE_TILING;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
@@ -23,7 +24,8 @@ use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
 use crate::{
-    cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, sdxl, text, wan, wan_pictures,
+    clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, sdxl, text, wan,
+    wan_pictures,
 };
 
 /// Of pictures in f32, as on the CPU.
@@ -135,6 +137,33 @@ fn hunyuan_videos_from_pictures_are_the_reference_ones() {
             let mut model = gpu.load(&case_dir(case).join("checkpoint"));
             let requests = hunyuan_video_pictures::requests(case, diffusion_card(&model));
             check_videos(gpu, case, &golden, &mut model, requests);
+        }
+    });
+}
+
+/// The first run of each family that begins from a picture, which is encoded in tiles too.
+#[test]
+fn clips_in_tiles_are_the_reference_ones() {
+    on_every_gpu(|gpu| {
+        for case in clip_tiling::CASES {
+            let golden = golden_tensors(case);
+            let runs: Vec<_> = clip_tiling::runs(case).into_iter().enumerate().collect();
+            let from_pictures: Vec<_> = runs.iter().filter(|(_, run)| run["encoder_calls"] != 0).collect();
+            for (run, facts) in gpu.some_of(&from_pictures) {
+                let mut model = gpu.load(clip_tiling::Checkpoint::of(facts).path());
+                let bytes = |name: &str| -> Vec<u8> {
+                    golden[&format!("run{run}.{name}")].flatten_all().unwrap().to_vec1().unwrap()
+                };
+                let options = clip_tiling::options(facts, Some(bytes("input"))).with(&VAE_TILING, true);
+                let request = diffusion_card(&model).resolve(&options, 0).expect("a valid request");
+                let frames = gpu.run(|| frames(&mut model, request));
+                let expected = bytes("frames");
+                assert_eq!(expected.len(), frames.iter().map(|frame| frame.rgb.len()).sum::<usize>());
+                for (index, frame) in frames.iter().enumerate() {
+                    let expected = &expected[index * frame.rgb.len()..][..frame.rgb.len()];
+                    gpu.assert_picture(&format!("{case} run {run} frame {index}"), &frame.rgb, expected);
+                }
+            }
         }
     });
 }

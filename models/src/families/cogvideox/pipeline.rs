@@ -22,26 +22,31 @@ use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
+use crate::vae::Posterior;
 use crate::vae::cogvideox::CogVideoXDecoding;
-use crate::vae::cogvideox::encoder::CogVideoXEncoding;
-use crate::vae::tiling::Window;
-use crate::vae::{Posterior, pixels};
+use crate::vae::cogvideox::encoder::CogVideoXVaeEncoder;
+use crate::vae::picture_tiles::PictureEncoding;
 
 /// What a request has encoded.
 #[derive(Debug, Clone, PartialEq)]
 pub enum CogVideoXInput {
     /// A prompt, positive or negative.
     Text(String),
-    /// The picture to begin from, in the size of the video.
-    Picture(Arc<Frame>),
+    /// The picture to begin from.
+    Picture {
+        /// In the size of the video.
+        picture: Arc<Frame>,
+        /// Whether it is encoded in tiles, where it is larger than one.
+        tiled: bool,
+    },
 }
 
-/// A pass before its only step.
+/// A pass between two steps.
 pub enum CogVideoXPass {
-    /// The prompts' tokens.
+    /// The prompts' tokens, before the only step.
     Texts(Vec<Vec<u32>>),
-    /// A picture.
-    Picture(Arc<Frame>),
+    /// Of a picture.
+    Picture(PictureEncoding),
 }
 
 /// What became of an input.
@@ -64,14 +69,8 @@ pub struct CogVideoXConditioning {
 }
 
 impl CogVideoXModel {
-    fn encode_picture(&self, picture: &Frame) -> Result<Posterior> {
-        let encoder = self.vae_encoder.as_ref().expect("pictures were refused without an encoder: this is a bug");
-        let Frame { width, height, .. } = *picture;
-        let values = pixels(picture, Window { top: 0, left: 0, height, width });
-        let frames = Tensor::from_vec(values, (1, 3, 1, height, width), &self.placement.device)?;
-        let mut encoding = CogVideoXEncoding::default();
-        encoder.encode_next(&mut encoding, &frames)?;
-        encoding.posterior()
+    fn vae_encoder(&self) -> &CogVideoXVaeEncoder {
+        self.vae_encoder.as_ref().expect("pictures were refused without an encoder: this is a bug")
     }
 
     /// The latents of a picture, drawn from what they may be before anything else is drawn.
@@ -114,22 +113,27 @@ impl DiffusionModel for CogVideoXModel {
         };
         let picture = request.keyframes.as_ref().map(|keyframes| Inputs {
             pass: Pass::of_image(),
-            rows: vec![CogVideoXInput::Picture(keyframes.first.fitted.clone())],
+            rows: vec![CogVideoXInput::Picture { picture: keyframes.first.fitted.clone(), tiled: request.vae_tiling }],
         });
         std::iter::once(texts).chain(picture).collect()
     }
 
-    fn num_encode_steps(&self, _inputs: &Inputs<CogVideoXInput>) -> usize {
-        1
+    fn num_encode_steps(&self, inputs: &Inputs<CogVideoXInput>) -> usize {
+        match &inputs.rows[0] {
+            CogVideoXInput::Text(_) => 1,
+            CogVideoXInput::Picture { picture, tiled } => {
+                self.sizes.vae.num_encode_steps((picture.height, picture.width), *tiled)
+            }
+        }
     }
 
     fn begin_encode(&self, pass: &Pass, rows: &[&CogVideoXInput]) -> Result<CogVideoXPass> {
-        if let [CogVideoXInput::Picture(picture)] = rows {
-            return Ok(CogVideoXPass::Picture(picture.clone()));
+        if let [CogVideoXInput::Picture { picture, tiled }] = rows {
+            return Ok(CogVideoXPass::Picture(self.vae_encoder().begin(picture.clone(), *tiled)));
         }
         let texts = rows.iter().filter_map(|row| match row {
             CogVideoXInput::Text(text) => Some(plain_text("prompt", text)),
-            CogVideoXInput::Picture(_) => None,
+            CogVideoXInput::Picture { .. } => None,
         });
         let texts = texts.collect::<Result<Vec<_>>>()?;
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
@@ -138,13 +142,16 @@ impl DiffusionModel for CogVideoXModel {
     }
 
     fn encode_next(&self, pass: &mut CogVideoXPass) -> Result<Option<Vec<CogVideoXEncoded>>> {
-        Ok(Some(match pass {
+        match pass {
             CogVideoXPass::Texts(ids) => {
                 let hidden = self.text_encoder.forward(&slices(ids))?;
-                hidden.into_iter().map(CogVideoXEncoded::Text).collect()
+                Ok(Some(hidden.into_iter().map(CogVideoXEncoded::Text).collect()))
             }
-            CogVideoXPass::Picture(picture) => vec![CogVideoXEncoded::Picture(self.encode_picture(picture)?)],
-        }))
+            CogVideoXPass::Picture(encoding) => {
+                let posterior = self.vae_encoder().encode_next(encoding)?;
+                Ok(posterior.map(|posterior| vec![CogVideoXEncoded::Picture(posterior)]))
+            }
+        }
     }
 
     fn conditioning(
@@ -203,15 +210,16 @@ impl DiffusionModel for CogVideoXModel {
         // Frames that only fill a patch come first.
         let frames = self.sizes.latent_frames(request);
         let latents = latents.narrow(1, latents.dim(1)? - frames, frames)?;
-        self.vae.begin(&latents.transpose(1, 2)?)
+        self.vae.begin(&latents.transpose(1, 2)?, request.vae_tiling)
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
-        self.sizes.vae.num_chunks(self.sizes.latent_frames(request))
+        let [_, _, _, height, width] = self.sizes.latent_shape(request);
+        self.sizes.vae.num_decode_steps(self.sizes.latent_frames(request), (height, width), request.vae_tiling)
     }
 
     fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding).map(Some)
+        decoding.next(&self.vae)
     }
 
     fn adapters(&self) -> Option<&Adapters> {

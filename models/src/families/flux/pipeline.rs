@@ -25,7 +25,8 @@ use crate::runner::diffusion::previews::Previews;
 use crate::runner::diffusion::start::ImageStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
 use crate::vae::Posterior;
-use crate::vae::kl::{KlDecoding, KlEncoding};
+use crate::vae::kl::KlDecoding;
+use crate::vae::picture_tiles::PictureEncoding;
 
 /// What a request has encoded.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +55,7 @@ pub enum FluxEncoding {
         pooled: Option<Vec<Tensor>>,
     },
     /// Tile by tile.
-    Image(KlEncoding),
+    Image(PictureEncoding),
 }
 
 /// What became of an input.

@@ -23,6 +23,8 @@ use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::start::PictureStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::vae::hunyuan_video::HunyuanVaeDecoding;
+use crate::vae::hunyuan_video::encoder::HunyuanVaeEncoder;
+use crate::vae::picture_tiles::PictureEncoding;
 
 /// Most prompts with a picture of one pass, each of which has hundreds of tokens more.
 const MAX_PICTURES_PER_PASS: usize = 2;
@@ -34,16 +36,21 @@ const NOISE: f32 = 0.999;
 pub enum HunyuanVideoInput {
     /// Of a guidance branch.
     Prompt(HunyuanVideoPrompt),
-    /// The picture that the clip begins with, in its size.
-    Picture(Arc<Frame>),
+    /// The picture that the clip begins with.
+    Picture {
+        /// In the size of the video.
+        picture: Arc<Frame>,
+        /// Whether it is encoded in tiles, where it is larger than one.
+        tiled: bool,
+    },
 }
 
 /// State of a pass between two steps.
 pub enum HunyuanVideoEncoding {
     /// Encoder by encoder.
     Prompts(TextEncoding),
-    /// In one step.
-    Picture(Arc<Frame>),
+    /// As a whole or tile by tile.
+    Picture(PictureEncoding),
 }
 
 /// What became of an input.
@@ -112,6 +119,12 @@ impl Sizes {
     }
 }
 
+impl HunyuanVideoModel {
+    fn vae_encoder(&self) -> &HunyuanVaeEncoder {
+        self.vae_encoder.as_ref().expect("pictures were refused without an encoder for them: this is a bug")
+    }
+}
+
 impl DiffusionModel for HunyuanVideoModel {
     type Input = HunyuanVideoInput;
     type Encoding = HunyuanVideoEncoding;
@@ -138,7 +151,10 @@ impl DiffusionModel for HunyuanVideoModel {
         let prompts = self.sizes.prompts(request).into_iter().map(HunyuanVideoInput::Prompt).collect();
         let picture = request.keyframes.as_ref().map(|keyframes| Inputs {
             pass: Pass::of_image(),
-            rows: vec![HunyuanVideoInput::Picture(keyframes.first.fitted.clone())],
+            rows: vec![HunyuanVideoInput::Picture {
+                picture: keyframes.first.fitted.clone(),
+                tiled: request.vae_tiling,
+            }],
         });
         std::iter::once(Inputs { pass, rows: prompts }).chain(picture).collect()
     }
@@ -146,17 +162,19 @@ impl DiffusionModel for HunyuanVideoModel {
     fn num_encode_steps(&self, inputs: &Inputs<HunyuanVideoInput>) -> usize {
         match &inputs.rows[0] {
             HunyuanVideoInput::Prompt(_) => self.text_encoders.num_steps(),
-            HunyuanVideoInput::Picture(_) => 1,
+            HunyuanVideoInput::Picture { picture, tiled } => {
+                self.sizes.vae.num_encode_steps((picture.height, picture.width), *tiled)
+            }
         }
     }
 
     fn begin_encode(&self, pass: &Pass, rows: &[&HunyuanVideoInput]) -> Result<HunyuanVideoEncoding> {
-        if let [HunyuanVideoInput::Picture(picture)] = rows {
-            return Ok(HunyuanVideoEncoding::Picture(picture.clone()));
+        if let [HunyuanVideoInput::Picture { picture, tiled }] = rows {
+            return Ok(HunyuanVideoEncoding::Picture(self.vae_encoder().begin(picture.clone(), *tiled)));
         }
         let prompts = rows.iter().filter_map(|row| match row {
             HunyuanVideoInput::Prompt(prompt) => Some(prompt),
-            HunyuanVideoInput::Picture(_) => None,
+            HunyuanVideoInput::Picture { .. } => None,
         });
         let prompts: Vec<&HunyuanVideoPrompt> = prompts.collect();
         self.text_encoders.begin(pass.sequence_length, &prompts).map(HunyuanVideoEncoding::Prompts)
@@ -168,10 +186,9 @@ impl DiffusionModel for HunyuanVideoModel {
                 let texts = self.text_encoders.encode_next(encoding)?;
                 Ok(texts.map(|texts| texts.into_iter().map(HunyuanVideoEncoded::Prompt).collect()))
             }
-            HunyuanVideoEncoding::Picture(picture) => {
-                let encoder = self.vae_encoder.as_ref();
-                let encoder = encoder.expect("pictures were refused without an encoder for them: this is a bug");
-                Ok(Some(vec![HunyuanVideoEncoded::Picture(encoder.encode(picture)?)]))
+            HunyuanVideoEncoding::Picture(encoding) => {
+                let latents = self.vae_encoder().encode_next(encoding)?;
+                Ok(latents.map(|latents| vec![HunyuanVideoEncoded::Picture(latents)]))
             }
         }
     }
@@ -242,17 +259,18 @@ impl DiffusionModel for HunyuanVideoModel {
         &self,
         _expert: Expert,
         latents: &Tensor,
-        _request: &DiffusionRequest,
+        request: &DiffusionRequest,
     ) -> Result<HunyuanVaeDecoding> {
-        self.vae.begin(latents, self.sizes.skipped_frames())
+        self.vae.begin(latents, self.sizes.skipped_frames(), request.vae_tiling)
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
-        self.sizes.vae.num_decode_steps(self.sizes.latent_shape(request)[2])
+        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
+        self.sizes.vae.num_decode_steps([frames, height, width], request.vae_tiling)
     }
 
     fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding).map(Some)
+        self.vae.decode_next(decoding)
     }
 
     fn adapters(&self) -> Option<&Adapters> {

@@ -30,7 +30,8 @@ use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
 use crate::solver::Solver;
 use crate::tokenizer::Tokenizer;
 use crate::vae::Posterior;
-use crate::vae::kl::{KlDecoding, KlEncoding};
+use crate::vae::kl::KlDecoding;
+use crate::vae::picture_tiles::PictureEncoding;
 
 /// The model that takes the latents over.
 const REFINER: Expert = 1;
@@ -64,7 +65,7 @@ pub enum SdxlEncoding {
     /// Image by image.
     References(ReferenceEncoding),
     /// Tile by tile.
-    Image(KlEncoding),
+    Image(PictureEncoding),
 }
 
 /// Prompts on their way through the text encoders.

@@ -50,14 +50,8 @@ pub struct FramesEncoding {
     frames: KnownFrames,
     /// Of the whole, or of the tile under way.
     encoding: WanEncoding,
-    tiles: Option<Tiles>,
-}
-
-struct Tiles {
-    tiling: Tiling,
-    /// The tile under way.
-    tile: usize,
-    mosaic: Mosaic,
+    /// `None` where they are encoded as a whole.
+    tiles: Option<Mosaic>,
 }
 
 impl KnownFrames {
@@ -111,7 +105,7 @@ impl KnownFrames {
 
     /// All of a frame.
     fn whole(&self) -> Window {
-        Window { top: 0, left: 0, height: self.first.height, width: self.first.width }
+        Window::whole(self.first.height, self.first.width)
     }
 
     /// Which frames are known, one channel for each of those that a latent frame stands for: f32 `[1, temporal, f, h, w]`.
@@ -167,8 +161,7 @@ impl Pictures {
     /// Before the first of the frames.
     pub(super) fn begin_frames(&self, frames: KnownFrames, vae: &WanVaeConfig) -> FramesEncoding {
         let Frame { height, width, .. } = *frames.first;
-        let tiles = frames.tiling(vae);
-        let tiles = tiles.map(|tiling| Tiles { tiling, tile: 0, mosaic: Mosaic::new(tiling, height, width) });
+        let tiles = frames.tiling(vae).map(|tiling| Mosaic::new(tiling, height, width));
         FramesEncoding { frames, encoding: self.vae.begin(), tiles }
     }
 
@@ -177,21 +170,16 @@ impl Pictures {
     pub(super) fn encode_next(&self, encoding: &mut FramesEncoding, vae: &WanVaeConfig) -> Result<Option<Tensor>> {
         let FramesEncoding { frames, encoding, tiles } = encoding;
         let (temporal, device) = (vae.scale_factor_temporal, &self.device);
-        let whole = frames.whole();
-        let window = match tiles {
-            Some(Tiles { tiling, tile, .. }) => tiling.window(whole.height, whole.width, *tile),
-            None => whole,
-        };
+        let window = tiles.as_ref().map_or_else(|| frames.whole(), Mosaic::next_window);
         let pixels = frames.pixels(encoding.num_latent_frames(), temporal, window, device)?;
         self.vae.encode_next(encoding, &pixels)?;
         if encoding.num_latent_frames() < frames.num_latent_frames(temporal) {
             return Ok(None);
         }
         let mut latents = encoding.latents()?;
-        if let Some(Tiles { tile, mosaic, .. }) = tiles {
-            *tile += 1;
+        if let Some(tiles) = tiles {
             *encoding = self.vae.begin();
-            let Some(joined) = mosaic.push(latents.squeeze(0)?.transpose(0, 1)?)? else { return Ok(None) };
+            let Some(joined) = tiles.push(latents.squeeze(0)?.transpose(0, 1)?)? else { return Ok(None) };
             latents = joined.transpose(0, 1)?.unsqueeze(0)?.contiguous()?; // [1, z, f, h, w]
         }
         let (_, _, _, height, width) = latents.dims5()?;

@@ -215,7 +215,7 @@ impl DiffusionModel for WanModel {
     }
 
     fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
-        self.vae.decode_next(decoding)
+        decoding.next(&self.vae)
     }
 
     fn adapters(&self) -> Option<&Adapters> {

@@ -36,6 +36,13 @@ impl LlamaGgufNames {
 }
 
 impl Names for LlamaGgufNames {
+    fn below(&self, beginning: &str) -> Option<String> {
+        match beginning.strip_prefix("model.").unwrap_or(beginning) {
+            "norm." => Some("output_norm.".to_owned()),
+            layer => Some(format!("blk.{}", layer.strip_prefix("layers.")?)),
+        }
+    }
+
     fn mark(&self) -> &'static str {
         "blk.0.attn_q.weight"
     }

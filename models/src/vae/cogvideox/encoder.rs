@@ -1,57 +1,73 @@
-//! Encoder of the CogVideoX video VAE: frames to what their latents may be.
+//! Encoder of the CogVideoX video VAE: a picture, or the first frames of a clip, to what their latents may be.
 //!
-//! Owns: the causal 3-D encoder, and what it remembers of the frames before. Does not know: who draws from the answer.
+//! Owns: the causal 3-D encoder, over one chunk of frames. Does not know: who draws from the answer.
 //! Source: diffusers `models/autoencoders/autoencoder_kl_cogvideox.py` (`CogVideoXEncoder3D`,
-//! `AutoencoderKLCogVideoX._encode`), `models/downsampling.py` (`CogVideoXDownsample3D`).
+//! `AutoencoderKLCogVideoX._encode`, `tiled_encode`), `models/downsampling.py` (`CogVideoXDownsample3D`).
 
-use candle_core::{DType, Tensor};
+use std::sync::Arc;
 
-use super::{
-    ActivatedNorm, CHANNELS, CogVideoXVaeConfig, HISTORY, MID_BLOCKS, NORM_EPS, ResnetBlock, causal, load_resnets,
-};
+use candle_core::{DType, Device, Tensor};
+
+use super::{ActivatedNorm, CogVideoXVaeConfig, MID_BLOCKS, NORM_EPS, ResnetBlock, causal, load_resnets};
 use crate::error::Result;
 use crate::layers::{CausalConv3d, Conv2d, GroupNorm};
+use crate::request::Frame;
 use crate::vae::Posterior;
 use crate::vae::causal::Past;
+use crate::vae::picture_tiles::{self, PictureEncoding};
+use crate::vae::tiling::Tiling;
 use crate::weights::Weights;
 
 impl CogVideoXVaeConfig {
+    /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
+    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// Steps of an encoding of a picture of this height and width, in tiles or not.
+    pub fn num_encode_steps(&self, (height, width): (usize, usize), tiled: bool) -> usize {
+        picture_tiles::num_steps(self.picture_tiles((height, width), tiled), height, width)
+    }
+
+    /// Bytes that encoding a picture of this height and width holds at its peak, in tiles or not.
+    pub fn peak_encode_bytes(&self, (height, width): (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let tiles = self.picture_tiles((height, width), tiled);
+        let (tile_height, tile_width) = tiles.map_or((height, width), |tiling| tiling.largest(height, width));
+        // Of the pixels before and after they are on the device, and of the moments of all, before and after they are joined.
+        let pixels = 2 * 3 * tile_height * tile_width * size_of::<f32>();
+        let latents = height * width / self.spatial().pow(2);
+        let moments = 3 * 2 * self.latent_channels * latents * size_of::<f32>();
+        pixels + moments + self.encode_peak_values(tile_height, tile_width) * dtype.size_in_bytes()
+    }
+
     /// Most values of the compute dtype that encoding one frame of this height and width, in pixels, holds at a time. The
     /// frame itself and the answer are not counted.
-    pub fn encode_peak_values(&self, height: usize, width: usize) -> usize {
+    fn encode_peak_values(&self, height: usize, width: usize) -> usize {
         let mut pixels = height * width;
         let mut in_channels = self.block_out_channels[0];
-        let mut remembered = pixels * CHANNELS;
         let mut working = 0;
         for (level, channels) in self.block_out_channels.iter().copied().enumerate() {
-            remembered += pixels * (in_channels + (2 * self.layers_per_block - 1) * channels);
-            // As in the decoder.
-            working = working.max(in_channels.max(channels) * pixels * (4 + HISTORY));
+            // As in the decoder, but that nothing is remembered.
+            working = working.max(in_channels.max(channels) * pixels * 4);
             if self.resampling(level).is_some() {
                 pixels = pixels.div_ceil(4);
             }
             in_channels = channels;
         }
-        remembered + pixels * in_channels * (2 * MID_BLOCKS + 1) + working
+        working
     }
 }
 
 /// The encoder half of `AutoencoderKLCogVideoX`.
 pub struct CogVideoXVaeEncoder {
     compute_dtype: DType,
+    device: Device,
     conv_in: CausalConv3d,
     levels: Vec<Level>,
     mid_block: Vec<ResnetBlock<GroupNorm>>,
     norm_out: GroupNorm,
     conv_out: CausalConv3d,
-}
-
-/// An encoding between two chunks. Dropping it frees all that it remembers.
-#[derive(Debug, Default)]
-pub struct CogVideoXEncoding {
-    past: Past,
-    /// f32 `[1, 2 latent_channels, f, h, w]` each.
-    moments: Vec<Tensor>,
+    config: CogVideoXVaeConfig,
 }
 
 struct Level {
@@ -83,36 +99,44 @@ impl CogVideoXVaeEncoder {
         }
         Ok(Self {
             compute_dtype: weights.placement().compute_dtype,
+            device: weights.placement().device.clone(),
             conv_in: causal(&encoder.pp("conv_in"), config.in_channels, channels[0])?,
             levels,
             mid_block: load_resnets(&encoder.pp("mid_block").pp("resnets"), MID_BLOCKS, [last; 2], norm)?,
             norm_out: GroupNorm::load(&encoder.pp("norm_out"), groups, last, NORM_EPS)?,
             conv_out: causal(&encoder.pp("conv_out"), last, 2 * config.latent_channels)?,
+            config: config.clone(),
         })
     }
 
-    /// Encodes the next chunk of frames, f32 `[1, 3, frames, height, width]` in -1..=1. The reference takes eight frames at
-    /// a time, and one that is left over with the first eight; a picture is a chunk of one.
-    pub fn encode_next(&self, encoding: &mut CogVideoXEncoding, frames: &Tensor) -> Result<()> {
-        let CogVideoXEncoding { past, moments } = encoding;
-        let mut x = self.conv_in.forward(&frames.to_dtype(self.compute_dtype)?, past.next_layer())?;
+    /// Begins to encode a picture; `tiled`: in tiles, where it is larger than one.
+    pub fn begin(&self, picture: Arc<Frame>, tiled: bool) -> PictureEncoding {
+        let tiles = self.config.picture_tiles((picture.height, picture.width), tiled);
+        PictureEncoding::new(picture, tiles)
+    }
+
+    /// The whole picture, or its next tile; what its latents `[1, latent_channels, 1, h, w]` may be once that was the last.
+    pub fn encode_next(&self, encoding: &mut PictureEncoding) -> Result<Option<Posterior>> {
+        let moments = encoding.next(&self.device, |pixels| Ok(self.moments(pixels.unsqueeze(2)?)?.squeeze(2)?))?;
+        moments.map(|moments| Posterior::of_moments(&moments.unsqueeze(2)?)).transpose()
+    }
+
+    /// Mean and logarithm of the variance of the latents of frames before which there are none, side by side: f32 `[1, 3,
+    /// frames, height, width]` in -1..=1 to f32 `[1, 2 latent_channels, f, h, w]`. A picture is one frame; of a clip the
+    /// reference takes its first eight, and one that is left over.
+    pub fn moments(&self, frames: Tensor) -> Result<Tensor> {
+        let past = &mut Past::of_one_chunk();
+        let mut x = past.convolve(&self.conv_in, &frames.to_dtype(self.compute_dtype)?)?;
+        // They are gone before the first block.
+        drop(frames);
         for level in &self.levels {
             x = level.forward(x, past)?;
         }
         for resnet in &self.mid_block {
             x = resnet.forward(x, &(), past)?;
         }
-        let x = self.conv_out.forward(&self.norm_out.activated(&x)?, past.next_layer())?;
-        past.end_chunk();
-        moments.push(x.to_dtype(DType::F32)?);
-        Ok(())
-    }
-}
-
-impl CogVideoXEncoding {
-    /// Of all frames so far: `[1, latent_channels, f, h, w]`.
-    pub fn posterior(&self) -> Result<Posterior> {
-        Posterior::of_moments(&Tensor::cat(&self.moments, 2)?)
+        let x = past.convolve(&self.conv_out, &self.norm_out.activated(&x)?)?;
+        Ok(x.to_dtype(DType::F32)?)
     }
 }
 

@@ -1,8 +1,10 @@
 //! The encoder half of `AutoencoderKLHunyuanVideo`, of a single picture: what a clip begins with.
 //!
 //! Owns: the encoder. Does not know: who fits the picture. Source: diffusers
-//! `models/autoencoders/autoencoder_kl_hunyuan_video.py` (`HunyuanVideoEncoder3D`); the pipeline takes the mean of the
+//! `models/autoencoders/autoencoder_kl_hunyuan_video.py` (`HunyuanVideoEncoder3D`, `tiled_encode`); the pipeline takes the mean of the
 //! posterior (`retrieve_latents`, `argmax`).
+
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use tale_kernels::CausalPadding;
@@ -12,7 +14,8 @@ use super::{Factor, HunyuanVaeConfig, LIVE_COPIES, NORM_EPS, load_conv};
 use crate::error::Result;
 use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
 use crate::request::Frame;
-use crate::vae::tiling::Window;
+use crate::vae::picture_tiles::{self, PictureEncoding};
+use crate::vae::tiling::Tiling;
 use crate::weights::Weights;
 
 /// A picture to latents.
@@ -25,7 +28,7 @@ pub struct HunyuanVaeEncoder {
     quant_conv: Conv3d,
     compute_dtype: DType,
     device: Device,
-    scaling_factor: f64,
+    config: HunyuanVaeConfig,
 }
 
 impl HunyuanVaeEncoder {
@@ -56,35 +59,62 @@ impl HunyuanVaeEncoder {
             quant_conv: Conv3d::load(&weights.pp("quant_conv"), moments, moments, [1, 1, 1], 0)?,
             compute_dtype: weights.placement().compute_dtype,
             device: weights.placement().device.clone(),
-            scaling_factor: config.scaling_factor,
+            config: config.clone(),
         })
     }
 
-    /// Latents of a picture as the transformer knows them, f32 `[1, z, 1, h, w]`.
-    pub fn encode(&self, picture: &Frame) -> Result<Tensor> {
-        // The pixels are gone before the first block.
-        let mut x = self.conv_in.forward_whole(&pixels(picture, &self.device)?.to_dtype(self.compute_dtype)?)?;
+    /// Begins to encode a picture; `tiled`: in tiles, where it is larger than one.
+    pub fn begin(&self, picture: Arc<Frame>, tiled: bool) -> PictureEncoding {
+        let tiles = self.config.picture_tiles((picture.height, picture.width), tiled);
+        PictureEncoding::new(picture, tiles)
+    }
+
+    /// The whole picture, or its next tile; once that was the last, its latents as the transformer knows them, f32 `[1, z, 1,
+    /// h, w]`.
+    pub fn encode_next(&self, encoding: &mut PictureEncoding) -> Result<Option<Tensor>> {
+        let means = encoding.next(&self.device, |pixels| Ok(self.mean(pixels.unsqueeze(2)?)?.squeeze(2)?))?;
+        means.map(|mean| Ok((mean.unsqueeze(2)? * self.config.scaling_factor)?)).transpose()
+    }
+
+    /// Means of latents, f32 `[1, z, 1, h, w]`, of pixels `[1, 3, 1, height, width]`.
+    fn mean(&self, pixels: Tensor) -> Result<Tensor> {
+        let mut x = self.conv_in.forward_whole(&pixels.to_dtype(self.compute_dtype)?)?;
+        // They are gone before the first block.
+        drop(pixels);
         for block in &self.down_blocks {
             x = block.forward(x)?;
         }
         x = self.mid_block.forward(x)?;
         x = self.conv_out.forward_whole(&self.conv_norm_out.activated(&x)?)?;
         let moments = self.quant_conv.forward(&x)?.to_dtype(DType::F32)?;
-        let mean = moments.narrow(1, 0, moments.dim(1)? / 2)?;
-        Ok((mean * self.scaling_factor)?)
+        Ok(moments.narrow(1, 0, moments.dim(1)? / 2)?.contiguous()?)
     }
 }
 
-/// f32 `[1, 3, 1, height, width]` in -1..=1.
-fn pixels(picture: &Frame, device: &Device) -> Result<Tensor> {
-    let Frame { height, width, .. } = *picture;
-    let values = crate::vae::pixels(picture, Window { top: 0, left: 0, height, width });
-    Ok(Tensor::from_vec(values, (1, 3, 1, height, width), device)?)
-}
-
 impl HunyuanVaeConfig {
+    /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
+    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// Steps of an encoding of a picture of this height and width, in tiles or not.
+    pub fn num_encode_steps(&self, (height, width): (usize, usize), tiled: bool) -> usize {
+        picture_tiles::num_steps(self.picture_tiles((height, width), tiled), height, width)
+    }
+
+    /// Bytes that encoding a picture of this height and width holds at its peak beside its latents, in tiles or not.
+    pub fn peak_encode_bytes(&self, (height, width): (usize, usize), tiled: bool, dtype: DType) -> usize {
+        let tiles = self.picture_tiles((height, width), tiled);
+        let (tile_height, tile_width) = tiles.map_or((height, width), |tiling| tiling.largest(height, width));
+        // Of the pixels before and after they are on the device; of the latents of all tiles, before and after they are joined.
+        let pixels = 2 * 3 * tile_height * tile_width * size_of::<f32>();
+        let latents = height * width / self.spatial_compression_ratio.pow(2);
+        let means = tiles.map_or(0, |_| 3 * self.latent_channels * latents * size_of::<f32>());
+        pixels + means + self.peak_encode_values(tile_height, tile_width) * dtype.size_in_bytes()
+    }
+
     /// Most values of the compute dtype that encoding a picture of this height and width holds at a time.
-    pub fn peak_encode_values(&self, height: usize, width: usize) -> usize {
+    fn peak_encode_values(&self, height: usize, width: usize) -> usize {
         let (mut area, mut previous, mut widest) = (height * width, self.block_out_channels[0], 0);
         for (factor, channels) in self.factors().iter().zip(&self.block_out_channels) {
             widest = widest.max(LIVE_COPIES * area * previous.max(*channels));

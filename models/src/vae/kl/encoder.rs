@@ -11,8 +11,8 @@ use super::{Attention, KlConfig, LatentScale, NORM_EPS, Resnet};
 use crate::error::Result;
 use crate::layers::{Conv2d, GroupNorm};
 use crate::request::{Frame, MASK_THRESHOLD, Mask};
-use crate::vae::tiling::{Mosaic, Tiling, Window};
-use crate::vae::{Posterior, pixels};
+use crate::vae::Posterior;
+use crate::vae::picture_tiles::{self, PictureEncoding};
 use crate::weights::Weights;
 
 /// Pixels to latents.
@@ -29,22 +29,6 @@ pub struct KlEncoder {
     conv_out: Conv2d,
     quant_conv: Option<Conv2d>,
     config: KlConfig,
-}
-
-/// State of an encoding between two tiles.
-#[derive(Debug)]
-pub struct KlEncoding {
-    image: Arc<Frame>,
-    /// `None` where it is encoded as a whole.
-    tiles: Option<Tiles>,
-}
-
-#[derive(Debug)]
-struct Tiles {
-    tiling: Tiling,
-    mosaic: Mosaic,
-    /// Number of the next one.
-    next: usize,
 }
 
 impl KlEncoder {
@@ -81,37 +65,26 @@ impl KlEncoder {
 
     /// Steps that an image of this height and width takes, in tiles or not.
     pub fn num_encode_steps(&self, (height, width): (usize, usize), tiled: bool) -> usize {
-        self.config.picture_tiles((height, width), tiled).map_or(1, |tiling| tiling.count(height, width))
+        picture_tiles::num_steps(self.config.picture_tiles((height, width), tiled), height, width)
     }
 
     /// Begins to encode an image; `tiled`: in tiles, where it is larger than one.
-    pub fn begin(&self, image: Arc<Frame>, tiled: bool) -> KlEncoding {
-        let (height, width) = (image.height, image.width);
-        let tiling = self.config.picture_tiles((height, width), tiled);
-        let tiles = tiling.map(|tiling| Tiles { tiling, mosaic: Mosaic::new(tiling, height, width), next: 0 });
-        KlEncoding { image, tiles }
+    pub fn begin(&self, image: Arc<Frame>, tiled: bool) -> PictureEncoding {
+        let tiling = self.config.picture_tiles((image.height, image.width), tiled);
+        PictureEncoding::new(image, tiling)
     }
 
     /// The whole image, or its next tile; what its latents may be once that was the last.
-    pub fn encode_next(&self, encoding: &mut KlEncoding) -> Result<Option<Posterior>> {
-        let KlEncoding { image, tiles } = encoding;
-        let (height, width) = (image.height, image.width);
-        let moments = |window| self.moments(pixels(image, window), window);
-        let Some(Tiles { tiling, mosaic, next }) = tiles else {
-            return Posterior::of_moments(&moments(Window { top: 0, left: 0, height, width })?).map(Some);
-        };
-        let whole = mosaic.push(moments(tiling.window(height, width, *next))?)?;
-        *next += 1;
-        whole.map(|whole| Posterior::of_moments(&whole)).transpose()
+    pub fn encode_next(&self, encoding: &mut PictureEncoding) -> Result<Option<Posterior>> {
+        let moments = encoding.next(&self.device, |pixels| self.moments(pixels))?;
+        moments.map(|moments| Posterior::of_moments(&moments)).transpose()
     }
 
     /// Mean and logarithm of the variance of the latents of these pixels, side by side in f32.
-    fn moments(&self, pixels: Vec<f32>, Window { height, width, .. }: Window) -> Result<Tensor> {
-        // The pixels are gone before the first block.
-        let mut x = {
-            let pixels = Tensor::from_vec(pixels, (1, 3, height, width), &self.device)?;
-            self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?
-        };
+    fn moments(&self, pixels: Tensor) -> Result<Tensor> {
+        let mut x = self.conv_in.forward(&pixels.to_dtype(self.dtype)?)?;
+        // They are gone before the first block.
+        drop(pixels);
         for block in &self.down_blocks {
             x = block.forward(x)?;
         }
@@ -142,8 +115,6 @@ impl KlEncoder {
         Ok(Tensor::from_vec(values, (1, 1, height, width), &self.device)?)
     }
 }
-
-impl KlConfig {}
 
 /// One level: residual blocks, then half the size (but for the last).
 #[derive(Debug, Clone)]

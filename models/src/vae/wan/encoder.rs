@@ -6,9 +6,10 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{CausalConv3d, HISTORY, Loader, MidBlock, Norm, Past, ResidualBlock, TILE_SIDE, WanVaeConfig};
+use super::{HISTORY, MidBlock, Norm, ResidualBlock, WanVaeConfig, causal};
 use crate::error::Result;
-use crate::layers::{Conv2d, Conv3d};
+use crate::layers::{CausalConv3d, Conv2d, Conv3d};
+use crate::vae::causal::Past;
 use crate::vae::tiling::Tiling;
 use crate::weights::Weights;
 
@@ -23,8 +24,7 @@ impl WanVaeConfig {
 
     /// The tiles of frames of this height and width, in pixels; `None` where they are encoded as a whole.
     pub fn frame_tiles(&self, height: usize, width: usize, tiled: bool) -> Option<Tiling> {
-        let tiling = Tiling::of_pixels(TILE_SIDE, TILE_SIDE / self.scale_factor_spatial);
-        tiling.filter(|tiling| tiled && tiling.splits(height, width))
+        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
     }
 
     /// Bytes that encoding frames of this height and width, in pixels, holds at its peak, in tiles or not. The frames
@@ -69,7 +69,6 @@ pub struct WanVaeEncoder {
     norm_out: Norm,
     conv_out: CausalConv3d,
     quant_conv: Conv3d,
-    num_slots: usize,
     z_dim: usize,
 }
 
@@ -86,8 +85,7 @@ impl WanVaeEncoder {
         let (encoder, z_dim) = (weights.pp("encoder"), config.z_dim);
         let device = &weights.placement().device;
         let per_channel = |values: &[f32]| Tensor::from_slice(values, (1, z_dim, 1, 1, 1), device);
-        let mut loader = Loader { num_slots: 0 };
-        let conv_in = loader.causal(&encoder.pp("conv_in"), CHANNELS, config.base_dim, [3, 3, 3])?;
+        let conv_in = causal(&encoder.pp("conv_in"), CHANNELS, config.base_dim, [3, 3, 3])?;
         let mut levels = Vec::with_capacity(config.dim_mult.len());
         // The blocks of all levels are counted through.
         let mut block = 0;
@@ -95,7 +93,7 @@ impl WanVaeEncoder {
         for (level, out_dim) in config.encoder_dims().into_iter().enumerate() {
             let downsample = config.temperal_downsample.get(level).copied();
             let shape = LevelShape { in_dim, out_dim, num_resnets: config.num_res_blocks, downsample };
-            levels.push(Level::load(&mut loader, &encoder.pp("down_blocks"), &mut block, &shape)?);
+            levels.push(Level::load(&encoder.pp("down_blocks"), &mut block, &shape)?);
             in_dim = out_dim;
         }
         Ok(Self {
@@ -104,33 +102,32 @@ impl WanVaeEncoder {
             latents_std: per_channel(&config.latents_std)?,
             conv_in,
             levels,
-            mid_block: MidBlock::load(&mut loader, &encoder.pp("mid_block"), in_dim)?,
+            mid_block: MidBlock::load(&encoder.pp("mid_block"), in_dim)?,
             norm_out: Norm::load(&encoder.pp("norm_out"), &[in_dim, 1, 1, 1])?,
-            conv_out: loader.causal(&encoder.pp("conv_out"), in_dim, 2 * z_dim, [3, 3, 3])?,
+            conv_out: causal(&encoder.pp("conv_out"), in_dim, 2 * z_dim, [3, 3, 3])?,
             quant_conv: Conv3d::load(&weights.pp("quant_conv"), 2 * z_dim, 2 * z_dim, [1, 1, 1], 0)?,
-            num_slots: loader.num_slots,
             z_dim,
         })
     }
 
     /// Before the first frame.
     pub fn begin(&self) -> WanEncoding {
-        WanEncoding { past: Past { frames: vec![None; self.num_slots], is_first: true }, latents: Vec::new() }
+        WanEncoding { past: Past::of_chunks(), latents: Vec::new() }
     }
 
     /// Encodes the frames of the next latent frame, f32 `[1, 3, frames, height, width]` in -1..=1: the first frame alone,
     /// and after it as many as the temporal scale factor says.
     pub fn encode_next(&self, encoding: &mut WanEncoding, frames: &Tensor) -> Result<()> {
         let past = &mut encoding.past;
-        let mut x = self.conv_in.forward(&frames.to_dtype(self.compute_dtype)?, past)?;
+        let mut x = past.convolve(&self.conv_in, &frames.to_dtype(self.compute_dtype)?)?;
         for level in &self.levels {
             x = level.forward(x, past)?;
         }
         let x = self.mid_block.forward(x, past)?;
-        let moments = self.conv_out.forward(&self.norm_out.activated(&x)?, past)?; // [1, 2z, 1, h, w]
+        let moments = past.convolve(&self.conv_out, &self.norm_out.activated(&x)?)?; // [1, 2z, 1, h, w]
         let mean = self.quant_conv.forward(&moments)?.narrow(1, 0, self.z_dim)?.to_dtype(DType::F32)?;
         encoding.latents.push(mean.broadcast_sub(&self.latents_mean)?.broadcast_div(&self.latents_std)?);
-        past.is_first = false;
+        past.end_chunk();
         Ok(())
     }
 }
@@ -162,7 +159,7 @@ struct Level {
 
 impl Level {
     /// `block` is the number of the level's first block, and becomes that of the next level's.
-    fn load(loader: &mut Loader, weights: &Weights, block: &mut usize, shape: &LevelShape) -> Result<Self> {
+    fn load(weights: &Weights, block: &mut usize, shape: &LevelShape) -> Result<Self> {
         let mut next = || {
             *block += 1;
             weights.pp(*block - 1)
@@ -170,10 +167,10 @@ impl Level {
         let mut resnets = Vec::with_capacity(shape.num_resnets);
         let mut in_dim = shape.in_dim;
         for _ in 0..shape.num_resnets {
-            resnets.push(ResidualBlock::load(loader, &next(), in_dim, shape.out_dim)?);
+            resnets.push(ResidualBlock::load(&next(), in_dim, shape.out_dim)?);
             in_dim = shape.out_dim;
         }
-        let load = |in_time: bool| Downsampler::load(loader, &next(), shape.out_dim, in_time);
+        let load = |in_time: bool| Downsampler::load(&next(), shape.out_dim, in_time);
         Ok(Self { resnets, downsampler: shape.downsample.map(load).transpose()? })
     }
 
@@ -196,11 +193,11 @@ struct Downsampler {
 }
 
 impl Downsampler {
-    fn load(loader: &mut Loader, weights: &Weights, dim: usize, in_time: bool) -> Result<Self> {
-        let mut time_conv = || HalvingInTime::load(loader, &weights.pp("time_conv"), dim);
+    fn load(weights: &Weights, dim: usize, in_time: bool) -> Result<Self> {
+        let time_conv = || HalvingInTime::load(&weights.pp("time_conv"), dim);
         Ok(Self {
             conv: Conv2d::load(&weights.pp("resample").pp(1), dim, dim, 3, 0)?.halving().padded_after(1),
-            time_conv: in_time.then(&mut time_conv).transpose()?,
+            time_conv: in_time.then(time_conv).transpose()?,
         })
     }
 
@@ -216,17 +213,14 @@ impl Downsampler {
 /// A convolution over three frames at every second one.
 struct HalvingInTime {
     conv: Conv3d,
-    slot: usize,
 }
 
 impl HalvingInTime {
     const KERNEL: usize = 3;
 
-    fn load(loader: &mut Loader, weights: &Weights, dim: usize) -> Result<Self> {
+    fn load(weights: &Weights, dim: usize) -> Result<Self> {
         let conv = Conv3d::load(weights, dim, dim, [Self::KERNEL, 1, 1], 0)?;
-        let slot = loader.num_slots;
-        loader.num_slots += 1;
-        Ok(Self { conv, slot })
+        Ok(Self { conv })
     }
 
     /// `[1, c, t, h, w]` to `[1, c, t / 2, h, w]`, where the last frame of the chunk before comes first. The first frame of
@@ -234,7 +228,7 @@ impl HalvingInTime {
     fn forward(&self, x: Tensor, past: &mut Past) -> Result<Tensor> {
         let frames = x.dim(2)?;
         let last = x.narrow(2, frames - 1, 1)?.force_contiguous()?;
-        let Some(before) = past.frames[self.slot].replace(last) else { return Ok(x) };
+        let Some(before) = past.next_layer().and_then(|past| past.replace(last)) else { return Ok(x) };
         let x = Tensor::cat(&[&before, &x], 2)?;
         let windows = (0..frames / 2).map(|i| self.conv.forward(&x.narrow(2, 2 * i, Self::KERNEL)?.contiguous()?));
         Ok(Tensor::cat(&windows.collect::<Result<Vec<_>>>()?, 2)?)
