@@ -101,6 +101,14 @@ mod tests {
             let part = Extent::AlternatingHalves { heads };
             assert_eq!(NAMES.place(name), Some(Place { name: there.to_owned(), part }), "{name}");
         }
+        for (beginning, there) in [
+            ("layers.30.", Some("blk.30.")),
+            ("model.layers.3.", Some("blk.3.")),
+            ("norm.", Some("output_norm.")),
+            ("model.", None),
+        ] {
+            assert_eq!(NAMES.below(beginning).as_deref(), there, "{beginning}");
+        }
         for unknown in ["layers.x.self_attn.q_proj.weight", "layers.0.self_attn.r_proj.weight", "norm", ""] {
             assert_eq!(NAMES.place(unknown), None, "{unknown}");
         }
