@@ -48,6 +48,7 @@ pub struct ModelMetrics {
     queue_time: [Histogram; 2],
     prompt_tokens: [Counter; 2],
     generation_tokens: [Counter; 2],
+    skipped_passes: Counter,
     ended: [(&'static str, Counter); 5],
 }
 
@@ -81,6 +82,7 @@ impl ModelMetrics {
             queue_time: histograms("tale_queue_seconds", "vllm:request_queue_time_seconds"),
             prompt_tokens: counters("tale_prompt_tokens_total", "vllm:prompt_tokens_total"),
             generation_tokens: counters("tale_generation_tokens_total", "vllm:generation_tokens_total"),
+            skipped_passes: counter!("tale_skipped_passes_total", "model_name" => model.to_owned()),
             ended: outcomes.map(|outcome| {
                 let name = model.to_owned();
                 (outcome, counter!("tale_sessions_total", "model_name" => name, "outcome" => outcome))
@@ -115,6 +117,7 @@ impl ModelMetrics {
     /// A session ended well.
     pub fn finished(&self, reason: FinishReason, usage: Usage) {
         self.prompt_tokens.iter().for_each(|counter| counter.increment(usage.prompt_tokens as u64));
+        self.skipped_passes.increment(usage.skipped_passes as u64);
         self.ended(match reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",

@@ -57,15 +57,16 @@ async fn the_scheduler_that_was_asked_for_is_echoed_with_what_is_its_own() {
 }
 
 #[tokio::test]
-async fn true_guidance_its_interval_and_acceleration_are_echoed() {
+async fn true_guidance_its_interval_and_caches_are_echoed() {
     let server = server().await;
     let body = json!({
         "model": "pictures", "prompt": "a boat", "negative_prompt": "", "true_cfg_scale": 4,
-        "guidance_interval": [0.25, 0.5], "acceleration": "fast",
+        "guidance_interval": [0.25, 0.5], "cache_method": "magcache", "cache_threshold": 0.1, "cache_ratios": [1, 0.5],
     });
     let answer = server.post("/v1/images/generations", &body).await.expect(200).json();
     let effective = json!({
-        "negative_prompt": "", "true_cfg_scale": 4.0, "guidance_interval": [0.25, 0.5], "acceleration": "fast",
+        "negative_prompt": "", "true_cfg_scale": 4.0, "guidance_interval": [0.25, 0.5], "acceleration": "none",
+        "cache_method": "magcache", "cache_threshold": 0.1, "cache_max_skips": 3, "cache_ratios": [1.0, 0.5],
     });
     for (name, value) in effective.as_object().expect("fields") {
         assert_eq!(&answer[name], value, "{name}");

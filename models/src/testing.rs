@@ -3,7 +3,7 @@
 //! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
 //! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
-use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::acceleration::CacheSupport;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
@@ -142,7 +142,7 @@ fn diffusion_card(medium: Medium) -> DiffusionCard {
     let sampling = SamplingSupport { default_steps: 4, schedulers };
     let guidance = GuidanceSupport::constant(kind, default_scale).of_flow();
     let card = DiffusionCard::new("scripted", prompts, canvas, sampling, guidance);
-    let card = DiffusionCard { acceleration: Some(CacheThresholds { safe: 0.1, fast: 0.2 }), ..card };
+    let card = DiffusionCard { acceleration: Some(CacheSupport { published: None }), ..card };
     match medium {
         Medium::Image => {
             DiffusionCard { edits: Some(EDITS), has_ip_adapter: true, refiner: Some(discrete_schedulers()), ..card }

@@ -1,4 +1,4 @@
-"""What a request can ask beyond the plain loop: true CFG, a guidance interval, CFG-Zero*, the first-block cache.
+"""What a request can ask of guidance: true CFG, a guidance interval, CFG-Zero*.
 
 The checkpoints are those of the groups flux, sdxl and wan, which are made before this one.
 """
@@ -6,24 +6,11 @@ The checkpoints are those of the groups flux, sdxl and wan, which are made befor
 import contextlib
 
 import torch
-from diffusers import FirstBlockCacheConfig, FluxPipeline, StableDiffusionXLPipeline, WanPipeline
+from diffusers import FluxPipeline, StableDiffusionXLPipeline, WanPipeline
 from diffusers.guiders import ClassifierFreeZeroStarGuidance
-from diffusers.hooks import first_block_cache
 
 from .common import ROOT, fresh_case, require, write_golden
 from .diffusion import ANOTHER_PROMPT, quiet, require_moved, require_visible, to_u8
-
-# As many as Tale's; diffusers has no bound of its own.
-MAX_CONSECUTIVE_SKIPS = 3
-# Of FLUX.1 and Wan, as in the tables of the families.
-SAFE, FAST = 0.08, 0.12
-WAN_SAFE, WAN_FAST = 0.03, 0.04
-
-# Random weights hear every small change of the timestep; trained ones do not. Scaled down, these do not either.
-CALM_FLUX = {"time_text_embed.timestep_embedder.linear_2.weight": 0.125}
-CALM_WAN = {"condition_embedder.time_embedder.linear_2.weight": 0.125}
-# Least distance of a change from the threshold, so that rounding decides nothing.
-MARGIN = 2e-5
 
 FLUX = {"prompt": "A small Boat crosses the QUIET lake", "width": 64, "height": 48, "max_sequence_length": 32}
 SDXL = {"prompt": "A glass city under a violet sky", "width": 64, "height": 48}
@@ -47,29 +34,6 @@ RUNS = [
     {"checkpoint": "sdxl-a", **SDXL, "negative_prompt": None, "guidance_scale": 5.0, "guidance_interval": [0.3, 1.0], "steps": 5},
     {"checkpoint": "wan-b", **WAN, "negative_prompt": "Rain", "guidance_scale": 4.0, "guidance_interval": [0.0, 0.4], "steps": 5},
     {"checkpoint": "wan-b", **WAN, "negative_prompt": "Rain", "guidance_scale": 4.0, "guidance_interval": [0.25, 0.7], "steps": 6},
-    # The cache: two thresholds, one branch and two, runs of skips that the bound ends.
-    {"checkpoint": "flux-dev", **FLUX, "scaled": CALM_FLUX, "acceleration": "safe", "steps": 12},
-    {"checkpoint": "flux-dev", **FLUX, "scaled": CALM_FLUX, "acceleration": "fast", "steps": 12},
-    {"checkpoint": "flux-dev", **FLUX, "scaled": CALM_FLUX, "acceleration": "fast", "steps": 24},
-    {
-        "checkpoint": "flux-dev",
-        **FLUX,
-        "scaled": CALM_FLUX,
-        "negative_prompt": "Rain, smoke and silence",
-        "true_cfg_scale": 3.0,
-        "guidance_interval": [0.0, 0.6],
-        "acceleration": "safe",
-        "steps": 14,
-    },
-    {
-        "checkpoint": "wan-b",
-        **WAN,
-        "scaled": CALM_WAN,
-        "negative_prompt": "Rain",
-        "guidance_scale": 4.0,
-        "acceleration": "fast",
-        "steps": 24,
-    },
     # CFG-Zero*: as it comes, beside an interval, without steps that are left out.
     {"checkpoint": "wan-b", **WAN, "negative_prompt": "Rain", "guidance_scale": 4.0, "cfg_zero_star": True, "steps": 5},
     {
@@ -101,48 +65,38 @@ def make() -> None:
     for i, run in enumerate(RUNS):
         run = {"seed": 40 + i} | run
         name = f"guidance run {i} ({run['checkpoint']})"
-        pipeline = load(run["checkpoint"], run.get("scaled", {}))
-        pixels, skips = record(pipeline, run)
+        pipeline = load(run["checkpoint"])
+        pixels = record(pipeline, run)
         require_visible(name, pixels)
-        check_sensitivity(name, pipeline, run, pixels, skips)
-        if "acceleration" in run:
-            run["skips"] = {branch: pattern(found) for branch, found in skips.items()}
+        check_sensitivity(name, pipeline, run, pixels)
         tensors[f"run{i}.pixels"] = pixels
         facts.append(run)
-    facts = {"reference": "diffusers", "max_consecutive_skips": MAX_CONSECUTIVE_SKIPS, "runs": facts}
-    write_golden(folder, facts, tensors)
+    write_golden(folder, {"reference": "diffusers", "runs": facts}, tensors)
 
 
-def load(name: str, scaled: dict):
+def load(name: str):
     family = {"flux": FluxPipeline, "sdxl": StableDiffusionXLPipeline, "wan": WanPipeline}[name.split("-")[0]]
     pipeline = family.from_pretrained(ROOT / name / "checkpoint", dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    for tensor, factor in scaled.items():
-        pipeline.transformer.get_parameter(tensor).mul_(factor)
     return pipeline
 
 
 def record(pipeline, run: dict):
-    """The picture or clip in u8, and for each branch in which steps the cache answered."""
+    """The picture or clip in u8."""
     arguments = {k: run[k] for k in ("prompt", "width", "height", "num_frames", "max_sequence_length") if k in run}
     arguments |= {k: run[k] for k in ("negative_prompt", "true_cfg_scale", "guidance_scale") if k in run}
     arguments |= {"num_inference_steps": run["steps"], "output_type": "np"}
     guided = guided_steps(run)
     generator = torch.Generator("cpu").manual_seed(run["seed"])
     branches = zero_star(pipeline, run) if "cfg_zero_star" in run else interval(pipeline, run, guided, arguments)
-    with branches, cache(pipeline, run) as skips:
+    with branches:
         answer = pipeline(**arguments, generator=generator)
-    return to_u8(answer.frames[0] if "num_frames" in run else answer.images[0]), skips
+    return to_u8(answer.frames[0] if "num_frames" in run else answer.images[0])
 
 
 def guided_steps(run: dict) -> list[bool]:
     start, end = run.get("guidance_interval", [0.0, 1.0])
     return [start <= i / run["steps"] < end for i in range(run["steps"])]
-
-
-def threshold(run: dict) -> float:
-    values = {"safe": WAN_SAFE, "fast": WAN_FAST} if run["checkpoint"].startswith("wan") else {"safe": SAFE, "fast": FAST}
-    return values[run["acceleration"]]
 
 
 # --- the interval ----------------------------------------------------------------------------------------------------
@@ -260,45 +214,13 @@ def zero_star(pipeline, run: dict):
     del pipeline.transformer.forward, pipeline.transformer.cache_context
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def cache(pipeline, run: dict):
-    """diffusers' hook with our bound, and what it decided."""
-    if "acceleration" not in run:
-        yield None
-        return
-    skips = {}
-    decide = first_block_cache.FBCHeadBlockHook._should_compute_remaining_blocks
-
-    def bounded(hook, residual):
-        branch = skips.setdefault(hook.state_manager.context.name, [])
-        kept = hook.state_manager.get_state().head_block_residual
-        if kept is not None:
-            change = ((residual - kept).abs().mean() / kept.abs().mean()).item()
-            assert abs(change - hook.threshold) > MARGIN, f"a change of {change} may be rounded to another decision"
-        at_bound = len(branch) >= MAX_CONSECUTIVE_SKIPS and all(branch[-MAX_CONSECUTIVE_SKIPS:])
-        computes = decide(hook, residual) or at_bound
-        branch.append(not computes)
-        return computes
-
-    first_block_cache.FBCHeadBlockHook._should_compute_remaining_blocks = bounded
-    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold(run)))
-    try:
-        yield skips
-    finally:
-        pipeline.transformer.disable_cache()
-        first_block_cache.FBCHeadBlockHook._should_compute_remaining_blocks = decide
-
-
 # --- sensitivity -----------------------------------------------------------------------------------------------------
 
 
-def check_sensitivity(name: str, pipeline, run: dict, pixels, skips) -> None:
+def check_sensitivity(name: str, pipeline, run: dict, pixels) -> None:
     def moved(what, limit=ANOTHER_PROMPT, **change):
         other = {key: value for key, value in (run | change).items() if value is not ...}
-        require_moved(name, what, pixels, record(pipeline, other)[0], limit)
+        require_moved(name, what, pixels, record(pipeline, other), limit)
 
     if "true_cfg_scale" in run:
         moved("no true CFG", true_cfg_scale=...)
@@ -311,13 +233,3 @@ def check_sensitivity(name: str, pipeline, run: dict, pixels, skips) -> None:
     if "cfg_zero_star" in run:
         moved("plain guidance", cfg_zero_star=..., limit=60.0)
         moved("another step left out", zero_init_steps=run.get("zero_init_steps", 1) + 1)
-    if "acceleration" in run:
-        for branch, found in skips.items():
-            both = any(found) and not all(found)
-            require(both, f"{name}: {branch} skips {sum(found)} of {len(found)} passes: {pattern(found)}")
-        # Not as far away as another prompt: that it is nearly the same picture is what the cache is for.
-        moved("no acceleration", limit=60.0, acceleration=...)
-
-
-def pattern(skips: list[bool]) -> str:
-    return "".join("-" if skip else "x" for skip in skips)

@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 use tale_models::Event;
 use tale_models::diffusion::parameters::PARAMETERS;
-use tale_models::diffusion::{Acceleration, DiffusionRequest, Medium};
+use tale_models::diffusion::{DiffusionRequest, Medium};
 use tale_models::parameter::Task;
 use tale_models::request::{Frame, Usage};
 
@@ -131,9 +131,9 @@ fn num_reference_images(request: &DiffusionRequest) -> Option<usize> {
     request.references.as_ref().map(|references| references.images.len())
 }
 
-/// Predictions that an acceleration, where one was asked for, took from ones before them.
+/// Predictions that a cache, where one was asked for, took from ones before them.
 fn skipped_passes(request: &DiffusionRequest, usage: Usage) -> Option<usize> {
-    (request.acceleration != Acceleration::None).then_some(usage.skipped_passes)
+    request.cache.as_ref().map(|_| usage.skipped_passes)
 }
 
 /// The picture of a session, once it is whole, and what it did not need.

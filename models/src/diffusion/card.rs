@@ -10,7 +10,7 @@ use crate::lora::LoraSupport;
 use crate::parameter::{IMAGES, Options, VIDEOS};
 use crate::solver::schedulers::Schedulers;
 
-use super::acceleration::{self, CacheThresholds};
+use super::acceleration::{self, CacheSupport};
 use super::canvas::CanvasSupport;
 use super::edit::{self, EditSupport, IMAGE};
 use super::guidance::GuidanceSupport;
@@ -40,7 +40,7 @@ pub struct DiffusionCard {
     /// How guidance enters.
     pub guidance: GuidanceSupport,
     /// What `acceleration` means; `None` where nothing can be skipped.
-    pub acceleration: Option<CacheThresholds>,
+    pub acceleration: Option<CacheSupport>,
     /// Which LoRAs there are to choose from.
     pub loras: LoraSupport,
     /// When the VAE works in tiles; `None` where it has none.
@@ -118,11 +118,6 @@ impl DiffusionCard {
         self
     }
 
-    /// Of the first-block cache of each of the request's branches, if it has one.
-    pub fn cache_threshold(&self, request: &DiffusionRequest) -> Option<f64> {
-        self.acceleration?.threshold(request.acceleration)
-    }
-
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none. Resizes an input
     /// image, which takes time.
     pub fn resolve(&self, options: &Options, fallback_seed: u64) -> Result<DiffusionRequest> {
@@ -144,7 +139,8 @@ impl DiffusionCard {
         let canvas = self.canvas.resolve(options, of_edit.or(of_keyframes), num_frames)?;
         let keyframes = keyframes.map(|keyframes| keyframes.resolve(&canvas)).transpose()?;
         let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
-        let acceleration = acceleration::resolve(self.acceleration.as_ref(), options)?;
+        let steps = sampling.num_inference_steps;
+        let (acceleration, cache) = acceleration::resolve(self.acceleration.as_ref(), options, &canvas, steps)?;
         let edit = edit.map(|edit| edit.resolve(&canvas, sampling.num_inference_steps)).transpose()?;
         let own = &self.sampling.schedulers;
         let refinement = Refinement::resolve(options, &sampling, own, self.refiner.as_ref(), edit.is_some())?;
@@ -159,6 +155,7 @@ impl DiffusionCard {
             sampling,
             guidance,
             acceleration,
+            cache: cache.map(Arc::new),
             loras,
             vae_tiling,
             partial_images,

@@ -21,9 +21,11 @@ pub mod shots;
 mod tests;
 pub mod tiling;
 
+use std::sync::Arc;
+
 use crate::lora::LoraUse;
 use crate::parameter::Options;
-pub use acceleration::Acceleration;
+pub use acceleration::{Acceleration, Cache};
 pub use canvas::Canvas;
 pub use card::{DiffusionCard, Medium};
 pub use edit::Edit;
@@ -75,6 +77,8 @@ pub struct DiffusionRequest {
     pub guidance: Guidance,
     /// Whether some steps may reuse the results of earlier ones.
     pub acceleration: Acceleration,
+    /// How they do so: what `acceleration` means for this request, or what it says itself.
+    pub cache: Option<Arc<Cache>>,
     /// Terms that are added to the model's layers for this request alone.
     pub loras: Vec<LoraUse>,
     /// Whether the VAE works on tiles of the image or of the frames, where they are larger than one.
@@ -102,6 +106,7 @@ impl DiffusionRequest {
             sampling,
             guidance: Guidance::none(),
             acceleration: Acceleration::None,
+            cache: None,
             loras: Vec::new(),
             vae_tiling: false,
             partial_images: 0,
@@ -148,7 +153,7 @@ impl DiffusionRequest {
         self.canvas.echo(&mut options);
         self.sampling.echo(&mut options);
         self.guidance.echo(&mut options);
-        options.set(&acceleration::ACCELERATION, self.acceleration);
+        acceleration::echo(self.acceleration, self.cache.as_deref(), &mut options);
         loras::echo(&self.loras, &mut options);
         options.set(&tiling::VAE_TILING, self.vae_tiling);
         if let Some(edit) = &self.edit {

@@ -8,7 +8,9 @@ use super::{
 };
 use crate::parameter::Declaration;
 
-pub use super::acceleration::ACCELERATION;
+pub use super::acceleration::{
+    ACCELERATION, CACHE_COEFFICIENTS, CACHE_INTERVAL, CACHE_MAX_SKIPS, CACHE_METHOD, CACHE_RATIOS, CACHE_THRESHOLD,
+};
 pub use super::canvas::{FPS, HEIGHT, NUM_FRAMES, WIDTH};
 pub use super::edit::{IMAGE, MASK, STRENGTH};
 pub use super::guidance::{

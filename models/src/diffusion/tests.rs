@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::acceleration::CacheThresholds;
+use super::acceleration::published::WAN_T2V_1_3B;
+use super::acceleration::{CacheMethod, CacheSupport};
 use super::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use super::edit::{EditDefaults, EditSupport, StepRounding};
 use super::guidance::{GuidanceKind, GuidanceSupport};
@@ -35,7 +36,7 @@ fn clip_card() -> DiffusionCard {
     };
     let sampling = SamplingSupport { default_steps: 50, schedulers: crate::testing::flow_schedulers() };
     let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, 5.0);
-    let acceleration = Some(CacheThresholds { safe: 0.1, fast: 0.2 });
+    let acceleration = Some(CacheSupport { published: Some(&WAN_T2V_1_3B) });
     DiffusionCard { acceleration, ..DiffusionCard::new("wan", prompts, canvas, sampling, guidance) }
 }
 
@@ -366,12 +367,20 @@ fn a_model_may_make_one_size_alone() {
 fn acceleration_is_off_unless_asked_for_and_refused_where_there_is_none() {
     let options = |acceleration| Options::default().with(&ACCELERATION, acceleration);
     let (card, without) = (clip_card(), DiffusionCard { acceleration: None, ..clip_card() });
-    let asked = [(None, None), (Some(Acceleration::Safe), Some(0.1)), (Some(Acceleration::Fast), Some(0.2))];
-    for (acceleration, threshold) in asked {
+    for (acceleration, max_skips) in
+        [(None, None), (Some(Acceleration::Safe), Some(2)), (Some(Acceleration::Fast), Some(4))]
+    {
         let request = card.resolve(&options(acceleration), 0).expect("valid");
         assert_eq!(request.acceleration, acceleration.unwrap_or(Acceleration::None));
-        assert_eq!(card.cache_threshold(&request), threshold);
+        assert_eq!(request.cache.as_ref().map(|cache| cache.max_skips), max_skips);
+        assert_eq!(request.echo().get(&CACHE_METHOD), None);
+        assert_eq!(card.resolve(&request.echo(), 0).expect("as echoed"), request);
     }
+    let few = options(Some(Acceleration::Safe)).with(&NUM_INFERENCE_STEPS, 20);
+    check(card.clone(), few, "acceleration", "from 50 steps on");
+    let expert = options(None).with(&CACHE_METHOD, CacheMethod::FirstBlock).with(&CACHE_THRESHOLD, 0.1);
+    let request = card.resolve(&expert, 0).expect("valid");
+    assert_eq!(card.resolve(&request.echo(), 0).expect("as echoed"), request);
     check(without.clone(), options(Some(Acceleration::Safe)), "acceleration", "allowed: none");
     assert!(without.resolve(&options(Some(Acceleration::None)), 0).is_ok());
 }

@@ -20,6 +20,10 @@ use crate::config::bounds::{
 };
 use crate::config::{Bound, Bounded};
 use crate::device::Placement;
+use crate::diffusion::acceleration::CacheSupport;
+use crate::diffusion::acceleration::published::{
+    COGVIDEOX_1_5, COGVIDEOX_1_5_I2V, COGVIDEOX_2B, COGVIDEOX_5B, Published,
+};
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::keyframes::KeyframeSupport;
@@ -41,7 +45,7 @@ use crate::vae::cogvideox::{CogVideoXVaeConfig, CogVideoXVaeDecoder};
 use crate::weights::Weights;
 
 pub mod pipeline;
-mod positions;
+pub mod positions;
 pub mod transformer;
 
 /// The largest size that a model of the family was trained on (1.5), which is also what it makes unless told otherwise.
@@ -442,9 +446,27 @@ impl Sizes {
         let max_frames = canvas.frames.map_or(1, |frames| frames.max_frames);
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype, self.held_bytes_per_pixel(max_frames)),
+            acceleration: self.cache_support(),
             loras: LoraSupport::NoFolder,
             keyframes: self.takes_picture.then_some(KeyframeSupport::First),
             ..DiffusionCard::new(CogVideoX.name(), self.prompts(), canvas, sampling, guidance)
+        }
+    }
+
+    /// None where there is no second block.
+    fn cache_support(&self) -> Option<CacheSupport> {
+        (self.transformer.num_layers > 1).then(|| CacheSupport { published: self.published() })
+    }
+
+    /// The published checkpoint that has these sizes.
+    fn published(&self) -> Option<&'static Published> {
+        let CogVideoXConfig { num_layers, use_rotary_positional_embeddings, patch_size_t, .. } = self.transformer;
+        match (num_layers, self.transformer.dim(), use_rotary_positional_embeddings, patch_size_t) {
+            (42, 3072, true, Some(2)) if self.takes_picture => Some(&COGVIDEOX_1_5_I2V),
+            (42, 3072, true, Some(2)) => Some(&COGVIDEOX_1_5),
+            (42, 3072, true, None) => Some(&COGVIDEOX_5B),
+            (30, 1920, false, None) if !self.takes_picture => Some(&COGVIDEOX_2B),
+            _ => None,
         }
     }
 
@@ -481,7 +503,11 @@ impl Sizes {
         // The sample, the noise of a step and of the one that it is made instead of, the last clean sample and what is
         // being computed; of each row its input and prediction.
         let solver = latents * (7 + 4 * rows) + (1 + rows) * picture;
-        let denoise = rows * self.transformer.peak_bytes_of_row([frames, height, width], text, dtype);
+        let sizes = [frames, height, width];
+        let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
+        let caches = copies * self.transformer.stream_bytes_of_row(sizes, dtype);
+        let denoise = rows * (self.transformer.peak_bytes_of_row(sizes, text, dtype) + caches)
+            + self.transformer.rotation_bytes(sizes, text);
         let decode =
             self.vae.peak_decode_bytes(self.latent_frames(request), (height, width), request.vae_tiling, dtype);
         let encode = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
@@ -517,10 +543,20 @@ impl CogVideoXConfig {
         // The stream, its norm; the hidden layer before and after its activation, or one of them and what is made of it.
         let feed_forward = 2 * dim + (2 * hidden).max(hidden + packed(hidden) + dim);
         let wide = tokens * attention.max(feed_forward) * dtype.size_in_bytes();
-        let rotations = if self.use_rotary_positional_embeddings { tokens * self.attention_head_dim } else { 0 };
         // The table in f32 and what it is made of, before there is anything else as wide but the stream.
         let positions = if self.has_positions() { 3 * video * dim } else { 0 };
         let narrow = (2 * tokens * dim) * dtype.size_in_bytes() + positions * size_of::<f32>();
-        wide.max(narrow) + rotations * size_of::<f32>()
+        wide.max(narrow)
+    }
+
+    /// The video's tokens of one row once, as they go from block to block.
+    fn stream_bytes_of_row(&self, latents: [usize; 3], dtype: DType) -> usize {
+        self.grid(latents).iter().product::<usize>() * self.dim() * dtype.size_in_bytes()
+    }
+
+    /// What a session keeps of where tokens stand.
+    fn rotation_bytes(&self, latents: [usize; 3], text: usize) -> usize {
+        let tokens = text + self.grid(latents).iter().product::<usize>();
+        usize::from(self.use_rotary_positional_embeddings) * tokens * self.attention_head_dim * size_of::<f32>()
     }
 }

@@ -5,7 +5,7 @@
 //! Source: diffusers `pipelines/flux/pipeline_flux.py` and its siblings for image to image and inpainting. Noise is drawn
 //! in f32, as diffusers does for an f32 pipeline.
 
-use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::acceleration::CacheSupport;
 use crate::diffusion::canvas::{CanvasSupport, SizeRule};
 use crate::diffusion::edit::{EditDefaults, EditSupport, StepRounding};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
@@ -47,12 +47,6 @@ const MAX_PIXELS: usize = 2048 * 2048;
 
 /// Tokens of a prompt of schnell; dev takes twice as many.
 const SHORT_PROMPT: usize = 256;
-
-/// Published for 28 steps of dev (the page on ParaAttention in diffusers' documentation): 1.55 and 1.9 times as fast.
-const CACHE_THRESHOLDS: CacheThresholds = CacheThresholds { safe: 0.08, fast: 0.12 };
-/// What a cache keeps of each image token, in vectors as wide as the stream: what the first block and what the others
-/// added; and, while the others are computed, what came out of the first.
-const CACHED_WIDTHS: usize = 3;
 
 /// Copies of the latents in f32 that a session with two branches holds: the sample; of each branch what the model sees of
 /// it and predicts, in the batch and by itself.
@@ -263,7 +257,7 @@ fn card(
     let sampling = SamplingSupport { default_steps, schedulers };
     let guidance = GuidanceSupport::constant(kind, default_scale).of_flow();
     DiffusionCard {
-        acceleration: transformer.can_skip_blocks().then_some(CACHE_THRESHOLDS),
+        acceleration: transformer.can_skip_blocks().then(|| CacheSupport { published: transformer.published() }),
         loras: LoraSupport::NoFolder,
         tiling: vae.vae_tiling(placement.compute_dtype, LATENT_COPIES),
         edits: Some(EditSupport {

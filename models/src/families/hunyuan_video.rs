@@ -16,6 +16,8 @@ use self::text::{TextConfigs, TextEncoders, TextWeights};
 use self::transformer::HunyuanVideoTransformer;
 use crate::checkpoint::{CONFIG, MODEL_INDEX, Manifest, OpenWeights};
 use crate::device::Placement;
+use crate::diffusion::acceleration::CacheSupport;
+use crate::diffusion::acceleration::published::HUNYUAN_VIDEO;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::keyframes::KeyframeSupport;
@@ -299,10 +301,20 @@ impl Sizes {
         let latent_frames = self.vae.latent_frames(MAX_FRAMES + self.skipped_frames());
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype, latent_frames, LATENT_COPIES),
+            acceleration: self.cache_support(),
             loras: LoraSupport::NoFolder,
             keyframes: self.image_condition.map(|_| KeyframeSupport::First),
             ..DiffusionCard::new(HunyuanVideo.name(), prompts, canvas, sampling, guidance)
         }
+    }
+
+    /// None where there is no second block. Figures are for the published model from text alone.
+    fn cache_support(&self) -> Option<CacheSupport> {
+        let HunyuanVideoConfig { num_layers, num_single_layers, in_channels, guidance_embeds, .. } = self.transformer;
+        let sizes = (num_layers, num_single_layers, self.transformer.dim(), in_channels);
+        let is_published = sizes == (20, 40, 3072, 16) && guidance_embeds && self.image_condition.is_none();
+        let can_skip = num_layers > 0 && num_layers + num_single_layers > 1;
+        can_skip.then(|| CacheSupport { published: is_published.then_some(&HUNYUAN_VIDEO) })
     }
 
     /// Shape of a request's latents: `[1, channels, frames, height, width]`.
@@ -327,7 +339,10 @@ impl Sizes {
         // The sample and what the solver computes of it; of each row what the model sees and predicts.
         let solver = (latents + known) * (3 + 4 * rows);
         let positions = frames * height * width;
-        let denoise = rows * self.transformer.peak_bytes_of_row(positions, told, dtype);
+        let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(true));
+        let caches = copies * self.transformer.stream_bytes_of_row(positions, dtype);
+        let denoise = rows * (self.transformer.peak_bytes_of_row(positions, told, dtype) + caches)
+            + self.transformer.rotation_bytes(positions, told);
         let sizes = [frames, height, width];
         let decode = self.vae.peak_decode_bytes(sizes, request.vae_tiling, dtype);
         let of_picture = self.image_condition.map(|_| {

@@ -22,13 +22,14 @@ use crate::config::bounds::{
 };
 use crate::config::{Bound, Bounded};
 use crate::device::Placement;
-use crate::diffusion::acceleration::CacheThresholds;
+use crate::diffusion::acceleration::CacheSupport;
+use crate::diffusion::acceleration::published::{Published, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B};
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::keyframes::KeyframeSupport;
 use crate::diffusion::prompt::Prompts;
 use crate::diffusion::sampling::SamplingSupport;
-use crate::diffusion::{Acceleration, Canvas, DiffusionCard, DiffusionRequest};
+use crate::diffusion::{Canvas, DiffusionCard, DiffusionRequest};
 use crate::encoders::clip_vision::{ClipVisionConfig, ClipVisionEncoder};
 use crate::encoders::t5::{T5Config, T5Encoder, T5Kind};
 use crate::error::{Error, Result};
@@ -67,13 +68,6 @@ const DEFAULT_STEPS: usize = 50;
 const DEFAULT_GUIDANCE_SCALE: f64 = 5.0;
 /// The rate at which its example saves the video.
 const DEFAULT_FPS: usize = 16;
-
-/// Measured by the author of github.com/testdummyvt/diffsynth-wan-cache, whose README has the clips: 1.13 and 1.36 times as
-/// fast for the 1.3B model, which falls apart at 0.06; the 14B one is a little more patient.
-const CACHE_THRESHOLDS: CacheThresholds = CacheThresholds { safe: 0.03, fast: 0.04 };
-/// What a cache keeps of each token, in vectors as wide as the stream: what the first block and what the others added;
-/// and, while the others are computed, what came out of the first.
-const CACHED_WIDTHS: usize = 3;
 
 /// Pipelines of diffusers that make videos from text, and from pictures.
 const PIPELINES: [&str; 2] = ["WanPipeline", "WanImageToVideoPipeline"];
@@ -387,7 +381,7 @@ impl Sizes {
         let guidance = GuidanceSupport::constant(GuidanceKind::ClassifierFree, DEFAULT_GUIDANCE_SCALE).of_flow();
         DiffusionCard {
             tiling: self.vae.vae_tiling(dtype),
-            acceleration: self.cache_thresholds(),
+            acceleration: self.cache_support(),
             loras: LoraSupport::NoFolder,
             keyframes: self.image_encoder.as_ref().map(|_| match self.transformer.pos_embed_seq_len {
                 Some(_) => KeyframeSupport::FirstAndLast,
@@ -397,9 +391,9 @@ impl Sizes {
         }
     }
 
-    /// None where no figure supports them: they were measured for text to video.
-    fn cache_thresholds(&self) -> Option<CacheThresholds> {
-        (self.transformer.num_layers > 1 && self.image_encoder.is_none()).then_some(CACHE_THRESHOLDS)
+    /// None where there is no second block.
+    fn cache_support(&self) -> Option<CacheSupport> {
+        (self.transformer.num_layers > 1).then(|| CacheSupport { published: self.transformer.published() })
     }
 
     /// Shape of a request's latents: `[1, channels, frames, height, width]`.
@@ -425,9 +419,11 @@ impl Sizes {
         let solver = latents * (6 + 2 * rows) + rows * known;
         // Of each row: the input, its patches; the answer in patches, in the latents' order, and apart from other rows.
         let ends = rows * (2 * known + 5 * latents);
-        let (pixels, cached) = (frames * height * width, request.acceleration != Acceleration::None);
-        let caches = usize::from(cached) * self.transformer.cache_bytes_of_row(pixels, dtype);
-        let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches);
+        let pixels = frames * height * width;
+        let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
+        let caches = copies * self.transformer.stream_bytes_of_row(pixels, dtype);
+        let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches)
+            + self.transformer.rope_bytes(pixels);
         let decode = latents + self.vae.peak_decode_bytes(frames, (height, width), request.vae_tiling, dtype);
         let text_pass = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let vision_pass = self.image_encoder.as_ref().map_or(0, |config| config.forward_bytes(dtype));
@@ -447,10 +443,21 @@ impl Sizes {
 }
 
 impl WanConfig {
-    /// What the first-block cache of one branch holds, and what it takes while a pass is computed.
-    fn cache_bytes_of_row(&self, latent_pixels: usize, dtype: DType) -> usize {
+    /// The published checkpoint that has these sizes. Those between two pictures have no figure.
+    fn published(&self) -> Option<&'static Published> {
+        let sizes = (self.num_layers, self.dim(), self.ffn_dim);
+        match (sizes, self.in_channels, self.image_dim, self.pos_embed_seq_len) {
+            ((30, 1536, 8960), 16, None, None) => Some(&WAN_T2V_1_3B),
+            ((40, 5120, 13_824), 16, None, None) => Some(&WAN_T2V_14B),
+            ((40, 5120, 13_824), 36, Some(1280), None) => Some(&WAN_I2V_14B),
+            _ => None,
+        }
+    }
+
+    /// The tokens of one row once, as they go from block to block.
+    fn stream_bytes_of_row(&self, latent_pixels: usize, dtype: DType) -> usize {
         let tokens = latent_pixels / self.patch_size.iter().product::<usize>();
-        CACHED_WIDTHS * tokens * self.dim() * dtype.size_in_bytes()
+        tokens * self.dim() * dtype.size_in_bytes()
     }
 
     /// Activations of one row of one forward pass, at the widest of the places below.
@@ -461,9 +468,14 @@ impl WanConfig {
         let self_attention = 8 * tokens * dim;
         // x, its norm, the hidden layer before and after its activation.
         let feed_forward = tokens * (2 * dim + 2 * self.ffn_dim);
-        let rope = tokens * self.attention_head_dim * size_of::<f32>();
         // The embedded text between its layers, as keys before and after their norm, and as values; measured: 340 values more.
         let embedded = text * (6 * dim + 340);
-        (self_attention.max(feed_forward) + embedded) * dtype.size_in_bytes() + rope
+        (self_attention.max(feed_forward) + embedded) * dtype.size_in_bytes()
+    }
+
+    /// What a session keeps of where tokens stand.
+    fn rope_bytes(&self, latent_pixels: usize) -> usize {
+        let tokens = latent_pixels / self.patch_size.iter().product::<usize>();
+        tokens * self.attention_head_dim * size_of::<f32>()
     }
 }

@@ -31,12 +31,13 @@ pub mod previews;
 pub mod retry;
 mod row;
 mod session;
+mod skipping;
 pub mod start;
 #[cfg(test)]
 mod tests;
 
 use batcher::{Batcher, Layers, Load, MendKey, StepKey};
-use block_cache::BlockCache;
+use block_cache::{BlockCache, RowCache};
 use course::Expert;
 use mending::Wide;
 pub use model::DiffusionModel;
@@ -169,9 +170,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         // The members of a step have the same one.
         let expert = sessions[0].denoising().expert();
         let rows: Vec<_> = sessions.iter().flat_map(|session| session.denoising().rows(&session.request)).collect();
-        let of_rows =
-            sessions.iter().zip(&mut caches).map(|(session, caches)| caches.iter_mut().take(session.num_rows()));
-        let mut caches_of_rows: Vec<&mut BlockCache> = of_rows.flatten().collect();
+        let of_rows = sessions.iter().zip(&mut caches).flat_map(|(session, caches)| {
+            let step = session.denoising().step();
+            caches.iter_mut().take(session.num_rows()).map(move |cache| RowCache { cache, step })
+        });
+        let mut caches_of_rows: Vec<RowCache<'_>> = of_rows.collect();
         let predictions = predict_in_passes(&self.model, expert, &rows, self.max_rows, &mut caches_of_rows)?;
         let mut predictions = predictions.into_iter();
         let guided =
@@ -283,7 +286,7 @@ fn predict_in_passes<M: DiffusionModel>(
     expert: Expert,
     rows: &[DenoiseRow<'_, M::Conditioning>],
     max_rows: usize,
-    caches: &mut [&mut BlockCache],
+    caches: &mut [RowCache<'_>],
 ) -> Result<Vec<Tensor>> {
     let mut caches = caches.chunks_mut(max_rows);
     let mut predictions = Vec::with_capacity(rows.len());
@@ -298,7 +301,7 @@ fn predict_in_passes<M: DiffusionModel>(
     Ok(predictions)
 }
 
-const IS_CACHED: &str = "a card has thresholds where the family can skip blocks: this is a bug";
+const IS_CACHED: &str = "a card lets blocks be skipped where the family can: this is a bug";
 
 /// Refuses what this model is not made for.
 fn check<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Result<()> {

@@ -4,6 +4,7 @@
 // Every file here is a test; clippy takes their helper functions for something else.
 #![allow(clippy::unwrap_used)]
 
+mod caches;
 mod chats;
 mod clip_tiling;
 mod clips;

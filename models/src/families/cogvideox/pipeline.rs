@@ -8,6 +8,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::CogVideoXModel;
+use super::positions::Rotations;
 use super::transformer::CogVideoXInput as TransformerInput;
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::slices;
@@ -18,6 +19,7 @@ use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
+use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
@@ -66,6 +68,8 @@ pub struct CogVideoXConditioning {
     /// Of models that begin from a picture: its latents and zeros for all later frames, f32 `[1, frames, channels, height,
     /// width]`.
     pub picture: Option<Tensor>,
+    /// Of all tokens, where any are turned; made once for all steps.
+    pub rotations: Option<Arc<Rotations>>,
 }
 
 impl CogVideoXModel {
@@ -82,6 +86,29 @@ impl CogVideoXModel {
         let first = (sample.transpose(1, 2)? * scale)?; // [1, 1, channels, height, width]
         let [_, frames, ..] = self.sizes.latent_shape(request);
         Ok(first.pad_with_zeros(1, 0, frames - 1)?)
+    }
+
+    /// The rows side by side, as the transformer takes them, and the prediction of each.
+    fn with_input(
+        &self,
+        rows: &[DenoiseRow<'_, CogVideoXConditioning>],
+        forward: impl FnOnce(&TransformerInput<'_>) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let latents = |row: &DenoiseRow<'_, CogVideoXConditioning>| match &row.conditioning.picture {
+            Some(picture) => Tensor::cat(&[row.latents, picture], 2),
+            None => Ok(row.latents.clone()),
+        };
+        let text: Vec<&Tensor> = rows.iter().map(|row| &row.conditioning.text).collect();
+        let latents = rows.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?;
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        split_rows(&forward(&TransformerInput {
+            latents: &Tensor::cat(&latents, 0)?,
+            timesteps: &timesteps,
+            // Of another dtype only where another model has encoded the prompt.
+            text: &Tensor::cat(&text, 0)?.to_dtype(self.placement.compute_dtype)?,
+            // Rows of one step stand alike.
+            rotations: rows[0].conditioning.rotations.as_deref(),
+        })?)
     }
 }
 
@@ -167,7 +194,11 @@ impl DiffusionModel for CogVideoXModel {
                 CogVideoXEncoded::Picture(posterior) => picture = Some(self.picture_latents(posterior, request)?),
             }
         }
-        Ok(texts.into_iter().map(|text| CogVideoXConditioning { text, picture: picture.clone() }).collect())
+        let [_, frames, _, height, width] = self.sizes.latent_shape(request);
+        let length = request.prompt.max_sequence_length;
+        let rotations = self.transformer.rotations([frames, height, width], length)?.map(Arc::new);
+        let of_branch = |text| CogVideoXConditioning { text, picture: picture.clone(), rotations: rotations.clone() };
+        Ok(texts.into_iter().map(of_branch).collect())
     }
 
     fn shape(&self, conditioning: &CogVideoXConditioning) -> Vec<usize> {
@@ -191,19 +222,7 @@ impl DiffusionModel for CogVideoXModel {
     }
 
     fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, CogVideoXConditioning>]) -> Result<Vec<Tensor>> {
-        let latents = |row: &DenoiseRow<'_, CogVideoXConditioning>| match &row.conditioning.picture {
-            Some(picture) => Tensor::cat(&[row.latents, picture], 2),
-            None => Ok(row.latents.clone()),
-        };
-        let text: Vec<&Tensor> = rows.iter().map(|row| &row.conditioning.text).collect();
-        let latents = rows.iter().map(latents).collect::<candle_core::Result<Vec<_>>>()?;
-        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
-        split_rows(&self.transformer.forward(&TransformerInput {
-            latents: &Tensor::cat(&latents, 0)?,
-            timesteps: &timesteps,
-            // Of another dtype only where another model has encoded the prompt.
-            text: &Tensor::cat(&text, 0)?.to_dtype(self.placement.compute_dtype)?,
-        })?)
+        self.with_input(rows, |input| self.transformer.forward(input))
     }
 
     fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<CogVideoXDecoding> {
@@ -226,8 +245,23 @@ impl DiffusionModel for CogVideoXModel {
         Some(&self.adapters)
     }
 
+    fn cached_prediction(&self) -> Option<&dyn CachedPrediction<CogVideoXConditioning>> {
+        Some(self)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
+    }
+}
+
+impl CachedPrediction<CogVideoXConditioning> for CogVideoXModel {
+    fn predict_cached(
+        &self,
+        _expert: Expert,
+        rows: &[DenoiseRow<'_, CogVideoXConditioning>],
+        caches: &mut [RowCache<'_>],
+    ) -> Result<Vec<Tensor>> {
+        self.with_input(rows, |input| self.transformer.forward_cached(input, caches))
     }
 }
 

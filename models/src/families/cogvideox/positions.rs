@@ -34,7 +34,8 @@ pub(super) struct Table {
 }
 
 /// By how much the heads of each token are turned: text not at all.
-pub(super) struct Rotations {
+#[derive(Debug)]
+pub struct Rotations {
     /// f32 `[s + l, head_dim / 2]`.
     pub(super) cos: Tensor,
     /// f32 `[s + l, head_dim / 2]`.

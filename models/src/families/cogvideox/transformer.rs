@@ -13,6 +13,7 @@ use super::positions::{Positions, Rotations};
 use crate::error::Result;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear};
+use crate::runner::diffusion::block_cache::{Blocks, RowCache, select, through_blocks};
 use crate::weights::Weights;
 
 /// Of the norms of queries and keys; the class does not configure it.
@@ -31,6 +32,8 @@ pub struct CogVideoXInput<'a> {
     pub timesteps: &'a [f32],
     /// `[n, s, text_embed_dim]` in the compute dtype.
     pub text: &'a Tensor,
+    /// Of all tokens, where any are turned: [`CogVideoXTransformer::rotations`].
+    pub rotations: Option<&'a Rotations>,
 }
 
 /// `CogVideoXTransformer3DModel`.
@@ -76,11 +79,27 @@ impl CogVideoXTransformer {
         })
     }
 
+    /// By how much tokens are turned, of latents of so many frames, rows and columns behind so many tokens of text. The same in
+    /// all steps.
+    pub fn rotations(&self, latents: [usize; 3], text: usize) -> Result<Option<Rotations>> {
+        self.positions.rotations(self.config.grid(latents), text, &self.config, &self.device)
+    }
+
     /// The prediction, f32 `[n, frames, out_channels, height, width]`.
     pub fn forward(&self, input: &CogVideoXInput<'_>) -> Result<Tensor> {
+        self.forward_through(input, None)
+    }
+
+    /// As [`CogVideoXTransformer::forward`], where the rows that their caches answer skip blocks.
+    pub fn forward_cached(&self, input: &CogVideoXInput<'_>, caches: &mut [RowCache<'_>]) -> Result<Tensor> {
+        self.forward_through(input, Some(caches))
+    }
+
+    fn forward_through(&self, input: &CogVideoXInput<'_>, caches: Option<&mut [RowCache<'_>]>) -> Result<Tensor> {
         let (_, frames, _, height, width) = input.latents.dims5()?;
         let grid = self.config.grid([frames, height, width]);
-        let condition = silu(&self.condition(input.timesteps)?)?; // [n, time_embed_dim]
+        let time = self.condition(input.timesteps)?; // [n, time_embed_dim]
+        let condition = silu(&time)?;
         let mut text = self.text_proj.forward(input.text)?; // [n, s, dim]
         let patches = |latents: &Tensor| self.patches(&latents.to_dtype(self.compute_dtype)?, grid);
         let mut video = self.patch_proj.forward(&patches(input.latents)?)?; // [n, l, dim]
@@ -90,10 +109,15 @@ impl CogVideoXTransformer {
                 text = text.broadcast_add(of_text)?;
             }
         }
-        let rotations = self.positions.rotations(grid, text.dim(1)?, &self.config, &self.device)?;
-        for block in &self.blocks {
-            (text, video) = block.forward(text, video, &condition, rotations.as_ref())?;
-        }
+        let rotations = input.rotations;
+        video = match caches {
+            None => all_through(&self.blocks, text, video, &condition, rotations)?,
+            Some(caches) => {
+                let streams =
+                    Streams { blocks: &self.blocks, text, video, time, condition: condition.clone(), rotations };
+                through_blocks(caches, streams)?
+            }
+        };
         video = self.norm_final.forward(&video)?;
         let parts = self.norm_out.forward(&condition)?;
         video = self.norm_out.modulated(&video, &parts, 0)?;
@@ -127,6 +151,56 @@ impl CogVideoXTransformer {
         let x = x.reshape(vec![n, frames, rows, columns, channels, pt, p, p])?;
         let x = x.permute(vec![0, 1, 5, 4, 2, 6, 3, 7])?.contiguous()?; // [n, frames, pt, channels, rows, p, columns, p]
         Ok(x.reshape((n, frames * pt, channels, rows * p, columns * p))?)
+    }
+}
+
+/// Both parts of the stream through these blocks: the video, `[n, l, dim]`.
+fn all_through(
+    blocks: &[Block],
+    mut text: Tensor,
+    mut video: Tensor,
+    condition: &Tensor,
+    rotations: Option<&Rotations>,
+) -> Result<Tensor> {
+    for block in blocks {
+        (text, video) = block.forward(text, video, condition, rotations)?;
+    }
+    Ok(video)
+}
+
+/// Tokens of some rows before the blocks that are ahead of them.
+struct Streams<'a> {
+    blocks: &'a [Block],
+    text: Tensor,
+    video: Tensor,
+    /// `[n, time_embed_dim]`, before its activation and after it.
+    time: Tensor,
+    condition: Tensor,
+    rotations: Option<&'a Rotations>,
+}
+
+impl Blocks for Streams<'_> {
+    fn entered(&self) -> &Tensor {
+        &self.video
+    }
+
+    /// The embedded timestep (TeaCache4CogVideoX1.5).
+    fn signal(&self) -> Result<Tensor> {
+        Ok(self.time.clone())
+    }
+
+    fn pass_first(&mut self) -> Result<Tensor> {
+        let (first, others) = self.blocks.split_first().expect("models of one block are refused: this is a bug");
+        let (text, video) = (self.text.clone(), self.video.clone());
+        (self.text, self.video) = first.forward(text, video, &self.condition, self.rotations)?;
+        self.blocks = others;
+        Ok(self.video.clone())
+    }
+
+    fn pass_rest(self, rows: &[usize]) -> Result<Tensor> {
+        let Self { blocks, text, video, condition, rotations, .. } = self;
+        let (text, video, condition) = (select(&text, rows)?, select(&video, rows)?, select(&condition, rows)?);
+        all_through(blocks, text, video, &condition, rotations)
     }
 }
 

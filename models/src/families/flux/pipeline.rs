@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::transformer::PACK;
-use super::{CACHED_WIDTHS, FluxConditioning, FluxModel, LIVE_WIDTHS};
+use super::{FluxConditioning, FluxModel, LIVE_WIDTHS};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::{rows_of, slices};
 use crate::error::Result;
@@ -17,7 +17,7 @@ use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
-use crate::runner::diffusion::block_cache::{BlockCache, CachedPrediction};
+use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
@@ -83,10 +83,8 @@ impl FluxModel {
         let encode = t5_pass + self.text_encoder_2.dequantised_bytes();
         let denoise = branches * (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
         let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
-        let caches = match self.card.cache_threshold(request) {
-            Some(_) => branches * CACHED_WIDTHS * image_len * transformer.inner_dim() * dtype.size_in_bytes(),
-            None => 0,
-        };
+        let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(true));
+        let caches = branches * copies * image_len * transformer.inner_dim() * dtype.size_in_bytes();
         let preview = if request.partial_images > 0 { self.vae_config.preview_bytes(dtype) } else { 0 };
         let size = (request.canvas.height, request.canvas.width);
         let (picture, begin) = match &request.edit {
@@ -262,7 +260,7 @@ impl CachedPrediction<FluxConditioning> for FluxModel {
         &self,
         _expert: Expert,
         rows: &[DenoiseRow<'_, FluxConditioning>],
-        caches: &mut [&mut BlockCache],
+        caches: &mut [RowCache<'_>],
     ) -> Result<Vec<Tensor>> {
         split_rows(&self.with_input(rows, |input| self.transformer.forward_cached(input, caches))?)
     }

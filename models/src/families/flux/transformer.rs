@@ -11,11 +11,12 @@ use tale_kernels::{gated_sum, gelu_tanh, silu};
 
 use crate::config::bounds::{MAX_CHANNELS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_PATCH, MAX_WIDTH, check_product};
 use crate::config::{Bound, Bounded};
+use crate::diffusion::acceleration::published::{FLUX_1_DEV, Published};
 use crate::error::{Error, Result};
 use crate::layers::Linear;
 use crate::layers::joint::{ADDED, FeedForward, Modulation, OWN, Projections, Rotations, joint_attention, modulated};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
-use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
+use crate::runner::diffusion::block_cache::{Blocks, RowCache, select, through_blocks};
 use crate::weights::Weights;
 
 const ROPE_THETA: f64 = 10_000.0;
@@ -85,6 +86,12 @@ impl FluxTransformerConfig {
     /// Whether there is a first block of two streams, and another one that could be skipped.
     pub fn can_skip_blocks(&self) -> bool {
         self.num_layers > 0 && self.num_layers + self.num_single_layers > 1
+    }
+
+    /// The published checkpoint that has these sizes and figures.
+    pub fn published(&self) -> Option<&'static Published> {
+        let sizes = (self.num_layers, self.num_single_layers, self.inner_dim(), self.in_channels);
+        (sizes == (19, 38, 3072, 64) && self.guidance_embeds).then_some(&FLUX_1_DEV)
     }
 
     /// Channels of the latents before packing.
@@ -191,13 +198,11 @@ impl FluxTransformer {
         self.leave(&image, &condition)
     }
 
-    /// As [`FluxTransformer::forward`], where the rows that their caches let go skip all blocks but the first.
-    pub fn forward_cached(&self, input: &TransformerInput<'_>, caches: &mut [&mut BlockCache]) -> Result<Tensor> {
-        let Entered { text, image, condition, rope } = self.enter(input)?;
-        let (text, after) = self.transformer_blocks[0].forward(&text, &image, &condition, &rope)?;
-        let image = through_blocks(caches, &image, &after, |rows| {
-            self.blocks_from(1, select(&text, rows)?, select(&after, rows)?, &select(&condition, rows)?, &rope)
-        })?;
+    /// As [`FluxTransformer::forward`], where the rows that their caches answer skip blocks.
+    pub fn forward_cached(&self, input: &TransformerInput<'_>, caches: &mut [RowCache<'_>]) -> Result<Tensor> {
+        let entered = self.enter(input)?;
+        let condition = entered.condition.clone();
+        let image = through_blocks(caches, Streams { network: self, first: 0, entered })?;
         self.leave(&image, &condition)
     }
 
@@ -246,6 +251,40 @@ struct Entered {
     /// `[b, dim]`.
     condition: Tensor,
     rope: Rotations,
+}
+
+/// Tokens of some rows before the blocks from number `first` on.
+struct Streams<'a> {
+    network: &'a FluxTransformer,
+    first: usize,
+    entered: Entered,
+}
+
+impl Blocks for Streams<'_> {
+    fn entered(&self) -> &Tensor {
+        &self.entered.image
+    }
+
+    /// The image as the first block sees it (TeaCache4FLUX).
+    fn signal(&self) -> Result<Tensor> {
+        let norm = &self.network.transformer_blocks[0].image.norm1;
+        let [shift, scale, ..] = norm.forward(&self.entered.condition)?;
+        modulated(&self.entered.image, &shift, &scale)
+    }
+
+    fn pass_first(&mut self) -> Result<Tensor> {
+        let Entered { text, image, condition, rope } = &self.entered;
+        let (text, image) = self.network.transformer_blocks[0].forward(text, image, condition, rope)?;
+        (self.entered.text, self.entered.image) = (text, image);
+        self.first = 1;
+        Ok(self.entered.image.clone())
+    }
+
+    fn pass_rest(self, rows: &[usize]) -> Result<Tensor> {
+        let Entered { text, image, condition, rope } = &self.entered;
+        let (text, image, condition) = (select(text, rows)?, select(image, rows)?, select(condition, rows)?);
+        self.network.blocks_from(self.first, text, image, &condition, rope)
+    }
 }
 
 /// Timestep, guidance and pooled text as one vector.

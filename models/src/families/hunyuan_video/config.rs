@@ -167,9 +167,18 @@ impl HunyuanVideoConfig {
         let tokens = self.num_tokens(positions) + text;
         let (dim, inner) = (self.dim(), self.inner());
         let of_token = (10 * dim).max(5 * dim + 2 * inner + packed_values(dim + inner));
-        let rotations = tokens * self.attention_head_dim * size_of::<f32>();
         // The refined text between its layers.
         let refined = text * (3 * dim + 2 * REFINER_MLP_RATIO * dim + self.text_embed_dim);
-        (tokens * of_token + refined) * dtype.size_in_bytes() + rotations
+        (tokens * of_token + refined) * dtype.size_in_bytes()
+    }
+
+    /// The video's tokens of one row once, as they go from block to block.
+    pub(super) fn stream_bytes_of_row(&self, positions: usize, dtype: DType) -> usize {
+        self.num_tokens(positions) * self.dim() * dtype.size_in_bytes()
+    }
+
+    /// What a session keeps of where tokens stand.
+    pub(super) fn rotation_bytes(&self, positions: usize, text: usize) -> usize {
+        (self.num_tokens(positions) + text) * self.attention_head_dim * size_of::<f32>()
     }
 }

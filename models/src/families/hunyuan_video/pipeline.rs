@@ -13,10 +13,12 @@ use super::{HunyuanVideoModel, Sizes};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::error::Result;
 use crate::families::split_rows;
+use crate::layers::joint::Rotations;
 use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
 use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
+use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
@@ -70,6 +72,8 @@ pub struct HunyuanVideoConditioning {
     /// Latents of the picture and a mask, for the channels behind those of the clip, f32 `[1, z + 1, f, h, w]`, of models
     /// that take it there.
     pub behind: Option<Tensor>,
+    /// Of all tokens; made once for all steps.
+    pub rotations: Arc<Rotations>,
 }
 
 /// The latents of the picture, of models that take one.
@@ -199,7 +203,9 @@ impl DiffusionModel for HunyuanVideoModel {
         encoded: &[Arc<HunyuanVideoEncoded>],
         request: &DiffusionRequest,
     ) -> Result<Vec<HunyuanVideoConditioning>> {
-        let frames = self.sizes.latent_shape(request)[2];
+        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
+        let told_length = self.sizes.told_length(request);
+        let rotations = Arc::new(self.transformer.rotations([frames, height, width], told_length)?);
         let behind = match (self.sizes.image_condition, picture_of(encoded)) {
             (Some(ImageCondition::LatentConcat), Some(latents)) => {
                 let mask = latents.narrow(1, 0, 1)?.ones_like()?;
@@ -209,7 +215,8 @@ impl DiffusionModel for HunyuanVideoModel {
         };
         let texts = encoded.iter().filter_map(|encoded| match &**encoded {
             HunyuanVideoEncoded::Prompt(text) => {
-                Some(HunyuanVideoConditioning { text: text.clone(), behind: behind.clone() })
+                let rotations = rotations.clone();
+                Some(HunyuanVideoConditioning { text: text.clone(), behind: behind.clone(), rotations })
             }
             HunyuanVideoEncoded::Picture(_) => None,
         });
@@ -231,28 +238,7 @@ impl DiffusionModel for HunyuanVideoModel {
     }
 
     fn predict(&self, _expert: Expert, rows: &[DenoiseRow<'_, HunyuanVideoConditioning>]) -> Result<Vec<Tensor>> {
-        // Of another dtype only where another model has encoded the prompt.
-        let dtype = self.placement.compute_dtype;
-        let stack = |part: fn(&DenoiseRow<'_, HunyuanVideoConditioning>) -> candle_core::Result<Tensor>| {
-            Tensor::cat(&rows.iter().map(part).collect::<candle_core::Result<Vec<_>>>()?, 0)
-        };
-        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
-        let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance.guidance_scale as f32).collect();
-        let text_lens: Vec<usize> = rows.iter().map(|row| row.conditioning.text.num_tokens).collect();
-        let first_is_clean = self.sizes.image_condition == Some(ImageCondition::TokenReplace);
-        let flow = self.transformer.forward(&TransformerInput {
-            latents: &stack(|row| match &row.conditioning.behind {
-                Some(behind) => Tensor::cat(&[row.latents, behind], 1),
-                None => Ok(row.latents.clone()),
-            })?,
-            timesteps: &timesteps,
-            text: &stack(|row| Ok(row.conditioning.text.prompt_embeds.clone()))?.to_dtype(dtype)?,
-            text_lens: &text_lens,
-            pooled: &stack(|row| Ok(row.conditioning.text.pooled_prompt_embeds.clone()))?.to_dtype(dtype)?,
-            guidance_scales: &guidance_scales,
-            first_is_clean,
-        })?;
-        split_rows(&if first_is_clean { standing_first(&flow)? } else { flow })
+        self.with_input(rows, |input| self.transformer.forward(input))
     }
 
     fn begin_decode(
@@ -281,8 +267,57 @@ impl DiffusionModel for HunyuanVideoModel {
         self.vae_encoder.as_ref().map(|_| self as _)
     }
 
+    fn cached_prediction(&self) -> Option<&dyn CachedPrediction<HunyuanVideoConditioning>> {
+        Some(self)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
+    }
+}
+
+impl HunyuanVideoModel {
+    /// The rows side by side, as the transformer takes them, and the prediction of each.
+    fn with_input(
+        &self,
+        rows: &[DenoiseRow<'_, HunyuanVideoConditioning>],
+        forward: impl FnOnce(&TransformerInput<'_>) -> Result<Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        // Of another dtype only where another model has encoded the prompt.
+        let dtype = self.placement.compute_dtype;
+        let stack = |part: fn(&DenoiseRow<'_, HunyuanVideoConditioning>) -> candle_core::Result<Tensor>| {
+            Tensor::cat(&rows.iter().map(part).collect::<candle_core::Result<Vec<_>>>()?, 0)
+        };
+        let timesteps: Vec<f32> = rows.iter().map(|row| row.timestep as f32).collect();
+        let guidance_scales: Vec<f32> = rows.iter().map(|row| row.request.guidance.guidance_scale as f32).collect();
+        let text_lens: Vec<usize> = rows.iter().map(|row| row.conditioning.text.num_tokens).collect();
+        let first_is_clean = self.sizes.image_condition == Some(ImageCondition::TokenReplace);
+        let flow = forward(&TransformerInput {
+            latents: &stack(|row| match &row.conditioning.behind {
+                Some(behind) => Tensor::cat(&[row.latents, behind], 1),
+                None => Ok(row.latents.clone()),
+            })?,
+            timesteps: &timesteps,
+            text: &stack(|row| Ok(row.conditioning.text.prompt_embeds.clone()))?.to_dtype(dtype)?,
+            text_lens: &text_lens,
+            pooled: &stack(|row| Ok(row.conditioning.text.pooled_prompt_embeds.clone()))?.to_dtype(dtype)?,
+            guidance_scales: &guidance_scales,
+            first_is_clean,
+            // Rows of one step stand alike.
+            rotations: &rows[0].conditioning.rotations,
+        })?;
+        split_rows(&if first_is_clean { standing_first(&flow)? } else { flow })
+    }
+}
+
+impl CachedPrediction<HunyuanVideoConditioning> for HunyuanVideoModel {
+    fn predict_cached(
+        &self,
+        _expert: Expert,
+        rows: &[DenoiseRow<'_, HunyuanVideoConditioning>],
+        caches: &mut [RowCache<'_>],
+    ) -> Result<Vec<Tensor>> {
+        self.with_input(rows, |input| self.transformer.forward_cached(input, caches))
     }
 }
 

@@ -14,6 +14,7 @@ use crate::error::Result;
 use crate::layers::Linear;
 use crate::layers::joint::{ADDED, FeedForward, Modulation, OWN, Projections, Rotations, joint_attention, modulated};
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
+use crate::runner::diffusion::block_cache::{Blocks, RowCache, select, through_blocks};
 use crate::weights::Weights;
 
 /// What an embedded guidance scale is multiplied with.
@@ -35,6 +36,8 @@ pub struct HunyuanVideoInput<'a> {
     pub guidance_scales: &'a [f32],
     /// Whether the first frame is a picture, whose tokens have no noise (`token_replace`).
     pub first_is_clean: bool,
+    /// Of all tokens: [`HunyuanVideoTransformer::rotations`].
+    pub rotations: &'a Rotations,
 }
 
 /// `HunyuanVideoTransformer3DModel`.
@@ -84,32 +87,61 @@ impl HunyuanVideoTransformer {
         &self.device
     }
 
+    /// By how much tokens are turned, of latents of so many frames, rows and columns before so many tokens of text. The same in
+    /// all steps.
+    pub fn rotations(&self, latents: [usize; 3], text_len: usize) -> Result<Rotations> {
+        rotations(&self.config, self.grid(latents), text_len, &self.device)
+    }
+
+    fn grid(&self, [frames, height, width]: [usize; 3]) -> [usize; 3] {
+        let patch = self.config.patch_size;
+        [frames / self.config.patch_size_t, height / patch, width / patch]
+    }
+
     /// The predicted flow, f32 `[n, out_channels, frames, height, width]`.
     pub fn forward(&self, input: &HunyuanVideoInput<'_>) -> Result<Tensor> {
+        self.forward_through(input, None)
+    }
+
+    /// As [`HunyuanVideoTransformer::forward`], where the rows that their caches answer skip blocks.
+    pub fn forward_cached(&self, input: &HunyuanVideoInput<'_>, caches: &mut [RowCache<'_>]) -> Result<Tensor> {
+        self.forward_through(input, Some(caches))
+    }
+
+    fn forward_through(&self, input: &HunyuanVideoInput<'_>, caches: Option<&mut [RowCache<'_>]>) -> Result<Tensor> {
         let (_, _, frames, height, width) = input.latents.dims5()?;
-        let patch = self.config.patch_size;
-        let grid = [frames / self.config.patch_size_t, height / patch, width / patch];
+        let grid = self.grid([frames, height, width]);
         let (video_len, text_len) = (grid.iter().product::<usize>(), input.text.dim(1)?);
         let key_lens: Vec<usize> = input.text_lens.iter().map(|len| video_len + len).collect();
         let told = Told {
             conditions: self.time_text_embed.forward(input, grid[1] * grid[2])?,
-            rotations: rotations(&self.config, grid, text_len, &self.device)?,
-            key_lens: key_lens.iter().any(|len| *len < video_len + text_len).then_some(&key_lens),
+            rotations: input.rotations,
+            key_lens: key_lens.iter().any(|len| *len < video_len + text_len).then_some(key_lens),
         };
-        let mut video = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?; // [n, lv, dim]
-        let mut text = self.context_embedder.forward(input.text, input.text_lens, input.timesteps)?; // [n, lt, dim]
-        for block in &self.transformer_blocks {
-            (video, text) = block.forward(&video, &text, &told)?;
-        }
-        let mut joint = Tensor::cat(&[video, text], 1)?; // [n, l, dim]
-        for block in &self.single_transformer_blocks {
-            joint = block.forward(&joint, &told)?;
-        }
-        let video = joint.narrow(1, 0, video_len)?.contiguous()?;
+        let video = self.x_embedder.forward(&input.latents.to_dtype(self.compute_dtype)?)?; // [n, lv, dim]
+        let text = self.context_embedder.forward(input.text, input.text_lens, input.timesteps)?; // [n, lt, dim]
+        let video = match caches {
+            None => self.blocks_from(0, video, text, &told)?,
+            Some(caches) => through_blocks(caches, Streams { network: self, first: 0, video, text, told: &told })?,
+        };
         // The last norm alone has its scale before its shift.
         let [scale, shift] = self.norm_out.forward(&told.conditions.all)?;
         let flow = self.proj_out.forward(&modulated(&video, &shift, &scale)?)?.to_dtype(DType::F32)?;
         self.unpatchify(&flow, grid)
+    }
+
+    /// `video [n, lv, dim]` and `text [n, lt, dim]` through the dual blocks from number `first` on and all single ones: the
+    /// video.
+    fn blocks_from(&self, first: usize, mut video: Tensor, mut text: Tensor, told: &Told<'_>) -> Result<Tensor> {
+        for block in &self.transformer_blocks[first..] {
+            (video, text) = block.forward(&video, &text, told)?;
+        }
+        let video_len = video.dim(1)?;
+        let mut joint = Tensor::cat(&[video, text], 1)?; // [n, l, dim]
+        for block in &self.single_transformer_blocks {
+            joint = block.forward(&joint, told)?;
+        }
+        Ok(joint.narrow(1, 0, video_len)?.contiguous()?)
     }
 
     /// `[n, lv, channels * patch_size_t * patch_size * patch_size]` to `[n, channels, frames, height, width]`.
@@ -126,9 +158,42 @@ impl HunyuanVideoTransformer {
 struct Told<'a> {
     conditions: Conditions,
     /// Of all tokens; text tokens are not turned.
-    rotations: Rotations,
+    rotations: &'a Rotations,
     /// Tokens of each row that are looked at, where they are not all.
-    key_lens: Option<&'a Vec<usize>>,
+    key_lens: Option<Vec<usize>>,
+}
+
+/// Tokens of some rows before the dual blocks from number `first` on.
+struct Streams<'a> {
+    network: &'a HunyuanVideoTransformer,
+    first: usize,
+    video: Tensor,
+    text: Tensor,
+    told: &'a Told<'a>,
+}
+
+impl Blocks for Streams<'_> {
+    fn entered(&self) -> &Tensor {
+        &self.video
+    }
+
+    /// The video as the first block sees it (TeaCache4HunyuanVideo).
+    fn signal(&self) -> Result<Tensor> {
+        let norm = &self.network.transformer_blocks[0].video.norm1;
+        Modulated::of_video(norm, &self.told.conditions)?.normed(&self.video, 0, 1)
+    }
+
+    fn pass_first(&mut self) -> Result<Tensor> {
+        let first = &self.network.transformer_blocks[0];
+        (self.video, self.text) = first.forward(&self.video, &self.text, self.told)?;
+        self.first = 1;
+        Ok(self.video.clone())
+    }
+
+    fn pass_rest(self, rows: &[usize]) -> Result<Tensor> {
+        let (video, text) = (select(&self.video, rows)?, select(&self.text, rows)?);
+        self.network.blocks_from(self.first, video, text, &self.told.of_rows(rows)?)
+    }
 }
 
 /// What tokens are modulated by.
@@ -201,7 +266,20 @@ fn in_two(x: &Tensor, num_tokens: usize) -> Result<[Tensor; 2]> {
 
 impl Told<'_> {
     fn attend(&self, qkv: &[Tensor; 3]) -> Result<Tensor> {
-        joint_attention(qkv, self.key_lens.map(Vec::as_slice))
+        joint_attention(qkv, self.key_lens.as_deref())
+    }
+
+    /// The same of some rows.
+    fn of_rows(&self, rows: &[usize]) -> Result<Self> {
+        let Conditions { all, first } = &self.conditions;
+        let first = first.as_ref().map(|FirstFrame { num_tokens, condition }| -> Result<FirstFrame> {
+            Ok(FirstFrame { num_tokens: *num_tokens, condition: select(condition, rows)? })
+        });
+        Ok(Self {
+            conditions: Conditions { all: select(all, rows)?, first: first.transpose()? },
+            rotations: self.rotations,
+            key_lens: self.key_lens.as_ref().map(|lens| rows.iter().map(|row| lens[*row]).collect()),
+        })
     }
 }
 
@@ -401,7 +479,7 @@ impl SingleBlock {
     fn forward(&self, x: &Tensor, told: &Told<'_>) -> Result<Tensor> {
         let modulation = Modulated::of_video(&self.norm, &told.conditions)?;
         let normed = modulation.normed(x, 0, 1)?;
-        let attended = told.attend(&self.projections.forward(&normed, &told.rotations)?)?;
+        let attended = told.attend(&self.projections.forward(&normed, told.rotations)?)?;
         let inner = gelu_tanh(&self.proj_mlp.forward(&normed)?)?;
         modulation.add(x, 2, &self.proj_out.forward(&Tensor::cat(&[attended, inner], 2)?)?)
     }

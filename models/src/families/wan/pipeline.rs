@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 
 use super::pictures::{FramesEncoding, KnownFrames, Pictures, VisionEncoding};
-use super::transformer::WanInput as TransformerInput;
+use super::transformer::{Rope, WanInput as TransformerInput};
 use super::{Dequantised, WanModel};
 use crate::diffusion::{DiffusionCard, DiffusionRequest};
 use crate::encoders::prompt_clean::prompt_clean;
@@ -18,7 +18,7 @@ use crate::memory::MemoryPlan;
 use crate::prompt::plain_text;
 use crate::request::{Frame, Phase};
 use crate::rng::TorchGenerator;
-use crate::runner::diffusion::block_cache::{BlockCache, CachedPrediction};
+use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
@@ -67,6 +67,8 @@ pub struct WanConditioning {
     pub pictures: Option<Tensor>,
     /// As [`WanEncoded::Frames`], of models that take pictures.
     pub frames: Option<Tensor>,
+    /// Of all tokens; made once for all steps.
+    pub rope: Arc<Rope>,
 }
 
 impl WanModel {
@@ -172,7 +174,7 @@ impl DiffusionModel for WanModel {
         &self,
         _expert: Expert,
         encoded: &[Arc<WanEncoded>],
-        _request: &DiffusionRequest,
+        request: &DiffusionRequest,
     ) -> Result<Vec<WanConditioning>> {
         let (mut texts, mut pictures, mut frames) = (Vec::new(), None, None);
         for encoded in encoded {
@@ -182,7 +184,10 @@ impl DiffusionModel for WanModel {
                 WanEncoded::Frames(known) => frames = Some(known.clone()),
             }
         }
-        let of_branch = |text| WanConditioning { text, pictures: pictures.clone(), frames: frames.clone() };
+        let [_, _, depth, height, width] = self.sizes.latent_shape(request);
+        let rope = Arc::new(self.transformer.rope([depth, height, width])?);
+        let of_branch =
+            |text| WanConditioning { text, pictures: pictures.clone(), frames: frames.clone(), rope: rope.clone() };
         Ok(texts.into_iter().map(of_branch).collect())
     }
 
@@ -236,7 +241,7 @@ impl CachedPrediction<WanConditioning> for WanModel {
         &self,
         _expert: Expert,
         rows: &[DenoiseRow<'_, WanConditioning>],
-        caches: &mut [&mut BlockCache],
+        caches: &mut [RowCache<'_>],
     ) -> Result<Vec<Tensor>> {
         let rows = Rows::new(rows, self.placement.compute_dtype)?;
         split_rows(&self.transformer.forward_cached(&rows.input(), caches)?)
@@ -260,6 +265,7 @@ struct Rows {
     timesteps: Vec<f32>,
     text: Tensor,
     image: Option<Tensor>,
+    rope: Arc<Rope>,
 }
 
 impl Rows {
@@ -277,11 +283,13 @@ impl Rows {
             timesteps: rows.iter().map(|row| row.timestep as f32).collect(),
             text: Tensor::cat(&text, 0)?.to_dtype(dtype)?,
             image: image.map(|image| Tensor::cat(&image, 0)?.to_dtype(dtype)).transpose()?,
+            // Rows of one step stand alike.
+            rope: rows[0].conditioning.rope.clone(),
         })
     }
 
     fn input(&self) -> TransformerInput<'_> {
-        let Self { latents, timesteps, text, image } = self;
-        TransformerInput { latents, timesteps, text, image: image.as_ref() }
+        let Self { latents, timesteps, text, image, rope } = self;
+        TransformerInput { latents, timesteps, text, image: image.as_ref(), rope }
     }
 }

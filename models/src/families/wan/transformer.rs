@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
 use crate::layers::{LayerNorm, Linear, RmsNorm, Table};
 use crate::lora::LayerShape;
-use crate::runner::diffusion::block_cache::{BlockCache, select, through_blocks};
+use crate::runner::diffusion::block_cache::{Blocks, RowCache, select, through_blocks};
 use crate::weights::Weights;
 
 /// Base of the rotary frequencies.
@@ -32,6 +32,8 @@ pub struct WanInput<'a> {
     pub text: &'a Tensor,
     /// `[n, t, image_dim]` in the compute dtype: the vision encoder's hidden states, of two pictures behind each other.
     pub image: Option<&'a Tensor>,
+    /// Of all tokens: [`WanTransformer::rope`].
+    pub rope: &'a Rope,
 }
 
 /// `WanTransformer3DModel`.
@@ -89,21 +91,29 @@ impl WanTransformer {
         self.dequantised_bytes
     }
 
+    /// The rotations of latents of so many frames, rows and columns, the same in all steps.
+    pub fn rope(&self, latents: [usize; 3]) -> Result<Rope> {
+        Rope::new(self.grid(latents), self.config.attention_head_dim, self.device())
+    }
+
+    fn grid(&self, [frames, height, width]: [usize; 3]) -> [usize; 3] {
+        let [_, patch_height, patch_width] = self.config.patch_size;
+        [frames, height / patch_height, width / patch_width]
+    }
+
     /// The predicted flow, f32 `[n, out_channels, frames, height, width]`.
     pub fn forward(&self, input: &WanInput<'_>) -> Result<Tensor> {
         self.forward_through(input, None)
     }
 
-    /// As [`WanTransformer::forward`], where the rows that their caches let go skip all blocks but the first.
-    pub fn forward_cached(&self, input: &WanInput<'_>, caches: &mut [&mut BlockCache]) -> Result<Tensor> {
+    /// As [`WanTransformer::forward`], where the rows that their caches answer skip blocks.
+    pub fn forward_cached(&self, input: &WanInput<'_>, caches: &mut [RowCache<'_>]) -> Result<Tensor> {
         self.forward_through(input, Some(caches))
     }
 
-    fn forward_through(&self, input: &WanInput<'_>, caches: Option<&mut [&mut BlockCache]>) -> Result<Tensor> {
+    fn forward_through(&self, input: &WanInput<'_>, caches: Option<&mut [RowCache<'_>]>) -> Result<Tensor> {
         let (n, _, frames, height, width) = input.latents.dims5()?;
-        let [_, patch_height, patch_width] = self.config.patch_size;
-        let grid = [frames, height / patch_height, width / patch_width];
-        let rope = Rope::new(grid, self.config.attention_head_dim, self.device())?;
+        let (grid, rope) = (self.grid([frames, height, width]), input.rope);
         let time = sinusoidal(input.timesteps, self.config.freq_dim, self.device())?;
         let time = self.time_embedder.forward(&time)?; // [n, dim]
         let told = Told {
@@ -111,18 +121,10 @@ impl WanTransformer {
             image: self.embedded_image(input.image)?,
             modulation: self.time_proj.forward(&silu(&time)?)?.reshape((n, 6, ()))?,
         };
-        let through = |blocks: &[Block], x: Tensor, told: &Told| {
-            blocks.iter().try_fold(x, |x, block| block.forward(&x, told, &rope))
-        };
         let x = self.patch_embedding.forward(&input.latents.to_dtype(self.compute_dtype)?)?; // [n, l, dim]
         let x = match caches {
-            None => through(&self.blocks, x, &told)?,
-            Some(caches) => {
-                let after = self.blocks[0].forward(&x, &told, &rope)?;
-                through_blocks(caches, &x, &after, |rows| {
-                    through(&self.blocks[1..], select(&after, rows)?, &told.of_rows(rows)?)
-                })?
-            }
+            None => all_through(&self.blocks, x, &told, rope)?,
+            Some(caches) => through_blocks(caches, Stream { blocks: &self.blocks, x, told: &told, rope })?,
         };
         let last = self.scale_shift_table.values()?.broadcast_add(&time.unsqueeze(1)?)?; // [n, 2, dim]
         let x = modulated_layer_norm(&x, &last.narrow(1, 0, 1)?, &last.narrow(1, 1, 1)?, self.config.eps)?;
@@ -173,6 +175,41 @@ impl Told {
             image: self.image.as_ref().map(|image| select(image, rows)).transpose()?,
             modulation: select(&self.modulation, rows)?,
         })
+    }
+}
+
+/// `x [n, l, dim]` through these blocks.
+fn all_through(blocks: &[Block], x: Tensor, told: &Told, rope: &Rope) -> Result<Tensor> {
+    blocks.iter().try_fold(x, |x, block| block.forward(&x, told, rope))
+}
+
+/// Tokens of some rows before the blocks that are ahead of them.
+struct Stream<'a> {
+    blocks: &'a [Block],
+    x: Tensor,
+    told: &'a Told,
+    rope: &'a Rope,
+}
+
+impl Blocks for Stream<'_> {
+    fn entered(&self) -> &Tensor {
+        &self.x
+    }
+
+    /// The modulation of all blocks, that is the timestep (TeaCache4Wan2.1 with `use_ret_steps`).
+    fn signal(&self) -> Result<Tensor> {
+        Ok(self.told.modulation.clone())
+    }
+
+    fn pass_first(&mut self) -> Result<Tensor> {
+        let (first, others) = self.blocks.split_first().expect("models of one block are refused: this is a bug");
+        self.x = first.forward(&self.x, self.told, self.rope)?;
+        self.blocks = others;
+        Ok(self.x.clone())
+    }
+
+    fn pass_rest(self, rows: &[usize]) -> Result<Tensor> {
+        all_through(self.blocks, select(&self.x, rows)?, &self.told.of_rows(rows)?, self.rope)
     }
 }
 
@@ -245,7 +282,8 @@ impl PatchEmbedding {
 }
 
 /// Rotations of the tokens of a grid; a third of each head turns with time, height and width.
-struct Rope {
+#[derive(Debug)]
+pub struct Rope {
     /// f32 `[l, head_dim / 2]`.
     cos: Tensor,
     sin: Tensor,

@@ -9,6 +9,7 @@ use super::course::Expert;
 use super::inputs::{Inputs, distinct};
 use super::passes::PassId;
 use crate::diffusion::Canvas;
+use crate::diffusion::acceleration::CacheMethod;
 use crate::lora::LoraKey;
 use crate::request::{ClientId, Phase, SessionId};
 use crate::runner::fair_queue::FairQueue;
@@ -62,8 +63,8 @@ pub struct ShapeKey {
     pub canvas: CanvasKey,
     /// Of the conditioning, as its family says.
     pub conditioning: Vec<usize>,
-    /// Whether each row has a first-block cache.
-    pub is_cached: bool,
+    /// What the cache of each row looks at, where they have one.
+    pub cache: Option<CacheMethod>,
     /// What is added to the network's layers.
     pub loras: LoraKey,
     /// Whose network.
@@ -206,7 +207,7 @@ mod tests {
     fn of_expert(expert: Expert, width: usize, guided: bool) -> Step {
         let canvas = canvas_key(&Canvas { width, height: 64, num_frames: 1, fps: 0 });
         let loras = LoraKey::default();
-        let shape = ShapeKey { canvas, conditioning: vec![8], is_cached: false, loras, expert };
+        let shape = ShapeKey { canvas, conditioning: vec![8], cache: None, loras, expert };
         (StepKey::Denoise(shape), 1 + usize::from(guided))
     }
 

@@ -1,54 +1,70 @@
-//! The first-block cache: a step whose first block says nothing new takes what the other blocks added last time.
+//! The block cache: a pass that would add what the last one has added is answered with that.
 //!
-//! Owns: the decision of each row, what is kept of it, how long it may be believed. Does not know: any network, sessions.
-//! Source: diffusers `hooks/first_block_cache.py`, which has no bound on skips in a row. A cache belongs to one guidance
-//! branch of one session and lives as long as that.
+//! Owns: what is kept of each row, how its change is measured, the way of a batch in which some rows skip and some do not.
+//! Does not know: any network, sessions, when a pass is skipped ([`Skipping`]). A cache belongs to one guidance branch of one
+//! session and lives as long as that.
+
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use tale_kernels::relative_l1;
 
 use super::course::Expert;
 use super::row::DenoiseRow;
+use super::skipping::Skipping;
+use crate::diffusion::acceleration::{Cache, CacheMethod};
 use crate::error::Result;
-
-/// Most passes in a row that are answered from what was kept; then one is computed whatever the first block says, so that
-/// a long loop of small steps cannot drift on one old answer.
-pub const MAX_CONSECUTIVE_SKIPS: usize = 3;
 
 /// What a family adds that can skip blocks.
 pub trait CachedPrediction<C> {
-    /// As [`predict`](super::DiffusionModel::predict), with the cache of each row.
+    /// As [`predict`](super::DiffusionModel::predict), with the cache of each row. The caches of one batch have one method.
     fn predict_cached(
         &self,
         expert: Expert,
         rows: &[DenoiseRow<'_, C>],
-        caches: &mut [&mut BlockCache],
+        caches: &mut [RowCache<'_>],
     ) -> Result<Vec<Tensor>>;
+}
+
+/// The blocks of a network and what goes through them in one pass of `n` rows. It stands before the first block until
+/// [`Blocks::pass_first`], and behind it from then on.
+pub trait Blocks {
+    /// What goes into the first block and is carried through all of them, `[n, tokens, dim]`.
+    fn entered(&self) -> &Tensor;
+
+    /// What TeaCache compares from step to step, `[n, ...]`.
+    fn signal(&self) -> Result<Tensor>;
+
+    /// Goes through the first block: what has become of the tokens, `[n, tokens, dim]`.
+    fn pass_first(&mut self) -> Result<Tensor>;
+
+    /// The rows with these numbers (at least one) through all blocks from where it stands, `[rows, tokens, dim]`.
+    fn pass_rest(self, rows: &[usize]) -> Result<Tensor>;
+}
+
+/// The cache of one row of a pass.
+pub struct RowCache<'a> {
+    /// Of the row's guidance branch and session.
+    pub cache: &'a mut BlockCache,
+    /// Where the session is in its schedule, counted from 0.
+    pub step: usize,
 }
 
 /// What one row remembers from pass to pass.
 #[derive(Debug)]
 pub struct BlockCache {
-    threshold: f64,
-    kept: Option<Kept>,
-    consecutive: usize,
+    skipping: Skipping,
+    /// What is compared, `[1, ...]`: of the last computed pass what the first block added, or the signal of the last pass.
+    signal: Option<Tensor>,
+    /// What the blocks added in the last computed pass, `[1, tokens, dim]`; without the first one where that is looked at.
+    added: Option<Tensor>,
     skipped: usize,
 }
 
-/// Of the last pass that was computed, each `[1, tokens, dim]`.
-#[derive(Debug)]
-struct Kept {
-    /// What the first block added.
-    first: Tensor,
-    /// What all the others added.
-    others: Tensor,
-}
-
 impl BlockCache {
-    /// A pass is skipped when what the first block adds has changed by less than `threshold` (mean absolute difference
-    /// over mean absolute value) since the last computed pass; 0 skips none.
-    pub fn new(threshold: f64) -> Self {
-        Self { threshold, kept: None, consecutive: 0, skipped: 0 }
+    /// Of guidance branch `branch`, by this rule.
+    pub fn new(cache: Arc<Cache>, branch: usize) -> Self {
+        Self { skipping: Skipping::new(cache, branch), signal: None, added: None, skipped: 0 }
     }
 
     /// Passes answered from what was kept.
@@ -56,81 +72,98 @@ impl BlockCache {
         self.skipped
     }
 
-    /// Whether the next pass may be skipped, if its first block allows.
-    fn may_skip(&self) -> bool {
-        self.threshold > 0.0 && self.kept.is_some() && self.consecutive < MAX_CONSECUTIVE_SKIPS
-    }
-
     /// Makes the next pass a computed one.
     pub fn forget(&mut self) {
-        self.kept = None;
-        self.consecutive = 0;
+        self.signal = None;
+        self.added = None;
+        self.skipping.begin_anew();
     }
 
-    /// `change` is NaN where something is not finite, and then the pass is computed.
-    fn skips(&mut self, change: Option<f32>) -> bool {
-        let skips = change.is_some_and(|change| f64::from(change) < self.threshold);
-        if skips {
-            self.consecutive += 1;
-            self.skipped += 1;
-        } else {
-            // Freed before the blocks are computed that make the next ones.
-            self.forget();
+    fn method(&self) -> CacheMethod {
+        self.skipping.cache().method()
+    }
+
+    /// Whether a change is worth to be measured.
+    fn measures(&self, step: usize) -> Option<&Tensor> {
+        let may_skip = self.added.is_some() && self.skipping.may_skip(step);
+        self.signal.as_ref().filter(|_| may_skip)
+    }
+
+    /// What is kept, where that answers the pass; otherwise it is freed before the blocks are computed that make the next one.
+    fn answer(&mut self, step: usize, change: Option<f32>) -> Option<&Tensor> {
+        let skips = match self.added {
+            Some(_) => self.skipping.skips(step, change.map(f64::from)),
+            None => false,
+        };
+        match skips {
+            true => self.skipped += 1,
+            false => self.forget(),
         }
-        skips
+        self.added.as_ref()
+    }
+
+    /// What is compared from now on. A copy: a view would keep the whole batch alive for as long as the session.
+    fn compare_with(&mut self, signal: &Tensor, row: usize) -> Result<()> {
+        self.signal = Some(signal.narrow(0, row, 1)?.force_contiguous()?);
+        Ok(())
     }
 }
 
-/// Tokens after the last block, `[rows, tokens, dim]`, from those `before` and `after` the first one. `others` computes the
-/// other blocks for the rows with these numbers (at least one); the rows that skip them are left out. One number for each
-/// row leaves the device.
-pub fn through_blocks(
-    caches: &mut [&mut BlockCache],
-    before: &Tensor,
-    after: &Tensor,
-    others: impl FnOnce(&[usize]) -> Result<Tensor>,
-) -> Result<Tensor> {
-    assert_eq!(caches.len(), after.dim(0)?, "one cache per row: this is a bug of the family");
-    let added = (after - before)?;
-    let changes = changes(caches, &added)?;
-    let mut computed = Vec::with_capacity(caches.len());
-    let mut last = Vec::with_capacity(caches.len());
-    for (row, (cache, change)) in caches.iter_mut().zip(changes).enumerate() {
-        let skips = cache.skips(change);
-        match cache.kept.as_ref().filter(|_| skips) {
-            Some(kept) => last.push(Some((after.narrow(0, row, 1)? + &kept.others)?)),
-            None => {
-                computed.push(row);
-                last.push(None);
-            }
+/// Tokens after the last block, `[rows, tokens, dim]`; rows whose caches answer them are not computed. One number for each
+/// row leaves the device, where something is compared.
+pub fn through_blocks(rows: &mut [RowCache<'_>], mut blocks: impl Blocks) -> Result<Tensor> {
+    let entered = blocks.entered().clone();
+    assert_eq!(rows.len(), entered.dim(0)?, "one cache per row: this is a bug of the family");
+    let method = rows[0].cache.method();
+    let (before, signal) = match method {
+        CacheMethod::FirstBlock => {
+            let after = blocks.pass_first()?;
+            let added = (&after - entered)?;
+            (after, Some(added))
         }
+        CacheMethod::MagCache => (entered, None),
+        CacheMethod::TeaCache => (entered, Some(blocks.signal()?)),
+    };
+    let changes = changes(rows, signal.as_ref())?;
+    let mut computed = Vec::with_capacity(rows.len());
+    let mut last = Vec::with_capacity(rows.len());
+    for (row, (RowCache { cache, step }, change)) in rows.iter_mut().zip(changes).enumerate() {
+        let answer = cache.answer(*step, change).map(|added| before.narrow(0, row, 1)? + added).transpose()?;
+        if answer.is_none() {
+            computed.push(row);
+        }
+        // The first block is compared with its last computed pass, a signal with that of the pass before.
+        if let Some(signal) = signal.as_ref().filter(|_| answer.is_none() || method == CacheMethod::TeaCache) {
+            cache.compare_with(signal, row)?;
+        }
+        last.push(answer);
     }
+    drop(signal);
     if computed.is_empty() {
         return stack(last);
     }
-    let tokens = others(&computed)?;
+    let tokens = blocks.pass_rest(&computed)?;
     for (place, row) in computed.into_iter().enumerate() {
         let tokens = tokens.narrow(0, place, 1)?;
-        // A copy: a view would keep the whole batch alive for as long as the session.
-        let first = added.narrow(0, row, 1)?.force_contiguous()?;
-        caches[row].kept = Some(Kept { first, others: (&tokens - after.narrow(0, row, 1)?)? });
+        rows[row].cache.added = Some((&tokens - before.narrow(0, row, 1)?)?);
         last[row] = Some(tokens);
     }
     stack(last)
 }
 
-/// How much of what the first block adds to each row is new; `None` for a row that may not skip anyway.
-fn changes(caches: &[&mut BlockCache], added: &Tensor) -> Result<Vec<Option<f32>>> {
-    let mut rows = Vec::new();
+/// How much of the signal of each row is new; `None` for a row that may not skip anyway.
+fn changes(rows: &[RowCache<'_>], signal: Option<&Tensor>) -> Result<Vec<Option<f32>>> {
+    let mut measured = Vec::new();
     let mut found = Vec::new();
-    for (row, cache) in caches.iter().enumerate().filter(|(_, cache)| cache.may_skip()) {
-        let Some(kept) = &cache.kept else { continue };
-        found.push(relative_l1(&added.narrow(0, row, 1)?, &kept.first)?);
-        rows.push(row);
+    for (row, RowCache { cache, step }) in rows.iter().enumerate() {
+        if let Some((signal, kept)) = signal.zip(cache.measures(*step)) {
+            found.push(relative_l1(&signal.narrow(0, row, 1)?, kept)?);
+            measured.push(row);
+        }
     }
-    let mut changes = vec![None; caches.len()];
+    let mut changes = vec![None; rows.len()];
     if !found.is_empty() {
-        for (row, change) in rows.into_iter().zip(Tensor::stack(&found, 0)?.to_vec1::<f32>()?) {
+        for (row, change) in measured.into_iter().zip(Tensor::stack(&found, 0)?.to_vec1::<f32>()?) {
             changes[row] = Some(change);
         }
     }
@@ -156,6 +189,9 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::diffusion::acceleration::{DEFAULT_MAX_SKIPS, Rule};
+
+    const STEPS: usize = 100;
 
     /// Rows of two tokens of two values each, all of them this one.
     fn rows(values: &[f32]) -> Tensor {
@@ -163,52 +199,114 @@ mod tests {
         Tensor::from_vec(all, (values.len(), 2, 2), &Device::Cpu).expect("a tensor")
     }
 
-    /// A network whose first block adds `added` to rows of zeros and whose others triple what they get. The rows that
-    /// were computed, and the first value of each row's answer.
-    fn pass(caches: &mut [&mut BlockCache], added: &[f32]) -> (Vec<usize>, Vec<f32>) {
-        let (mut computed, after) = (Vec::new(), rows(added));
-        let answer = through_blocks(caches, &after.zeros_like().expect("zeros"), &after, |rows| {
-            computed = rows.to_vec();
-            Ok((select(&after, rows)? * 3.0)?)
-        });
+    /// A network of two blocks: the first adds `added` to rows of 1, the other one triples what it gets.
+    struct Two<'a> {
+        stream: Tensor,
+        added: Tensor,
+        computed: &'a mut Vec<usize>,
+        is_behind_first: bool,
+    }
+
+    impl Blocks for Two<'_> {
+        fn entered(&self) -> &Tensor {
+            &self.stream
+        }
+
+        fn signal(&self) -> Result<Tensor> {
+            Ok(self.added.clone())
+        }
+
+        fn pass_first(&mut self) -> Result<Tensor> {
+            self.is_behind_first = true;
+            self.stream = (&self.stream + &self.added)?;
+            Ok(self.stream.clone())
+        }
+
+        fn pass_rest(self, rows: &[usize]) -> Result<Tensor> {
+            self.computed.extend_from_slice(rows);
+            let x = match self.is_behind_first {
+                true => self.stream.clone(),
+                false => (&self.stream + &self.added)?,
+            };
+            Ok((select(&x, rows)? * 3.0)?)
+        }
+    }
+
+    /// The rows that were computed, and the first value of each row's answer.
+    fn pass(caches: &mut [&mut BlockCache], step: usize, added: &[f32]) -> (Vec<usize>, Vec<f32>) {
+        let stream = rows(&vec![1.0; added.len()]);
+        let mut computed = Vec::new();
+        let blocks = Two { stream, added: rows(added), computed: &mut computed, is_behind_first: false };
+        let mut caches: Vec<_> = caches.iter_mut().map(|cache| RowCache { cache, step }).collect();
+        let answer = through_blocks(&mut caches, blocks);
         let answer = answer.and_then(|x| Ok(x.narrow(1, 0, 1)?.narrow(2, 0, 1)?.flatten_all()?.to_vec1::<f32>()?));
         let rounded = |value: f32| (value * 100.0).round() / 100.0;
         (computed, answer.expect("an answer").into_iter().map(rounded).collect())
     }
 
+    fn cache(rule: Rule) -> BlockCache {
+        BlockCache::new(Arc::new(Cache::new(rule, DEFAULT_MAX_SKIPS, 0..STEPS)), 0)
+    }
+
+    fn first_block(threshold: f64) -> BlockCache {
+        cache(Rule::FirstBlock { threshold })
+    }
+
     #[test]
     fn each_row_decides_for_itself_against_its_last_computed_pass() {
-        let (mut a, mut b) = (BlockCache::new(0.1), BlockCache::new(0.25));
+        let (mut a, mut b) = (first_block(0.1), first_block(0.25));
         let mut both = [&mut a, &mut b];
-        assert_eq!(pass(&mut both, &[1.0, 1.0]), (vec![0, 1], vec![3.0, 3.0]));
-        // 20 % of change: too much for the first, not for the second, which adds the old 2.
-        assert_eq!(pass(&mut both, &[1.2, 1.2]), (vec![0], vec![3.6, 3.2]));
+        assert_eq!(pass(&mut both, 0, &[1.0, 1.0]), (vec![0, 1], vec![6.0, 6.0]));
+        // 20 % of change: too much for the first, not for the second, which adds the old 4 to what the first block gives.
+        assert_eq!(pass(&mut both, 1, &[1.2, 1.2]), (vec![0], vec![6.6, 6.2]));
         // The second is still held against 1, not against the pass that it skipped.
-        assert_eq!(pass(&mut both, &[1.25, 1.3]), (vec![1], vec![3.65, 3.9]));
-        assert_eq!(pass(&mut both, &[1.25, 1.3]), (vec![], vec![3.65, 3.9]));
+        assert_eq!(pass(&mut both, 2, &[1.25, 1.3]), (vec![1], vec![6.65, 6.9]));
+        assert_eq!(pass(&mut both, 3, &[1.25, 1.3]), (vec![], vec![6.65, 6.9]));
         assert_eq!((a.skipped(), b.skipped()), (2, 2));
     }
 
     #[test]
     fn passes_in_a_row_are_skipped_up_to_the_bound() {
-        let mut cache = BlockCache::new(0.1);
-        let computed: Vec<bool> = (0..9).map(|_| !pass(&mut [&mut cache], &[1.0]).0.is_empty()).collect();
+        let mut cache = first_block(0.1);
+        let computed: Vec<bool> = (0..9).map(|step| !pass(&mut [&mut cache], step, &[1.0]).0.is_empty()).collect();
         assert_eq!(computed, [true, false, false, false, true, false, false, false, true]);
-        assert_eq!((cache.skipped(), MAX_CONSECUTIVE_SKIPS), (6, 3));
+        assert_eq!((cache.skipped(), DEFAULT_MAX_SKIPS), (6, 3));
+    }
+
+    #[test]
+    fn ratios_skip_all_blocks_and_add_what_all_have_added() {
+        let ratios = [vec![1.0; STEPS], vec![1.0; STEPS]];
+        let mut cache = cache(Rule::MagCache { threshold: 0.1, ratios });
+        assert_eq!(pass(&mut [&mut cache], 0, &[1.0]), (vec![0], vec![6.0]));
+        assert_eq!(pass(&mut [&mut cache], 1, &[9.0]), (vec![], vec![6.0]));
+    }
+
+    /// The signal of a skipped pass is what the next one is compared with: small steps add up, and no more.
+    #[test]
+    fn signals_are_compared_from_pass_to_pass() {
+        let rule = || Rule::TeaCache { threshold: 0.35, coefficients: vec![1.0, 0.0] };
+        let mut slow = cache(rule());
+        let computed: Vec<usize> =
+            [1.0, 1.1, 1.21, 1.331, 1.4641].iter().map(|x| pass(&mut [&mut slow], 0, &[*x]).0.len()).collect();
+        // 0.1 each: at the fourth change the sum is 0.4, and three in a row were skipped as well.
+        assert_eq!(computed, [1, 0, 0, 0, 1]);
+        let mut still = cache(rule());
+        let computed: Vec<usize> = [1.0, 2.0, 2.0].iter().map(|x| pass(&mut [&mut still], 0, &[*x]).0.len()).collect();
+        assert_eq!(computed, [1, 1, 0]);
     }
 
     #[test]
     fn nothing_is_skipped_at_threshold_0_after_forgetting_or_when_a_value_is_not_finite() {
-        let mut cache = BlockCache::new(0.0);
-        for _ in 0..3 {
-            assert_eq!(pass(&mut [&mut cache], &[1.0]).0, [0]);
+        let mut cache = first_block(0.0);
+        for step in 0..3 {
+            assert_eq!(pass(&mut [&mut cache], step, &[1.0]).0, [0]);
         }
-        let mut cache = BlockCache::new(0.5);
-        pass(&mut [&mut cache], &[1.0]);
+        let mut cache = first_block(0.5);
+        pass(&mut [&mut cache], 0, &[1.0]);
         cache.forget();
-        assert_eq!(pass(&mut [&mut cache], &[1.0]).0, [0]);
-        assert_eq!(pass(&mut [&mut cache], &[f32::NAN]).0, [0]);
-        assert_eq!(pass(&mut [&mut cache], &[1.0]).0, [0]);
-        assert_eq!(pass(&mut [&mut cache], &[1.0]).0, [] as [usize; 0]);
+        assert_eq!(pass(&mut [&mut cache], 1, &[1.0]).0, [0]);
+        assert_eq!(pass(&mut [&mut cache], 2, &[f32::NAN]).0, [0]);
+        assert_eq!(pass(&mut [&mut cache], 3, &[1.0]).0, [0]);
+        assert_eq!(pass(&mut [&mut cache], 4, &[1.0]).0, [] as [usize; 0]);
     }
 }

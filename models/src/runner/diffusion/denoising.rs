@@ -15,7 +15,7 @@ use super::model::DiffusionModel;
 use super::previews::due_preview;
 use super::row::DenoiseRow;
 use super::start::{Repaint, Start, start};
-use crate::diffusion::DiffusionRequest;
+use crate::diffusion::{Cache, DiffusionRequest};
 use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
@@ -26,7 +26,7 @@ pub(super) struct Denoising<C> {
     /// The latents as the solver wants the model to see them.
     model_input: Tensor,
     solver: Box<dyn Solver>,
-    /// One per guidance branch; none without acceleration.
+    /// One per guidance branch; none where everything is computed.
     pub(super) caches: Vec<BlockCache>,
     /// The request's own: the solver goes on where the initial noise left off.
     generator: TorchGenerator,
@@ -79,9 +79,9 @@ impl<C> Denoising<C> {
         };
         let mut later = stretches.into_iter().map(conditioned).collect::<Result<VecDeque<_>>>()?;
         let stretch = later.pop_front().expect("a course has a step: this is a bug of the family");
-        let threshold = model.card().cache_threshold(request);
-        let branches = stretch.conditioning.iter();
-        let caches = threshold.map_or(Vec::new(), |threshold| branches.map(|_| BlockCache::new(threshold)).collect());
+        let branches = 0..stretch.conditioning.len();
+        let cache = |rule: &Arc<Cache>| branches.map(|branch| BlockCache::new(rule.clone(), branch)).collect();
+        let caches = request.cache.as_ref().map_or(Vec::new(), cache);
         Ok(Self {
             model_input: solver.scale_model_input(stretch.steps.start, &latents)?,
             latents,
@@ -105,6 +105,11 @@ impl<C> Denoising<C> {
     /// Of the coming step, one per guidance branch, the positive one first.
     pub(super) fn conditioning(&self) -> &[C] {
         &self.stretch.conditioning
+    }
+
+    /// Where the coming step is in the schedule, counted from 0.
+    pub(super) fn step(&self) -> usize {
+        self.index
     }
 
     /// Steps done, and steps in all.

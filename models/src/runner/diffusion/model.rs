@@ -104,7 +104,7 @@ pub trait DiffusionModel: Send {
         None
     }
 
-    /// How it predicts with a first-block cache, if it does. Its card then has thresholds.
+    /// How it predicts where blocks may be skipped, if it does. Its card then says what it lets requests skip.
     fn cached_prediction(&self) -> Option<&dyn CachedPrediction<Self::Conditioning>> {
         None
     }

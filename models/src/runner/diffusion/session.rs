@@ -91,7 +91,7 @@ impl<M: DiffusionModel> Session<M> {
             Stage::Denoise(denoising) => StepKey::Denoise(ShapeKey {
                 canvas: canvas_key(&self.request.canvas),
                 conditioning: model.shape(&denoising.conditioning()[0]),
-                is_cached: !denoising.caches.is_empty(),
+                cache: self.request.cache.as_ref().map(|cache| cache.method()),
                 loras: LoraKey::of(&self.request.loras),
                 expert: denoising.expert(),
             }),
