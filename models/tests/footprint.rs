@@ -6,9 +6,11 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use tale_models::diffusion::acceleration::CacheMethod;
 use tale_models::diffusion::parameters::{
-    HEIGHT, IMAGE, INPUT_REFERENCE, LAST_IMAGE, MASK, MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES,
-    NUM_INFERENCE_STEPS, PROMPT, STRENGTH, TRUE_CFG_SCALE, VAE_TILING, WIDTH,
+    CACHE_COEFFICIENTS, CACHE_METHOD, CACHE_RATIOS, CACHE_THRESHOLD, HEIGHT, IMAGE, INPUT_REFERENCE, LAST_IMAGE, MASK,
+    MAX_SEQUENCE_LENGTH, NEGATIVE_PROMPT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, STRENGTH, TRUE_CFG_SCALE,
+    VAE_TILING, WIDTH,
 };
 use tale_models::parameter::Options;
 
@@ -95,6 +97,9 @@ fn sessions_take_at_most_their_footprint() {
         ("sdxl-a", options(256, 192, None)),
         ("sdxl-b", options(128, 160, None)),
         ("flux-dev", options(768, 512, None).with(&VAE_TILING, true)),
+        ("wan-b", cached(options(128, 128, Some(49)), CacheMethod::MagCache)),
+        ("cogvideox-b", cached(options(192, 128, Some(17)), CacheMethod::FirstBlock)),
+        ("hunyuan-video-a", cached(options(256, 160, Some(21)), CacheMethod::TeaCache)),
     ] {
         if !options.has(&NUM_FRAMES) {
             let edit = from_a_picture(&options);
@@ -119,6 +124,15 @@ fn sessions_take_at_most_their_footprint() {
     let on_demand = LoadOptions { text_encoders: TextEncoders::OnDemand, ..dummy };
     check("wide SDXL with encoders on demand", wide.path(), &on_demand, options(64, 64, None));
     check_tokenising();
+}
+
+/// The same with blocks that are skipped in some steps.
+fn cached(options: Options, method: CacheMethod) -> Options {
+    options
+        .with(&CACHE_METHOD, method)
+        .with(&CACHE_THRESHOLD, 0.5)
+        .with(&CACHE_RATIOS, (method == CacheMethod::MagCache).then(|| vec![1.0]))
+        .with(&CACHE_COEFFICIENTS, (method == CacheMethod::TeaCache).then(|| vec![1.0, 0.0]))
 }
 
 /// What a byte of text takes while it is tokenised at once is what callers count for it.
