@@ -24,6 +24,7 @@ use tower_service::Service as TowerService;
 use super::framing::{Chunk, Framing};
 use super::limits::Patience;
 use super::refusal::Refusal;
+use super::rousing::Rousing;
 use super::wire::{Due, Hangup, Wire, WireIo};
 use crate::http::error::ApiError;
 use crate::http::sse;
@@ -72,7 +73,7 @@ async fn answer(wire: Arc<Wire>, router: Router, patience: Patience, mut stop: w
     let mut stopped = pin!(async move { stop.wait_for(|stop| *stop).await.is_ok() });
     let mut waits = Waits::new(wire.clone(), patience);
     let mut is_stopping = false;
-    poll_fn(|context| {
+    let mut look = |context: &mut Context<'_>| {
         loop {
             if !is_stopping && stopped.as_mut().poll(context).is_ready() {
                 is_stopping = true;
@@ -94,8 +95,9 @@ async fn answer(wire: Arc<Wire>, router: Router, patience: Patience, mut stop: w
                 Poll::Pending => return Poll::Pending,
             }
         }
-    })
-    .await
+    };
+    let rousing = Rousing::new();
+    poll_fn(|context| rousing.poll(context, &mut look)).await
 }
 
 /// What may end a connection besides hyper.

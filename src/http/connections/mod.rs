@@ -30,6 +30,7 @@ mod limits;
 mod listen;
 mod refusal;
 mod register;
+mod rousing;
 mod wire;
 
 pub use limits::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS};
