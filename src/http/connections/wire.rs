@@ -320,10 +320,11 @@ impl Wire {
 
     /// Something more in `ahead`, or the end.
     fn poll_fill(&self, state: &mut State, context: &mut Context<'_>, bytes: usize) -> Poll<io::Result<()>> {
-        state.ahead.reserve(bytes);
         loop {
             ready!(self.stream.poll_read_ready(context))?;
-            match self.stream.try_read_buf(&mut state.ahead) {
+            // Not before there is something to put there.
+            state.ahead.reserve(bytes);
+            match self.read(&mut state.ahead) {
                 Ok(0) => {
                     state.has_ended = true;
                     return Poll::Ready(Ok(()));
@@ -333,6 +334,21 @@ impl Wire {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
+    }
+
+    /// Reads into the room of `ahead`, once. What does not fill it is all that was there, so that the next wait is not for a
+    /// read that finds nothing: the socket counts as not ready until the system says otherwise.
+    fn read(&self, ahead: &mut BytesMut) -> io::Result<usize> {
+        let room = ahead.capacity() - ahead.len();
+        let mut taken = Err(io::ErrorKind::WouldBlock.into());
+        // What comes between the read and the end of `try_io` is not forgotten: that forgets no later readiness than the one
+        // that it began with.
+        let _ = self.stream.try_io(Interest::READABLE, || {
+            taken = self.stream.try_read_buf(ahead);
+            let is_all = taken.as_ref().is_ok_and(|count| (1..room).contains(count));
+            if is_all { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        taken
     }
 
     fn poll_give(&self, context: &mut Context<'_>, buffer: &mut ReadBufCursor<'_>) -> Poll<io::Result<()>> {
