@@ -26,13 +26,22 @@ struct State {
 impl Mailbox {
     /// Adds an event and wakes the reader.
     pub(super) fn post(&self, event: Event) {
+        wake(self.with(event));
+    }
+
+    /// Adds an event of which the reader hears with the next one, or with the end: one that is awake before that takes it.
+    pub(super) fn put(&self, event: Event) {
+        drop(self.with(event));
+    }
+
+    fn with(&self, event: Event) -> MutexGuard<'_, State> {
         let mut state = self.lock();
         let rest = match state.events.back_mut() {
             Some(last) => join(last, event),
             None => Some(event),
         };
         state.events.extend(rest);
-        wake(state);
+        state
     }
 
     /// Nothing will follow: the reader gets what is left, then `None`.
@@ -96,6 +105,10 @@ fn join(last: &mut Event, event: Event) -> Option<Event> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::task::Wake;
+
     use super::*;
     use tale_models::request::{FinishReason, Phase, Usage};
 
@@ -122,6 +135,27 @@ mod tests {
         assert_eq!(taken.len(), 4);
         assert!(taken[1].contains("999") && taken[1].contains(&"x".repeat(1000)));
         assert!(taken[2].contains("done: 50"));
+    }
+
+    #[test]
+    fn what_is_put_is_told_with_what_follows() {
+        struct Told(AtomicUsize);
+        impl Wake for Told {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Relaxed);
+            }
+        }
+        let told = Arc::new(Told(AtomicUsize::new(0)));
+        for end in [|mailbox: &Mailbox| mailbox.post(Event::Started), Mailbox::close] {
+            let mailbox = Mailbox::default();
+            told.0.store(0, Relaxed);
+            assert!(mailbox.poll(&Waker::from(told.clone())).is_pending());
+            mailbox.put(Event::Text { tokens: vec![1], text: "x".into() });
+            assert_eq!(told.0.load(Relaxed), 0);
+            end(&mailbox);
+            assert_eq!(told.0.load(Relaxed), 1);
+            assert!(take(&mailbox)[0].contains("Text"));
+        }
     }
 
     #[test]

@@ -373,13 +373,17 @@ impl<C: Clock> DeviceWorker<C> {
     fn publish_events(&mut self) {
         let now = self.clock.now();
         let mut events = std::mem::take(&mut self.events);
-        for (id, event) in events.drain() {
-            self.publish(id, event, now);
+        let mut drained = events.drain().peekable();
+        while let Some((id, event)) = drained.next() {
+            let is_followed = drained.peek().is_some_and(|(next, _)| *next == id);
+            self.publish(id, event, now, is_followed);
         }
+        drop(drained);
         self.events = events;
     }
 
-    fn publish(&mut self, id: SessionId, event: Event, now: Duration) {
+    /// `is_followed` by another event of this session at once: waking the reader for each would take longer than the step.
+    fn publish(&mut self, id: SessionId, event: Event, now: Duration, is_followed: bool) {
         let Some(live) = self.sessions.get_mut(&id) else { return };
         let metrics = &self.metrics[live.model];
         match &event {
@@ -398,9 +402,11 @@ impl<C: Clock> DeviceWorker<C> {
         if is_terminal {
             // First the books, then the news: who hears of the end finds the memory free.
             if let Some(mailbox) = self.forget(id) {
-                mailbox.post(event);
+                mailbox.put(event);
                 mailbox.close();
             }
+        } else if is_followed {
+            live.mailbox.put(event);
         } else {
             live.mailbox.post(event);
         }
@@ -408,7 +414,7 @@ impl<C: Clock> DeviceWorker<C> {
 
     fn fail(&mut self, id: SessionId, error: Error) {
         let now = self.clock.now();
-        self.publish(id, Event::Failed(error), now);
+        self.publish(id, Event::Failed(error), now, false);
     }
 
     fn cancel(&mut self, id: SessionId) {
