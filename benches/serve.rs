@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tale::engine::{Engine, EngineOptions};
-use tale::http::{AppState, ServerOptions, serve};
+use tale::http::{AppState, ServerOptions, runtime, serve};
 use tale_models::testing::{Script, text_model};
 use tokio::net::TcpListener;
 
@@ -24,7 +24,7 @@ const STREAM_BOUND: Duration = Duration::from_secs(8);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{} cores, load {}", std::thread::available_parallelism()?, load()?);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = runtime()?;
     let fast = server(&runtime, Duration::ZERO)?;
     for (name, body) in [
         ("completion", r#"{"model": "words", "prompt": "a boat", "max_tokens": 1}"#),

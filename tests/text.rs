@@ -35,6 +35,28 @@ async fn a_chat_answer_has_the_shape_of_the_api() {
     assert_eq!(usage["total_tokens"], prompt_tokens + ANSWER.len() as u64);
 }
 
+/// The threads of the server render short conversations where they arrive; other threads, as those of the other tests, have
+/// all of them rendered elsewhere.
+#[test]
+fn a_conversation_has_the_same_tokens_wherever_it_is_rendered() {
+    let heard = async || {
+        let server = server().await;
+        let mut heard = Vec::new();
+        for content in ["hello".to_owned(), "long ".repeat(600), "too long ".repeat(600)] {
+            let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]);
+            let answer = server.post("/v1/chat/completions", &chat(json!({"messages": messages}))).await;
+            heard.push((answer.status.as_u16(), answer.json()["usage"].clone()));
+        }
+        let answer = server.post("/v1/chat/completions", &chat(json!({"messages": []}))).await;
+        heard.push((answer.status.as_u16(), answer.json()["error"].clone()));
+        heard
+    };
+    let own = tale::http::runtime().expect("starts").block_on(heard());
+    assert_eq!(own.iter().map(|(status, _)| *status).collect::<Vec<_>>(), [200, 200, 400, 400]);
+    let usual = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("starts");
+    assert_eq!(own, usual.block_on(heard()));
+}
+
 /// Joins the deltas of a chat stream, or the texts of a completion stream, by choice.
 fn joined(answer: &Answer, choices: usize) -> Vec<String> {
     let mut texts = vec![String::new(); choices];

@@ -15,6 +15,10 @@ use crate::text_parameters::{
 };
 use crate::tokenizer::Tokenizer;
 
+/// Bytes of a conversation that becomes tokens at once, at most, before and after its template, and its messages.
+const MAX_SHORT_BYTES: usize = 2 << 10;
+const MAX_SHORT_MESSAGES: usize = 32;
+
 mod sampling_defaults;
 
 pub use sampling_defaults::SamplingDefaults;
@@ -71,6 +75,30 @@ impl TextCard {
     /// Tokens of a conversation, ready for the model's answer. Takes long for long ones, so that it stops when nobody
     /// waits any longer; memory as [`Tokenizer::encode_within`], and the template's.
     pub fn encode_chat(&self, messages: &[ChatMessage], cancelled: &CancelToken) -> Result<Vec<u32>> {
+        let text = self.template_for(messages)?.render(messages)?;
+        self.encode_rendered(&text, cancelled)
+    }
+
+    /// As [`TextCard::encode_chat`], here and at once; `None` where that would take long: of conversations that are not short,
+    /// as they are or once they are rendered, and of templates that do much ([`ChatTemplate::render_little`]).
+    pub fn encode_short_chat(&self, messages: &[ChatMessage]) -> Option<Result<Vec<u32>>> {
+        let num_bytes: usize = messages.iter().map(ChatMessage::num_bytes).sum();
+        if num_bytes > MAX_SHORT_BYTES || messages.len() > MAX_SHORT_MESSAGES {
+            return None;
+        }
+        let rendered = match self.template_for(messages) {
+            Ok(template) => template.render_little(messages)?,
+            Err(error) => Err(error),
+        };
+        match rendered {
+            Ok(text) if text.len() > MAX_SHORT_BYTES => None,
+            Ok(text) => Some(self.encode_rendered(&text, &CancelToken::default())),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// The template, for messages that it may be rendered with.
+    fn template_for(&self, messages: &[ChatMessage]) -> Result<&ChatTemplate> {
         if messages.is_empty() {
             return Err(Error::invalid("messages", "is empty; at least one message is needed"));
         }
@@ -79,9 +107,12 @@ impl TextCard {
             .as_ref()
             .ok_or_else(|| Error::invalid("messages", "this model has no chat template; use /v1/completions"))?;
         self.check_conversation(messages)?;
-        let text = template.render(messages)?;
+        Ok(template)
+    }
+
+    fn encode_rendered(&self, text: &str, cancelled: &CancelToken) -> Result<Vec<u32>> {
         // The template writes the special tokens itself.
-        self.tokenizer.encode_within(&text, false, self.most_prompt_tokens(), cancelled)
+        self.tokenizer.encode_within(text, false, self.most_prompt_tokens(), cancelled)
     }
 
     /// Tokens of a plain prompt, with the special tokens that the tokenizer adds. Stops as [`TextCard::encode_chat`] does.

@@ -37,10 +37,7 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     if !config.allow_core_dumps {
         privacy::close_memory()?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|source| CliError::Io { what: "cannot start threads".into(), source })?;
+    let runtime = http::runtime().map_err(|source| CliError::Io { what: "cannot start threads".into(), source })?;
     let result = runtime.block_on(serve(config));
     runtime.shutdown_timeout(LAST_GRACE);
     result

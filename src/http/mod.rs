@@ -15,8 +15,10 @@ use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::routing::{MethodRouter, get, post};
 use tale_models::DiffusionCard;
+use tale_models::chat_template::threads::{LITTLE_STACK_BYTES, render_little_on_this_thread};
 use tale_models::diffusion::Medium;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 use self::admission::{Admission, Served};
@@ -212,6 +214,15 @@ impl AppState {
     fn is_idle(&self) -> bool {
         self.0.admission.in_flight() == 0 && self.0.jobs.num_active() == 0
     }
+}
+
+/// The threads that wait for sockets, one per core. They render short conversations themselves.
+pub fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_stack_size(LITTLE_STACK_BYTES)
+        .on_thread_start(render_little_on_this_thread)
+        .build()
 }
 
 /// Every path, and what answers there.

@@ -14,6 +14,11 @@ use minijinja::{Error, ErrorKind};
 pub(super) const MAX_MADE_BYTES: usize = 128 << 20;
 /// Longest time of one rendering. A long conversation takes some milliseconds.
 pub(super) const MAX_TIME: Duration = Duration::from_secs(2);
+/// What a rendering may take in all.
+pub(super) const MOST: Allowance = Allowance { bytes: MAX_MADE_BYTES, time: MAX_TIME };
+/// What one may take that must not take long: the slowest of our methods make a KiB in some microseconds. The time is for
+/// what charges nothing as it goes.
+pub(super) const LITTLE: Allowance = Allowance { bytes: 16 << 10, time: Duration::from_millis(5) };
 /// Bytes that a value in a list takes, with what it takes to grow the list.
 pub(super) const ITEM_BYTES: usize = 48;
 /// The clock is read once for so many charges.
@@ -21,6 +26,13 @@ const CHARGES_PER_LOOK: usize = 64;
 
 thread_local! {
     static ACCOUNT: RefCell<Option<Account>> = const { RefCell::new(None) };
+}
+
+/// Bytes that functions, filters and methods may make, and time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Allowance {
+    bytes: usize,
+    time: Duration,
 }
 
 struct Account {
@@ -78,7 +90,7 @@ pub(super) fn exceeded(error: &Error) -> Option<Exceeded> {
 }
 
 /// Runs a rendering with an account of its own.
-pub(super) fn within<T>(work: impl FnOnce() -> T) -> T {
+pub(super) fn within<T>(allowance: Allowance, work: impl FnOnce() -> T) -> T {
     /// However the rendering ends, the thread's next one begins anew.
     struct Closing;
     impl Drop for Closing {
@@ -86,8 +98,8 @@ pub(super) fn within<T>(work: impl FnOnce() -> T) -> T {
             ACCOUNT.set(None);
         }
     }
-    let account =
-        Account { exceeded: None, bytes_left: MAX_MADE_BYTES, charges: 0, deadline: Instant::now() + MAX_TIME };
+    let Allowance { bytes, time } = allowance;
+    let account = Account { exceeded: None, bytes_left: bytes, charges: 0, deadline: Instant::now() + time };
     ACCOUNT.set(Some(account));
     let _closing = Closing;
     work()
@@ -138,13 +150,13 @@ mod tests {
     fn each_rendering_has_an_account_of_its_own() {
         assert_eq!(charge(usize::MAX), Ok(()));
         for _ in 0..2 {
-            within(|| {
+            within(MOST, || {
                 assert_eq!(charge(MAX_MADE_BYTES), Ok(()));
                 assert_eq!(charge(1), Err(Exceeded::Bytes));
                 assert_eq!(charge_items(usize::MAX), Err(Exceeded::Bytes));
             });
         }
-        let panicked = std::panic::catch_unwind(|| within(|| std::panic::resume_unwind(Box::new(()))));
+        let panicked = std::panic::catch_unwind(|| within(MOST, || std::panic::resume_unwind(Box::new(()))));
         assert!(panicked.is_err() && charge(usize::MAX).is_ok());
     }
 }

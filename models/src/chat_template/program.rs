@@ -24,6 +24,11 @@ use super::{filters, globals, kept, nesting, operators, python, weight};
 /// minijinja's operators and filters make or read, and two items, cost as much as an instruction, so that they make 256 MiB
 /// at most.
 const MAX_FUEL: u64 = 4_000_000;
+/// The same for a rendering that must not take long: a short conversation needs some hundred, and so many take less than
+/// a tenth of a millisecond.
+const LITTLE_FUEL: u64 = 1_000;
+/// How deep macros and loops of such a rendering may call themselves: a stack of usual size holds that.
+const LITTLE_DEPTH: usize = 50;
 /// What is said of a template that needs more.
 pub(super) const OUT_OF_FUEL: &str = "it runs out of fuel: it executes or makes too much";
 /// Longest source: the longest published ones have some 30 kB.
@@ -44,12 +49,25 @@ const DICTIONARY: &str = "{}";
 /// Asks for no place in the cache of filters.
 const UNCACHED: u8 = !0;
 
-/// The source of a template, normalised, and what it is rendered with.
+/// A template, and what it is rendered with.
 #[derive(Debug)]
 pub(super) struct Program {
-    source: String,
+    executable: Executable,
     environment: Environment<'static>,
+    /// The same with [`LITTLE_FUEL`] and [`LITTLE_DEPTH`].
+    frugal: Environment<'static>,
 }
+
+self_cell::self_cell!(
+    /// The source of a template, normalised, and the instructions that borrow from it, as they are executed.
+    struct Executable {
+        owner: String,
+        #[covariant]
+        dependent: CompiledTemplate,
+    }
+
+    impl {Debug}
+);
 
 /// Something that a template uses and that is not there.
 #[derive(Debug, PartialEq, Eq)]
@@ -95,14 +113,16 @@ impl Program {
         }
         let source = normalised(source);
         nesting::check(&source, &syntax()?)?;
-        let program = Self { source: with_python_literals(source)?, environment };
-        program.compile()?;
-        Ok(program)
+        let mut frugal = environment.clone();
+        frugal.set_fuel(Some(LITTLE_FUEL));
+        frugal.set_recursion_limit(LITTLE_DEPTH);
+        let executable = Executable::try_new(with_python_literals(source)?, |source| executed(source))?;
+        Ok(Self { executable, environment, frugal })
     }
 
     /// What the template would fail at, whatever the messages; in the order of lines.
     pub(super) fn unsupported(&self) -> Result<Vec<Unsupported>, Error> {
-        let compiled = self.compile()?;
+        let compiled = compiled(self.executable.borrow_owner())?;
         let mut found = Vec::new();
         for instructions in std::iter::once(&compiled.instructions).chain(compiled.blocks.values()) {
             found.extend(self.unsupported_in(instructions));
@@ -112,23 +132,22 @@ impl Program {
 
     /// The template's text with these variables.
     pub(super) fn render(&self, variables: Value) -> Result<String, Error> {
-        let mut compiled = self.compile()?;
-        for instructions in std::iter::once(&mut compiled.instructions).chain(compiled.blocks.values_mut()) {
-            *instructions = rewritten(instructions, &self.source);
-        }
+        self.render_in(&self.environment, variables)
+    }
+
+    /// As [`Program::render`], but out of fuel and depth sooner.
+    pub(super) fn render_frugally(&self, variables: Value) -> Result<String, Error> {
+        self.render_in(&self.frugal, variables)
+    }
+
+    fn render_in(&self, environment: &Environment, variables: Value) -> Result<String, Error> {
         let mut text = String::new();
         let mut out = make_string_output(&mut text);
-        let CompiledTemplate { instructions, blocks, .. } = &compiled;
-        machinery::eval(&self.environment, instructions, variables, blocks, &mut out, AutoEscape::None)?;
+        let CompiledTemplate { instructions, blocks, .. } = self.executable.borrow_dependent();
+        machinery::eval(environment, instructions, variables, blocks, &mut out, AutoEscape::None)?;
         drop(out);
         budget::check()?;
         Ok(text)
-    }
-
-    /// Instructions borrow from the source, so they are made for every rendering: a fraction of a millisecond.
-    fn compile(&self) -> Result<CompiledTemplate<'_>, Error> {
-        let config = TemplateConfig { syntax_config: syntax()?, default_auto_escape: Arc::new(|_| AutoEscape::None) };
-        CompiledTemplate::new(NAME, &self.source, &config)
     }
 
     fn unsupported_in(&self, instructions: &Instructions) -> Vec<Unsupported> {
@@ -160,6 +179,20 @@ impl Program {
         }
         found
     }
+}
+
+fn compiled(source: &str) -> Result<CompiledTemplate<'_>, Error> {
+    let config = TemplateConfig { syntax_config: syntax()?, default_auto_escape: Arc::new(|_| AutoEscape::None) };
+    CompiledTemplate::new(NAME, source, &config)
+}
+
+/// The template as it is executed.
+fn executed(source: &str) -> Result<CompiledTemplate<'_>, Error> {
+    let mut compiled = compiled(source)?;
+    for instructions in std::iter::once(&mut compiled.instructions).chain(compiled.blocks.values_mut()) {
+        *instructions = rewritten(instructions, source);
+    }
+    Ok(compiled)
 }
 
 fn all<'a, 's>(instructions: &'a Instructions<'s>) -> impl Iterator<Item = (u32, &'a Instruction<'s>)> {

@@ -72,6 +72,49 @@ fn what_a_template_refuses_reaches_the_client_in_its_own_words() {
     assert!(matches!(error, Error::InvalidRequest { .. }));
 }
 
+/// What [`ChatTemplate::render_little`] says on a thread that renders little, with a quarter of its stack.
+fn little(source: &str, messages: &[ChatMessage]) -> Option<Result<String>> {
+    let template = load(source).expect("loads");
+    assert!(template.render_little(messages).is_none(), "this thread renders nothing");
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(threads::LITTLE_STACK_BYTES / 4);
+        let rendering = thread.spawn_scoped(scope, || {
+            threads::render_little_on_this_thread();
+            template.render_little(messages)
+        });
+        rendering.expect("starts").join().expect("holds")
+    })
+}
+
+#[test]
+fn little_is_rendered_at_once_as_it_is_elsewhere() {
+    let source = "{% for m in messages %}<|{{ m.role }}|>{{ m['content'] | trim }}{% endfor %}{{ [1, 2] | tojson }}";
+    let messages = [message("system", " Be brief. "), message("user", "Hi <b>\n"), message("assistant", "Yes.")];
+    let text = little(source, &messages).expect("little").expect("renders");
+    assert_eq!(text, render(source, &messages).expect("renders"));
+    let refusal = little("{{ raise_exception('Roles must alternate') }}", &messages).expect("little");
+    assert_eq!(refusal.expect_err("refused").to_string(), "messages: Roles must alternate");
+}
+
+#[test]
+fn what_is_not_little_is_for_another_thread() {
+    let two = [message("user", "a"), message("user", "b")];
+    for much in [
+        "{% for i in range(3000) %}{% endfor %}",
+        "{{ 'a' * 200000 }}",
+        "{{ ('%100000d' | format(1)) | length }}",
+        "{% set ns = namespace(t='aaaaaaaa') %}{% for i in range(14) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
+        "{{ range(9000) | list | length }}",
+        "{% macro m(n) %}{% if n > 0 %}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% for x in [range(70) | list] recursive %}{{ loop([x[1:]]) if x else '' }}{% endfor %}",
+        "{% set ns = namespace(s=[]) %}{% for i in range(90) %}{% set ns.s = [ns.s] %}{% endfor %}{{ ns.s == 1 }}{{ 1 // 0 if messages[0].content == 'b' }}{% for i in range(3000) %}{% endfor %}",
+    ] {
+        let source = format!("{{% if messages | length == 2 %}}{much}{{% endif %}}");
+        assert!(little(&source, &two).is_none(), "{much}");
+        render(&source, &two).expect("there it is rendered");
+    }
+}
+
 #[test]
 fn a_failure_of_the_template_is_not_the_clients() {
     let source = "{% if messages | length > 4 %}{{ messages[9].role.upper() }}{% endif %}";

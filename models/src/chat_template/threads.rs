@@ -12,20 +12,36 @@ use std::time::Duration;
 
 /// Bytes of stack. What is compiled and rendered is bounded in depth so that a fraction of it is used.
 pub const STACK_BYTES: usize = 32 << 20;
+/// The same of threads that render little. Less is used of it, too, but a system's usual stack is not too much.
+pub const LITTLE_STACK_BYTES: usize = 8 << 20;
 /// Threads that wait for the next piece of work. Others end with theirs.
 const MAX_IDLE: usize = 4;
 /// Pieces of work of one owner that may be over their time at once; before they have ended it gets no further threads.
 pub(super) const MAX_OVERDUE: usize = 2;
 
 thread_local! {
-    static RENDERS_HERE: Cell<bool> = const { Cell::new(false) };
+    static RENDERS_HERE: Cell<Here> = const { Cell::new(Here::Nothing) };
+}
+
+/// What is rendered on a thread that asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Here {
+    Nothing,
+    Little,
+    All,
 }
 
 /// From now on templates are rendered on this thread where it asks for it: the way to another one takes longer than most
 /// renderings. Whoever started it gave it [`STACK_BYTES`]. A rendering then ends by its own deadline alone, which bounds
 /// all that a template does which was rendered in time when it was loaded.
 pub fn render_on_this_thread() {
-    RENDERS_HERE.set(true);
+    RENDERS_HERE.set(Here::All);
+}
+
+/// From now on what takes little is rendered on this thread where it asks for that. Whoever started it gave it
+/// [`LITTLE_STACK_BYTES`].
+pub fn render_little_on_this_thread() {
+    RENDERS_HERE.set(Here::Little);
 }
 
 type Work = Box<dyn FnOnce() + Send>;
@@ -65,8 +81,8 @@ impl Overdue {
         if self.0.load(Relaxed) >= MAX_OVERDUE {
             return Err(Failure::Refused);
         }
-        if RENDERS_HERE.get() {
-            return catch_unwind(AssertUnwindSafe(work)).map_err(|_| Failure::Panicked);
+        if RENDERS_HERE.get() == Here::All {
+            return caught(work);
         }
         let (result, receiver) = sync_channel(1);
         let (late, is_late) = (self.0.clone(), Arc::new(AtomicUsize::new(0)));
@@ -92,6 +108,15 @@ impl Overdue {
             }
         }
     }
+}
+
+/// Does `work` that takes little on this thread; `None` where none is done, or it panicked.
+pub(super) fn run_little<T>(work: impl FnOnce() -> T) -> Option<T> {
+    if RENDERS_HERE.get() == Here::Nothing { None } else { caught(work).ok() }
+}
+
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Failure> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| Failure::Panicked)
 }
 
 /// Gives work to a thread that waits, or to a new one.
@@ -146,6 +171,19 @@ mod tests {
         rendering.expect("starts").join().expect("holds");
         let own = std::thread::current().id();
         assert_ne!(Overdue::default().run(LONG, || std::thread::current().id()), Ok(own));
+    }
+
+    #[test]
+    fn a_thread_that_renders_little_hands_the_rest_over() {
+        assert_eq!(run_little(|| 1), None);
+        let rendering = std::thread::spawn(|| {
+            render_little_on_this_thread();
+            let own = std::thread::current().id();
+            assert_eq!(run_little(|| std::thread::current().id()), Some(own));
+            assert_eq!(run_little(|| -> u8 { panic!("on purpose") }), None);
+            assert_ne!(Overdue::default().run(LONG, || std::thread::current().id()), Ok(own));
+        });
+        rendering.join().expect("holds");
     }
 
     #[test]

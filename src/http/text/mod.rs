@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::cancel::CancelToken;
+use tale_models::chat_template::ChatMessage;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
@@ -35,11 +36,21 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
         let card = text_card(&state, &body.model)?;
         let max_tokens_name = body.settle_max_tokens()?;
         let TextBody { model, options, answer, prompt: messages } = body;
-        let num_bytes = messages.iter().map(|message| message.content.len()).sum();
-        let encode = move |card: &TextCard, cancelled: &CancelToken| Ok(vec![card.encode_chat(&messages, cancelled)?]);
+        let short = text(&card)?.encode_short_chat(&messages);
         let order = Order { shape: Shape::Chat, model, options, answer };
-        // Never here: a template is a stranger's program, and takes its time.
-        let placed = placed(&state, admitted, num_bytes, card, order, encode).await;
+        let placed = match short {
+            Some(prompt) => match prompt {
+                Ok(prompt) => order.place(admitted, text(&card)?, vec![prompt]),
+                Err(error) => Err(error.into()),
+            },
+            // A template is a stranger's program, and may take its time.
+            None => {
+                let num_bytes = messages.iter().map(ChatMessage::num_bytes).sum();
+                let encode =
+                    move |card: &TextCard, cancelled: &CancelToken| Ok(vec![card.encode_chat(&messages, cancelled)?]);
+                placed(&state, admitted, num_bytes, card, order, encode).await
+            }
+        };
         drop(held);
         let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
         placed.map_err(renamed)?.answer(&state).await
