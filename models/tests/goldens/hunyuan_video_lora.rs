@@ -1,4 +1,4 @@
-//! LoRA of HunyuanVideo, in PEFT's names and in the original ones, beside a checkpoint whose weights were changed by hand.
+//! LoRA of HunyuanVideo, in PEFT's names, the original ones and musubi's, beside a checkpoint whose weights were changed by hand.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -57,6 +57,11 @@ fn terms_are_what_they_would_be_among_the_weights() {
         both("diffusion_model.single_blocks.1.linear1", &single_a, &single_b),
     ];
     save("original", original.into_iter().flatten().collect());
+    let flat = [
+        both("lora_unet_double_blocks_0_img_attn_qkv", &dual_a, &dual_b),
+        both("lora_unet_single_blocks_1_linear1", &single_a, &single_b),
+    ];
+    save("musubi", flat.into_iter().flatten().collect());
 
     let own = case_dir(CASE).join("checkpoint");
     let changed = tempfile::tempdir().unwrap();
@@ -68,9 +73,28 @@ fn terms_are_what_they_would_be_among_the_weights() {
     let expected = clip(changed.path(), None, None);
     let bare = clip(&own, None, None);
     assert!(psnr(&expected, &bare) < 35.0, "the terms matter: {:.1} dB", psnr(&expected, &bare));
-    for name in ["peft", "original"] {
+    for name in ["peft", "original", "musubi"] {
         let found = psnr(&clip(&own, Some(files.path()), Some(name)), &expected);
         assert!(found >= 50.0, "{name}: {found:.1} dB");
+    }
+}
+
+/// Files of models whose layers have other names, or the same and other shapes.
+#[test]
+fn files_of_other_models_are_refused_by_name() {
+    for (folder, names) in [("lora/flux", &["peft", "kohya", "original"][..]), ("wan-lora/t2v", &["original", "peft"])]
+    {
+        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).unwrap();
+        let source =
+            ModelSource { loras: Some(case_dir(folder)), ..ModelSource::at(case_dir(CASE).join("checkpoint")) };
+        let loaded = tale_models::load(&source, &placement, &LoadOptions::default(), &mut |_| ()).unwrap();
+        let ModelCard::Diffusion(card) = &loaded.card else { panic!("makes clips") };
+        for name in names {
+            let loras = vec![LoraOption { name: (*name).to_owned(), weight: 1.0 }];
+            let options = Options::default().with(&PROMPT, "x".to_owned()).with(&LORAS, Some(loras));
+            let error = card.resolve(&options, 0).expect_err(name).to_string();
+            assert!(error.contains(&format!("`{name}` is not for this model")), "{folder}: {error}");
+        }
     }
 }
 
