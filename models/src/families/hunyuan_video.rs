@@ -153,7 +153,8 @@ impl HunyuanVideoModel {
         // Text encoders take no terms, as in diffusers.
         let sites = Arc::<Sites>::default();
         let names = HunyuanVideoNames::new(&sizes.transformer);
-        let weights = open("transformer")?.or_named(names).or_named(ComfyNames(names)).noting(&sites);
+        let weights = open("transformer")?.or_named(names).or_named(ComfyNames::published(names));
+        let weights = weights.or_named(ComfyNames::of_today(names)).noting(&sites);
         let transformer = HunyuanVideoTransformer::load(&weights, &sizes.transformer)?;
         let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &names, [])]);
         let vae = open("vae")?;

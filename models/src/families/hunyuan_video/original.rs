@@ -73,7 +73,23 @@ impl Names for HunyuanVideoNames {
 
 /// The names under which ComfyUI saves the network, as its own files of HunyuanVideo have them.
 #[derive(Debug, Clone, Copy)]
-pub struct ComfyNames(pub HunyuanVideoNames);
+pub struct ComfyNames {
+    original: HunyuanVideoNames,
+    /// What the norms of queries and keys scale by.
+    norm_leaf: &'static str,
+}
+
+impl ComfyNames {
+    /// As its files of HunyuanVideo were published.
+    pub fn published(original: HunyuanVideoNames) -> Self {
+        Self { original, norm_leaf: "scale" }
+    }
+
+    /// As it saves the network since its norms are torch's.
+    pub fn of_today(original: HunyuanVideoNames) -> Self {
+        Self { original, norm_leaf: "weight" }
+    }
+}
 
 /// What ComfyUI renames: the parts of original names that the first file has, by its own.
 const OF_COMFY: [(&str, &str); 14] = [
@@ -85,26 +101,33 @@ const OF_COMFY: [(&str, &str); 14] = [
     ("_in.mlp.2.", "_in.out_layer."),
     ("_attn_qkv.", "_attn.qkv."),
     ("_attn_proj.", "_attn.proj."),
-    ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
-    ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
-    (".q_norm.weight", ".norm.query_norm.scale"),
-    (".k_norm.weight", ".norm.key_norm.scale"),
+    ("_attn_q_norm.", "_attn.norm.query_norm."),
+    ("_attn_k_norm.", "_attn.norm.key_norm."),
+    (".q_norm.", ".norm.query_norm."),
+    (".k_norm.", ".norm.key_norm."),
     ("mlp.fc1.", "mlp.0."),
     ("mlp.fc2.", "mlp.2."),
 ];
-/// Likewise, of modulations.
+/// Ends of names of layers that are the norms of queries and keys.
+const NORMS: [&str; 2] = [".query_norm.", ".key_norm."];
+/// As [`OF_COMFY`], of modulations.
 const MODULATIONS: [(&str, &str); 2] = [("_mod.linear.", "_mod.lin."), (".modulation.linear.", ".modulation.lin.")];
 
 impl Names for ComfyNames {
     fn mark(&self) -> &'static str {
-        "time_in.in_layer.weight"
+        match self.norm_leaf {
+            "scale" => "time_in.in_layer.weight",
+            _ => "double_blocks.0.img_attn.norm.query_norm.weight",
+        }
     }
 
     fn place(&self, name: &str) -> Option<Place> {
-        let Place { name, part } = self.0.place(name)?;
+        let Place { name, part } = self.original.place(name)?;
         // Each name has one of these parts at most.
         let own = OF_COMFY.iter().chain(&MODULATIONS).find(|(original, _)| name.contains(original));
         let name = own.map_or_else(|| name.clone(), |(original, own)| name.replacen(original, own, 1));
+        let of_norm = name.strip_suffix("weight").filter(|layer| NORMS.iter().any(|norm| layer.ends_with(norm)));
+        let name = of_norm.map_or_else(|| name.clone(), |layer| format!("{layer}{}", self.norm_leaf));
         Some(Place { name, part })
     }
 }
@@ -201,7 +224,7 @@ mod tests {
     #[track_caller]
     fn check(name: &str, original: &str, comfy: &str, part: Extent) {
         assert_eq!(NAMES.place(name), Some(Place { name: original.to_owned(), part }), "{name}");
-        assert_eq!(ComfyNames(NAMES).place(name), Some(Place { name: comfy.to_owned(), part }), "{name}");
+        assert_eq!(ComfyNames::published(NAMES).place(name), Some(Place { name: comfy.to_owned(), part }), "{name}");
     }
 
     const fn rows(first: usize, count: usize, of: usize) -> Extent {
@@ -269,6 +292,17 @@ mod tests {
         check("norm_out.linear.weight", last, last, Extent::SwappedHalves);
         for unknown in ["transformer_blocks.x.attn.to_q.weight", "transformer_blocks.0.attn.to_r.weight", "x", ""] {
             assert_eq!(NAMES.place(unknown), None, "{unknown}");
+        }
+    }
+
+    #[test]
+    fn comfys_norms_have_weights_today() {
+        let norm = "single_transformer_blocks.1.attn.norm_q.weight";
+        for (names, there) in [
+            (ComfyNames::published(NAMES), "single_blocks.1.norm.query_norm.scale"),
+            (ComfyNames::of_today(NAMES), "single_blocks.1.norm.query_norm.weight"),
+        ] {
+            assert_eq!(names.place(norm), Some(Place::whole(there)));
         }
     }
 
