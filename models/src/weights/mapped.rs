@@ -65,11 +65,13 @@ pub(super) fn whole_shape(part: Extent, shape: &[usize]) -> Vec<usize> {
 /// Which values of a tensor of this shape are the part, in its order.
 fn values_of(part: Extent, shape: &[usize]) -> Vec<Range<usize>> {
     let all = elements(shape);
+    let whole = 0..all;
     match part {
-        Extent::Whole | Extent::Batched { .. } => vec![0..all],
+        Extent::Whole | Extent::Batched { .. } => vec![whole],
         Extent::Rows(rows) => {
             let share = all / rows.of;
-            vec![rows.first * share..(rows.first + rows.count) * share]
+            let these = rows.first * share..(rows.first + rows.count) * share;
+            vec![these]
         }
         Extent::SwappedHalves => vec![all / 2..all, 0..all / 2],
         Extent::AlternatingHalves { heads } => {
