@@ -7,7 +7,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::CogVideoXConfig;
+use super::config::CogVideoXConfig;
 use crate::error::Result;
 use crate::weights::Weights;
 

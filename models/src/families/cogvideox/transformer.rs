@@ -8,7 +8,7 @@
 use candle_core::{DType, Device, Tensor};
 use tale_kernels::{AttentionOptions, attention, gated_sum, gelu_tanh, modulated_layer_norm, rope_interleaved, silu};
 
-use super::CogVideoXConfig;
+use super::config::{CogVideoXConfig, MLP_RATIO};
 use super::positions::{Positions, Rotations};
 use crate::error::Result;
 use crate::layers::timesteps::{ConditionEmbedder, sinusoidal};
@@ -20,8 +20,6 @@ use crate::weights::Weights;
 const QK_NORM_EPS: f64 = 1e-6;
 /// What the embedding of offsets is told, always (`CogVideoXImageToVideoPipeline.__call__`).
 const OFS: f32 = 2.0;
-/// How much wider than the stream the feed-forward layers are.
-pub(super) const MLP_RATIO: usize = 4;
 
 /// What the transformer sees in one pass over `n` rows.
 pub struct CogVideoXInput<'a> {
