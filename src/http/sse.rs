@@ -25,8 +25,12 @@ pub(super) const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How long a stream waits for its first event before its status is sent: work that fails at once fails with a status.
 const FIRST_EVENT_GRACE: Duration = Duration::from_millis(50);
 
+/// Room for what most events say: a buffer that grows to that from nothing is copied and overwritten six times.
+const USUAL_BYTES: usize = 256;
+
 /// `data: {json}`.
 pub(super) fn write_data(buffer: &mut Vec<u8>, data: &impl Serialize) {
+    buffer.reserve(USUAL_BYTES);
     buffer.extend_from_slice(b"data: ");
     serde_json::to_writer(&mut *buffer, data).expect("our types serialize into memory: this is a bug");
     buffer.extend_from_slice(b"\n\n");
