@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tale_models::testing::SKIPPED_PASSES;
 
 use crate::support::{Server, Setup, read, request, server, start};
 
@@ -66,6 +67,16 @@ async fn a_form_as_the_openai_client_sends_it_makes_a_clip() {
     assert_eq!(content.header("content-type"), "video/mp4");
     assert_eq!(&content.body[4..8], b"ftyp");
     assert_eq!(content.header("content-length"), content.body.len().to_string());
+}
+
+#[tokio::test]
+async fn a_completed_video_says_what_a_cache_skipped() {
+    let server = server().await;
+    let rule = json!({"cache_method": "first_block", "cache_threshold": 0.1});
+    for (extra, skipped) in [(rule, json!(SKIPPED_PASSES)), (json!({}), json!(null))] {
+        let id = order(&server, extra).await;
+        assert_eq!(wait_for(&server, &id, "completed").await["skipped_passes"], skipped);
+    }
 }
 
 #[tokio::test]

@@ -8,7 +8,10 @@ use crate::phase::Phase;
 
 /// Most bytes that one session keeps alive in each of its phases, beside the weights.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct MemoryPlan(Vec<PhaseBytes>);
+pub struct MemoryPlan {
+    phases: Vec<PhaseBytes>,
+    branches_at_once: Option<usize>,
+}
 
 /// What one phase needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,31 +25,42 @@ pub struct PhaseBytes {
 impl MemoryPlan {
     /// Phases in their order; none for sessions that need nothing of their own.
     pub fn new(phases: impl IntoIterator<Item = (Phase, usize)>) -> Self {
-        Self(phases.into_iter().map(|(phase, bytes)| PhaseBytes { phase, bytes }).collect())
+        let phases = phases.into_iter().map(|(phase, bytes)| PhaseBytes { phase, bytes }).collect();
+        Self { phases, branches_at_once: None }
+    }
+
+    /// The same, said to be for so many guidance branches in one pass through the denoiser.
+    pub fn of_branches_at_once(self, branches_at_once: usize) -> Self {
+        Self { branches_at_once: Some(branches_at_once), ..self }
+    }
+
+    /// Guidance branches that go through the denoiser in one pass; `None` of what has no denoiser.
+    pub fn branches_at_once(&self) -> Option<usize> {
+        self.branches_at_once
     }
 
     /// The same with so many bytes more in every phase, for what a session holds all along.
     pub fn holding(mut self, bytes: usize) -> Self {
-        self.0.iter_mut().for_each(|phase| phase.bytes += bytes);
+        self.phases.iter_mut().for_each(|phase| phase.bytes += bytes);
         self
     }
 
     /// The same with so many bytes more in one phase, if there is such a phase.
     pub fn holding_in(mut self, phase: Phase, bytes: usize) -> Self {
-        self.0.iter_mut().filter(|of| of.phase == phase).for_each(|of| of.bytes += bytes);
+        self.phases.iter_mut().filter(|of| of.phase == phase).for_each(|of| of.bytes += bytes);
         self
     }
 
     /// The same with a phase before all others.
     pub fn after(mut self, phase: Phase, bytes: usize) -> Self {
-        self.0.insert(0, PhaseBytes { phase, bytes });
+        self.phases.insert(0, PhaseBytes { phase, bytes });
         self
     }
 
     /// What either of two plans needs, one of the same phases.
     pub fn or(mut self, other: &Self) -> Self {
-        for phase in &mut self.0 {
-            let of_other = other.0.iter().filter(|of| of.phase == phase.phase).map(|of| of.bytes);
+        for phase in &mut self.phases {
+            let of_other = other.phases.iter().filter(|of| of.phase == phase.phase).map(|of| of.bytes);
             phase.bytes = of_other.fold(phase.bytes, usize::max);
         }
         self
@@ -54,12 +68,12 @@ impl MemoryPlan {
 
     /// Phases in their order.
     pub fn phases(&self) -> &[PhaseBytes] {
-        &self.0
+        &self.phases
     }
 
     /// The greediest phase, the first of equals.
     pub fn peak(&self) -> Option<PhaseBytes> {
-        self.0.iter().copied().rev().max_by_key(|phase| phase.bytes)
+        self.phases.iter().copied().rev().max_by_key(|phase| phase.bytes)
     }
 
     /// What the whole session needs reserved.

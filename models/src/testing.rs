@@ -182,6 +182,9 @@ fn schedulers(class_name: &str, training: Training) -> Schedulers {
     Schedulers::new(own, &SchedulerConfig::default(), training).expect("diffusers' defaults are supported")
 }
 
+/// Predictions that a scripted session says to have skipped where it may.
+pub const SKIPPED_PASSES: usize = 2;
+
 /// Follows a [`Script`].
 pub struct ScriptedRunner {
     script: Script,
@@ -346,7 +349,8 @@ fn advance_diffusion(
         let first = (*done - 1) * FRAMES_PER_DECODE;
         let last = (first + FRAMES_PER_DECODE).min(request.canvas.num_frames);
         emit(Event::Frames((first..last).map(|index| frame(request, index)).collect()));
-        return (*done == total).then_some((FinishReason::Complete, Usage::default()));
+        let skipped_passes = request.cache.as_ref().map_or(0, |_| SKIPPED_PASSES);
+        return (*done == total).then_some((FinishReason::Complete, Usage { skipped_passes, ..Usage::default() }));
     }
     if *done == total {
         (*phase, *done) = (next, 0);

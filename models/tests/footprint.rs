@@ -117,6 +117,18 @@ fn sessions_take_at_most_their_footprint() {
         let options = options.with(&VAE_TILING, true);
         check(&format!("{case} in tiles"), copy.path(), &LoadOptions::default(), options);
     }
+    let apart = LoadOptions { max_denoise_rows: 1, ..LoadOptions::default() };
+    for (case, options) in [
+        ("wan-a", options(256, 160, Some(5))),
+        ("cogvideox-b", options(192, 128, Some(17))),
+        (
+            "hunyuan-video-b",
+            options(192, 128, Some(29)).with(&TRUE_CFG_SCALE, 2.0).with(&NEGATIVE_PROMPT, "x".to_owned()),
+        ),
+        ("sdxl-a", options(256, 192, None)),
+    ] {
+        check(&format!("{case}, branch by branch"), &golden(case), &apart, options);
+    }
     let wide = wide_sdxl();
     let dummy = LoadOptions { load_format: LoadFormat::Dummy, ..LoadOptions::default() };
     check("wide SDXL", wide.path(), &dummy, options(512, 512, None));

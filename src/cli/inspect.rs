@@ -162,6 +162,9 @@ struct RequestReport {
     schedulers: Vec<&'static str>,
     /// Whether the VAE works in tiles.
     vae_tiling: bool,
+    /// Guidance branches, and how many of them go through the denoiser in one pass.
+    branches: usize,
+    branches_at_once: usize,
     /// Of text encoders that are on the device only while a prompt is encoded; among the bytes of that phase.
     on_demand_bytes: usize,
     phases: Vec<PhaseReport>,
@@ -178,9 +181,11 @@ struct PhaseReport {
 }
 
 impl RequestReport {
-    fn new(args: &InspectArgs, inspection: &Inspection, model: LoadedModel) -> Result<Option<Self>, CliError> {
+    fn new(args: &InspectArgs, inspection: &Inspection, mut model: LoadedModel) -> Result<Option<Self>, CliError> {
         let free_bytes = args.memory.map(|memory| memory.0.saturating_sub(inspection.resident_bytes()));
-        let ModelCard::Diffusion(card) = model.card.with_room(free_bytes.unwrap_or(usize::MAX)) else {
+        let room_bytes = free_bytes.unwrap_or(usize::MAX);
+        model.runner.set_room(room_bytes);
+        let ModelCard::Diffusion(card) = model.card.with_room(room_bytes) else {
             return Ok(None);
         };
         if card.edits.is_some_and(|edits| edits.is_needed) {
@@ -190,6 +195,7 @@ impl RequestReport {
         let request = card.resolve(&card.plainest(), 0)?;
         let (width, height, num_frames) = (request.canvas.width, request.canvas.height, request.canvas.num_frames);
         let vae_tiling = request.vae_tiling;
+        let branches = request.guidance.num_branches();
         let plan = model.runner.plan(&Request::Diffusion(request));
         let phases = plan.phases().iter();
         Ok(Some(Self {
@@ -199,6 +205,8 @@ impl RequestReport {
             scheduler: card.sampling.schedulers.own_name().to_owned(),
             schedulers: card.sampling.schedulers.iter().map(|scheduler| scheduler.name).collect(),
             vae_tiling,
+            branches,
+            branches_at_once: plan.branches_at_once().unwrap_or(branches),
             on_demand_bytes: inspection.on_demand_bytes,
             phases: phases.map(|of| PhaseReport { phase: of.phase.as_str(), memory_bytes: of.bytes }).collect(),
             memory_bytes: plan.peak_bytes(),
@@ -302,6 +310,9 @@ impl Display for RequestReport {
         writeln!(f, "\n{size} needs beside the weights{tiles} while it runs:")?;
         for PhaseReport { phase, memory_bytes } in &self.phases {
             writeln!(f, "  {phase:<18} {:>25}", ByteSize(*memory_bytes).to_string())?;
+        }
+        if self.branches_at_once < self.branches {
+            writeln!(f, "Its guidance branches are predicted one after the other.")?;
         }
         if self.on_demand_bytes > 0 {
             let bytes = ByteSize(self.on_demand_bytes);

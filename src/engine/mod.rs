@@ -555,6 +555,7 @@ fn prepare(
         cards.push((name, model.card));
     }
     let room_bytes = ledger.session_capacity_bytes();
+    runners.iter_mut().for_each(|(_, runner)| runner.set_room(room_bytes));
     let served = cards.into_iter().map(|(name, card)| ServedModel {
         name,
         card: Arc::new(card.with_room(room_bytes)),

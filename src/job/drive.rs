@@ -86,7 +86,10 @@ impl Work {
                         return Ok(false);
                     }
                 }
-                Some(Event::Finished { .. }) => return Ok(true),
+                Some(Event::Finished { usage, .. }) => {
+                    self.apply(Change::Skipped(usage.skipped_passes));
+                    return Ok(true);
+                }
                 Some(Event::Failed(error)) => return Err(Failure::of(&error)),
                 // A clip has none.
                 Some(Event::Preview { .. }) => (),

@@ -35,15 +35,17 @@ impl JobEvent {
     }
 }
 
-impl From<&Change> for JobEvent {
-    fn from(change: &Change) -> Self {
-        match change {
+impl JobEvent {
+    /// What followers hear of a change, if they do.
+    pub fn of(change: &Change) -> Option<Self> {
+        Some(match change {
+            Change::Skipped(_) => return None,
             Change::Started => JobEvent::Started,
             Change::Progressed(progress) => JobEvent::Progress(*progress),
             Change::Completed(files) => JobEvent::Finished(files.clone()),
             Change::Failed(failure) => JobEvent::Failed(failure.clone()),
             Change::Cancelled => JobEvent::Cancelled,
-        }
+        })
     }
 }
 

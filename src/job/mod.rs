@@ -84,6 +84,8 @@ pub struct Job {
     pub state: JobState,
     /// How far it is.
     pub progress: Progress,
+    /// Predictions that a cache took from ones before them, in all of its parts that are done.
+    pub skipped_passes: usize,
 }
 
 /// Where a job stands.
@@ -161,6 +163,8 @@ pub enum Change {
     Started,
     /// The device moved on.
     Progressed(Progress),
+    /// A part is done of which so many predictions were skipped.
+    Skipped(usize),
     /// The files are whole.
     Completed(ClipFiles),
     /// It cannot be made.
@@ -209,6 +213,7 @@ impl Job {
             ended: None,
             state: JobState::Queued,
             progress: Progress::default(),
+            skipped_passes: 0,
         }
     }
 
@@ -220,6 +225,10 @@ impl Job {
             (JobState::Queued, Change::Started) => JobState::InProgress,
             (JobState::InProgress, Change::Progressed(progress)) => {
                 self.progress = *progress;
+                JobState::InProgress
+            }
+            (JobState::InProgress, Change::Skipped(passes)) => {
+                self.skipped_passes += passes;
                 JobState::InProgress
             }
             (JobState::InProgress, Change::Completed(file)) => JobState::Completed(file.clone()),
@@ -289,7 +298,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..5, 0..40)) {
+        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..6, 0..40)) {
             let mut job = job();
             let mut ends = 0;
             for change in changes {
@@ -298,6 +307,7 @@ pub(crate) mod tests {
                     1 => Change::Progressed(Progress::new(Phase::Denoise, 1, 2, None)),
                     2 => Change::Completed(file()),
                     3 => Change::Failed(Failure { code: "x", message: String::new() }),
+                    4 => Change::Skipped(3),
                     _ => Change::Cancelled,
                 };
                 let was_terminal = job.state.is_terminal();

@@ -145,7 +145,9 @@ impl JobStore for MemoryStore {
         if !entry.job.apply(&change, SystemTime::now()) {
             return None;
         }
-        entry.feed.push(JobEvent::from(&change));
+        if let Some(event) = JobEvent::of(&change) {
+            entry.feed.push(event);
+        }
         let job = entry.job.clone();
         if job.state.is_terminal() {
             self.retain(&mut jobs);

@@ -110,6 +110,11 @@ impl Guidance {
         }
     }
 
+    /// Guidance branches: the prompt's, and the negative one's where there is one.
+    pub fn num_branches(&self) -> usize {
+        1 + usize::from(self.negative_prompt.is_some())
+    }
+
     /// How far the negative prediction, where there is one, is left behind.
     pub fn cfg_scale(&self) -> f64 {
         self.true_cfg_scale.unwrap_or(self.guidance_scale)

@@ -322,9 +322,15 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
+    fn plan(
+        &self,
+        request: &DiffusionRequest,
+        branches_at_once: usize,
+        placement: &Placement,
+        dequantised: Dequantised,
+    ) -> MemoryPlan {
         let dtype = placement.compute_dtype;
-        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let rows = request.guidance.num_branches();
         let [_, frames, _, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let text = request.prompt.max_sequence_length;
@@ -337,7 +343,8 @@ impl Sizes {
         let sizes = [frames, height, width];
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
         let caches = copies * self.transformer.stream_bytes_of_row(sizes, dtype);
-        let denoise = rows * (self.transformer.peak_bytes_of_row(sizes, text, dtype) + caches)
+        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(sizes, text, dtype)
+            + rows * caches
             + self.transformer.rotation_bytes(sizes, text);
         let decode =
             self.vae.peak_decode_bytes(self.latent_frames(request), (height, width), request.vae_tiling, dtype);

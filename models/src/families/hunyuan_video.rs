@@ -326,8 +326,14 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
-        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+    fn plan(
+        &self,
+        request: &DiffusionRequest,
+        branches_at_once: usize,
+        placement: &Placement,
+        dequantised: Dequantised,
+    ) -> MemoryPlan {
+        let rows = request.guidance.num_branches();
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let (length, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
@@ -342,7 +348,8 @@ impl Sizes {
         let positions = frames * height * width;
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(true));
         let caches = copies * self.transformer.stream_bytes_of_row(positions, dtype);
-        let denoise = rows * (self.transformer.peak_bytes_of_row(positions, told, dtype) + caches)
+        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(positions, told, dtype)
+            + rows * caches
             + self.transformer.rotation_bytes(positions, told);
         let sizes = [frames, height, width];
         let decode = self.vae.peak_decode_bytes(sizes, request.vae_tiling, dtype);

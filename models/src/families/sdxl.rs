@@ -391,8 +391,14 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, ip_adapter: Option<&IpAdapter>, dtype: DType) -> MemoryPlan {
-        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+    fn plan(
+        &self,
+        request: &DiffusionRequest,
+        branches_at_once: usize,
+        ip_adapter: Option<&IpAdapter>,
+        dtype: DType,
+    ) -> MemoryPlan {
+        let rows = request.guidance.num_branches();
         let text = request.prompt.max_sequence_length;
         let (_, channels, height, width) = self.latent_shape(request);
         let pictures = request.references.as_ref().map_or(0, |references| references.images.len());
@@ -401,7 +407,7 @@ impl Sizes {
         let first = self.text_encoder.as_ref().map_or(0, |one| one.forward_bytes(text, dtype));
         let encode = first.max(self.text_encoder_2.forward_bytes(text, dtype));
         let encode = encode.max(ip_adapter.filter(|_| pictures > 0).map_or(0, IpAdapter::encode_bytes));
-        let denoise = rows * self.unet.forward_bytes(height * width, dtype);
+        let denoise = branches_at_once * self.unet.forward_bytes(height * width, dtype);
         let decode = self.vae.peak_decode_bytes((height, width), request.vae_tiling, dtype);
         let preview = if request.partial_images > 0 { self.vae.preview_bytes(dtype) } else { 0 };
         let (picture, begin) = match &request.edit {

@@ -404,8 +404,14 @@ impl Sizes {
     }
 
     /// Most bytes that one session keeps alive in each phase.
-    fn plan(&self, request: &DiffusionRequest, placement: &Placement, dequantised: Dequantised) -> MemoryPlan {
-        let rows = 1 + usize::from(request.guidance.negative_prompt.is_some());
+    fn plan(
+        &self,
+        request: &DiffusionRequest,
+        branches_at_once: usize,
+        placement: &Placement,
+        dequantised: Dequantised,
+    ) -> MemoryPlan {
+        let rows = request.guidance.num_branches();
         let [_, _, frames, height, width] = self.latent_shape(request);
         let latents = self.latent_shape(request).iter().product::<usize>() * size_of::<f32>();
         let (text, dtype) = (request.prompt.max_sequence_length, placement.compute_dtype);
@@ -422,7 +428,8 @@ impl Sizes {
         let pixels = frames * height * width;
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
         let caches = copies * self.transformer.stream_bytes_of_row(pixels, dtype);
-        let denoise = rows * (self.transformer.peak_bytes_of_row(pixels, text + image, dtype) + caches)
+        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(pixels, text + image, dtype)
+            + rows * caches
             + self.transformer.rope_bytes(pixels);
         let decode = latents + self.vae.peak_decode_bytes(frames, (height, width), request.vae_tiling, dtype);
         let text_pass = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;

@@ -64,6 +64,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     /// What was read or is being read in f32.
     wide: BTreeMap<MendKey, Wide<M>>,
     max_rows: usize,
+    /// Bytes that the device has for work beside all weights; `None` where nobody bounds them.
+    room_bytes: Option<usize>,
     batcher: Batcher<M::Input>,
     passes: Passes<M>,
     sessions: HashMap<SessionId, Session<M>>,
@@ -88,6 +90,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             in_f32: None,
             wide: BTreeMap::new(),
             max_rows,
+            room_bytes: None,
             batcher: Batcher::new(max_rows),
             passes: Passes::new(),
             sessions: HashMap::new(),
@@ -103,6 +106,26 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// Work that is not finite is done once more by the model that `in_f32` reads.
     pub fn retrying(self, in_f32: InF32<M>) -> Self {
         Self { in_f32: Some(in_f32), ..self }
+    }
+
+    /// What a request takes with so many guidance branches in one pass.
+    fn plan_of(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
+        let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
+        let plan = self.model.plan(request, branches_at_once).holding(adapters).of_branches_at_once(branches_at_once);
+        match self.text_encoders.as_ref().map(OnDemand::bytes) {
+            Some(encoders) => plan.holding_in(Phase::Encode, encoders).after(Phase::Load, encoders),
+            None => plan,
+        }
+    }
+
+    /// What a request takes: with all guidance branches in one pass, or one after the other where those do not fit and that
+    /// is what they lack.
+    fn plan_for(&self, request: &DiffusionRequest) -> MemoryPlan {
+        let together = request.guidance.num_branches().min(self.max_rows);
+        let plan = self.plan_of(request, together);
+        let is_short = self.room_bytes.is_some_and(|room_bytes| plan.peak_bytes() > room_bytes);
+        let apart = (is_short && together > 1).then(|| self.plan_of(request, 1));
+        apart.filter(|apart| apart.peak_bytes() < plan.peak_bytes()).unwrap_or(plan)
     }
 
     /// The model that is driven.
@@ -175,7 +198,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             caches.iter_mut().take(session.num_rows()).map(move |cache| RowCache { cache, step })
         });
         let mut caches_of_rows: Vec<RowCache<'_>> = of_rows.collect();
-        let predictions = predict_in_passes(&self.model, expert, &rows, self.max_rows, &mut caches_of_rows)?;
+        // Each session has reserved the work of as many rows as it has branches at once.
+        let reserved: usize = sessions.iter().map(|session| session.branches_at_once).sum();
+        let rows_at_once = reserved.min(self.max_rows);
+        let predictions = predict_in_passes(&self.model, expert, &rows, rows_at_once, &mut caches_of_rows)?;
         let mut predictions = predictions.into_iter();
         let guided =
             sessions.iter().map(|session| session.denoising().guided(&mut predictions, &session.request)).collect();
@@ -277,6 +303,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     }
 }
 
+const IS_PLANNED: &str = "the plan of a picture or clip says how many branches go at once: this is a bug";
 const MEMBERS_EXIST: &str = "a queued session is a known session: this is a bug";
 
 /// Predicts rows of one shape, at most `max_rows` in one forward pass: a guided session where one row is allowed is
@@ -323,14 +350,7 @@ fn check<M: DiffusionModel>(model: &M, request: &DiffusionRequest) -> Result<()>
 impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     fn plan(&self, request: &Request) -> MemoryPlan {
         match request {
-            Request::Diffusion(request) => {
-                let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
-                let plan = self.model.plan(request).holding(adapters);
-                match self.text_encoders.as_ref().map(OnDemand::bytes) {
-                    Some(encoders) => plan.holding_in(Phase::Encode, encoders).after(Phase::Load, encoders),
-                    None => plan,
-                }
-            }
+            Request::Diffusion(request) => self.plan_for(request),
             Request::Text(_) => MemoryPlan::default(),
         }
     }
@@ -343,11 +363,16 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         check(&self.model, &request)?;
-        let new = Session::new(client, request, &self.model);
+        let branches_at_once = self.plan_for(&request).branches_at_once().expect(IS_PLANNED);
+        let new = Session::new(client, request, branches_at_once, &self.model);
         let previous = self.sessions.insert(session, new);
         assert!(previous.is_none(), "session ids are unique: this is a bug");
         self.enqueue(session);
         Ok(())
+    }
+
+    fn set_room(&mut self, bytes: usize) {
+        self.room_bytes = Some(bytes);
     }
 
     fn max_sessions(&self) -> usize {

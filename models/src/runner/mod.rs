@@ -36,6 +36,10 @@ pub trait Runner: Send {
     /// reserves the most of them before `submit` and frees them when the session ends.
     fn plan(&self, request: &Request) -> MemoryPlan;
 
+    /// Says how many bytes the device has for work beside all weights, before the first plan. A runner may do with less
+    /// memory where that is short.
+    fn set_room(&mut self, _bytes: usize) {}
+
     /// Accepts a session of a client: checks it, plans it, computes nothing heavy. Clients take turns.
     fn submit_for(&mut self, client: ClientId, session: SessionId, request: Request) -> Result<()>;
 

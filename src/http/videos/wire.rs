@@ -43,6 +43,8 @@ pub(super) struct WireVideo {
     fitted_images: Vec<WireFitting>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    skipped_passes: Option<usize>,
     #[serde(flatten)]
     file: WireFile,
 }
@@ -121,6 +123,7 @@ impl From<&Job> for WireVideo {
             parameters: EffectiveParameters::new(&job.model, &job.request),
             fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
             warnings: job.request.warnings(),
+            skipped_passes: job.request.cache.as_ref().filter(|_| is_completed).map(|_| job.skipped_passes),
             file: job.into(),
         }
     }

@@ -55,8 +55,8 @@ pub struct Figure {
     pub steps: usize,
     /// What it is.
     pub setting: Setting,
-    /// How many times as fast, as published.
-    pub gain: f64,
+    /// How many times as fast, as published; `None` of a setting that is gentler than one with a figure.
+    pub gain: Option<f64>,
 }
 
 /// A method and its thresholds; ratios and polynomials are those of the profile.
@@ -121,7 +121,7 @@ const E012K4: Setting = Setting::MagCache(0.12, 4);
 const E024K6: Setting = Setting::MagCache(0.24, 6);
 
 const fn figure(word: Acceleration, size: [usize; 2], steps: usize, setting: Setting, gain: f64) -> Figure {
-    Figure { word, size, steps, setting, gain }
+    Figure { word, size, steps, setting, gain: Some(gain) }
 }
 
 const fn tea(coefficients: &'static [f64], first_steps: usize) -> Option<Polynomial> {
@@ -148,7 +148,7 @@ pub static WAN_T2V_14B: Published = Published {
         ratios: Some([&T2V_14B, &T2V_14B_NEGATIVE]),
         polynomial: tea(&[-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1], 5),
     }],
-    figures: &[figure(Safe, P720, 50, E012K4, 2.6), figure(Fast, P720, 50, E024K6, 2.8)],
+    figures: &[Figure { gain: None, ..figure(Safe, P720, 50, E012K4, 1.0) }, figure(Fast, P720, 50, E024K6, 2.8)],
 };
 
 /// The two published checkpoints have one configuration, and are told apart by what is asked of them. At 480p an A800 takes
@@ -192,10 +192,10 @@ pub static HUNYUAN_VIDEO: Published = Published {
         },
     ],
     figures: &[
-        figure(Safe, P544, 50, E012K4, 2.2),
-        figure(Fast, P544, 50, E024K6, 2.7),
-        figure(Safe, P720, 50, E012K4, 2.2),
-        figure(Fast, P720, 50, E024K6, 2.7),
+        figure(Safe, P544, 50, E012K4, 2.3),
+        figure(Fast, P544, 50, E024K6, 2.8),
+        figure(Safe, P720, 50, E012K4, 2.3),
+        figure(Fast, P720, 50, E024K6, 2.8),
         figure(Safe, P720, 30, Setting::FirstBlock(0.06), 1.6),
     ],
 };
@@ -381,7 +381,7 @@ mod tests {
                     Setting::TeaCache(_) => profile.polynomial.is_some() && profile.size == figure.size,
                 };
                 assert!(
-                    is_there && figure.word != Acceleration::None && figure.gain > 1.0,
+                    is_there && figure.word != Acceleration::None && figure.gain.is_none_or(|gain| gain > 1.0),
                     "{}: {figure:?}",
                     published.name
                 );
@@ -407,12 +407,13 @@ mod tests {
                 Setting::TeaCache(threshold) => format!("TeaCache {threshold}"),
             };
             let ([width, height], word) = (figure.size, figure.word.as_str());
-            format!("| {name} | `{word}` | {width}x{height} | {} | {setting} | {} |", figure.steps, figure.gain)
+            let gain = figure.gain.map_or("none".to_owned(), |gain| gain.to_string());
+            format!("| {name} | `{word}` | {width}x{height} | {} | {setting} | {gain} |", figure.steps)
         };
         let rows: Vec<String> =
             ALL.iter().flat_map(|of| of.figures.iter().map(|figure| row(of.name, figure))).collect();
         for row in &rows {
-            assert!(text.lines().any(|line| line == row), "docs/models.md lacks a row:\n{row}");
+            assert!(text.lines().any(|line| line.starts_with(row)), "docs/models.md lacks a row:\n{row}");
         }
         let words = ["| `safe` |", "| `fast` |"];
         let found = text.lines().filter(|line| words.iter().any(|word| line.contains(word))).count();

@@ -123,8 +123,8 @@ impl DiffusionModel for CogVideoXModel {
         &self.card
     }
 
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.sizes.plan(request, &self.placement, self.dequantised)
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
+        self.sizes.plan(request, branches_at_once, &self.placement, self.dequantised)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<CogVideoXInput>> {

@@ -71,17 +71,18 @@ const TEXT_ENCODERS: &[&str] = &["text_encoder", "text_encoder_2"];
 
 impl FluxModel {
     /// Of latents and all that a request holds beside them, in each phase.
-    fn memory_plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+    fn memory_plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
         let (rows, columns) = self.grid(request);
         let (text_len, image_len) = (request.prompt.max_sequence_length, rows * columns);
         let (transformer, dtype) = (self.transformer.config(), self.placement.compute_dtype);
-        let branches = 1 + usize::from(request.guidance.negative_prompt.is_some());
+        let branches = request.guidance.num_branches();
         let conditioning = branches * text_len * transformer.joint_attention_dim * dtype.size_in_bytes();
         // The sample; of each branch what the model sees of it and predicts, in the batch and by itself.
         let latents = (1 + 3 * branches) * image_len * transformer.in_channels * size_of::<f32>();
         let t5_pass = self.t5_config.forward_bytes(branches, text_len, &self.placement);
         let encode = t5_pass + self.text_encoder_2.dequantised_bytes();
-        let denoise = branches * (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
+        let of_branch = (text_len + image_len) * transformer.inner_dim() * LIVE_WIDTHS * dtype.size_in_bytes();
+        let denoise = branches_at_once * of_branch;
         let decode = self.vae_config.peak_decode_bytes(self.latents(request), request.vae_tiling, dtype);
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(true));
         let caches = branches * copies * image_len * transformer.inner_dim() * dtype.size_in_bytes();
@@ -126,8 +127,8 @@ impl DiffusionModel for FluxModel {
         &self.card
     }
 
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        self.memory_plan(request)
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
+        self.memory_plan(request, branches_at_once)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<FluxInput>> {

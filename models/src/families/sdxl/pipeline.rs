@@ -258,14 +258,14 @@ impl DiffusionModel for SdxlModel {
         &self.card
     }
 
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
         let (ip_adapter, dtype) = (self.ip_adapter.as_ref(), self.placement.compute_dtype);
-        let plan = self.sizes.plan(request, ip_adapter, dtype);
+        let plan = self.sizes.plan(request, branches_at_once, ip_adapter, dtype);
         let (Some(refiner), Some(_)) = (&self.refiner, request.refinement) else { return plan };
         // While one of them works, what the other has encoded is there too.
         let own = self.sizes.conditioning_bytes(request, ip_adapter, dtype);
         let others = refiner.sizes.conditioning_bytes(request, None, dtype);
-        plan.or(&refiner.sizes.plan(request, None, dtype)).holding(own.max(others))
+        plan.or(&refiner.sizes.plan(request, branches_at_once, None, dtype)).holding(own.max(others))
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<SdxlInput>> {

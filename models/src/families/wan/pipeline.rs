@@ -101,12 +101,12 @@ impl DiffusionModel for WanModel {
         &self.card
     }
 
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
         let dequantised = Dequantised {
             text_encoder: self.text_encoder.dequantised_bytes(),
             transformer: self.transformer.dequantised_bytes(),
         };
-        self.sizes.plan(request, &self.placement, dequantised)
+        self.sizes.plan(request, branches_at_once, &self.placement, dequantised)
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<WanInput>> {

@@ -102,7 +102,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let session = self.session(id);
         let denoising = session.denoising();
         let rows: Vec<_> = denoising.rows(&session.request).collect();
-        let predictions = predict_in_passes(model, denoising.expert(), &rows, self.max_rows, &mut [])?;
+        let predictions = predict_in_passes(model, denoising.expert(), &rows, 1, &mut [])?;
         let prediction = denoising.guided(&mut predictions.into_iter(), &session.request)?;
         let outcome = match are_finite(std::slice::from_ref(&prediction))?[..] {
             [true] => {

@@ -40,8 +40,9 @@ pub trait DiffusionModel: Send {
     /// Limits and defaults.
     fn card(&self) -> &DiffusionCard;
 
-    /// Bytes that one session needs beside the weights in each phase (latents, conditioning, activations, pixels).
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan;
+    /// Bytes that one session needs beside the weights in each phase (latents, conditioning, activations, pixels), where its
+    /// guidance branches go through the denoiser so many at once: all of them, or one after the other.
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan;
 
     /// All that a request has encoded, in this order, pass by pass.
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<Self::Input>>;

@@ -32,7 +32,8 @@ pub fn reread_in_f32<M: DiffusionModel + 'static>(reread: Reread, build: Build<M
     Box::new(move |components, phase, request| {
         let (loading, DryModel { model, weight_bytes }) = reread.begin_in_f32(components, build)?;
         let work_bytes = move |request: &DiffusionRequest| {
-            let plan = model.plan(request);
+            // Mended row by row.
+            let plan = model.plan(request, 1);
             let bytes = plan.phases().iter().find(|of| of.phase == phase).map_or(0, |of| of.bytes);
             bytes + model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras))
         };

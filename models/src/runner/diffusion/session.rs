@@ -26,6 +26,8 @@ pub(super) struct Session<M: DiffusionModel> {
     pub(super) client: ClientId,
     pub(super) request: DiffusionRequest,
     pub(super) started: bool,
+    /// Guidance branches that go through the denoiser in one pass, as planned.
+    pub(super) branches_at_once: usize,
     /// Predictions that came from caches, once denoising is done.
     pub(super) skipped_passes: usize,
     /// The terms of its request that are on the device, by whose layers they are for.
@@ -68,12 +70,13 @@ pub(super) struct Latents {
 }
 
 impl<M: DiffusionModel> Session<M> {
-    pub(super) fn new(client: ClientId, request: DiffusionRequest, model: &M) -> Self {
+    pub(super) fn new(client: ClientId, request: DiffusionRequest, branches_at_once: usize, model: &M) -> Self {
         let stage = Stage::Encode(Encode::new(model, &request));
         Self {
             client,
             request,
             started: false,
+            branches_at_once,
             adapters: Held::new(),
             skipped_passes: 0,
             stage,

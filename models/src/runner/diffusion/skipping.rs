@@ -81,6 +81,7 @@ fn polynomial(coefficients: &[f64], x: f64) -> f64 {
 mod tests {
     use super::*;
     use crate::diffusion::acceleration::Cache;
+    use crate::diffusion::acceleration::published::{HUNYUAN_VIDEO, Setting, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B};
 
     /// For each step what a branch does: `x` computed, `-` skipped.
     fn pattern(cache: &Arc<Cache>, branch: usize, changes: &[f64]) -> String {
@@ -110,6 +111,34 @@ mod tests {
         assert_eq!(pattern(&of(9), 0, &[0.0; 7]), "x--x-xx");
         assert_eq!(pattern(&of(1), 0, &[0.0; 7]), "x-x-xxx");
         assert_eq!(pattern(&of(3), 1, &[0.0; 7]), "x---x--");
+    }
+
+    /// What the published ratios decide by themselves, as the documentation has it.
+    #[test]
+    fn published_ratios_skip_so_many_passes() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/models.md");
+        let text = std::fs::read_to_string(path).expect("docs/models.md is there");
+        let mut checked = 0;
+        for published in [&WAN_T2V_1_3B, &WAN_T2V_14B, &WAN_I2V_14B, &HUNYUAN_VIDEO] {
+            for figure in published.figures {
+                let Setting::MagCache(threshold, max_skips) = figure.setting else { continue };
+                let [width, height] = figure.size;
+                let profile = published.profile(width * height).expect("a profile");
+                // As many ratios as steps: none is left out or taken twice.
+                let ratios = profile.ratios.expect("ratios").map(<[f64]>::to_vec);
+                assert_eq!(ratios.each_ref().map(Vec::len), [figure.steps; 2]);
+                let rule = cache(Rule::MagCache { threshold, ratios }, max_skips, figure.steps / 5..figure.steps);
+                let skipped =
+                    [0, 1].map(|branch| pattern(&rule, branch, &vec![0.0; figure.steps]).matches('-').count());
+                assert_eq!(skipped[0], skipped[1], "{}: {figure:?}", published.name);
+                let start = format!("| {} | `{}` | {width}x{height} |", published.name, figure.word.as_str());
+                let end = format!("| {} of {} |", skipped[0], figure.steps);
+                let is_row = |line: &str| line.starts_with(&start) && line.ends_with(&end);
+                assert!(text.lines().any(is_row), "docs/models.md lacks {start} ... {end}");
+                checked += 1;
+            }
+        }
+        assert_eq!(checked, 12);
     }
 
     #[test]

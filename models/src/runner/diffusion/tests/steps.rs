@@ -77,6 +77,37 @@ fn outside_of_its_interval_guidance_costs_nothing_and_does_nothing() {
     assert!(found.into_iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-5));
 }
 
+/// A toy session needs 16 bytes a branch: with less than 32 its branches go one after the other, and those of two sessions
+/// two at once, whatever the bound on rows.
+#[test]
+fn where_both_branches_do_not_fit_each_has_a_pass_of_its_own() {
+    let of_rows = |room_bytes: usize, max_rows, sessions: u64| {
+        let mut runner = DiffusionRunner::new(Toy::new(), max_rows);
+        runner.set_room(room_bytes);
+        for id in 0..sessions {
+            submit(&mut runner, id, with(guided("a fox", "rain"), |request| request.sampling.num_inference_steps = 1));
+        }
+        let plan = runner.plan(&Request::Diffusion(guided("a fox", "rain")));
+        run(&mut runner);
+        let passes = runner.model().passes.lock().expect("lock").iter().map(|(_, rows)| *rows).collect::<Vec<_>>();
+        (plan.peak_bytes(), plan.branches_at_once(), passes)
+    };
+    assert_eq!(of_rows(32, 4, 1), (32, Some(2), vec![2]));
+    assert_eq!(of_rows(31, 4, 1), (16, Some(1), vec![1, 1]));
+    assert_eq!(of_rows(31, 4, 2), (16, Some(1), vec![2, 2]));
+    assert_eq!(of_rows(32, 4, 2), (32, Some(2), vec![4]));
+    assert_eq!(of_rows(32, 1, 1), (16, Some(1), vec![1, 1]));
+    // What does not fit either way is planned in the smaller way, and refused by the caller.
+    assert_eq!(of_rows(8, 4, 1), (16, Some(1), vec![1, 1]));
+    let apart = |request: DiffusionRequest| {
+        let mut runner = DiffusionRunner::new(Toy::new(), 4);
+        runner.set_room(31);
+        submit(&mut runner, 1, request);
+        run(&mut runner).remove(&1).expect("the session had events")
+    };
+    assert_eq!(apart(guided("a fox", "rain")), alone(guided("a fox", "rain")));
+}
+
 /// CFG-Zero*: nobody is asked in the first steps; then the negative prediction is the multiple of itself that is closest.
 #[test]
 fn zero_star_leaves_the_first_steps_out_and_scales_the_negative_prediction() {

@@ -177,8 +177,8 @@ impl DiffusionModel for Toy {
         &self.card
     }
 
-    fn plan(&self, request: &DiffusionRequest) -> MemoryPlan {
-        MemoryPlan::new([(Phase::Denoise, request.canvas.width * request.canvas.height * 4)])
+    fn plan(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
+        MemoryPlan::new([(Phase::Denoise, branches_at_once * request.canvas.width * request.canvas.height * 4)])
     }
 
     fn inputs(&self, request: &DiffusionRequest) -> Vec<Inputs<ToyInput>> {
