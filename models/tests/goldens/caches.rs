@@ -179,7 +179,7 @@ fn sessions_of_a_batch_give_what_lone_ones_give() {
 /// The first three of one method, so that they share passes; then one of each other and one without.
 fn variant(card: &DiffusionCard, i: usize) -> DiffusionRequest {
     let options = match i {
-        0 | 1 | 2 => of_method(CacheMethod::MagCache, [0.5, 0.05, 0.3][i]),
+        0..=2 => of_method(CacheMethod::MagCache, [0.5, 0.05, 0.3][i]),
         3 => of_method(CacheMethod::TeaCache, 10.0),
         4 => of_method(CacheMethod::FirstBlock, 10.0),
         _ => Options::default(),
