@@ -140,3 +140,112 @@ async fn a_part_that_follows_needs_no_place_in_the_queue_and_is_made_while_the_s
     let file = std::fs::read(outputs.join(format!("{id}.mp4"))).expect("it is whole");
     assert_eq!(frames_of_mp4(&file), 81);
 }
+
+/// Width and height of what a still shows, and its middle pixel.
+fn middle(picture: &image::RgbImage) -> [u8; 3] {
+    picture.get_pixel(picture.width() / 2, picture.height() / 2).0
+}
+
+#[tokio::test]
+async fn a_video_goes_on_from_another_and_both_are_one_file() {
+    let dir = tempfile::tempdir().expect("made");
+    let outputs = dir.path().join("clips");
+    let server = start(Setup { output_dir: Some(outputs.clone()), ..Setup::default() }).await;
+    let source = order(&server, json!({"seed": 5, "num_frames": 17, "title": "Boats", "quality": "best"})).await;
+    wait_for(&server, &source, "completed").await;
+    // As the openai client sends it.
+    let part =
+        |name: &str, value: &str| format!("--b\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n");
+    let form =
+        part("video[id]", &source) + &part("prompt", "a storm") + &part("seconds", "1") + &part("model", "shots");
+    let form = form + "--b--\r\n";
+    let media_type = "multipart/form-data; boundary=b";
+    let created = server.call("POST", "/v1/videos/extensions", media_type, form).await.expect(200).json();
+    let id = created["id"].as_str().expect("a name").to_owned();
+    let job = wait_for(&server, &id, "completed").await;
+    assert_eq!(job["extended_from_video_id"], source);
+    // Two seconds and a frame, and eight frames that are new.
+    assert_eq!((&job["seconds"], &job["num_frames"], &job["prompt"]), (&json!("3.125"), &json!(9), &json!("a storm")));
+    assert_eq!((&job["quality"], &job["title"], &job["size"]), (&json!("best"), &json!("Boats"), &json!("64x64")));
+    let content = server.get(&format!("/v1/videos/{id}/content")).await.expect(200);
+    assert_eq!(frames_of_mp4(&content.body), 25);
+    assert_eq!(still(&outputs, &id, "first"), still(&outputs, &source, "first"));
+    assert_ne!(still(&outputs, &id, "last"), still(&outputs, &source, "last"));
+    let sheet = server.get(&format!("/v1/videos/{id}/content?variant=spritesheet")).await.expect(200);
+    let sheet = image::load_from_memory(&sheet.body).expect("a picture").to_rgb8();
+    assert_eq!((sheet.width(), sheet.height()), (256, 256));
+    let tile =
+        |index: u32| middle(&image::imageops::crop_imm(&sheet, index % 4 * 64, index / 4 * 64, 64, 64).to_image());
+    // Frame 12 of the video before, as its own file shows it.
+    let of_source = server.get(&format!("/v1/videos/{source}/content?variant=spritesheet")).await.expect(200);
+    let of_source = image::load_from_memory(&of_source.body).expect("a picture").to_rgb8();
+    let before = middle(&image::imageops::crop_imm(&of_source, 11 % 4 * 64, 11 / 4 * 64, 64, 64).to_image());
+    let near = |a: [u8; 3], b: [u8; 3]| a.iter().zip(b).all(|(a, b)| a.abs_diff(b) < 12);
+    assert!(near(tile(7), before) || near(tile(8), before), "{:?} {:?} {before:?}", tile(7), tile(8));
+    // It goes on and on, by the model of the video before where none is named.
+    server.delete(&format!("/v1/videos/{source}")).await.expect(200);
+    let again = json!({"video": {"id": id}, "prompt": "calm", "num_frames": 65, "metadata": false});
+    let again = server.post("/v1/videos/extensions", &again).await.expect(200).json();
+    let job = wait_for(&server, again["id"].as_str().expect("a name"), "completed").await;
+    assert_eq!(
+        (&job["model"], &job["shot_method"], &job["seconds"]),
+        (&json!("shots"), &json!("continue"), &json!("11.125"))
+    );
+    server.wait_until_empty().await;
+}
+
+#[tokio::test]
+async fn what_cannot_go_on_is_refused_by_name() {
+    let server = server().await;
+    let source = order(&server, json!({})).await;
+    let gif = order(&server, json!({"output_format": "gif"})).await;
+    wait_for(&server, &source, "completed").await;
+    wait_for(&server, &gif, "completed").await;
+    let check = async |body: Value, status: u16, param: &str, problem: &str| {
+        let error = server.post("/v1/videos/extensions", &body).await.expect(status).json()["error"].clone();
+        assert_eq!(error["param"], param, "{error}");
+        assert!(error["message"].as_str().expect("text").contains(problem), "{error}");
+    };
+    let of = |id: &str| json!({"id": id});
+    check(json!({"prompt": "x"}), 400, "video", "is missing").await;
+    check(json!({"video": source}), 400, "video", "must be {").await;
+    check(json!({"video": of("video_x")}), 400, "video.id", "no such job").await;
+    check(json!({"video": of(&gif), "model": "shots"}), 400, "video", "is a gif").await;
+    check(json!({"video": of(&source)}), 400, "model", "from text alone").await;
+    check(json!({"video": of(&source), "model": "pictures"}), 400, "model", "makes pictures").await;
+    check(json!({"video": of(&source), "model": "shots", "size": "64x64"}), 400, "size", "of the video before").await;
+    check(json!({"video": of(&source), "model": "shots", "fps": 9}), 400, "fps", "of the video before").await;
+    check(json!({"video": of(&source), "model": "shots", "codec": "av1"}), 400, "codec", "of the video before").await;
+    check(json!({"video": of(&source), "model": "shots", "image": picture(8, 8)}), 400, "image", "of the video").await;
+    server.hold.store(true, Relaxed);
+    let running = order(&server, json!({})).await;
+    check(json!({"video": of(&running), "model": "shots"}), 409, "video.id", "once it is completed").await;
+    server.hold.store(false, Relaxed);
+}
+
+#[tokio::test]
+async fn a_remix_has_the_parameters_of_the_video_before_but_for_those_that_are_given() {
+    let server = server().await;
+    let first = json!({"seed": 5, "num_frames": 17, "codec": "vp9", "title": "Boats", "guidance_scale": 3.5});
+    let source = order(&server, first).await;
+    let path = format!("/v1/videos/{source}/remix");
+    let remix = server.post(&path, &json!({"prompt": "a car"})).await.expect(200).json();
+    assert_eq!(remix["remixed_from_video_id"], source);
+    let same = ["model", "seed", "num_frames", "guidance_scale", "codec", "output_format", "title", "size", "seconds"];
+    let before = server.get(&format!("/v1/videos/{source}")).await.expect(200).json();
+    same.iter().for_each(|name| assert_eq!(remix[name], before[name], "{name}"));
+    assert_eq!((&before["prompt"], &remix["prompt"]), (&json!("a boat"), &json!("a car")));
+    let other = json!({"prompt": "a boat", "seconds": 1, "size": "32x32", "output_format": "gif", "seed": 6});
+    let other = server.post(&path, &other).await.expect(200).json();
+    let changed = ["num_frames", "size", "output_format", "seed", "prompt"].map(|name| other[name].clone());
+    assert_eq!(changed, [json!(9), json!("32x32"), json!("gif"), json!(6), json!("a boat")]);
+    assert_eq!((&other["metadata"], other.get("title")), (&json!(false), None));
+    // Of a model from pictures it begins with a frame of the video before, which has to be there.
+    wait_for(&server, &source, "completed").await;
+    let shot = server.post(&path, &json!({"prompt": "a boat", "model": "shots"})).await.expect(200).json();
+    assert_eq!((&shot["model"], &shot["fitted_images"][0]["fit"]), (&json!("shots"), &json!("exact")));
+    let missing = server.post("/v1/videos/video_x/remix", &json!({"prompt": "x"})).await.expect(404).json();
+    assert_eq!(missing["error"]["code"], "not_found");
+    let wrong = server.post(&path, &json!({"prompt": "x", "video": {"id": source}})).await.expect(400).json();
+    assert_eq!(wrong["error"]["param"], "video");
+}

@@ -29,7 +29,7 @@ const MAX_LORA_READERS: usize = 8;
 static LORA_FILES: FileWork = FileWork::new(MAX_LORA_READERS);
 
 /// Longest name of a model.
-const MAX_MODEL_BYTES: usize = 256;
+pub(super) const MAX_MODEL_BYTES: usize = 256;
 /// Longest `WIDTHxHEIGHT`.
 const MAX_SIZE_BYTES: usize = 64;
 

@@ -27,15 +27,18 @@ use super::path::Id;
 use crate::compute::Compute;
 use crate::engine::MayBegin;
 use crate::job::drive::{BeginPart, drive};
+use crate::job::encoder::Before;
 use crate::job::failure::Failure;
 use crate::job::output::OutputDir;
-use crate::job::{Change, Job, JobId, UnknownJob};
+use crate::job::{Change, Job, JobId, Origin, UnknownJob};
 
+mod again;
 mod content;
 mod fields;
 mod list;
 mod wire;
 
+pub(super) use again::{Again, extend, remix};
 pub(super) use content::{CONTENT_QUERY, content};
 pub(super) use fields::OWN;
 pub(super) use list::{LIST_QUERY, list};
@@ -72,7 +75,7 @@ pub(super) async fn create(State(state): State<AppState>, request: Request) -> R
         let ((given, spelling), held) = received.read(state.compute(), room_of, read).await?;
         let ordered = async {
             let (options, held) = diffusion::decoded(&state, given, held).await?;
-            order(&state, admitted, options, held).await
+            order(&state, admitted, Ordered { options, held, origin: None, before: None }).await
         };
         ordered.await.map_err(|error| spelling.restored(error))
     })
@@ -108,25 +111,39 @@ impl Spelling {
     }
 }
 
-/// `held` is the memory of the pictures, for as long as the video is made.
-async fn order(state: &AppState, admitted: &Admitted, options: Options, held: Held) -> Result<Response, ApiError> {
+/// A video that is asked for.
+struct Ordered {
+    options: Options,
+    /// The memory of the pictures, for as long as the video is made.
+    held: Held,
+    /// The video that it is made from.
+    origin: Option<Origin>,
+    /// The clip that its file begins with.
+    before: Option<Before>,
+}
+
+async fn order(state: &AppState, admitted: &Admitted, ordered: Ordered) -> Result<Response, ApiError> {
+    let Ordered { options, held, origin, before } = ordered;
     let model = options.get(&MODEL).unwrap_or_default();
     let card = diffusion::card(state, &model, Medium::Video)?;
     let file = FileFields::new(&options)?;
     let request = resolve(state.compute(), options, card).await?;
     let has_comment = file.has_comment;
-    let file = file.settings(&request.canvas)?;
+    let file = file.settings(&request.canvas, before.as_ref().map_or(0, |before| before.num_frames))?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;
-    let assembly = Assembly::new(request.clone());
+    let assembly = match before {
+        Some(_) => Assembly::going_on(request.clone()),
+        None => Assembly::new(request.clone()),
+    };
     let first = tale_models::Request::Diffusion(assembly.part_request());
     let session = admitted.submit_if(&model, first, while_disk(outputs))?;
     let begin = begin_parts(admitted.further(), model.clone(), outputs.clone());
-    let job = Job::new(admitted.client(), model, request, file, has_comment);
+    let job = Job { origin, ..Job::new(admitted.client(), model, request, file, has_comment) };
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
-    let driven = drive(job, assembly, session, begin, outputs.clone(), state.jobs().clone());
+    let driven = drive(job, before, assembly, session, begin, outputs.clone(), state.jobs().clone());
     tokio::spawn(async move {
         driven.await;
         drop(held);

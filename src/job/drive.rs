@@ -9,7 +9,7 @@ use tale_models::diffusion::DiffusionRequest;
 use tale_models::diffusion::shots::assembly::Assembly;
 use tale_models::request::Phase;
 
-use super::encoder::{Encoder, FinishedClip};
+use super::encoder::{Before, Encoder, FinishedClip};
 use super::failure::Failure;
 use super::output::OutputDir;
 use super::store::JobStore;
@@ -20,9 +20,10 @@ use crate::engine::Session;
 pub type BeginPart = dyn Fn(DiffusionRequest) -> Result<Session, Failure> + Send + Sync;
 
 /// Follows `session`, which makes the first part of `assembly`, and those of the other parts, which `begin` begins, until
-/// the job's end. Stops the device work when the job ends by another hand (it was cancelled).
+/// the job's end. The file begins with `before`. Stops the device work when the job ends by another hand (it was cancelled).
 pub async fn drive(
     job: Job,
+    before: Option<Before>,
     assembly: Assembly,
     session: Session,
     begin: Box<BeginPart>,
@@ -30,7 +31,7 @@ pub async fn drive(
     store: Arc<dyn JobStore>,
 ) {
     let Some(feed) = store.feed(job.id) else { return };
-    let encoder = Encoder::new(&job, outputs.file(job.id, job.file.encoding.format()));
+    let encoder = Encoder::new(&job, outputs.file(job.id, job.file.encoding.format()), before);
     let mut work = Work { encoder, assembly, begin, pace: Pace::default(), outputs, store: store.clone(), job };
     let id = work.job.id;
     let outcome = tokio::select! {

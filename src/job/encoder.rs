@@ -11,7 +11,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use super::Job;
 use super::failure::Failure;
 use super::files::{ClipFiles, StoredFile};
-use crate::media::{ClipEncoder, ClipSettings, MediaError, Readers, Stills, write_still};
+use crate::media::{ClipEncoder, ClipSettings, MediaError, OpenClip, Readers, Stills, join, write_still};
 use crate::parameters::EffectiveParameters;
 
 /// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
@@ -28,6 +28,17 @@ pub(super) struct Encoder {
     clip: oneshot::Receiver<Result<Option<FinishedClip>, MediaError>>,
     /// What the thread will do; `None` once it does.
     waiting: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// A finished clip that another one goes on from.
+#[derive(Debug)]
+pub struct Before {
+    /// Its file.
+    pub clip: OpenClip,
+    /// Its first frame, as it was made.
+    pub first: Frame,
+    /// Frames that it has.
+    pub num_frames: usize,
 }
 
 enum Batch {
@@ -54,16 +65,17 @@ impl Drop for FinishedClip {
 }
 
 impl Encoder {
-    pub(super) fn new(job: &Job, path: PathBuf) -> Self {
+    /// Of the frames of `job`, behind those of `before`.
+    pub(super) fn new(job: &Job, path: PathBuf, before: Option<Before>) -> Self {
         let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
         let (sender, clip) = oneshot::channel();
         let mut settings = job.file.clone();
         let parameters = job.has_comment.then(|| EffectiveParameters::new(&job.model, &job.request));
-        let num_frames = job.request.canvas.num_frames;
+        let num_frames = job.num_frames();
         let work = move || {
             settings.text.comment = parameters.map(|parameters| parameters.to_json());
             // A receiver that is gone drops the clip, and the file with it.
-            drop(sender.send(encode(&path, batches, &settings, num_frames)));
+            drop(sender.send(encode(&path, batches, &settings, num_frames, before.as_ref())));
         };
         Self { frames, clip, waiting: Some(Box::new(work)) }
     }
@@ -110,9 +122,13 @@ fn encode(
     mut batches: mpsc::Receiver<Batch>,
     settings: &ClipSettings,
     num_frames: usize,
+    before: Option<&Before>,
 ) -> Result<Option<FinishedClip>, MediaError> {
     let mut encoder: Option<ClipEncoder> = None;
     let mut stills = Stills::of(num_frames);
+    if let Some(before) = before {
+        before.show(settings, &mut stills)?;
+    }
     loop {
         match batches.blocking_recv() {
             None => return Ok(None),
@@ -132,18 +148,44 @@ fn encode(
             }
             Some(Batch::End) => {
                 encoder.ok_or(MediaError::Empty)?.finish()?;
-                return finished(path, stills).map(Some);
+                return finished(path, stills, |path| match before {
+                    Some(before) => join(&before.clip, path, settings, Readers::Owner),
+                    None => Ok(()),
+                })
+                .map(Some);
             }
         }
     }
 }
 
-/// The clip at `path`, with its stills beside it.
-fn finished(path: &Path, stills: Stills) -> Result<FinishedClip, MediaError> {
+impl Before {
+    /// Shows `stills` the frames that they want of this clip: the first as it was made, the others as they are in its file.
+    fn show(&self, settings: &ClipSettings, stills: &mut Stills) -> Result<(), MediaError> {
+        let wanted: Vec<usize> =
+            stills.wanted().into_iter().filter(|number| (1..self.num_frames).contains(number)).collect();
+        let in_file: Vec<usize> = wanted.iter().map(|number| settings.file_frame(*number)).collect();
+        let shown = self.clip.frames(&in_file, (self.first.width, self.first.height))?;
+        stills.push(self.first.clone())?;
+        for (number, frame) in wanted.into_iter().zip(shown) {
+            stills.skip_to(number);
+            stills.push(frame)?;
+        }
+        stills.skip_to(self.num_frames);
+        Ok(())
+    }
+}
+
+/// The clip at `path`, completed by `complete`, with its stills beside it.
+fn finished(
+    path: &Path,
+    stills: Stills,
+    complete: impl FnOnce(&Path) -> Result<(), MediaError>,
+) -> Result<FinishedClip, MediaError> {
     let failed = |source| MediaError::Io { path: path.into(), source };
     // From here on whatever is there goes again, should something fail.
     let files = ClipFiles::new(StoredFile { path: path.into(), bytes: 0 });
     let mut clip = FinishedClip { files, is_claimed: false };
+    complete(path)?;
     clip.files.clip = StoredFile::at(path).map_err(failed)?;
     for (still, bytes) in stills.finish()? {
         write_still(path, still, &bytes, Readers::Owner)?;

@@ -17,7 +17,7 @@ use self::files::ClipFiles;
 use crate::media::ClipSettings;
 
 pub mod drive;
-mod encoder;
+pub mod encoder;
 pub mod failure;
 pub mod feed;
 pub mod files;
@@ -57,6 +57,20 @@ impl std::str::FromStr for JobId {
 #[error("there is no such job")]
 pub struct UnknownJob;
 
+/// The clip that another one was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It was made anew with other parameters.
+    Remix(JobId),
+    /// It goes on, and is the beginning of the new one's file.
+    Extension {
+        /// The clip.
+        of: JobId,
+        /// Frames that it has.
+        num_frames: usize,
+    },
+}
+
 /// A clip that is ordered.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -66,7 +80,9 @@ pub struct Job {
     pub client: ClientId,
     /// The model that makes it.
     pub model: String,
-    /// Effective parameters.
+    /// The clip that it was made from.
+    pub origin: Option<Origin>,
+    /// Effective parameters; of an extension those of what is new.
     pub request: DiffusionRequest,
     /// How the pictures that it was given came to its size; they themselves are not kept.
     pub fittings: Vec<Fitting>,
@@ -204,6 +220,7 @@ impl Job {
             id: JobId::generate(),
             client,
             model,
+            origin: None,
             fittings: request.keyframes.as_ref().map_or(Vec::new(), Keyframes::fittings),
             request: request.without_pictures(),
             file,
@@ -214,6 +231,16 @@ impl Job {
             state: JobState::Queued,
             progress: Progress::default(),
             skipped_passes: 0,
+        }
+    }
+
+    /// Frames of its whole file, before any conversion of their rate. An extension begins with the last frame of the clip
+    /// before, which is there once.
+    pub fn num_frames(&self) -> usize {
+        let own = self.request.canvas.num_frames;
+        match self.origin {
+            Some(Origin::Extension { num_frames, .. }) => num_frames + own - 1,
+            Some(Origin::Remix(_)) | None => own,
         }
     }
 

@@ -35,6 +35,9 @@ pub struct ClipSettings {
     pub fps: usize,
     /// Frames that each second of the file has, if not as many: some are shown again, or left out.
     pub output_fps: Option<usize>,
+    /// Frames of the clip that stand before these, in another file: see [`join`](super::join). Only the conversion of the rate
+    /// counts them.
+    pub frames_before: usize,
     /// What the file says of itself; nothing unless told.
     pub text: ClipText,
 }
@@ -85,7 +88,17 @@ impl ClipSettings {
 
     /// Without a conversion of the rate, and without a text.
     pub fn new(encoding: Encoding, fps: usize) -> Self {
-        Self { encoding, fps, output_fps: None, text: ClipText::default() }
+        Self { encoding, fps, output_fps: None, frames_before: 0, text: ClipText::default() }
+    }
+
+    /// Frames of each second of the file.
+    pub(super) fn file_fps(&self) -> usize {
+        self.output_fps.unwrap_or(self.fps).min(self.encoding.max_fps())
+    }
+
+    /// Which frame of the file shows frame `number` of the clip, or the next one where that is left out.
+    pub fn file_frame(&self, number: usize) -> usize {
+        (number * self.output_fps.unwrap_or(self.fps)).div_ceil(self.fps.max(1))
     }
 }
 
@@ -128,11 +141,8 @@ impl ClipEncoder {
         }
         encoding.check_size(width, height).map_err(|bad| MediaError::BadSize { problem: bad.problem })?;
         let coded_size = check_size(encoding, width, height)?;
-        let (rate, fps) = match output_fps {
-            Some(output_fps) => (Rate::new(fps, output_fps), output_fps),
-            None => (Rate::new(fps, fps), fps),
-        };
-        let fps = fps.min(encoding.max_fps());
+        let rate = Rate::new(fps, output_fps.unwrap_or(fps), settings.frames_before);
+        let fps = settings.file_fps();
         let filters = Filters::new(coded_size.0, coded_size.1, fps, encoding.filters())?;
         let file = PartialFile::create(path, readers)?;
         let muxer_name = encoding.format().as_str();
@@ -276,7 +286,7 @@ fn dictionary<'a>(options: &[(&str, Cow<'static, str>)]) -> Dictionary<'a> {
 }
 
 /// Without a text nothing is written, not even this program's name.
-fn set_text(muxer: &mut format::context::Output, text: &ClipText) {
+pub(super) fn set_text(muxer: &mut format::context::Output, text: &ClipText) {
     let mut metadata = Dictionary::new();
     if let Some(title) = &text.title {
         metadata.set("title", title);
@@ -290,6 +300,13 @@ fn set_text(muxer: &mut format::context::Output, text: &ClipText) {
     muxer.set_metadata(metadata);
 }
 
+/// Says that a frame lasts for `frame_time`.
+pub(super) fn set_rate(stream: &mut format::stream::StreamMut<'_>, frame_time: Rational) {
+    stream.set_time_base(frame_time);
+    stream.set_rate(frame_time.invert());
+    stream.set_avg_frame_rate(frame_time.invert());
+}
+
 /// Adds the one stream, writes the header, and returns the time base that the muxer chose.
 fn begin_stream(
     muxer: &mut format::context::Output,
@@ -298,9 +315,7 @@ fn begin_stream(
     encoding: Encoding,
 ) -> Result<Rational> {
     let mut stream = muxer.add_stream_with(encoder).map_err(MediaError::ffmpeg("add a stream"))?;
-    stream.set_time_base(frame_duration(fps));
-    stream.set_rate(frame_duration(fps).invert());
-    stream.set_avg_frame_rate(frame_duration(fps).invert());
+    set_rate(&mut stream, frame_duration(fps));
     muxer
         .write_header_with(encoding.muxer_options().iter().collect())
         .map_err(MediaError::ffmpeg("write the file's header"))?;

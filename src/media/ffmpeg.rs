@@ -47,12 +47,22 @@ pub struct Filters(filter::Graph);
 impl Filters {
     /// Builds the chain `description` (FFmpeg's filter syntax) for RGB24 input of this size and rate.
     pub fn new(width: usize, height: usize, fps: usize, description: &str) -> Result<Self> {
+        Self::from_input(&format!("video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{fps}"), description)
+    }
+
+    /// From decoded frames of our clips, which are limited-range BT.709 YUV 4:2:0, to RGB24.
+    pub fn from_yuv420(width: usize, height: usize) -> Result<Self> {
+        let input = format!("video_size={width}x{height}:pix_fmt=yuv420p:time_base=1/1");
+        Self::from_input(&input, "scale=in_color_matrix=bt709:in_range=tv:flags=bicubic+accurate_rnd,format=rgb24")
+    }
+
+    fn from_input(input: &str, description: &str) -> Result<Self> {
         init()?;
         let mut graph = filter::Graph::new();
         // SAFETY: the graph was allocated above and has no filters yet, which is when this field may be set.
         unsafe { (*graph.as_mut_ptr()).nb_threads = 1 };
-        let input = format!("video_size={width}x{height}:pix_fmt=rgb24:time_base=1/{fps}:pixel_aspect=1/1");
-        graph.add(&find("buffer")?, "in", &input).map_err(MediaError::ffmpeg("take RGB frames"))?;
+        let input = format!("{input}:pixel_aspect=1/1");
+        graph.add(&find("buffer")?, "in", &input).map_err(MediaError::ffmpeg("take frames"))?;
         graph.add(&find("buffersink")?, "out", "").map_err(MediaError::ffmpeg("give frames back"))?;
         let parser = graph.output("in", 0).and_then(|parser| parser.input("out", 0));
         parser.and_then(|parser| parser.parse(description)).map_err(MediaError::ffmpeg("build its filters"))?;

@@ -8,6 +8,7 @@ mod clip;
 mod ffmpeg;
 mod frames;
 mod input;
+mod join;
 mod jpeg;
 mod partial;
 mod picture;
@@ -22,6 +23,7 @@ use tale_models::request::Frame;
 pub use clip::{BadEncoding, ClipEncoder, ClipFormat, ClipSettings, ClipText, Codec, Encoding, MAX_GIF_FPS, Quality};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
 pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture, decode_picture_within};
+pub use join::{OpenClip, join};
 pub use partial::{PARTIAL_EXTENSION, Readers, is_abandoned};
 pub use picture::{PictureFormat, encode_picture, read_png_text, resized};
 pub use stills::{Still, Stills, write_still};
@@ -94,6 +96,9 @@ pub enum MediaError {
         /// Width and height of the frame.
         found: (usize, usize),
     },
+    /// The clip that another goes on from was made by other settings, or by another FFmpeg.
+    #[error("the two parts of a clip have different headers")]
+    OtherHeader,
     /// The frame rate is zero.
     #[error("a clip needs at least one frame per second")]
     NoFrameRate,

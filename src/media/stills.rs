@@ -81,6 +81,16 @@ impl Stills {
         Self { num_frames, num_pushed: 0, first: None, last: None, tiles: Vec::new() }
     }
 
+    /// Numbers of the frames that it shows, in ascending order.
+    pub fn wanted(&self) -> Vec<usize> {
+        (0..self.num_frames).filter(|index| is_tile(*index, self.num_frames)).collect()
+    }
+
+    /// The next frames, up to number `index`, are shown by none.
+    pub fn skip_to(&mut self, index: usize) {
+        self.num_pushed = self.num_pushed.max(index);
+    }
+
     /// Takes the next frame.
     pub fn push(&mut self, frame: Frame) -> Result<()> {
         if is_tile(self.num_pushed, self.num_frames) {

@@ -664,3 +664,64 @@ fn a_mask_is_what_is_transparent_or_white() {
         assert!(matches!(nothing.into_mask(), Err(super::InputError::EmptyMask)));
     }
 }
+
+/// A clip whose end is made later has the frames, the times and the duration of one that is made at once.
+fn check_joined(encoding: Encoding, fps: usize, output_fps: Option<usize>) {
+    let dir = tempdir().unwrap();
+    let frames = gradients(96, 64, 20);
+    let [whole, first, second] = ["whole", "first", "second"].map(|name| dir.path().join(name));
+    let settings = ClipSettings { output_fps, ..ClipSettings::new(encoding, fps) };
+    encode_as(&whole, &settings, &frames);
+    encode_as(&first, &settings, &frames[..13]);
+    let before = OpenClip::open(&first).unwrap();
+    std::fs::remove_file(&first).unwrap();
+    let rest = ClipSettings { frames_before: 13, ..settings.clone() };
+    encode_as(&second, &rest, &frames[13..]);
+    join(&before, &second, &rest, Readers::AsUsual).unwrap();
+    let (whole, joined) = (play(&whole), play(&second));
+    let millis = |played: &Played| played.times.iter().map(|time| (time * 1e3).round()).collect::<Vec<_>>();
+    assert_eq!(millis(&whole), millis(&joined), "{encoding:?}");
+    assert!((whole.duration - joined.duration).abs() < 1e-3, "{} {}", whole.duration, joined.duration);
+    assert_eq!((whole.codec, whole.tag, whole.size), (joined.codec, joined.tag, joined.size));
+    assert_eq!(whole.tags, joined.tags);
+    for (index, shown) in joined.frames.iter().enumerate() {
+        let source = (index * fps / output_fps.unwrap_or(fps)).min(19);
+        let found = psnr(&frames[source], shown);
+        assert!(found > 34.0, "{encoding:?}: frame {index}: {found} dB");
+    }
+}
+
+#[test]
+fn a_clip_goes_on_in_one_file_without_a_seam_of_times() {
+    for codec in Codec::NAMES.iter().map(|name| Codec::named(name)) {
+        let Ok(encoding) = Encoding::choose(None, codec, None) else { continue };
+        check_joined(encoding, 16, None);
+        check_joined(encoding, 16, Some(24));
+        check_joined(encoding, 24, Some(16));
+    }
+}
+
+#[test]
+fn clips_of_other_settings_are_not_joined() {
+    let dir = tempdir().unwrap();
+    let [first, second] = ["first.mp4", "second.mp4"].map(|name| dir.path().join(name));
+    encode_as(&first, &mp4(8), &gradients(96, 64, 3));
+    encode_as(&second, &mp4(8), &gradients(64, 64, 3));
+    let refused = join(&OpenClip::open(&first).unwrap(), &second, &mp4(8), Readers::AsUsual).unwrap_err();
+    assert!(matches!(refused, MediaError::OtherHeader), "{refused}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside them");
+}
+
+#[test]
+fn frames_of_a_clip_can_be_looked_at() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("clip.mp4");
+    let frames = gradients(50, 31, 12);
+    encode_as(&path, &mp4(8), &frames);
+    let found = OpenClip::open(&path).unwrap().frames(&[0, 5, 11, 99], (50, 31)).unwrap();
+    assert_eq!(found.len(), 3);
+    for (found, number) in found.iter().zip([0, 5, 11]) {
+        let difference: u64 = found.rgb.iter().zip(&frames[number].rgb).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        assert!(difference / (found.rgb.len() as u64) < 4, "frame {number}: {difference}");
+    }
+}

@@ -11,7 +11,6 @@ use crate::parameter::{Declaration, Options, Parameter, VIDEOS};
 use crate::resample::Filter;
 
 use super::canvas::{Canvas, CanvasSupport, SizeRule};
-use super::shots::MAX_PARTS;
 
 /// See [`Keyframes::first`].
 pub static INPUT_REFERENCE: Parameter<Arc<Frame>> = Parameter::image(
@@ -27,10 +26,13 @@ pub static LAST_IMAGE: Parameter<Arc<Frame>> =
     Parameter::image("last_image", "Picture that the video ends with, stretched to its size as the first one.")
         .only_for(VIDEOS);
 
+/// Most pictures that a video goes through.
+pub const MAX_KEY_IMAGES: usize = 15;
+
 /// See [`Keyframes::middle`].
 pub static KEY_IMAGES: Parameter<Vec<Arc<Frame>>> = Parameter::images(
     "key_images",
-    MAX_PARTS - 1,
+    MAX_KEY_IMAGES,
     "Pictures that the video goes through on its way from the first to the last, evenly in time, stretched to its size.",
 )
 .only_for(VIDEOS);
@@ -46,6 +48,13 @@ pub enum KeyframeSupport {
     First,
     /// That and the one that it ends with.
     FirstAndLast,
+}
+
+impl KeyframeSupport {
+    /// Whether videos end with a picture, too.
+    pub fn takes_last(self) -> bool {
+        self == Self::FirstAndLast
+    }
 }
 
 /// The pictures of a request.

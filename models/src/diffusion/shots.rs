@@ -17,10 +17,10 @@ use crate::error::{Error, Result};
 use crate::parameter::{Declaration, Options, Parameter, ParameterType, VIDEOS, Value};
 
 use super::canvas::{FrameSupport, NUM_FRAMES};
-use super::keyframes::KeyframeSupport;
+use super::keyframes::{KeyframeSupport, MAX_KEY_IMAGES};
 
 /// Most parts of a video.
-pub const MAX_PARTS: usize = 16;
+pub const MAX_PARTS: usize = MAX_KEY_IMAGES + 1;
 /// Most frames that two parts share.
 const MAX_OVERLAP: usize = 32;
 

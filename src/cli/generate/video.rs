@@ -139,7 +139,7 @@ impl FileArgs {
         let has_comment = encoding.holds_text() && !self.no_metadata;
         let text = ClipText { title: self.title.clone(), comment: has_comment.then(|| parameters.to_json()) };
         let output_fps = self.output_fps.map(usize::from);
-        let settings = ClipSettings { encoding, fps: canvas.fps, output_fps, text };
+        let settings = ClipSettings { encoding, fps: canvas.fps, output_fps, frames_before: 0, text };
         settings.check((canvas.width, canvas.height), canvas.num_frames).map_err(refused)?;
         Ok(settings)
     }

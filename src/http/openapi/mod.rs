@@ -16,6 +16,7 @@ use tale_models::parameter::{Declaration, Task};
 use tale_models::text_parameters::TEXT_PARAMETERS;
 
 use super::error::ApiError;
+use super::videos::Again;
 use super::{AppState, images, openai, text, videos};
 use crate::parameters::is_echoed;
 
@@ -67,6 +68,13 @@ fn make() -> Value {
     ] {
         schemas[name] = request(task);
     }
+    for (again, request, form) in [
+        (Again::Remix, "VideoRemixRequest", "VideoRemixForm"),
+        (Again::Extension, "VideoExtensionRequest", "VideoExtensionForm"),
+    ] {
+        schemas[request] = made_from_a_video(again, false);
+        schemas[form] = made_from_a_video(again, true);
+    }
     for (name, task) in [("ImageEditForm", Task::ImageEdit), ("VideoForm", Task::Video)] {
         schemas[name] = form(task);
     }
@@ -100,6 +108,23 @@ fn request(task: Task) -> Value {
         required.push(name);
     }
     properties.extend(unsupported(task, ""));
+    object(properties, &required)
+}
+
+/// A body of a video that is made from an earlier one.
+fn made_from_a_video(again: Again, is_form: bool) -> Value {
+    let fields = again.fields();
+    let in_json = |of: &&Declaration| (of.name.to_owned(), schema::in_json(of));
+    let mut properties: Map<String, Value> = match is_form {
+        true => fields.iter().map(|of| schema::in_form(of)).collect(),
+        false => fields.iter().map(in_json).collect(),
+    };
+    properties.extend(unsupported(Task::Video, ""));
+    let mut required = Vec::new();
+    if again == Again::Extension {
+        properties.insert("video".to_owned(), reference("VideoReference"));
+        required.push("video");
+    }
     object(properties, &required)
 }
 

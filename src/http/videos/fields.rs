@@ -10,6 +10,7 @@ use tale_models::parameter::{Declaration, Options, Parameter};
 
 use crate::http::diffusion::{MODEL, SIZE};
 use crate::http::error::ApiError;
+use crate::job::Job;
 use crate::media::{BadEncoding, ClipFormat, ClipSettings, ClipText, Codec, Encoding, Quality};
 
 /// Longest name of a video.
@@ -89,13 +90,36 @@ impl FileFields {
         Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title: options.get(&TITLE) })
     }
 
-    /// How a video of this canvas becomes a file.
-    pub(super) fn settings(self, canvas: &Canvas) -> Result<ClipSettings, ApiError> {
+    /// A video of this canvas as a file, or as the end of one that has `frames_before` already.
+    pub(super) fn settings(self, canvas: &Canvas, frames_before: usize) -> Result<ClipSettings, ApiError> {
         let text = ClipText { title: self.title, comment: None };
-        let settings = ClipSettings { encoding: self.encoding, fps: canvas.fps, output_fps: self.output_fps, text };
-        settings.check((canvas.width, canvas.height), canvas.num_frames).map_err(refused)?;
+        let settings =
+            ClipSettings { encoding: self.encoding, fps: canvas.fps, output_fps: self.output_fps, frames_before, text };
+        settings.check((canvas.width, canvas.height), frames_before + canvas.num_frames).map_err(refused)?;
         Ok(settings)
     }
+}
+
+/// Whether a field decides what the frames of a file are coded as.
+pub(super) fn is_of_encoding(declaration: &Declaration) -> bool {
+    let of = [&OUTPUT_FORMAT.declaration, &CODEC.declaration, &QUALITY.declaration, &OUTPUT_FPS.declaration];
+    of.iter().any(|of| of.name == declaration.name)
+}
+
+/// `options`, and where they say nothing of the file what that of `source` is. What belongs to a format or a codec goes with it.
+pub(super) fn file_options_over(options: Options, source: &Job) -> Options {
+    let settings = &source.file;
+    let mut base = Options::default()
+        .with(&OUTPUT_FPS, settings.output_fps)
+        .with(&METADATA, source.has_comment)
+        .with(&TITLE, settings.text.title.clone())
+        .with(&QUALITY, settings.encoding.quality().map(|quality| quality.as_str().to_owned()))
+        .with(&CODEC, settings.encoding.codec().map(|codec| codec.as_str().to_owned()))
+        .with(&OUTPUT_FORMAT, settings.encoding.format().as_str().to_owned());
+    if options.has(&OUTPUT_FORMAT) || options.has(&CODEC) {
+        base = Options::default().with(&OUTPUT_FPS, settings.output_fps);
+    }
+    options.or(base)
 }
 
 fn refused(BadEncoding { field, problem }: BadEncoding) -> ApiError {

@@ -12,7 +12,7 @@ use tale_models::diffusion::keyframes::Fitting;
 use super::fields::duration;
 use crate::http::unix_seconds;
 use crate::job::failure::Failure;
-use crate::job::{Job, JobState};
+use crate::job::{Job, JobState, Origin};
 use crate::media::{Codec, Quality};
 use crate::parameters::EffectiveParameters;
 
@@ -35,6 +35,10 @@ pub(super) struct WireVideo {
     completed_at: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<WireFailure>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remixed_from_video_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extended_from_video_id: Option<String>,
     size: String,
     seconds: String,
     #[serde(flatten)]
@@ -108,7 +112,12 @@ impl From<&Failure> for WireFailure {
 
 impl From<&Job> for WireVideo {
     fn from(job: &Job) -> Self {
-        let Canvas { width, height, num_frames, fps } = job.request.canvas;
+        let Canvas { width, height, fps, .. } = job.request.canvas;
+        let (remixed_from, extended_from) = match job.origin {
+            Some(Origin::Remix(of)) => (Some(of.to_string()), None),
+            Some(Origin::Extension { of, .. }) => (None, Some(of.to_string())),
+            None => (None, None),
+        };
         let is_completed = matches!(job.state, JobState::Completed(_));
         Self {
             id: job.id.to_string(),
@@ -118,8 +127,10 @@ impl From<&Job> for WireVideo {
             created_at: unix_seconds(job.created),
             completed_at: job.ended.filter(|_| is_completed).map(unix_seconds),
             error: if let JobState::Failed(failure) = &job.state { Some(failure.into()) } else { None },
+            remixed_from_video_id: remixed_from,
+            extended_from_video_id: extended_from,
             size: format!("{width}x{height}"),
-            seconds: duration(num_frames, fps).to_string(),
+            seconds: duration(job.num_frames(), fps).to_string(),
             parameters: EffectiveParameters::new(&job.model, &job.request),
             fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
             warnings: job.request.warnings(),

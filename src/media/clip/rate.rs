@@ -13,8 +13,9 @@ pub(super) struct Rate {
 }
 
 impl Rate {
-    pub(super) fn new(fps: usize, output_fps: usize) -> Self {
-        Self { fps, output_fps, num_pushed: 0 }
+    /// `num_pushed` frames have come in before.
+    pub(super) fn new(fps: usize, output_fps: usize, num_pushed: usize) -> Self {
+        Self { fps, output_fps, num_pushed }
     }
 
     /// How many frames of the file show the frame that comes in now.
@@ -35,7 +36,7 @@ mod tests {
     use super::*;
 
     fn check(fps: usize, output_fps: usize, expected: &[usize]) {
-        let mut rate = Rate::new(fps, output_fps);
+        let mut rate = Rate::new(fps, output_fps, 0);
         let found: Vec<usize> = expected.iter().map(|_| rate.shown()).collect();
         assert_eq!(found, expected, "{fps} to {output_fps}");
     }
@@ -54,7 +55,7 @@ mod tests {
     fn a_clip_lasts_as_long_as_its_frames() {
         for fps in 1..=60 {
             for output_fps in 1..=60 {
-                let mut rate = Rate::new(fps, output_fps);
+                let mut rate = Rate::new(fps, output_fps, 0);
                 let mut frames = 0;
                 for pushed in 1..=100 {
                     frames += rate.shown();

@@ -271,6 +271,11 @@ impl Encoding {
         self.format != ClipFormat::Gif
     }
 
+    /// Whether more frames can be put behind those of a file without encoding them again.
+    pub fn can_go_on(self) -> bool {
+        self.format != ClipFormat::Gif
+    }
+
     /// 4:2:0 with its BT.709 tags, against the palette of GIF.
     pub(super) fn is_yuv420(self) -> bool {
         self.lossy.is_some()
@@ -284,7 +289,7 @@ impl Encoding {
         if self.is_yuv420() { BT709_FILTERS } else { GIF_FILTERS }
     }
 
-    pub(super) fn muxer_options(self) -> &'static [(&'static str, &'static str)] {
+    pub(in crate::media) fn muxer_options(self) -> &'static [(&'static str, &'static str)] {
         match self.format {
             ClipFormat::Mp4 => &[("movflags", "+faststart"), ("fflags", "+bitexact")],
             ClipFormat::Webm => &[("fflags", "+bitexact")],
@@ -325,7 +330,7 @@ impl Encoding {
 
     /// The four characters by which MP4 names the codec, where FFmpeg's own choice does not play everywhere: Apple's
     /// players take H.265 under this one alone.
-    pub(super) fn mp4_tag(self) -> Option<[u8; 4]> {
+    pub(in crate::media) fn mp4_tag(self) -> Option<[u8; 4]> {
         (self.codec() == Some(Codec::H265) && self.format == ClipFormat::Mp4).then_some(*b"hvc1")
     }
 }

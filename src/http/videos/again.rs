@@ -1,0 +1,233 @@
+//! Videos that are made from earlier ones: remixes, which are made anew with other parameters, and extensions, which go on.
+//!
+//! Owns: what such a video takes over, the fields that its body may have, and the frames that stand for pictures which are not
+//! kept. Does not know: how a video is made.
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use tale_models::ModelCard;
+use tale_models::diffusion::parameters::{
+    FPS, HEIGHT, INPUT_REFERENCE, KEY_IMAGES, LAST_IMAGE, NUM_FRAMES, OVERLAP_FRAMES, PARAMETERS, PROMPT, SEED,
+    SHOT_METHOD, VAE_TILING, WIDTH,
+};
+use tale_models::diffusion::{Canvas, Medium, options_over};
+use tale_models::parameter::{Declaration, Options, Parameter, Task};
+
+use super::fields::{self, SECONDS};
+use super::{Ordered, Spelling, order};
+use crate::http::body::value::{Object, Value};
+use crate::http::body::{self, Format};
+use crate::http::diffusion::{self, MAX_MODEL_BYTES, MODEL, SIZE};
+use crate::http::error::ApiError;
+use crate::http::parameters::{Given, read, room_in};
+use crate::http::path::Id;
+use crate::http::stored;
+use crate::http::{AppState, admission::with_place};
+use crate::job::{Job, JobId, Origin, UnknownJob};
+
+/// The model of a video that has one before it.
+static MODEL_AGAIN: Parameter<String> = Parameter::text(
+    "model",
+    MAX_MODEL_BYTES,
+    "Name of the model, as in `GET /v1/models`; that of the earlier video when absent.",
+);
+/// The field of an extension that names the video.
+const VIDEO: &str = "video";
+
+/// A kind of video that is made from an earlier one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::http) enum Again {
+    Remix,
+    Extension,
+}
+
+impl Again {
+    /// The fields that a body may have beside the parameters of the model.
+    fn own(self) -> Vec<&'static Declaration> {
+        let own = super::OWN.iter().copied().filter(|of| of.name != MODEL.declaration.name && self.takes(of));
+        std::iter::once(&MODEL_AGAIN.declaration).chain(own).collect()
+    }
+
+    /// Whether a body may have this field. What an extension has of the video before is not its own to say.
+    fn takes(self, declaration: &Declaration) -> bool {
+        let of_before = [
+            SIZE.declaration.name,
+            WIDTH.declaration.name,
+            HEIGHT.declaration.name,
+            FPS.declaration.name,
+            INPUT_REFERENCE.declaration.name,
+        ];
+        let of_file = fields::is_of_encoding(declaration);
+        self == Self::Remix || !of_file && !of_before.contains(&declaration.name)
+    }
+
+    /// All fields that a body may have, but for the video that an extension names.
+    pub(in crate::http) fn fields(self) -> Vec<&'static Declaration> {
+        let parameters = PARAMETERS.iter().copied().filter(|of| of.is_for(Task::Video) && self.takes(of));
+        self.own().into_iter().chain(parameters).collect()
+    }
+}
+
+/// `POST /v1/videos/{id}/remix`.
+pub(in crate::http) async fn remix(
+    State(state): State<AppState>,
+    Id(id): Id,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let source = super::job(&state, &id)?;
+    make(&state, request, Again::Remix, Some(source)).await
+}
+
+/// `POST /v1/videos/extensions`.
+pub(in crate::http) async fn extend(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    make(&state, request, Again::Extension, None).await
+}
+
+/// `source` is the video before, where it does not stand in the body.
+async fn make(state: &AppState, request: Request, again: Again, source: Option<Job>) -> Result<Response, ApiError> {
+    let received = body::receive(state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
+    let room_of = |name: &str| room_in(&PARAMETERS, name);
+    with_place(state, received.client, async |admitted| {
+        let (state_of_body, source) = (state.clone(), source.clone());
+        let read_body = move |body: Value| {
+            let (body, spelling) = Spelling::of(body)?;
+            let read = read_over(&state_of_body, again, source, body).map_err(|error| spelling.restored(error));
+            read.map(|(given, source)| (given, spelling, source))
+        };
+        let ((given, spelling, source), held) = received.read(state.compute(), room_of, read_body).await?;
+        let ordered = async {
+            let (options, mut held) = diffusion::decoded(state, given, held).await?;
+            let is_other = options.get(&MODEL).is_some_and(|model| model != source.model);
+            let options = over(options, &source, again, is_other);
+            let (origin, before) = match again {
+                Again::Remix => (Origin::Remix(source.id), None),
+                Again::Extension => {
+                    let num_frames = source.num_frames();
+                    let before =
+                        stored::open(&source, num_frames, &mut held).await.map_err(|error| error.about(VIDEO))?;
+                    (Origin::Extension { of: source.id, num_frames }, Some(before))
+                }
+            };
+            order(state, admitted, Ordered { options, held, origin: Some(origin), before }).await
+        };
+        ordered.await.map_err(|error| spelling.restored(error))
+    })
+    .await
+}
+
+/// What a body says, and the video before, which is `source` where it does not stand in the body.
+fn read_over(state: &AppState, again: Again, source: Option<Job>, body: Value) -> Result<(Given, Job), ApiError> {
+    let mut fields = body.into_object()?;
+    let source = match source {
+        Some(source) => source,
+        None => named(state, &mut fields)?,
+    };
+    let model = match fields.get(MODEL.declaration.name) {
+        Some(Value::Text(model) | Value::Part(model)) => model.clone(),
+        _ => source.model.clone(),
+    };
+    bring_pictures(state, again, &source, &model, &mut fields)?;
+    Ok((read(Value::Object(fields), &again.own(), Task::Video)?, source))
+}
+
+/// Takes the video that an extension names out of its body.
+fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
+    let id = match fields.remove(VIDEO) {
+        Some(Value::Object(mut video)) => match (video.remove("id"), video.is_empty()) {
+            (Some(Value::Text(id) | Value::Part(id)), true) => id,
+            _ => return Err(ApiError::field(VIDEO, "must be {\"id\": \"video_...\"}")),
+        },
+        Some(Value::File(_)) => {
+            return Err(ApiError::field(VIDEO, "is a file; give the id of a video of this server"));
+        }
+        Some(Value::Null) | None => {
+            return Err(ApiError::field_code(VIDEO, "missing_required_parameter", "is missing"));
+        }
+        Some(_) => return Err(ApiError::field(VIDEO, "must be {\"id\": \"video_...\"}")),
+    };
+    let job = id.parse::<JobId>().ok().and_then(|id| state.jobs().get(id));
+    let job = job.ok_or_else(|| ApiError::field("video.id", UnknownJob))?;
+    if !job.file.encoding.can_go_on() {
+        return Err(ApiError::field(VIDEO, "is a gif, whose one palette is that of its own frames; it cannot go on"));
+    }
+    stored::completed(&job).map_err(|error| error.about("video.id"))?;
+    for declaration in PARAMETERS.iter().copied().chain(super::OWN.iter().copied()) {
+        let is_given = fields.get(declaration.name).is_some_and(|value| !matches!(value, Value::Null));
+        if is_given && !Again::Extension.takes(declaration) {
+            return Err(ApiError::field(declaration.name, "is that of the video before; leave it out"));
+        }
+    }
+    Ok(job)
+}
+
+/// Adds the frames that a model begins and ends with, where the body has no pictures for it: an extension begins with the last
+/// frame of the video before, a remix with the first, and ends with the last, since pictures themselves are not kept.
+fn bring_pictures(
+    state: &AppState,
+    again: Again,
+    source: &Job,
+    model: &str,
+    fields: &mut Object,
+) -> Result<(), ApiError> {
+    let card = diffusion::card(state, model, Medium::Video)?;
+    let ModelCard::Diffusion(card) = &*card else { return Ok(()) };
+    let frame = |end: &str| {
+        let text = |text: &str| Value::Text(text.to_owned());
+        let pairs = [("video_id", text(&source.id.to_string())), ("frame", text(end))];
+        Value::Object(pairs.map(|(name, value)| (name.to_owned(), value)).into())
+    };
+    let (first, last) = (INPUT_REFERENCE.declaration.name, LAST_IMAGE.declaration.name);
+    let Some(keyframes) = card.keyframes else {
+        return match again {
+            Again::Remix => Ok(()),
+            Again::Extension => {
+                let problem = "makes videos from text alone, which cannot go on from another; name a model that begins \
+                               from a picture";
+                Err(ApiError::field("model", problem))
+            }
+        };
+    };
+    let key_images = KEY_IMAGES.declaration.name;
+    let had_key_images = source.fittings.iter().any(|fitting| fitting.field == key_images);
+    if again == Again::Remix && had_key_images && !fields.contains_key(key_images) {
+        return Err(ApiError::field(key_images, "are not kept; give them again"));
+    }
+    let begins = if again == Again::Extension { "last" } else { "first" };
+    fields.entry(first.to_owned()).or_insert_with(|| frame(begins));
+    if again == Again::Remix && keyframes.takes_last() {
+        fields.entry(last.to_owned()).or_insert_with(|| frame("last"));
+    }
+    Ok(())
+}
+
+/// What the body says, and what is taken over of the video before.
+fn over(options: Options, source: &Job, again: Again, is_other_model: bool) -> Options {
+    let echo = source.request.echo();
+    let mut base = match is_other_model {
+        false => echo,
+        // Nothing of what one model allows holds for another.
+        true => {
+            let Canvas { width, height, num_frames, fps } = source.request.canvas;
+            let base = Options::default().with(&PROMPT, echo.get(&PROMPT)).with(&SEED, echo.get(&SEED));
+            base.with(&WIDTH, width).with(&HEIGHT, height).with(&NUM_FRAMES, num_frames).with(&FPS, fps)
+        }
+    };
+    if options.has(&SIZE) {
+        base.set(&WIDTH, None);
+        base.set(&HEIGHT, None);
+        base.set(&VAE_TILING, None);
+    }
+    if again == Again::Extension || options.has(&SECONDS) {
+        base.set(&NUM_FRAMES, None);
+        base.set(&SHOT_METHOD, None);
+        base.set(&OVERLAP_FRAMES, None);
+        base.set(&VAE_TILING, None);
+    }
+    if again == Again::Extension {
+        // Other noise for other frames.
+        base.set(&SEED, None);
+    }
+    let options = fields::file_options_over(options, source);
+    let model = options.get(&MODEL).unwrap_or_else(|| source.model.clone());
+    options_over(options, base).with(&MODEL, model)
+}
