@@ -184,8 +184,8 @@ async fn a_video_goes_on_from_another_and_both_are_one_file() {
     assert!(near(tile(7), before) || near(tile(8), before), "{:?} {:?} {before:?}", tile(7), tile(8));
     // It goes on and on, by the model of the video before where none is named.
     server.delete(&format!("/v1/videos/{source}")).await.expect(200);
-    let again = json!({"video": {"id": id}, "prompt": "calm", "num_frames": 65, "metadata": false});
-    let again = server.post("/v1/videos/extensions", &again).await.expect(200).json();
+    let again = json!({"prompt": "calm", "num_frames": 65, "metadata": false});
+    let again = server.post(&format!("/v1/videos/{id}/extend"), &again).await.expect(200).json();
     let job = wait_for(&server, again["id"].as_str().expect("a name"), "completed").await;
     assert_eq!(
         (&job["model"], &job["shot_method"], &job["seconds"]),
@@ -217,6 +217,8 @@ async fn what_cannot_go_on_is_refused_by_name() {
     check(json!({"video": of(&source), "model": "shots", "fps": 9}), 400, "fps", "of the video before").await;
     check(json!({"video": of(&source), "model": "shots", "codec": "av1"}), 400, "codec", "of the video before").await;
     check(json!({"video": of(&source), "model": "shots", "image": picture(8, 8)}), 400, "image", "of the video").await;
+    let of_path = server.post(&format!("/v1/videos/{gif}/extend"), &json!({"model": "shots", "prompt": "x"})).await;
+    assert_eq!(of_path.expect(400).json()["error"]["param"], "video");
     server.hold.store(true, Relaxed);
     let running = order(&server, json!({})).await;
     check(json!({"video": of(&running), "model": "shots"}), 409, "video.id", "once it is completed").await;

@@ -234,6 +234,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
         ("/v1/images/edits", post(images::edit)),
         ("/v1/videos", post(videos::create).get(videos::list)),
         ("/v1/videos/extensions", post(videos::extend)),
+        ("/v1/videos/{id}/extend", post(videos::extend_of)),
         ("/v1/videos/{id}/remix", post(videos::remix)),
         ("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete)),
         ("/v1/videos/{id}/content", get(videos::content)),

@@ -38,7 +38,7 @@ mod fields;
 mod list;
 mod wire;
 
-pub(super) use again::{Again, extend, remix};
+pub(super) use again::{Again, extend, extend_of, remix};
 pub(super) use content::{CONTENT_QUERY, content};
 pub(super) use fields::OWN;
 pub(super) use list::{LIST_QUERY, list};

@@ -68,12 +68,13 @@ fn make() -> Value {
     ] {
         schemas[name] = request(task);
     }
-    for (again, request, form) in [
-        (Again::Remix, "VideoRemixRequest", "VideoRemixForm"),
-        (Again::Extension, "VideoExtensionRequest", "VideoExtensionForm"),
+    for (again, names_video, request, form) in [
+        (Again::Remix, false, "VideoRemixRequest", "VideoRemixForm"),
+        (Again::Extension, false, "VideoExtendRequest", "VideoExtendForm"),
+        (Again::Extension, true, "VideoExtensionRequest", "VideoExtensionForm"),
     ] {
-        schemas[request] = made_from_a_video(again, false);
-        schemas[form] = made_from_a_video(again, true);
+        schemas[request] = made_from_a_video(again, names_video, false);
+        schemas[form] = made_from_a_video(again, names_video, true);
     }
     for (name, task) in [("ImageEditForm", Task::ImageEdit), ("VideoForm", Task::Video)] {
         schemas[name] = form(task);
@@ -111,8 +112,8 @@ fn request(task: Task) -> Value {
     object(properties, &required)
 }
 
-/// A body of a video that is made from an earlier one.
-fn made_from_a_video(again: Again, is_form: bool) -> Value {
+/// A body of a video that is made from an earlier one, which it names if that does not stand in the path.
+fn made_from_a_video(again: Again, names_video: bool, is_form: bool) -> Value {
     let fields = again.fields();
     let in_json = |of: &&Declaration| (of.name.to_owned(), schema::in_json(of));
     let mut properties: Map<String, Value> = match is_form {
@@ -120,8 +121,8 @@ fn made_from_a_video(again: Again, is_form: bool) -> Value {
         false => fields.iter().map(in_json).collect(),
     };
     properties.extend(unsupported(Task::Video, ""));
-    let mut required = Vec::new();
-    if again == Again::Extension {
+    let mut required: Vec<&str> = fields.iter().filter(|of| of.is_required).map(|of| of.name).collect();
+    if names_video {
         properties.insert("video".to_owned(), reference("VideoReference"));
         required.push("video");
     }

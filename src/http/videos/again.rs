@@ -78,7 +78,17 @@ pub(in crate::http) async fn remix(
     make(&state, request, Again::Remix, Some(source)).await
 }
 
-/// `POST /v1/videos/extensions`.
+/// `POST /v1/videos/{id}/extend`.
+pub(in crate::http) async fn extend_of(
+    State(state): State<AppState>,
+    Id(id): Id,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let source = super::job(&state, &id)?;
+    make(&state, request, Again::Extension, Some(source)).await
+}
+
+/// `POST /v1/videos/extensions`, OpenAI's name for it.
 pub(in crate::http) async fn extend(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     make(&state, request, Again::Extension, None).await
 }
@@ -122,6 +132,9 @@ fn read_over(state: &AppState, again: Again, source: Option<Job>, body: Value) -
         Some(source) => source,
         None => named(state, &mut fields)?,
     };
+    if again == Again::Extension {
+        check_before(&source, &fields)?;
+    }
     let model = match fields.get(MODEL.declaration.name) {
         Some(Value::Text(model) | Value::Part(model)) => model.clone(),
         _ => source.model.clone(),
@@ -146,18 +159,22 @@ fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
         Some(_) => return Err(ApiError::field(VIDEO, "must be {\"id\": \"video_...\"}")),
     };
     let job = id.parse::<JobId>().ok().and_then(|id| state.jobs().get(id));
-    let job = job.ok_or_else(|| ApiError::field("video.id", UnknownJob))?;
+    job.ok_or_else(|| ApiError::field("video.id", UnknownJob))
+}
+
+/// Refuses a video that cannot go on, and fields that would make of it another one.
+fn check_before(job: &Job, fields: &Object) -> Result<(), ApiError> {
     if !job.file.encoding.can_go_on() {
         return Err(ApiError::field(VIDEO, "is a gif, whose one palette is that of its own frames; it cannot go on"));
     }
-    stored::completed(&job).map_err(|error| error.about("video.id"))?;
+    stored::completed(job).map_err(|error| error.about("video.id"))?;
     for declaration in PARAMETERS.iter().copied().chain(super::OWN.iter().copied()) {
         let is_given = fields.get(declaration.name).is_some_and(|value| !matches!(value, Value::Null));
         if is_given && !Again::Extension.takes(declaration) {
             return Err(ApiError::field(declaration.name, "is that of the video before; leave it out"));
         }
     }
-    Ok(job)
+    Ok(())
 }
 
 /// Adds the frames that a model begins and ends with, where the body has no pictures for it: an extension begins with the last
