@@ -13,6 +13,7 @@ mod images;
 mod layering;
 mod lifecycle;
 mod openapi;
+mod playback;
 mod process;
 mod published;
 mod references;

@@ -259,9 +259,11 @@ fn open_encoder(
     settings.set_frame_rate(Some(frame_duration(fps).invert()));
     settings.set_aspect_ratio(Rational::new(1, 1));
     settings.set_threading(threading::Config::count(ENCODER_THREADS));
-    if global_header {
-        settings.set_flags(codec::Flags::GLOBAL_HEADER);
-    }
+    // No frame behind a key frame refers to one before it: players that seek there fail otherwise, and so would a part that is
+    // joined to another.
+    let mut flags = codec::Flags::CLOSED_GOP;
+    flags.set(codec::Flags::GLOBAL_HEADER, global_header);
+    settings.set_flags(flags);
     if let Some(tag) = encoding.mp4_tag() {
         // SAFETY: the context is ours and not open yet, which is when this field may be set.
         unsafe { (*settings.as_mut_ptr()).codec_tag = u32::from_le_bytes(tag) };

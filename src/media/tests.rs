@@ -702,6 +702,35 @@ fn a_clip_goes_on_in_one_file_without_a_seam_of_times() {
 }
 
 #[test]
+fn a_player_can_begin_at_every_key_frame() {
+    let dir = tempdir().unwrap();
+    // Longer than the distance of key frames, and hard to predict.
+    let noise = |time: usize| {
+        let value = |at: usize| (((at / 24).wrapping_mul(2_654_435_761) >> 7).wrapping_add(time * 5) % 256) as u8;
+        Frame { width: 64, height: 64, rgb: (0..3 * 64 * 64).map(value).collect() }
+    };
+    let frames: Vec<Frame> = (0..280).map(noise).collect();
+    for (codec, idr) in [("h264", 5..=5), ("h265", 19..=20)] {
+        let Ok(encoding) = Encoding::choose(None, Codec::named(codec), None) else { continue };
+        let path = dir.path().join(codec);
+        encode_as(&path, &ClipSettings::new(encoding, 16), &frames);
+        let mut input = format::input(&path).unwrap();
+        let mut keys = 0;
+        for packet in input.packets().map(|(_, packet)| packet).filter(ffmpeg_next::Packet::is_key) {
+            keys += 1;
+            let (mut data, mut kinds) = (packet.data().unwrap(), Vec::new());
+            while let [a, b, c, d, header, ..] = *data {
+                let kind = if codec == "h264" { header & 31 } else { header >> 1 & 63 };
+                kinds.push(kind);
+                data = &data[4 + u32::from_be_bytes([a, b, c, d]) as usize..];
+            }
+            assert!(kinds.iter().any(|kind| idr.contains(kind)), "{codec}: {kinds:?}");
+        }
+        assert!(keys > 1, "{codec}");
+    }
+}
+
+#[test]
 fn clips_of_other_settings_are_not_joined() {
     let dir = tempdir().unwrap();
     let [first, second] = ["first.mp4", "second.mp4"].map(|name| dir.path().join(name));

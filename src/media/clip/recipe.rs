@@ -347,7 +347,7 @@ fn steady_x264() -> Option<(&'static str, Cow<'static, str>)> {
 
 /// Silent, in as many threads as the other encoders, and without the message in which it names the processor.
 fn x265_params() -> String {
-    format!("log-level=none:info=0:pools={}", super::ENCODER_THREADS)
+    format!("log-level=none:info=0:open-gop=0:pools={}", super::ENCODER_THREADS)
 }
 
 #[cfg(test)]
