@@ -121,8 +121,8 @@ impl ChatTemplate {
         })
     }
 
-    /// As [`ChatTemplate::render`], here and at once, for short conversations: what their template does takes less than a
-    /// tenth of a millisecond. `None` where it would take longer, fails for any other reason than a refusal of its own, or
+    /// As [`ChatTemplate::render`], here and at once, for short conversations: what their template does takes a fraction
+    /// of a millisecond. `None` where it would take longer, fails for any other reason than a refusal of its own, or
     /// this thread renders nothing ([`threads::render_little_on_this_thread`]).
     pub fn render_little(&self, messages: &[ChatMessage]) -> Option<Result<String>> {
         let render = || budget::within(budget::LITTLE, || self.program.render_frugally(self.variables(messages)));

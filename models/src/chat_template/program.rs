@@ -24,8 +24,8 @@ use super::{filters, globals, kept, nesting, operators, python, weight};
 /// minijinja's operators and filters make or read, and two items, cost as much as an instruction, so that they make 256 MiB
 /// at most.
 const MAX_FUEL: u64 = 4_000_000;
-/// The same for a rendering that must not take long: a short conversation needs some hundred, and so many take less than
-/// a tenth of a millisecond.
+/// The same for a rendering that must not take long: a short conversation needs some hundred, and so many take a fraction
+/// of a millisecond, whatever they do.
 const LITTLE_FUEL: u64 = 1_000;
 /// How deep macros and loops of such a rendering may call themselves: a stack of usual size holds that.
 const LITTLE_DEPTH: usize = 50;
