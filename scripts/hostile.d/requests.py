@@ -198,7 +198,7 @@ class Fuzzer:
             return self.odd_path(operation)
         kind = self.rng.choice(list(operation.bodies))
         value = self.shapes.valid(operation.bodies[kind])
-        value["model"] = self.rng.choice([value["model"], MODELS_OF[operation.path.split("/")[2]], MARKER])
+        value["model"] = self.rng.choice([value.get("model", MARKER), MODELS_OF[operation.path.split("/")[2]], MARKER])
         request = self.request(operation, operation.path, kind, self.shapes.invalid(marked(value)))
         damage: Callable[[Request], Request] = self.rng.choice([lambda r: r, lambda r: r, self.damaged_body, self.odd_head])
         return damage(request)
