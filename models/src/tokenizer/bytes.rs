@@ -31,7 +31,7 @@ pub fn write(dir: &Path, around: Around) -> Result<()> {
     write_with(dir, around, &[])
 }
 
-/// As [`write`], of a tokenizer that knows these special tokens too, by their numbers.
+/// As [`write()`], of a tokenizer that knows these special tokens too, by their numbers.
 pub fn write_with(dir: &Path, around: Around, tokens: &[(u32, &str)]) -> Result<()> {
     let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
     let pad = if tokens.iter().any(|(_, token)| *token == PAD) { PAD } else { END };

@@ -148,7 +148,7 @@ impl WanVaeConfig {
         self.tiling().filter(|tiling| tiled && tiling.splits(height, width))
     }
 
-    /// Calls of [`WanVaeDecoder::decode_next`] for so many latent frames of this height and width, in tiles or not.
+    /// Steps of a [`WanDecoding`] for so many latent frames of this height and width, in tiles or not.
     pub fn num_decode_steps(&self, frames: usize, latents: (usize, usize), tiled: bool) -> usize {
         clip_tiles::num_steps(self.tiles(latents, tiled), latents, frames)
     }

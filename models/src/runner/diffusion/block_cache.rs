@@ -1,7 +1,7 @@
 //! The block cache: a pass that would add what the last one has added is answered with that.
 //!
 //! Owns: what is kept of each row, how its change is measured, the way of a batch in which some rows skip and some do not.
-//! Does not know: any network, sessions, when a pass is skipped ([`Skipping`]). A cache belongs to one guidance branch of one
+//! Does not know: any network, sessions, when a pass is skipped (`Skipping`). A cache belongs to one guidance branch of one
 //! session and lives as long as that.
 
 use std::sync::Arc;
