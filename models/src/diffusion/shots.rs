@@ -126,36 +126,12 @@ pub(super) fn resolve(
     num_pictures: usize,
     options: &Options,
 ) -> Result<Shot> {
-    let has_key_images = num_pictures > 2;
     let asked = options.get(&NUM_FRAMES);
     let is_long = asked.is_some_and(|num_frames| num_frames > frames.trained_frames);
-    let method = options.get(&SHOT_METHOD).unwrap_or(match keyframes {
-        Some(KeyframeSupport::FirstAndLast) if has_key_images => ShotMethod::Chain,
-        Some(KeyframeSupport::First) if is_long => ShotMethod::Continue,
-        _ => ShotMethod::SinglePass,
-    });
-    let refuse = |field: &str, problem: String| Err(Error::invalid(field, problem));
-    match (method, keyframes) {
-        (ShotMethod::SinglePass, _) if has_key_images => {
-            return refuse("key_images", "are for shot_method chain; leave one of them out".into());
-        }
-        (ShotMethod::Continue, Some(KeyframeSupport::First)) | (ShotMethod::SinglePass, _) => (),
-        (ShotMethod::Chain, Some(KeyframeSupport::FirstAndLast)) if has_key_images => (),
-        (ShotMethod::Chain, Some(KeyframeSupport::FirstAndLast)) => {
-            return refuse("key_images", "are missing; a chain goes through them".into());
-        }
-        (method, _) => {
-            let ways = match keyframes {
-                None => "single_pass, since this model makes videos from text alone",
-                Some(KeyframeSupport::First) => "single_pass, continue",
-                Some(KeyframeSupport::FirstAndLast) => "single_pass, chain",
-            };
-            return refuse("shot_method", format!("is {}; allowed: {ways}", method.as_str()));
-        }
-    }
+    let method = method(keyframes, num_pictures > 2, is_long, options)?;
     let overlap = options.get(&OVERLAP_FRAMES);
     if overlap.is_some() && method != ShotMethod::Continue {
-        return refuse("overlap_frames", "are for shot_method continue; leave it out".into());
+        return Err(Error::invalid("overlap_frames", "are for shot_method continue; leave it out"));
     }
     let overlap_frames = overlap.unwrap_or(1);
     let trained_frames = frames.trained_frames;
@@ -178,6 +154,41 @@ pub(super) fn resolve(
         ShotMethod::Chain => chained(num_frames, num_pictures - 1, frames)?,
     };
     Ok(Shot { method, overlap_frames, parts, num_frames, trained_frames })
+}
+
+/// The way that is asked for, or the model's own to a video that `is_long`.
+fn method(
+    keyframes: Option<KeyframeSupport>,
+    has_key_images: bool,
+    is_long: bool,
+    options: &Options,
+) -> Result<ShotMethod> {
+    use KeyframeSupport::{First, FirstAndLast};
+    let refuse = |field: &str, problem: String| Err(Error::invalid(field, problem));
+    let method = options.get(&SHOT_METHOD).unwrap_or(match keyframes {
+        Some(FirstAndLast) if has_key_images => ShotMethod::Chain,
+        Some(First) if is_long => ShotMethod::Continue,
+        _ => ShotMethod::SinglePass,
+    });
+    match (method, keyframes) {
+        (ShotMethod::SinglePass, _) if has_key_images => {
+            refuse("key_images", "are for shot_method chain; leave one of them out".into())
+        }
+        (ShotMethod::Chain, Some(FirstAndLast)) if !has_key_images => {
+            refuse("key_images", "are missing; a chain goes through them".into())
+        }
+        (ShotMethod::SinglePass, _) | (ShotMethod::Continue, Some(First)) | (ShotMethod::Chain, Some(FirstAndLast)) => {
+            Ok(method)
+        }
+        _ => {
+            let ways = match keyframes {
+                None => "single_pass, since this model makes videos from text alone",
+                Some(First) => "single_pass, continue",
+                Some(FirstAndLast) => "single_pass, chain",
+            };
+            refuse("shot_method", format!("is {}; allowed: {ways}", method.as_str()))
+        }
+    }
 }
 
 /// Equal parts, as few and as short as there can be, each no longer than the model was trained on. Their frames may be more

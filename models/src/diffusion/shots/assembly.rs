@@ -61,11 +61,6 @@ impl Assembly {
         Self { num_skipped: 1, ..Self::new(request) }
     }
 
-    /// Frames that it gives out in all.
-    pub fn num_frames(&self) -> usize {
-        self.shot.num_frames - self.num_skipped
-    }
-
     /// Number of the part that is being made, from 0, and of all parts.
     pub fn position(&self) -> (usize, usize) {
         (self.part, self.shot.parts.len())
@@ -174,7 +169,7 @@ mod tests {
             request = assembly.next_part();
             assert_eq!(request.is_none(), part + 1 == parts);
         }
-        assert_eq!(out.len(), assembly.num_frames());
+        assert_eq!(out.len(), assembly.shot.num_frames - assembly.num_skipped);
         (out, first)
     }
 
