@@ -39,7 +39,8 @@ pub use shots::Shot;
 
 /// `options`, and those of `base` where they have none. What belongs to a value that is replaced is not taken over: the
 /// length to its prompts, which it would cut, spacing and `eta` to their scheduler, steps that are given to their number, the
-/// way to a video's length to that, the choice of tiles to a size.
+/// way to a video's length to that, the choice of tiles to a size, the parts
+/// of a rule to the rule by which blocks or guidance are skipped.
 pub fn options_over(options: Options, mut base: Options) -> Options {
     if options.has(&prompt::PROMPT) || options.has(&prompt::NEGATIVE_PROMPT) {
         base.set(&prompt::MAX_SEQUENCE_LENGTH, None);
@@ -56,6 +57,12 @@ pub fn options_over(options: Options, mut base: Options) -> Options {
     }
     if have_given {
         base.set(&sampling::NUM_INFERENCE_STEPS, None);
+    }
+    if options.has(&acceleration::ACCELERATION) || options.has(&acceleration::CACHE_METHOD) {
+        acceleration::PARAMETERS.iter().for_each(|declaration| base.remove(declaration));
+    }
+    if options.has(&guidance::CFG_ZERO_STAR) {
+        base.set(&guidance::ZERO_INIT_STEPS, None);
     }
     if options.has(&canvas::WIDTH) || options.has(&canvas::HEIGHT) || options.has(&canvas::NUM_FRAMES) {
         base.set(&tiling::VAE_TILING, None);

@@ -11,6 +11,7 @@ use super::parameters::*;
 use super::prompt::{MAX_PROMPT_BYTES, Prompts};
 use super::references::MAX_REFERENCE_IMAGES;
 use super::sampling::SamplingSupport;
+use super::shots::ShotMethod;
 use super::tiling::VaeTiling;
 use super::*;
 use crate::error::{Error, Result};
@@ -421,4 +422,31 @@ fn an_interval_holds_the_steps_from_its_start_to_before_its_end() {
     check(clip_card(), unguided, "guidance_interval", "guidance_scale is above 1");
     let interval = Options::default().with(&GUIDANCE_INTERVAL, [0.0, 0.5]);
     check(picture_card(GuidanceKind::Embedded), interval, "guidance_interval", "true_cfg_scale is above 1");
+}
+
+#[test]
+fn what_belongs_to_a_value_that_is_replaced_is_not_taken_over() {
+    let base = || {
+        Options::default()
+            .with(&CACHE_METHOD, CacheMethod::MagCache)
+            .with(&CACHE_RATIOS, vec![1.0])
+            .with(&ZERO_INIT_STEPS, 2)
+            .with(&VAE_TILING, true)
+            .with(&SHOT_METHOD, ShotMethod::SinglePass)
+    };
+    let over = |options: Options| {
+        let over = options_over(options, base());
+        [
+            over.has(&CACHE_METHOD),
+            over.has(&CACHE_RATIOS),
+            over.has(&ZERO_INIT_STEPS),
+            over.has(&VAE_TILING),
+            over.has(&SHOT_METHOD),
+        ]
+    };
+    assert_eq!(over(Options::default()), [true; 5]);
+    assert_eq!(over(Options::default().with(&ACCELERATION, Acceleration::Safe)), [false, false, true, true, true]);
+    assert_eq!(over(Options::default().with(&CFG_ZERO_STAR, false)), [true, true, false, true, true]);
+    assert_eq!(over(Options::default().with(&WIDTH, 64)), [true, true, true, false, true]);
+    assert_eq!(over(Options::default().with(&NUM_FRAMES, 9)), [true, true, true, false, false]);
 }
