@@ -216,6 +216,15 @@ async fn what_cannot_go_on_is_refused_by_name() {
     check(json!({"video": of(&source), "model": "shots", "size": "64x64"}), 400, "size", "of the video before").await;
     check(json!({"video": of(&source), "model": "shots", "fps": 9}), 400, "fps", "of the video before").await;
     check(json!({"video": of(&source), "model": "shots", "codec": "av1"}), 400, "codec", "of the video before").await;
+    let short = |extra: Value| {
+        let mut body = json!({"video": of(&source), "model": "shots", "prompt": "x"});
+        body.as_object_mut().expect("fields").extend(extra.as_object().expect("fields").clone());
+        body
+    };
+    check(short(json!({"num_frames": 1})), 400, "num_frames", "ends with").await;
+    let slow = order(&server, json!({"output_fps": 1})).await;
+    wait_for(&server, &slow, "completed").await;
+    check(short(json!({"video": of(&slow), "num_frames": 5})), 400, "output_fps", "none of the 4 frames").await;
     check(json!({"video": of(&source), "model": "shots", "image": picture(8, 8)}), 400, "image", "of the video").await;
     let of_path = server.post(&format!("/v1/videos/{gif}/extend"), &json!({"model": "shots", "prompt": "x"})).await;
     assert_eq!(of_path.expect(400).json()["error"]["param"], "video");
@@ -244,7 +253,8 @@ async fn a_remix_has_the_parameters_of_the_video_before_but_for_those_that_are_g
     assert_eq!((&other["metadata"], other.get("title")), (&json!(false), None));
     // Of a model from pictures it begins with a frame of the video before, which has to be there.
     wait_for(&server, &source, "completed").await;
-    let shot = server.post(&path, &json!({"prompt": "a boat", "model": "shots"})).await.expect(200).json();
+    let shot = json!({"prompt": "a boat", "model": "shots", "input_reference": null, "last_image": null});
+    let shot = server.post(&path, &shot).await.expect(200).json();
     assert_eq!((&shot["model"], &shot["fitted_images"][0]["fit"]), (&json!("shots"), &json!("exact")));
     let missing = server.post("/v1/videos/video_x/remix", &json!({"prompt": "x"})).await.expect(404).json();
     assert_eq!(missing["error"]["code"], "not_found");

@@ -129,7 +129,8 @@ async fn order(state: &AppState, admitted: &Admitted, ordered: Ordered) -> Resul
     let file = FileFields::new(&options)?;
     let request = resolve(state.compute(), options, card).await?;
     let has_comment = file.has_comment;
-    let file = file.settings(&request.canvas, before.as_ref().map_or(0, |before| before.num_frames))?;
+    let frames_before = before.as_ref().map(|before| before.num_frames);
+    let file = file.settings(&request.canvas, frames_before)?;
     let outputs = state.outputs();
     check_disk(outputs.clone()).await?;
     let assembly = match before {

@@ -57,7 +57,7 @@ const MAX_FILE_FRAMES: usize = 4096;
 const MAX_GIF_BYTES: usize = 1 << 30;
 
 impl ClipSettings {
-    /// Refuses what these settings cannot make of `num_frames` frames of this size.
+    /// Refuses what these settings cannot make of `num_frames` frames of this size, behind those that are there before.
     pub fn check(&self, (width, height): (usize, usize), num_frames: usize) -> Result<(), BadEncoding> {
         let bad = |field: &'static str, problem: String| Err(BadEncoding { field, problem });
         self.encoding.check_size(width, height)?;
@@ -66,7 +66,10 @@ impl ClipSettings {
         if is_gif && file_fps > MAX_GIF_FPS {
             return bad(field, format!("is {file_fps}; gif plays at most {MAX_GIF_FPS}"));
         }
-        let file_frames = num_frames.saturating_mul(file_fps).div_ceil(self.fps.max(1));
+        let file_frames = self.file_frame(self.frames_before.saturating_add(num_frames));
+        if file_frames == self.file_frame(self.frames_before) {
+            return bad(field, format!("is {file_fps}; so few show none of the {num_frames} frames that are new"));
+        }
         if file_frames > MAX_FILE_FRAMES {
             return bad(field, format!("makes a file of {file_frames} frames; at most {MAX_FILE_FRAMES}"));
         }
@@ -98,7 +101,7 @@ impl ClipSettings {
 
     /// Which frame of the file shows frame `number` of the clip, or the next one where that is left out.
     pub fn file_frame(&self, number: usize) -> usize {
-        (number * self.output_fps.unwrap_or(self.fps)).div_ceil(self.fps.max(1))
+        number.saturating_mul(self.output_fps.unwrap_or(self.fps)).div_ceil(self.fps.max(1))
     }
 }
 

@@ -169,12 +169,16 @@ fn check_before(job: &Job, fields: &Object) -> Result<(), ApiError> {
     }
     stored::completed(job).map_err(|error| error.about("video.id"))?;
     for declaration in PARAMETERS.iter().copied().chain(super::OWN.iter().copied()) {
-        let is_given = fields.get(declaration.name).is_some_and(|value| !matches!(value, Value::Null));
-        if is_given && !Again::Extension.takes(declaration) {
+        if is_given(fields, declaration) && !Again::Extension.takes(declaration) {
             return Err(ApiError::field(declaration.name, "is that of the video before; leave it out"));
         }
     }
     Ok(())
+}
+
+/// Whether a body has this field; a null is as good as absent.
+fn is_given(fields: &Object, declaration: &Declaration) -> bool {
+    fields.get(declaration.name).is_some_and(|value| !matches!(value, Value::Null))
 }
 
 /// Adds the frames that a model begins and ends with, where the body has no pictures for it: an extension begins with the last
@@ -188,12 +192,6 @@ fn bring_pictures(
 ) -> Result<(), ApiError> {
     let card = diffusion::card(state, model, Medium::Video)?;
     let ModelCard::Diffusion(card) = &*card else { return Ok(()) };
-    let frame = |end: &str| {
-        let text = |text: &str| Value::Text(text.to_owned());
-        let pairs = [("video_id", text(&source.id.to_string())), ("frame", text(end))];
-        Value::Object(pairs.map(|(name, value)| (name.to_owned(), value)).into())
-    };
-    let (first, last) = (INPUT_REFERENCE.declaration.name, LAST_IMAGE.declaration.name);
     let Some(keyframes) = card.keyframes else {
         return match again {
             Again::Remix => Ok(()),
@@ -204,15 +202,21 @@ fn bring_pictures(
             }
         };
     };
-    let key_images = KEY_IMAGES.declaration.name;
-    let had_key_images = source.fittings.iter().any(|fitting| fitting.field == key_images);
-    if again == Again::Remix && had_key_images && !fields.contains_key(key_images) {
-        return Err(ApiError::field(key_images, "are not kept; give them again"));
+    let key_images = &KEY_IMAGES.declaration;
+    let had_key_images = source.fittings.iter().any(|fitting| fitting.field == key_images.name);
+    if again == Again::Remix && had_key_images && !is_given(fields, key_images) {
+        return Err(ApiError::field(key_images.name, "are not kept; give them again"));
     }
-    let begins = if again == Again::Extension { "last" } else { "first" };
-    fields.entry(first.to_owned()).or_insert_with(|| frame(begins));
+    let mut bring = |declaration: &Declaration, end: &str| {
+        if !is_given(fields, declaration) {
+            let pairs = [("video_id", source.id.to_string()), ("frame", end.to_owned())];
+            let frame = pairs.map(|(name, value)| (name.to_owned(), Value::Text(value)));
+            fields.insert(declaration.name.to_owned(), Value::Object(frame.into()));
+        }
+    };
+    bring(&INPUT_REFERENCE.declaration, if again == Again::Extension { "last" } else { "first" });
     if again == Again::Remix && keyframes.takes_last() {
-        fields.entry(last.to_owned()).or_insert_with(|| frame("last"));
+        bring(&LAST_IMAGE.declaration, "last");
     }
     Ok(())
 }
@@ -245,6 +249,5 @@ fn over(options: Options, source: &Job, again: Again, is_other_model: bool) -> O
         base.set(&SEED, None);
     }
     let options = fields::file_options_over(options, source);
-    let model = options.get(&MODEL).unwrap_or_else(|| source.model.clone());
-    options_over(options, base).with(&MODEL, model)
+    options_over(options, base.with(&MODEL, source.model.clone()))
 }

@@ -91,11 +91,16 @@ impl FileFields {
     }
 
     /// A video of this canvas as a file, or as the end of one that has `frames_before` already.
-    pub(super) fn settings(self, canvas: &Canvas, frames_before: usize) -> Result<ClipSettings, ApiError> {
+    pub(super) fn settings(self, canvas: &Canvas, frames_before: Option<usize>) -> Result<ClipSettings, ApiError> {
+        let (encoding, fps, output_fps) = (self.encoding, canvas.fps, self.output_fps);
         let text = ClipText { title: self.title, comment: None };
-        let settings =
-            ClipSettings { encoding: self.encoding, fps: canvas.fps, output_fps: self.output_fps, frames_before, text };
-        settings.check((canvas.width, canvas.height), frames_before + canvas.num_frames).map_err(refused)?;
+        let settings = ClipSettings { encoding, fps, output_fps, frames_before: frames_before.unwrap_or(0), text };
+        // What goes on begins with a frame that is there already.
+        let new_frames = canvas.num_frames - usize::from(frames_before.is_some());
+        if new_frames == 0 {
+            return Err(ApiError::field("num_frames", "is 1, the frame that the video before ends with; ask for more"));
+        }
+        settings.check((canvas.width, canvas.height), new_frames).map_err(refused)?;
         Ok(settings)
     }
 }
