@@ -16,6 +16,7 @@ use tale_models::ModelSource;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
+use tale_models::kv::PrefixCache;
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
@@ -96,6 +97,11 @@ pub struct Settings {
     #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "parsed")]
     pub kv_cache: Option<ByteSize>,
+
+    /// Whose prompts share what the key/value cache holds of a common beginning: off (nobody's), per-client (those of each
+    /// client), or shared (all) [default: per-client]
+    #[arg(long, value_name = "WHOSE")]
+    pub prefix_cache: Option<PrefixCacheScope>,
 
     /// Most tokens, prompt and answer together, of one step of a language model [default: 512]
     #[arg(long, value_name = "N")]
@@ -208,6 +214,28 @@ impl TextEncoderPlace {
             Self::Auto => None,
             Self::Resident => Some(TextEncoders::Resident),
             Self::OnDemand => Some(TextEncoders::OnDemand),
+        }
+    }
+}
+
+/// Whose prompts share what the key/value cache holds of a common beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrefixCacheScope {
+    /// Nobody's.
+    Off,
+    /// Those of each client.
+    PerClient,
+    /// All.
+    Shared,
+}
+
+impl PrefixCacheScope {
+    fn chosen(self) -> PrefixCache {
+        match self {
+            Self::Off => PrefixCache::Off,
+            Self::PerClient => PrefixCache::PerClient,
+            Self::Shared => PrefixCache::Shared,
         }
     }
 }
@@ -330,6 +358,7 @@ impl Settings {
             load_format: self.load_format.or(file.load_format),
             memory: self.memory.or(file.memory),
             kv_cache: self.kv_cache.or(file.kv_cache),
+            prefix_cache: self.prefix_cache.or(file.prefix_cache),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
@@ -361,6 +390,7 @@ impl Settings {
             load: LoadOptions {
                 load_format: self.load_format.unwrap_or_default(),
                 kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
+                prefix_cache: self.prefix_cache.map_or(load.prefix_cache, PrefixCacheScope::chosen),
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
@@ -598,6 +628,7 @@ mod tests {
         assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
         assert_eq!(config.engine.memory_bytes, Some(24 << 30));
         assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
+        assert_eq!(config.engine.load.prefix_cache, PrefixCache::Shared);
         assert_eq!(config.engine.load.max_batch_tokens, 1024);
         assert_eq!(config.engine.load.max_batch_sequences, 32);
         assert_eq!(config.engine.load.max_denoise_rows, 2);
@@ -643,6 +674,7 @@ mod tests {
             ("device", engine.device.to_string()),
             ("load_format", "auto".to_owned()),
             ("kv_cache", gib(engine.load.kv_cache_bytes)),
+            ("prefix_cache", "per-client".to_owned()),
             ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
             ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
             ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
@@ -709,6 +741,7 @@ mod tests {
         );
         check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
         check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
+        check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
         check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
         check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);

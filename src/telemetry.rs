@@ -47,6 +47,8 @@ pub struct ModelMetrics {
     inter_token: [Histogram; 2],
     queue_time: [Histogram; 2],
     prompt_tokens: [Counter; 2],
+    prefix_cache_queries: [Counter; 2],
+    prefix_cache_hits: [Counter; 2],
     generation_tokens: [Counter; 2],
     skipped_passes: Counter,
     ended: [(&'static str, Counter); 5],
@@ -81,6 +83,8 @@ impl ModelMetrics {
             inter_token: histograms("tale_inter_token_seconds", "vllm:inter_token_latency_seconds"),
             queue_time: histograms("tale_queue_seconds", "vllm:request_queue_time_seconds"),
             prompt_tokens: counters("tale_prompt_tokens_total", "vllm:prompt_tokens_total"),
+            prefix_cache_queries: counters("tale_prefix_cache_queries_total", "vllm:prefix_cache_queries_total"),
+            prefix_cache_hits: counters("tale_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"),
             generation_tokens: counters("tale_generation_tokens_total", "vllm:generation_tokens_total"),
             skipped_passes: counter!("tale_skipped_passes_total", "model_name" => model.to_owned()),
             ended: outcomes.map(|outcome| {
@@ -117,6 +121,10 @@ impl ModelMetrics {
     /// A session ended well.
     pub fn finished(&self, reason: FinishReason, usage: Usage) {
         self.prompt_tokens.iter().for_each(|counter| counter.increment(usage.prompt_tokens as u64));
+        if let Some(cached_tokens) = usage.cached_tokens {
+            self.prefix_cache_queries.iter().for_each(|counter| counter.increment(usage.prompt_tokens as u64));
+            self.prefix_cache_hits.iter().for_each(|counter| counter.increment(cached_tokens as u64));
+        }
         self.skipped_passes.increment(usage.skipped_passes as u64);
         self.ended(match reason {
             FinishReason::Stop => "stop",

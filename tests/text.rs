@@ -33,6 +33,26 @@ async fn a_chat_answer_has_the_shape_of_the_api() {
     let prompt_tokens = usage["prompt_tokens"].as_u64().expect("a number");
     assert!(prompt_tokens > 5);
     assert_eq!(usage["total_tokens"], prompt_tokens + ANSWER.len() as u64);
+    assert_eq!(usage["prompt_tokens_details"], json!({"cached_tokens": 0}));
+}
+
+/// The scripted model says of a prompt with a salt that all of it but a token was there.
+#[tokio::test]
+async fn usage_says_what_of_each_prompt_was_in_the_cache() {
+    let server = server().await;
+    let body = json!({"model": "words", "prompt": ["abc", "abcdef"], "max_tokens": 2, "n": 2, "cache_salt": "secret"});
+    let usage = server.post("/v1/completions", &body).await.expect(200).json()["usage"].clone();
+    let prompt_tokens = usage["prompt_tokens"].as_u64().expect("a number");
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], prompt_tokens - 2, "{usage}");
+    let mut streamed = body.clone();
+    streamed["stream"] = json!(true);
+    streamed["stream_options"] = json!({"include_usage": true});
+    let events = server.post("/v1/completions", &streamed).await.expect(200).events();
+    assert_eq!(events.iter().map(|event| event["usage"].clone()).find(|usage| !usage.is_null()), Some(usage));
+    let metrics = server.get("/metrics").await.expect(200).text().to_owned();
+    for name in ["tale_prefix_cache_queries_total", "vllm:prefix_cache_hits_total"] {
+        assert!(metrics.contains(&format!("{name}{{model_name=\"words\"}}")), "{name} is not in\n{metrics}");
+    }
 }
 
 /// The threads of the server render short conversations where they arrive; other threads, as those of the other tests, have
@@ -94,7 +114,10 @@ async fn choices_have_seeds_of_their_own() {
     let texts: Vec<_> = answer["choices"].as_array().expect("a list").iter().map(|c| c["text"].clone()).collect();
     let of_one_prompt = [7, 8, 9].map(|seed| answer_from(seed, 5));
     assert_eq!(texts, [of_one_prompt.clone(), of_one_prompt].concat());
-    assert_eq!(answer["usage"], json!({"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32}));
+    let details = json!({"cached_tokens": 0});
+    let counts =
+        json!({"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32, "prompt_tokens_details": details});
+    assert_eq!(answer["usage"], counts);
     let streamed = json!({"model": "words", "prompt": ["a", "b"], "n": 3, "seed": 7, "max_tokens": 5, "stream": true});
     assert_eq!(joined(&server.post("/v1/completions", &streamed).await.expect(200), 6), texts);
 }

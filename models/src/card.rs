@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::parameter::Options;
 use crate::request::{SamplingParams, TextRequest};
 use crate::text_parameters::{
-    FREQUENCY_PENALTY, IGNORE_EOS, MAX_TOKENS, MIN_P, PRESENCE_PENALTY, REPETITION_PENALTY, SEED, STOP, TEMPERATURE,
-    TEXT_PARAMETERS, TOP_K, TOP_P,
+    CACHE_SALT, FREQUENCY_PENALTY, IGNORE_EOS, MAX_TOKENS, MIN_P, PRESENCE_PENALTY, REPETITION_PENALTY, SEED, STOP,
+    TEMPERATURE, TEXT_PARAMETERS, TOP_K, TOP_P,
 };
 use crate::tokenizer::Tokenizer;
 
@@ -167,6 +167,7 @@ impl TextCard {
             sampling: self.sampling(options, fallback_seed),
             stop: options.get(&STOP).unwrap_or_default(),
             ignore_eos: options.get(&IGNORE_EOS).unwrap_or(false),
+            cache_salt: options.get(&CACHE_SALT),
         })
     }
 

@@ -3,6 +3,7 @@
 use crate::card::ModelCard;
 use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
 use crate::error::Result;
+use crate::kv::PrefixCache;
 use crate::runner::Runner;
 
 /// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`](crate::families::FAMILIES).
@@ -49,6 +50,8 @@ pub struct LoadOptions {
     pub load_format: LoadFormat,
     /// Bytes of the paged KV cache of a language model.
     pub kv_cache_bytes: usize,
+    /// Which requests share what the KV cache has of prompts that begin alike.
+    pub prefix_cache: PrefixCache,
     /// Most tokens (decode and prefill together) of one text step.
     pub max_batch_tokens: usize,
     /// Most sequences of one text step.
@@ -66,6 +69,7 @@ impl Default for LoadOptions {
         Self {
             load_format: LoadFormat::Auto,
             kv_cache_bytes: 1 << 30,
+            prefix_cache: PrefixCache::PerClient,
             max_batch_tokens: 512,
             max_batch_sequences: 64,
             max_denoise_rows: 4,

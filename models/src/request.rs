@@ -38,6 +38,9 @@ pub struct TextRequest {
     pub stop: Vec<String>,
     /// Go on past end-of-sequence tokens until `max_tokens`.
     pub ignore_eos: bool,
+    /// What the prompt's beginning is shared with: only with that of requests that have the same one. See
+    /// [`PrefixCache`](crate::kv::PrefixCache).
+    pub cache_salt: Option<String>,
 }
 
 /// How the next token is chosen from the logits. Field names as in the OpenAI API and vLLM.
@@ -93,6 +96,8 @@ pub enum FinishReason {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// Those of them whose keys and values were there already; `None` where nothing is kept for that.
+    pub cached_tokens: Option<usize>,
     /// Tokens generated, the end-of-sequence token included.
     pub completion_tokens: usize,
     /// Of a picture or clip: predictions that the acceleration took from ones before them.

@@ -306,7 +306,8 @@ impl Scripted {
     }
 }
 
-/// The prompt is one step, which gives the first token; each further step gives one.
+/// The prompt is one step, which gives the first token; each further step gives one. A prompt with a salt is said to have been
+/// there before.
 fn advance_text(
     phase: &mut Phase,
     done: &mut usize,
@@ -317,7 +318,9 @@ fn advance_text(
     let start = request.sampling.seed as usize % ANSWER.len();
     let byte = ANSWER.as_bytes()[(start + *done - 1) % ANSWER.len()];
     emit(Event::Text { tokens: vec![u32::from(byte)], text: char::from(byte).to_string() });
-    let usage = Usage { prompt_tokens: request.prompt.len(), completion_tokens: *done, ..Usage::default() };
+    let prompt_tokens = request.prompt.len();
+    let cached_tokens = Some(request.cache_salt.as_ref().map_or(0, |_| prompt_tokens - 1));
+    let usage = Usage { prompt_tokens, cached_tokens, completion_tokens: *done, ..Usage::default() };
     if *done == ANSWER.len() && !request.ignore_eos {
         return Some((FinishReason::Stop, usage));
     }

@@ -103,6 +103,18 @@ pub static STOP: Parameter<Vec<String>> = Parameter::strings(
 pub static IGNORE_EOS: Parameter<bool> =
     Parameter::boolean("ignore_eos", "Go on past end-of-sequence tokens, up to `max_tokens`.").only_for(TEXT);
 
+/// Longest salt.
+const MAX_SALT_BYTES: usize = 256;
+
+/// See [`TextRequest::cache_salt`](crate::request::TextRequest::cache_salt).
+pub static CACHE_SALT: Parameter<String> = Parameter::text(
+    "cache_salt",
+    MAX_SALT_BYTES,
+    "A secret: what is kept of prompts that begin alike serves requests with the same one only; without one, those without \
+     one.",
+)
+.only_for(TEXT);
+
 /// Every parameter of text, in the order of the documentation.
 pub static TEXT_PARAMETERS: &[&Declaration] = &[
     &MAX_TOKENS.declaration,
@@ -116,4 +128,5 @@ pub static TEXT_PARAMETERS: &[&Declaration] = &[
     &SEED.declaration,
     &STOP.declaration,
     &IGNORE_EOS.declaration,
+    &CACHE_SALT.declaration,
 ];

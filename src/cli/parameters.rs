@@ -12,7 +12,7 @@ use tale_models::diffusion::options_over;
 use tale_models::diffusion::parameters::{PARAMETERS, PARTIAL_IMAGES, PROMPT};
 use tale_models::lora::LoraOption;
 use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
-use tale_models::text_parameters::TEXT_PARAMETERS;
+use tale_models::text_parameters::{CACHE_SALT, TEXT_PARAMETERS};
 
 use super::CliError;
 use super::prompt::{self, Source};
@@ -115,10 +115,12 @@ impl<M: Makes> ParameterArgs<M> {
     }
 }
 
-/// The parameters that a command has flags for. Nobody would see previews.
+/// What has no flag: nobody would see previews, and a command makes one request, before which there was none.
+static WITHOUT_FLAG: [&Declaration; 2] = [&PARTIAL_IMAGES.declaration, &CACHE_SALT.declaration];
+
+/// The parameters that a command has flags for.
 fn declarations<M: Makes>() -> impl Iterator<Item = &'static Declaration> {
-    let has_flag =
-        |declaration: &&Declaration| declaration.is_for(M::TASK) && declaration.name != PARTIAL_IMAGES.declaration.name;
+    let has_flag = |declaration: &&Declaration| declaration.is_for(M::TASK) && !WITHOUT_FLAG.contains(declaration);
     M::parameters().iter().copied().filter(has_flag)
 }
 

@@ -25,7 +25,8 @@ use tale_models::device::{DeviceMemory, DeviceSpec};
 
 fn text(max_tokens: usize) -> Request {
     let sampling = SamplingParams::greedy();
-    Request::Text(TextRequest { prompt: vec![1], max_tokens, sampling, stop: Vec::new(), ignore_eos: true })
+    let stop = Vec::new();
+    Request::Text(TextRequest { prompt: vec![1], max_tokens, sampling, stop, ignore_eos: true, cache_salt: None })
 }
 
 fn clip(num_inference_steps: usize) -> Request {

@@ -21,7 +21,7 @@ use crate::checkpoint::LoadFormat;
 use crate::device::{DeviceSpec, Placement, WeightDtype, keep_freed_memory};
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
-use crate::kv::{BLOCK_SIZE, blocks_for};
+use crate::kv::{BLOCK_SIZE, PrefixCache, blocks_for};
 use crate::loading;
 use crate::parameter::Options;
 use crate::request::{Event, Events, Phase, Request, SessionId};
@@ -228,6 +228,8 @@ fn load_options(card: &ModelCard, options: &StepOptions, batches: &[usize], load
             // Beside a whole prompt, a token of everybody else.
             max_batch_tokens: prompt_tokens.max(MIN_STEP_TOKENS).saturating_add(batch),
             max_batch_sequences: batch,
+            // Every round has the same prompts.
+            prefix_cache: PrefixCache::Off,
             ..load
         },
         ModelCard::Diffusion(_) => LoadOptions { max_denoise_rows: batch, ..load },

@@ -115,7 +115,7 @@ pub fn load(
     let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
     let limits =
         Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
-    let runner = TextRunner::new(model, caches, limits);
+    let runner = TextRunner::new(model, caches, limits, options.prefix_cache);
     let card = TextCard {
         family,
         max_context: runner.max_context(),

@@ -1,4 +1,5 @@
-//! Paged KV blocks: the caches of all layers, the pool that says who owns which block, and one sequence's block table.
+//! Paged KV blocks: the caches of all layers, the pool that says who owns which block, one sequence's block table, and the
+//! names by which sequences that begin alike share blocks.
 //!
 //! Deliberately does not know: sessions, models, when a block should be given or taken (the batcher decides).
 
@@ -8,8 +9,10 @@ use crate::device::Placement;
 use crate::error::{Error, Result};
 
 mod pool;
+mod prefix;
 
-pub use pool::{BlockPool, BlockTable};
+pub use pool::{BlockPool, BlockTable, Forecast};
+pub use prefix::{BlockHash, BlockHasher, BlockNames, PrefixCache, Scope};
 
 /// Tokens in one block. A multiple of 32, as the paged attention kernels for GPUs want it.
 pub const BLOCK_SIZE: usize = 32;

@@ -1,49 +1,129 @@
 //! Who owns which block: a pure allocator.
 //!
-//! A block belongs to the pool or to exactly one [`BlockTable`]. Tables cannot be copied and are given back by value, so
-//! that a block with two owners cannot be written down.
+//! A block is written by the one [`BlockTable`] that got it from [`BlockPool::grow`]. Once it is whole and has a name, other
+//! tables may own it as well, to read. A block that nobody owns is free; one with a name keeps its content until it is given
+//! out again, those that were used longest ago first. Tables cannot be copied and are given back by value.
 
-use crate::kv::{BLOCK_SIZE, blocks_for};
+use std::collections::{BTreeMap, HashMap};
 
-/// The blocks that nobody owns.
+use crate::kv::{BLOCK_SIZE, BlockHash, blocks_for};
+
+/// All blocks, and who owns them.
 #[derive(Debug)]
 pub struct BlockPool {
-    /// The one used last is given first: its pages are in memory already.
-    free: Vec<u32>,
-    num_blocks: usize,
+    blocks: Vec<Block>,
+    /// Free blocks without a name. The one used last is given first: its pages are in memory already.
+    empty: Vec<u32>,
+    /// Free blocks with a name, by the time when their last owner left.
+    idle: BTreeMap<u64, u32>,
+    named: HashMap<BlockHash, u32>,
+    /// Blocks that have become idle so far.
+    clock: u64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Block {
+    owners: u32,
+    name: Option<BlockHash>,
+    /// Key in `idle` while it is there.
+    idle_since: u64,
 }
 
 impl BlockPool {
     /// A pool of the blocks `0..num_blocks`, all free.
     pub fn new(num_blocks: usize) -> Self {
-        Self { free: (0..num_blocks as u32).rev().collect(), num_blocks }
+        Self {
+            blocks: vec![Block::default(); num_blocks],
+            empty: (0..num_blocks as u32).rev().collect(),
+            idle: BTreeMap::new(),
+            named: HashMap::new(),
+            clock: 0,
+        }
     }
 
     /// Blocks in all.
     pub fn num_blocks(&self) -> usize {
-        self.num_blocks
+        self.blocks.len()
     }
 
     /// Blocks that nobody owns.
     pub fn num_free(&self) -> usize {
-        self.free.len()
+        self.empty.len() + self.idle.len()
     }
 
     /// Gives `table` what it lacks to hold `num_tokens` tokens. False, and nothing changed, when too few are free.
     #[must_use]
     pub fn grow(&mut self, table: &mut BlockTable, num_tokens: usize) -> bool {
         let missing = table.missing_for(num_tokens);
-        if missing > self.free.len() {
+        if missing > self.num_free() {
             return false;
         }
-        let from = self.free.len() - missing;
-        table.blocks.extend(self.free.drain(from..).rev());
+        for _ in 0..missing {
+            let block = self.empty.pop().unwrap_or_else(|| self.evict());
+            self.blocks[block as usize].owners = 1;
+            table.blocks.push(block);
+        }
         true
     }
 
-    /// Takes back all blocks of a table.
+    /// Takes the name of the block that has been idle for longest.
+    fn evict(&mut self) -> u32 {
+        let (_, block) = self.idle.pop_first().expect("the free blocks were counted: this is a bug");
+        let name = self.blocks[block as usize].name.take().expect("idle blocks have names: this is a bug");
+        self.named.remove(&name);
+        block
+    }
+
+    /// The blocks that have the first of these names, up to the first one that nothing has.
+    pub fn find<'a>(&'a self, names: &'a [BlockHash]) -> impl Iterator<Item = u32> + 'a {
+        names.iter().map_while(|name| self.named.get(name).copied())
+    }
+
+    /// Makes an empty table an owner of the blocks that [`BlockPool::find`] finds.
+    pub fn share(&mut self, table: &mut BlockTable, names: &[BlockHash]) {
+        assert!(table.blocks.is_empty(), "blocks are shared from the first on: this is a bug");
+        table.blocks.extend(names.iter().map_while(|name| self.named.get(name)));
+        for block in &table.blocks {
+            let block = &mut self.blocks[*block as usize];
+            if block.owners == 0 {
+                self.idle.remove(&block.idle_since);
+            }
+            block.owners += 1;
+        }
+    }
+
+    /// Gives a block of a table its name: from now on it is read only. Nothing changes where another block has the name.
+    pub fn name(&mut self, block: u32, name: BlockHash) {
+        let named = self.named.entry(name).or_insert(block);
+        if *named == block {
+            self.blocks[block as usize].name = Some(name);
+        }
+    }
+
+    /// Takes a table back. Of its blocks that nobody else owns the last ones are the first to lose their content.
     pub fn release(&mut self, table: BlockTable) {
-        self.free.extend(table.blocks.into_iter().rev());
+        for number in table.blocks.into_iter().rev() {
+            let block = &mut self.blocks[number as usize];
+            block.owners -= 1;
+            match (block.owners, block.name) {
+                (0, None) => self.empty.push(number),
+                (0, Some(_)) => {
+                    block.idle_since = self.clock;
+                    self.idle.insert(self.clock, number);
+                    self.clock += 1;
+                }
+                _ => (),
+            }
+        }
+    }
+
+    /// Takes the names of a table's blocks: whoever comes does not share them.
+    pub fn forget(&mut self, table: &BlockTable) {
+        for number in &table.blocks {
+            if let Some(name) = self.blocks[*number as usize].name.take() {
+                self.named.remove(&name);
+            }
+        }
     }
 }
 
@@ -75,54 +155,67 @@ impl BlockTable {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
+/// How many blocks of a pool would be free after tables were given back and others begun, none of which happens.
+#[derive(Debug, Clone)]
+pub struct Forecast<'a> {
+    pool: &'a BlockPool,
+    num_free: usize,
+    /// Owners of the blocks that would have more or fewer than they have.
+    owners: HashMap<u32, u32>,
+}
 
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn slots_follow_the_blocks() {
-        let mut pool = BlockPool::new(4);
-        let mut table = BlockTable::default();
-        assert!(pool.grow(&mut table, BLOCK_SIZE + 1));
-        assert_eq!(table.blocks(), [0, 1]);
-        assert_eq!((table.slot(0), table.slot(BLOCK_SIZE + 3)), (0, BLOCK_SIZE as u32 + 3));
+impl<'a> Forecast<'a> {
+    /// The pool as it is.
+    pub fn of(pool: &'a BlockPool) -> Self {
+        Self { pool, num_free: pool.num_free(), owners: HashMap::new() }
     }
 
-    #[test]
-    fn growing_is_all_or_nothing() {
-        let mut pool = BlockPool::new(2);
-        let mut table = BlockTable::default();
-        assert!(!pool.grow(&mut table, 2 * BLOCK_SIZE + 1));
-        assert_eq!((pool.num_free(), table.blocks().len()), (2, 0));
+    /// Blocks that nobody would own.
+    pub fn num_free(&self) -> usize {
+        self.num_free
     }
 
-    proptest! {
-        /// Every block has exactly one owner, whatever is grown and given back in which order.
-        #[test]
-        fn blocks_have_one_owner(
-            num_blocks in 0usize..40,
-            actions in prop::collection::vec((0usize..6, 0usize..400, any::<bool>()), 0..200),
-        ) {
-            let mut pool = BlockPool::new(num_blocks);
-            let mut tables: Vec<BlockTable> = (0..6).map(|_| BlockTable::default()).collect();
-            for (index, num_tokens, release) in actions {
-                if release {
-                    pool.release(std::mem::take(&mut tables[index]));
-                } else {
-                    let missing = tables[index].missing_for(num_tokens);
-                    let fits = missing <= pool.num_free();
-                    prop_assert_eq!(pool.grow(&mut tables[index], num_tokens), fits);
-                }
-                let owned: Vec<u32> = tables.iter().flat_map(|t| t.blocks().to_vec()).chain(pool.free.clone()).collect();
-                let distinct: BTreeSet<u32> = owned.iter().copied().collect();
-                prop_assert_eq!(owned.len(), num_blocks);
-                prop_assert_eq!(distinct.len(), num_blocks);
-                prop_assert!(distinct.iter().all(|block| (*block as usize) < num_blocks));
-            }
+    fn owners(&self, block: u32) -> u32 {
+        self.owners.get(&block).copied().unwrap_or(self.pool.blocks[block as usize].owners)
+    }
+
+    /// As [`BlockPool::release`].
+    pub fn release(&mut self, table: &BlockTable) {
+        for block in &table.blocks {
+            let owners = self.owners(*block) - 1;
+            self.owners.insert(*block, owners);
+            self.num_free += usize::from(owners == 0);
         }
     }
+
+    /// Free blocks that a sequence of `num_tokens` tokens takes which shares what has these names.
+    pub fn cost(&self, names: &[BlockHash], num_tokens: usize) -> usize {
+        let owned = self.pool.find(names).filter(|block| self.owners(*block) > 0).count();
+        blocks_for(num_tokens) - owned
+    }
+
+    /// As [`BlockPool::share`] for such a sequence, and [`BlockPool::grow`], where so many are free. Returns how many blocks
+    /// are shared.
+    pub fn begin(&mut self, names: &[BlockHash], num_tokens: usize) -> usize {
+        self.num_free -= self.cost(names, num_tokens);
+        let mut num_shared = 0;
+        for block in self.pool.find(names) {
+            self.owners.insert(block, self.owners(block) + 1);
+            num_shared += 1;
+        }
+        num_shared
+    }
+
+    /// As [`BlockPool::grow`] by so many blocks, where so many are free.
+    pub fn take(&mut self, num_blocks: usize) {
+        self.num_free -= num_blocks;
+    }
+
+    /// Undoes [`Forecast::take`].
+    pub fn untake(&mut self, num_blocks: usize) {
+        self.num_free += num_blocks;
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
-use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches};
+use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, PrefixCache};
 use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
@@ -39,6 +39,7 @@ pub struct TextRunner<M> {
     /// Where steps are launched on a GPU.
     recordings: Option<DecodeRecordings>,
     max_context: usize,
+    prefix_cache: PrefixCache,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session>,
     /// Sessions of the step that is being computed; what is left of them after a failure is evicted.
@@ -50,6 +51,8 @@ struct Session {
     /// The prompt and what was sampled.
     tokens: Vec<u32>,
     num_prompt_tokens: usize,
+    /// Of the prompt, those that were in the cache when its first step began; `None` where nothing is shared.
+    num_cached_tokens: Option<usize>,
     max_tokens: usize,
     ignore_eos: bool,
     sampler: Sampler,
@@ -77,14 +80,15 @@ enum End {
 }
 
 impl<M: CausalLm> TextRunner<M> {
-    /// An idle runner whose sessions share `caches`.
-    pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits) -> Self {
+    /// An idle runner whose sessions share `caches`, and prompts in them as `prefix_cache` says.
+    pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits, prefix_cache: PrefixCache) -> Self {
         let recordings = recordings(&caches);
         // The last block fills recorded steps up.
         let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
         let max_context = model.network.context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
-        Self { model, caches, recordings, max_context, batcher, sessions: HashMap::new(), in_step: Vec::new() }
+        let sessions = HashMap::new();
+        Self { model, caches, recordings, max_context, prefix_cache, batcher, sessions, in_step: Vec::new() }
     }
 
     /// Most tokens of prompt and answer together: what the model's positions and the whole pool can hold.
@@ -116,6 +120,9 @@ impl<M: CausalLm> TextRunner<M> {
             let session = self.sessions.get_mut(id).expect("only live sessions are planned: this is a bug");
             if !session.started {
                 session.started = true;
+                if self.prefix_cache != PrefixCache::Off {
+                    session.num_cached_tokens = Some(self.batcher.num_computed(*id));
+                }
                 events.emit(*id, Event::Started);
             }
         }
@@ -164,12 +171,13 @@ impl<M: CausalLm> TextRunner<M> {
         match accepted {
             Ok(Accepted { token, text, end }) => {
                 events.emit(id, Event::Text { tokens: vec![token], text });
-                if let Some(end) = end {
-                    self.finish(id, end, events);
+                match end {
+                    Some(end) => self.finish(id, end, events),
+                    None => self.batcher.push(id, token),
                 }
             }
             Err(error) => {
-                self.forget(id);
+                self.discard(id);
                 events.emit(id, Event::Failed(error));
             }
         }
@@ -193,6 +201,12 @@ impl<M: CausalLm> TextRunner<M> {
         self.batcher.remove(id);
         self.sessions.remove(&id)
     }
+
+    /// As [`Self::forget`], of a session that failed: what it left in the cache serves no other.
+    fn discard(&mut self, id: SessionId) -> Option<Session> {
+        self.batcher.discard(id);
+        self.sessions.remove(&id)
+    }
 }
 
 /// Recordings for caches whose operations are launches; they take the last block.
@@ -210,6 +224,7 @@ impl Session {
             sampler: Sampler::new(&request.sampling, &request.prompt),
             stream: TextStream::new(tokenizer.clone(), &request.prompt, request.stop),
             num_prompt_tokens: request.prompt.len(),
+            num_cached_tokens: None,
             max_tokens: request.max_tokens,
             ignore_eos: request.ignore_eos,
             tokens: request.prompt,
@@ -238,7 +253,8 @@ impl Session {
 
     fn usage(&self) -> Usage {
         let prompt_tokens = self.num_prompt_tokens;
-        Usage { prompt_tokens, completion_tokens: self.tokens.len() - prompt_tokens, ..Usage::default() }
+        let completion_tokens = self.tokens.len() - prompt_tokens;
+        Usage { prompt_tokens, cached_tokens: self.num_cached_tokens, completion_tokens, ..Usage::default() }
     }
 }
 
@@ -259,7 +275,8 @@ impl<M: CausalLm> Runner for TextRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         self.check(&request)?;
-        self.batcher.submit(id, client, request.prompt.len());
+        let scope = self.prefix_cache.scope(client, request.cache_salt.as_deref());
+        self.batcher.submit(id, client, &request.prompt, scope);
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
         Ok(())
     }
@@ -305,7 +322,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
 
     fn evict_step(&mut self) -> Vec<SessionId> {
         let mut evicted = std::mem::take(&mut self.in_step);
-        evicted.retain(|id| self.forget(*id).is_some());
+        evicted.retain(|id| self.discard(*id).is_some());
         evicted
     }
 
@@ -376,12 +393,13 @@ mod tests {
         let caches = KvCaches::new(Counter.kv_shape(), 16, &placement).expect("allocated");
         let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
         let model = LanguageModel { network: Counter, tokenizer, eos_token_ids: Vec::new() };
-        TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences })
+        TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences }, PrefixCache::default())
     }
 
     fn request(prompt: Vec<u32>) -> Request {
         let sampling = SamplingParams::greedy();
-        Request::Text(TextRequest { prompt, max_tokens: 4, sampling, stop: Vec::new(), ignore_eos: true })
+        let stop = Vec::new();
+        Request::Text(TextRequest { prompt, max_tokens: 4, sampling, stop, ignore_eos: true, cache_salt: None })
     }
 
     /// Runs until idle and gives the tokens of `id`.

@@ -457,7 +457,8 @@ fn greedy_tokens(model: &mut LoadedModel, prompt: Vec<u32>, max_tokens: usize) -
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = SamplingParams::greedy();
-    Request::Text(TextRequest { prompt, max_tokens, sampling, stop: Vec::new(), ignore_eos: true })
+    let stop = Vec::new();
+    Request::Text(TextRequest { prompt, max_tokens, sampling, stop, ignore_eos: true, cache_salt: None })
 }
 
 /// Everything that one session tells until its end.

@@ -32,6 +32,7 @@ mod not_finite;
 mod on_demand;
 mod overflow;
 mod pointers;
+mod prefix_cache;
 mod previews;
 mod refined;
 mod rng;

@@ -15,7 +15,9 @@ use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, blocks_for};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
-use tale_models::request::{Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage};
+use tale_models::request::{
+    ClientId, Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage,
+};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::model::CausalLm;
 use tale_models::{Error, ModelCard, TextCard};
@@ -404,29 +406,31 @@ fn bits(x: &Tensor) -> Vec<u32> {
 
 /// What a session said.
 #[derive(Debug, Clone, PartialEq, Default)]
-struct Answer {
+pub struct Answer {
     started: usize,
-    tokens: Vec<u32>,
+    pub tokens: Vec<u32>,
     text: String,
-    end: Option<(FinishReason, Usage)>,
-    failure: Option<String>,
+    pub end: Option<(FinishReason, Usage)>,
+    pub failure: Option<String>,
 }
 
-struct Server {
+pub struct Server {
     model: LoadedModel,
     answers: BTreeMap<SessionId, Answer>,
+    cached_tokens: BTreeMap<SessionId, Option<usize>>,
     next_id: u64,
-    saw_preemption: bool,
+    pub saw_preemption: bool,
 }
 
 impl Server {
-    fn load(case: &str, options: LoadOptions) -> Self {
+    pub fn load(case: &str, options: LoadOptions) -> Self {
         Self::open(&case_dir(case).join("checkpoint"), options)
     }
 
-    fn open(path: &Path, options: LoadOptions) -> Self {
+    pub fn open(path: &Path, options: LoadOptions) -> Self {
         let model = loading::load(path, &cpu(), &options, &mut |_| ()).expect("loaded");
-        Self { model, answers: BTreeMap::new(), next_id: 0, saw_preemption: false }
+        let (answers, cached_tokens) = (BTreeMap::new(), BTreeMap::new());
+        Self { model, answers, cached_tokens, next_id: 0, saw_preemption: false }
     }
 
     fn card(&self) -> &TextCard {
@@ -437,18 +441,39 @@ impl Server {
     }
 
     fn submit(&mut self, request: TextRequest) -> SessionId {
+        self.submit_for(ClientId::default(), request)
+    }
+
+    pub fn submit_for(&mut self, client: ClientId, request: TextRequest) -> SessionId {
         let id = SessionId(self.next_id);
         self.next_id += 1;
-        self.model.runner.submit(id, Request::Text(request)).expect("accepted");
+        self.model.runner.submit_for(client, id, Request::Text(request)).expect("accepted");
         self.answers.insert(id, Answer::default());
         id
+    }
+
+    pub fn cancel(&mut self, id: SessionId) {
+        self.model.runner.cancel(id);
+    }
+
+    pub fn has_work(&self) -> bool {
+        self.model.runner.next().is_some()
+    }
+
+    pub fn answer(&self, id: SessionId) -> &Answer {
+        &self.answers[&id]
+    }
+
+    /// Of a session that has ended well.
+    pub fn cached_tokens(&self, id: SessionId) -> Option<usize> {
+        self.cached_tokens[&id]
     }
 
     fn submit_all(&mut self, requests: &[TextRequest]) -> Vec<SessionId> {
         requests.iter().map(|request| self.submit(request.clone())).collect()
     }
 
-    fn step(&mut self) {
+    pub fn step(&mut self) {
         let planned = self.model.runner.next();
         let running = self.model.runner.status().running;
         let mut events = Events::default();
@@ -459,20 +484,23 @@ impl Server {
         let mut ended = 0;
         for (id, event) in events.drain() {
             ended += usize::from(event.is_terminal());
+            if let Event::Finished { usage, .. } = &event {
+                self.cached_tokens.insert(id, usage.cached_tokens);
+            }
             self.answers.get_mut(&id).expect("a known session").hear(event);
         }
         self.saw_preemption |= self.model.runner.status().running + ended < running;
     }
 
-    fn run(&mut self) {
-        while self.model.runner.next().is_some() {
+    pub fn run(&mut self) {
+        while self.has_work() {
             self.step();
         }
         let status = self.model.runner.status();
         assert_eq!((status.running, status.waiting, status.kv_blocks_used), (0, 0, 0));
     }
 
-    fn answer_alone(&mut self, request: TextRequest) -> Answer {
+    pub fn answer_alone(&mut self, request: TextRequest) -> Answer {
         self.answer_all(&[request]).remove(0)
     }
 
@@ -495,7 +523,8 @@ impl Answer {
             }
             Event::Finished { reason, usage } => {
                 assert_eq!(usage.completion_tokens, self.tokens.len());
-                self.end = Some((reason, usage));
+                // What is said does not depend on it.
+                self.end = Some((reason, Usage { cached_tokens: None, ..usage }));
             }
             Event::Failed(error) => self.failure = Some(error.to_string()),
             other => panic!("a text session does not say {other:?}"),
@@ -514,9 +543,10 @@ pub fn prompts(case: &str) -> Vec<Vec<u32>> {
 }
 
 /// As many tokens as the goldens have, or as fit the smallest context of all cases (the reference does not stop there).
-fn greedy(prompt: Vec<u32>) -> TextRequest {
+pub fn greedy(prompt: Vec<u32>) -> TextRequest {
     let sampling = SamplingParams::greedy();
-    TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop: Vec::new(), ignore_eos: true }
+    let stop = Vec::new();
+    TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop, ignore_eos: true, cache_salt: None }
 }
 
 /// Greedy and sampled requests of several lengths.
@@ -536,7 +566,7 @@ fn mixed_requests(case: &str) -> Vec<TextRequest> {
 }
 
 /// Options with a pool of exactly `num_blocks` blocks.
-fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
+pub fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
     let block_bytes = network(case).kv_shape().block_bytes(DType::F32);
     LoadOptions { kv_cache_bytes: num_blocks * block_bytes, ..LoadOptions::default() }
 }
@@ -585,7 +615,7 @@ impl Copy {
     }
 
     /// Edits the rows of one matrix.
-    fn edit_tensor(&self, name: &str, edit: impl FnOnce(&mut Vec<Vec<f32>>)) {
+    pub fn edit_tensor(&self, name: &str, edit: impl FnOnce(&mut Vec<Vec<f32>>)) {
         self.edit_tensors(|tensors| {
             let mut rows = tensors[name].to_vec2::<f32>().expect("a matrix");
             edit(&mut rows);

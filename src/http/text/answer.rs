@@ -144,12 +144,26 @@ struct WireUsage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
+    prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Of the tokens of prompts.
+#[derive(Serialize, Clone, Copy, Debug)]
+struct PromptTokensDetails {
+    /// Those that were not computed for this request, since the cache had them.
+    cached_tokens: usize,
 }
 
 impl From<Usage> for WireUsage {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, completion_tokens, skipped_passes: _ } = usage;
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+        let Usage { prompt_tokens, cached_tokens, completion_tokens, skipped_passes: _ } = usage;
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens: cached_tokens.unwrap_or(0) };
+        Self {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details,
+        }
     }
 }
 
@@ -165,40 +179,48 @@ fn cut_off() -> ApiError {
     ApiError::unready("shutting_down", "the server shut down before the answer was whole")
 }
 
-/// The whole answer, once every session has ended. `prompt_tokens` counts each prompt once.
+/// The whole answer, once every session has ended. `prompt_tokens` counts each prompt once, of which `n` sessions in a row
+/// are the choices.
 pub(super) async fn whole(
     compute: &Compute,
     head: Head,
     sessions: Vec<Session>,
     prompt_tokens: usize,
+    n: usize,
 ) -> Result<Response, ApiError> {
     let mut answers = Vec::with_capacity(sessions.len());
     for mut session in sessions {
         answers.push(collect(&mut session).await?);
     }
     let num_bytes = answers.iter().map(|(text, _, _)| text.len()).sum();
-    Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, prompt_tokens)).await?)
+    Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, prompt_tokens, n)).await?)
 }
 
-/// One answer of the texts, reasons and numbers of tokens of all sessions.
-fn joined(head: &Head, answers: &[(String, &'static str, usize)], prompt_tokens: usize) -> Response {
-    let completion_tokens = answers.iter().map(|(_, _, tokens)| tokens).sum();
-    let usage = Usage { prompt_tokens, completion_tokens, ..Usage::default() };
+/// One answer of the texts, reasons and usages of all sessions.
+fn joined(head: &Head, answers: &[(String, &'static str, Usage)], prompt_tokens: usize, n: usize) -> Response {
+    let mut usage = Usage { prompt_tokens, ..Usage::default() };
+    answers.iter().enumerate().for_each(|(index, (_, _, choice))| count(&mut usage, index, *choice, n));
     let choices = answers.iter().enumerate();
     let choices: Vec<_> =
         choices.map(|(index, (text, reason, _))| Choice::whole(head.shape, index, text, reason)).collect();
     Json(head.envelope(false, choices, Some(Some(usage.into())))).into_response()
 }
 
-/// Text, reason and number of tokens of one session.
-async fn collect(session: &mut Session) -> Result<(String, &'static str, usize), ApiError> {
+/// Adds what the session of choice `index` used; each prompt is that of `n` choices, and counts as the first one found it.
+fn count(total: &mut Usage, index: usize, choice: Usage, n: usize) {
+    total.completion_tokens += choice.completion_tokens;
+    if index.is_multiple_of(n) {
+        *total.cached_tokens.get_or_insert_default() += choice.cached_tokens.unwrap_or(0);
+    }
+}
+
+/// Text, reason and usage of one session.
+async fn collect(session: &mut Session) -> Result<(String, &'static str, Usage), ApiError> {
     let mut answer = String::new();
     loop {
         match session.recv().await {
             Some(Event::Text { text, .. }) => answer.push_str(&text),
-            Some(Event::Finished { reason, usage }) => {
-                return Ok((answer, reason_name(reason), usage.completion_tokens));
-            }
+            Some(Event::Finished { reason, usage }) => return Ok((answer, reason_name(reason), usage)),
             Some(Event::Failed(error)) => return Err(error.into()),
             Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
             None => return Err(cut_off()),
@@ -250,7 +272,7 @@ impl AnswerStream {
                 self.write_choice(Choice::part(shape, index, Some(&text), None));
             }
             Event::Finished { reason, usage } => {
-                self.usage.completion_tokens += usage.completion_tokens;
+                count(&mut self.usage, index, usage, self.options.n);
                 self.open[index] = None;
                 self.write_choice(Choice::part(shape, index, None, Some(reason_name(reason))));
             }

@@ -134,7 +134,7 @@ impl Placed {
         let Self { order: Order { shape, model, answer, .. }, mut sessions, prompt_tokens } = self;
         let head = Head::new(shape, &model);
         if !answer.stream {
-            return answer::whole(state.compute(), head, sessions, prompt_tokens).await;
+            return answer::whole(state.compute(), head, sessions, prompt_tokens, answer.n).await;
         }
         if let Some(first) = sessions.first_mut() {
             sse::first_event(first).await?;

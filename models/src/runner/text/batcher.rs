@@ -1,8 +1,8 @@
 //! The pure half of the text runner: which sequence contributes how many tokens to the next step, which one gets
 //! blocks, which one has to give them back.
 //!
-//! Owns the block pool and, per sequence, counts of tokens and a block table. Deliberately does not know: tensors, token
-//! ids, sampling, when a sequence is done.
+//! Owns the block pool and, per sequence, counts of tokens, a block table and the names of its whole blocks. Deliberately does
+//! not know: tensors, sampling, when a sequence is done, who may share with whom.
 //!
 //! The rules, from which everything else follows:
 //! - A step takes one token of every running sequence whose prompt is in the cache (decode), then fills its budget with
@@ -14,8 +14,10 @@
 //! - When decode finds no free block, the youngest running sequence of the client that runs the most gives back all of its
 //!   own. The oldest running sequence never gives anything back, and advances in every step: nobody waits for ever.
 //! - With one client all this is the order of arrival.
+//! - A sequence that starts takes over the blocks that hold its first tokens already: of sequences that run, and of those that
+//!   have ended or were preempted, until their blocks are given out again. At least its last token is computed.
 
-use crate::kv::{BlockPool, BlockTable};
+use crate::kv::{BLOCK_SIZE, BlockHash, BlockHasher, BlockNames, BlockPool, BlockTable, Scope};
 use crate::request::{ClientId, Phase, SessionId};
 use crate::runner::fair_queue::FairQueue;
 
@@ -79,9 +81,11 @@ struct Sequence {
     age: u64,
     /// Tokens known: the prompt and what was sampled.
     num_tokens: usize,
-    /// How many of them are in the cache; always fewer than are known.
+    /// How many of them are in the cache; always fewer than are known between two steps.
     num_computed: usize,
     table: BlockTable,
+    /// Of its whole blocks; `None` where it shares nothing.
+    names: Option<BlockNames>,
 }
 
 impl Sequence {
@@ -94,10 +98,10 @@ impl Sequence {
         self.pending() == 1
     }
 
-    /// The next `num_tokens` tokens as a chunk.
-    fn chunk(&self, num_tokens: usize) -> Chunk {
-        let samples = num_tokens == self.pending();
-        Chunk { session: self.session, start: self.num_computed, num_tokens, samples }
+    /// Names of the blocks that it may share: all whole ones but for that of its last token, which is computed.
+    fn shareable(&self) -> &[BlockHash] {
+        let names = self.names.as_ref().map_or(&[][..], BlockNames::names);
+        &names[..names.len().min((self.num_tokens - 1) / BLOCK_SIZE)]
     }
 }
 
@@ -111,6 +115,7 @@ pub struct Batcher {
     /// By client and age; those of a client are younger than its running ones. None has blocks.
     waiting: FairQueue<Sequence>,
     num_submitted: u64,
+    hasher: BlockHasher,
 }
 
 impl Batcher {
@@ -120,15 +125,25 @@ impl Batcher {
         let max_batch_tokens = limits.max_batch_tokens.max(1);
         let max_batch_sequences = limits.max_batch_sequences.clamp(1, max_batch_tokens);
         let limits = Limits { max_batch_tokens, max_batch_sequences };
-        Self { limits, pool, running: Vec::new(), waiting: FairQueue::default(), num_submitted: 0 }
+        Self {
+            limits,
+            pool,
+            running: Vec::new(),
+            waiting: FairQueue::default(),
+            num_submitted: 0,
+            hasher: BlockHasher::default(),
+        }
     }
 
-    /// Puts a sequence of `num_tokens` tokens behind all others of its client. The caller sees to it that the sequence,
-    /// grown to its end, fits the pool alone.
-    pub fn submit(&mut self, session: SessionId, client: ClientId, num_tokens: usize) {
+    /// Puts a sequence of these tokens behind all others of its client. It shares blocks with those of an equal scope, or with
+    /// none. The caller sees to it that the sequence, grown to its end, fits the pool alone.
+    pub fn submit(&mut self, session: SessionId, client: ClientId, tokens: &[u32], scope: Option<Scope<'_>>) {
         let age = self.num_submitted;
         self.num_submitted += 1;
-        let sequence = Sequence { session, client, age, num_tokens, num_computed: 0, table: BlockTable::default() };
+        let names = scope.map(|scope| BlockNames::new(&self.hasher, scope, tokens));
+        let num_tokens = tokens.len();
+        let sequence =
+            Sequence { session, client, age, num_tokens, num_computed: 0, table: BlockTable::default(), names };
         self.waiting.push_back(client, sequence);
     }
 
@@ -138,6 +153,14 @@ impl Batcher {
             self.pool.release(self.running.remove(index).table);
         }
         self.waiting.retain(|sequence| sequence.session != session);
+    }
+
+    /// As [`Batcher::remove`], of a sequence whose keys and values may be wrong: nobody who comes shares them.
+    pub fn discard(&mut self, session: SessionId) {
+        if let Some(sequence) = self.running.iter().find(|sequence| sequence.session == session) {
+            self.pool.forget(&sequence.table);
+        }
+        self.remove(session);
     }
 
     /// Sequences that have blocks.
@@ -157,8 +180,17 @@ impl Batcher {
 
     /// The blocks of a running sequence.
     pub fn table(&self, session: SessionId) -> &BlockTable {
+        &self.running(session).table
+    }
+
+    /// How many tokens of a running sequence are in the cache.
+    pub fn num_computed(&self, session: SessionId) -> usize {
+        self.running(session).num_computed
+    }
+
+    fn running(&self, session: SessionId) -> &Sequence {
         let running = self.running.iter().find(|sequence| sequence.session == session);
-        &running.expect("only chunks of running sequences are planned: this is a bug").table
+        running.expect("only chunks of running sequences are planned: this is a bug")
     }
 
     /// What the next step would do; `None` when there is no sequence at all.
@@ -184,8 +216,12 @@ impl Batcher {
     /// Moves blocks and sequences as `plan`, which was made of this very state, says.
     pub fn begin(&mut self, plan: &Plan) {
         let preempted: Vec<Sequence> = plan.preempted.iter().map(|session| self.preempt(*session)).collect();
-        for client in &plan.admitted {
-            self.admit(*client);
+        // All have what they share before any takes a free block, which may be one of those.
+        let admitted: Vec<SessionId> = plan.admitted.iter().map(|client| self.admit(*client)).collect();
+        for session in admitted {
+            let sequence = find(&mut self.running, session);
+            let grown = self.pool.grow(&mut sequence.table, sequence.num_tokens + 1);
+            assert!(grown, "the plan counted the free blocks: this is a bug");
         }
         for sequence in preempted {
             self.waiting.push_front(sequence.client, sequence);
@@ -205,21 +241,39 @@ impl Batcher {
         Sequence { num_computed: 0, table: BlockTable::default(), ..sequence }
     }
 
-    /// Starts the oldest waiting sequence of a client.
-    fn admit(&mut self, client: ClientId) {
+    /// Starts the oldest waiting sequence of a client with the blocks that it shares.
+    fn admit(&mut self, client: ClientId) -> SessionId {
         let mut oldest = self.waiting.take(client).expect("the plan counted the waiting sequences: this is a bug");
-        let grown = self.pool.grow(&mut oldest.table, oldest.num_tokens + 1);
-        assert!(grown, "the plan counted the free blocks: this is a bug");
+        let mut table = BlockTable::default();
+        self.pool.share(&mut table, oldest.shareable());
+        oldest.num_computed = table.blocks().len() * BLOCK_SIZE;
+        oldest.table = table;
+        let session = oldest.session;
         let place = self.running.partition_point(|sequence| sequence.age < oldest.age);
         self.running.insert(place, oldest);
+        session
     }
 
-    /// Notes that the step of `plan` was computed; sequences that sampled are one token longer.
+    /// Notes that the step of `plan` was computed: blocks that are whole now may be shared. To sequences that sample the
+    /// caller then adds the new token ([`Batcher::push`]), or removes them.
     pub fn complete(&mut self, plan: &Plan) {
         for chunk in &plan.chunks {
             let sequence = find(&mut self.running, chunk.session);
             sequence.num_computed += chunk.num_tokens;
-            sequence.num_tokens += usize::from(chunk.samples);
+            let new = chunk.start / BLOCK_SIZE..sequence.num_computed / BLOCK_SIZE;
+            let Some(names) = &sequence.names else { continue };
+            for index in new {
+                self.pool.name(sequence.table.blocks()[index], names.names()[index]);
+            }
+        }
+    }
+
+    /// Adds the next token to a running sequence.
+    pub fn push(&mut self, session: SessionId, token: u32) {
+        let sequence = find(&mut self.running, session);
+        sequence.num_tokens += 1;
+        if let Some(names) = &mut sequence.names {
+            names.push(&self.hasher, token);
         }
     }
 }

@@ -136,6 +136,7 @@ fn text_requests_and_too_many_sessions_are_refused() {
         sampling: SamplingParams::greedy(),
         stop: Vec::new(),
         ignore_eos: false,
+        cache_salt: None,
     };
     let refused = runner.submit(SessionId(0), Request::Text(text));
     assert!(matches!(refused, Err(Error::InvalidRequest { .. })));

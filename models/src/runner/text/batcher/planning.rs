@@ -2,7 +2,7 @@
 //! changes nothing of it.
 
 use super::{Batcher, Chunk, ENTITLED_SHARE, Plan, Sequence};
-use crate::kv::blocks_for;
+use crate::kv::{BLOCK_SIZE, Forecast};
 use crate::request::{ClientId, SessionId};
 use crate::runner::fair_queue::Turns;
 
@@ -13,7 +13,7 @@ pub(super) struct Draft<'a> {
     /// Running sequences that keep running, by age.
     kept: Vec<&'a Sequence>,
     /// Waiting sequences that start before prompts are read on.
-    starting: Vec<&'a Sequence>,
+    starting: Vec<Progress<'a>>,
     /// How many sequences each client has among those two.
     held: Vec<(ClientId, usize)>,
     preempted: Vec<SessionId>,
@@ -23,8 +23,27 @@ pub(super) struct Draft<'a> {
     chunks: Vec<Chunk>,
     /// Tokens that still fit the step.
     budget: usize,
-    /// Blocks that would be free.
-    free: usize,
+    /// The blocks as they would be.
+    pool: Forecast<'a>,
+}
+
+/// How far a sequence has come.
+#[derive(Clone, Copy)]
+struct Progress<'a> {
+    sequence: &'a Sequence,
+    num_computed: usize,
+}
+
+impl Progress<'_> {
+    fn pending(&self) -> usize {
+        self.sequence.num_tokens - self.num_computed
+    }
+
+    /// The next `num_tokens` tokens as a chunk.
+    fn chunk(&self, num_tokens: usize) -> Chunk {
+        let samples = num_tokens == self.pending();
+        Chunk { session: self.sequence.session, start: self.num_computed, num_tokens, samples }
+    }
 }
 
 impl<'a> Draft<'a> {
@@ -39,7 +58,7 @@ impl<'a> Draft<'a> {
             admitted: Vec::new(),
             chunks: Vec::with_capacity(batcher.running.len()),
             budget: batcher.limits.max_batch_tokens,
-            free: batcher.pool.num_free(),
+            pool: Forecast::of(&batcher.pool),
         };
         batcher.running.iter().for_each(|sequence| *draft.held_mut(sequence.client) += 1);
         draft
@@ -72,12 +91,12 @@ impl<'a> Draft<'a> {
     /// Gets the blocks that the next tokens of running sequences need, at the cost of the youngest.
     pub(super) fn make_room(&mut self) {
         let mut missing: usize = self.kept.iter().map(|sequence| missing_of(sequence)).sum();
-        while missing > self.free {
+        while missing > self.pool.num_free() {
             let index = self.victim(0).expect("a sequence grown to its end fits the pool alone: this is a bug");
             missing -= missing_of(self.kept[index]);
             self.preempt(index);
         }
-        self.free -= missing;
+        self.pool.take(missing);
     }
 
     /// The youngest kept sequence of the client that runs the most, if those are at least `least_held`; never the oldest
@@ -91,7 +110,7 @@ impl<'a> Draft<'a> {
 
     fn preempt(&mut self, index: usize) {
         let sequence = self.kept.remove(index);
-        self.free += sequence.table.blocks().len();
+        self.pool.release(&sequence.table);
         *self.held_mut(sequence.client) -= 1;
         self.preempted.push(sequence.session);
         self.gave.push(sequence.client);
@@ -111,8 +130,8 @@ impl<'a> Draft<'a> {
                 return;
             }
             turns.advance();
-            self.start(sequence);
-            self.starting.push(sequence);
+            let started = self.start(sequence);
+            self.starting.push(started);
         }
     }
 
@@ -129,49 +148,49 @@ impl<'a> Draft<'a> {
         while !tried.fits(sequence) {
             let Some(index) = tried.victim(held + 2) else { return false };
             // Blocks were set aside for its next token.
-            tried.free += missing_of(tried.kept[index]);
+            tried.pool.untake(missing_of(tried.kept[index]));
             tried.preempt(index);
         }
         *self = tried;
         true
     }
 
-    /// Whether a place and blocks for all its tokens are free.
+    /// Whether a place and blocks for all its tokens and the next one are free.
     fn fits(&self, sequence: &Sequence) -> bool {
         let is_full = self.kept.len() + self.admitted.len() >= self.batcher.limits.max_batch_sequences;
-        !is_full && blocks_of(sequence) <= self.free
+        !is_full && self.pool.cost(sequence.shareable(), sequence.num_tokens + 1) <= self.pool.num_free()
     }
 
-    fn start(&mut self, sequence: &'a Sequence) {
-        self.free -= blocks_of(sequence);
+    fn start(&mut self, sequence: &'a Sequence) -> Progress<'a> {
+        let num_shared = self.pool.begin(sequence.shareable(), sequence.num_tokens + 1);
         self.admitted.push(sequence.client);
         *self.held_mut(sequence.client) += 1;
+        Progress { sequence, num_computed: num_shared * BLOCK_SIZE }
     }
 
     /// A token of each running sequence whose prompt is in the cache.
     pub(super) fn decode(&mut self) {
-        let decoding: Vec<Chunk> =
-            self.kept.iter().filter(|sequence| sequence.decodes()).map(|sequence| sequence.chunk(1)).collect();
-        self.budget -= decoding.len();
-        self.chunks = decoding;
+        let decoding = self.kept.iter().filter(|sequence| sequence.decodes());
+        self.chunks = decoding.map(|sequence| progress(sequence).chunk(1)).collect();
+        self.budget -= self.chunks.len();
     }
 
     /// Sequences whose prompts are read: running ones, then those that start.
-    fn reading(&self) -> impl Iterator<Item = &'a Sequence> {
+    fn reading(&self) -> impl Iterator<Item = Progress<'a>> {
         let running = self.kept.iter().filter(|sequence| !sequence.decodes());
-        running.chain(&self.starting).copied()
+        running.map(|sequence| progress(sequence)).chain(self.starting.iter().copied())
     }
 
     /// Chunks of prompts: an equal share of the budget for each client, within it the oldest first.
     pub(super) fn read_prompts(&mut self) {
-        let reading: Vec<&Sequence> = self.reading().collect();
+        let reading: Vec<Progress<'_>> = self.reading().collect();
         let clients = clients(reading.iter().copied());
         if clients.len() <= 1 || self.budget < clients.len() {
             return self.read(&reading, usize::MAX);
         }
-        let of = |client: ClientId| reading.iter().copied().filter(move |sequence| sequence.client == client);
+        let of = |client: ClientId| reading.iter().copied().filter(move |reader| reader.sequence.client == client);
         let mut shares: Vec<(usize, ClientId)> =
-            clients.iter().map(|client| (of(*client).map(Sequence::pending).sum(), *client)).collect();
+            clients.iter().map(|client| (of(*client).map(|reader| reader.pending()).sum(), *client)).collect();
         // What those with little to read leave is the others'.
         shares.sort();
         let num_clients = shares.len();
@@ -181,14 +200,14 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Adds chunks of `sequences` in their order, of at most `share` tokens together.
-    fn read(&mut self, sequences: &[&Sequence], share: usize) {
+    /// Adds chunks of `readers` in their order, of at most `share` tokens together.
+    fn read(&mut self, readers: &[Progress<'_>], share: usize) {
         let mut left = share.min(self.budget);
-        for sequence in sequences {
+        for reader in readers {
             if left == 0 {
                 return;
             }
-            let chunk = sequence.chunk(sequence.pending().min(left));
+            let chunk = reader.chunk(reader.pending().min(left));
             left -= chunk.num_tokens;
             self.add(chunk);
         }
@@ -206,8 +225,8 @@ impl<'a> Draft<'a> {
                 return;
             }
             turns.advance();
-            self.start(sequence);
-            self.add(sequence.chunk(sequence.pending().min(self.budget)));
+            let started = self.start(sequence);
+            self.add(started.chunk(started.pending().min(self.budget)));
         }
     }
 
@@ -221,15 +240,15 @@ fn missing_of(sequence: &Sequence) -> usize {
     if sequence.decodes() { sequence.table.missing_for(sequence.num_tokens) } else { 0 }
 }
 
-/// Blocks of a sequence that starts: for all its tokens and the next one.
-fn blocks_of(sequence: &Sequence) -> usize {
-    blocks_for(sequence.num_tokens + 1)
+/// A running sequence.
+fn progress(sequence: &Sequence) -> Progress<'_> {
+    Progress { sequence, num_computed: sequence.num_computed }
 }
 
 /// Each client once, in order.
-fn clients<'a>(sequences: impl Iterator<Item = &'a Sequence>) -> Vec<ClientId> {
+fn clients<'a>(readers: impl Iterator<Item = Progress<'a>>) -> Vec<ClientId> {
     let mut clients = Vec::new();
-    for sequence in sequences {
+    for Progress { sequence, .. } in readers {
         if !clients.contains(&sequence.client) {
             clients.push(sequence.client);
         }
