@@ -746,6 +746,17 @@ fn bench_step_measures_every_kind_of_step() {
 }
 
 #[test]
+fn bench_prefix_says_what_the_cache_had() {
+    let llama = Golden::read("llama-untied").checkpoint;
+    let printed = succeed(&["bench", "prefix", "--model", &llama, "--prompt-tokens", "100", "--question-tokens", "5"]);
+    let parts = ["0 of 105 tokens of the prompt cached", "96 of 105 tokens of the prompt cached", " times sooner"];
+    for part in parts {
+        assert!(printed.contains(part), "`{part}` is not in: {printed}");
+    }
+    check_failure(&["bench", "prefix", "--preset", "flux.1-schnell", "--layers", "1"], 2, &["no language model"]);
+}
+
+#[test]
 fn bench_step_refuses_what_cannot_be_measured() {
     let check = |args: &[&str], exit_code: i32, parts: &[&str]| {
         check_failure(&[&["bench", "step"], args].concat(), exit_code, parts);

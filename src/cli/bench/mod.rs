@@ -1,6 +1,7 @@
 //! `tale bench`: what this build does on this machine, beside what the machine can do.
 
 mod kernels;
+mod prefix;
 mod serve_mix;
 mod step;
 
@@ -32,6 +33,8 @@ enum What {
     Kernels(kernels::KernelArgs),
     /// How long a token stream waits beside an image and a video on one device
     ServeMix(serve_mix::ServeMixArgs),
+    /// How long a second question behind one system prompt waits for its first token
+    Prefix(prefix::PrefixArgs),
 }
 
 /// Where a bench runs a model.
@@ -69,6 +72,7 @@ pub fn run(args: BenchArgs) -> Result<(), CliError> {
         What::Step(args) => step::run(&args),
         What::Kernels(args) => kernels::run(&args),
         What::ServeMix(args) => serve_mix::run(&args),
+        What::Prefix(args) => prefix::run(&args),
     }
 }
 
