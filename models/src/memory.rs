@@ -6,6 +6,10 @@
 
 use crate::phase::Phase;
 
+/// Most bytes of the frames of one session that nobody has taken: where there are as many, its next chunk waits. The frames of
+/// the chunk that made them so many come on top.
+pub const MAX_UNREAD_FRAME_BYTES: usize = 32 << 20;
+
 /// Most bytes that one session keeps alive in each of its phases, beside the weights.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MemoryPlan {

@@ -3,6 +3,7 @@
 //! Owns: `width`, `height`, `num_frames` and `fps`, and what a model allows of them.
 
 use crate::error::{Error, Result};
+use crate::memory::MAX_UNREAD_FRAME_BYTES;
 use crate::parameter::{Declaration, Options, Parameter, VIDEOS, check_range};
 
 /// Largest side that any model makes, in pixels.
@@ -58,6 +59,18 @@ pub struct Canvas {
 }
 
 impl Canvas {
+    /// Of one frame.
+    pub fn frame_bytes(&self) -> usize {
+        3 * self.width * self.height
+    }
+
+    /// Most bytes of frames that a session keeps, of which so many are under way at a time: those, as many that have just become
+    /// whole, and those that nobody has taken.
+    pub fn kept_frame_bytes(&self, under_way: usize) -> usize {
+        let all = self.num_frames * self.frame_bytes();
+        all.min(2 * under_way * self.frame_bytes() + MAX_UNREAD_FRAME_BYTES)
+    }
+
     pub(super) fn echo(&self, options: &mut Options) {
         options.set(&WIDTH, self.width);
         options.set(&HEIGHT, self.height);

@@ -99,7 +99,7 @@ fn what_is_out_of_range_is_named_with_what_is_allowed() {
 /// In tiles what is asked for, else what has no room as a whole; the same request always in the same way.
 #[test]
 fn tiles_are_chosen_by_the_room_there_is() {
-    let tiling = VaeTiling { tile: [64, 64], bytes_per_pixel: 10, room_bytes: None };
+    let tiling = VaeTiling::new([64, 64], 10, 1);
     let card = |room_bytes| DiffusionCard {
         tiling: Some(VaeTiling { room_bytes, ..tiling }),
         ..picture_card(GuidanceKind::Embedded)

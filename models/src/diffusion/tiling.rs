@@ -26,11 +26,20 @@ pub struct VaeTiling {
     pub tile: [usize; 2],
     /// Bytes that the VAE needs for each pixel of an untiled image, or of the untiled frames of a clip of any length.
     pub bytes_per_pixel: usize,
+    /// Frames of which some pixels are there and others are not while the whole is decoded.
+    pub frames_under_way: usize,
+    /// Whether frames lie where the VAE works.
+    pub keeps_frames: bool,
     /// Bytes that the device has for work beside all weights; `None` where nobody bounds them.
     pub room_bytes: Option<usize>,
 }
 
 impl VaeTiling {
+    /// Of a VAE that works elsewhere than where frames lie, as long as nobody says how much room it has.
+    pub fn new(tile: [usize; 2], bytes_per_pixel: usize, frames_under_way: usize) -> Self {
+        Self { tile, bytes_per_pixel, frames_under_way, keeps_frames: false, room_bytes: None }
+    }
+
     /// `held_bytes` of the room are taken by what else the request holds.
     pub(super) fn resolve(
         support: Option<&Self>,
@@ -50,6 +59,8 @@ impl VaeTiling {
     /// would need more than the device has for work.
     fn is_needed(&self, canvas: &Canvas, held_bytes: usize) -> bool {
         let Canvas { width, height, .. } = *canvas;
+        let frames = if self.keeps_frames { canvas.kept_frame_bytes(self.frames_under_way) } else { 0 };
+        let held_bytes = held_bytes.saturating_add(frames);
         let is_larger = height > self.tile[0] || width > self.tile[1];
         let needed_bytes = width.saturating_mul(height).saturating_mul(self.bytes_per_pixel);
         let has_room = |room_bytes: usize| needed_bytes <= room_bytes.saturating_sub(held_bytes);
@@ -64,7 +75,7 @@ mod tests {
     #[test]
     fn tiles_are_for_images_that_do_not_fit_as_a_whole() {
         let is_needed = |(width, height), room_bytes, held_bytes| {
-            let tiling = VaeTiling { tile: [64, 64], bytes_per_pixel: 10, room_bytes };
+            let tiling = VaeTiling { room_bytes, ..VaeTiling::new([64, 64], 10, 1) };
             tiling.is_needed(&Canvas { width, height, num_frames: 1, fps: 0 }, held_bytes)
         };
         assert!(!is_needed((64, 64), Some(0), 0), "one tile is the whole image");
@@ -73,8 +84,22 @@ mod tests {
         assert!(is_needed((128, 64), Some(128 * 64 * 10), 1));
         assert!(is_needed((64, 65), Some(0), 0));
         assert!(!is_needed((64, 65), None, 0));
-        let wide = VaeTiling { tile: [48, 64], bytes_per_pixel: 10, room_bytes: Some(0) };
+        let wide = VaeTiling { room_bytes: Some(0), ..VaeTiling::new([48, 64], 10, 1) };
         let is_needed = |width, height| wide.is_needed(&Canvas { width, height, num_frames: 9, fps: 8 }, 0);
         assert!(!is_needed(64, 48) && is_needed(48, 64) && is_needed(65, 48));
+    }
+
+    /// All of nine: four that are made, the four before them, and those that wait.
+    #[test]
+    fn frames_take_room_where_they_lie_beside_the_work() {
+        let canvas = Canvas { width: 2048, height: 2048, num_frames: 9, fps: 8 };
+        let frames = 9 * 3 * 2048 * 2048;
+        let work = 10 * 2048 * 2048;
+        for (keeps_frames, room_bytes, is_needed) in
+            [(false, work, false), (true, work, true), (true, work + frames, false), (true, work + frames - 1, true)]
+        {
+            let tiling = VaeTiling { keeps_frames, room_bytes: Some(room_bytes), ..VaeTiling::new([64, 64], 10, 4) };
+            assert_eq!(tiling.is_needed(&canvas, 0), is_needed, "{keeps_frames} {room_bytes}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 use crate::card::ModelCard;
 use crate::checkpoint::{Build, Manifest, OpenWeights};
 use crate::diffusion::DiffusionCard;
+use crate::diffusion::tiling::VaeTiling;
 use crate::error::Result;
 use crate::family::{LoadOptions, LoadedModel};
 use crate::lora::Adapters;
@@ -40,8 +41,11 @@ pub(super) fn load<M: DiffusionModel + 'static>(
     let Parts { card, adapters, fixed_bytes } = parts(&mut model);
     card.loras = adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
     let resident_bytes = fixed_bytes + adapters.cache_bytes();
+    let keeps_frames = open.placement().device.is_cpu();
+    card.tiling = card.tiling.map(|tiling| VaeTiling { keeps_frames, ..tiling });
     let card = card.clone();
     let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+        .keeping_frames(keeps_frames)
         .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
         .retrying(reread_in_f32(open.reread(), build));
     Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })

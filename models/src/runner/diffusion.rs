@@ -45,7 +45,6 @@ use narrow::are_finite;
 use on_demand::OnDemand;
 use passes::Passes;
 pub(crate) use pixels::to_byte;
-use pixels::to_frames;
 use retry::InF32;
 pub use row::DenoiseRow;
 use session::Session;
@@ -64,6 +63,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     /// What was read or is being read in f32.
     wide: BTreeMap<MendKey, Wide<M>>,
     max_rows: usize,
+    /// Whether frames are in its plans.
+    keeps_frames: bool,
     /// Bytes that the device has for work beside all weights; `None` where nobody bounds them.
     room_bytes: Option<usize>,
     batcher: Batcher<M::Input>,
@@ -90,6 +91,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             in_f32: None,
             wide: BTreeMap::new(),
             max_rows,
+            keeps_frames: false,
             room_bytes: None,
             batcher: Batcher::new(max_rows),
             passes: Passes::new(),
@@ -108,10 +110,20 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Self { in_f32: Some(in_f32), ..self }
     }
 
+    /// Whether frames lie in the memory that plans are of, which they do where the device is the CPU.
+    pub fn keeping_frames(self, keeps_frames: bool) -> Self {
+        Self { keeps_frames, ..self }
+    }
+
     /// What a request takes with so many guidance branches in one pass.
     fn plan_of(&self, request: &DiffusionRequest, branches_at_once: usize) -> MemoryPlan {
         let adapters = self.model.adapters().map_or(0, |adapters| adapters.footprint_bytes(&request.loras));
-        let plan = self.model.plan(request, branches_at_once).holding(adapters).of_branches_at_once(branches_at_once);
+        let frames = match self.keeps_frames {
+            true => request.canvas.kept_frame_bytes(self.model.frames_under_way(request)),
+            false => 0,
+        };
+        let plan = self.model.plan(request, branches_at_once).holding(adapters).holding_in(Phase::VaeDecode, frames);
+        let plan = plan.of_branches_at_once(branches_at_once);
         match self.text_encoders.as_ref().map(OnDemand::bytes) {
             Some(encoders) => plan.holding_in(Phase::Encode, encoders).after(Phase::Load, encoders),
             None => plan,
@@ -221,20 +233,18 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     fn decode(&mut self, id: SessionId, events: &mut Events) -> Result<()> {
         let session = self.sessions.get_mut(&id).expect(MEMBERS_EXIST);
         let wide = session.mend_key().and_then(|key| self.wide.get(&key)).and_then(Wide::model);
-        let (pixels, done) = session.decode_next(wide.unwrap_or(&self.model))?;
+        let (frames, done) = session.decode_next(wide.unwrap_or(&self.model))?;
         let total = self.model.num_decode_steps(session.expert(), &session.request);
         let is_told = done <= session.told;
-        if let Some(pixels) = pixels {
-            let Some(frames) = to_frames(&pixels, &session.request)? else {
-                let outcome = self.begin_mending(id, Phase::VaeDecode);
-                self.settle(id, outcome, events);
-                return Ok(());
-            };
-            if !is_told {
+        let Some(frames) = frames else {
+            let outcome = self.begin_mending(id, Phase::VaeDecode);
+            self.settle(id, outcome, events);
+            return Ok(());
+        };
+        if !is_told {
+            if !frames.is_empty() {
                 events.emit(id, Event::Frames(frames));
             }
-        }
-        if !is_told {
             events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
         }
         self.settle(id, if done < total { Outcome::GoesOn } else { Outcome::Complete }, events);

@@ -1,19 +1,19 @@
 //! A clip that is decoded portion by portion in the order of time, as a whole or in overlapping tiles.
 //!
-//! Owns: the order of tiles and portions, and the pixels of all tiles but the last. A tile is decoded from its first frame to its
-//! last, so that a decoder remembers past frames of one tile only; with each portion of the last tile whole frames are there. Does
-//! not know: any decoder.
+//! Owns: the order of tiles and portions, and the edges of tiles, which are kept until their neighbours come. A tile is decoded from
+//! its first frame to its last, so that a decoder remembers past frames of one tile only: those of one place are twelve times as
+//! large as all bytes that it has in a clip of 129 frames. With each portion of the last tile whole frames are there. Does not know: any
+//! decoder, who joins frames.
 //! Source: diffusers `models/autoencoders/autoencoder_kl_wan.py` and `autoencoder_kl_cogvideox.py`, `tiled_decode`.
 
 use candle_core::Tensor;
 
-use super::tiling::{Mosaic, Tiling, Window};
+use super::Pixels;
+use super::tiling::{Seams, Tiling, Window};
 use crate::error::Result;
 
 /// Copies of a tile's pixels that are alive while a portion of it is blended: it, its seams and what they make of it.
 const TILE_COPIES: usize = 4;
-/// Copies of whole frames of a portion beside its tiles: their rows, and what these are joined to.
-const PORTION_COPIES: usize = 2;
 
 /// A decoder that makes a clip portion by portion in the order of time.
 pub trait ClipDecoder {
@@ -30,8 +30,8 @@ pub trait ClipDecoder {
 
 /// A decode between two steps. Dropping it frees all that it remembers.
 pub enum ClipDecoding<D> {
-    /// Of whole frames.
-    Whole(D),
+    /// Of whole frames, of which so many are there.
+    Whole(D, usize),
     /// Tile by tile.
     Tiles(Box<TiledDecoding<D>>),
 }
@@ -45,15 +45,19 @@ impl<D> ClipDecoding<D> {
         portions: usize,
     ) -> Result<Self> {
         Ok(match tiling {
-            None => Self::Whole(decoder.begin_clip(latents)?),
+            None => Self::Whole(decoder.begin_clip(latents)?, 0),
             Some(tiling) => Self::Tiles(Box::new(TiledDecoding::new(latents.clone(), tiling, portions)?)),
         })
     }
 
-    /// The next portion, or the next one of a tile: `None` where that is not the last tile. Fails when all are decoded.
-    pub fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Option<Tensor>> {
+    /// The next portion, or what the next one of a tile gives of it. Fails when all are decoded.
+    pub fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Pixels> {
         match self {
-            Self::Whole(decoding) => decoder.next_portion(decoding).map(Some),
+            Self::Whole(decoding, num_frames) => {
+                let pixels = Pixels::of_whole_frames(decoder.next_portion(decoding)?, *num_frames)?;
+                *num_frames += pixels.values.dim(0)?;
+                Ok(pixels)
+            }
             Self::Tiles(decoding) => decoding.next(decoder),
         }
     }
@@ -63,9 +67,10 @@ impl<D> ClipDecoding<D> {
 pub struct TiledDecoding<D> {
     latents: Tensor,
     /// Of each portion; their tiles come in the same order.
-    mosaics: Vec<Mosaic>,
-    /// The portion that comes next.
+    seams: Vec<Seams>,
+    /// The portion that comes next, and number of its first frame.
     portion: usize,
+    first_frame: usize,
     /// Of the tile under way.
     decoding: Option<D>,
 }
@@ -73,6 +78,12 @@ pub struct TiledDecoding<D> {
 /// Calls of [`ClipDecoding::next`] for latents of this height and width that are decoded in so many portions.
 pub fn num_steps(tiling: Option<Tiling>, (height, width): (usize, usize), portions: usize) -> usize {
     portions * tiling.map_or(1, |tiling| tiling.count(height, width))
+}
+
+/// Frames of which some pixels are there and others are not, at most, where the clip has `frames` of them and a portion
+/// `portion_frames`.
+pub fn frames_under_way(tiling: Option<Tiling>, [frames, portion_frames]: [usize; 2]) -> usize {
+    tiling.map_or(portion_frames, |_| frames)
 }
 
 /// Bytes that a decode in tiles holds at its peak beside the latents, where the work on a tile takes `work_bytes`: of `frames`
@@ -85,12 +96,11 @@ pub fn peak_bytes(
     [frames, portion_frames]: [usize; 2],
     work_bytes: usize,
 ) -> usize {
-    let pixels = |(height, width): (usize, usize)| height * width * scale * scale;
-    let (whole, tile) = (pixels((height, width)), pixels(tiling.largest(height, width)));
+    let (tile_height, tile_width) = tiling.largest(height, width);
     let bytes = |pixels: usize| 3 * pixels * size_of::<f32>();
-    let kept = frames * (whole + tiling.edge_places(width, scale));
+    let kept = frames * tiling.edge_places(width, scale);
     // The work on a portion is done before it is blended.
-    let blended = portion_frames * (PORTION_COPIES * whole + TILE_COPIES * tile);
+    let blended = TILE_COPIES * portion_frames * tile_height * tile_width * scale * scale;
     bytes(kept) + work_bytes.max(bytes(blended))
 }
 
@@ -98,22 +108,23 @@ impl<D> TiledDecoding<D> {
     /// Before the first tile of `latents [1, z, frames, height, width]`, which are decoded in so many portions.
     fn new(latents: Tensor, tiling: Tiling, portions: usize) -> Result<Self> {
         let (_, _, _, height, width) = latents.dims5()?;
-        let mosaics = (0..portions).map(|_| Mosaic::new(tiling, height, width)).collect();
-        Ok(Self { latents, mosaics, portion: 0, decoding: None })
+        let seams = (0..portions).map(|_| Seams::new(tiling, height, width)).collect();
+        Ok(Self { latents, seams, portion: 0, first_frame: 0, decoding: None })
     }
 
-    /// Decodes one portion of one tile: of the last tile, the portion of whole frames.
-    fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Option<Tensor>> {
-        let portion = self.portion;
+    /// Decodes one portion of one tile.
+    fn next(&mut self, decoder: &impl ClipDecoder<Decoding = D>) -> Result<Pixels> {
+        let Self { portion, first_frame, .. } = *self;
         let mut decoding = match self.decoding.take() {
             Some(decoding) => decoding,
-            None => decoder.begin_clip(&cut(&self.latents, self.mosaics[portion].next_window())?)?,
+            None => decoder.begin_clip(&cut(&self.latents, self.seams[portion].next_window())?)?,
         };
-        let pixels = decoder.next_portion(&mut decoding)?;
-        self.portion = (portion + 1) % self.mosaics.len();
+        let tile = decoder.next_portion(&mut decoding)?;
+        self.portion = (portion + 1) % self.seams.len();
+        self.first_frame = if self.portion > 0 { first_frame + tile.dim(0)? } else { 0 };
         // What the decoder remembers of the tile goes before its last portion is blended.
         self.decoding = (self.portion > 0).then_some(decoding);
-        self.mosaics[portion].push(pixels)
+        Ok(Pixels::of_part(self.seams[portion].blend(tile)?, first_frame))
     }
 }
 
@@ -125,7 +136,7 @@ pub(super) fn cut(latents: &Tensor, window: Window) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
     use crate::vae::tiling::TileSide;
@@ -149,27 +160,37 @@ mod tests {
         }
     }
 
+    /// Each step of tiles has what whole frames have in that place, and all places come once.
     #[test]
-    fn a_clip_in_tiles_comes_in_the_portions_of_the_whole() {
+    fn a_clip_in_tiles_has_the_pixels_of_the_whole() {
         let tiling = Tiling::of_latents([TileSide::quartered(8, 2); 2]).expect("fits");
         for (height, width) in [(4, 9), (7, 5)] {
             let values = Tensor::arange(0f32, (3 * 3 * height * width) as f32, &Device::Cpu).expect("values");
             let latents = values.reshape((1, 3, 3, height, width)).expect("a shape");
             let mut whole = ClipDecoding::begin(&Doubling, &latents, None, 3).expect("begins");
+            let frames: Vec<Pixels> = (0..3).map(|_| whole.next(&Doubling).expect("a portion")).collect();
+            assert_eq!(frames.iter().map(|portion| portion.first_frame).collect::<Vec<_>>(), [0, 1, 3]);
+            let frames: Vec<Tensor> = frames.into_iter().map(|portion| portion.values).collect();
+            let frames = Tensor::cat(&frames, 0).expect("frames of one size");
+
             let mut tiled = ClipDecoding::begin(&Doubling, &latents, Some(tiling), 3).expect("begins");
-            let steps = num_steps(Some(tiling), (height, width), 3);
             let tiles = tiling.count(height, width);
-            assert_eq!((steps, num_steps(None, (height, width), 3)), (3 * tiles, 3));
-            for step in 1..=steps {
-                let portion = tiled.next(&Doubling).expect("a step");
-                assert_eq!(portion.is_some(), step > 3 * (tiles - 1), "step {step} of {steps}");
-                let Some(portion) = portion else { continue };
-                let expected = whole.next(&Doubling).expect("a step").expect("a portion");
-                assert_eq!(portion.dims(), expected.dims());
-                let error =
-                    (portion - expected).and_then(|d| d.abs()?.max_all()?.to_dtype(DType::F32)?.to_scalar::<f32>());
+            assert_eq!(num_steps(Some(tiling), (height, width), 3), 3 * tiles);
+            assert_eq!(num_steps(None, (height, width), 3), 3);
+            let mut places = 0;
+            for step in 0..3 * tiles {
+                let Pixels { values, first_frame, window } = tiled.next(&Doubling).expect("a step");
+                assert_eq!(first_frame, [0, 1, 3][step % 3], "step {step}");
+                let there = frames
+                    .narrow(0, first_frame, values.dim(0).expect("frames"))
+                    .and_then(|there| there.narrow(2, window.top, window.height)?.narrow(3, window.left, window.width))
+                    .expect("inside");
+                assert_eq!(values.dims(), there.dims());
+                let error = (&values - there).and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>());
                 assert!(error.expect("a number") < 1e-3, "{height}x{width}");
+                places += values.elem_count();
             }
+            assert_eq!(places, frames.elem_count());
         }
     }
 }

@@ -190,7 +190,8 @@ impl CogVideoXVaeConfig {
         Tiling::of_latents(self.tile_sides())?;
         let bytes = self.peak_values(CHUNK + 1, 1, 1) * dtype.size_in_bytes();
         let bytes_per_pixel = bytes.div_ceil(self.spatial().pow(2)) + held_bytes_per_pixel;
-        Some(VaeTiling { tile: self.tile_sides().map(|side| side.pixels), bytes_per_pixel, room_bytes: None })
+        let [_, portion] = self.longest_chunk(CHUNK + 1);
+        Some(VaeTiling::new(self.tile_sides().map(|side| side.pixels), bytes_per_pixel, portion))
     }
 
     /// Steps of a decode of so many latent frames of this height and width, in tiles or not.
@@ -203,10 +204,20 @@ impl CogVideoXVaeConfig {
     pub fn peak_decode_bytes(&self, latent_frames: usize, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
         let bytes = |(height, width)| self.peak_values(latent_frames, height, width) * dtype.size_in_bytes();
         let Some(tiling) = self.tiles(latents, tiled) else { return bytes(latents) };
-        let [_, portion] = self.longest_chunk(latent_frames);
-        let frames = [(latent_frames - 1) * self.temporal() + 1, portion];
         let work = bytes(tiling.largest(latents.0, latents.1));
-        clip_tiles::peak_bytes(&tiling, latents, self.spatial(), frames, work)
+        clip_tiles::peak_bytes(&tiling, latents, self.spatial(), self.clip_frames(latent_frames), work)
+    }
+
+    /// Frames of which some pixels are there and others are not, at most, of so many latent frames of this height and width, in
+    /// tiles or not.
+    pub fn frames_under_way(&self, latent_frames: usize, latents: (usize, usize), tiled: bool) -> usize {
+        clip_tiles::frames_under_way(self.tiles(latents, tiled), self.clip_frames(latent_frames))
+    }
+
+    /// Frames of so many latent frames, and the most of one chunk.
+    fn clip_frames(&self, latent_frames: usize) -> [usize; 2] {
+        let [_, of_chunk] = self.longest_chunk(latent_frames);
+        [(latent_frames - 1) * self.temporal() + 1, of_chunk]
     }
 
     /// Channels of the decoder's levels, from the latents' size to the pixels'.

@@ -5,6 +5,7 @@
 //! and two of them are blended where they overlap. Source: diffusers `models/autoencoders/autoencoder_kl_hunyuan_video.py`
 //! (`_decode`, `_temporal_tiled_decode`, which is on by default, `tiled_decode`, which is not).
 
+use std::collections::VecDeque;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
@@ -16,8 +17,9 @@ use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
+use crate::vae::Pixels;
 use crate::vae::clip_tiles::cut;
-use crate::vae::tiling::{Mosaic, TileSide, Tiling};
+use crate::vae::tiling::{Seams, TileSide, Tiling};
 use crate::weights::Weights;
 use tale_kernels::CausalPadding;
 
@@ -160,7 +162,8 @@ impl HunyuanVaeConfig {
         let held = latent_copies * latent_frames * self.latent_channels * size_of::<f32>();
         let bytes = self.peak_decode_bytes([latent_frames, 1, 1], false, dtype) + held;
         let bytes_per_pixel = bytes.div_ceil(self.spatial_compression_ratio.pow(2));
-        Some(VaeTiling { tile: [TILE_SIDE; 2], bytes_per_pixel, room_bytes: None })
+        let frames_under_way = self.frames_under_way(latent_frames);
+        Some(VaeTiling::new([TILE_SIDE; 2], bytes_per_pixel, frames_under_way))
     }
 
     /// Steps in which latents of these sizes are decoded, in tiles or not: stretches, of each tile.
@@ -176,20 +179,24 @@ impl HunyuanVaeConfig {
         let work = |height, width| self.peak_decode_values([frames, height, width]) * dtype.size_in_bytes();
         let (stretch, overlap) = (self.stretch_frames(frames), STRETCH_FRAMES - STRIDE_FRAMES);
         let whole = height * width * scale * scale;
-        // The stretch and what is blended of it; the overlaps, and what they are blended of.
-        let joined = bytes((2 * stretch + 3 * overlap) * whole);
         let decoded = match self.tiles((height, width), tiled) {
-            // The pixels change places after the work.
-            None => work(height, width).max(joined),
+            // The stretch and what is blended of it; the overlaps, and what they are blended of. The pixels change places
+            // after the work.
+            None => work(height, width).max(bytes((2 * stretch + 3 * overlap) * whole)),
             Some(tiling) => {
                 let (tile_height, tile_width) = tiling.largest(height, width);
-                let blended = bytes(TILE_COPIES * stretch * tile_height * tile_width * scale * scale);
-                let kept = bytes(stretch * (whole + tiling.edge_places(width, scale)));
-                joined.max(kept + work(tile_height, tile_width).max(blended))
+                let tile = tile_height * tile_width * scale * scale;
+                let blended = bytes((TILE_COPIES * stretch + overlap) * tile);
+                bytes(stretch * tiling.edge_places(width, scale)) + work(tile_height, tile_width).max(blended)
             }
         };
         // The end of the stretch before.
         decoded + bytes(overlap * whole)
+    }
+
+    /// Frames of which some pixels are there and others are not, at most.
+    pub fn frames_under_way(&self, latent_frames: usize) -> usize {
+        self.stretch_frames(latent_frames)
     }
 
     /// Frames of the longest stretch of so many latent frames.
@@ -294,11 +301,14 @@ pub struct HunyuanVaeDecoding {
     /// The stretch that comes next, or of which some tiles are done.
     next: usize,
     /// Of that stretch; `None` where it is decoded as a whole.
-    tiles: Option<Mosaic>,
+    tiles: Option<Seams>,
     /// Frames at the beginning that nobody wants.
     skipped: usize,
-    /// The last frames of the one before, f32 `[frames, 3, H, W]`.
-    tail: Option<Tensor>,
+    /// Number of the first frame of that stretch.
+    first_frame: usize,
+    /// The last frames of the stretch before, f32 `[frames, 3, height, width]`: of each tile to come, then of those of the next
+    /// stretch.
+    tails: VecDeque<Tensor>,
 }
 
 impl HunyuanVaeDecoder {
@@ -339,21 +349,26 @@ impl HunyuanVaeDecoder {
         let (_, _, frames, height, width) = latents.dims5()?;
         let stretches = Stretches::of(frames, self.config.temporal_compression_ratio);
         let latents = (latents / self.config.scaling_factor)?;
-        let tiles = self.config.tiles((height, width), tiled).map(|tiling| Mosaic::new(tiling, height, width));
-        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, tiles, skipped, tail: None })
+        let tiles = self.config.tiles((height, width), tiled).map(|tiling| Seams::new(tiling, height, width));
+        Ok(HunyuanVaeDecoding { latents, stretches, next: 0, tiles, skipped, first_frame: 0, tails: VecDeque::new() })
     }
 
-    /// Decodes the next stretch, or its next tile: f32 pixels `[frames, 3, height, width]`, of which those beyond -1 and 1 are
-    /// cut by whoever rounds them; `None` until the last tile of a stretch. Fails when all are decoded.
-    pub fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Option<Tensor>> {
-        let HunyuanVaeDecoding { latents, stretches, next, tiles, .. } = decoding;
+    /// Decodes the next stretch, or its next tile: what it gives of the clip. Fails when all are decoded.
+    pub fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Pixels> {
+        let HunyuanVaeDecoding { latents, stretches, next, tiles, .. } = &mut *decoding;
         let (start, len) = stretches.window(*next, latents.dim(2)?);
         let stretch = latents.narrow(2, start, len)?;
         let decoded = match tiles {
-            None => Some(self.decode(&stretch.contiguous()?)?),
-            Some(tiles) => tiles.push(self.decode(&cut(&stretch, tiles.next_window())?)?)?,
+            None => Pixels::of_whole_frames(self.decode(&stretch.contiguous()?)?, 0)?,
+            Some(tiles) => Pixels::of_part(tiles.blend(self.decode(&cut(&stretch, tiles.next_window())?)?)?, 0),
         };
-        decoded.map(|decoded| join(decoding, decoded)).transpose()
+        let values = decoding.join(decoded.values)?;
+        let pixels = Pixels { values, first_frame: decoding.first_frame, ..decoded };
+        if decoding.tiles.as_ref().is_none_or(Seams::is_at_start) {
+            decoding.next += 1;
+            decoding.first_frame += pixels.values.dim(0)?;
+        }
+        Ok(pixels)
     }
 
     /// Latents of the VAE `[1, z, f, h, w]` to f32 pixels `[frames, 3, height, width]`.
@@ -370,28 +385,28 @@ impl HunyuanVaeDecoder {
     }
 }
 
-/// What is handed out with a stretch, f32 `[frames, 3, height, width]`, the first frames of which pass over from the stretch
-/// before.
-fn join(decoding: &mut HunyuanVaeDecoding, decoded: Tensor) -> Result<Tensor> {
-    let HunyuanVaeDecoding { stretches, next, skipped, tail, .. } = decoding;
-    let is_first = *next == 0;
-    *next += 1;
-    let skipped = std::mem::take(skipped);
-    if stretches.count == 1 {
-        return Ok(decoded.narrow(0, skipped, decoded.dim(0)? - skipped)?.contiguous()?);
+impl HunyuanVaeDecoding {
+    /// What is handed out of a part of the stretch under way, `[frames, 3, height, width]`, the first frames of which pass over
+    /// from the stretch before.
+    fn join(&mut self, decoded: Tensor) -> Result<Tensor> {
+        let is_first = self.next == 0;
+        let skipped = if is_first { self.skipped } else { 0 };
+        if self.stretches.count == 1 {
+            return Ok(decoded.narrow(0, skipped, decoded.dim(0)? - skipped)?);
+        }
+        // All but the first begin with a frame that only helps to decode the others.
+        let decoded = if is_first { decoded } else { decoded.narrow(0, 1, decoded.dim(0)? - 1)? };
+        let blended = match is_first {
+            true => decoded,
+            false => blend(&self.tails.pop_front().expect("the stretch before left its end: this is a bug"), &decoded)?,
+        };
+        let (frames, kept) = (blended.dim(0)?, STRIDE_FRAMES + usize::from(is_first));
+        if self.next + 1 < self.stretches.count {
+            let overlap = (STRETCH_FRAMES - STRIDE_FRAMES).min(frames);
+            self.tails.push_back(blended.narrow(0, frames - overlap, overlap)?.force_contiguous()?);
+        }
+        Ok(blended.narrow(0, skipped, kept.min(frames) - skipped)?)
     }
-    // All but the first begin with a frame that only helps to decode the others.
-    let decoded = if is_first { decoded } else { decoded.narrow(0, 1, decoded.dim(0)? - 1)? };
-    let blended = match tail.take() {
-        Some(tail) => blend(&tail, &decoded)?,
-        None => decoded,
-    };
-    let (frames, kept) = (blended.dim(0)?, STRIDE_FRAMES + usize::from(is_first));
-    if *next < stretches.count {
-        let overlap = (STRETCH_FRAMES - STRIDE_FRAMES).min(frames);
-        *tail = Some(blended.narrow(0, frames - overlap, overlap)?.force_contiguous()?);
-    }
-    Ok(blended.narrow(0, skipped, kept.min(frames) - skipped)?.force_contiguous()?)
 }
 
 /// The frames of `stretch [frames, ...]`, the first of which pass over from the `tail` of the stretch before. Source:

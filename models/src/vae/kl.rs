@@ -15,8 +15,9 @@ use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
+use crate::vae::Pixels;
 use crate::vae::preview::{FIT_SIDE, LatentRgb};
-use crate::vae::tiling::{Mosaic, TileSide, Tiling};
+use crate::vae::tiling::{Seams, TileSide, Tiling};
 use crate::weights::Weights;
 
 pub mod encoder;
@@ -209,7 +210,7 @@ impl KlConfig {
         let square = self.vae_scale_factor().pow(2);
         let held = latent_copies * self.latent_channels * size_of::<f32>();
         let bytes_per_pixel = (self.decode_bytes(square, dtype) + held).div_ceil(square);
-        Some(VaeTiling { tile: [self.sample_size; 2], bytes_per_pixel, room_bytes: None })
+        Some(VaeTiling::new([self.sample_size; 2], bytes_per_pixel, 1))
     }
 
     /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
@@ -226,15 +227,15 @@ impl KlConfig {
     /// compute in `dtype`.
     pub fn peak_decode_bytes(&self, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
         let square = self.vae_scale_factor().pow(2);
-        let whole = latents.0 * latents.1 * square;
-        let Some(tiling) = self.tiles(latents, tiled) else { return self.decode_bytes(whole, dtype) };
+        let Some(tiling) = self.tiles(latents, tiled) else {
+            return self.decode_bytes(latents.0 * latents.1 * square, dtype);
+        };
         let (height, width) = tiling.largest(latents.0, latents.1);
         let pixels = self.out_channels * size_of::<f32>();
-        // Beside the tile: its pixels while they are blended; those kept so far, once more when they are joined, and as
-        // bytes.
+        // Beside the tile: its pixels while they are blended, and the edges of others.
         self.decode_bytes(height * width * square, dtype)
             + TILE_COPIES * height * width * square * pixels
-            + whole * (2 * pixels + self.out_channels)
+            + tiling.edge_places(latents.1, self.vae_scale_factor()) * pixels
     }
 
     /// Bytes that the first preview of a model needs at its peak.
@@ -318,16 +319,16 @@ impl KlDecoder {
     pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<KlDecoding> {
         let (_, _, height, width) = latents.dims4()?;
         let tiles = self.config.tiles((height, width), tiled);
-        Ok(KlDecoding { latents: latents.clone(), tiles: tiles.map(|tiling| Mosaic::new(tiling, height, width)) })
+        Ok(KlDecoding { latents: latents.clone(), tiles: tiles.map(|tiling| Seams::new(tiling, height, width)) })
     }
 
-    /// The whole picture's f32 pixels `[1, 3, H, W]`, or one more tile; `None` until the last tile.
-    pub fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
+    /// The whole picture, or what the next tile gives of it.
+    pub fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Pixels> {
         let KlDecoding { latents, tiles } = decoding;
-        let Some(tiles) = tiles else { return self.decode(latents).map(Some) };
+        let Some(tiles) = tiles else { return Pixels::of_whole_frames(self.decode(latents)?, 0) };
         let window = tiles.next_window();
         let tile = latents.narrow(2, window.top, window.height)?.narrow(3, window.left, window.width)?;
-        tiles.push(self.decode(&tile.contiguous()?)?)
+        Ok(Pixels::of_part(tiles.blend(self.decode(&tile.contiguous()?)?)?, 0))
     }
 
     /// A rough picture of scaled f32 `latents [1, latent_channels, h, w]`: width, height and RGB in about -1..=1, one value
@@ -368,7 +369,7 @@ impl KlDecoder {
 pub struct KlDecoding {
     latents: Tensor,
     /// Absent where the picture is decoded as a whole.
-    tiles: Option<Mosaic>,
+    tiles: Option<Seams>,
 }
 
 /// How the latents of the network differ from those of the VAE.

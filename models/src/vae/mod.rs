@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::request::Frame;
 use crate::rng::TorchGenerator;
-use tiling::Window;
+use tiling::{Part, Window};
 
 pub mod causal;
 pub mod clip_tiles;
@@ -17,6 +17,31 @@ pub mod picture_tiles;
 pub mod preview;
 pub mod tiling;
 pub mod wan;
+
+/// Decoded pixels of a picture, or of a part of some frames of a clip, which are not computed any further.
+#[derive(Debug)]
+pub struct Pixels {
+    /// f32 `[frames, 3, height, width]`. Those beyond -1 and 1 are cut by whoever rounds them, so that what is not finite is
+    /// still seen there.
+    pub values: Tensor,
+    /// Number of the first of these frames.
+    pub first_frame: usize,
+    /// The part of each frame.
+    pub window: Window,
+}
+
+impl Pixels {
+    /// Of whole frames, or of a picture: `[frames, 3, height, width]`.
+    pub fn of_whole_frames(values: Tensor, first_frame: usize) -> Result<Self> {
+        let (_, _, height, width) = values.dims4()?;
+        Ok(Self { values, first_frame, window: Window::whole(height, width) })
+    }
+
+    /// What a tile gives of frames.
+    pub fn of_part(part: Part, first_frame: usize) -> Self {
+        Self { values: part.values, first_frame, window: part.window }
+    }
+}
 
 /// Bounds of the logarithm of a variance.
 const LOG_VARIANCE: std::ops::RangeInclusive<f64> = -30.0..=20.0;

@@ -101,8 +101,8 @@ impl Tiling {
         (self.rows.side.min(height), self.columns.side.min(width))
     }
 
-    /// Places of the result, of each channel, that are kept beside whole rows to be blended: of a picture of this size, `scale`
-    /// times as large in the result.
+    /// Places of the result, of each channel, that are kept to be blended: of a picture of this width, `scale` times as wide in the
+    /// result.
     pub fn edge_places(&self, width: usize, scale: usize) -> usize {
         let blended_columns = self.columns.count(width) * self.columns.side * scale;
         self.rows.blend * blended_columns + self.columns.blend * self.rows.side * scale
@@ -143,9 +143,18 @@ fn share(size: usize, factor: f64) -> usize {
     (size as f64 * factor) as usize
 }
 
-/// The results of tiles, blended and joined in their order.
+/// What a tile gives of the whole result.
 #[derive(Debug)]
-pub struct Mosaic {
+pub struct Part {
+    /// `[b, c, h, w]`, blended with what lies above and to the left; may be a view of the tile.
+    pub values: Tensor,
+    /// Its place in the result.
+    pub window: Window,
+}
+
+/// The results of tiles, blended with their neighbours in their order.
+#[derive(Debug)]
+pub struct Seams {
     tiling: Tiling,
     /// Of the picture.
     height: usize,
@@ -153,10 +162,62 @@ pub struct Mosaic {
     /// Tiles of a row, and rows.
     columns: usize,
     rows: usize,
+    /// Number of the tile whose result comes next.
+    next: usize,
     /// Lower edges of the last tiles: of those above the ones to come, then of those to the left.
     lower_edges: VecDeque<Tensor>,
     /// Right edge of the tile before, in the same row.
     right_edge: Option<Tensor>,
+}
+
+impl Seams {
+    /// Of a picture of this size.
+    pub fn new(tiling: Tiling, height: usize, width: usize) -> Self {
+        let (rows, columns) = (tiling.rows.count(height), tiling.columns.count(width));
+        let lower_edges = VecDeque::with_capacity(columns + 1);
+        Self { tiling, height, width, columns, rows, next: 0, lower_edges, right_edge: None }
+    }
+
+    /// Where the tile lies whose result comes next.
+    pub fn next_window(&self) -> Window {
+        self.tiling.window(self.height, self.width, self.next)
+    }
+
+    /// Whether all tiles of a picture are through, or none is, so that the first one comes next.
+    pub fn is_at_start(&self) -> bool {
+        self.next == 0
+    }
+
+    /// Takes the result `[b, c, h, w]` of the next tile. After the last one comes the first of another picture.
+    pub fn blend(&mut self, tile: Tensor) -> Result<Part> {
+        let Tiling { rows, columns } = self.tiling;
+        let (row, column) = (self.next / self.columns, self.next % self.columns);
+        let mut tile = tile;
+        // The edges of neighbours are those of blended tiles: diffusers blends in place.
+        if row > 0 {
+            let above = self.lower_edges.pop_front().expect("a tile above left its edge: this is a bug");
+            tile = blended(&above, &tile, 2, rows.blend)?;
+        }
+        if let Some(left) = self.right_edge.take() {
+            tile = blended(&left, &tile, 3, columns.blend)?;
+        }
+        if row + 1 < self.rows {
+            self.lower_edges.push_back(edge(&tile, 2, rows.blend)?);
+        }
+        if column + 1 < self.columns {
+            self.right_edge = Some(edge(&tile, 3, columns.blend)?);
+        }
+        self.next = (self.next + 1) % (self.rows * self.columns);
+        let (height, width) = (tile.dim(2)?.min(rows.keep), tile.dim(3)?.min(columns.keep));
+        let values = tile.narrow(2, 0, height)?.narrow(3, 0, width)?;
+        Ok(Part { values, window: Window { top: row * rows.keep, left: column * columns.keep, height, width } })
+    }
+}
+
+/// The results of tiles, blended and joined in their order.
+#[derive(Debug)]
+pub struct Mosaic {
+    seams: Seams,
     /// What the row under way gives.
     row: Vec<Tensor>,
     /// Whole rows.
@@ -166,51 +227,24 @@ pub struct Mosaic {
 impl Mosaic {
     /// Of a picture of this size.
     pub fn new(tiling: Tiling, height: usize, width: usize) -> Self {
-        let (rows, columns) = (tiling.rows.count(height), tiling.columns.count(width));
-        Self {
-            tiling,
-            height,
-            width,
-            columns,
-            rows,
-            lower_edges: VecDeque::with_capacity(columns + 1),
-            right_edge: None,
-            row: Vec::with_capacity(columns),
-            joined: Vec::with_capacity(rows),
-        }
+        Self { seams: Seams::new(tiling, height, width), row: Vec::new(), joined: Vec::new() }
     }
 
     /// Where the tile lies whose result comes next.
     pub fn next_window(&self) -> Window {
-        self.tiling.window(self.height, self.width, self.joined.len() * self.columns + self.row.len())
+        self.seams.next_window()
     }
 
     /// Takes the result `[b, c, h, w]` of the next tile; the whole result once it was the last, after which the first tile of
     /// another picture comes next.
     pub fn push(&mut self, tile: Tensor) -> Result<Option<Tensor>> {
-        let Tiling { rows, columns } = self.tiling;
-        let mut tile = tile;
-        // The edges of neighbours are those of blended tiles: diffusers blends in place.
-        if !self.joined.is_empty() {
-            let above = self.lower_edges.pop_front().expect("a tile above left its edge: this is a bug");
-            tile = blended(&above, &tile, 2, rows.blend)?;
-        }
-        if let Some(left) = self.right_edge.take() {
-            tile = blended(&left, &tile, 3, columns.blend)?;
-        }
-        if self.joined.len() + 1 < self.rows {
-            self.lower_edges.push_back(edge(&tile, 2, rows.blend)?);
-        }
-        if self.row.len() + 1 < self.columns {
-            self.right_edge = Some(edge(&tile, 3, columns.blend)?);
-        }
-        let (height, width) = (tile.dim(2)?.min(rows.keep), tile.dim(3)?.min(columns.keep));
-        self.row.push(tile.narrow(2, 0, height)?.narrow(3, 0, width)?.force_contiguous()?);
-        if self.row.len() < self.columns {
+        // A copy: a view would keep the tile alive.
+        self.row.push(self.seams.blend(tile)?.values.force_contiguous()?);
+        if self.row.len() < self.seams.columns {
             return Ok(None);
         }
         self.joined.push(Tensor::cat(&std::mem::take(&mut self.row), 3)?);
-        if self.joined.len() < self.rows {
+        if !self.seams.is_at_start() {
             return Ok(None);
         }
         Ok(Some(Tensor::cat(&std::mem::take(&mut self.joined), 2)?))
@@ -310,6 +344,7 @@ mod tests {
         for (tiling, (height, width)) in tilings.into_iter().flat_map(|tiling| SIZES.map(|size| (tiling, size))) {
             let picture = Tensor::rand(-1f32, 1f32, (1, 2, height, width), &Device::Cpu).expect("a picture");
             let mut mosaic = Mosaic::new(tiling, height, width);
+            let mut seams = Seams::new(tiling, height, width);
             let count = tiling.count(height, width);
             // A picture after another.
             for index in (0..count).chain(0..count) {
@@ -318,14 +353,28 @@ mod tests {
                 let tile = picture
                     .narrow(2, window.top, window.height)
                     .and_then(|rows| rows.narrow(3, window.left, window.width));
-                let whole = mosaic.push(tile.expect("inside")).expect("joined");
+                let tile = tile.expect("inside");
+                check_part(&picture, seams.blend(tile.clone()).expect("blended"));
+                assert_eq!(seams.is_at_start(), index + 1 == count);
+                let whole = mosaic.push(tile).expect("joined");
                 assert_eq!(whole.is_some(), index + 1 == count);
                 let Some(whole) = whole else { continue };
                 assert_eq!(whole.dims(), picture.dims());
-                let error = (whole - &picture).and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>()).expect("a number");
-                assert!(error < 1e-6, "{height}x{width}: {error}");
+                assert!(largest_error(&whole, &picture) < 1e-6, "{height}x{width}");
             }
         }
+    }
+
+    /// A part of a result that is as large as the picture has what the picture has there.
+    fn check_part(picture: &Tensor, Part { values, window }: Part) {
+        let Window { top, left, height, width } = window;
+        let there = picture.narrow(2, top, height).and_then(|rows| rows.narrow(3, left, width)).expect("inside");
+        assert_eq!(values.dims(), there.dims());
+        assert!(largest_error(&values, &there) < 1e-6, "{window:?}");
+    }
+
+    fn largest_error(found: &Tensor, expected: &Tensor) -> f32 {
+        (found - expected).and_then(|d| d.abs()?.max_all()?.to_scalar::<f32>()).expect("a number")
     }
 
     /// Two tiles of one value each: the seam passes from the first to the second in steps of a blended row.

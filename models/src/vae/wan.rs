@@ -140,7 +140,7 @@ impl WanVaeConfig {
         self.tiling()?;
         let latent_pixels = self.scale_factor_spatial.pow(2);
         let bytes_per_pixel = (self.peak_values(1, 1) * dtype.size_in_bytes()).div_ceil(latent_pixels);
-        Some(VaeTiling { tile: [TILE_SIDE; 2], bytes_per_pixel, room_bytes: None })
+        Some(VaeTiling::new([TILE_SIDE; 2], bytes_per_pixel, self.scale_factor_temporal))
     }
 
     /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
@@ -158,9 +158,19 @@ impl WanVaeConfig {
     pub fn peak_decode_bytes(&self, frames: usize, latents: (usize, usize), tiled: bool, dtype: DType) -> usize {
         let bytes = |(height, width)| self.peak_values(height, width) * dtype.size_in_bytes();
         let Some(tiling) = self.tiles(latents, tiled) else { return bytes(latents) };
-        let frames = [(frames - 1) * self.scale_factor_temporal + 1, self.scale_factor_temporal];
         let work = bytes(tiling.largest(latents.0, latents.1));
-        clip_tiles::peak_bytes(&tiling, latents, self.scale_factor_spatial, frames, work)
+        clip_tiles::peak_bytes(&tiling, latents, self.scale_factor_spatial, self.clip_frames(frames), work)
+    }
+
+    /// Frames of which some pixels are there and others are not, at most, of so many latent frames of this height and width, in
+    /// tiles or not.
+    pub fn frames_under_way(&self, frames: usize, latents: (usize, usize), tiled: bool) -> usize {
+        clip_tiles::frames_under_way(self.tiles(latents, tiled), self.clip_frames(frames))
+    }
+
+    /// Frames of so many latent frames, and the most of one of these.
+    fn clip_frames(&self, latent_frames: usize) -> [usize; 2] {
+        [(latent_frames - 1) * self.scale_factor_temporal + 1, self.scale_factor_temporal]
     }
 
     /// Channels of the decoder's levels, from the latents' size to the pixels'.

@@ -140,7 +140,7 @@ fn guided(predictions: &[Tensor], scale: f64) -> Tensor {
 /// Pixels of all frames, `[frames, 3, height, width]`.
 pub fn decode<M: DiffusionModel>(model: &M, request: &DiffusionRequest, latents: &Tensor) -> Tensor {
     let mut decoding = model.begin_decode(FIRST_EXPERT, latents, request).expect("decoding begins");
-    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").expect("frames");
+    let chunk = |_| model.decode_next(&mut decoding).expect("a chunk").values;
     let chunks: Vec<Tensor> = (0..model.num_decode_steps(FIRST_EXPERT, request)).map(chunk).collect();
     // As the reference's decoder, which cuts what is rounded to a byte anyway.
     Tensor::cat(&chunks, 0).and_then(|pixels| pixels.clamp(-1f32, 1f32)).expect("chunks of one size")

@@ -24,10 +24,10 @@ use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
-use crate::vae::Posterior;
 use crate::vae::cogvideox::CogVideoXDecoding;
 use crate::vae::cogvideox::encoder::CogVideoXVaeEncoder;
 use crate::vae::picture_tiles::PictureEncoding;
+use crate::vae::{Pixels, Posterior};
 
 /// What a request has encoded.
 #[derive(Debug, Clone, PartialEq)]
@@ -237,7 +237,12 @@ impl DiffusionModel for CogVideoXModel {
         self.sizes.vae.num_decode_steps(self.sizes.latent_frames(request), (height, width), request.vae_tiling)
     }
 
-    fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Option<Tensor>> {
+    fn frames_under_way(&self, request: &DiffusionRequest) -> usize {
+        let [_, _, _, height, width] = self.sizes.latent_shape(request);
+        self.sizes.vae.frames_under_way(self.sizes.latent_frames(request), (height, width), request.vae_tiling)
+    }
+
+    fn decode_next(&self, decoding: &mut CogVideoXDecoding) -> Result<Pixels> {
         decoding.next(&self.vae)
     }
 

@@ -24,9 +24,9 @@ use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::previews::Previews;
 use crate::runner::diffusion::start::ImageStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
-use crate::vae::Posterior;
 use crate::vae::kl::KlDecoding;
 use crate::vae::picture_tiles::PictureEncoding;
+use crate::vae::{Pixels, Posterior};
 
 /// What a request has encoded.
 #[derive(Debug, Clone, PartialEq)]
@@ -231,7 +231,11 @@ impl DiffusionModel for FluxModel {
         self.vae_config.num_decode_steps(self.latents(request), request.vae_tiling)
     }
 
-    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Option<Tensor>> {
+    fn frames_under_way(&self, _request: &DiffusionRequest) -> usize {
+        1
+    }
+
+    fn decode_next(&self, decoding: &mut KlDecoding) -> Result<Pixels> {
         self.vae.decode_next(decoding)
     }
 

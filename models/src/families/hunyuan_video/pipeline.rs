@@ -24,6 +24,7 @@ use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_
 use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::start::PictureStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
+use crate::vae::Pixels;
 use crate::vae::hunyuan_video::HunyuanVaeDecoding;
 use crate::vae::hunyuan_video::encoder::HunyuanVaeEncoder;
 use crate::vae::picture_tiles::PictureEncoding;
@@ -255,7 +256,12 @@ impl DiffusionModel for HunyuanVideoModel {
         self.sizes.vae.num_decode_steps([frames, height, width], request.vae_tiling)
     }
 
-    fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Option<Tensor>> {
+    fn frames_under_way(&self, request: &DiffusionRequest) -> usize {
+        let [_, _, frames, _, _] = self.sizes.latent_shape(request);
+        self.sizes.vae.frames_under_way(frames)
+    }
+
+    fn decode_next(&self, decoding: &mut HunyuanVaeDecoding) -> Result<Pixels> {
         self.vae.decode_next(decoding)
     }
 

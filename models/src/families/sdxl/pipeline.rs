@@ -29,9 +29,9 @@ use crate::runner::diffusion::start::ImageStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
 use crate::solver::Solver;
 use crate::tokenizer::Tokenizer;
-use crate::vae::Posterior;
 use crate::vae::kl::KlDecoding;
 use crate::vae::picture_tiles::PictureEncoding;
+use crate::vae::{Pixels, Posterior};
 
 /// The model that takes the latents over.
 const REFINER: Expert = 1;
@@ -394,7 +394,11 @@ impl DiffusionModel for SdxlModel {
         self.expert(expert).sizes.vae.num_decode_steps((height, width), request.vae_tiling)
     }
 
-    fn decode_next(&self, SdxlDecoding { expert, decoding }: &mut SdxlDecoding) -> Result<Option<Tensor>> {
+    fn frames_under_way(&self, _request: &DiffusionRequest) -> usize {
+        1
+    }
+
+    fn decode_next(&self, SdxlDecoding { expert, decoding }: &mut SdxlDecoding) -> Result<Pixels> {
         self.expert(*expert).vae.decode_next(decoding)
     }
 

@@ -24,6 +24,7 @@ use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_
 use crate::runner::diffusion::narrow::NarrowNetworks;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::tokenizer::Padded;
+use crate::vae::Pixels;
 use crate::vae::wan::WanDecoding;
 
 /// What a request has encoded.
@@ -219,7 +220,12 @@ impl DiffusionModel for WanModel {
         self.sizes.vae.num_decode_steps(frames, (height, width), request.vae_tiling)
     }
 
-    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Option<Tensor>> {
+    fn frames_under_way(&self, request: &DiffusionRequest) -> usize {
+        let [_, _, frames, height, width] = self.sizes.latent_shape(request);
+        self.sizes.vae.frames_under_way(frames, (height, width), request.vae_tiling)
+    }
+
+    fn decode_next(&self, decoding: &mut WanDecoding) -> Result<Pixels> {
         decoding.next(&self.vae)
     }
 

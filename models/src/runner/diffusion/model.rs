@@ -23,6 +23,7 @@ use crate::error::Result;
 use crate::lora::Adapters;
 use crate::memory::MemoryPlan;
 use crate::rng::TorchGenerator;
+use crate::vae::Pixels;
 
 /// What an image or video family supplies; the runner does the rest.
 pub trait DiffusionModel: Send {
@@ -85,9 +86,11 @@ pub trait DiffusionModel: Send {
     /// How many calls of [`DiffusionModel::decode_next`] a request takes whose latents `expert` made.
     fn num_decode_steps(&self, expert: Expert, request: &DiffusionRequest) -> usize;
 
-    /// The next chunk: f32 pixels `[frames, 3, height, width]` in -1..=1 (not yet clamped); `None` where whole frames need
-    /// further calls, as a tile of an image does.
-    fn decode_next(&self, decoding: &mut Self::Decoding) -> Result<Option<Tensor>>;
+    /// Most frames of a request of which some pixels are there and others are not, between two such calls or in one.
+    fn frames_under_way(&self, request: &DiffusionRequest) -> usize;
+
+    /// The next pixels: whole frames, or a part of some. Every place comes once, and frames become whole in their order.
+    fn decode_next(&self, decoding: &mut Self::Decoding) -> Result<Pixels>;
 
     /// The layers that take LoRA, where the family has any. The runner activates those of a step before it, and counts
     /// their bytes.

@@ -14,10 +14,11 @@ use super::denoising::{Advanced, Denoising};
 use super::inputs::Inputs;
 use super::model::DiffusionModel;
 use super::passes::{Finished, PassId};
+use super::pixels::FramesUnderWay;
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::lora::{AdapterSet, LoraKey};
-use crate::request::{ClientId, Phase, SessionId};
+use crate::request::{ClientId, Frame, Phase, SessionId};
 
 /// The sets of terms that a session holds.
 pub(super) type Held = Vec<(Layers, Arc<AdapterSet>)>;
@@ -47,6 +48,7 @@ pub(super) enum Stage<M: DiffusionModel> {
     Decode {
         latents: Latents,
         decoding: M::Decoding,
+        frames: FramesUnderWay,
         done: usize,
     },
 }
@@ -196,17 +198,19 @@ impl<M: DiffusionModel> Session<M> {
         Ok(progress)
     }
 
-    /// The next pixels, if frames are whole with this chunk, and how many chunks are done with it.
-    pub(super) fn decode_next(&mut self, model: &M) -> Result<(Option<Tensor>, usize)> {
+    /// The frames that are whole with the next pixels, `None` where one of these is not finite, and how many chunks are done with
+    /// them.
+    pub(super) fn decode_next(&mut self, model: &M) -> Result<(Option<Vec<Frame>>, usize)> {
         if let Stage::Latents(latents) = &self.stage {
             let latents = latents.clone();
             let decoding = model.begin_decode(latents.expert, &latents.values, &self.request)?;
-            self.stage = Stage::Decode { latents, decoding, done: 0 };
+            let frames = FramesUnderWay::new(&self.request.canvas);
+            self.stage = Stage::Decode { latents, decoding, frames, done: 0 };
         }
-        let Stage::Decode { decoding, done, .. } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
-        let pixels = model.decode_next(decoding)?;
+        let Stage::Decode { decoding, frames, done, .. } = &mut self.stage else { unreachable!("{STAGE_FITS}") };
+        let whole = frames.take(&model.decode_next(decoding)?)?;
         *done += 1;
-        Ok((pixels, *done))
+        Ok((whole, *done))
     }
 }
 

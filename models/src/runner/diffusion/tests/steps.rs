@@ -21,17 +21,21 @@ fn session_tells_its_whole_story_in_order() {
     assert_eq!(story, expected);
 }
 
-/// A picture in tiles: every tile is a step that is told, the pixels come with the last one.
+/// Frames in tiles: every tile is a step that is told, and the frames are whole with the last one.
 #[test]
-fn tiles_are_steps_and_the_picture_comes_last() {
+fn tiles_are_steps_and_frames_come_last() {
     let events = alone(with(request("in tiles", 1), |request| {
-        request.canvas.num_frames = 3;
+        (request.canvas.num_frames, request.canvas.width) = (3, 3);
         request.sampling.num_inference_steps = 1;
     }));
     let decoding: Vec<&str> = events[3..].iter().map(|event| event.split(" [").next().unwrap_or_default()).collect();
     assert_eq!(decoding, ["vae_decode 1/3", "vae_decode 2/3", "frames", "vae_decode 3/3", "finished"]);
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
-    submit(&mut runner, 1, with(request("in tiles", 1), |request| request.canvas.num_frames = 3));
+    submit(
+        &mut runner,
+        1,
+        with(request("in tiles", 1), |request| (request.canvas.num_frames, request.canvas.width) = (3, 3)),
+    );
     while !step(&mut runner).iter().any(|(_, event)| event == "vae_decode 1/3") {}
     runner.cancel(SessionId(1));
     assert_empty(&runner);

@@ -12,6 +12,7 @@ use super::super::narrow::NarrowNetworks;
 use super::super::previews::Previews;
 use super::super::start::ImageStart;
 use super::super::{DenoiseRow, DiffusionModel};
+use crate::diffusion::Canvas;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
 use crate::diffusion::guidance::{GuidanceKind, GuidanceSupport};
 use crate::diffusion::prompt::Prompts;
@@ -24,7 +25,8 @@ use crate::request::{Frame, Mask, Phase};
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::testing::flow_schedulers;
-use crate::vae::Posterior;
+use crate::vae::tiling::Window;
+use crate::vae::{Pixels, Posterior};
 
 /// Prediction: `conditioning - latents * timestep / 1000`. The prompt's length is its conditioning. A prompt that
 /// contains one of `encode`, `denoise`, `decode` goes wrong in that phase, in the way that it also contains: `error`,
@@ -64,6 +66,13 @@ pub(super) struct ToyEncoding {
     rows: Vec<ToyInput>,
     steps_left: usize,
     _alive: Counted,
+}
+
+/// So many chunks of a clip of one colour are done.
+pub(super) struct ToyDecoding {
+    mean: Counted,
+    canvas: Canvas,
+    done: usize,
 }
 
 pub(super) struct Counted {
@@ -171,7 +180,7 @@ impl DiffusionModel for Toy {
     type Encoding = ToyEncoding;
     type Encoded = ToyEncoded;
     type Conditioning = Counted;
-    type Decoding = (Counted, usize);
+    type Decoding = ToyDecoding;
 
     fn card(&self) -> &DiffusionCard {
         &self.card
@@ -273,24 +282,35 @@ impl DiffusionModel for Toy {
         rows.iter().map(predict).collect()
     }
 
-    fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<(Counted, usize)> {
-        let mean = latents.mean_all()?.to_scalar::<f32>()?;
-        Ok((self.counted(mean, &request.prompt.text), request.canvas.num_frames))
+    fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<ToyDecoding> {
+        let mean = self.counted(latents.mean_all()?.to_scalar::<f32>()?, &request.prompt.text);
+        Ok(ToyDecoding { mean, canvas: request.canvas, done: 0 })
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
         request.canvas.num_frames
     }
 
-    fn decode_next(&self, (mean, left): &mut (Counted, usize)) -> Result<Option<Tensor>> {
-        *left = left.checked_sub(1).expect("no more chunks than promised");
-        let is_right = mean.prompt.contains("late") && *left > 0;
+    fn frames_under_way(&self, request: &DiffusionRequest) -> usize {
+        if request.prompt.text.contains("tiles") { request.canvas.num_frames } else { 1 }
+    }
+
+    fn decode_next(&self, ToyDecoding { mean, canvas, done }: &mut ToyDecoding) -> Result<Pixels> {
+        let step = *done;
+        *done += 1;
+        assert!(*done <= canvas.num_frames, "no more chunks than promised");
+        let is_right = mean.prompt.contains("late") && *done < canvas.num_frames;
         let factor = if is_right { 1.0 } else { self.factor(&mean.prompt, "decode")? };
         let value = f64::from(mean.value) * 0.01 * factor;
-        if mean.prompt.contains("tiles") && *left > 0 {
-            return Ok(None);
+        let pixels = |frames: usize, height: usize, width: usize| {
+            Tensor::ones((frames, 3, height, width), DType::F32, &Device::Cpu)? * value
+        };
+        if !mean.prompt.contains("tiles") {
+            return Pixels::of_whole_frames(pixels(1, canvas.height, canvas.width)?, step);
         }
-        Ok(Some((Tensor::ones((1, 3, 2, 2), DType::F32, &Device::Cpu)? * value)?))
+        assert_eq!(canvas.width, canvas.num_frames, "a column of all frames in each step");
+        let window = Window { top: 0, left: step, height: canvas.height, width: 1 };
+        Ok(Pixels { values: pixels(canvas.num_frames, canvas.height, 1)?, first_frame: 0, window })
     }
 
     fn image_start(&self) -> Option<&dyn ImageStart<ToyEncoded>> {
