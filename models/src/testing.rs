@@ -199,6 +199,7 @@ struct Scripted {
     /// Steps done of `phase`; for decode, tokens.
     done: usize,
     begun: bool,
+    is_paused: bool,
 }
 
 impl ScriptedRunner {
@@ -209,8 +210,9 @@ impl ScriptedRunner {
 
     /// The next batch: the phase of the session that has come least far, and those that share it.
     fn batch(&self) -> Option<(Phase, Vec<SessionId>)> {
-        let phase = self.sessions.values().map(|session| session.phase).min()?;
-        let same = self.sessions.iter().filter(|(_, session)| session.phase == phase);
+        let ready = self.sessions.iter().filter(|(_, session)| !session.is_paused);
+        let phase = ready.clone().map(|(_, session)| session.phase).min()?;
+        let same = ready.filter(|(_, session)| session.phase == phase);
         Some((phase, same.map(|(id, _)| *id).take(self.script.max_batch).collect()))
     }
 }
@@ -230,7 +232,7 @@ impl Runner for ScriptedRunner {
             Request::Diffusion(_) if self.script.encoder_bytes > 0 => Phase::Load,
             Request::Diffusion(_) => Phase::Encode,
         };
-        self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false });
+        self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false, is_paused: false });
         Ok(())
     }
 
@@ -240,6 +242,14 @@ impl Runner for ScriptedRunner {
 
     fn cancel(&mut self, session: SessionId) {
         self.sessions.remove(&session);
+    }
+
+    fn pause(&mut self, session: SessionId) {
+        self.sessions.entry(session).and_modify(|session| session.is_paused = true);
+    }
+
+    fn resume(&mut self, session: SessionId) {
+        self.sessions.entry(session).and_modify(|session| session.is_paused = false);
     }
 
     fn next(&self) -> Option<StepPlan> {

@@ -1,29 +1,49 @@
 //! The way of one session's events from the device thread to whoever reads them.
 //!
-//! The device thread never waits for a reader, and a slow reader never makes a queue grow: what it has not taken yet is
-//! joined (text is appended, progress replaced, frames appended), so that a mailbox holds a handful of events (a picture has
-//! three small previews at most, with progress between them) and at
-//! most the bytes of the answer itself: `max_tokens` tokens or the frames of one clip. Joining also means that a reader
-//! that comes late takes all that is ready at once.
+//! The device thread never waits for a reader, and a slow reader never makes a queue grow beyond a bound. Text and progress
+//! that it has not taken yet are joined (text is appended, progress replaced), so that they take a handful of events (a picture
+//! has three small previews at most, with progress between them) and at most the bytes of the answer itself: `max_tokens`
+//! tokens. Frames are not joined, so that whoever takes them has those of one step in its hands: where too many bytes of them
+//! wait, the mailbox is *full*, and the device thread leaves the session out of its steps until there is room again.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
 use std::task::{Poll, Waker};
 
 use tale_models::Event;
+use tale_models::memory::MAX_UNREAD_FRAME_BYTES;
 
 /// Shared by the device thread, which posts, and one reader.
-#[derive(Debug, Default)]
-pub(super) struct Mailbox(Mutex<State>);
+#[derive(Debug)]
+pub(super) struct Mailbox {
+    state: Mutex<State>,
+    /// Full with so many bytes of frames.
+    max_frame_bytes: usize,
+}
 
 #[derive(Debug, Default)]
 struct State {
     events: VecDeque<Event>,
+    /// Of the frames among them.
+    frame_bytes: usize,
+    /// Since the device thread has heard of it.
+    is_full: bool,
     closed: bool,
     reader: Option<Waker>,
 }
 
+impl Default for Mailbox {
+    fn default() -> Self {
+        Self::of_frame_bytes(MAX_UNREAD_FRAME_BYTES)
+    }
+}
+
 impl Mailbox {
+    /// Full with so many bytes of frames.
+    pub(super) fn of_frame_bytes(max_frame_bytes: usize) -> Self {
+        Self { state: Mutex::default(), max_frame_bytes }
+    }
+
     /// Adds an event and wakes the reader.
     pub(super) fn post(&self, event: Event) {
         wake(self.with(event));
@@ -34,8 +54,25 @@ impl Mailbox {
         drop(self.with(event));
     }
 
+    /// Whether it has become full since the last time that there was room: then [`Mailbox::has_room_again`] says once, to the
+    /// reader, that there is.
+    pub(super) fn becomes_full(&self) -> bool {
+        let mut state = self.lock();
+        let was_full = state.is_full;
+        state.is_full |= state.frame_bytes >= self.max_frame_bytes;
+        state.is_full && !was_full
+    }
+
+    /// Whether it was full and is so no longer; said once.
+    pub(super) fn has_room_again(&self) -> bool {
+        let mut state = self.lock();
+        let has_room = state.frame_bytes < self.max_frame_bytes;
+        has_room && std::mem::take(&mut state.is_full)
+    }
+
     fn with(&self, event: Event) -> MutexGuard<'_, State> {
         let mut state = self.lock();
+        state.frame_bytes += frame_bytes(&event);
         let rest = match state.events.back_mut() {
             Some(last) => join(last, event),
             None => Some(event),
@@ -55,6 +92,7 @@ impl Mailbox {
     pub(super) fn poll(&self, waker: &Waker) -> Poll<Option<Event>> {
         let mut state = self.lock();
         if let Some(event) = state.events.pop_front() {
+            state.frame_bytes -= frame_bytes(&event);
             return Poll::Ready(Some(event));
         }
         if state.closed {
@@ -68,7 +106,7 @@ impl Mailbox {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().expect("no code panics while it holds a mailbox: this is a bug")
+        self.state.lock().expect("no code panics while it holds a mailbox: this is a bug")
     }
 }
 
@@ -78,6 +116,14 @@ fn wake(mut state: MutexGuard<'_, State>) {
     drop(state);
     if let Some(reader) = reader {
         reader.wake();
+    }
+}
+
+/// Bytes of the frames of an event.
+fn frame_bytes(event: &Event) -> usize {
+    match event {
+        Event::Frames(frames) => frames.iter().map(|frame| frame.rgb.len()).sum(),
+        _ => 0,
     }
 }
 
@@ -95,11 +141,16 @@ fn join(last: &mut Event, event: Event) -> Option<Event> {
             (*done, *total) = (d, t);
             None
         }
-        (Event::Frames(frames), Event::Frames(more)) => {
-            frames.extend(more);
-            None
-        }
         (_, event) => Some(event),
+    }
+}
+
+#[cfg(test)]
+impl Mailbox {
+    /// Bytes of frames that nobody has taken, and whether the device thread has heard that they are too many.
+    pub(super) fn frames(&self) -> (usize, bool) {
+        let state = self.lock();
+        (state.frame_bytes, state.is_full)
     }
 }
 
@@ -110,7 +161,7 @@ mod tests {
     use std::task::Wake;
 
     use super::*;
-    use tale_models::request::{FinishReason, Phase, Usage};
+    use tale_models::request::{FinishReason, Frame, Phase, Usage};
 
     fn take(mailbox: &Mailbox) -> Vec<String> {
         let mut taken = Vec::new();
@@ -135,6 +186,39 @@ mod tests {
         assert_eq!(taken.len(), 4);
         assert!(taken[1].contains("999") && taken[1].contains(&"x".repeat(1000)));
         assert!(taken[2].contains("done: 50"));
+    }
+
+    fn frames(count: usize) -> Event {
+        let frame = Frame { width: 2, height: 1, rgb: vec![0; 6] };
+        Event::Frames(vec![frame; count])
+    }
+
+    #[test]
+    fn frames_fill_a_mailbox_until_the_reader_takes_them() {
+        let mailbox = Mailbox::of_frame_bytes(12);
+        let progress = |done| Event::Progress { phase: Phase::VaeDecode, done, total: 3 };
+        mailbox.post(frames(1));
+        assert!(!mailbox.becomes_full() && !mailbox.has_room_again());
+        mailbox.post(progress(1));
+        mailbox.post(frames(3));
+        assert!(mailbox.becomes_full(), "24 of 12 bytes");
+        mailbox.post(progress(2));
+        assert!(!mailbox.becomes_full(), "as it was before");
+        // The frames of each step are an event of their own.
+        for (has_room, takes) in [(false, "Frames"), (false, "Progress"), (true, "Frames"), (false, "Progress")] {
+            let Poll::Ready(Some(event)) = mailbox.poll(Waker::noop()) else { panic!("four events wait") };
+            assert!(format!("{event:?}").starts_with(takes), "{event:?}");
+            assert_eq!(mailbox.has_room_again(), has_room, "after {takes}");
+        }
+        mailbox.post(frames(2));
+        assert!(mailbox.becomes_full(), "once more");
+    }
+
+    #[test]
+    fn text_never_fills_a_mailbox() {
+        let mailbox = Mailbox::of_frame_bytes(1);
+        (0..100).for_each(|token| mailbox.post(Event::Text { tokens: vec![token], text: "x".into() }));
+        assert!(!mailbox.becomes_full());
     }
 
     #[test]

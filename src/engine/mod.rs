@@ -166,7 +166,8 @@ struct Shared {
     models: Vec<ServedModel>,
     gauges: Arc<Gauges>,
     next_session: AtomicU64,
-    /// Its length is bounded: a submission holds a place of the model's queue, a cancellation needs a submission.
+    /// Its length is bounded: a submission holds a place of the model's queue, a cancellation needs a submission, and what
+    /// has room again was full.
     commands: Sender<Command>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -580,8 +581,9 @@ impl Session {
         self.id
     }
 
-    /// The next event. Events that were not taken in time come joined: text appended, progress replaced by the latest,
-    /// frames appended. `None` after the terminal event, or without one when the engine was shut down.
+    /// The next event. Events that were not taken in time come joined: text appended, progress replaced by the latest. While
+    /// too many frames wait to be taken ([`MAX_UNREAD_FRAME_BYTES`]) the session has no steps. `None` after the terminal event,
+    /// or without one when the engine was shut down.
     pub async fn recv(&mut self) -> Option<Event> {
         std::future::poll_fn(|context| self.poll_recv(context)).await
     }
@@ -591,6 +593,10 @@ impl Session {
         let polled = self.mailbox.poll(context.waker());
         if let Poll::Ready(event) = &polled {
             self.ended |= event.as_ref().is_none_or(Event::is_terminal);
+            if matches!(event, Some(Event::Frames(_))) && self.mailbox.has_room_again() {
+                // An error means that the device thread has ended.
+                let _ = self.commands.send(Command::Resume(self.id));
+            }
         }
         polled
     }

@@ -12,7 +12,7 @@ use tale_models::diffusion::{Canvas, DiffusionRequest, Prompt, Sampling};
 use tale_models::request::{Phase, SamplingParams, TextRequest};
 use tale_models::runner::{RunnerStatus, StepPlan};
 use tale_models::solver::names::Scheduler;
-use tale_models::testing::{Script, ScriptedRunner, clip_model, picture_model};
+use tale_models::testing::{FRAMES_PER_DECODE, Script, ScriptedRunner, clip_model, picture_model};
 use tale_models::{ClientId, Error, Event, Request, Runner, SessionId};
 
 use super::arbiter::is_text;
@@ -34,6 +34,15 @@ fn clip(num_inference_steps: usize) -> Request {
     let canvas = Canvas { width: 16, height: 16, num_frames: 5, fps: 8 };
     let scheduler = Scheduler::named("flow_euler").unwrap();
     Request::Diffusion(DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, num_inference_steps, 0)))
+}
+
+/// Frames of the clips of the simulation: more than a mailbox of it takes.
+const CLIP_FRAMES: usize = 21;
+
+fn long_clip(num_inference_steps: usize) -> Request {
+    let Request::Diffusion(mut request) = clip(num_inference_steps) else { unreachable!("a clip") };
+    request.canvas.num_frames = CLIP_FRAMES;
+    Request::Diffusion(request)
 }
 
 /// Time that only moves when a scripted step says so.
@@ -78,18 +87,27 @@ const MODEL_BYTES: usize = 100;
 /// Bytes per session of each model: text needs none, two clips fit beside a picture or three clips alone.
 const FOOTPRINTS: [usize; 3] = [0, 120, 300];
 
+/// Bytes of one frame of a clip.
+const FRAME_BYTES: usize = 16 * 16 * 3;
+/// With so many bytes of frames a mailbox of the simulation is full: after two steps of whoever does not read.
+const MAILBOX_BYTES: usize = 6 * FRAME_BYTES;
+
 struct World {
     worker: DeviceWorker<VirtualClock>,
     log: StepLog,
     readers: BTreeMap<SessionId, Reader>,
+    /// Said by readers, and not heard by the worker yet.
+    resumed: Vec<SessionId>,
     next_id: u64,
     turns_without_step: [usize; 3],
 }
 
-#[derive(Default)]
 struct Reader {
     mailbox: Arc<Mailbox>,
+    frames: usize,
     terminals: usize,
+    /// It has read the end.
+    is_over: bool,
     cancelled: bool,
 }
 
@@ -115,15 +133,17 @@ impl World {
         });
         let runners = runners.collect();
         let worker = DeviceWorker::new(runners, ledger, MAX_QUEUED, clock);
-        Self { worker, log, readers: BTreeMap::new(), next_id: 0, turns_without_step: [0; 3] }
+        let (readers, resumed) = (BTreeMap::new(), Vec::new());
+        Self { worker, log, readers, resumed, next_id: 0, turns_without_step: [0; 3] }
     }
 
     fn arrive(&mut self, dice: &mut Dice) {
         let model = dice.roll(3);
-        let request = if model == 0 { text(1 + dice.roll(12)) } else { clip(1 + dice.roll(6)) };
+        let request = if model == 0 { text(1 + dice.roll(12)) } else { long_clip(1 + dice.roll(6)) };
         self.next_id += 1;
         let id = SessionId(self.next_id);
-        let reader = Reader::default();
+        let mailbox = Arc::new(Mailbox::of_frame_bytes(MAILBOX_BYTES));
+        let reader = Reader { mailbox, frames: 0, terminals: 0, is_over: false, cancelled: false };
         let client = ClientId(dice.roll(3) as u64);
         self.worker.order(id.0, client, model, request, reader.mailbox.clone()).expect("few wait");
         self.readers.insert(id, reader);
@@ -140,18 +160,26 @@ impl World {
         }
     }
 
-    /// One turn of the worker, and everything that must hold after any turn.
-    fn turn(&mut self) -> bool {
+    /// One turn of the worker, and everything that must hold after any turn. Each reader takes events as long as `reads`.
+    fn turn(&mut self, reads: impl FnMut() -> bool) -> bool {
+        self.resumed.drain(..).for_each(|id| self.worker.handle(Command::Resume(id)));
+        let is_full = |(id, reader): (&SessionId, &Reader)| reader.mailbox.frames().1.then_some(*id);
+        let paused: BTreeSet<SessionId> = self.readers.iter().filter_map(is_full).collect();
         let worked = self.worker.turn();
         assert!(self.worker.ledger().used_bytes() <= CAPACITY);
         let steps = std::mem::take(&mut *self.log.lock().expect("no panic inside"));
         for (_, sessions) in &steps {
             for id in sessions {
                 assert!(!self.readers[id].cancelled, "{id:?} stepped after it was cancelled");
+                assert!(!paused.contains(id), "{id:?} stepped while nobody took its frames");
             }
         }
+        for reader in self.readers.values() {
+            let (bytes, _) = reader.mailbox.frames();
+            assert!(bytes < MAILBOX_BYTES + FRAMES_PER_DECODE * FRAME_BYTES, "{bytes} bytes wait");
+        }
         self.check_waits(&steps);
-        self.read();
+        self.read(reads);
         worked
     }
 
@@ -166,19 +194,30 @@ impl World {
         }
     }
 
-    fn read(&mut self) {
-        for reader in self.readers.values_mut() {
-            while let Poll::Ready(Some(event)) = reader.mailbox.poll(Waker::noop()) {
-                assert_eq!(reader.terminals, 0, "{event:?} follows a terminal event");
-                reader.terminals += usize::from(event.is_terminal());
+    fn read(&mut self, mut reads: impl FnMut() -> bool) {
+        for (id, reader) in &mut self.readers {
+            while reads() && !reader.is_over {
+                match reader.mailbox.poll(Waker::noop()) {
+                    Poll::Pending => break,
+                    Poll::Ready(Some(event)) => {
+                        assert_eq!(reader.terminals, 0, "{event:?} follows a terminal event");
+                        reader.terminals += usize::from(event.is_terminal());
+                        reader.frames += if let Event::Frames(frames) = &event { frames.len() } else { 0 };
+                        let is_whole =
+                            !matches!(event, Event::Finished { .. }) || [0, CLIP_FRAMES].contains(&reader.frames);
+                        assert!(is_whole, "{id:?} finished with {} frames", reader.frames);
+                    }
+                    Poll::Ready(None) => {
+                        assert!(reader.cancelled || reader.terminals == 1, "{id:?} ended without an end");
+                        reader.is_over = true;
+                    }
+                }
+                if reader.mailbox.has_room_again() {
+                    self.resumed.push(*id);
+                }
             }
         }
-        let open = |reader: &mut Reader| reader.mailbox.poll(Waker::noop()).is_pending();
-        self.readers.retain(|id, reader| {
-            let is_open = open(reader);
-            assert!(is_open || reader.cancelled || reader.terminals == 1, "{id:?} ended without an end");
-            is_open
-        });
+        self.readers.retain(|_, reader| !reader.is_over);
     }
 
     fn check_empty(&self) {
@@ -205,9 +244,10 @@ proptest! {
             if dice.roll(100) < 5 {
                 world.cancel_one(&mut dice);
             }
-            world.turn();
+            // Some read at once and others let it lie.
+            world.turn(|| dice.roll(4) > 0);
         }
-        while world.turn() {}
+        while world.turn(|| true) || !world.readers.is_empty() {}
         world.check_empty();
     }
 }
@@ -384,6 +424,69 @@ fn what_steps_borrow_is_in_the_books() {
     }
 }
 
+/// Of two clips of one model the first is not read: it waits with as many frames as its mailbox takes, the other one and a token
+/// stream that nobody reads end, and what became of the first goes on, or goes, when its reader does.
+#[test]
+fn a_session_whose_frames_nobody_takes_waits_alone() {
+    for goes_on in [true, false] {
+        let steps = Arc::new(Mutex::new(Vec::<SessionId>::new()));
+        let runner = |footprint_bytes| {
+            let steps = steps.clone();
+            let on_step = move |_, sessions: &[SessionId]| {
+                steps.lock().expect("no panic inside").extend(sessions);
+                Ok(())
+            };
+            let script = Script { footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
+            Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>
+        };
+        let runners = vec![("clips".to_owned(), runner(100)), ("text".to_owned(), runner(0))];
+        let mut worker = DeviceWorker::new(runners, Ledger::new(200), MAX_QUEUED, VirtualClock::default());
+        let mailboxes: Vec<_> = (0..3).map(|_| Arc::new(Mailbox::of_frame_bytes(MAILBOX_BYTES))).collect();
+        let orders = [(0, long_clip(2)), (0, long_clip(2)), (1, text(2000))];
+        for ((id, (model, request)), mailbox) in (1..).zip(orders).zip(&mailboxes) {
+            worker.order(id, ALONE, model, request, mailbox.clone()).expect("few wait");
+        }
+        let mut frames = [0; 3];
+        let mut read = |worker: &mut DeviceWorker<_>, number: usize| -> bool {
+            let mailbox = &mailboxes[number];
+            while let Poll::Ready(event) = mailbox.poll(Waker::noop()) {
+                let Some(event) = event else { return true };
+                frames[number] += if let Event::Frames(frames) = &event { frames.len() } else { 0 };
+                if mailbox.has_room_again() {
+                    worker.handle(Command::Resume(SessionId(1 + number as u64)));
+                }
+            }
+            false
+        };
+        while worker.turn() {
+            read(&mut worker, 1);
+        }
+        let taken = steps.lock().expect("no panic inside").clone();
+        let steps_of = |id: u64| taken.iter().filter(|of| of.0 == id).count();
+        // Encoding, two denoising steps, and two or six chunks.
+        assert_eq!([1, 2, 3].map(steps_of), [5, 9, 2000]);
+        assert_eq!(mailboxes[0].frames(), (2 * FRAMES_PER_DECODE * FRAME_BYTES, true));
+        assert_eq!(worker.ledger().used_bytes(), 100, "it keeps what it holds");
+        assert!(!worker.turn() && read(&mut worker, 2), "the text is whole");
+        match goes_on {
+            true => {
+                while !read(&mut worker, 0) {
+                    assert!(worker.turn());
+                }
+                assert_eq!(frames, [CLIP_FRAMES, CLIP_FRAMES, 0]);
+            }
+            false => {
+                worker.handle(Command::Cancel(SessionId(1)));
+                // What its reader had said before that is heard after it.
+                worker.handle(Command::Resume(SessionId(1)));
+                assert!(!worker.turn());
+            }
+        }
+        assert_eq!(worker.ledger().used_bytes(), 0);
+        assert_eq!(worker.gauges().models[0].snapshot("").runner, RunnerStatus::default());
+    }
+}
+
 fn engine(script: Script, max_queued_sessions: usize) -> Engine {
     let options = EngineOptions { max_queued_sessions, memory_bytes: Some(1 << 20), ..EngineOptions::default() };
     Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts")
@@ -409,6 +512,43 @@ fn a_session_can_be_followed_to_its_end() {
     }
     assert_eq!(frames, 5);
     assert!(matches!(last, Some(Event::Finished { .. })), "{last:?}");
+}
+
+/// Frames of 12 MiB, four at a time: the first four fill the mailbox.
+#[test]
+fn frames_that_nobody_takes_stop_a_session_until_it_is_read_or_dropped() {
+    let steps = Arc::new(AtomicU64::new(0));
+    let counted = steps.clone();
+    let on_step = move |_, _: &[SessionId]| {
+        counted.fetch_add(1, Relaxed);
+        Ok(())
+    };
+    let engine = engine(Script { on_step: Box::new(on_step), ..Script::default() }, 4);
+    let Request::Diffusion(mut request) = clip(1) else { unreachable!("a clip") };
+    request.canvas = Canvas { width: 2048, height: 2048, num_frames: 13, fps: 8 };
+    for is_read in [true, false] {
+        steps.store(0, Relaxed);
+        let mut session = engine.submit("clips", ALONE, Request::Diffusion(request.clone())).expect("accepted");
+        let begun = Instant::now();
+        while steps.load(Relaxed) < 3 {
+            assert!(begun.elapsed() < Duration::from_secs(20));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(steps.load(Relaxed), 3, "encoding, denoising, one chunk");
+        if is_read {
+            let mut frames = 0;
+            while let Some(event) = session.blocking_recv() {
+                frames += if let Event::Frames(new) = &event { new.len() } else { 0 };
+            }
+            assert_eq!((frames, steps.load(Relaxed)), (13, 6));
+        }
+        drop(session);
+        while engine.status().models[0].live > 0 || engine.status().models[0].runner != RunnerStatus::default() {
+            assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", engine.status());
+            std::thread::yield_now();
+        }
+    }
 }
 
 #[test]

@@ -39,6 +39,8 @@ pub(super) enum Command {
     Submit(Order),
     /// Forget a session; it may have ended already.
     Cancel(SessionId),
+    /// The mailbox of a session was full and has room again; the session may have ended already.
+    Resume(SessionId),
     /// Cancel everything and end the thread.
     Stop,
 }
@@ -214,6 +216,7 @@ impl<C: Clock> DeviceWorker<C> {
         match command {
             Command::Submit(order) => self.submit(order),
             Command::Cancel(id) => self.cancel(id),
+            Command::Resume(id) => self.resume(id),
             Command::Stop => (),
         }
     }
@@ -408,7 +411,19 @@ impl<C: Clock> DeviceWorker<C> {
         } else if is_followed {
             live.mailbox.put(event);
         } else {
-            live.mailbox.post(event);
+            let mailbox = live.mailbox.clone();
+            mailbox.post(event);
+            // The reader may take it all before this line, and its command that there is room comes after it.
+            if mailbox.becomes_full() {
+                self.runners[live.model].pause(id);
+            }
+        }
+    }
+
+    /// There is room for frames of a session again.
+    fn resume(&mut self, id: SessionId) {
+        if let Some(live) = self.sessions.get(&id) {
+            self.runners[live.model].resume(id);
         }
     }
 

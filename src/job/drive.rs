@@ -63,7 +63,10 @@ impl Work {
     async fn follow(&mut self, mut session: Session) -> Result<FinishedClip, Failure> {
         while self.follow_part(&mut session).await? {
             match self.assembly.next_part() {
-                Some(request) => session = (self.begin)(request)?,
+                Some(request) => {
+                    self.encoder.rest();
+                    session = (self.begin)(request)?;
+                }
                 None => break,
             }
         }

@@ -1,12 +1,12 @@
 //! The encoding of one clip beside the device: a thread takes frames as they come and leaves files.
 //!
-//! Owns: the thread, how many frames and threads there may be, and that nothing stays of a clip that nobody owns. Does not
-//! know: sessions, the store of jobs.
+//! Owns: the thread, how many frames may wait for it and how many clips may be encoded, and that nothing stays of a clip that nobody
+//! owns. Does not know: sessions, the store of jobs.
 
 use std::path::{Path, PathBuf};
 
 use tale_models::request::Frame;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 
 use super::Job;
 use super::failure::Failure;
@@ -14,10 +14,11 @@ use super::files::{ClipFiles, StoredFile};
 use crate::media::{ClipEncoder, ClipSettings, MediaError, OpenClip, Readers, Stills, join, write_still};
 use crate::parameters::EffectiveParameters;
 
-/// Batches of frames that may wait for the encoder; more stay, joined, in the session's mailbox.
-const MAX_WAITING_BATCHES: usize = 2;
+/// Batches of frames, those of one step each, that may wait for the encoder; more stay in the session's mailbox.
+const MAX_WAITING_BATCHES: usize = 1;
 
-/// Most clips that are encoded at a time, each on a thread of its own; frames of others wait.
+/// Most clips that are encoded at a time, each on a thread of its own; frames of others wait. A clip whose next part has not
+/// begun is none of them: else all could wait for the memory of a session that waits for one of them to end.
 const MAX_ENCODERS: usize = 32;
 static ENCODERS: Semaphore = Semaphore::const_new(MAX_ENCODERS);
 
@@ -28,6 +29,8 @@ pub(super) struct Encoder {
     clip: oneshot::Receiver<Result<Option<FinishedClip>, MediaError>>,
     /// What the thread will do; `None` once it does.
     waiting: Option<Box<dyn FnOnce() + Send>>,
+    /// Among those that are encoded, while frames come.
+    place: Option<SemaphorePermit<'static>>,
 }
 
 /// A finished clip that another one goes on from.
@@ -77,21 +80,25 @@ impl Encoder {
             // A receiver that is gone drops the clip, and the file with it.
             drop(sender.send(encode(&path, batches, &settings, num_frames, before.as_ref())));
         };
-        Self { frames, clip, waiting: Some(Box::new(work)) }
+        Self { frames, clip, waiting: Some(Box::new(work)), place: None }
     }
 
-    /// Starts the thread, once there are fewer than [`MAX_ENCODERS`].
+    /// Takes a place, once fewer than [`MAX_ENCODERS`] are taken, and starts the thread where there is none yet.
     async fn begin(&mut self) {
+        if self.place.is_none() {
+            // The semaphore does not close.
+            self.place = ENCODERS.acquire().await.ok();
+        }
         let Some(work) = self.waiting.take() else { return };
-        // Neither the semaphore closes nor, where there is no thread, does the receiver hear anything but the end.
-        let Ok(permit) = ENCODERS.acquire().await else { return };
-        let work = move || {
-            let _permit = permit;
-            work();
-        };
+        // Where there is no thread, the receiver hears nothing but the end.
         if let Err(error) = std::thread::Builder::new().name("tale-clip".into()).spawn(work) {
             tracing::error!(%error, "a clip has no thread to be encoded on");
         }
+    }
+
+    /// No frames come for a while: others may take the place.
+    pub(super) fn rest(&mut self) {
+        self.place = None;
     }
 
     /// False when the encoder has ended already.

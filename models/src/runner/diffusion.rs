@@ -394,6 +394,19 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         self.forget(session);
     }
 
+    fn pause(&mut self, session: SessionId) {
+        if let Some(paused) = self.sessions.get_mut(&session) {
+            paused.is_paused = true;
+            self.batcher.remove(session);
+        }
+    }
+
+    fn resume(&mut self, session: SessionId) {
+        if self.sessions.get_mut(&session).is_some_and(|paused| std::mem::take(&mut paused.is_paused)) {
+            self.enqueue(session);
+        }
+    }
+
     fn next(&self) -> Option<StepPlan> {
         let batch = self.batcher.peek()?;
         Some(StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() })

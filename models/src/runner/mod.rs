@@ -54,6 +54,13 @@ pub trait Runner: Send {
     /// Forgets a session and frees what it holds. Unknown ids are ignored: the session may just have ended.
     fn cancel(&mut self, session: SessionId);
 
+    /// Leaves a session out of all steps until [`Runner::resume`]; it keeps what it holds. Called where the frames that it has
+    /// given have nowhere to go, so that a runner without frames is never asked. Unknown ids are ignored, as in `cancel`.
+    fn pause(&mut self, _session: SessionId) {}
+
+    /// Lets a paused session go on; nothing happens to another.
+    fn resume(&mut self, _session: SessionId) {}
+
     /// What the next call of `step` would do; `None` when there is nothing to do.
     fn next(&self) -> Option<StepPlan>;
 

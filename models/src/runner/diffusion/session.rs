@@ -27,6 +27,8 @@ pub(super) struct Session<M: DiffusionModel> {
     pub(super) client: ClientId,
     pub(super) request: DiffusionRequest,
     pub(super) started: bool,
+    /// Left out of steps, and of the queue for them.
+    pub(super) is_paused: bool,
     /// Guidance branches that go through the denoiser in one pass, as planned.
     pub(super) branches_at_once: usize,
     /// Predictions that came from caches, once denoising is done.
@@ -78,6 +80,7 @@ impl<M: DiffusionModel> Session<M> {
             client,
             request,
             started: false,
+            is_paused: false,
             branches_at_once,
             adapters: Held::new(),
             skipped_passes: 0,

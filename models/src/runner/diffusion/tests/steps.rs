@@ -41,6 +41,41 @@ fn tiles_are_steps_and_frames_come_last() {
     assert_empty(&runner);
 }
 
+/// Between two chunks, as where nobody takes its frames.
+#[test]
+fn a_paused_session_waits_while_others_go_on_and_makes_the_same_frames() {
+    let clip = |seed| with(request("one", seed), |request| request.canvas.num_frames = 4);
+    let expected = alone(clip(1));
+    for resumes in [true, false] {
+        let mut runner = DiffusionRunner::new(Toy::new(), 4);
+        submit(&mut runner, 1, clip(1));
+        let mut events = Vec::new();
+        while !events.iter().any(|event: &String| event.starts_with("frames")) {
+            events.extend(step(&mut runner).into_iter().map(|(_, event)| event));
+        }
+        runner.pause(SessionId(1));
+        runner.pause(SessionId(9));
+        assert_eq!(runner.next(), None);
+        submit(&mut runner, 2, clip(2));
+        while runner.next().is_some() {
+            assert!(step(&mut runner).iter().all(|(id, _)| *id == 2), "the first one is paused");
+        }
+        assert_eq!(runner.status().running, 1, "it keeps what it has");
+        match resumes {
+            true => {
+                [1, 1, 9].map(|id| runner.resume(SessionId(id)));
+                events.extend(run(&mut runner).remove(&1).expect("it goes on"));
+                assert_eq!(events, expected);
+            }
+            false => {
+                runner.cancel(SessionId(1));
+                runner.resume(SessionId(1));
+                assert_empty(&runner);
+            }
+        }
+    }
+}
+
 #[test]
 fn guidance_extrapolates_from_the_negative_prediction() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
