@@ -7,10 +7,11 @@
 //! the encoders decide), and muxers write no dates, versions or random ids.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::path::Path;
 
 use ffmpeg_next::codec::threading;
-use ffmpeg_next::{Dictionary, Packet, Rational, codec, color, encoder, format, frame};
+use ffmpeg_next::{Dictionary, Packet, Rational, codec, color, encoder, format};
 use tale_models::request::Frame;
 
 use self::rate::Rate;
@@ -73,7 +74,9 @@ impl ClipSettings {
         if file_frames > MAX_FILE_FRAMES {
             return bad(field, format!("makes a file of {file_frames} frames; at most {MAX_FILE_FRAMES}"));
         }
-        let gif_bytes = width.saturating_mul(height).saturating_mul(4 * file_frames);
+        // A frame that is shown again is kept once.
+        let kept_frames = file_frames.min(self.frames_before.saturating_add(num_frames));
+        let gif_bytes = width.saturating_mul(height).saturating_mul(4 * kept_frames);
         if is_gif && gif_bytes > MAX_GIF_BYTES {
             return bad(
                 field,
@@ -113,8 +116,11 @@ pub struct ClipEncoder {
     /// Of the clip: even where the format asks for it.
     coded_size: (usize, usize),
     rate: Rate,
-    /// Frames that went into the filters.
-    num_sent: usize,
+    /// Frames that went into the filters, and how often the file shows each that is still there.
+    num_filtered: usize,
+    shown: VecDeque<usize>,
+    /// Frames of the file: those that are due, and those that are encoded.
+    num_due: usize,
     num_encoded: usize,
     time_base: Rational,
     stream_time_base: Rational,
@@ -158,7 +164,9 @@ impl ClipEncoder {
             size: (width, height),
             coded_size,
             rate,
-            num_sent: 0,
+            num_filtered: 0,
+            shown: VecDeque::new(),
+            num_due: 0,
             num_encoded: 0,
             time_base: frame_duration(fps),
             stream_time_base,
@@ -176,27 +184,30 @@ impl ClipEncoder {
         if found != self.size {
             return Err(MediaError::FrameSize { expected: self.size, found });
         }
-        for _ in 0..self.rate.shown() {
-            let mut input = to_rgb24(frame, self.coded_size.0, self.coded_size.1);
-            input.set_pts(Some(self.num_sent as i64));
-            self.num_sent += 1;
-            self.filters.push(&input)?;
-            self.encode_filtered()?;
+        let shown = self.rate.shown();
+        if shown == 0 {
+            return Ok(());
         }
-        Ok(())
+        let mut input = to_rgb24(frame, self.coded_size.0, self.coded_size.1);
+        input.set_pts(Some(self.num_filtered as i64));
+        self.num_filtered += 1;
+        self.shown.push_back(shown);
+        self.num_due += shown;
+        self.filters.push(&input)?;
+        self.encode_filtered()
     }
 
     /// Writes what is still held back, closes the file and gives it its name.
     pub fn finish(mut self) -> Result<()> {
-        if self.num_sent == 0 {
+        if self.num_due == 0 {
             return Err(MediaError::Empty);
         }
         self.filters.flush()?;
         self.encode_filtered()?;
         self.encoder.send_eof().map_err(MediaError::ffmpeg("encode the last frames"))?;
         self.write_packets()?;
-        if self.num_encoded != self.num_sent {
-            return Err(MediaError::FrameCount { pushed: self.num_sent, encoded: self.num_encoded });
+        if self.num_encoded != self.num_due {
+            return Err(MediaError::FrameCount { pushed: self.num_due, encoded: self.num_encoded });
         }
         self.muxer.write_trailer().map_err(MediaError::ffmpeg("finish the file"))?;
         drop(self.muxer);
@@ -205,18 +216,17 @@ impl ClipEncoder {
 
     fn encode_filtered(&mut self) -> Result<()> {
         while let Some(mut frame) = self.filters.pull()? {
-            self.prepare(&mut frame);
-            self.encoder.send_frame(&frame).map_err(MediaError::ffmpeg("encode a frame"))?;
-            self.write_packets()?;
+            frame.set_kind(ffmpeg_next::picture::Type::None);
+            // Frames come out of the filters in order, one for one. One too many would be found at the end.
+            for _ in 0..self.shown.pop_front().unwrap_or(1) {
+                // Their number in the file is their time.
+                frame.set_pts(Some(self.num_encoded as i64));
+                self.num_encoded += 1;
+                self.encoder.send_frame(&frame).map_err(MediaError::ffmpeg("encode a frame"))?;
+                self.write_packets()?;
+            }
         }
         Ok(())
-    }
-
-    /// Frames come out of the filters in order, one for one, so that their number is their time.
-    fn prepare(&mut self, frame: &mut frame::Video) {
-        frame.set_pts(Some(self.num_encoded as i64));
-        frame.set_kind(ffmpeg_next::picture::Type::None);
-        self.num_encoded += 1;
     }
 
     fn write_packets(&mut self) -> Result<()> {

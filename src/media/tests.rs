@@ -272,6 +272,23 @@ fn another_rate_shows_frames_again_or_leaves_them_out_and_lasts_as_long() {
     }
 }
 
+/// A frame that is shown again is converted once; the file is the one that has it several times. A gif's palette is another,
+/// since it sees such a frame once.
+#[test]
+fn frames_shown_again_make_the_file_of_frames_sent_again() {
+    let dir = tempdir().unwrap();
+    let frames = gradients(64, 48, 6);
+    for format in [ClipFormat::Mp4, ClipFormat::Webm] {
+        let path = |name: &str| dir.path().join(name).with_extension(format.as_str());
+        let settings = ClipSettings::new(Encoding::usual(format), 8);
+        encode_as(&path("shown"), &ClipSettings { output_fps: Some(20), ..settings.clone() }, &frames);
+        let sent: Vec<Frame> = (0..15).map(|index| frames[index * 8 / 20].clone()).collect();
+        encode_as(&path("sent"), &ClipSettings { fps: 20, ..settings }, &sent);
+        let [shown, sent] = ["shown", "sent"].map(|name| std::fs::read(path(name)).unwrap());
+        assert!(shown == sent, "{format:?}: {} and {} bytes", shown.len(), sent.len());
+    }
+}
+
 #[test]
 fn a_clip_says_of_itself_what_it_was_told() {
     let dir = tempdir().unwrap();
