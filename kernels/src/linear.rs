@@ -18,7 +18,7 @@ use crate::work::{self, Work};
 mod launch;
 mod quantised;
 
-pub use quantised::{QuantisedMatrix, linear_quantised};
+pub use quantised::{QuantisedMatrix, embedding_quantised, linear_quantised};
 
 /// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`. On a
 /// GPU x has the dtype of the weight.

@@ -116,6 +116,29 @@ pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tens
     tensor(y, shape)
 }
 
+/// Rows `[l, in]` (f32) of `table [out, in]` by their ids `[l]` (u32). Of a table in host memory; a GPU's is dequantised when
+/// it is loaded.
+pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tensor> {
+    let (num, dim) = table.dims();
+    let len = ids.dims1()?;
+    if work::is_dry() {
+        return Tensor::zeros((len, dim), DType::F32, ids.device());
+    }
+    let ids = ids.contiguous()?;
+    let ids = View::contiguous("embedding", &ids)?;
+    let ids = ids.u32()?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= num) {
+        bail!("embedding: id {id} lies outside the table [{num}, {dim}]");
+    }
+    let (blocks, dtype) = (table.tensor.data()?, table.tensor.dtype());
+    let row_bytes = blocks.len() / num;
+    let mut rows = vec![0f32; len * dim];
+    for (row, id) in rows.chunks_exact_mut(dim).zip(ids) {
+        dequantise_row(dtype, &blocks[*id as usize * row_bytes..][..row_bytes], row);
+    }
+    tensor(rows, (len, dim))
+}
+
 /// `y [m, out] = x [m, in] · wᵀ`, some rows of `w` at a time.
 fn by_slabs(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
     let (out, inner) = weight.dims();
@@ -146,20 +169,24 @@ fn dequantise_rows(dtype: GgmlDType, blocks: &[u8], inner: usize, values: &mut [
         let blocks = &blocks[row * row_bytes..][..row_bytes];
         // SAFETY: every task has its own row.
         let values = unsafe { values.slice(row * inner, inner) };
-        match dtype {
-            GgmlDType::Q4_0 => to_float::<BlockQ4_0>(blocks, values),
-            GgmlDType::Q4_1 => to_float::<BlockQ4_1>(blocks, values),
-            GgmlDType::Q5_0 => to_float::<BlockQ5_0>(blocks, values),
-            GgmlDType::Q5_1 => to_float::<BlockQ5_1>(blocks, values),
-            GgmlDType::Q8_0 => to_float::<BlockQ8_0>(blocks, values),
-            GgmlDType::Q2K => to_float::<BlockQ2K>(blocks, values),
-            GgmlDType::Q3K => to_float::<BlockQ3K>(blocks, values),
-            GgmlDType::Q4K => to_float::<BlockQ4K>(blocks, values),
-            GgmlDType::Q5K => to_float::<BlockQ5K>(blocks, values),
-            GgmlDType::Q6K => to_float::<BlockQ6K>(blocks, values),
-            other => unreachable!("`new` refuses {other:?}: this is a bug"),
-        }
+        dequantise_row(dtype, blocks, values);
     });
+}
+
+fn dequantise_row(dtype: GgmlDType, blocks: &[u8], values: &mut [f32]) {
+    match dtype {
+        GgmlDType::Q4_0 => to_float::<BlockQ4_0>(blocks, values),
+        GgmlDType::Q4_1 => to_float::<BlockQ4_1>(blocks, values),
+        GgmlDType::Q5_0 => to_float::<BlockQ5_0>(blocks, values),
+        GgmlDType::Q5_1 => to_float::<BlockQ5_1>(blocks, values),
+        GgmlDType::Q8_0 => to_float::<BlockQ8_0>(blocks, values),
+        GgmlDType::Q2K => to_float::<BlockQ2K>(blocks, values),
+        GgmlDType::Q3K => to_float::<BlockQ3K>(blocks, values),
+        GgmlDType::Q4K => to_float::<BlockQ4K>(blocks, values),
+        GgmlDType::Q5K => to_float::<BlockQ5K>(blocks, values),
+        GgmlDType::Q6K => to_float::<BlockQ6K>(blocks, values),
+        other => unreachable!("`new` refuses {other:?}: this is a bug"),
+    }
 }
 
 fn to_float<B: GgmlType>(blocks: &[u8], values: &mut [f32]) {
@@ -172,8 +199,8 @@ fn to_float<B: GgmlType>(blocks: &[u8], values: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear;
     use crate::testing::{On, bits, for_each_device, random};
+    use crate::{embedding, linear};
 
     const TYPES: [GgmlDType; 10] = [
         GgmlDType::Q4_0,
@@ -204,6 +231,20 @@ mod tests {
                 let found = linear_quantised(&x, &weight, Some(&bias)).expect("computed");
                 assert_eq!(bits(&found), bits(&linear(&x, &dense, Some(&bias)).expect("computed")), "{dtype:?}");
             }
+        }
+    }
+
+    #[test]
+    fn rows_are_those_of_the_dequantised_table() {
+        for dtype in TYPES {
+            let table = quantised(dtype, 5, 256, &Device::Cpu);
+            let ids = Tensor::new(&[4u32, 0, 4], &Device::Cpu).expect("ids");
+            let dense = table.dequantise(DType::F32).expect("dequantised");
+            let found = embedding_quantised(&ids, &table).expect("looked up");
+            assert_eq!(bits(&found), bits(&embedding(&ids, &dense).expect("looked up")), "{dtype:?}");
+            let beyond = Tensor::new(&[5u32], &Device::Cpu).expect("ids");
+            let error = embedding_quantised(&beyond, &table).expect_err("no such row").to_string();
+            assert!(error.contains("id 5 lies outside the table [5, 256]"), "{error}");
         }
     }
 

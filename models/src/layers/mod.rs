@@ -75,24 +75,46 @@ impl Linear {
 /// A table of vectors, one per id.
 #[derive(Debug, Clone)]
 pub struct Embedding {
-    weight: Tensor,
+    vectors: Vectors,
     compute_dtype: DType,
+}
+
+#[derive(Debug, Clone)]
+enum Vectors {
+    Dense(Tensor),
+    /// As a file has them: on the CPU, which widens the rows that are asked for.
+    Blocks(Arc<projection::Blocks>),
 }
 
 impl Embedding {
     /// Tensor `weight [num, dim]`.
     pub fn load(weights: &Weights, num: usize, dim: usize) -> Result<Self> {
-        Ok(Self { weight: weights.matrix(num, dim, "weight")?, compute_dtype: weights.placement().compute_dtype })
+        let blocks = match weights.placement().is_gpu() {
+            true => None,
+            false => projection::Blocks::load(weights, num, dim)?,
+        };
+        let vectors = match blocks {
+            Some(blocks) => Vectors::Blocks(Arc::new(blocks)),
+            None => Vectors::Dense(weights.matrix(num, dim, "weight")?),
+        };
+        Ok(Self { vectors, compute_dtype: weights.placement().compute_dtype })
     }
 
     /// `ids [l]` (u32) to `[l, dim]` in the compute dtype, whatever the table's is.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(tale_kernels::embedding(ids, &self.weight)?.to_dtype(self.compute_dtype)?)
+        let vectors = match &self.vectors {
+            Vectors::Dense(table) => tale_kernels::embedding(ids, table)?,
+            Vectors::Blocks(table) => table.rows(ids)?,
+        };
+        Ok(vectors.to_dtype(self.compute_dtype)?)
     }
 
     /// The output projection that shares this table (tied embeddings).
     pub fn as_linear(&self) -> Linear {
-        Linear::new(self.weight.clone(), None)
+        match &self.vectors {
+            Vectors::Dense(table) => Linear::new(table.clone(), None),
+            Vectors::Blocks(table) => Linear { weight: table.clone(), bias: None, slot: None },
+        }
     }
 }
 

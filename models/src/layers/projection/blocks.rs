@@ -11,26 +11,49 @@ use crate::weights::{Stored, Weights};
 
 /// Tensor `weight [out, in]` where its rows come in blocks.
 pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -> Result<Option<Arc<dyn Projection>>> {
-    let Some(Stored::Blocks(dtype)) = weights.stored("weight") else { return Ok(None) };
-    if !in_features.is_multiple_of(dtype.block_size()) {
-        return Ok(None);
-    }
-    let placement = weights.placement();
-    weights.note_dequantised(placement.dequantised_bytes(out_features.saturating_mul(in_features)));
-    let matrix = weights.packed(&[out_features, in_features], "weight", move |bytes, device| {
-        Ok(QuantisedMatrix::new(bytes, dtype, (out_features, in_features), device)?)
-    })?;
-    Ok(Some(match matrix {
-        Some(matrix) => Arc::new(Blocks(matrix)),
-        None => Arc::new(Dense(weights.placeholder(&[out_features, in_features])?)),
-    }))
+    let blocks = Blocks::load(weights, out_features, in_features)?;
+    Ok(blocks.map(|blocks| Arc::new(blocks) as Arc<dyn Projection>))
 }
 
+/// A matrix in blocks, or what stands for it where weights are dry.
 #[derive(Debug)]
-struct Blocks(QuantisedMatrix);
+pub(in crate::layers) enum Blocks {
+    Read(QuantisedMatrix),
+    Dry(Dense),
+}
+
+impl Blocks {
+    /// Tensor `weight [rows, columns]`; `None` where its rows are no whole blocks.
+    pub(in crate::layers) fn load(weights: &Weights, rows: usize, columns: usize) -> Result<Option<Self>> {
+        let Some(Stored::Blocks(dtype)) = weights.stored("weight") else { return Ok(None) };
+        if !columns.is_multiple_of(dtype.block_size()) {
+            return Ok(None);
+        }
+        let placement = weights.placement();
+        weights.note_dequantised(placement.dequantised_bytes(rows.saturating_mul(columns)));
+        let matrix = weights.packed(&[rows, columns], "weight", move |bytes, device| {
+            Ok(QuantisedMatrix::new(bytes, dtype, (rows, columns), device)?)
+        })?;
+        Ok(Some(match matrix {
+            Some(matrix) => Self::Read(matrix),
+            None => Self::Dry(Dense(weights.placeholder(&[rows, columns])?)),
+        }))
+    }
+
+    /// The rows of these ids, `[l, columns]` in f32. Of a matrix in host memory.
+    pub(in crate::layers) fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Read(matrix) => tale_kernels::embedding_quantised(ids, matrix)?,
+            Self::Dry(Dense(table)) => tale_kernels::embedding(ids, table)?,
+        })
+    }
+}
 
 impl Projection for Blocks {
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        Ok(tale_kernels::linear_quantised(x, &self.0, bias)?)
+        match self {
+            Self::Read(matrix) => Ok(tale_kernels::linear_quantised(x, matrix, bias)?),
+            Self::Dry(dense) => dense.forward(x, bias),
+        }
     }
 }

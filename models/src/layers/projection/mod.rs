@@ -15,6 +15,7 @@ use crate::weights::Weights;
 mod blocks;
 mod dense;
 
+pub(super) use blocks::Blocks;
 pub(super) use dense::Dense;
 
 /// A matrix `[out, in]`.
