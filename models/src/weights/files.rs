@@ -84,8 +84,7 @@ fn read_tensors(path: &Path, mmap: &Mmap, file: usize) -> Result<Vec<(String, Lo
     if !mmap.starts_with(gguf::MAGIC) {
         return read_header(path, mmap, file);
     }
-    let header = gguf::read_header(path, mmap)?;
-    Ok(header.tensors.into_iter().map(|(name, located)| (name, Located { file, ..located })).collect())
+    Ok(gguf::read_header(path, mmap, file)?.tensors)
 }
 
 /// The weight files of a folder and, for a sharded set, its index (else empty); a file is its own.

@@ -33,7 +33,7 @@ const MAX_VALUES: usize = 8 << 20;
 /// than there is memory, and all of it one text.
 const MAX_HEADER_BYTES: usize = 128 << 20;
 /// Most tensors; the largest published files have some thousand.
-const MAX_TENSORS: usize = 1 << 20;
+pub(super) const MAX_TENSORS: usize = 1 << 20;
 /// Least bytes of a metadata entry (length of its key, type, a value), of a tensor's (length of its name, number of
 /// dimensions, type, offset) and of a value in a list.
 const MIN_ENTRY_BYTES: usize = 13;
@@ -57,15 +57,44 @@ const TYPES: [(u32, Stored); 13] = [
     (30, Stored::Plain(Dtype::BF16)),
 ];
 
+/// Types that are not read, by their numbers, for messages. Source: gguf-py `constants.py`, `GGMLQuantizationType`.
+const UNREAD_TYPES: [(u32, &str); 21] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (41, "Q1_0"),
+];
+
 /// What a header says.
 pub(super) struct Header {
     pub metadata: Metadata,
     pub tensors: Vec<(String, Located)>,
 }
 
-/// Reads and checks the header of the file at `path`, which is mapped as `bytes`.
-pub(super) fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
-    read(bytes).map_err(|problem| Error::checkpoint(path, format!("is not a sound GGUF file: {problem}")))
+/// Reads and checks the header of the file at `path`, which is mapped as `bytes`; `file` is its position among the
+/// component's files.
+pub(super) fn read_header(path: &Path, bytes: &[u8], file: usize) -> Result<Header> {
+    let unsound = |problem| Error::checkpoint(path, format!("is not a sound GGUF file: {problem}"));
+    let mut header = read(bytes).map_err(unsound)?;
+    header.tensors.iter_mut().for_each(|(_, located)| located.file = file);
+    Ok(header)
 }
 
 type Checked<T> = Result<T, String>;
@@ -83,8 +112,15 @@ fn read(bytes: &[u8]) -> Checked<Header> {
         return Err(format!("it claims {num_tensors} tensors; at most {MAX_TENSORS}"));
     }
     let num_entries = reader.count(MIN_ENTRY_BYTES, "metadata entries")?;
-    let entry = |_| Ok((reader.string()?.to_owned(), reader.value()?));
-    let metadata: Metadata = (0..num_entries).map(entry).collect::<Checked<_>>()?;
+    let mut metadata = Metadata::new();
+    for _ in 0..num_entries {
+        let key = reader.string()?.to_owned();
+        if metadata.contains_key(&key) {
+            return Err(format!("its metadata has `{key}` twice"));
+        }
+        let value = reader.value()?;
+        metadata.insert(key, value);
+    }
     let alignment = metadata.get("general.alignment").and_then(MetadataValue::as_integer);
     let alignment = alignment.map_or(DEFAULT_ALIGNMENT, |bytes| usize::try_from(bytes).unwrap_or(0));
     if !alignment.is_power_of_two() || alignment < 8 {
@@ -295,7 +331,9 @@ impl<'a> Reader<'a> {
         let number = self.u32()?;
         let stored = TYPES.iter().find(|(known, _)| *known == number).map(|(_, stored)| *stored).ok_or_else(|| {
             let known = TYPES.map(|(_, stored)| stored.to_string()).join(", ");
-            format!("tensor `{name}` has type {number} of ggml; read are {known}")
+            let called = UNREAD_TYPES.iter().find(|(unread, _)| *unread == number).map(|(_, called)| *called);
+            let found = called.map_or_else(|| format!("type {number} of ggml"), |called| format!("type {called}"));
+            format!("tensor `{name}` has {found}; read are {known}")
         })?;
         Ok(Claim { name, dimensions, stored, offset: self.size()? })
     }

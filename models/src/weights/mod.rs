@@ -1,7 +1,7 @@
 //! Tensors of a checkpoint component by name: memory-mapped files, checked before use, copied once.
 //!
 //! Owns: the view by name (`files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
-//! of a file that holds several, `mapped` copies tensors out of them, `float8` and `scales` know those of eight bits,
+//! of a file that holds several, `split` finds the parts of one, `mapped` copies tensors out of them, `float8` and `scales` know those of eight bits,
 //! `qweights` those of safetensors files that are quantised, `dummy` makes random ones where there are no files, `record` keeps what was used). Does not know: any architecture, how
 //! a packed matrix is multiplied with. A *dry* view answers every request with a tensor that takes no memory and records
 //! what is missing, so that `tale inspect` runs the very code that loads.
@@ -36,11 +36,12 @@ mod qweights;
 mod record;
 mod scales;
 pub mod single;
+mod split;
 mod stored;
 mod ties;
 
 pub use self::ahead::Ahead;
-pub use self::metadata::MetadataValue;
+pub use self::metadata::{Metadata, MetadataValue};
 pub use self::record::WeightsReport;
 pub use self::stored::Stored;
 pub use self::ties::Tie;
@@ -192,6 +193,20 @@ impl Weights {
         self.load(&[rows, cols], name, Placement::matrix_dtype)
     }
 
+    /// Says what is wrong with a tensor.
+    pub fn error(&self, name: &str, problem: impl std::fmt::Display) -> Error {
+        Error::checkpoint(&self.source.root, format!("tensor `{}` {problem}", self.place(&self.full_name(name)).name))
+    }
+
+    /// The values of a tensor as they are published, in host memory, for what is computed there. Of a dry view `None`.
+    pub fn values(&self, shape: &[usize], name: &str) -> Result<Option<Vec<f32>>> {
+        let tensor = self.computing_in(DType::F32).get(shape, name)?;
+        if self.source.dry {
+            return Ok(None);
+        }
+        Ok(Some(tensor.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?))
+    }
+
     /// What `read` makes, on the device, of a tensor's bytes as the files keep them, whatever they mean: integers, blocks
     /// of quantised values. `shape` is that of the tensor in the files. Of a dry view `None`.
     pub fn packed<T: Send + 'static>(
@@ -263,14 +278,14 @@ impl Weights {
         let is_left = |name: &&String| name.starts_with(&files.beginning) && !record.used.contains(*name);
         let left: Vec<&String> = files.tensors.keys().filter(is_left).collect();
         match left.first() {
-            Some(first) if files.must_fit => Err(Error::checkpoint(
-                &self.source.root,
-                format!(
-                    "has {} tensors, such as `{first}`, that the network of {} has not: another base is needed",
-                    left.len(),
-                    config.display()
-                ),
-            )),
+            Some(first) if files.must_fit => {
+                let network = match config == self.source.root {
+                    true => "that the network of its own metadata has not".to_owned(),
+                    false => format!("that the network of {} has not: another base is needed", config.display()),
+                };
+                let problem = format!("has {} tensors, such as `{first}`, {network}", left.len());
+                Err(Error::checkpoint(&self.source.root, problem))
+            }
             _ => Ok(()),
         }
     }

@@ -13,9 +13,11 @@ use super::mapped::{Files, Located};
 use super::metadata::{Metadata, MetadataValue};
 use super::qweights::take_blocks;
 use super::scales::take_scales;
+use super::split::Split;
 use super::{Origin, Source, Weights, files, gguf};
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::files::is_present;
 
 /// A safetensors or GGUF file, mapped and checked. Cheap to clone.
 #[derive(Clone)]
@@ -49,23 +51,47 @@ impl std::fmt::Debug for WeightFile {
 }
 
 impl WeightFile {
-    /// Maps the file and checks its header. What kind of file it is is told by its content.
+    /// Maps the file and checks its header. What kind of file it is is told by its content. Of a GGUF file that is the first
+    /// of several parts the others are opened too.
     pub fn open(path: &Path) -> Result<Self> {
-        let mmap = crate::files::map(path)?;
-        let (format, tensors, metadata) = if mmap.starts_with(gguf::MAGIC) {
-            let header = gguf::read_header(path, &mmap)?;
-            (Format::Gguf, header.tensors, header.metadata)
-        } else if looks_like_safetensors(&mmap) {
-            (Format::Safetensors, files::read_header(path, &mmap, 0)?, files::read_metadata(&mmap))
-        } else if looks_like_pickle(&mmap) {
-            let problem =
-                "is a pickle (.ckpt, .pt, .bin), which can run code when read; only safetensors and GGUF files are";
-            return Err(Error::checkpoint(path, problem));
-        } else {
-            return Err(Error::checkpoint(path, "is not a checkpoint: neither a safetensors nor a GGUF file"));
+        let mut parts = vec![Part::open(path, 0)?];
+        let split = match parts[0].format {
+            Format::Gguf => Split::of(path, &parts[0].metadata)?,
+            Format::Safetensors => None,
         };
-        let files = vec![(path.to_owned(), mmap)];
-        let mut tensors = tensors.into_iter().collect();
+        let others = split.map_or(Ok(Vec::new()), |split| split.others(path))?;
+        for (number, other) in (1..).zip(&others) {
+            if !is_present(other) {
+                let problem =
+                    format!("this part is missing; {} says that there are {}", path.display(), others.len() + 1);
+                return Err(Error::checkpoint(other, problem));
+            }
+            parts.push(Part::open(other, number)?);
+            split.map_or(Ok(()), |split| split.check_part(number, other, &parts[number].metadata))?;
+        }
+        let whole = Self::of_parts(path, parts)?;
+        split.map_or(Ok(()), |split| split.check_whole(path, &whole.tensors))?;
+        Ok(whole)
+    }
+
+    fn of_parts(path: &Path, parts: Vec<Part>) -> Result<Self> {
+        let mut metadata = None;
+        let mut format = Format::Safetensors;
+        let mut files = Vec::with_capacity(parts.len());
+        let mut tensors = BTreeMap::new();
+        for part in parts {
+            for (name, located) in part.tensors {
+                if tensors.contains_key(&name) {
+                    return Err(Error::checkpoint(part.path, format!("tensor `{name}` is in a part before it too")));
+                }
+                tensors.insert(name, located);
+            }
+            files.push((part.path, part.mmap));
+            // The first part says what the whole is.
+            if metadata.is_none() {
+                (metadata, format) = (Some(part.metadata), part.format);
+            }
+        }
         take_blocks(&files, &mut tensors)?;
         take_scales(&files, &mut tensors)?;
         Ok(Self {
@@ -73,7 +99,7 @@ impl WeightFile {
             files: Arc::new(files),
             tensors: Arc::new(tensors),
             format,
-            metadata: Arc::new(metadata),
+            metadata: Arc::new(metadata.unwrap_or_default()),
         })
     }
 
@@ -93,9 +119,19 @@ impl WeightFile {
         self.metadata.get(key)
     }
 
+    /// All that the header says beside its tensors.
+    pub fn all_metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
     /// Whether it holds a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// Shape of a tensor, outermost dimension first, if it holds it.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.tensors.get(name).map(|located| located.shape.as_slice())
     }
 
     /// Names of all tensors, in order.
@@ -125,6 +161,35 @@ impl WeightFile {
             must_fit: part.must_fit,
         };
         Weights::over(Source::new(&self.path, Origin::Files(files), dry), placement)
+    }
+}
+
+/// One file, mapped and checked.
+struct Part {
+    path: PathBuf,
+    mmap: Mmap,
+    format: Format,
+    tensors: Vec<(String, Located)>,
+    metadata: Metadata,
+}
+
+impl Part {
+    /// `number` is its place among the files of the whole.
+    fn open(path: &Path, number: usize) -> Result<Self> {
+        let mmap = crate::files::map(path)?;
+        let (format, tensors, metadata) = if mmap.starts_with(gguf::MAGIC) {
+            let header = gguf::read_header(path, &mmap, number)?;
+            (Format::Gguf, header.tensors, header.metadata)
+        } else if looks_like_safetensors(&mmap) {
+            (Format::Safetensors, files::read_header(path, &mmap, number)?, files::read_metadata(&mmap))
+        } else if looks_like_pickle(&mmap) {
+            let problem =
+                "is a pickle (.ckpt, .pt, .bin), which can run code when read; only safetensors and GGUF files are";
+            return Err(Error::checkpoint(path, problem));
+        } else {
+            return Err(Error::checkpoint(path, "is not a checkpoint: neither a safetensors nor a GGUF file"));
+        };
+        Ok(Self { path: path.to_owned(), mmap, format, tensors, metadata })
     }
 }
 
