@@ -182,10 +182,11 @@ impl std::fmt::Debug for SingleFile {
 }
 
 impl SingleFile {
-    /// Opens the file at `path` and recognises it by the names of its tensors.
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = WeightFile::open(path)?;
-        check_architecture(&file)?;
+    /// Recognises the file by the names of its tensors. `others`: architectures of GGUF files that are read elsewhere, for
+    /// messages.
+    pub fn recognised(file: WeightFile, others: impl Iterator<Item = &'static str>) -> Result<Self> {
+        check_architecture(&file, others)?;
+        let path = file.path().to_owned();
         let found = KINDS.iter().find_map(|kind| Some((kind, kind.beginning(&file)?)));
         let Some((kind, beginning)) = found else { return Err(unknown(&file)) };
         if let Some(marker) = FOREIGN_SCHEDULES.iter().find(|marker| file.contains(marker)) {
@@ -348,10 +349,11 @@ fn part(beginning: &str) -> PartOfFile {
 }
 
 /// Refuses GGUF files that say to be of no kind that is read.
-fn check_architecture(file: &WeightFile) -> Result<()> {
+fn check_architecture(file: &WeightFile, others: impl Iterator<Item = &'static str>) -> Result<()> {
     let read: BTreeSet<&str> = KINDS.iter().flat_map(|kind| kind.architectures).copied().collect();
     match file.architecture() {
         Some(other) if !read.contains(other) => {
+            let read: BTreeSet<&str> = read.into_iter().chain(others).collect();
             let read = read.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
             let problem = format!("is a GGUF file of architecture `{other}`; read are those of {read}");
             Err(Error::checkpoint(file.path(), problem))

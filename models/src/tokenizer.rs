@@ -1,7 +1,7 @@
 //! Tokenizers exactly as published.
 //!
 //! Owns: finding a tokenizer in a folder, text to ids and back, the length that an encoder wants, the memory and time that
-//! a long text may take. The submodules build what folders without `tokenizer.json` only imply. Deliberately does not
+//! a long text may take. The submodules build what folders without `tokenizer.json`, and GGUF files, only imply. Deliberately does not
 //! know: chat templates, models, streaming.
 
 use std::fmt;
@@ -18,6 +18,7 @@ use crate::unpanicked::unpanicked;
 pub mod bytes;
 mod character_map;
 pub(crate) mod config;
+pub(crate) mod ggml;
 mod least;
 mod outline;
 mod pieces;
@@ -25,6 +26,7 @@ mod sentencepiece;
 mod vocab_merges;
 
 use config::TokenizerConfig;
+use ggml::Vocabulary;
 use least::LeastTokens;
 use pieces::Cutter;
 
@@ -99,13 +101,24 @@ impl Tokenizer {
             Ok(loaded)
         });
         let loaded = loaded.unwrap_or_else(|said| Err(damaged(dir, said)))?;
-        let Loaded { mut tokenizer, special, path, highest_model_id } = loaded;
         let splits_special = config.get("split_special_tokens").and_then(serde_json::Value::as_bool);
-        tokenizer.set_encode_special_tokens(splits_special.unwrap_or(false));
+        Self::of(loaded, splits_special.unwrap_or(false))
+    }
+
+    /// From the vocabulary inside the GGUF file at `path`.
+    pub(crate) fn from_vocabulary(path: &Path, vocabulary: &Vocabulary) -> Result<Self> {
+        let loaded = unpanicked(|| ggml::load(path, vocabulary));
+        Self::of(loaded.unwrap_or_else(|said| Err(damaged(path, said)))?, false)
+    }
+
+    /// `splits_special`: whether special tokens in text are text like any other.
+    fn of(loaded: Loaded, splits_special: bool) -> Result<Self> {
+        let Loaded { mut tokenizer, special, path, highest_model_id } = loaded;
+        tokenizer.set_encode_special_tokens(splits_special);
         // Some published files cut and pad by themselves; here lengths belong to the caller.
         let own_pad_id = tokenizer.get_padding().map(|padding| padding.pad_id);
         tokenizer.with_padding(None);
-        tokenizer.with_truncation(None).map_err(|e| Error::checkpoint(dir, e))?;
+        tokenizer.with_truncation(None).map_err(|e| Error::checkpoint(&path, e))?;
         let id = |name| special.get(name).and_then(|token| tokenizer.token_to_id(&token.content));
         let (pad_token_id, eos_token_id) = (id("pad_token").or(own_pad_id), id("eos_token"));
         let word_suffix = word_suffix(&tokenizer);

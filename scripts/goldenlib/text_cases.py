@@ -197,10 +197,10 @@ WEIGHTS = [
 ]
 
 
-def greedy(model, prompt):
-    """48 tokens after `prompt`, never stopping, and how far the best logit led at each."""
+def greedy(model, prompt, length=GREEDY_TOKENS):
+    """`length` tokens after `prompt`, never stopping, and how far the best logit led at each."""
     ids, past, tokens, margins = torch.tensor([prompt]), None, [], []
-    for _ in range(GREEDY_TOKENS):
+    for _ in range(length):
         answer = model(ids, past_key_values=past, use_cache=True)
         past, best = answer.past_key_values, answer.logits[0, -1].topk(2)
         margins.append(best.values[0] - best.values[1])

@@ -26,10 +26,14 @@ CHECKPOINTS = [
     "wan-b",
     "edits/sdxl-refiner",
 ]
-TEXT_CHECKPOINTS = ("llama", "qwen2")
+TEXT_CHECKPOINTS = ("llama", "qwen2", "language-gguf")
 # A GGUF transformer over the other parts of flux-schnell.
 GGUF = "single-files"
 GGUF_FILE = "transformer.gguf"
+# A language model in one GGUF file, and how much of it is header.
+LANGUAGE_GGUF = "language-gguf/qwen2-yarn"
+LANGUAGE_GGUF_FILE = "model.gguf"
+LANGUAGE_GGUF_HEADER = 15 << 10
 # Bytes of a sparse file that stands for one that is far too large; it takes no place on the disk.
 HUGE_BYTES = 64 << 30
 # A list or object of more children is damaged at a few of them only.
@@ -91,6 +95,9 @@ def copied(goldens: Path, checkpoint: str, folder: Path) -> Path:
     """A copy of links, as the cache of the Hugging Face hub has them, and the path that is given to `tale`."""
     if checkpoint == GGUF:
         return copied_gguf(goldens, folder)
+    if checkpoint == LANGUAGE_GGUF:
+        (folder / LANGUAGE_GGUF_FILE).symlink_to(goldens / LANGUAGE_GGUF / LANGUAGE_GGUF_FILE)
+        return folder / LANGUAGE_GGUF_FILE
     link_tree(goldens / checkpoint / "checkpoint", folder)
     return folder
 
@@ -230,9 +237,9 @@ FILE_DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 def random_damages(goldens: Path, rng: random.Random, count: int) -> Iterator[Damage]:
     for _ in range(count):
-        checkpoint = rng.choice([*CHECKPOINTS, GGUF])
-        damage = random_value(goldens, checkpoint, rng) if rng.random() < 0.65 else random_file(goldens, checkpoint, rng)
-        yield damage
+        checkpoint = rng.choice([*CHECKPOINTS, GGUF, LANGUAGE_GGUF])
+        has_values = checkpoint != LANGUAGE_GGUF and rng.random() < 0.65
+        yield random_value(goldens, checkpoint, rng) if has_values else random_file(goldens, checkpoint, rng)
 
 
 def random_value(goldens: Path, checkpoint: str, rng: random.Random) -> Damage:
@@ -257,6 +264,12 @@ def random_file(goldens: Path, checkpoint: str, rng: random.Random) -> Damage:
     files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     if checkpoint == GGUF:
         files = [Path(GGUF_FILE)]
+    if checkpoint == LANGUAGE_GGUF:
+        files = [Path(LANGUAGE_GGUF_FILE)]
+        if rng.random() < 0.7:
+            seed = rng.random()
+            flipped = lambda folder: flip(folder / LANGUAGE_GGUF_FILE, random.Random(seed), LANGUAGE_GGUF_HEADER)
+            return Damage(f"{LANGUAGE_GGUF_FILE} header flipped", checkpoint, flipped)
     file, (name, damage), seed = rng.choice(files), rng.choice(list(FILE_DAMAGES.items())), rng.random()
     return Damage(f"{file} {name}", checkpoint, lambda folder: damage(folder / file, random.Random(seed)))
 

@@ -19,6 +19,7 @@ use serde::Deserialize;
 
 use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
+use crate::files::Limit;
 use crate::tokenizer::config::TokenizerConfig;
 
 mod budget;
@@ -69,7 +70,17 @@ impl ChatTemplate {
     pub fn from_dir(dir: &Path) -> Result<Option<Self>> {
         let Some((path, source)) = find(dir)? else { return Ok(None) };
         let special_tokens = TokenizerConfig::read(dir)?.spellings();
-        Self::load(&source, special_tokens).map(Some).map_err(|problem| Error::checkpoint(path, problem))
+        Self::of_source(&path, &source, special_tokens).map(Some)
+    }
+
+    /// The template `source` of the file at `path`, with the spellings of the special tokens that it may name.
+    pub(crate) fn of_source(path: &Path, source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
+        let limit = Limit::CONFIG.bytes();
+        if source.len() as u64 > limit {
+            let problem = format!("its chat template has {} bytes; at most {limit}", source.len());
+            return Err(Error::checkpoint(path, problem));
+        }
+        Self::load(source, special_tokens).map_err(|problem| Error::checkpoint(path, problem))
     }
 
     fn load(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::gguf::GgufModel;
 use super::over_base::OverBase;
 use super::random::RandomWeights;
 use super::remembered::{Remembered, Tokenizers};
 use super::{CONFIG, Checkpoint, Component, Folder, LoadFormat, MODEL_INDEX};
 use crate::error::{Error, Result};
 use crate::source::ModelSource;
+use crate::weights::single::WeightFile;
 
 /// A checkpoint, recognised but not loaded. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -56,9 +58,18 @@ impl Manifest {
         Self::of(Arc::new(Folder::new(path)))
     }
 
-    /// Of the single file at `path`, with the pipeline of its base.
+    /// Of the single file at `path`: a whole language model, or some of a pipeline, with the rest from its base.
     fn read_file(path: &Path, base: Option<PathBuf>) -> Result<Self> {
-        let over_base = Arc::new(OverBase::open(path, base)?);
+        let file = WeightFile::open(path)?;
+        if GgufModel::is_one(&file) {
+            return match base {
+                Some(base) => {
+                    Err(Error::checkpoint(base, format!("is no base: {} has all of a model", path.display())))
+                }
+                None => Self::of(Arc::new(GgufModel::new(file)?)),
+            };
+        }
+        let over_base = Arc::new(OverBase::new(file, base)?);
         let manifest = Self { layout: Arc::new(read_model_index(&*over_base)?), checkpoint: over_base.clone() };
         over_base.check_base(manifest.architecture())?;
         Ok(manifest)

@@ -1,6 +1,6 @@
 //! A checkpoint, whatever files it is made of, and the way to its weights.
 //!
-//! Owns: what can be asked of a checkpoint ([`Checkpoint`]; `folder`, `over_base` and `random` answer), which family's it is
+//! Owns: what can be asked of a checkpoint ([`Checkpoint`]; `folder`, `gguf`, `over_base` and `random` answer), which family's it is
 //! ([`Manifest`]), opening the weights of each component as a model is built (`open`), now or once more later (`reread`).
 //! Does not know: families, runners. A new kind of checkpoint is one file here, and a line in `manifest.rs` that
 //! recognises it.
@@ -18,6 +18,7 @@ use crate::weights::Weights;
 
 mod component;
 mod folder;
+mod gguf;
 mod manifest;
 mod open;
 mod over_base;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::gguf::GgufModel;
 use super::{Checkpoint, Folder, Mode};
 use crate::chat_template::ChatTemplate;
 use crate::device::Placement;
@@ -11,6 +12,7 @@ use crate::error::Result;
 use crate::single_file::SingleFile;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
+use crate::weights::single::WeightFile;
 
 /// A file with some components' weights, and a folder in diffusers' layout.
 #[derive(Debug)]
@@ -20,9 +22,9 @@ pub(super) struct OverBase {
 }
 
 impl OverBase {
-    /// The file at `path` over `base`, or the folder that it lies in.
-    pub(super) fn open(path: &Path, base: Option<PathBuf>) -> Result<Self> {
-        let file = SingleFile::open(path)?;
+    /// The file over `base`, or the folder that it lies in.
+    pub(super) fn new(file: WeightFile, base: Option<PathBuf>) -> Result<Self> {
+        let file = SingleFile::recognised(file, GgufModel::architectures())?;
         let base = Folder::new(file.base(base)?);
         Ok(Self { file, base })
     }

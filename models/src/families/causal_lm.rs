@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
-use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, PreparedInput};
+use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, LlamaGgufNames, PreparedInput};
 use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
@@ -22,17 +22,28 @@ use crate::weights::{Tie, Weights};
 /// The file with the ways in which a model's author generates.
 const GENERATION_CONFIG: &str = "generation_config.json";
 
+/// Divisors of the rotation's frequencies, of which llama.cpp's converter makes a tensor (Llama 3.1 and later).
+const ROPE_FREQS: &str = "rope_freqs.weight";
+
 /// A decoder whose last hidden states are projected to logits.
 #[derive(Debug)]
 pub struct DecoderLm {
     decoder: Decoder,
     lm_head: Linear,
+    /// Whether it computes by nothing but launches.
+    is_recordable: bool,
 }
 
 impl DecoderLm {
-    /// Tensors `model.*` and `lm_head.weight`. Where the configuration ties the embeddings, the head may be absent or
-    /// take the embeddings' place; where it is there and differs from them, it is used all the same.
-    pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
+    /// Tensors `model.*` and `lm_head.weight`, or those of llama.cpp's names. Where the configuration ties the embeddings, the
+    /// head may be absent or take the embeddings' place; where it is there and differs from them, it is used all the same.
+    pub fn load(weights: &Weights, mut config: DecoderConfig) -> Result<Self> {
+        let weights = &weights.clone().or_named(LlamaGgufNames::new(&config));
+        if weights.contains(ROPE_FREQS)
+            && let Some(divisors) = weights.values(&[config.head_dim / 2], ROPE_FREQS)?
+        {
+            config.rope = config.rope.divided_by(&divisors).map_err(|problem| weights.error(ROPE_FREQS, problem))?;
+        }
         let (model, head) = (weights.pp("model"), weights.pp("lm_head"));
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
         let tie = match config.tie_word_embeddings {
@@ -47,7 +58,9 @@ impl DecoderLm {
             Tie::One | Tie::OneUnderSecond => decoder.tied_head(),
             Tie::Two => Linear::load_no_bias(&head, hidden_size, vocab_size)?,
         };
-        Ok(Self { decoder, lm_head })
+        // A GPU dequantises blocks by candle's kernels, which are in no recording.
+        let is_recordable = weights.dequantised_bytes() == 0;
+        Ok(Self { decoder, lm_head, is_recordable })
     }
 
     /// What gives the hidden states.
@@ -72,6 +85,10 @@ impl CausalLm for DecoderLm {
 
     fn kv_shape(&self) -> KvShape {
         self.decoder.config().kv_shape()
+    }
+
+    fn is_recordable(&self) -> bool {
+        self.is_recordable
     }
 
     fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
@@ -212,7 +229,7 @@ fn eos_token_ids(
 mod tests {
     use super::*;
     use crate::checkpoint::Folder;
-    use crate::layers::decoder::Biases;
+    use crate::layers::decoder::{Biases, GgufRows};
 
     const CLASS: ConfigClass = ConfigClass {
         vocab_size: 1,
@@ -225,6 +242,7 @@ mod tests {
         eos_token_id: Some(2),
         biases: Biases::AsStated,
         knows_windows: false,
+        gguf_rows: GgufRows::AsPublished,
     };
 
     const VOCAB_SIZE: usize = 10;

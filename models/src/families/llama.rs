@@ -5,7 +5,7 @@ use crate::config::Fields;
 use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
-use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig};
+use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig, GgufRows};
 
 /// Llama 3.x.
 pub struct Llama;
@@ -22,6 +22,7 @@ const CLASS: ConfigClass = ConfigClass {
     eos_token_id: Some(2),
     biases: Biases::AsStated,
     knows_windows: false,
+    gguf_rows: GgufRows::AlternatingHalves,
 };
 
 impl Family for Llama {

@@ -5,7 +5,7 @@ use crate::checkpoint::{CONFIG, Manifest, OpenWeights};
 use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
-use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig};
+use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig, GgufRows};
 
 /// Qwen 2.5.
 pub struct Qwen2;
@@ -22,6 +22,7 @@ const CLASS: ConfigClass = ConfigClass {
     eos_token_id: None,
     biases: Biases::QueriesKeysValues,
     knows_windows: true,
+    gguf_rows: GgufRows::AsPublished,
 };
 
 impl Family for Qwen2 {

@@ -26,7 +26,7 @@ mod rows;
 pub(crate) use config::testing;
 pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use dense::DenseInput;
-pub use gguf::LlamaGgufNames;
+pub use gguf::{GgufRows, LlamaGgufNames};
 pub use rows::{DecoderInput, PreparedInput};
 
 /// The layers between tokens and a head: embedding, blocks, final norm.

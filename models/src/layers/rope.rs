@@ -126,6 +126,17 @@ impl Rope {
         Self { inv_freq, attention_factor: 1.0, extended_positions: 0 }
     }
 
+    /// The same with each pair's frequency divided by a number of its own (`freq_factors` of llama.cpp's `ggml_rope_ext`). The
+    /// error says which number is none to divide by.
+    pub fn divided_by(mut self, divisors: &[f32]) -> std::result::Result<Self, String> {
+        let allowed = 1.0 / MAX_FACTOR..=MAX_FACTOR;
+        if let Some(wrong) = divisors.iter().find(|divisor| !allowed.contains(&f64::from(**divisor))) {
+            return Err(format!("has the value {wrong}; allowed: 1/{MAX_FACTOR} to {MAX_FACTOR}"));
+        }
+        self.inv_freq.iter_mut().zip(divisors).for_each(|(frequency, divisor)| *frequency /= divisor);
+        Ok(self)
+    }
+
     /// Positions that the model is made for. Checkpoints with yarn may state the context before the extension as
     /// `max_position_embeddings` (Qwen2.5's instructions do), so theirs is `factor` times the original one if larger.
     pub fn context_len(&self, max_position_embeddings: usize) -> usize {

@@ -82,7 +82,7 @@ enum End {
 impl<M: CausalLm> TextRunner<M> {
     /// An idle runner whose sessions share `caches`, and prompts in them as `prefix_cache` says.
     pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits, prefix_cache: PrefixCache) -> Self {
-        let recordings = recordings(&caches);
+        let recordings = recordings(&caches).filter(|_| model.network.is_recordable());
         // The last block fills recorded steps up.
         let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
         let max_context = model.network.context_len().min(num_blocks * BLOCK_SIZE);

@@ -16,7 +16,7 @@ use super::vocab_merges::{CLIP_WORDS, QWEN2_WORDS};
 use super::{json_of, may_be_white_space};
 
 /// Llama 3's splits; Qwen2's take digits one by one.
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Expressions that can be cut, beside the one of GPT-2, which the `tokenizers` crate has built in.
 const SPLITS: [&str; 2] = [LLAMA3_WORDS, QWEN2_WORDS];
 
@@ -125,6 +125,8 @@ fn splitting(part: &Value, is_first: bool) -> Option<Places> {
             // Absent is true.
             Some(Places { at_line_feeds, are_boundaries: part["use_regex"] != false, ..ALL })
         }
+        // Digits alone, of which no place is one; what lies between them is split as if they were not there.
+        "Digits" => Some(ALL),
         "Split" => {
             let expression = part["pattern"]["Regex"].as_str()?;
             let is_plain = part["behavior"] == "Isolated" && part["invert"] == false;

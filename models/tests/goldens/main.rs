@@ -25,6 +25,7 @@ mod hunyuan_video_files;
 mod hunyuan_video_lora;
 mod hunyuan_video_pictures;
 mod ip_adapter;
+mod language_gguf;
 mod lora;
 mod mutations;
 mod noise_solvers;

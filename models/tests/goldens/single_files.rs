@@ -25,6 +25,7 @@ use tale_models::request::{Event, Events, Frame, Request, SessionId};
 use tale_models::single_file::SingleFile;
 use tale_models::vae::kl::{KlConfig, KlDecoder, KlEncoder};
 use tale_models::vae::original::KlNames;
+use tale_models::weights::single::WeightFile;
 use tale_models::{ModelCard, ModelSource};
 
 use crate::files::{
@@ -35,6 +36,11 @@ use crate::support::{case_dir, copy_folder, golden_json, golden_tensors, psnr};
 use crate::{flux, sdxl};
 
 const MIN_PSNR: f64 = 50.0;
+
+/// The file at `path`.
+fn recognised(path: &Path) -> SingleFile {
+    SingleFile::recognised(WeightFile::open(path).unwrap(), std::iter::empty()).unwrap()
+}
 
 // --- published files -------------------------------------------------------------------------------------------------
 
@@ -63,7 +69,7 @@ fn the_published_flux_files_fit_the_published_configurations() {
     let path = dir.path().join("anything.safetensors");
     write_empty(&path, &published("flux1-dev"));
     write_empty(&dir.path().join("ae.safetensors"), &published("ae"));
-    let file = SingleFile::open(&path).unwrap();
+    let file = recognised(&path);
     let weights = |component| file.weights(component, &cpu(), true).expect("is there");
 
     let transformer = weights("transformer").or_named(FluxNames);
@@ -180,7 +186,7 @@ fn metadata_counts_where_no_tensor_says_something_else() {
             tensors.insert((*marker).to_owned(), Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap());
         }
         write_file_saying(&path, tensors, said);
-        SingleFile::open(&path).unwrap().schedule_settings()
+        recognised(&path).schedule_settings()
     };
     let (velocity, zero_snr) = (("prediction_type", json!("v_prediction")), ("rescale_betas_zero_snr", json!(true)));
     for said in ["v", "V_Prediction", "v-prediction", " v_pred "] {
@@ -296,7 +302,7 @@ fn gguf_weights_stay_quantised() {
 /// On a GPU a matrix is dequantised for the moment of its product, which the plan of a request counts.
 #[test]
 fn the_largest_matrix_is_dequantised_for_a_moment() {
-    let (base, file) = (gguf_base(), SingleFile::open(&gguf_file()).unwrap());
+    let (base, file) = (gguf_base(), recognised(&gguf_file()));
     for (dtype, bytes_per_value) in [(WeightDtype::Auto, 2 + 2), (WeightDtype::F32, 4)] {
         let on_gpu = Placement::in_host_memory(DeviceSpec::Cuda(0), dtype);
         let weights = file.weights("transformer", &on_gpu, true).unwrap().or_named(FluxNames);

@@ -409,7 +409,7 @@ fn bits(x: &Tensor) -> Vec<u32> {
 pub struct Answer {
     started: usize,
     pub tokens: Vec<u32>,
-    text: String,
+    pub text: String,
     pub end: Option<(FinishReason, Usage)>,
     pub failure: Option<String>,
 }
@@ -433,7 +433,7 @@ impl Server {
         Self { model, answers, cached_tokens, next_id: 0, saw_preemption: false }
     }
 
-    fn card(&self) -> &TextCard {
+    pub fn card(&self) -> &TextCard {
         match &self.model.card {
             ModelCard::Text(card) => card,
             ModelCard::Diffusion(_) => panic!("a language model was loaded"),

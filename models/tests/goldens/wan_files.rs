@@ -231,10 +231,9 @@ fn gguf_weights_stay_quantised_and_the_largest_is_dequantised_for_a_moment() {
         for dtype in dtypes {
             assert!(report(component).dtypes.contains_key(*dtype), "{component} {dtype}");
         }
-        // The table of embeddings is looked up and not multiplied with: it is there in f32.
-        let table = if component == "text_encoder" { 816 * 32 * 4 } else { 0 };
+        // The table of embeddings too, which is looked up and not multiplied with. Not all of an encoder is read.
         let resident = report(component).resident_bytes;
-        assert!(resident <= on_disk + table && resident > on_disk / 2, "{component}: {resident} of {on_disk}");
+        assert!(resident <= on_disk && resident > on_disk * 2 / 5, "{component}: {resident} of {on_disk}");
     }
     // On a GPU a product has its whole matrix in 16 bits for a moment, on the way in f16. The plan counts the largest that
     // comes in blocks, which random weights do not.

@@ -6,6 +6,7 @@
 use candle_core::DType;
 use serde_json::Value;
 
+use super::gguf::GgufRows;
 use crate::config::bounds::{
     self, MAX_HEAD_DIM, MAX_HEADS, MAX_INNER_WIDTH, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, check_product,
 };
@@ -51,6 +52,7 @@ pub struct ConfigClass {
     pub biases: Biases,
     /// Whether the class knows `use_sliding_window`.
     pub knows_windows: bool,
+    pub gguf_rows: GgufRows,
 }
 
 /// Which projections have biases.
@@ -83,6 +85,8 @@ pub struct DecoderConfig {
     /// Biases in the feed-forward.
     pub mlp_bias: bool,
     pub rope: Rope,
+    /// Of GGUF files of the class.
+    pub gguf_rows: GgufRows,
 }
 
 impl DecoderConfig {
@@ -110,6 +114,7 @@ impl DecoderConfig {
             o_bias: attention_bias,
             mlp_bias: stated("mlp_bias")?,
             rope: Rope::from_config(fields.path(), &fields.all()?, heads.head_dim, max_position_embeddings)?,
+            gguf_rows: class.gguf_rows,
         };
         if class.knows_windows {
             config.check_windows(fields)?;

@@ -1,17 +1,27 @@
 //! The names of a decoder's tensors in GGUF files, and the order of rows there.
 //!
 //! Owns: which names and rows a decoder's tensors have where llama.cpp's converter wrote them. Does not know: how a GGUF file
-//! is read, its metadata. Source: llama.cpp `gguf-py/gguf/constants.py` (`MODEL_ARCH.LLAMA`), `conversion/llama.py`
-//! (`LlamaModel.permute`).
+//! is read, its metadata. Source: llama.cpp `gguf-py/gguf/constants.py` (`MODEL_ARCH.LLAMA`, `MODEL_ARCH.QWEN2`),
+//! `conversion/llama.py` (`LlamaModel.permute`).
 
 use super::DecoderConfig;
 use crate::weights::Weights;
 use crate::weights::names::{Extent, Names, Place, split_index};
 
-/// Of files of architecture `llama`, whose queries and keys are rotated in pairs of neighbours: their rows alternate between
-/// the two halves of a head that are a pair here.
+/// In which order a GGUF file has the rows of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GgufRows {
+    /// As transformers has them (architecture `qwen2`).
+    AsPublished,
+    /// For a rotation in pairs of neighbours (architecture `llama`): the rows alternate between the two halves of a head that
+    /// are a pair here.
+    AlternatingHalves,
+}
+
+/// Of files of the architectures `llama` and `qwen2`.
 #[derive(Debug, Clone, Copy)]
 pub struct LlamaGgufNames {
+    rows: GgufRows,
     num_attention_heads: usize,
     num_key_value_heads: usize,
 }
@@ -19,8 +29,8 @@ pub struct LlamaGgufNames {
 impl LlamaGgufNames {
     /// Of the decoder with this configuration.
     pub fn new(config: &DecoderConfig) -> Self {
-        let DecoderConfig { num_attention_heads, num_key_value_heads, .. } = *config;
-        Self { num_attention_heads, num_key_value_heads }
+        let DecoderConfig { gguf_rows: rows, num_attention_heads, num_key_value_heads, .. } = *config;
+        Self { rows, num_attention_heads, num_key_value_heads }
     }
 
     /// Of a Llama's trunk the tensors as transformers' `LlamaModel` names them, from files that have those names, those of
@@ -58,7 +68,10 @@ impl Names for LlamaGgufNames {
             };
             return Some(Place::whole(format!("{layer}.{leaf}")));
         };
-        let halves = |heads| Extent::AlternatingHalves { heads };
+        let halves = |heads| match self.rows {
+            GgufRows::AsPublished => Extent::Whole,
+            GgufRows::AlternatingHalves => Extent::AlternatingHalves { heads },
+        };
         let (layer, part) = match layer {
             "input_layernorm" => ("attn_norm", Extent::Whole),
             "self_attn.q_proj" => ("attn_q", halves(self.num_attention_heads)),
@@ -79,7 +92,8 @@ impl Names for LlamaGgufNames {
 mod tests {
     use super::*;
 
-    const NAMES: LlamaGgufNames = LlamaGgufNames { num_attention_heads: 32, num_key_value_heads: 8 };
+    const NAMES: LlamaGgufNames =
+        LlamaGgufNames { rows: GgufRows::AlternatingHalves, num_attention_heads: 32, num_key_value_heads: 8 };
 
     #[test]
     fn names_are_those_of_llama_cpp() {
@@ -101,6 +115,9 @@ mod tests {
             let part = Extent::AlternatingHalves { heads };
             assert_eq!(NAMES.place(name), Some(Place { name: there.to_owned(), part }), "{name}");
         }
+        let as_published = LlamaGgufNames { rows: GgufRows::AsPublished, ..NAMES };
+        let place = as_published.place("layers.7.self_attn.q_proj.bias");
+        assert_eq!(place, Some(Place::whole("blk.7.attn_q.bias")));
         for (beginning, there) in [
             ("layers.30.", Some("blk.30.")),
             ("model.layers.3.", Some("blk.3.")),

@@ -22,12 +22,17 @@ pub trait CausalLm: Send {
     /// What the KV cache of one token consists of.
     fn kv_shape(&self) -> KvShape;
 
+    /// Whether [`CausalLm::logits`] are computed by nothing but launches of our own, so that a decode step can be recorded.
+    fn is_recordable(&self) -> bool {
+        true
+    }
+
     /// Checks a step and takes it to the device.
     fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>>;
 
     /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
-    /// that were asked for, in the order of asking and the compute dtype; `None` when none were. Nothing but launches,
-    /// so that it can be recorded.
+    /// that were asked for, in the order of asking and the compute dtype; `None` when none were. Nothing but launches
+    /// where it says that it can be recorded.
     fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>>;
 
     /// [`CausalLm::logits`] of a step that is not recorded.
