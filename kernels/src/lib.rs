@@ -56,7 +56,7 @@ pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_no
 pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
-pub use sample::{Choice, Draw, Penalties, sample};
+pub use sample::{Choice, Draw, Mask, Penalties, sample};
 pub use simd::{Isa, isa};
 pub use sum::{sum, sum_channels};
 pub use upsample::upsample_nearest2d;

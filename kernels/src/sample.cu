@@ -4,7 +4,8 @@
 // the largest logit in whole steps of 2^-27 nats, weights as integers, sums of integers. So the order of a sum does not
 // matter, atomics are deterministic, and the same random number gives the same token on every device.
 //
-//   penalise:  scratch row = logits, then the penalties of the listed tokens; one block per row that has any
+//   adjust:    scratch row = logits, then the penalties of the listed tokens, then minus infinity for tokens that the
+//              row's mask forbids; one block per row that has either
 //   sample:    one block per row: the largest logit; top-k and top-p as bounds on the rank (steps, then id), found by
 //              histograms of 11 bits; the drawn token by sums per warp, in order of id
 //
@@ -41,12 +42,12 @@ constexpr u64 EVERY_RANK = ~0ull;
 /// What a request asks for; as `Row::words` in sample/launch.rs.
 struct Parameters {
     float temperature, top_p;
-    unsigned top_k, penalised_row;
+    unsigned top_k, adjusted_row;
     u64 min_weight, random;
 
     __device__ explicit Parameters(const unsigned* words)
         : temperature(__uint_as_float(words[0])), top_p(__uint_as_float(words[1])), top_k(words[2]),
-          penalised_row(words[3]), min_weight(words[4] | static_cast<u64>(words[5]) << 32),
+          adjusted_row(words[3]), min_weight(words[4] | static_cast<u64>(words[5]) << 32),
           random(words[6] | static_cast<u64>(words[7]) << 32) {}
 };
 
@@ -346,19 +347,19 @@ SEPARATE __device__ unsigned choose(const Row<S>& row, u64 best, const Parameter
     return selection.draw(parameters.min_weight, parameters.random, best_id);
 }
 
-/// logits [rows, vocab]; penalised [_, vocab]; parameters [rows, 8]; chosen [2, rows]: tokens, and whether the logits
+/// logits [rows, vocab]; adjusted [_, vocab]; parameters [rows, 8]; chosen [2, rows]: tokens, and whether the logits
 /// of each row are finite.
 template <typename T>
-__device__ void sample(const T* logits, const float* penalised, const unsigned* parameters, unsigned* chosen, long vocab) {
+__device__ void sample(const T* logits, const float* adjusted, const unsigned* parameters, unsigned* chosen, long vocab) {
     __shared__ Shared shared;
     const Parameters mine(parameters + 8 * blockIdx.x);
     const Row<T> row{logits + blockIdx.x * vocab, vocab};
     const Scan found = scan(row, shared.scratch);
     unsigned token;
-    if (mine.penalised_row == NOTHING) {
+    if (mine.adjusted_row == NOTHING) {
         token = choose(row, found.best, mine, shared);
     } else {
-        const Row<float> changed{penalised + mine.penalised_row * vocab, vocab};
+        const Row<float> changed{adjusted + mine.adjusted_row * vocab, vocab};
         token = choose(changed, scan(changed, shared.scratch).best, mine, shared);
     }
     if (threadIdx.x == 0) {
@@ -367,13 +368,15 @@ __device__ void sample(const T* logits, const float* penalised, const unsigned* 
     }
 }
 
-/// penalties [rows, 6]: a row of logits, the begin and end of its entries, repetition, presence and frequency penalty;
-/// entries [_, 2]: a token, each once, and how often it is in the answer.
+/// adjustments [rows, 8]: a row of logits, the begin and end of its entries, repetition, presence and frequency penalty,
+/// where its mask begins (NOTHING if it has none) and of how many words it is; entries [_, 2]: a token, each once, and how
+/// often it is in the answer; masks [_]: a bit for each token, 1 where it is allowed.
 template <typename T>
-__device__ void penalise(const T* logits, float* penalised, const unsigned* penalties, const unsigned* entries, long vocab) {
-    const unsigned* mine = penalties + 6 * blockIdx.x;
+__device__ void adjust(const T* logits, float* adjusted, const unsigned* adjustments, const unsigned* entries,
+                       const unsigned* masks, long vocab) {
+    const unsigned* mine = adjustments + 8 * blockIdx.x;
     const Row<T> row{logits + mine[0] * vocab, vocab};
-    float* to = penalised + blockIdx.x * vocab;
+    float* to = adjusted + blockIdx.x * vocab;
     row.for_each([&](unsigned id, float logit) { to[id] = logit; });
     __syncthreads();
     const float repetition = __uint_as_float(mine[3]), presence = __uint_as_float(mine[4]), frequency = __uint_as_float(mine[5]);
@@ -385,17 +388,24 @@ __device__ void penalise(const T* logits, float* penalised, const unsigned* pena
         if (count > 0) logit = __fsub_rn(logit, __fadd_rn(__fmul_rn(frequency, static_cast<float>(count)), presence));
         to[id] = logit;
     }
+    if (mine[6] == NOTHING) return;
+    __syncthreads();
+    const unsigned* mask = masks + mine[6];
+    for (long id = threadIdx.x; id < vocab; id += blockDim.x) {
+        const bool allowed = id / 32 < mine[7] && (mask[id / 32] >> (id % 32) & 1);
+        if (!allowed) to[id] = -INFINITY;
+    }
 }
 
 }  // namespace
 
 #define SAMPLE_KERNELS(T, dtype)                                                                                       \
-    KERNEL(THREADS, sample_##dtype, const T* logits, const float* penalised, const unsigned* parameters,               \
+    KERNEL(THREADS, sample_##dtype, const T* logits, const float* adjusted, const unsigned* parameters,                \
            unsigned* chosen, long vocab) {                                                                             \
-        sample<T>(logits, penalised, parameters, chosen, vocab);                                                       \
+        sample<T>(logits, adjusted, parameters, chosen, vocab);                                                        \
     }                                                                                                                  \
-    KERNEL(THREADS, penalise_##dtype, const T* logits, float* penalised, const unsigned* penalties,                    \
-           const unsigned* entries, long vocab) {                                                                      \
-        penalise<T>(logits, penalised, penalties, entries, vocab);                                                     \
+    KERNEL(THREADS, adjust_##dtype, const T* logits, float* adjusted, const unsigned* adjustments,                     \
+           const unsigned* entries, const unsigned* masks, long vocab) {                                               \
+        adjust<T>(logits, adjusted, adjustments, entries, masks, vocab);                                               \
     }
 FOR_EACH_DTYPE(SAMPLE_KERNELS)

@@ -7,6 +7,9 @@
 //! over prompt and answer, frequency and presence penalty over the answer (vLLM `apply_penalties`), temperature, top-k,
 //! top-p on what top-k left, min-p, and one draw.
 //!
+//! Tokens that a row's mask forbids are as good as minus infinity from the start, so that every cut is made among those
+//! that are allowed, and the draw is exactly the distribution of the allowed ones.
+//!
 //! Everything that decides is an integer, made by operations that round the same everywhere, so that neither the order
 //! of a sum nor the device changes a token: how far a logit lies below the largest is counted in steps of 2^-27 nats,
 //! the probability relative to the most likely token in units of 2^-40, and the draw is a 64-bit number.
@@ -40,6 +43,37 @@ pub struct Draw {
     pub random: u64,
     /// Changes to logits before anything else.
     pub penalties: Option<Penalties>,
+    /// The only tokens that may be chosen; all when absent.
+    pub allowed: Option<Mask>,
+}
+
+/// A set of tokens, one bit each: that of a token is bit `id % 32` of word `id / 32`. Ids past the end are not in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mask(Vec<u32>);
+
+impl Mask {
+    /// Of these words.
+    pub fn new(words: Vec<u32>) -> Self {
+        Self(words)
+    }
+
+    /// Whether the token is in it.
+    pub fn allows(&self, id: u32) -> bool {
+        self.0.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
+    }
+
+    /// The words.
+    pub fn words(&self) -> &[u32] {
+        &self.0
+    }
+
+    fn apply(&self, logits: &mut [f32]) {
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if !self.allows(id as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
 }
 
 /// Changes to the logits of tokens that were there before.
@@ -59,9 +93,9 @@ pub struct Penalties {
 /// What came of a row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Choice {
-    /// Never one whose logit is NaN or minus infinity, unless all are: then 0.
+    /// Never one that is forbidden or whose logit is NaN or minus infinity, unless all are: then 0.
     pub token: u32,
-    /// Whether all logits of the row were.
+    /// Whether all logits of the row were, those of forbidden tokens too.
     pub is_finite: bool,
 }
 
@@ -94,15 +128,28 @@ pub fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Choice>> {
 
 fn choose_row(logits: &[f32], draw: &Draw) -> Choice {
     let is_finite = logits.iter().all(|logit| logit.is_finite());
-    let token = match &draw.penalties {
-        None => choose(logits, draw),
-        Some(penalties) => {
-            let mut penalised = logits.to_vec();
-            penalties.apply(&mut penalised);
-            choose(&penalised, draw)
+    if !draw.adjusts() {
+        return Choice { token: choose(logits, draw), is_finite };
+    }
+    let mut adjusted = logits.to_vec();
+    draw.adjust(&mut adjusted);
+    Choice { token: choose(&adjusted, draw), is_finite }
+}
+
+impl Draw {
+    /// Whether it changes logits before it chooses.
+    fn adjusts(&self) -> bool {
+        self.penalties.is_some() || self.allowed.is_some()
+    }
+
+    fn adjust(&self, logits: &mut [f32]) {
+        if let Some(penalties) = &self.penalties {
+            penalties.apply(logits);
         }
-    };
-    Choice { token, is_finite }
+        if let Some(allowed) = &self.allowed {
+            allowed.apply(logits);
+        }
+    }
 }
 
 fn choose(logits: &[f32], draw: &Draw) -> u32 {
@@ -284,9 +331,7 @@ mod tests {
     /// The token as the documentation says it: everything sorted, nothing left out that need not be.
     fn specified(logits: &[f32], draw: &Draw) -> u32 {
         let mut logits = logits.to_vec();
-        if let Some(penalties) = &draw.penalties {
-            penalties.apply(&mut logits);
-        }
+        draw.adjust(&mut logits);
         let best = argmax(&logits);
         if draw.temperature == 0.0 {
             return best;
@@ -368,7 +413,22 @@ mod tests {
                 min_p: [0.0, 0.0, 0.05, 1.0, self.share()][self.below(5)],
                 random: self.next(),
                 penalties: (self.below(3) == 0).then(|| self.penalties(vocab)),
+                allowed: (self.below(3) == 0).then(|| self.mask(vocab)),
             }
+        }
+
+        /// From one token to nearly all; now and then too short for the vocabulary, or without a token.
+        fn mask(&mut self, vocab: usize) -> Mask {
+            let words = [vocab.div_ceil(32), vocab.div_ceil(64)][self.below(8) / 7];
+            let one = self.below(vocab);
+            let word = |kind: usize, random: u64, word: usize| match kind {
+                0 if word == one / 32 => 1 << (one % 32),
+                0 => 0,
+                1 => random as u32,
+                _ => random as u32 | (random >> 32) as u32,
+            };
+            let kind = self.below(3);
+            Mask::new((0..words).map(|at| word(kind, self.next(), at)).collect())
         }
 
         /// Of some tokens, the last of which the vocabulary does not have.
@@ -416,6 +476,7 @@ mod tests {
             min_p: 0.0,
             random: row << 56,
             penalties: None,
+            allowed: None,
         };
         let draws: Vec<Draw> = (0..256).map(draw).collect();
         let tokens: Vec<u32> = on.run(|| sample(&logits, &draws)).iter().map(|choice| choice.token).collect();
@@ -434,6 +495,34 @@ mod tests {
         let none = on.tensor(&Tensor::zeros((1, 0), DType::F32, &Device::Cpu).unwrap());
         let found = on.run(|| sample(&none, &[Random(2).draw(1)]));
         assert_eq!(found, [Choice { token: 0, is_finite: true }]);
+    });
+
+    for_each_device!(a_forbidden_token_is_never_chosen, |on: &On| {
+        // The most likely token of each row, and of all but a few, is forbidden.
+        let row: Vec<f32> = (0..500).map(|id| -(id as f32) / 50.0).collect();
+        let logits = on.tensor(&Tensor::from_vec(row.repeat(64), (64, 500), &Device::Cpu).unwrap());
+        let allowed = [3, 33, 64, 499];
+        let mut words = vec![0; 16];
+        allowed.iter().for_each(|id: &usize| words[id / 32] |= 1 << (id % 32));
+        let mask = Mask::new(words);
+        let mut random = Random(9);
+        let draws: Vec<Draw> = (0..64)
+            .map(|row| Draw {
+                allowed: Some(mask.clone()),
+                min_p: 0.0,
+                penalties: None,
+                top_k: row % 3,
+                ..random.draw(500)
+            })
+            .collect();
+        let found = on.run(|| sample(&logits, &draws));
+        for (choice, draw) in found.iter().zip(&draws) {
+            assert!(allowed.contains(&(choice.token as usize)) && choice.is_finite, "{choice:?}: {draw:?}");
+            if draw.temperature == 0.0 || draw.top_k == 1 {
+                assert_eq!(choice.token, 3);
+            }
+        }
+        assert!(found.iter().any(|choice| choice.token == 64 || choice.token == 33));
     });
 
     #[test]
@@ -467,7 +556,7 @@ mod tests {
             top_p in prop_oneof![Just(1.0), 0.0f32..1.0],
             min_p in prop_oneof![Just(0.0), 0.0f32..1.0],
         ) {
-            let draw = Draw { temperature: 1.0, top_k, top_p, min_p, random: 0, penalties: None };
+            let draw = Draw { temperature: 1.0, top_k, top_p, min_p, random: 0, penalties: None, allowed: None };
             let mut found = rank(&logits, argmax(&logits), 1.0);
             keep_top_k(&mut found, top_k);
             let mut found: Vec<Candidate> = found.into_iter().map(Candidate::of).collect();

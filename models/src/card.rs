@@ -7,6 +7,7 @@ use crate::cancel::CancelToken;
 use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
+use crate::grammar::{Asked, Grammar, Grammars};
 use crate::parameter::Options;
 use crate::request::{SamplingParams, TextRequest};
 use crate::text_parameters::{
@@ -69,6 +70,8 @@ pub struct TextCard {
     pub chat_template: Option<ChatTemplate>,
     /// Sampling defaults of `generation_config.json`.
     pub defaults: SamplingDefaults,
+    /// What answers may be held to.
+    pub grammars: Grammars,
 }
 
 impl TextCard {
@@ -141,6 +144,17 @@ impl TextCard {
         Ok(())
     }
 
+    /// What an answer is held to, ready for [`TextCard::resolve`]; see [`Grammars::compile`] for what that takes.
+    pub fn grammar(&self, asked: Asked, options: &Options) -> Result<Grammar> {
+        if options.get(&IGNORE_EOS) == Some(true) {
+            return Err(Error::invalid(
+                "ignore_eos",
+                format!("contradicts {}, with which an answer ends", asked.field),
+            ));
+        }
+        self.grammars.compile(asked)
+    }
+
     /// Validates everything and fills in defaults. `fallback_seed` is used when the client gave none.
     pub fn resolve(&self, prompt: Vec<u32>, options: &Options, fallback_seed: u64) -> Result<TextRequest> {
         if prompt.is_empty() {
@@ -168,6 +182,7 @@ impl TextCard {
             stop: options.get(&STOP).unwrap_or_default(),
             ignore_eos: options.get(&IGNORE_EOS).unwrap_or(false),
             cache_salt: options.get(&CACHE_SALT),
+            grammar: None,
         })
     }
 

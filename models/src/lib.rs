@@ -18,6 +18,7 @@ pub mod families;
 pub mod family;
 pub mod files;
 pub mod frame;
+pub mod grammar;
 pub mod kv;
 pub mod layers;
 pub mod lfs;

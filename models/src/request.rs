@@ -3,6 +3,7 @@
 use crate::diffusion::DiffusionRequest;
 use crate::error::Error;
 pub use crate::frame::{Frame, MASK_THRESHOLD, Mask};
+use crate::grammar::Grammar;
 pub use crate::phase::Phase;
 
 /// Names one running generation inside one process.
@@ -41,6 +42,15 @@ pub struct TextRequest {
     /// What the prompt's beginning is shared with: only with that of requests that have the same one. See
     /// [`PrefixCache`](crate::kv::PrefixCache).
     pub cache_salt: Option<String>,
+    /// What the answer is held to; it ends where nothing but its end could follow.
+    pub grammar: Option<Grammar>,
+}
+
+impl TextRequest {
+    /// The same, whose answer is held to a grammar, or to none.
+    pub fn held_to(self, grammar: Option<Grammar>) -> Self {
+        Self { grammar, ..self }
+    }
 }
 
 /// How the next token is chosen from the logits. Field names as in the OpenAI API and vLLM.
@@ -83,7 +93,7 @@ impl SamplingParams {
 /// Why a session ended well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end-of-sequence token or a stop string.
+    /// An end-of-sequence token, a stop string, or the end of the request's grammar.
     Stop,
     /// `max_tokens` or the end of the context.
     Length,

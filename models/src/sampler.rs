@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
-use tale_kernels::{Choice, Draw, Penalties};
+use tale_kernels::{Choice, Draw, Mask, Penalties};
 
 use crate::error::Result;
 use crate::request::SamplingParams;
@@ -21,10 +21,22 @@ pub struct Sampler {
     random: RandomStream,
 }
 
-/// Chooses the next token of each sampler from its row of `logits [rows, vocab]`, which may be on any device; each
+/// The turn of one sequence to choose its next token.
+pub struct Turn<'a> {
+    /// Its own.
+    pub sampler: &'a mut Sampler,
+    /// The only tokens that may come; all when absent.
+    pub allowed: Option<Mask>,
+}
+
+/// Chooses the next token of each turn from its row of `logits [rows, vocab]`, which may be on any device; each sampler
 /// remembers its own for the penalties.
-pub fn sample(logits: &Tensor, samplers: &mut [&mut Sampler]) -> Result<Vec<Choice>> {
-    let draws: Vec<Draw> = samplers.iter_mut().map(|sampler| sampler.draw()).collect();
+pub fn sample(logits: &Tensor, turns: Vec<Turn<'_>>) -> Result<Vec<Choice>> {
+    let (mut samplers, mut draws) = (Vec::with_capacity(turns.len()), Vec::with_capacity(turns.len()));
+    for Turn { sampler, allowed } in turns {
+        draws.push(Draw { allowed, ..sampler.draw() });
+        samplers.push(sampler);
+    }
     let choices = tale_kernels::sample(logits, &draws)?;
     for (sampler, choice) in samplers.iter_mut().zip(&choices) {
         sampler.seen.remember(choice.token);
@@ -49,7 +61,7 @@ impl Sampler {
             frequency: self.params.frequency_penalty,
             counts,
         });
-        Draw { temperature, top_k, top_p, min_p, random, penalties }
+        Draw { temperature, top_k, top_p, min_p, random, penalties, allowed: None }
     }
 }
 
@@ -117,7 +129,11 @@ mod tests {
         /// From a row of one.
         fn sample(&mut self, logits: &[f32]) -> u32 {
             let logits = Tensor::from_slice(logits, (1, logits.len()), &Device::Cpu).expect("a row");
-            sample(&logits, &mut [self]).expect("sampled")[0].token
+            sample(&logits, vec![self.turn()]).expect("sampled")[0].token
+        }
+
+        fn turn(&mut self) -> Turn<'_> {
+            Turn { sampler: self, allowed: None }
         }
     }
 
@@ -257,7 +273,7 @@ mod tests {
         let mut first = Sampler::new(&SamplingParams { presence_penalty: 1.5, ..SamplingParams::greedy() }, &[]);
         let mut second = Sampler::new(&SamplingParams::greedy(), &[]);
         let mut take = || -> Vec<u32> {
-            let choices = sample(&logits, &mut [&mut first, &mut second]).expect("sampled");
+            let choices = sample(&logits, vec![first.turn(), second.turn()]).expect("sampled");
             choices.iter().map(|choice| choice.token).collect()
         };
         assert_eq!((take(), take()), (vec![2, 0], vec![1, 0]));

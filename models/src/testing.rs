@@ -1,7 +1,7 @@
 //! A runner that follows a script instead of a model, for tests and benches of everything above the runner boundary.
 //!
 //! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
-//! text answers spell [`ANSWER`], frames are plain gradients. What a step costs, and whether it fails, is the script's.
+//! text answers spell [`ANSWER`] or the shortest text of their grammar, frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
 use crate::diffusion::acceleration::CacheSupport;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
@@ -19,6 +19,7 @@ use crate::chat_template::ChatTemplate;
 use crate::checkpoint::STEP_BYTES;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
+use crate::grammar::{Grammars, Matching};
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::diffusion::previews::due_preview;
@@ -84,12 +85,15 @@ impl Default for Script {
 pub fn text_model(script: Script) -> Result<LoadedModel> {
     let folder = tempfile::tempdir().map_err(|error| Error::checkpoint(std::env::temp_dir(), error))?;
     bytes::write(folder.path(), bytes::Around::Nothing)?;
+    let tokenizer = Tokenizer::from_dir(folder.path())?;
+    let end = tokenizer.eos_token_id();
     let card = TextCard {
         family: "scripted",
         kv_bytes_per_token: 0,
         max_context: MAX_CONTEXT,
         vocab_size: bytes::VOCAB_SIZE,
-        tokenizer: Tokenizer::from_dir(folder.path())?,
+        grammars: Grammars::new(tokenizer.clone(), bytes::VOCAB_SIZE, end.as_slice()),
+        tokenizer,
         chat_template: ChatTemplate::from_dir(folder.path())?,
         defaults: SamplingDefaults::default(),
     };
@@ -195,6 +199,7 @@ pub struct ScriptedRunner {
 
 struct Scripted {
     request: Request,
+    matching: Option<Matching>,
     phase: Phase,
     /// Steps done of `phase`; for decode, tokens.
     done: usize,
@@ -232,7 +237,11 @@ impl Runner for ScriptedRunner {
             Request::Diffusion(_) if self.script.encoder_bytes > 0 => Phase::Load,
             Request::Diffusion(_) => Phase::Encode,
         };
-        self.sessions.insert(session, Scripted { request, phase, done: 0, begun: false, is_paused: false });
+        let matching = match &request {
+            Request::Text(request) => request.grammar.as_ref().map(|grammar| grammar.begin()),
+            Request::Diffusion(_) => None,
+        };
+        self.sessions.insert(session, Scripted { request, matching, phase, done: 0, begun: false, is_paused: false });
         Ok(())
     }
 
@@ -303,7 +312,13 @@ impl Scripted {
         }
         self.done += 1;
         let finished = match &self.request {
-            Request::Text(request) => advance_text(&mut self.phase, &mut self.done, request, |e| events.emit(id, e)),
+            Request::Text(request) => {
+                self.phase = Phase::Decode;
+                match &mut self.matching {
+                    Some(matching) => advance_held(self.done, matching, request, |e| events.emit(id, e)),
+                    None => advance_text(self.done, request, |e| events.emit(id, e)),
+                }
+            }
             Request::Diffusion(request) => {
                 let loading = encoder_bytes.div_ceil(STEP_BYTES);
                 advance_diffusion(&mut self.phase, &mut self.done, request, loading, |e| events.emit(id, e))
@@ -318,23 +333,41 @@ impl Scripted {
 
 /// The prompt is one step, which gives the first token; each further step gives one. A prompt with a salt is said to have been
 /// there before.
-fn advance_text(
-    phase: &mut Phase,
-    done: &mut usize,
-    request: &TextRequest,
-    mut emit: impl FnMut(Event),
-) -> Option<(FinishReason, Usage)> {
-    *phase = Phase::Decode;
+fn advance_text(done: usize, request: &TextRequest, mut emit: impl FnMut(Event)) -> Option<(FinishReason, Usage)> {
     let start = request.sampling.seed as usize % ANSWER.len();
-    let byte = ANSWER.as_bytes()[(start + *done - 1) % ANSWER.len()];
+    let byte = ANSWER.as_bytes()[(start + done - 1) % ANSWER.len()];
     emit(Event::Text { tokens: vec![u32::from(byte)], text: char::from(byte).to_string() });
     let prompt_tokens = request.prompt.len();
     let cached_tokens = Some(request.cache_salt.as_ref().map_or(0, |_| prompt_tokens - 1));
-    let usage = Usage { prompt_tokens, cached_tokens, completion_tokens: *done, ..Usage::default() };
-    if *done == ANSWER.len() && !request.ignore_eos {
+    let usage = Usage { prompt_tokens, cached_tokens, completion_tokens: done, ..Usage::default() };
+    if done == ANSWER.len() && !request.ignore_eos {
         return Some((FinishReason::Stop, usage));
     }
-    (*done == request.max_tokens).then_some((FinishReason::Length, usage))
+    (done == request.max_tokens).then_some((FinishReason::Length, usage))
+}
+
+/// The same of an answer that is held to a grammar: of the bytes that may come, the one that is nearest to its end.
+fn advance_held(
+    done: usize,
+    matching: &mut Matching,
+    request: &TextRequest,
+    mut emit: impl FnMut(Event),
+) -> Option<(FinishReason, Usage)> {
+    let usage = Usage {
+        prompt_tokens: request.prompt.len(),
+        completion_tokens: done,
+        cached_tokens: Some(0),
+        ..Usage::default()
+    };
+    let allowed = matching.mask().expect("a grammar of bytes always goes on");
+    let ends = (256..bytes::VOCAB_SIZE as u32).chain([b'}', b']', b'"'].map(u32::from));
+    let token = ends.chain(0x21..0x7f).chain(0..256).find(|token| allowed.allows(*token)).expect("some byte may come");
+    let Some(byte) = u8::try_from(token).ok() else { return Some((FinishReason::Stop, usage)) };
+    emit(Event::Text { tokens: vec![token], text: char::from(byte).to_string() });
+    if matching.accept(token).expect("it was allowed") {
+        return Some((FinishReason::Stop, usage));
+    }
+    (done == request.max_tokens).then_some((FinishReason::Length, usage))
 }
 
 fn advance_diffusion(

@@ -23,12 +23,14 @@ mod least;
 mod outline;
 mod pieces;
 mod sentencepiece;
+mod spelling;
 mod vocab_merges;
 
 use config::TokenizerConfig;
 use ggml::Vocabulary;
 use least::LeastTokens;
 use pieces::Cutter;
+use spelling::Spelling;
 
 /// Bytes of text after which a long text is cut, where it can be: between two pieces it is seen whether the limit of tokens
 /// is reached and whether anybody waits.
@@ -58,6 +60,8 @@ struct Inner {
     /// What the end of a word is spelled with inside tokens (`</w>` for CLIP); a space in text.
     word_suffix: Option<String>,
     byte_level: bool,
+    /// Of tokens within a text, where that is known.
+    spelling: Option<Spelling>,
     pad_token_id: Option<u32>,
     eos_token_id: Option<u32>,
     /// Of its model; added tokens may have higher ones.
@@ -123,11 +127,13 @@ impl Tokenizer {
         let (pad_token_id, eos_token_id) = (id("pad_token").or(own_pad_id), id("eos_token"));
         let word_suffix = word_suffix(&tokenizer);
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_))) && word_suffix.is_none();
+        let spelling = Spelling::of(tokenizer.get_decoder()).filter(|_| word_suffix.is_none());
         let highest_special_id = try_out(&tokenizer).map_err(|problem| damaged(&path, problem))?;
         Ok(Self(Arc::new(Inner {
             tokenizer,
             word_suffix,
             byte_level,
+            spelling,
             pad_token_id,
             eos_token_id,
             highest_model_id,
@@ -304,8 +310,23 @@ impl Tokenizer {
     /// Bytes of one token of a byte-level tokenizer: none for special tokens and ids outside the vocabulary.
     pub(crate) fn token_bytes(&self, id: u32) -> Vec<u8> {
         let token = self.0.tokenizer.id_to_token(id).filter(|_| self.has_text(id)).unwrap_or_default();
-        // Added tokens are spelled as they are and may hold characters that stand for no byte.
-        token.chars().map(byte_of_char).collect::<Option<_>>().unwrap_or_else(|| token.into_bytes())
+        Spelling::ByteLevel.bytes(&token)
+    }
+
+    /// Whether the bytes of tokens within a text are known.
+    pub(crate) fn has_bytes(&self) -> bool {
+        self.0.spelling.is_some()
+    }
+
+    /// Bytes that a token which has text adds to one that has begun; none for ids outside the vocabulary.
+    pub(crate) fn bytes_within_text(&self, id: u32) -> Vec<u8> {
+        let token = self.0.tokenizer.id_to_token(id);
+        self.0.spelling.iter().zip(token).map(|(spelling, token)| spelling.bytes(&token)).next().unwrap_or_default()
+    }
+
+    /// How the vocabulary writes a token.
+    pub(crate) fn spelling(&self, id: u32) -> Option<String> {
+        self.0.tokenizer.id_to_token(id)
     }
 
     /// Whether `id` is in the vocabulary and not a special token.

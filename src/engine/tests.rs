@@ -26,7 +26,15 @@ use tale_models::device::{DeviceMemory, DeviceSpec};
 fn text(max_tokens: usize) -> Request {
     let sampling = SamplingParams::greedy();
     let stop = Vec::new();
-    Request::Text(TextRequest { prompt: vec![1], max_tokens, sampling, stop, ignore_eos: true, cache_salt: None })
+    Request::Text(TextRequest {
+        prompt: vec![1],
+        max_tokens,
+        sampling,
+        stop,
+        ignore_eos: true,
+        cache_salt: None,
+        grammar: None,
+    })
 }
 
 fn clip(num_inference_steps: usize) -> Request {

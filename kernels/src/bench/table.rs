@@ -264,7 +264,15 @@ impl<'a> Bench<'a> {
 
     /// Llama 3's vocabulary. A call waits for the tokens, as a step does; the roof is one reading of the logits.
     fn tokens(&mut self) -> Result<()> {
-        let greedy = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 1 << 63, penalties: None };
+        let greedy = Draw {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            random: 1 << 63,
+            penalties: None,
+            allowed: None,
+        };
         let plain = Draw { temperature: 0.8, ..greedy.clone() };
         let cut = Draw { top_k: 50, top_p: 0.9, ..plain.clone() };
         for (name, draw) in [("greedy", greedy), ("temperature", plain), ("top-k and top-p", cut)] {

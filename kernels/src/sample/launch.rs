@@ -2,17 +2,17 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Choice, Draw, Penalties, min_weight};
+use super::{Choice, Draw, Mask, min_weight};
 use crate::gpu::{Launch, by_dtype, module, output};
 
 module!(SAMPLE, "sample");
 
 /// `THREADS` of the file.
 const MAX_THREADS: usize = 1024;
-/// Words of a row's parameters, and of a penalised row's, in the kernels.
+/// Words of a row's parameters, and of an adjusted row's, in the kernels.
 const ROW_WORDS: usize = 8;
-const PENALTY_WORDS: usize = 6;
-/// Of a row without penalties.
+const ADJUSTMENT_WORDS: usize = 8;
+/// Of a row that is not adjusted, and of one without a mask.
 const NOTHING: u32 = u32::MAX;
 
 /// One copy to the device, one or two launches, one copy of two words per row back.
@@ -24,11 +24,11 @@ pub(super) fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Choice>> {
     let words = Words::of(draws);
     let threads = vocab.div_ceil(16 / logits.dtype().size_in_bytes()).next_multiple_of(32).clamp(32, MAX_THREADS);
     let all = Tensor::from_slice(&words.all, words.all.len(), logits.device())?;
-    let penalised = if words.penalised > 0 { Some(penalise(&logits, &words, &all, threads)?) } else { None };
+    let adjusted = if words.adjusted > 0 { Some(adjust(&logits, &words, &all, threads)?) } else { None };
     let chosen = output((2, draws.len()), DType::U32, &logits)?;
     Launch::new(&SAMPLE, by_dtype!("sample", logits.dtype()), [draws.len(), 1, 1], threads)?
         .tensor(&logits)?
-        .optional(penalised.as_ref())?
+        .optional(adjusted.as_ref())?
         .tensor(&all)?
         .tensor(&chosen)?
         .i64(vocab)
@@ -38,70 +38,82 @@ pub(super) fn sample(logits: &Tensor, draws: &[Draw]) -> Result<Vec<Choice>> {
     Ok(tokens.iter().zip(finite).map(|(token, finite)| Choice { token: *token, is_finite: *finite != 0 }).collect())
 }
 
-/// Rows with penalties, changed, in f32.
-fn penalise(logits: &Tensor, words: &Words, all: &Tensor, threads: usize) -> Result<Tensor> {
+/// Rows with penalties or masks, changed, in f32.
+fn adjust(logits: &Tensor, words: &Words, all: &Tensor, threads: usize) -> Result<Tensor> {
     let vocab = logits.dim(1)?;
-    let penalised = output((words.penalised, vocab), DType::F32, logits)?;
+    let adjusted = output((words.adjusted, vocab), DType::F32, logits)?;
     let part = |start: usize| all.narrow(0, start, all.elem_count() - start);
-    Launch::new(&SAMPLE, by_dtype!("penalise", logits.dtype()), [words.penalised, 1, 1], threads)?
+    Launch::new(&SAMPLE, by_dtype!("adjust", logits.dtype()), [words.adjusted, 1, 1], threads)?
         .tensor(logits)?
-        .tensor(&penalised)?
-        .tensor(&part(words.penalties)?)?
+        .tensor(&adjusted)?
+        .tensor(&part(words.adjustments)?)?
         .tensor(&part(words.entries)?)?
+        .tensor(&part(words.masks)?)?
         .i64(vocab)
         .run(logits)?;
-    Ok(penalised)
+    Ok(adjusted)
 }
 
-/// Everything that the kernels read beside logits: parameters of all rows, penalties of those that have any, and their
-/// tokens with their counts.
+/// Everything that the kernels read beside logits: parameters of all rows, adjustments of those that have any, their
+/// tokens with their counts, and their masks.
 struct Words {
     all: Vec<u32>,
-    /// Rows with penalties.
-    penalised: usize,
-    /// Where penalties begin, and entries.
-    penalties: usize,
+    /// Rows with penalties or masks.
+    adjusted: usize,
+    /// Where adjustments begin, and entries, and masks.
+    adjustments: usize,
     entries: usize,
+    masks: usize,
 }
 
 impl Words {
     fn of(draws: &[Draw]) -> Self {
-        let penalised = draws.iter().filter(|draw| draw.penalties.is_some()).count();
-        let penalties = draws.len() * ROW_WORDS;
-        let entries = penalties + penalised * PENALTY_WORDS;
-        let mut all = Vec::with_capacity(entries);
-        let with_penalties = draws.iter().scan(0, |next, draw| {
-            let row = draw.penalties.as_ref().map(|_| *next);
-            *next += u32::from(row.is_some());
-            Some((draw, row))
-        });
-        all.extend(with_penalties.flat_map(|(draw, row)| row_words(draw, row)));
-        let lists = || draws.iter().enumerate().filter_map(|(row, draw)| Some((row, draw.penalties.as_ref()?)));
-        let mut begin = 0;
-        for (row, list) in lists() {
-            let end = begin + list.counts.len() as u32;
-            all.extend(penalty_words(row, begin..end, list));
-            begin = end;
+        let adjusted: Vec<(usize, &Draw)> = draws.iter().enumerate().filter(|(_, draw)| draw.adjusts()).collect();
+        let adjustments = draws.len() * ROW_WORDS;
+        let entries = adjustments + adjusted.len() * ADJUSTMENT_WORDS;
+        let counts = |draw: &Draw| draw.penalties.as_ref().map_or(0, |penalties| penalties.counts.len());
+        let masks = entries + 2 * adjusted.iter().map(|(_, draw)| counts(draw)).sum::<usize>();
+        let mut all = Vec::with_capacity(masks + 1);
+        let mut next = 0;
+        for draw in draws {
+            let row = draw.adjusts().then_some(next);
+            next += u32::from(row.is_some());
+            all.extend(row_words(draw, row));
         }
-        all.extend(lists().flat_map(|(_, list)| list.counts.iter().flat_map(|(id, count)| [*id, *count])));
-        // A list without tokens still has an address.
+        let (mut entry, mut mask) = (0, 0);
+        for (row, draw) in &adjusted {
+            let num_entries = counts(draw) as u32;
+            all.extend(adjustment_words(*row, entry..entry + num_entries, mask, draw));
+            entry += num_entries;
+            mask += draw.allowed.as_ref().map_or(0, |allowed| allowed.words().len() as u32);
+        }
+        let lists = adjusted.iter().filter_map(|(_, draw)| draw.penalties.as_ref());
+        all.extend(lists.flat_map(|list| list.counts.iter().flat_map(|(id, count)| [*id, *count])));
+        let allowed = adjusted.iter().filter_map(|(_, draw)| draw.allowed.as_ref());
+        all.extend(allowed.flat_map(|mask| mask.words()));
+        // Lists without tokens and masks without words still have an address.
         all.push(0);
-        Self { all, penalised, penalties, entries }
+        Self { all, adjusted: adjusted.len(), adjustments, entries, masks }
     }
 }
 
 /// `Parameters` of the file.
-fn row_words(draw: &Draw, penalised_row: Option<u32>) -> [u32; ROW_WORDS] {
+fn row_words(draw: &Draw, adjusted_row: Option<u32>) -> [u32; ROW_WORDS] {
     let halves = |word: u64| [word as u32, (word >> 32) as u32];
     let (min_weight, random) = (halves(min_weight(draw.min_p)), halves(draw.random));
     // Larger than any vocabulary keeps all, as 0 does.
     let top_k = u32::try_from(draw.top_k).unwrap_or(0);
-    let row = penalised_row.unwrap_or(NOTHING);
+    let row = adjusted_row.unwrap_or(NOTHING);
     let [min_low, min_high] = min_weight;
     [draw.temperature.to_bits(), draw.top_p.to_bits(), top_k, row, min_low, min_high, random[0], random[1]]
 }
 
-fn penalty_words(row: usize, entries: std::ops::Range<u32>, penalties: &Penalties) -> [u32; PENALTY_WORDS] {
-    let Penalties { repetition, presence, frequency, .. } = penalties;
-    [row as u32, entries.start, entries.end, repetition.to_bits(), presence.to_bits(), frequency.to_bits()]
+/// Of one adjusted row; penalties that change nothing where it has only a mask, which begins at `mask` of all masks.
+fn adjustment_words(row: usize, entries: std::ops::Range<u32>, mask: u32, draw: &Draw) -> [u32; ADJUSTMENT_WORDS] {
+    let (repetition, presence, frequency) =
+        draw.penalties.as_ref().map_or((1.0, 0.0, 0.0), |of| (of.repetition, of.presence, of.frequency));
+    let num_mask_words = draw.allowed.as_ref().map(|mask: &Mask| mask.words().len() as u32);
+    let (mask, mask_words) = num_mask_words.map_or((NOTHING, 0), |words| (mask, words));
+    let penalties = [repetition, presence, frequency].map(f32::to_bits);
+    [row as u32, entries.start, entries.end, penalties[0], penalties[1], penalties[2], mask, mask_words]
 }

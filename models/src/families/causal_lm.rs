@@ -10,6 +10,7 @@ use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::checkpoint::{CONFIG, Component, Manifest, OpenWeights};
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
+use crate::grammar::Grammars;
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
 use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, LlamaGgufNames, PreparedInput};
@@ -129,6 +130,7 @@ pub fn load(
     }
 
     let vocab_size = network.vocab_size();
+    let grammars = Grammars::new(tokenizer.clone(), vocab_size, &eos_token_ids);
     let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
     let limits =
         Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
@@ -144,6 +146,7 @@ pub fn load(
             Some(fields) => SamplingDefaults::read(&fields)?,
             None => SamplingDefaults::default(),
         },
+        grammars,
     };
     Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
 }

@@ -1,7 +1,8 @@
 //! The text runner: continuous batching over paged KV.
 //!
 //! Owns the sessions of one language model: their tokens, samplers and text streams, and the KV caches. One step is one
-//! forward pass over what the [`batcher`] planned: decode tokens of all running sessions and chunks of prompts.
+//! forward pass over what the [`batcher`] planned: decode tokens of all running sessions and chunks of prompts. What
+//! grammars allow is computed beside it ([`masks`]).
 //! Deliberately does not know: which network it drives, how the plan is made, how logits become a token, how tokens
 //! become text.
 
@@ -12,19 +13,22 @@ use rayon::prelude::*;
 use tale_kernels::Choice;
 
 use crate::error::{Error, Result};
+use crate::grammar::Matching;
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, PrefixCache};
 use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
+use crate::runner::text::masks::Masks;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::recorded::DecodeRecordings;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
-use crate::sampler::{self, Sampler};
+use crate::sampler::{self, Sampler, Turn};
 use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
 
 pub mod batcher;
+pub mod masks;
 pub mod model;
 pub mod recorded;
 
@@ -57,6 +61,8 @@ struct Session {
     ignore_eos: bool,
     sampler: Sampler,
     stream: TextStream,
+    /// Where the answer is in its grammar; away while its mask is computed.
+    matching: Option<Matching>,
     started: bool,
 }
 
@@ -75,6 +81,8 @@ enum End {
     EosToken,
     /// Before a stop string; the text that the stream still holds is not part of the answer.
     StopString,
+    /// Where its grammar ends.
+    Grammar,
     /// With the last token that was asked for.
     Length,
 }
@@ -146,9 +154,16 @@ impl<M: CausalLm> TextRunner<M> {
         }
     }
 
+    /// Begins to compute what the grammars of sessions whose chunks sample allow next.
+    fn begin_masks(&mut self, plan: &Plan) -> Masks {
+        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.session);
+        let matching = |id| Some((id, self.sessions.get_mut(&id)?.matching.take()?));
+        Masks::begin(sampling.filter_map(matching))
+    }
+
     /// Samples the next token of each session whose chunk asked for one, all in one call where the logits are, and
     /// makes text of them side by side; in order of ids.
-    fn sample(&mut self, plan: &Plan, logits: &Tensor) -> Result<Vec<(SessionId, Result<Accepted>)>> {
+    fn sample(&mut self, plan: &Plan, logits: &Tensor, masks: Masks) -> Result<Vec<(SessionId, Result<Accepted>)>> {
         let phase = plan.phase().as_str();
         let eos_token_ids = self.model.eos_token_ids.as_slice();
         let sampling = plan.chunks.iter().filter(|chunk| chunk.samples);
@@ -156,13 +171,26 @@ impl<M: CausalLm> TextRunner<M> {
         let of_a_row = |(id, session)| rows.get(id).map(|row| (*row, *id, session));
         let mut turns: Vec<(usize, SessionId, &mut Session)> = self.sessions.iter_mut().filter_map(of_a_row).collect();
         turns.sort_by_key(|(row, ..)| *row);
-        let mut samplers: Vec<&mut Sampler> = turns.iter_mut().map(|(.., session)| &mut session.sampler).collect();
-        let choices = sampler::sample(logits, &mut samplers)?;
+        let mut masks = masks.finish();
+        let mut without_mask: HashMap<SessionId, Error> = HashMap::new();
+        let draws = turns.iter_mut().map(|(_, id, session)| {
+            let allowed = masks.remove(id).and_then(|(matching, mask)| {
+                session.matching = Some(matching);
+                mask.map_err(|error| without_mask.insert(*id, error)).ok()
+            });
+            Turn { sampler: &mut session.sampler, allowed }
+        });
+        let choices = sampler::sample(logits, draws.collect())?;
         let mut accepted: Vec<_> = turns
             .into_par_iter()
             .map(|(row, id, session)| (id, session.accept(choices[row], phase, eos_token_ids)))
             .collect();
         accepted.sort_by_key(|(id, _)| *id);
+        for (id, accepted) in &mut accepted {
+            if let Some(error) = without_mask.remove(id) {
+                *accepted = Err(error);
+            }
+        }
         Ok(accepted)
     }
 
@@ -223,6 +251,7 @@ impl Session {
         Self {
             sampler: Sampler::new(&request.sampling, &request.prompt),
             stream: TextStream::new(tokenizer.clone(), &request.prompt, request.stop),
+            matching: request.grammar.map(|grammar| grammar.begin()),
             num_prompt_tokens: request.prompt.len(),
             num_cached_tokens: None,
             max_tokens: request.max_tokens,
@@ -241,12 +270,14 @@ impl Session {
         if !self.ignore_eos && eos_token_ids.contains(&token) {
             return Ok(Accepted { token, text: String::new(), end: Some(End::EosToken) });
         }
+        let is_complete = self.matching.as_mut().map_or(Ok(false), |matching| matching.accept(token))?;
         let piece = self.stream.push(token)?;
         let is_last = self.usage().completion_tokens == self.max_tokens;
-        let end = match (piece.stopped, is_last) {
-            (true, _) => Some(End::StopString),
-            (false, true) => Some(End::Length),
-            (false, false) => None,
+        let end = match (piece.stopped, is_complete, is_last) {
+            (true, ..) => Some(End::StopString),
+            (false, true, _) => Some(End::Grammar),
+            (false, false, true) => Some(End::Length),
+            (false, false, false) => None,
         };
         Ok(Accepted { token, text: piece.text, end })
     }
@@ -309,10 +340,11 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         self.in_step = plan.chunks.iter().map(|chunk| chunk.session).collect();
         self.batcher.begin(&plan);
         self.announce(events);
+        let masks = self.begin_masks(&plan);
         let logits = self.forward(&plan)?;
         self.batcher.complete(&plan);
         if let Some(logits) = logits {
-            for (id, accepted) in self.sample(&plan, &logits)? {
+            for (id, accepted) in self.sample(&plan, &logits, masks)? {
                 self.report(id, accepted, events);
             }
         }
@@ -399,7 +431,15 @@ mod tests {
     fn request(prompt: Vec<u32>) -> Request {
         let sampling = SamplingParams::greedy();
         let stop = Vec::new();
-        Request::Text(TextRequest { prompt, max_tokens: 4, sampling, stop, ignore_eos: true, cache_salt: None })
+        Request::Text(TextRequest {
+            prompt,
+            max_tokens: 4,
+            sampling,
+            stop,
+            ignore_eos: true,
+            cache_salt: None,
+            grammar: None,
+        })
     }
 
     /// Runs until idle and gives the tokens of `id`.

@@ -477,7 +477,7 @@ fn greedy_tokens(model: &mut LoadedModel, prompt: Vec<u32>, max_tokens: usize) -
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = SamplingParams::greedy();
     let stop = Vec::new();
-    Request::Text(TextRequest { prompt, max_tokens, sampling, stop, ignore_eos: true, cache_salt: None })
+    Request::Text(TextRequest { prompt, max_tokens, sampling, stop, ignore_eos: true, cache_salt: None, grammar: None })
 }
 
 /// Everything that one session tells until its end.

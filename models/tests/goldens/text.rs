@@ -546,7 +546,7 @@ pub fn prompts(case: &str) -> Vec<Vec<u32>> {
 pub fn greedy(prompt: Vec<u32>) -> TextRequest {
     let sampling = SamplingParams::greedy();
     let stop = Vec::new();
-    TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop, ignore_eos: true, cache_salt: None }
+    TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop, ignore_eos: true, cache_salt: None, grammar: None }
 }
 
 /// Greedy and sampled requests of several lengths.

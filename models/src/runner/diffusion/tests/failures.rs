@@ -137,6 +137,7 @@ fn text_requests_and_too_many_sessions_are_refused() {
         stop: Vec::new(),
         ignore_eos: false,
         cache_salt: None,
+        grammar: None,
     };
     let refused = runner.submit(SessionId(0), Request::Text(text));
     assert!(matches!(refused, Err(Error::InvalidRequest { .. })));
