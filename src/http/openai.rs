@@ -95,7 +95,6 @@ const TEXT: &[Field] = &[
 const CHAT_ALONE: &[Field] = &[
     field("logprobs", is_false, "are not returned yet; must be false"),
     field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned yet; must be 0"),
-    field("response_format", is_text_format, "only {\"type\": \"text\"} is supported yet"),
     field("tools", is_empty, "are not supported yet; leave it out"),
     field("tool_choice", is_no_choice, "tools are not supported yet; must be none or auto"),
     field("parallel_tool_calls", |value, _| matches!(value, Value::Bool(_)), "must be true or false"),
@@ -152,10 +151,6 @@ fn is_no_choice(value: &Value, _: &Object) -> bool {
     is_one_of(value, &["none", "auto"])
 }
 
-fn is_text_format(value: &Value, _: &Object) -> bool {
-    is_object_of(value, &[("type", "text")])
-}
-
 fn is_default_cache(value: &Value, _: &Object) -> bool {
     is_object_of(value, &[("mode", "implicit"), ("ttl", "30m")])
 }
@@ -203,7 +198,7 @@ fn take(field: &Field, path: &str, object: &mut Object) -> Result<(), String> {
     if !is_neutral {
         return Err(path.to_owned());
     }
-    object.remove(path);
+    object.shift_remove(path);
     Ok(())
 }
 
@@ -243,7 +238,7 @@ mod tests {
             r#""store": false, "service_tier": "auto""#,
             r#""service_tier": "default", "logit_bias": {}"#,
             r#""logit_bias": {"50256": 0}, "logprobs": false, "top_logprobs": 0"#,
-            r#""response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": []"#,
+            r#""tools": [], "tool_choice": "none", "functions": []"#,
             r#""tool_choice": "auto", "parallel_tool_calls": true, "function_call": "none""#,
             r#""parallel_tool_calls": false, "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
             r#""prompt_cache_retention": "in_memory", "prompt_cache_options": {"mode": "implicit"}"#,
@@ -256,8 +251,6 @@ mod tests {
             (r#""logit_bias": {"50256": -100}"#, "logit_bias"),
             (r#""logprobs": true"#, "logprobs"),
             (r#""top_logprobs": 5"#, "top_logprobs"),
-            (r#""response_format": {"type": "json_object"}"#, "response_format"),
-            (r#""response_format": {"type": "json_schema", "json_schema": {}}"#, "response_format"),
             (r#""tools": [{"type": "function"}]"#, "tools"),
             (r#""tool_choice": "required""#, "tool_choice"),
             (r#""tool_choice": {"type": "function"}"#, "tool_choice"),

@@ -51,7 +51,7 @@ pub(super) fn take(
 ) -> Result<Given, ApiError> {
     let mut given = Given { options: Options::default(), files: Vec::new() };
     for declaration in declarations {
-        match fields.remove(declaration.name) {
+        match fields.shift_remove(declaration.name) {
             None | Some(Value::Null) if declaration.is_required => {
                 return Err(ApiError::field_code(declaration.name, "missing_required_parameter", "is missing"));
             }

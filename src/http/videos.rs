@@ -95,7 +95,7 @@ impl Spelling {
         let name = INPUT_REFERENCE.declaration.name;
         let mut fields = body.into_object()?;
         // A null is as good as absent.
-        let image = fields.remove(IMAGE_ALIAS).filter(|image| !matches!(image, Value::Null));
+        let image = fields.shift_remove(IMAGE_ALIAS).filter(|image| !matches!(image, Value::Null));
         let Some(image) = image else { return Ok((Value::Object(fields), Self::InputReference)) };
         if fields.insert(name.to_owned(), image).is_some() {
             return Err(ApiError::field(IMAGE_ALIAS, format!("is another name of {name}; give one of them")));

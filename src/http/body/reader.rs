@@ -3,10 +3,10 @@
 //! Types are described by serde. Its own errors are English made for programmers (`expected u64`, `expected struct
 //! LoraParameter`), so each kind of value is checked here, before serde sees one that is not of the kind.
 
-use std::collections::btree_map;
 use std::fmt::{self, Display};
 use std::vec;
 
+use indexmap::map;
 use serde::Deserializer;
 use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeOwned, DeserializeSeed, Error, Expected, IntoDeserializer, MapAccess, SeqAccess};
@@ -336,7 +336,7 @@ impl<'de> SeqAccess<'de> for Elements {
 }
 
 struct Fields {
-    fields: btree_map::IntoIter<String, Value>,
+    fields: map::IntoIter<String, Value>,
     next: Option<(String, Value)>,
 }
 

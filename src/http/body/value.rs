@@ -3,16 +3,19 @@
 //! Owns: the tree, and reading JSON into it within bounds. Does not know: which fields there are (see [`super::reader`]), nor
 //! what they may hold (see [`Room`]).
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::fmt::{self, Write as _};
 
+use indexmap::map::Entry;
 use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde::{Deserializer, de};
 use serde_json::error::Category;
 
 use super::memory::Held;
 use crate::http::error::ApiError;
+
+mod object;
+
+pub(in crate::http) use object::Object;
 
 /// Most fields of a body.
 pub(super) const MAX_FIELDS: usize = 256;
@@ -22,8 +25,6 @@ pub(super) const MAX_FIELD_VALUES: usize = 1024;
 pub(super) const MAX_NAME_BYTES: usize = 128;
 /// What a value takes in memory: itself, and the room that its list has for one more.
 const VALUE_BYTES: usize = 2 * size_of::<Value>();
-/// What an object takes beside its values: a leaf of its map, which has room for eleven of them.
-const OBJECT_BYTES: usize = 11 * (size_of::<String>() + size_of::<Value>());
 /// Memory of values is taken in pieces of this size; a smaller body pays with the bytes that arrived.
 const CHARGE_BYTES: usize = 64 << 10;
 /// 2^64, the first whole number that no field can take.
@@ -55,9 +56,6 @@ pub(in crate::http) enum Value {
     /// An object; no key is there twice.
     Object(Object),
 }
-
-/// The fields of an object.
-pub(in crate::http) type Object = BTreeMap<String, Value>;
 
 impl Value {
     /// What it is, for errors: never what it says.
@@ -92,6 +90,20 @@ impl Value {
         match self {
             Self::Object(fields) => Ok(fields),
             other => Err(ApiError::field("body", format!("must be an object; found {}", other.kind()))),
+        }
+    }
+
+    /// The same as JSON, in the order in which it came; a file is `null`, which JSON bodies never have.
+    pub(in crate::http) fn into_json(self) -> serde_json::Value {
+        match self {
+            Self::Null | Self::File(_) => serde_json::Value::Null,
+            Self::Bool(value) => value.into(),
+            Self::Unsigned(number) => number.into(),
+            Self::Negative(number) => number.into(),
+            Self::Float(number) => number.into(),
+            Self::Text(text) | Self::Part(text) => text.into(),
+            Self::List(values) => values.into_iter().map(Self::into_json).collect(),
+            Self::Object(fields) => fields.into_iter().map(|(name, value)| (name, value.into_json())).collect(),
         }
     }
 
@@ -297,7 +309,7 @@ impl<'p> Builder<'_, 'p> {
             return Err(self.progress.refuse(Refusal::Value(problem)));
         }
         if self.depth > 0 {
-            return if num_fields == 0 { self.progress.charge(OBJECT_BYTES) } else { Ok(()) };
+            return self.progress.charge(if num_fields == 0 { Object::BYTES } else { Object::FIELD_BYTES });
         }
         if num_fields == MAX_FIELDS {
             return Err(self.progress.refuse(Refusal::Value(format!("has more than {MAX_FIELDS} fields"))));

@@ -106,10 +106,23 @@ fn request(task: Task) -> Value {
     if let Some((name, schema)) = prompt {
         properties.insert(name.to_owned(), schema);
         properties.insert("stream_options".to_owned(), reference("StreamOptions"));
+        properties.extend(text::structured::names().map(|name| (name.to_owned(), reference(structured(name)))));
         required.push(name);
     }
     properties.extend(unsupported(task, ""));
     object(properties, &required)
+}
+
+/// The component that describes a field which an answer is held to.
+fn structured(name: &str) -> &'static str {
+    match name {
+        text::structured::RESPONSE_FORMAT => "ResponseFormat",
+        text::structured::STRUCTURED_OUTPUTS => "StructuredOutputs",
+        "guided_json" => "GuidedJson",
+        "guided_choice" => "GuidedChoice",
+        "guided_regex" => "GuidedRegex",
+        _ => "GuidedGrammar",
+    }
 }
 
 /// A body of a video that is made from an earlier one, which it names if that does not stand in the path.

@@ -6,6 +6,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::cancel::CancelToken;
 use tale_models::chat_template::ChatMessage;
+use tale_models::grammar::Asked;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
@@ -20,6 +21,7 @@ use super::{AppState, random_seed, sse};
 use crate::engine::Session;
 
 mod answer;
+pub mod structured;
 pub mod wire;
 
 /// Prompts of more bytes are turned into tokens on a thread that computes; for shorter ones the way there is longer than
@@ -27,6 +29,8 @@ pub mod wire;
 const MAX_INLINE_PROMPT_BYTES: usize = 4096;
 /// Bytes of a body that are read in the time in which one byte of a prompt becomes tokens.
 const TOKENISING_COST: usize = 16;
+/// Bytes of a body that are read in the time in which a grammar is compiled, which makes it long work.
+const GRAMMAR_COST: usize = 1 << 20;
 
 /// `POST /v1/chat/completions`.
 pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
@@ -35,15 +39,15 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
         let (mut body, held) = received.read(state.compute(), wire::room_in_chat, wire::chat).await?;
         let card = text_card(&state, &body.model)?;
         let max_tokens_name = body.settle_max_tokens()?;
-        let TextBody { model, options, answer, prompt: messages } = body;
-        let short = text(&card)?.encode_short_chat(&messages);
-        let order = Order { shape: Shape::Chat, model, options, answer };
+        let TextBody { model, options, answer, asked, prompt: messages } = body;
+        let short = if asked.is_none() { text(&card)?.encode_short_chat(&messages) } else { None };
+        let order = Order { shape: Shape::Chat, model, options, answer, asked };
         let placed = match short {
             Some(prompt) => match prompt {
                 Ok(prompt) => order.place(admitted, text(&card)?, vec![prompt]),
                 Err(error) => Err(error.into()),
             },
-            // A template is a stranger's program, and may take its time.
+            // A template is a stranger's program, and may take its time, as a grammar does.
             None => {
                 let num_bytes = messages.iter().map(ChatMessage::num_bytes).sum();
                 let encode =
@@ -65,7 +69,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let max_tokens = largest_context(&state)?;
         let room_of = move |name: &str| wire::room_in_completion(name, max_tokens);
         let (body, held) = received.read(state.compute(), room_of, wire::completion).await?;
-        let TextBody { model, options, answer, prompt: texts } = body;
+        let TextBody { model, options, answer, asked, prompt: texts } = body;
         let card = text_card(&state, &model)?;
         if texts.len() * answer.n > MAX_CHOICES {
             let problem = format!("has {} prompts; prompts times n may be {MAX_CHOICES} at most", texts.len());
@@ -75,8 +79,9 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let encode = move |card: &TextCard, cancelled: &CancelToken| -> tale_models::Result<Vec<_>> {
             texts.into_iter().map(|prompt| prompt.encode(card, cancelled)).collect()
         };
-        let order = Order { shape: Shape::Completion, model, options, answer };
-        let placed = match num_bytes <= MAX_INLINE_PROMPT_BYTES {
+        let is_little = num_bytes <= MAX_INLINE_PROMPT_BYTES && asked.is_none();
+        let order = Order { shape: Shape::Completion, model, options, answer, asked };
+        let placed = match is_little {
             true => {
                 let card = text(&card)?;
                 order.place(admitted, card, encode(card, &CancelToken::default())?)?
@@ -104,6 +109,7 @@ struct Order {
     model: String,
     options: Options,
     answer: wire::AnswerOptions,
+    asked: Option<Asked>,
 }
 
 /// An order whose sessions the engine has.
@@ -115,12 +121,13 @@ struct Placed {
 
 impl Order {
     /// Gives the engine the sessions of these prompts.
-    fn place(self, admitted: &Admitted, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Placed, ApiError> {
+    fn place(mut self, admitted: &Admitted, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Placed, ApiError> {
         let prompt_tokens = prompts.iter().map(Vec::len).sum();
         let seed = self.options.get(&SEED).unwrap_or_else(random_seed);
+        let grammar = self.asked.take().map(|asked| card.grammar(asked, &self.options)).transpose()?;
         let mut sessions = Vec::with_capacity(prompts.len() * self.answer.n);
         for prompt in prompts {
-            let request = card.resolve(prompt, &self.options, seed)?;
+            let request = card.resolve(prompt, &self.options, seed)?.held_to(grammar.clone());
             for choice in 0..self.answer.n {
                 sessions.push(admitted.submit(&self.model, with_seed(&request, seed, choice))?);
             }
@@ -172,7 +179,9 @@ async fn placed(
     order: Order,
     encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<Vec<Vec<u32>>> + Send + 'static,
 ) -> Result<Placed, ApiError> {
-    let (cost, admitted) = (num_bytes.saturating_mul(TOKENISING_COST), admitted.clone());
+    let grammar_bytes = if order.asked.is_some() { GRAMMAR_COST } else { 0 };
+    let cost = num_bytes.saturating_mul(TOKENISING_COST).saturating_add(grammar_bytes);
+    let admitted = admitted.clone();
     let place = move |cancelled: &CancelToken| {
         let card = text(&card)?;
         order.place(&admitted, card, encode(card, cancelled)?)

@@ -7,9 +7,11 @@ use serde::{Deserialize, Deserializer};
 use tale_models::TextCard;
 use tale_models::cancel::CancelToken;
 use tale_models::chat_template::ChatMessage;
+use tale_models::grammar::Asked;
 use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
 use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
 
+use super::structured;
 use crate::http::body::value::{Object, Room, Value};
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
@@ -51,6 +53,8 @@ pub(super) struct TextBody<T> {
     pub(super) model: String,
     pub(super) options: Options,
     pub(super) answer: AnswerOptions,
+    /// What the answer is held to.
+    pub(super) asked: Option<Asked>,
     pub(super) prompt: T,
 }
 
@@ -74,7 +78,7 @@ struct CompletionFields {
 pub(super) fn room_in_chat(name: &str) -> Room {
     match name {
         "messages" => Room { max_items: MAX_MESSAGES, max_values: MAX_MESSAGE_VALUES, ..Room::SMALL },
-        name => parameters::room_in(TEXT_PARAMETERS, name),
+        name => structured::room_in(name).unwrap_or_else(|| parameters::room_in(TEXT_PARAMETERS, name)),
     }
 }
 
@@ -85,24 +89,26 @@ pub(super) fn room_in_completion(name: &str, max_tokens: usize) -> Room {
             let max_values = MAX_CHOICES.saturating_mul(max_tokens.saturating_add(1));
             Room { max_items: MAX_CHOICES, max_numbers: max_tokens, max_values }
         }
-        name => parameters::room_in(TEXT_PARAMETERS, name),
+        name => structured::room_in(name).unwrap_or_else(|| parameters::room_in(TEXT_PARAMETERS, name)),
     }
 }
 
 /// Body of `POST /v1/chat/completions`.
 pub(super) fn chat(body: Value) -> Result<TextBody<Vec<ChatMessage>>, ApiError> {
     let mut body = settled(body, openai::CHAT)?;
+    let asked = structured::take(&mut body)?;
     let options = take(&mut body, CHAT, "messages")?;
     let ChatFields { messages, stream_options } = body::read(Value::Object(body))?;
-    TextBody::new(options, stream_options.as_ref(), conversation(messages)?)
+    TextBody::new(options, stream_options.as_ref(), asked, conversation(messages)?)
 }
 
 /// Body of `POST /v1/completions`.
 pub(super) fn completion(body: Value) -> Result<TextBody<Vec<Prompt>>, ApiError> {
     let mut body = settled(body, openai::COMPLETION)?;
+    let asked = structured::take(&mut body)?;
     let options = take(&mut body, COMPLETION, "prompt")?;
     let CompletionFields { prompt, stream_options } = body::read(Value::Object(body))?;
-    TextBody::new(options, stream_options.as_ref(), prompt.0)
+    TextBody::new(options, stream_options.as_ref(), asked, prompt.0)
 }
 
 /// The fields of a body, without those of OpenAI's `fields` that ask for nothing.
@@ -118,10 +124,15 @@ fn take(body: &mut Object, own: &[&'static Declaration], prompt: &str) -> Result
 }
 
 impl<T> TextBody<T> {
-    fn new(options: Options, stream_options: Option<&StreamOptions>, prompt: T) -> Result<Self, ApiError> {
+    fn new(
+        options: Options,
+        stream_options: Option<&StreamOptions>,
+        asked: Option<Asked>,
+        prompt: T,
+    ) -> Result<Self, ApiError> {
         let model = options.get(&MODEL).unwrap_or_default();
         let answer = AnswerOptions::new(&options, stream_options)?;
-        Ok(Self { model, options, answer, prompt })
+        Ok(Self { model, options, answer, asked, prompt })
     }
 
     /// The name under which the client gave the most tokens, for errors.

@@ -145,8 +145,8 @@ fn read_over(state: &AppState, again: Again, source: Option<Job>, body: Value) -
 
 /// Takes the video that an extension names out of its body.
 fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
-    let id = match fields.remove(VIDEO) {
-        Some(Value::Object(mut video)) => match (video.remove("id"), video.is_empty()) {
+    let id = match fields.shift_remove(VIDEO) {
+        Some(Value::Object(mut video)) => match (video.shift_remove("id"), video.is_empty()) {
             (Some(Value::Text(id) | Value::Part(id)), true) => id,
             _ => return Err(ApiError::field(VIDEO, "must be {\"id\": \"video_...\"}")),
         },
