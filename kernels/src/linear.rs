@@ -14,6 +14,7 @@ use crate::simd::{Element, Op, Simd, dispatch};
 use crate::view::{View, tensor, vector, with_values};
 use crate::work::{self, Work};
 
+mod blocks;
 #[cfg(gpu)]
 mod launch;
 mod quantised;

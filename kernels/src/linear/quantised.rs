@@ -2,26 +2,29 @@
 //!
 //! Activations are not rounded: a product is, bit for bit on the CPU, that of the dequantised matrix. On the CPU a slab
 //! of rows is dequantised at a time, into memory that the cache holds, and multiplied as any other matrix; what that costs
-//! is shared by the rows of `x`. On a GPU the whole matrix is dequantised into the dtype of the activations (candle's
+//! is shared by the rows of `x`. With one row every core widens a few rows at a time, which its nearest cache holds. On a GPU the whole matrix is dequantised into the dtype of the activations (candle's
 //! kernels) before cuBLAS multiplies it, which is what diffusers does too.
 
 use std::sync::Arc;
 
-use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0,
-};
+use candle_core::quantized::k_quants::{BlockQ2K, BlockQ3K, BlockQ5_0, BlockQ5_1, BlockQ5K};
 use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use super::blocks::Widen;
 use super::{add_to_rows, matmul_transposed};
+use crate::dot::{MatVec, TILE_OUTS};
 #[cfg(gpu)]
 use crate::gpu;
-use crate::parallel::{Shared, for_each};
+use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
+use crate::simd::dispatch;
 use crate::view::{View, tensor, vector};
 use crate::work::{self, Work};
 
 /// Values of a slab: 8 MiB in f32.
 const SLAB_VALUES: usize = 2 << 20;
+/// Values of the rows that are multiplied with one row at a time: 16 KiB in f32, or four rows that are longer.
+const PANEL_VALUES: usize = 4 << 10;
 
 /// A matrix `[out, in]` of quantised rows. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -107,7 +110,8 @@ pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tens
     let x = View::contiguous("linear", &x)?;
     let mut y = vec![0f32; shape.iter().product()];
     if !y.is_empty() {
-        by_slabs(x.f32()?, weight, &mut y)?;
+        let x = x.f32()?;
+        if x.len() == inner { one_row(x, weight, &mut y)? } else { by_slabs(x, weight, &mut y)? }
     }
     if let Some(bias) = bias {
         let bias = vector("linear", "bias", bias, out)?;
@@ -134,7 +138,7 @@ pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tens
     let row_bytes = blocks.len() / num;
     let mut rows = vec![0f32; len * dim];
     for (row, id) in rows.chunks_exact_mut(dim).zip(ids) {
-        dequantise_row(dtype, &blocks[*id as usize * row_bytes..][..row_bytes], row);
+        dequantise_blocks(dtype, &blocks[*id as usize * row_bytes..][..row_bytes], row);
     }
     tensor(rows, (len, dim))
 }
@@ -160,6 +164,31 @@ fn by_slabs(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
     Ok(())
 }
 
+/// One row: every task widens a few rows of `w` at a time, into memory that the nearest cache holds.
+fn one_row(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
+    let (out, inner) = weight.dims();
+    let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
+    let blocks: &[u8] = &blocks;
+    let row_bytes = blocks.len() / out;
+    let panel_rows = (PANEL_VALUES / inner).max(1).next_multiple_of(TILE_OUTS);
+    let task_rows = out.div_ceil(tasks_for(out * inner)).next_multiple_of(panel_rows);
+    let y = Shared::new(y);
+    for_each(out.div_ceil(task_rows), out * inner, |task| {
+        let rows = task * task_rows..out.min((task + 1) * task_rows);
+        with_scratch(panel_rows * inner, |panel| {
+            for first in rows.clone().step_by(panel_rows) {
+                let len = panel_rows.min(rows.end - first);
+                let panel = &mut panel[..len * inner];
+                dequantise_blocks(dtype, &blocks[first * row_bytes..][..len * row_bytes], panel);
+                // SAFETY: every task has its own outputs.
+                let out = unsafe { y.slice(first, len) };
+                dispatch(MatVec { x, w: panel, out });
+            }
+        });
+    });
+    Ok(())
+}
+
 fn dequantise_rows(dtype: GgmlDType, blocks: &[u8], inner: usize, values: &mut [f32]) {
     let rows = values.len() / inner;
     let row_bytes = blocks.len() / rows;
@@ -169,22 +198,21 @@ fn dequantise_rows(dtype: GgmlDType, blocks: &[u8], inner: usize, values: &mut [
         let blocks = &blocks[row * row_bytes..][..row_bytes];
         // SAFETY: every task has its own row.
         let values = unsafe { values.slice(row * inner, inner) };
-        dequantise_row(dtype, blocks, values);
+        dequantise_blocks(dtype, blocks, values);
     });
 }
 
-fn dequantise_row(dtype: GgmlDType, blocks: &[u8], values: &mut [f32]) {
+/// Whole blocks, of one row or several.
+fn dequantise_blocks(dtype: GgmlDType, blocks: &[u8], values: &mut [f32]) {
+    if Widen::takes(dtype) {
+        return dispatch(Widen { dtype, blocks, values });
+    }
     match dtype {
-        GgmlDType::Q4_0 => to_float::<BlockQ4_0>(blocks, values),
-        GgmlDType::Q4_1 => to_float::<BlockQ4_1>(blocks, values),
         GgmlDType::Q5_0 => to_float::<BlockQ5_0>(blocks, values),
         GgmlDType::Q5_1 => to_float::<BlockQ5_1>(blocks, values),
-        GgmlDType::Q8_0 => to_float::<BlockQ8_0>(blocks, values),
         GgmlDType::Q2K => to_float::<BlockQ2K>(blocks, values),
         GgmlDType::Q3K => to_float::<BlockQ3K>(blocks, values),
-        GgmlDType::Q4K => to_float::<BlockQ4K>(blocks, values),
         GgmlDType::Q5K => to_float::<BlockQ5K>(blocks, values),
-        GgmlDType::Q6K => to_float::<BlockQ6K>(blocks, values),
         other => unreachable!("`new` refuses {other:?}: this is a bug"),
     }
 }
