@@ -27,7 +27,7 @@ pub struct PrefixArgs {
     #[arg(long, value_name = "NAME", default_value = "tinyllama-1.1b", value_parser = parse_preset)]
     preset: &'static Preset,
 
-    /// A checkpoint folder, instead of --preset
+    /// A checkpoint, a folder or a GGUF file, instead of --preset
     #[arg(long, value_name = "PATH", conflicts_with = "preset")]
     model: Option<PathBuf>,
 

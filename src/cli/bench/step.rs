@@ -69,7 +69,7 @@ struct Model {
     #[arg(long, value_name = "NAME", value_parser = parse_preset, long_help = preset_help())]
     preset: Option<&'static Preset>,
 
-    /// A checkpoint folder
+    /// A checkpoint: a folder or a single file
     #[arg(long, value_name = "PATH")]
     model: Option<PathBuf>,
 }
