@@ -432,7 +432,8 @@ mod tests {
         check(with(0, ("a", vec![31, 2], 8, 0)), "does not come in blocks of Q8_0");
         check(with(0, ("a", vec![32, 1 << 62], 8, 0)), "does not come in blocks");
         check(with(0, ("a", vec![1; 6], 8, 0)), "6 dimensions");
-        check(with(0, ("a", vec![256], 23, 0)), "type 23 of ggml; read are F32, F16, Q4_0");
+        check(with(0, ("a", vec![256], 23, 0)), "has type IQ4_XS; read are F32, F16, Q4_0");
+        check(with(0, ("a", vec![256], 99, 0)), "has type 99 of ggml; read are F32, F16, Q4_0");
         check(with(1, ("b", vec![3], 0, 64)), "tensors `a` and `b` overlap");
         check(with(1, ("a", vec![3], 0, 128)), "tensor `a` is there twice");
     }
@@ -449,6 +450,12 @@ mod tests {
     /// A metadata entry `x` of the type with this number.
     fn entry(kind: u32, value: &[u8]) -> Vec<u8> {
         [&1u64.to_le_bytes()[..], b"x", &kind.to_le_bytes(), value].concat()
+    }
+
+    #[test]
+    fn a_key_stands_once() {
+        let twice = vec![entry(0, &[1]), entry(0, &[2])];
+        check(Made { more: twice, ..Made::default() }, "its metadata has `x` twice");
     }
 
     #[test]
