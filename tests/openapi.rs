@@ -154,7 +154,7 @@ async fn answers_with_text_and_images_are_as_documented() {
 async fn answers_about_videos_are_as_documented() {
     let server = server().await;
     let checker = Checker(document(&server).await);
-    let body = json!({"model": "clips", "prompt": "a boat", "guidance_interval": [0, 0.5]});
+    let body = json!({"model": "clips", "prompt": "a boat", "guidance_interval": [0, 0.5], "partial_images": 1});
     let created = server.post("/v1/videos", &body).await.expect(200);
     checker.answer("post", "/v1/videos", &created);
     let id = created.json()["id"].as_str().expect("a name").to_owned();

@@ -32,7 +32,7 @@ pub fn frames_of_mp4(file: &[u8]) -> u32 {
 async fn a_long_video_is_made_of_parts_and_is_one_file() {
     let dir = tempfile::tempdir().expect("made");
     let server = start(Setup { output_dir: Some(dir.path().join("clips")), ..Setup::default() }).await;
-    let id = order(&server, long(json!({}))).await;
+    let id = order(&server, long(json!({"partial_images": 1}))).await;
     let job = wait_for(&server, &id, "completed").await;
     assert_eq!((&job["shot_method"], &job["overlap_frames"]), (&json!("continue"), &json!(1)));
     assert_eq!((&job["num_frames"], &job["seconds"]), (&json!(81), &json!("10.125")));
@@ -49,6 +49,12 @@ async fn a_long_video_is_made_of_parts_and_is_one_file() {
     let steps: Vec<_> = denoising.map(|event| (event["done"].as_u64(), event["total"].as_u64())).collect();
     assert!(steps.is_sorted() && steps.iter().all(|(_, total)| *total == Some(12)), "{steps:?}");
     assert_eq!(steps.last(), Some(&(Some(12), Some(12))));
+    // One of each part, counted over the whole.
+    let previews: Vec<&Value> = events.iter().filter(|event| event["type"] == "preview").collect();
+    let numbers: Vec<&Value> = previews.iter().map(|preview| &preview["partial_image_index"]).collect();
+    assert_eq!(numbers, [0, 1, 2]);
+    let percents: Vec<u64> = previews.iter().map(|event| event["percent"].as_u64().expect("a number")).collect();
+    assert!(percents.is_sorted() && percents[0] < 33 && percents[2] >= 66, "{percents:?}");
     server.wait_until_empty().await;
 }
 

@@ -3,6 +3,8 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::{Value, json};
 use tale_models::testing::SKIPPED_PASSES;
 
@@ -176,6 +178,34 @@ async fn events_tell_the_past_and_then_follow() {
     let mut again = request("GET", &path, "", "");
     again.headers_mut().insert("last-event-id", "1".parse().expect("ASCII"));
     assert_eq!(kinds(&read(server.send(again).await).await), heard[2..]);
+}
+
+#[tokio::test]
+async fn previews_are_events_of_the_job_and_change_nothing_in_its_file() {
+    let server = server().await;
+    let mut files = Vec::new();
+    for partial_images in [2, 0] {
+        let asked = json!({"num_inference_steps": 6, "seed": 5, "size": "96x64", "partial_images": partial_images});
+        let id = order(&server, asked).await;
+        let job = wait_for(&server, &id, "completed").await;
+        assert_eq!(job.get("partial_images"), (partial_images > 0).then_some(&json!(2)));
+        let events = server.get(&format!("/v1/jobs/{id}/events")).await.expect(200).events();
+        let previews: Vec<&Value> = events.iter().filter(|event| event["type"] == "preview").collect();
+        assert_eq!(previews.len(), partial_images);
+        for (index, preview) in previews.into_iter().enumerate() {
+            assert_eq!(preview["partial_image_index"], index);
+            assert_eq!((&preview["phase"], &preview["total"]), (&json!("denoise"), &json!(6)));
+            assert_eq!((&preview["size"], &preview["output_format"]), (&json!("12x8"), &json!("jpeg")));
+            let file = BASE64.decode(preview["b64_json"].as_str().expect("text")).expect("base64");
+            let shown = image::load_from_memory(&file).expect("a picture");
+            assert_eq!((shown.width(), shown.height()), (12, 8));
+        }
+        files.push(server.get(&format!("/v1/videos/{id}/content")).await.expect(200).body);
+    }
+    assert!(files[0] == files[1]);
+    let body = json!({"model": "clips", "prompt": "a boat", "partial_images": 4});
+    let refused = server.post("/v1/videos", &body).await.expect(400).json();
+    assert_eq!(refused["error"]["param"], "partial_images");
 }
 
 #[tokio::test]

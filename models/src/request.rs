@@ -136,12 +136,12 @@ pub enum Event {
         /// Steps in all.
         total: usize,
     },
-    /// How far a picture has come: a rough, small version of it. At most
+    /// How far a picture or a clip has come: a rough, small version of it, or of the clip's middle. At most
     /// [`MAX_PREVIEWS`](crate::runner::diffusion::previews::MAX_PREVIEWS) of one session.
     Preview {
         /// From 0.
         index: usize,
-        /// Smaller than the picture will be.
+        /// Smaller than the picture or the clip will be.
         frame: Frame,
     },
     /// Decoded frames, in order of time; a picture is one frame.

@@ -7,6 +7,8 @@ use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,6 +18,7 @@ use super::path::Id;
 use super::videos::WireFailure;
 use super::{AppState, sse};
 use crate::job::feed::{JobEvent, JobFeed};
+use crate::job::preview::{self, Preview};
 use crate::job::{JobId, Progress, UnknownJob};
 
 /// Writes that may wait for a slow client; further events wait in the feed.
@@ -69,10 +72,21 @@ struct WireEvent {
     id: String,
     #[serde(skip_serializing_if = "Option::is_none", flatten)]
     progress: Option<WireProgress>,
+    #[serde(skip_serializing_if = "Option::is_none", flatten)]
+    preview: Option<WirePreview>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<WireFailure>,
+}
+
+/// A small picture; what OpenAI's streams of images call alike has the same names.
+#[derive(Serialize)]
+struct WirePreview {
+    partial_image_index: usize,
+    size: String,
+    output_format: &'static str,
+    b64_json: String,
 }
 
 #[derive(Serialize)]
@@ -88,14 +102,30 @@ struct WireProgress {
 
 impl WireEvent {
     fn new(id: JobId, event: &JobEvent) -> Self {
-        let empty = |kind| Self { kind, id: id.to_string(), progress: None, bytes: None, error: None };
+        let empty = |kind| Self { kind, id: id.to_string(), progress: None, preview: None, bytes: None, error: None };
         match event {
             JobEvent::Queued => empty("queued"),
             JobEvent::Started => empty("started"),
             JobEvent::Progress(progress) => Self { progress: Some(progress.into()), ..empty("progress") },
+            JobEvent::Preview(preview) => {
+                let progress = Some((&preview.progress).into());
+                Self { progress, preview: Some(preview.into()), ..empty("preview") }
+            }
             JobEvent::Finished(files) => Self { bytes: Some(files.clip.bytes), ..empty("finished") },
             JobEvent::Failed(failure) => Self { error: Some(failure.into()), ..empty("failed") },
             JobEvent::Cancelled => empty("cancelled"),
+        }
+    }
+}
+
+impl From<&Preview> for WirePreview {
+    fn from(preview: &Preview) -> Self {
+        let (width, height) = preview.size;
+        Self {
+            partial_image_index: preview.index,
+            size: format!("{width}x{height}"),
+            output_format: preview::FORMAT.as_str(),
+            b64_json: BASE64.encode(&preview.bytes),
         }
     }
 }

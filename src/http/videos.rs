@@ -26,7 +26,7 @@ use super::parameters::room_in;
 use super::path::Id;
 use crate::compute::Compute;
 use crate::engine::MayBegin;
-use crate::job::drive::{BeginPart, drive};
+use crate::job::drive::{BeginPart, Means, Order, drive};
 use crate::job::encoder::Before;
 use crate::job::failure::Failure;
 use crate::job::output::OutputDir;
@@ -144,7 +144,8 @@ async fn order(state: &AppState, admitted: &Admitted, ordered: Ordered) -> Resul
     state.jobs().insert(job.clone())?;
     let response = answer(&job);
     // The job goes on when the client does not: only DELETE ends it.
-    let driven = drive(job, before, assembly, session, begin, outputs.clone(), state.jobs().clone());
+    let means = Means { outputs: outputs.clone(), store: state.jobs().clone(), compute: state.compute().clone() };
+    let driven = drive(Order { job, before, assembly, begin }, session, means);
     tokio::spawn(async move {
         driven.await;
         drop(held);

@@ -6,10 +6,14 @@ use tokio::sync::watch;
 
 use super::failure::Failure;
 use super::files::ClipFiles;
+use super::preview::Preview;
 use super::{Change, Progress};
 
 /// Most events that a feed remembers. A job that reports more forgets the progress in the middle, never its ends.
 pub const MAX_FEED_EVENTS: usize = 2048;
+
+/// Most bytes of previews that a feed remembers; the newest stays whatever its size.
+pub const MAX_FEED_PREVIEW_BYTES: usize = 128 << 10;
 
 /// One thing that happened to a job.
 #[derive(Debug, Clone)]
@@ -20,6 +24,8 @@ pub enum JobEvent {
     Started,
     /// The device moved on.
     Progress(Progress),
+    /// Something is to be seen of it.
+    Preview(Preview),
     /// The files are whole.
     Finished(ClipFiles),
     /// It ended without a file.
@@ -42,6 +48,7 @@ impl JobEvent {
             Change::Skipped(_) => return None,
             Change::Started => JobEvent::Started,
             Change::Progressed(progress) => JobEvent::Progress(*progress),
+            Change::Previewed(preview) => JobEvent::Preview(preview.clone()),
             Change::Completed(files) => JobEvent::Finished(files.clone()),
             Change::Failed(failure) => JobEvent::Failed(failure.clone()),
             Change::Cancelled => JobEvent::Cancelled,
@@ -70,8 +77,11 @@ impl JobFeed {
         let mut events = self.lock();
         let number = self.news.borrow().0;
         if events.len() == MAX_FEED_EVENTS {
-            // The oldest progress: positions 0 and 1 are `Queued` and `Started`.
+            // The oldest of what is between: positions 0 and 1 are `Queued` and `Started`.
             events.remove(2);
+        }
+        if let JobEvent::Preview(preview) = &event {
+            make_room(&mut events, preview.bytes.len());
         }
         events.push((number, event));
         drop(events);
@@ -96,8 +106,23 @@ impl JobFeed {
     }
 }
 
+/// Forgets the oldest previews until so many bytes more are within the bound.
+fn make_room(events: &mut Vec<(usize, JobEvent)>, more: usize) {
+    let bytes_of = |event: &JobEvent| if let JobEvent::Preview(preview) = event { preview.bytes.len() } else { 0 };
+    let kept: usize = events.iter().map(|(_, event)| bytes_of(event)).sum();
+    let mut surplus = (kept + more).saturating_sub(MAX_FEED_PREVIEW_BYTES);
+    events.retain(|(_, event)| {
+        let is_surplus = surplus > 0 && matches!(event, JobEvent::Preview(_));
+        if is_surplus {
+            surplus = surplus.saturating_sub(bytes_of(event));
+        }
+        !is_surplus
+    });
+}
+
 #[cfg(test)]
 mod tests {
+    use super::super::tests::preview;
     use super::*;
     use tale_models::request::Phase;
 
@@ -111,6 +136,26 @@ mod tests {
         let rest = feed.after(2).await;
         assert!(matches!(rest.as_slice(), [(2, JobEvent::Cancelled)]), "{rest:?}");
         assert!(feed.after(3).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_oldest_previews_are_forgotten_and_the_newest_is_not() {
+        let feed = JobFeed::default();
+        feed.push(JobEvent::Started);
+        let numbers = async || {
+            let of_previews = |(number, event)| matches!(event, JobEvent::Preview(_)).then_some(number);
+            feed.after(0).await.into_iter().filter_map(of_previews).collect::<Vec<usize>>()
+        };
+        for bytes in [50 << 10, 50 << 10, 28 << 10] {
+            feed.push(JobEvent::Preview(preview(bytes)));
+        }
+        assert_eq!(numbers().await, [2, 3, 4]);
+        feed.push(JobEvent::Preview(preview(1)));
+        assert_eq!(numbers().await, [3, 4, 5]);
+        feed.push(JobEvent::Progress(Progress::default()));
+        feed.push(JobEvent::Preview(preview(2 * MAX_FEED_PREVIEW_BYTES)));
+        assert_eq!(numbers().await, [7]);
+        assert_eq!(feed.after(0).await.len(), 4);
     }
 
     #[tokio::test]

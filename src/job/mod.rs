@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use self::failure::Failure;
 use self::files::ClipFiles;
+use self::preview::Preview;
 use crate::media::ClipSettings;
 
 pub mod drive;
@@ -22,6 +23,7 @@ pub mod failure;
 pub mod feed;
 pub mod files;
 pub mod output;
+pub mod preview;
 pub mod store;
 
 /// Name of a job: `video_` and a UUID of version 7, so that names sort by time.
@@ -179,6 +181,8 @@ pub enum Change {
     Started,
     /// The device moved on.
     Progressed(Progress),
+    /// There is something to see of it.
+    Previewed(Preview),
     /// A part is done of which so many predictions were skipped.
     Skipped(usize),
     /// The files are whole.
@@ -254,6 +258,7 @@ impl Job {
                 self.progress = *progress;
                 JobState::InProgress
             }
+            (JobState::InProgress, Change::Previewed(_)) => JobState::InProgress,
             (JobState::InProgress, Change::Skipped(passes)) => {
                 self.skipped_passes += passes;
                 JobState::InProgress
@@ -297,6 +302,10 @@ pub(crate) mod tests {
         Job::new(ClientId::default(), "clips".into(), request, file, true)
     }
 
+    pub(crate) fn preview(bytes: usize) -> Preview {
+        Preview { index: 0, progress: Progress::default(), size: (1, 1), bytes: vec![0; bytes].into() }
+    }
+
     pub(crate) fn file() -> ClipFiles {
         ClipFiles::new(StoredFile { path: "/nowhere/clip.mp4".into(), bytes: 10 })
     }
@@ -325,7 +334,7 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..6, 0..40)) {
+        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..7, 0..40)) {
             let mut job = job();
             let mut ends = 0;
             for change in changes {
@@ -335,6 +344,7 @@ pub(crate) mod tests {
                     2 => Change::Completed(file()),
                     3 => Change::Failed(Failure { code: "x", message: String::new() }),
                     4 => Change::Skipped(3),
+                    5 => Change::Previewed(preview(1)),
                     _ => Change::Cancelled,
                 };
                 let was_terminal = job.state.is_terminal();

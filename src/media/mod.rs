@@ -26,7 +26,7 @@ pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, deco
 pub use join::{OpenClip, join};
 pub use partial::{PARTIAL_EXTENSION, Readers, is_abandoned};
 pub use picture::{PictureFormat, encode_picture, read_png_text, resized};
-pub use stills::{Still, Stills, write_still};
+pub use stills::{Still, Stills, within, write_still};
 
 /// Who made a file, in those that say how they were made.
 const SOFTWARE: &str = concat!("Tale ", env!("CARGO_PKG_VERSION"));

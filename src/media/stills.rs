@@ -135,7 +135,7 @@ fn is_tile(index: usize, num_frames: usize) -> bool {
 }
 
 /// The frame with no side longer than `side`; one that is smaller stays as it is.
-fn within(frame: &Frame, side: usize) -> Result<Frame> {
+pub fn within(frame: &Frame, side: usize) -> Result<Frame> {
     let longest = frame.width.max(frame.height);
     if longest <= side {
         return Ok(frame.clone());

@@ -93,7 +93,7 @@ pub struct DiffusionRequest {
     pub loras: Vec<LoraUse>,
     /// Whether the VAE works on tiles of the image or of the frames, where they are larger than one.
     pub vae_tiling: bool,
-    /// Previews on the way; they change nothing in the image.
+    /// Previews on the way, of a video of each of its parts; they change nothing in the result.
     pub partial_images: usize,
     /// The image to begin from; without it the loop begins from noise alone.
     pub edit: Option<Edit>,

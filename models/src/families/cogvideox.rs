@@ -343,9 +343,13 @@ impl Sizes {
         let sizes = [frames, height, width];
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
         let caches = copies * self.transformer.stream_bytes_of_row(sizes, dtype);
-        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(sizes, text, dtype)
-            + rows * caches
-            + self.transformer.rotation_bytes(sizes, text);
+        let work = branches_at_once * self.transformer.peak_bytes_of_row(sizes, text, dtype) + dequantised.transformer;
+        // A clean sample, and what the first one is shown with.
+        let (shown, preview) = match request.partial_images {
+            0 => (0, 0),
+            _ => (latents, self.vae.preview_bytes(dtype)),
+        };
+        let denoise = work.max(preview) + shown + rows * caches + self.transformer.rotation_bytes(sizes, text);
         let decode =
             self.vae.peak_decode_bytes(self.latent_frames(request), (height, width), request.vae_tiling, dtype);
         let encode = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
@@ -358,7 +362,7 @@ impl Sizes {
         let phases = [
             // The last step of it draws the noise.
             (Phase::Encode, conditioning + encode.max(2 * latents + picture)),
-            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
+            (Phase::Denoise, conditioning + solver + denoise),
             (Phase::VaeDecode, LATENT_COPIES * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))

@@ -348,9 +348,14 @@ impl Sizes {
         let positions = frames * height * width;
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(true));
         let caches = copies * self.transformer.stream_bytes_of_row(positions, dtype);
-        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(positions, told, dtype)
-            + rows * caches
-            + self.transformer.rotation_bytes(positions, told);
+        let work =
+            branches_at_once * self.transformer.peak_bytes_of_row(positions, told, dtype) + dequantised.transformer;
+        // A clean sample, and what the first one is shown with.
+        let (shown, preview) = match request.partial_images {
+            0 => (0, 0),
+            _ => (latents, self.vae.preview_bytes(dtype)),
+        };
+        let denoise = work.max(preview) + shown + rows * caches + self.transformer.rotation_bytes(positions, told);
         let sizes = [frames, height, width];
         let decode = self.vae.peak_decode_bytes(sizes, request.vae_tiling, dtype);
         let of_picture = self.image_condition.map(|_| {
@@ -360,7 +365,7 @@ impl Sizes {
         });
         let phases = [
             (Phase::Encode, conditioning + self.text.forward_bytes(rows, length, dtype) + dequantised.text_encoder),
-            (Phase::Denoise, conditioning + solver + denoise + dequantised.transformer),
+            (Phase::Denoise, conditioning + solver + denoise),
             (Phase::VaeDecode, LATENT_COPIES * latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_picture))

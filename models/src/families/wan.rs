@@ -428,9 +428,14 @@ impl Sizes {
         let pixels = frames * height * width;
         let copies = request.cache.as_ref().map_or(0, |cache| cache.stream_copies(false));
         let caches = copies * self.transformer.stream_bytes_of_row(pixels, dtype);
-        let denoise = branches_at_once * self.transformer.peak_bytes_of_row(pixels, text + image, dtype)
-            + rows * caches
-            + self.transformer.rope_bytes(pixels);
+        let work = branches_at_once * self.transformer.peak_bytes_of_row(pixels, text + image, dtype)
+            + dequantised.transformer;
+        // A clean sample, and what the first one is shown with.
+        let (shown, preview) = match request.partial_images {
+            0 => (0, 0),
+            _ => (latents, self.vae.preview_bytes(dtype)),
+        };
+        let denoise = work.max(preview) + shown + rows * caches + self.transformer.rope_bytes(pixels);
         let decode = latents + self.vae.peak_decode_bytes(frames, (height, width), request.vae_tiling, dtype);
         let text_pass = self.text_encoder.forward_bytes(rows, text, placement) + dequantised.text_encoder;
         let vision_pass = self.image_encoder.as_ref().map_or(0, |config| config.forward_bytes(dtype));
@@ -442,7 +447,7 @@ impl Sizes {
         });
         let phases = [
             (Phase::Encode, conditioning + text_pass.max(vision_pass)),
-            (Phase::Denoise, conditioning + solver + ends + denoise + dequantised.transformer),
+            (Phase::Denoise, conditioning + solver + ends + denoise),
             (Phase::VaeDecode, latents + decode),
         ];
         MemoryPlan::new(phases.into_iter().chain(of_pictures))

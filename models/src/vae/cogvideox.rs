@@ -13,6 +13,7 @@ use tale_kernels::{CausalPadding, SpatialNorm, spatial_norm_silu};
 
 use super::causal::Past;
 use super::clip_tiles::{self, ClipDecoder, ClipDecoding};
+use super::preview::{ClipRgb, RoughPicture};
 use super::tiling::{TileSide, Tiling};
 use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SIDE};
 use crate::config::{Bound, Bounded};
@@ -220,6 +221,13 @@ impl CogVideoXVaeConfig {
         [(latent_frames - 1) * self.temporal() + 1, of_chunk]
     }
 
+    /// Bytes that the first preview of a model needs at its peak.
+    pub fn preview_bytes(&self, dtype: DType) -> usize {
+        let [frames, height, width] = ClipRgb::FIT_SIZES;
+        ClipRgb::fit_bytes(self.latent_channels, self.spatial(), self.temporal())
+            + self.peak_decode_bytes(frames, (height, width), false, dtype)
+    }
+
     /// Channels of the decoder's levels, from the latents' size to the pixels'.
     fn decoder_channels(&self) -> impl Iterator<Item = usize> {
         self.block_out_channels.iter().rev().copied()
@@ -272,6 +280,7 @@ pub struct CogVideoXVaeDecoder {
     norm_out: LatentNorm,
     conv_out: CausalConv3d,
     config: CogVideoXVaeConfig,
+    rgb: ClipRgb,
 }
 
 /// A decode between two steps. Dropping it frees all that it remembers.
@@ -317,6 +326,7 @@ impl CogVideoXVaeDecoder {
             norm_out: LatentNorm::load(&decoder.pp("norm_out"), last, config)?,
             conv_out: causal(&decoder.pp("conv_out"), last, config.out_channels)?,
             config: config.clone(),
+            rgb: ClipRgb::default(),
         })
     }
 
@@ -326,6 +336,16 @@ impl CogVideoXVaeDecoder {
         let (_, _, frames, height, width) = latents.dims5()?;
         let tiles = self.config.tiles((height, width), tiled);
         ClipDecoding::begin(self, latents, tiles, self.config.num_chunks(frames))
+    }
+
+    /// A rough picture of the middle of f32 `latents [1, latent_channels, f, h, w]`, one value for each position. The first one
+    /// decodes a few random latents to learn their colours.
+    pub fn preview(&self, latents: &Tensor) -> Result<RoughPicture> {
+        self.rgb.preview(latents, |latents| {
+            let mut decoding = self.begin_clip(latents)?;
+            let chunks = (0..self.config.num_chunks(latents.dim(2)?)).map(|_| self.next_portion(&mut decoding));
+            Ok(Tensor::cat(&chunks.collect::<Result<Vec<_>>>()?, 0)?)
+        })
     }
 }
 

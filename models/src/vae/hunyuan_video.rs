@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
 use crate::vae::Pixels;
 use crate::vae::clip_tiles::cut;
+use crate::vae::preview::{ClipRgb, RoughPicture};
 use crate::vae::tiling::{Seams, TileSide, Tiling};
 use crate::weights::Weights;
 use tale_kernels::CausalPadding;
@@ -199,6 +200,12 @@ impl HunyuanVaeConfig {
         self.stretch_frames(latent_frames)
     }
 
+    /// Bytes that the first preview of a model needs at its peak.
+    pub fn preview_bytes(&self, dtype: DType) -> usize {
+        ClipRgb::fit_bytes(self.latent_channels, self.spatial_compression_ratio, self.temporal_compression_ratio)
+            + self.peak_decode_bytes(ClipRgb::FIT_SIZES, false, dtype)
+    }
+
     /// Frames of the longest stretch of so many latent frames.
     fn stretch_frames(&self, latent_frames: usize) -> usize {
         let stretch = Stretches::of(latent_frames, self.temporal_compression_ratio).longest(latent_frames);
@@ -291,6 +298,7 @@ pub struct HunyuanVaeDecoder {
     conv_out: CausalConv3d,
     compute_dtype: DType,
     config: HunyuanVaeConfig,
+    rgb: ClipRgb,
 }
 
 /// A decode between two steps. Dropping it frees all that it holds.
@@ -340,6 +348,7 @@ impl HunyuanVaeDecoder {
             conv_out: load_conv(&decoder.pp("conv_out"), first, config.out_channels)?,
             compute_dtype: weights.placement().compute_dtype,
             config: config.clone(),
+            rgb: ClipRgb::default(),
         })
     }
 
@@ -369,6 +378,12 @@ impl HunyuanVaeDecoder {
             decoding.first_frame += pixels.values.dim(0)?;
         }
         Ok(pixels)
+    }
+
+    /// A rough picture of the middle of f32 `latents [1, z, f, h, w]`, one value for each position. The first one decodes a few
+    /// random latents to learn their colours.
+    pub fn preview(&self, latents: &Tensor) -> Result<RoughPicture> {
+        self.rgb.preview(latents, |latents| self.decode(&(latents / self.config.scaling_factor)?))
     }
 
     /// Latents of the VAE `[1, z, f, h, w]` to f32 pixels `[frames, 3, height, width]`.

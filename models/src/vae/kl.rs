@@ -16,7 +16,7 @@ use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::vae::Pixels;
-use crate::vae::preview::{FIT_SIDE, LatentRgb};
+use crate::vae::preview::{FIT_SIDE, LatentRgb, RoughPicture};
 use crate::vae::tiling::{Seams, TileSide, Tiling};
 use crate::weights::Weights;
 
@@ -331,9 +331,9 @@ impl KlDecoder {
         Ok(Pixels::of_part(tiles.blend(self.decode(&tile.contiguous()?)?)?, 0))
     }
 
-    /// A rough picture of scaled f32 `latents [1, latent_channels, h, w]`: width, height and RGB in about -1..=1, one value
-    /// for each latent position. The first one decodes a few random latents to learn their colours.
-    pub fn preview(&self, latents: &Tensor) -> Result<(usize, usize, Vec<f32>)> {
+    /// A rough picture of scaled f32 `latents [1, latent_channels, h, w]`, one value for each latent position. The first one
+    /// decodes a few random latents to learn their colours.
+    pub fn preview(&self, latents: &Tensor) -> Result<RoughPicture> {
         let latent_rgb = match self.latent_rgb.get() {
             Some(fitted) => fitted,
             None => {

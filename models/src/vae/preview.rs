@@ -1,8 +1,10 @@
 //! Rough pictures of latents without a decoder: one RGB value for each latent position, a linear map of its channels.
 //!
-//! Owns: the map, fitted to a VAE by decoding a little and solving least squares, so that any checkpoint has its own.
-//! Does not know: how the VAE decodes. That latents of a good VAE are nearly linear in colour is what people found who
+//! Owns: the map, fitted to a VAE by decoding a little and solving least squares, so that any checkpoint has its own; of a
+//! clip, which latent frame is shown. Does not know: how the VAE decodes. That latents of a good VAE are nearly linear in colour is what people found who
 //! published such maps for single checkpoints (ComfyUI, `comfy/latent_formats.py`, `latent_rgb_factors`).
+
+use std::sync::OnceLock;
 
 use candle_core::{Device, Tensor};
 
@@ -15,6 +17,50 @@ pub const FIT_SIDE: usize = 16;
 const PATCH: usize = 2;
 /// Keeps the solution of a nearly singular system small, relative to the number of samples.
 const RIDGE: f64 = 1e-6;
+
+/// Latent frames that are decoded for the fit of a clip's VAE, all alike: decoders look back, and the last of these has before it
+/// what most frames of a clip have.
+const FIT_FRAMES: usize = 5;
+
+/// Width, height and RGB in about -1..=1.
+pub type RoughPicture = (usize, usize, Vec<f32>);
+
+/// The map of a clip's VAE, fitted when the first preview is asked for.
+#[derive(Debug, Default)]
+pub struct ClipRgb(OnceLock<LatentRgb>);
+
+impl ClipRgb {
+    /// A rough picture of the middle frame of `latents [1, channels, frames, h, w]`, one value for each position. `decode` makes
+    /// f32 pixels `[frames, 3, H, W]` in about -1..=1 of such latents, the first of which is one frame.
+    pub fn preview(&self, latents: &Tensor, decode: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<RoughPicture> {
+        let (_, channels, frames, _, _) = latents.dims5()?;
+        let fitted = match self.0.get() {
+            Some(fitted) => fitted,
+            None => {
+                let still = LatentRgb::samples(channels, latents.device())?;
+                let pixels = decode(&still.unsqueeze(2)?.repeat((1, 1, FIT_FRAMES, 1, 1))?)?;
+                // The first latent frame stands for one frame.
+                let frames = pixels.dim(0)?;
+                let of_last = (frames - 1) / (FIT_FRAMES - 1);
+                let colours = pixels.narrow(0, frames - of_last, of_last)?.mean_keepdim(0)?;
+                let fitted = LatentRgb::fit(&still, &colours)?;
+                self.0.get_or_init(|| fitted)
+            }
+        };
+        fitted.colours(&latents.narrow(2, frames / 2, 1)?.squeeze(2)?)
+    }
+
+    /// Sizes of the latents that are decoded for the fit.
+    pub const FIT_SIZES: [usize; 3] = [FIT_FRAMES, FIT_SIDE, FIT_SIDE];
+
+    /// Bytes that the fit holds beside the work of its decode, where a latent value stands for `spatial` pixels on a side and
+    /// `temporal` frames: latents, and the pixels as they come and joined.
+    pub fn fit_bytes(channels: usize, spatial: usize, temporal: usize) -> usize {
+        let positions = FIT_FRAMES * FIT_SIDE * FIT_SIDE;
+        let pixels = positions * spatial * spatial * temporal;
+        (2 * channels * positions + 2 * 3 * pixels) * size_of::<f32>()
+    }
+}
 
 /// Colour of a latent position: for each of R, G, B a factor per channel and a constant.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,7 +108,7 @@ impl LatentRgb {
     }
 
     /// Width, height and RGB of `latents [1, channels, h, w]`, in about -1..=1.
-    pub fn colours(&self, latents: &Tensor) -> Result<(usize, usize, Vec<f32>)> {
+    pub fn colours(&self, latents: &Tensor) -> Result<RoughPicture> {
         let (_, channels, height, width) = latents.dims4()?;
         let rows = rows(latents)?;
         let colour = |row: &[f64], c: usize| row.iter().zip(&self.factors[c]).map(|(a, b)| a * b).sum::<f64>() as f32;
@@ -109,31 +155,55 @@ mod tests {
     use super::*;
 
     /// Pixels that are linear in the latents, each position as large as `scale` pixels on a side.
-    fn linear_pixels(latents: &Tensor, factors: &[[f32; 3]], bias: [f32; 3], scale: usize) -> Tensor {
-        let weight = Tensor::from_vec(factors.concat(), (factors.len(), 3), &Device::Cpu).expect("a matrix");
-        let weight = weight.t().expect("turned"); // [3, c]
-        let (_, c, h, w) = latents.dims4().expect("a picture");
-        let flat = weight.matmul(&latents.reshape((c, h * w)).expect("flat")).expect("product");
-        let bias = Tensor::new(&bias, &Device::Cpu).expect("bias").reshape((3, 1)).expect("a column");
-        let small = flat.broadcast_add(&bias).expect("sum").reshape((1, 3, h, w)).expect("a picture");
-        small.upsample_nearest2d(h * scale, w * scale).expect("larger")
+    fn linear_pixels(latents: &Tensor, factors: &[[f32; 3]], bias: [f32; 3], scale: usize) -> Result<Tensor> {
+        let weight = Tensor::from_vec(factors.concat(), (factors.len(), 3), &Device::Cpu)?.t()?; // [3, c]
+        let (_, c, h, w) = latents.dims4()?;
+        let flat = weight.matmul(&latents.reshape((c, h * w))?)?;
+        let bias = Tensor::new(&bias, &Device::Cpu)?.reshape((3, 1))?;
+        let small = flat.broadcast_add(&bias)?.reshape((1, 3, h, w))?;
+        Ok(small.upsample_nearest2d(h * scale, w * scale)?)
     }
 
     #[test]
-    fn a_linear_decoder_is_found_exactly() {
+    fn a_linear_decoder_is_found_exactly() -> Result<()> {
         let factors = [[0.2, -0.1, 0.3], [0.0, 0.4, -0.2], [-0.3, 0.1, 0.1], [0.15, 0.2, -0.25], [0.0, 0.0, 0.0]];
         let bias = [0.1, -0.2, 0.05];
-        let samples = LatentRgb::samples(5, &Device::Cpu).expect("samples");
-        let fitted = LatentRgb::fit(&samples, &linear_pixels(&samples, &factors, bias, 4)).expect("fits");
-        let other =
-            Tensor::from_vec(TorchGenerator::new(9).randn(5 * 3 * 7), (1, 5, 3, 7), &Device::Cpu).expect("other");
-        let (width, height, found) = fitted.colours(&other).expect("colours");
+        let samples = LatentRgb::samples(5, &Device::Cpu)?;
+        let fitted = LatentRgb::fit(&samples, &linear_pixels(&samples, &factors, bias, 4)?)?;
+        let other = Tensor::from_vec(TorchGenerator::new(9).randn(5 * 3 * 7), (1, 5, 3, 7), &Device::Cpu)?;
+        let (width, height, found) = fitted.colours(&other)?;
         assert_eq!((width, height), (7, 3));
-        let expected = linear_pixels(&other, &factors, bias, 1).permute((0, 2, 3, 1)).expect("turned");
-        let expected = expected.flatten_all().expect("flat").to_vec1::<f32>().expect("values");
-        for (found, expected) in found.iter().zip(&expected) {
+        let expected = linear_pixels(&other, &factors, bias, 1)?.permute((0, 2, 3, 1))?.flatten_all()?;
+        for (found, expected) in found.iter().zip(&expected.to_vec1::<f32>()?) {
             assert!((found - expected).abs() < 1e-4, "{found} for {expected}");
         }
+        Ok(())
+    }
+
+    /// A decoder that makes one dark frame of the first, whatever it is, and two frames of every later one.
+    #[test]
+    fn a_clip_is_shown_by_its_middle_frame_in_the_colours_of_later_frames() -> Result<()> {
+        let factors = [[0.2, -0.1, 0.3], [0.0, 0.4, -0.2]];
+        let bias = [0.1, -0.2, 0.05];
+        let decode = |latents: &Tensor| {
+            let frame = |index| linear_pixels(&latents.narrow(2, index, 1)?.squeeze(2)?, &factors, bias, 4);
+            let mut frames = vec![(frame(0)?.zeros_like()? - 1.0)?];
+            for index in 1..latents.dim(2)? {
+                frames.extend([frame(index)?, frame(index)?]);
+            }
+            Ok(Tensor::cat(&frames, 0)?)
+        };
+        let clip = Tensor::from_vec(TorchGenerator::new(9).randn(2 * 5 * 3 * 7), (1, 2, 5, 3, 7), &Device::Cpu)?;
+        let rgb = ClipRgb::default();
+        let (width, height, found) = rgb.preview(&clip, decode)?;
+        assert_eq!((width, height), (7, 3));
+        let middle = clip.narrow(2, 2, 1)?.squeeze(2)?;
+        let expected = linear_pixels(&middle, &factors, bias, 1)?.permute((0, 2, 3, 1))?.flatten_all()?;
+        for (found, expected) in found.iter().zip(&expected.to_vec1::<f32>()?) {
+            assert!((found - expected).abs() < 1e-4, "{found} for {expected}");
+        }
+        rgb.preview(&clip, |_| panic!("it is fitted once"))?;
+        Ok(())
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::layers::{CausalConv3d, Conv2d, Conv3d};
 use crate::vae::causal::Past;
 use crate::vae::clip_tiles::{self, ClipDecoder, ClipDecoding};
+use crate::vae::preview::{ClipRgb, RoughPicture};
 use crate::vae::tiling::{TileSide, Tiling};
 use crate::weights::Weights;
 
@@ -173,6 +174,13 @@ impl WanVaeConfig {
         [(latent_frames - 1) * self.scale_factor_temporal + 1, self.scale_factor_temporal]
     }
 
+    /// Bytes that the first preview of a model needs at its peak.
+    pub fn preview_bytes(&self, dtype: DType) -> usize {
+        let [frames, height, width] = ClipRgb::FIT_SIZES;
+        ClipRgb::fit_bytes(self.z_dim, self.scale_factor_spatial, self.scale_factor_temporal)
+            + self.peak_decode_bytes(frames, (height, width), false, dtype)
+    }
+
     /// Channels of the decoder's levels, from the latents' size to the pixels'.
     fn level_dims(&self) -> Vec<usize> {
         let base = self.decoder_base_dim.unwrap_or(self.base_dim);
@@ -223,6 +231,7 @@ pub struct WanVaeDecoder {
     norm_out: Norm,
     conv_out: CausalConv3d,
     config: WanVaeConfig,
+    rgb: ClipRgb,
 }
 
 /// A decode between two steps. Dropping it frees all that it remembers.
@@ -269,6 +278,7 @@ impl WanVaeDecoder {
             norm_out: Norm::load(&decoder.pp("norm_out"), &[last, 1, 1, 1])?,
             conv_out: causal(&decoder.pp("conv_out"), last, config.out_channels, [3, 3, 3])?,
             config: config.clone(),
+            rgb: ClipRgb::default(),
         })
     }
 
@@ -276,6 +286,16 @@ impl WanVaeDecoder {
     pub fn begin(&self, latents: &Tensor, tiled: bool) -> Result<WanDecoding> {
         let (_, _, frames, height, width) = latents.dims5()?;
         ClipDecoding::begin(self, latents, self.config.tiles((height, width), tiled), frames)
+    }
+
+    /// A rough picture of the middle of f32 `latents [1, z, f, h, w]`, one value for each position. The first one decodes a few
+    /// random latents to learn their colours.
+    pub fn preview(&self, latents: &Tensor) -> Result<RoughPicture> {
+        self.rgb.preview(latents, |latents| {
+            let mut decoding = self.begin_clip(latents)?;
+            let portions = (0..latents.dim(2)?).map(|_| self.next_portion(&mut decoding));
+            Ok(Tensor::cat(&portions.collect::<Result<Vec<_>>>()?, 0)?)
+        })
     }
 }
 

@@ -183,7 +183,7 @@ fn checkpoints_that_are_not_computed_are_refused_by_name() {
     refused("cogvideox-b", "scheduler/scheduler_config.json", "prediction_type", "flow_prediction".into());
 }
 
-fn try_open(dir: &Path) -> tale_models::Result<CogVideoXModel> {
+pub fn try_open(dir: &Path) -> tale_models::Result<CogVideoXModel> {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
     let manifest = Manifest::read(dir)?;
     CogVideoXModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))

@@ -170,7 +170,7 @@ fn checkpoints_of_other_pipelines_are_refused_by_name() {
     refused("text_encoder/config.json", "num_hidden_layers", 1.into());
 }
 
-fn try_open(dir: &Path) -> tale_models::Result<HunyuanVideoModel> {
+pub fn try_open(dir: &Path) -> tale_models::Result<HunyuanVideoModel> {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
     let manifest = Manifest::read(dir)?;
     HunyuanVideoModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))

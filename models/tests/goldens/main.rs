@@ -6,6 +6,7 @@
 
 mod caches;
 mod chats;
+mod clip_previews;
 mod clip_tiling;
 mod clips;
 mod cogvideox;

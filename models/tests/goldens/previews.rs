@@ -47,7 +47,7 @@ fn make(case: &str, partial_images: usize) -> (Vec<Frame>, Frame) {
 }
 
 /// How alike two pictures are, 1 at most; the mean colour of each is taken out.
-fn correlation(a: &[f32], b: &[f32]) -> f64 {
+pub fn correlation(a: &[f32], b: &[f32]) -> f64 {
     let centred = |values: &[f32]| -> Vec<f64> {
         let sum = |c: usize| values.iter().skip(c).step_by(3).map(|value| f64::from(*value)).sum::<f64>();
         let mean = |c: usize| sum(c) / (values.len() / 3) as f64;

@@ -179,7 +179,7 @@ fn checkpoints_of_other_pipelines_are_refused_by_name() {
     refused("scheduler/scheduler_config.json", "prediction_type", "epsilon".into());
 }
 
-fn try_open(dir: &Path) -> tale_models::Result<WanModel> {
+pub fn try_open(dir: &Path) -> tale_models::Result<WanModel> {
     let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto)?;
     let manifest = Manifest::read(dir)?;
     WanModel::load(&manifest, &placement, &mut |component| manifest.component(component)?.weights(&placement))

@@ -49,6 +49,9 @@ pub(super) struct WireVideo {
     warnings: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     skipped_passes: Option<usize>,
+    /// Previews that its events show of each part, where any were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    partial_images: Option<usize>,
     #[serde(flatten)]
     file: WireFile,
 }
@@ -135,6 +138,7 @@ impl From<&Job> for WireVideo {
             fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
             warnings: job.request.warnings(),
             skipped_passes: job.request.cache.as_ref().filter(|_| is_completed).map(|_| job.skipped_passes),
+            partial_images: Some(job.request.partial_images).filter(|previews| *previews > 0),
             file: job.into(),
         }
     }

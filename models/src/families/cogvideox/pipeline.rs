@@ -23,6 +23,7 @@ use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
+use crate::runner::diffusion::previews::{Previews, rough_frame};
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::vae::cogvideox::CogVideoXDecoding;
 use crate::vae::cogvideox::encoder::CogVideoXVaeEncoder;
@@ -86,6 +87,13 @@ impl CogVideoXModel {
         let first = (sample.transpose(1, 2)? * scale)?; // [1, 1, channels, height, width]
         let [_, frames, ..] = self.sizes.latent_shape(request);
         Ok(first.pad_with_zeros(1, 0, frames - 1)?)
+    }
+
+    /// The latents of the video alone, as the VAE has them, `[1, channels, frames, height, width]`.
+    fn decoded_latents(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Tensor> {
+        // Frames that only fill a patch come first.
+        let frames = self.sizes.latent_frames(request);
+        Ok(latents.narrow(1, latents.dim(1)? - frames, frames)?.transpose(1, 2)?)
     }
 
     /// The rows side by side, as the transformer takes them, and the prediction of each.
@@ -226,10 +234,7 @@ impl DiffusionModel for CogVideoXModel {
     }
 
     fn begin_decode(&self, _expert: Expert, latents: &Tensor, request: &DiffusionRequest) -> Result<CogVideoXDecoding> {
-        // Frames that only fill a patch come first.
-        let frames = self.sizes.latent_frames(request);
-        let latents = latents.narrow(1, latents.dim(1)? - frames, frames)?;
-        self.vae.begin(&latents.transpose(1, 2)?, request.vae_tiling)
+        self.vae.begin(&self.decoded_latents(latents, request)?, request.vae_tiling)
     }
 
     fn num_decode_steps(&self, _expert: Expert, request: &DiffusionRequest) -> usize {
@@ -254,6 +259,10 @@ impl DiffusionModel for CogVideoXModel {
         Some(self)
     }
 
+    fn previews(&self) -> Option<&dyn Previews> {
+        Some(self)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
     }
@@ -267,6 +276,12 @@ impl CachedPrediction<CogVideoXConditioning> for CogVideoXModel {
         caches: &mut [RowCache<'_>],
     ) -> Result<Vec<Tensor>> {
         self.with_input(rows, |input| self.transformer.forward_cached(input, caches))
+    }
+}
+
+impl Previews for CogVideoXModel {
+    fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Frame> {
+        Ok(rough_frame(self.vae.preview(&self.decoded_latents(latents, request)?)?))
     }
 }
 

@@ -21,9 +21,9 @@ use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
-use crate::runner::diffusion::previews::Previews;
+use crate::runner::diffusion::previews::{Previews, rough_frame};
 use crate::runner::diffusion::start::ImageStart;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::vae::kl::KlDecoding;
 use crate::vae::picture_tiles::PictureEncoding;
 use crate::vae::{Pixels, Posterior};
@@ -284,8 +284,7 @@ impl NarrowNetworks for FluxModel {
 
 impl Previews for FluxModel {
     fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Frame> {
-        let (width, height, rgb) = self.vae.preview(&self.unpack(latents, self.grid(request))?)?;
-        Ok(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() })
+        Ok(rough_frame(self.vae.preview(&self.unpack(latents, self.grid(request))?)?))
     }
 }
 

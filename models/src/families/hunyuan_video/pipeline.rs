@@ -22,6 +22,7 @@ use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
+use crate::runner::diffusion::previews::{Previews, rough_frame};
 use crate::runner::diffusion::start::PictureStart;
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::vae::Pixels;
@@ -277,6 +278,10 @@ impl DiffusionModel for HunyuanVideoModel {
         Some(self)
     }
 
+    fn previews(&self) -> Option<&dyn Previews> {
+        Some(self)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
     }
@@ -348,6 +353,15 @@ fn standing_first(flow: &Tensor) -> Result<Tensor> {
     let first = flow.narrow(2, 0, 1)?.zeros_like()?;
     let others = flow.narrow(2, 1, flow.dim(2)? - 1)?;
     Ok(Tensor::cat(&[&first, &others], 2)?.contiguous()?)
+}
+
+impl Previews for HunyuanVideoModel {
+    fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Frame> {
+        // Without what comes before the clip.
+        let frames = self.sizes.vae.latent_frames(request.canvas.num_frames);
+        let latents = latents.narrow(2, latents.dim(2)? - frames, frames)?;
+        Ok(rough_frame(self.vae.preview(&latents)?))
+    }
 }
 
 impl NarrowNetworks for HunyuanVideoModel {

@@ -24,9 +24,9 @@ use crate::rng::TorchGenerator;
 use crate::runner::diffusion::course::{Course, Expert, FIRST_EXPERT};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass};
 use crate::runner::diffusion::narrow::NarrowNetworks;
-use crate::runner::diffusion::previews::Previews;
+use crate::runner::diffusion::previews::{Previews, rough_frame};
 use crate::runner::diffusion::start::ImageStart;
-use crate::runner::diffusion::{DenoiseRow, DiffusionModel, to_byte};
+use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::solver::Solver;
 use crate::tokenizer::Tokenizer;
 use crate::vae::kl::KlDecoding;
@@ -437,8 +437,7 @@ impl NarrowNetworks for SdxlModel {
 
 impl Previews for SdxlModel {
     fn preview(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Frame> {
-        let (width, height, rgb) = self.vae.preview(latents)?;
-        Ok(Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() })
+        Ok(rough_frame(self.vae.preview(latents)?))
     }
 }
 

@@ -22,6 +22,7 @@ use crate::runner::diffusion::block_cache::{CachedPrediction, RowCache};
 use crate::runner::diffusion::course::{Course, Expert};
 use crate::runner::diffusion::inputs::{Inputs, MAX_TEXTS_PER_PASS, Pass, branch_texts};
 use crate::runner::diffusion::narrow::NarrowNetworks;
+use crate::runner::diffusion::previews::{Previews, rough_frame};
 use crate::runner::diffusion::{DenoiseRow, DiffusionModel};
 use crate::tokenizer::Padded;
 use crate::vae::Pixels;
@@ -237,6 +238,10 @@ impl DiffusionModel for WanModel {
         Some(self)
     }
 
+    fn previews(&self) -> Option<&dyn Previews> {
+        Some(self)
+    }
+
     fn narrow_networks(&self) -> Option<&dyn NarrowNetworks> {
         Some(self)
     }
@@ -251,6 +256,12 @@ impl CachedPrediction<WanConditioning> for WanModel {
     ) -> Result<Vec<Tensor>> {
         let rows = Rows::new(rows, self.placement.compute_dtype)?;
         split_rows(&self.transformer.forward_cached(&rows.input(), caches)?)
+    }
+}
+
+impl Previews for WanModel {
+    fn preview(&self, latents: &Tensor, _request: &DiffusionRequest) -> Result<Frame> {
+        Ok(rough_frame(self.vae.preview(latents)?))
     }
 }
 

@@ -2,14 +2,21 @@
 
 use candle_core::Tensor;
 
+use super::to_byte;
 use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::request::Frame;
+use crate::vae::preview::RoughPicture;
 
 /// What a family adds that can show latents on their way.
 pub trait Previews {
-    /// A rough image of them, cheap beside a step and as small as it likes.
+    /// A rough image of them, of a video of its middle, cheap beside a step and as small as it likes.
     fn preview(&self, latents: &Tensor, request: &DiffusionRequest) -> Result<Frame>;
+}
+
+/// The frame of a rough picture.
+pub(crate) fn rough_frame((width, height, rgb): RoughPicture) -> Frame {
+    Frame { width, height, rgb: rgb.into_iter().map(to_byte).collect() }
 }
 
 /// Most previews of one request.
