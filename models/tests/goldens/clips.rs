@@ -30,12 +30,28 @@ pub fn check_denoising<'a, M: DiffusionModel>(
     check_steps(name, model, request, branches, (latents, generator), tensor)
 }
 
-/// As [`check_denoising`] from what the loop begins from, with the generator that drew the noise.
+/// As [`check_denoising`] from what the loop begins from, with the generator that drew the noise. The branches of guidance are
+/// predicted one by one, and in one pass, of which the last latents are.
 pub fn check_steps<'a, M: DiffusionModel>(
     name: &str,
     model: &M,
     request: &DiffusionRequest,
     branches: &[M::Conditioning],
+    begin: (Tensor, TorchGenerator),
+    tensor: &impl Fn(&str) -> &'a Tensor,
+) -> Tensor {
+    if branches.len() > 1 {
+        check_steps_of(&format!("{name}, one by one,"), model, request, (branches, 1), begin.clone(), tensor);
+    }
+    check_steps_of(name, model, request, (branches, branches.len()), begin, tensor)
+}
+
+/// With so many branches in one pass.
+fn check_steps_of<'a, M: DiffusionModel>(
+    name: &str,
+    model: &M,
+    request: &DiffusionRequest,
+    (branches, at_once): (&[M::Conditioning], usize),
     (mut latents, mut generator): (Tensor, TorchGenerator),
     tensor: &impl Fn(&str) -> &'a Tensor,
 ) -> Tensor {
@@ -45,7 +61,9 @@ pub fn check_steps<'a, M: DiffusionModel>(
     let mut solver = model.course(request).unwrap().solver;
     close("timesteps", &row(solver.timesteps()), 0.0);
     for (step, timestep) in solver.timesteps().to_vec().into_iter().enumerate() {
-        let predictions = predict(model, request, &latents, timestep, branches);
+        let passes = branches.chunks(at_once);
+        let predictions: Vec<Tensor> =
+            passes.flat_map(|branches| predict(model, request, &latents, timestep, branches)).collect();
         if step == 0 {
             close("prediction0", &predictions[0], 1e-4);
         }

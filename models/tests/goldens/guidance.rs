@@ -11,7 +11,7 @@ use tale_models::diffusion::parameters::{
 };
 use tale_models::family::LoadOptions;
 use tale_models::parameter::Options;
-use tale_models::request::Event;
+use tale_models::request::{Event, Request};
 use tale_models::runner::Runner;
 use tale_models::{DiffusionCard, ModelCard};
 
@@ -19,17 +19,23 @@ use crate::support::{case_dir, golden_json, golden_tensors, psnr, run_to_end};
 
 const MIN_PSNR: f64 = 50.0;
 
-/// Through the runner, from the request to the bytes.
+/// Through the runner, from the request to the bytes, with the branches of guidance in one pass and one by one.
 #[test]
 fn pictures_and_clips_are_the_reference_ones() {
     let tensors = golden_tensors("guidance");
     for (i, run) in runs().iter().enumerate() {
         let name = format!("run {i} ({})", run["checkpoint"]);
         let checkpoint = case_dir(run["checkpoint"].as_str().unwrap()).join("checkpoint");
-        let (card, mut runner) = load(&checkpoint, 4);
         let expected: Vec<u8> = tensors[&format!("run{i}.pixels")].flatten_all().unwrap().to_vec1().unwrap();
-        let found = psnr(&pixels(&mut *runner, &request(run, &card)), &expected);
-        assert!(found >= MIN_PSNR, "{name}: {found:.1} dB");
+        for (max_denoise_rows, at_once) in [(4, 2), (1, 1)] {
+            let (card, mut runner) = load(&checkpoint, max_denoise_rows);
+            let request = request(run, &card);
+            let plan = runner.plan(&Request::Diffusion(request.clone()));
+            assert_eq!(plan.branches_at_once(), Some(at_once), "{name}");
+            let found = psnr(&pixels(&mut *runner, &request), &expected);
+            println!("{name}, {at_once} at once: {found:.1} dB");
+            assert!(found >= MIN_PSNR, "{name}, {at_once} at once: {found:.1} dB");
+        }
     }
 }
 
