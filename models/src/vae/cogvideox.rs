@@ -14,7 +14,7 @@ use tale_kernels::{CausalPadding, SpatialNorm, spatial_norm_silu};
 use super::causal::Past;
 use super::clip_tiles::{self, ClipDecoder, ClipDecoding};
 use super::preview::{ClipRgb, RoughPicture};
-use super::tiling::{TileSide, Tiling};
+use super::tiling::{InTiles, TileSide};
 use crate::config::bounds::{MAX_BLOCKS, MAX_CHANNELS, MAX_LEVELS, MAX_SIDE};
 use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
@@ -170,25 +170,13 @@ impl CogVideoXVaeConfig {
         [latents, (0..levels).fold(latents, |frames, _| doubled(frames))]
     }
 
-    fn tile_sides(&self) -> [TileSide; 2] {
-        let sides = [self.sample_height, self.sample_width].map(|side| side / TILES_PER_SIDE);
-        [0, 1].map(|axis| TileSide {
-            pixels: sides[axis],
-            latents: sides[axis] / self.spatial(),
-            overlap: TILE_OVERLAPS[axis],
-        })
-    }
-
-    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
-    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        Tiling::of_latents(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
-    }
-
     /// When decoding works in tiles, which takes more than encoding, where a session meanwhile holds so many bytes for each
     /// pixel; `None` where `sample_height` and `sample_width` have no tiles whose overlaps are the same places in latents and
     /// pixels, where diffusers' results are of another size than the video.
     pub fn vae_tiling(&self, dtype: DType, held_bytes_per_pixel: usize) -> Option<VaeTiling> {
-        Tiling::of_latents(self.tile_sides())?;
+        if !self.has_tiles() {
+            return None;
+        }
         let bytes = self.peak_values(CHUNK + 1, 1, 1) * dtype.size_in_bytes();
         let bytes_per_pixel = bytes.div_ceil(self.spatial().pow(2)) + held_bytes_per_pixel;
         let [_, portion] = self.longest_chunk(CHUNK + 1);
@@ -267,6 +255,17 @@ impl CogVideoXVaeConfig {
         // The last norm and the pixels, which become f32 and change places.
         working = working.max(pixels * frames * (2 * in_channels + 6 * CHANNELS));
         remembered + HISTORY * pixels * in_channels + working
+    }
+}
+
+impl InTiles for CogVideoXVaeConfig {
+    fn tile_sides(&self) -> [TileSide; 2] {
+        let sides = [self.sample_height, self.sample_width].map(|side| side / TILES_PER_SIDE);
+        [0, 1].map(|axis| TileSide {
+            pixels: sides[axis],
+            latents: sides[axis] / self.spatial(),
+            overlap: TILE_OVERLAPS[axis],
+        })
     }
 }
 

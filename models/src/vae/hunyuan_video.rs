@@ -20,7 +20,7 @@ use crate::layers::{CausalConv3d, Conv3d, GroupNorm};
 use crate::vae::Pixels;
 use crate::vae::clip_tiles::cut;
 use crate::vae::preview::{ClipRgb, RoughPicture};
-use crate::vae::tiling::{Seams, TileSide, Tiling};
+use crate::vae::tiling::{InTiles, Seams, TileSide};
 use crate::weights::Weights;
 use tale_kernels::CausalPadding;
 
@@ -147,19 +147,12 @@ impl HunyuanVaeConfig {
         (num_frames - 1) / self.temporal_compression_ratio + 1
     }
 
-    fn tile_sides(&self) -> [TileSide; 2] {
-        [TileSide::quartered(TILE_SIDE, self.spatial_compression_ratio); 2]
-    }
-
-    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
-    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        Tiling::of_latents(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
-    }
-
     /// When decoding works in tiles, which takes more than encoding, of clips of at most so many latent frames, which a session
     /// meanwhile holds so many times; `None` where the sizes of this VAE do not allow tiles.
     pub fn vae_tiling(&self, dtype: DType, latent_frames: usize, latent_copies: usize) -> Option<VaeTiling> {
-        Tiling::of_latents(self.tile_sides())?;
+        if !self.has_tiles() {
+            return None;
+        }
         let held = latent_copies * latent_frames * self.latent_channels * size_of::<f32>();
         let bytes = self.peak_decode_bytes([latent_frames, 1, 1], false, dtype) + held;
         let bytes_per_pixel = bytes.div_ceil(self.spatial_compression_ratio.pow(2));
@@ -231,6 +224,12 @@ impl HunyuanVaeConfig {
         }
         // The last norm and the pixels, which become f32 and change places.
         widest.max(positions.iter().product::<usize>() * (2 * previous).max(6 * self.out_channels))
+    }
+}
+
+impl InTiles for HunyuanVaeConfig {
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(TILE_SIDE, self.spatial_compression_ratio); 2]
     }
 }
 

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
 use crate::vae::Pixels;
 use crate::vae::preview::{FIT_SIDE, LatentRgb, RoughPicture};
-use crate::vae::tiling::{Seams, TileSide, Tiling};
+use crate::vae::tiling::{InTiles, Seams, TileSide};
 use crate::weights::Weights;
 
 pub mod encoder;
@@ -180,11 +180,6 @@ impl KlConfig {
         self.encode_bytes(tile_height * tile_width, dtype) + 2 * latents * moments
     }
 
-    /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
-    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
-    }
-
     /// Bytes that encoding one picture of `pixels` needs where its neighbours compute in `dtype`, at its peak: as of
     /// decoding, since the levels are the same, but for a block's first half, which has the channels of the level before.
     fn encode_bytes(&self, pixels: usize, dtype: DType) -> usize {
@@ -193,29 +188,17 @@ impl KlConfig {
         LIVE_COPIES * widest.max().unwrap_or(0) * self.own_dtype(dtype).size_in_bytes()
     }
 
-    /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
-    fn tiling(&self) -> Option<Tiling> {
-        Tiling::of_latents(self.tile_sides())
-    }
-
-    fn tile_sides(&self) -> [TileSide; 2] {
-        [TileSide::quartered(self.sample_size, self.vae_scale_factor()); 2]
-    }
-
     /// When the VAE works in tiles, where neighbours compute in `dtype` and a session meanwhile holds its latents at most so
     /// many times. Decoding says it, which takes more than encoding.
     pub fn vae_tiling(&self, dtype: DType, latent_copies: usize) -> Option<VaeTiling> {
-        self.tiling()?;
+        if !self.has_tiles() {
+            return None;
+        }
         // Whole squares of latents, so that no level is rounded.
         let square = self.vae_scale_factor().pow(2);
         let held = latent_copies * self.latent_channels * size_of::<f32>();
         let bytes_per_pixel = (self.decode_bytes(square, dtype) + held).div_ceil(square);
         Some(VaeTiling::new([self.sample_size; 2], bytes_per_pixel, 1))
-    }
-
-    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
-    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        self.tiling().filter(|tiling| tiled && tiling.splits(height, width))
     }
 
     /// Calls of [`KlDecoder::decode_next`] for latents of this height and width, in tiles or not.
@@ -255,6 +238,12 @@ impl KlConfig {
             previous = *channels;
         }
         LIVE_COPIES * widest * self.own_dtype(dtype).size_in_bytes()
+    }
+}
+
+impl InTiles for KlConfig {
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(self.sample_size, self.vae_scale_factor()); 2]
     }
 }
 

@@ -29,6 +29,28 @@ impl TileSide {
     }
 }
 
+/// A VAE that can work in tiles.
+pub trait InTiles {
+    /// Height and width of a tile.
+    fn tile_sides(&self) -> [TileSide; 2];
+
+    /// Whether the sizes of this VAE allow tiles.
+    fn has_tiles(&self) -> bool {
+        Tiling::of_latents(self.tile_sides()).is_some()
+    }
+
+    /// The tiles of latents of this height and width, where there are to be any; `None` where these are decoded as a whole.
+    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_latents(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+
+    /// The tiles of a picture, or of frames, of this height and width, where there are to be any; `None` where it is encoded as a
+    /// whole.
+    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
+        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
+    }
+}
+
 /// How a picture is cut. Pictures are what goes in (latents, when they are decoded), results what comes out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tiling {

@@ -19,7 +19,7 @@ use crate::layers::{CausalConv3d, Conv2d, Conv3d};
 use crate::vae::causal::Past;
 use crate::vae::clip_tiles::{self, ClipDecoder, ClipDecoding};
 use crate::vae::preview::{ClipRgb, RoughPicture};
-use crate::vae::tiling::{TileSide, Tiling};
+use crate::vae::tiling::{InTiles, TileSide};
 use crate::weights::Weights;
 
 pub mod encoder;
@@ -127,26 +127,14 @@ impl WanVaeConfig {
         Err(Error::checkpoint(path, problem))
     }
 
-    /// How latents are cut into tiles; `None` where the sizes of this VAE do not allow it.
-    pub fn tiling(&self) -> Option<Tiling> {
-        Tiling::of_latents(self.tile_sides())
-    }
-
-    fn tile_sides(&self) -> [TileSide; 2] {
-        [TileSide::quartered(TILE_SIDE, self.scale_factor_spatial); 2]
-    }
-
     /// When decoding works in tiles, which takes more than encoding.
     pub fn vae_tiling(&self, dtype: DType) -> Option<VaeTiling> {
-        self.tiling()?;
+        if !self.has_tiles() {
+            return None;
+        }
         let latent_pixels = self.scale_factor_spatial.pow(2);
         let bytes_per_pixel = (self.peak_values(1, 1) * dtype.size_in_bytes()).div_ceil(latent_pixels);
         Some(VaeTiling::new([TILE_SIDE; 2], bytes_per_pixel, self.scale_factor_temporal))
-    }
-
-    /// The tiles of latents of this height and width; `None` where they are decoded as a whole.
-    fn tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        self.tiling().filter(|tiling| tiled && tiling.splits(height, width))
     }
 
     /// Steps of a [`WanDecoding`] for so many latent frames of this height and width, in tiles or not.
@@ -215,6 +203,12 @@ impl WanVaeConfig {
             }
         }
         remembered + HISTORY * pixels * dims[dims.len() - 1] + working
+    }
+}
+
+impl InTiles for WanVaeConfig {
+    fn tile_sides(&self) -> [TileSide; 2] {
+        [TileSide::quartered(TILE_SIDE, self.scale_factor_spatial); 2]
     }
 }
 

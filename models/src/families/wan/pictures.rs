@@ -14,7 +14,7 @@ use crate::encoders::image_processor::ClipImageProcessor;
 use crate::error::Result;
 use crate::request::Frame;
 use crate::vae;
-use crate::vae::tiling::{Mosaic, Tiling, Window};
+use crate::vae::tiling::{InTiles, Mosaic, Tiling, Window};
 use crate::vae::wan::WanVaeConfig;
 use crate::vae::wan::encoder::{WanEncoding, WanVaeEncoder};
 use crate::weights::Weights;
@@ -63,7 +63,7 @@ impl KnownFrames {
     }
 
     fn tiling(&self, vae: &WanVaeConfig) -> Option<Tiling> {
-        vae.frame_tiles(self.first.height, self.first.width, self.tiled)
+        vae.picture_tiles((self.first.height, self.first.width), self.tiled)
     }
 
     /// Latent frames, of each tile.

@@ -15,15 +15,10 @@ use crate::request::Frame;
 use crate::vae::Posterior;
 use crate::vae::causal::Past;
 use crate::vae::picture_tiles::{self, PictureEncoding};
-use crate::vae::tiling::Tiling;
+use crate::vae::tiling::InTiles;
 use crate::weights::Weights;
 
 impl CogVideoXVaeConfig {
-    /// The tiles of a picture of this height and width; `None` where it is encoded as a whole.
-    fn picture_tiles(&self, (height, width): (usize, usize), tiled: bool) -> Option<Tiling> {
-        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
-    }
-
     /// Steps of an encoding of a picture of this height and width, in tiles or not.
     pub fn num_encode_steps(&self, (height, width): (usize, usize), tiled: bool) -> usize {
         picture_tiles::num_steps(self.picture_tiles((height, width), tiled), height, width)

@@ -13,6 +13,7 @@ use crate::layers::{Conv2d, GroupNorm};
 use crate::request::{Frame, MASK_THRESHOLD, Mask};
 use crate::vae::Posterior;
 use crate::vae::picture_tiles::{self, PictureEncoding};
+use crate::vae::tiling::InTiles;
 use crate::weights::Weights;
 
 /// Pixels to latents.

@@ -10,7 +10,7 @@ use super::{HISTORY, MidBlock, Norm, ResidualBlock, WanVaeConfig, causal};
 use crate::error::Result;
 use crate::layers::{CausalConv3d, Conv2d, Conv3d};
 use crate::vae::causal::Past;
-use crate::vae::tiling::Tiling;
+use crate::vae::tiling::InTiles;
 use crate::weights::Weights;
 
 /// Frames of pixels that the encoder sees: red, green and blue.
@@ -22,15 +22,10 @@ impl WanVaeConfig {
         self.dim_mult.iter().map(|multiple| self.base_dim * multiple).collect()
     }
 
-    /// The tiles of frames of this height and width, in pixels; `None` where they are encoded as a whole.
-    pub fn frame_tiles(&self, height: usize, width: usize, tiled: bool) -> Option<Tiling> {
-        Tiling::of_pixels(self.tile_sides()).filter(|tiling| tiled && tiling.splits(height, width))
-    }
-
     /// Bytes that encoding frames of this height and width, in pixels, holds at its peak, in tiles or not. The frames
     /// themselves and the latents are not counted.
     pub fn peak_encode_bytes(&self, height: usize, width: usize, tiled: bool, dtype: DType) -> usize {
-        let tiles = self.frame_tiles(height, width, tiled);
+        let tiles = self.picture_tiles((height, width), tiled);
         let (height, width) = tiles.map_or((height, width), |tiling| tiling.largest(height, width));
         self.encode_peak_values(height, width) * dtype.size_in_bytes()
     }

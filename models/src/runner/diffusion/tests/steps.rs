@@ -63,7 +63,7 @@ fn a_paused_session_waits_while_others_go_on_and_makes_the_same_frames() {
         assert_eq!(runner.status().running, 1, "it keeps what it has");
         match resumes {
             true => {
-                [1, 1, 9].map(|id| runner.resume(SessionId(id)));
+                [1, 1, 9].into_iter().for_each(|id| runner.resume(SessionId(id)));
                 events.extend(run(&mut runner).remove(&1).expect("it goes on"));
                 assert_eq!(events, expected);
             }
