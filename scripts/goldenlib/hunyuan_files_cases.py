@@ -23,7 +23,7 @@ from . import hunyuan_video_cases
 from .common import ROOT, fresh_case, require, write_golden
 from .diffusion import ANOTHER_PROMPT, disturbed, quiet, require_moved, require_stable, require_visible
 from .lora_cases import load
-from .single_files_cases import QUANTS, assemble, from_model, load_component, write_gguf, write_names
+from .single_files_cases import QUANTS, assemble, from_model, load_component, original_vae_name, write_gguf, write_names
 from .wan_files_cases import require_same
 
 RUN = {
@@ -61,6 +61,11 @@ def make_names(case: str, folder: Path) -> None:
     converted = converter(width)(assemble(checkpoint, names))
     require_same(f"{case} transformer", converted, transformer)
 
+    vae = load_component(checkpoint / "vae")
+    names = vae_names(vae)
+    write_names(folder / f"{case}-vae.names", names)
+    require_vae(case, assemble(checkpoint, names), vae)
+
     encoder = load_component(checkpoint / "text_encoder")
     language, sight = {}, {}
     for name in encoder:
@@ -75,6 +80,31 @@ def make_names(case: str, folder: Path) -> None:
     write_names(folder / f"{case}-llama.names", language)
     if sight:
         write_names(folder / f"{case}-sight.names", sight)
+
+
+def vae_names(tensors: dict) -> dict:
+    """Under which ComfyUI saves the VAE (`comfy/diffusers_convert.py`): the names of the VAEs of pictures, with the attention's
+    projections as kernels."""
+    levels = 1 + max(int(found[1]) for name in tensors if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name)))
+    names = {}
+    for name, tensor in tensors.items():
+        is_projection = ".attentions." in name and tensor.dim() == 2
+        names[original_vae_name(name, levels)] = f"{'kernel ' if is_projection else ''}vae/{name}"
+    return names
+
+
+def require_vae(case: str, original: dict, tensors: dict) -> None:
+    """diffusers' converter is that of the VAEs of pictures: it knows neither kernels of three dimensions nor what a causal
+    convolution calls its own."""
+    bare = lambda name: re.sub(r"\.conv\.(weight|bias)$", r".\1", name)
+    tensors = {bare(name): tensor for name, tensor in tensors.items()}
+    projection = lambda name, tensor: ".attn_1." in name and tensor.dim() == 5
+    flat = {bare(name): tensor[..., 0] if projection(name, tensor) else tensor for name, tensor in original.items()}
+    levels = {name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks.")}
+    config = {"down_block_types": ["x"] * len(levels), "up_block_types": ["x"] * len(levels)}
+    converted = single_file_utils.convert_ldm_vae_checkpoint(flat, config)
+    same = converted.keys() == tensors.keys() and all(torch.equal(converted[name], tensors[name]) for name in tensors)
+    require(same, f"{case}: diffusers reads the VAE's tensors from those of original names ({len(tensors)})")
 
 
 def converter(width: int):

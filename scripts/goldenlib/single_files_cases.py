@@ -3,7 +3,7 @@ model, and a GGUF file.
 
 No weights are written twice: `CASE.names` has one line per tensor of the single file, `ORIGINAL = TENSOR`, where TENSOR is
 `component/name` of the case's own checkpoint, several of them joined by ` + ` (rows one after the other), or one behind
-`transposed ` or `swapped ` (the halves of its rows exchanged). A test makes the file from that. Here it is made too, and
+`transposed `, `swapped ` (the halves of its rows exchanged) or `kernel ` (of a convolution over one position of a clip). A test makes the file from that. Here it is made too, and
 what diffusers reads from it has to be the checkpoint again.
 """
 
@@ -300,6 +300,8 @@ def assemble(checkpoint: Path, names: dict) -> dict:
         if expression.startswith("swapped "):
             first, second = tensors[expression.removeprefix("swapped ")].chunk(2)
             return torch.cat([second, first])
+        if expression.startswith("kernel "):
+            return tensors[expression.removeprefix("kernel ")][:, :, None, None, None]
         return torch.cat([tensors[part] for part in expression.split(" + ")]).contiguous()
 
     return {name: tensor(expression) for name, expression in names.items()}

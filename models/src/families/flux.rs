@@ -138,7 +138,7 @@ impl FluxModel {
         let text_encoder_2 = T5Encoder::load(&open("text_encoder_2")?, &t5_config)?;
         let transformer_weights = open("transformer")?.or_named(FluxNames).noting(&transformer_sites);
         let transformer = FluxTransformer::load(&transformer_weights, transformer_config)?;
-        let vae = open("vae")?.or_named(KlNames::new(&vae_config));
+        let vae = open("vae")?.or_named(KlNames::new(vae_config.block_out_channels.len()));
         Ok(Self {
             card: card(transformer.config(), &vae_config, Schedulers::read(manifest, Training::FlowWithMu)?, placement),
             tokenizer,

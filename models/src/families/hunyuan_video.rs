@@ -34,6 +34,7 @@ use crate::request::Phase;
 use crate::solver::schedulers::{Schedulers, Training};
 use crate::vae::hunyuan_video::encoder::HunyuanVaeEncoder;
 use crate::vae::hunyuan_video::{HunyuanVaeConfig, HunyuanVaeDecoder};
+use crate::vae::original::KlNames;
 use crate::weights::Weights;
 
 pub mod config;
@@ -156,8 +157,9 @@ impl HunyuanVideoModel {
         let weights = open("transformer")?.or_named(names).or_named(ComfyNames::published(names));
         let weights = weights.or_named(ComfyNames::of_today(names)).noting(&sites);
         let transformer = HunyuanVideoTransformer::load(&weights, &sizes.transformer)?;
-        let names = LoraNames::new(vec![NetworkNames::denoiser(&sites, &names, [])]);
-        let vae = open("vae")?;
+        let lora_names = NetworkNames::denoiser(&sites, &names, []).or_named(&ComfyNames::of_today(names));
+        let lora_names = LoraNames::new(vec![lora_names]);
+        let vae = open("vae")?.or_named(KlNames::new(sizes.vae.block_out_channels.len()));
         let vae_encoder = match sizes.image_condition {
             Some(_) => Some(HunyuanVaeEncoder::load(&vae, &sizes.vae)?),
             None => None,
@@ -177,7 +179,7 @@ impl HunyuanVideoModel {
             transformer,
             vae: HunyuanVaeDecoder::load(&vae, &sizes.vae)?,
             vae_encoder,
-            adapters: Adapters::new(names, placement),
+            adapters: Adapters::new(lora_names, placement),
             sizes,
         })
     }

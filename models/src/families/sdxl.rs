@@ -207,7 +207,7 @@ impl SdxlModel {
             NetworkNames::first_text_encoder(&one),
             NetworkNames::second_text_encoder(&two),
         ]);
-        let vae = open("vae")?.or_named(KlNames::new(&sizes.vae));
+        let vae = open("vae")?.or_named(KlNames::new(sizes.vae.block_out_channels.len()));
         let tokenizers = first.iter().map(|(tokenizer, _)| tokenizer).chain([&tokenizer_2]).cloned().collect();
         Ok(Self {
             card: sizes.card(schedulers, tokenizers, placement.compute_dtype),

@@ -9,7 +9,7 @@
 //! | PEFT, diffusers | `unet.….attn1.to_q.lora_A.weight`, `text_encoder.….q_proj.lora_B.weight` |
 //! | diffusers before PEFT | `unet.….attn1.processor.to_q_lora.down.weight`, `text_encoder.….q_proj.lora_linear_layer.up.weight` |
 //! | kohya, musubi | `lora_unet_…_attn1_to_q.lora_down.weight`, `lora_te1_….lora_up.weight`, `….alpha`; diffusers' names or the original ones |
-//! | original | `double_blocks.0.img_attn.qkv.lora_A.weight`, also below `diffusion_model.` or `base_model.model.` |
+//! | original, ComfyUI's | `double_blocks.0.img_attn.qkv.lora_A.weight`, also below `diffusion_model.` or `base_model.model.` |
 //! | differences | beside the others: `….diff` of a weight, `….diff_b` of a bias, `blocks.0.diff_m` of the modulation of a block |
 //!
 //! Source of the facts: diffusers `loaders/lora_conversion_utils.py`, `utils/state_dict_utils.py`; kohya's sd-scripts
@@ -74,6 +74,12 @@ impl NetworkNames {
         names.enter_original(original);
         more.into_iter().for_each(|alias| names.enter(alias));
         names
+    }
+
+    /// These names and those of one more layout.
+    pub fn or_named(mut self, layout: &dyn elsewhere::Names) -> Self {
+        self.enter_original(layout);
+        self
     }
 
     /// As [`NetworkNames::denoiser`], of a network that goes by diffusers' names alone.

@@ -15,9 +15,9 @@ use crate::config::{Bound, Bounded};
 use crate::diffusion::tiling::VaeTiling;
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, GroupNorm, Linear};
-use crate::vae::Pixels;
 use crate::vae::preview::{FIT_SIDE, LatentRgb, RoughPicture};
 use crate::vae::tiling::{InTiles, Seams, TileSide};
+use crate::vae::{Pixels, load_projection};
 use crate::weights::Weights;
 
 pub mod encoder;
@@ -514,13 +514,4 @@ impl Attention {
         let y = self.out.forward(&y.reshape((b, h * w, c))?)?;
         Ok((x + y.transpose(1, 2)?.reshape((b, c, h, w))?)?)
     }
-}
-
-/// A `[c, c]` matrix, which some checkpoints keep as a convolution kernel `[c, c, 1, 1]`.
-fn load_projection(weights: &Weights, channels: usize) -> Result<Linear> {
-    if weights.rank("weight") != Some(4) {
-        return Linear::load(weights, channels, channels);
-    }
-    let kernel = weights.get(&[channels, channels, 1, 1], "weight")?;
-    Ok(Linear::new(kernel.reshape((channels, channels))?, Some(weights.get(&[channels], "bias")?)))
 }

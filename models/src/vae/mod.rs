@@ -3,8 +3,10 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::layers::Linear;
 use crate::request::Frame;
 use crate::rng::TorchGenerator;
+use crate::weights::Weights;
 use tiling::{Part, Window};
 
 pub mod causal;
@@ -70,6 +72,18 @@ impl Posterior {
         let noise = Tensor::from_vec(generator.randn(self.mean.elem_count()), self.mean.dims(), self.mean.device())?;
         Ok((&self.mean + (&self.std * noise)?)?)
     }
+}
+
+/// A `[c, c]` projection of an attention, which files of original names keep as the kernel of a convolution: `[c, c, 1, 1]` of
+/// pictures, `[c, c, 1, 1, 1]` of clips.
+fn load_projection(weights: &Weights, channels: usize) -> Result<Linear> {
+    let shape: &[usize] = match weights.rank("weight") {
+        Some(4) => &[channels, channels, 1, 1],
+        Some(5) => &[channels, channels, 1, 1, 1],
+        _ => return Linear::load(weights, channels, channels),
+    };
+    let kernel = weights.get(shape, "weight")?;
+    Ok(Linear::new(kernel.reshape((channels, channels))?, Some(weights.get(&[channels], "bias")?)))
 }
 
 /// Of a part of an image, channel by channel, in -1..=1.

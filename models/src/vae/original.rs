@@ -1,10 +1,10 @@
 //! The names of an `AutoencoderKL` in the files of its original implementation (`first_stage_model.*` of an SDXL file,
-//! `ae.safetensors` of FLUX.1), found from diffusers' names.
+//! `ae.safetensors` of FLUX.1), found from diffusers' names. ComfyUI gives HunyuanVideo's VAE the same names.
 //!
-//! Source: diffusers `loaders/single_file_utils.py`, `convert_ldm_vae_checkpoint`. Levels of the decoder are counted from
-//! the other end there.
+//! Source: diffusers `loaders/single_file_utils.py`, `convert_ldm_vae_checkpoint`; ComfyUI `comfy/diffusers_convert.py`,
+//! `convert_vae_state_dict`. Levels of the decoder are counted from the other end there. What a causal convolution calls its
+//! own (`conv1.conv.weight`) stays.
 
-use super::kl::KlConfig;
 use crate::weights::names::{Names, Place, split_index};
 
 /// Of a VAE of some depth.
@@ -14,9 +14,9 @@ pub struct KlNames {
 }
 
 impl KlNames {
-    /// Of the VAE that the configuration describes.
-    pub fn new(config: &KlConfig) -> Self {
-        Self { levels: config.block_out_channels.len() }
+    /// Of a VAE with so many levels, which `block_out_channels` of its configuration lists.
+    pub fn new(levels: usize) -> Self {
+        Self { levels }
     }
 
     /// What follows `encoder.` or `decoder.`.
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn names_are_the_original_ones() {
-        let names = KlNames { levels: 4 };
+        let names = KlNames::new(4);
         for (name, original) in [
             ("encoder.down_blocks.2.downsamplers.0.conv.weight", Some("encoder.down.2.downsample.conv.weight")),
             ("encoder.mid_block.resnets.1.conv1.bias", Some("encoder.mid.block_2.conv1.bias")),
@@ -115,6 +115,14 @@ mod tests {
             ("decoder.up_blocks.2.resnets.0.conv_shortcut.bias", Some("decoder.up.1.block.0.nin_shortcut.bias")),
             ("decoder.up_blocks.1.upsamplers.0.conv.bias", Some("decoder.up.2.upsample.conv.bias")),
             ("decoder.mid_block.attentions.0.to_out.0.weight", Some("decoder.mid.attn_1.proj_out.weight")),
+            // HunyuanVideo's.
+            ("decoder.conv_in.conv.weight", Some("decoder.conv_in.conv.weight")),
+            ("encoder.down_blocks.1.resnets.0.conv2.conv.bias", Some("encoder.down.1.block.0.conv2.conv.bias")),
+            ("decoder.up_blocks.0.upsamplers.0.conv.conv.weight", Some("decoder.up.3.upsample.conv.conv.weight")),
+            (
+                "decoder.up_blocks.3.resnets.0.conv_shortcut.conv.bias",
+                Some("decoder.up.0.block.0.nin_shortcut.conv.bias"),
+            ),
             ("decoder.mid_block.attentions.0.query.weight", None),
             ("decoder.conv_norm_out.bias", Some("decoder.norm_out.bias")),
             ("post_quant_conv.weight", Some("post_quant_conv.weight")),

@@ -26,8 +26,8 @@ const STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
 const VARIANTS: [&str; 3] = ["", ".fp16", ".bf16"];
 /// Of files that are read.
 const EXTENSIONS: [&str; 2] = ["safetensors", "gguf"];
-/// What all names of some files of a denoiser alone begin with.
-const DENOISERS: [&str; 2] = ["model.diffusion_model.", "model.model."];
+/// What all names of some files of a denoiser or a VAE alone begin with.
+const BEGINNINGS: [&str; 4] = ["model.diffusion_model.", "model.model.", "first_stage_model.", "vae."];
 /// Files that hold the same weights as pickles.
 const PICKLES: [&str; 6] = [
     "pytorch_model.bin",
@@ -74,7 +74,7 @@ pub(super) fn open(dir: &Path) -> Result<Files> {
     take_blocks(&mapped, &mut tensors)?;
     take_scales(&mapped, &mut tensors)?;
     let is_common = |beginning: &&&str| tensors.keys().all(|name| name.starts_with(**beginning));
-    let beginning = DENOISERS.iter().filter(|_| !tensors.is_empty()).find(is_common);
+    let beginning = BEGINNINGS.iter().filter(|_| !tensors.is_empty()).find(is_common);
     let beginning = beginning.copied().unwrap_or_default().to_owned();
     Ok(Files { files: Arc::new(mapped), tensors, beginning, must_fit: false })
 }

@@ -86,7 +86,7 @@ pub fn assembled(case: &str, names: &str) -> HashMap<String, Tensor> {
     for line in text.lines() {
         let (name, expression) = line.split_once(" = ").unwrap();
         let (change, parts) = match expression.split_once(' ') {
-            Some((change @ ("transposed" | "swapped"), part)) => (change, part),
+            Some((change @ ("transposed" | "swapped" | "kernel"), part)) => (change, part),
             _ => ("", expression),
         };
         let parts: Vec<Tensor> = parts
@@ -100,6 +100,10 @@ pub fn assembled(case: &str, names: &str) -> HashMap<String, Tensor> {
         let tensor = Tensor::cat(&parts, 0).unwrap();
         let tensor = match change {
             "transposed" => tensor.t().unwrap().contiguous().unwrap(),
+            "kernel" => {
+                let (rows, columns) = tensor.dims2().unwrap();
+                tensor.reshape((rows, columns, 1, 1, 1)).unwrap()
+            }
             "swapped" => {
                 let half = tensor.dim(0).unwrap() / 2;
                 Tensor::cat(&[tensor.narrow(0, half, half).unwrap(), tensor.narrow(0, 0, half).unwrap()], 0).unwrap()

@@ -57,9 +57,9 @@ fn published_files_fit_the_published_configurations() {
 
 #[track_caller]
 fn check_published(base: &Configurations, language_model: &str, transformer: &str, parameters: usize) {
-    for (component, name) in
-        [("text_encoder", language_model), ("text_encoder_2", "clip_l"), ("vae", "hunyuan_video_vae")]
-    {
+    let vae = if language_model == "llava_llama3" { "hunyuan_video_vae" } else { "hunyuan_video_vae_bf16" };
+    for (component, name) in [("text_encoder", language_model), ("text_encoder_2", "clip_l"), ("vae", vae)] {
+        remove_weights(&base.path().join(component));
         write_empty(&base.path().join(component).join(format!("{name}.safetensors")), &published(name));
     }
     for beginning in ["", "model.diffusion_model."] {
@@ -126,9 +126,9 @@ fn a_file_may_have_todays_names_or_all_networks() {
     }
     let mut all = below("model.diffusion_model.", assembled(case, &format!("{CASE}/{case}")));
     all.extend(below("text_encoders.llama.transformer.", assembled(case, &format!("{CASE}/{case}-llama"))));
-    for (component, beginning) in [("text_encoder_2", "text_encoders.clip_l.transformer."), ("vae", "vae.")] {
-        all.extend(below(beginning, read_component(&checkpoint(case).join(component))));
-    }
+    let clip = read_component(&checkpoint(case).join("text_encoder_2"));
+    all.extend(below("text_encoders.clip_l.transformer.", clip));
+    all.extend(below("vae.", assembled(case, &format!("{CASE}/{case}-vae"))));
     let path = base.path().join("all.safetensors");
     write_file(&path, all);
     assert_clean(&inspect(&path, None));
@@ -150,8 +150,12 @@ fn others(case: &str) -> Configurations {
     }
     let clip = read_component(&checkpoint(case).join("text_encoder_2"));
     write_file(&base.path().join("text_encoder_2/clip_l.safetensors"), clip);
-    let vae = read_component(&checkpoint(case).join("vae"));
-    write_file(&base.path().join("vae/hunyuan_video_vae.safetensors"), vae);
+    // ComfyUI's names, or the original ones, which are diffusers' and may have a beginning.
+    let vae = match case {
+        "hunyuan-video-a" | "hunyuan-video-i2v" => assembled(case, &format!("{CASE}/{case}-vae")),
+        _ => below("vae.", read_component(&checkpoint(case).join("vae"))),
+    };
+    write_file(&base.path().join("vae/hunyuan_video_vae_bf16.safetensors"), vae);
     base
 }
 

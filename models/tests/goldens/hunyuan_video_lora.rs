@@ -1,4 +1,4 @@
-//! LoRA of HunyuanVideo, in PEFT's names, the original ones and musubi's, beside a checkpoint whose weights were changed by hand.
+//! LoRA of HunyuanVideo, in PEFT's names, the original ones, ComfyUI's and musubi's, beside a checkpoint whose weights were changed by hand.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -57,6 +57,11 @@ fn terms_are_what_they_would_be_among_the_weights() {
         both("diffusion_model.single_blocks.1.linear1", &single_a, &single_b),
     ];
     save("original", original.into_iter().flatten().collect());
+    let comfy = [
+        both("diffusion_model.double_blocks.0.img_attn.qkv", &dual_a, &dual_b),
+        both("diffusion_model.single_blocks.1.linear1", &single_a, &single_b),
+    ];
+    save("comfy", comfy.into_iter().flatten().collect());
     let flat = [
         both("lora_unet_double_blocks_0_img_attn_qkv", &dual_a, &dual_b),
         both("lora_unet_single_blocks_1_linear1", &single_a, &single_b),
@@ -73,10 +78,44 @@ fn terms_are_what_they_would_be_among_the_weights() {
     let expected = clip(changed.path(), None, None);
     let bare = clip(&own, None, None);
     assert!(psnr(&expected, &bare) < 35.0, "the terms matter: {:.1} dB", psnr(&expected, &bare));
-    for name in ["peft", "original", "musubi"] {
-        let found = psnr(&clip(&own, Some(files.path()), Some(name)), &expected);
-        assert!(found >= 50.0, "{name}: {found:.1} dB");
+    let peft = clip(&own, Some(files.path()), Some("peft"));
+    assert!(psnr(&peft, &expected) >= 50.0, "{:.1} dB", psnr(&peft, &expected));
+    for name in ["original", "comfy", "musubi"] {
+        assert!(clip(&own, Some(files.path()), Some(name)) == peft, "{name} is the clip of PEFT's names");
     }
+}
+
+/// Every layer that ComfyUI calls by another name than the original.
+#[test]
+fn comfyuis_names_mean_the_layers_of_the_original_ones() {
+    let mut generator = TorchGenerator::new(2);
+    let mut matrix = |rows: usize, columns: usize| {
+        let values = generator.randn(rows * columns);
+        (Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap() * 0.3).unwrap()
+    };
+    let files = tempfile::tempdir().unwrap();
+    let (mut original, mut comfy) = (HashMap::new(), HashMap::new());
+    for (name, other, inputs, outputs) in [
+        ("double_blocks.0.txt_attn_qkv", "double_blocks.0.txt_attn.qkv", DIM, 3 * DIM),
+        ("double_blocks.0.img_attn_proj", "double_blocks.0.img_attn.proj", DIM, DIM),
+        ("double_blocks.0.img_mlp.fc1", "double_blocks.0.img_mlp.0", DIM, 4 * DIM),
+        ("double_blocks.0.txt_mlp.fc2", "double_blocks.0.txt_mlp.2", 4 * DIM, DIM),
+        ("double_blocks.0.img_mod.linear", "double_blocks.0.img_mod.lin", DIM, 6 * DIM),
+        ("single_blocks.0.modulation.linear", "single_blocks.0.modulation.lin", DIM, 3 * DIM),
+        ("time_in.mlp.2", "time_in.out_layer", DIM, DIM),
+        ("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer", DIM, DIM),
+    ] {
+        for (kind, tensor) in [("A", matrix(RANK, inputs)), ("B", matrix(outputs, RANK))] {
+            original.insert(format!("{name}.lora_{kind}.weight"), tensor.clone());
+            comfy.insert(format!("diffusion_model.{other}.lora_{kind}.weight"), tensor);
+        }
+    }
+    candle_core::safetensors::save(&original, files.path().join("original.safetensors")).unwrap();
+    candle_core::safetensors::save(&comfy, files.path().join("comfy.safetensors")).unwrap();
+    let own = case_dir(CASE).join("checkpoint");
+    let expected = clip(&own, Some(files.path()), Some("original"));
+    assert!(psnr(&expected, &clip(&own, None, None)) < 45.0, "the terms matter");
+    assert!(clip(&own, Some(files.path()), Some("comfy")) == expected, "one clip");
 }
 
 /// Files of models whose layers have other names, or the same and other shapes.

@@ -9,6 +9,7 @@ use tale_kernels::{AttentionOptions, CausalPadding, attention};
 use super::{Factor, NORM_EPS, load_conv};
 use crate::error::Result;
 use crate::layers::{CausalConv3d, GroupNorm, Linear};
+use crate::vae::load_projection;
 use crate::weights::Weights;
 
 /// `HunyuanVideoResnetBlockCausal3D`.
@@ -81,7 +82,7 @@ struct Attention {
 
 impl Attention {
     fn load(weights: &Weights, channels: usize, groups: usize) -> Result<Self> {
-        let projection = |name: &str| Linear::load(&weights.pp(name), channels, channels);
+        let projection = |name: &str| load_projection(&weights.pp(name), channels);
         Ok(Self {
             group_norm: GroupNorm::load(&weights.pp("group_norm"), groups, channels, NORM_EPS)?,
             to_q: projection("to_q")?,
