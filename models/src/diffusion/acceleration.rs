@@ -1,17 +1,17 @@
 //! How much of the denoising may be left out, and by which method.
 //!
-//! Owns: `acceleration` and the `cache_*` parameters, what they mean for a model, a size and a number of steps, and the
+//! Owns: `acceleration` and the `cache_*` parameters, what they mean for a model, a size, a length and a schedule, and the
 //! refusal of what no figure supports. Does not know: what is published of which checkpoint ([`published`]), how blocks are
 //! skipped ([`block_cache`](crate::runner::diffusion::block_cache)).
 
 use std::ops::Range;
 
 use super::Canvas;
-use super::sampling::MAX_INFERENCE_STEPS;
+use super::sampling::{MAX_INFERENCE_STEPS, Sampling};
 use crate::error::{Error, Result};
 use crate::parameter::{Declaration, Options, Parameter, ParameterType, Value};
 
-use self::published::{Figure, Profile, Published, Setting};
+use self::published::{Figure, Profile, Published, Run, Setting};
 
 pub mod published;
 
@@ -251,24 +251,24 @@ pub struct CacheSupport {
     pub published: Option<&'static Published>,
 }
 
-/// `support` is `None` for models that can skip nothing.
+/// `support` is `None` for models that can skip nothing; `canvas` has the frames that are denoised at once.
 pub(super) fn resolve(
     support: Option<&CacheSupport>,
     options: &Options,
     canvas: &Canvas,
-    steps: usize,
+    sampling: &Sampling,
 ) -> Result<(Acceleration, Option<Cache>)> {
     let asked = options.get(&ACCELERATION).unwrap_or_default();
     check_alone(options, asked)?;
     let Some(method) = options.get(&CACHE_METHOD) else {
-        let cache = (asked != Acceleration::None).then(|| of_word(support, asked, canvas, steps)).transpose()?;
+        let cache = (asked != Acceleration::None).then(|| of_word(support, asked, canvas, sampling)).transpose()?;
         return Ok((asked, cache));
     };
     let Some(support) = support else {
         return Err(Error::invalid("cache_method", "this model can skip no blocks; leave it out"));
     };
     let profile = support.published.and_then(|published| published.profile(canvas.width * canvas.height));
-    Ok((asked, Some(of_method(method, profile, options, steps)?)))
+    Ok((asked, Some(of_method(method, profile, options, sampling.num_inference_steps)?)))
 }
 
 /// Refuses what has no effect: parts of an expert's rule without a method, or of another one, and a rule beside a word.
@@ -295,7 +295,7 @@ fn check_alone(options: &Options, asked: Acceleration) -> Result<()> {
 }
 
 /// The published setting that a word means.
-fn of_word(support: Option<&CacheSupport>, asked: Acceleration, canvas: &Canvas, steps: usize) -> Result<Cache> {
+fn of_word(support: Option<&CacheSupport>, asked: Acceleration, canvas: &Canvas, sampling: &Sampling) -> Result<Cache> {
     let refuse = |problem: String| Err(Error::invalid("acceleration", format!("{problem}; allowed: none")));
     let Some(support) = support else {
         return refuse("this model can skip no blocks".to_owned());
@@ -303,15 +303,12 @@ fn of_word(support: Option<&CacheSupport>, asked: Acceleration, canvas: &Canvas,
     let Some(published) = support.published else {
         return refuse("nothing is published about skipping blocks of a checkpoint of this configuration".to_owned());
     };
-    let pixels = canvas.width * canvas.height;
-    let Some(figure) = published.figures.iter().find(|figure| figure.supports(asked, pixels, steps)) else {
+    let run = Run { size: [canvas.width, canvas.height], frames: canvas.num_frames, sampling };
+    let Some(figure) = published.figures.iter().find(|figure| figure.supports(asked, &run)) else {
         let (name, word, places) = (published.name, asked.as_str(), published.where_supported(asked));
-        let Canvas { width, height, .. } = canvas;
-        return refuse(format!(
-            "no figure supports {word} of {name} at {width}x{height} in {steps} steps, but {places}"
-        ));
+        return refuse(format!("no figure supports {word} of {name} at {run}, but {places}"));
     };
-    Ok(of_figure(figure, published.profile(pixels), steps))
+    Ok(of_figure(figure, published.profile(canvas.width * canvas.height), sampling.num_inference_steps))
 }
 
 fn of_figure(figure: &Figure, profile: Option<&Profile>, steps: usize) -> Cache {
@@ -407,12 +404,19 @@ pub(super) fn echo(acceleration: Acceleration, cache: Option<&Cache>, options: &
 mod tests {
     use super::published::{COGVIDEOX_5B, WAN_I2V_14B, WAN_T2V_1_3B};
     use super::*;
+    use crate::solver::names::{Given, Scheduler};
 
     const STEPS: usize = 50;
     const CANVAS: Canvas = Canvas { width: 832, height: 480, num_frames: 81, fps: 16 };
 
+    /// A way that figures of Wan2.1 stand behind.
+    fn sampling(num_inference_steps: usize) -> Sampling {
+        let unipc = Scheduler::named("unipc").expect("a name");
+        Sampling { flow_shift: Some(5.0), ..Sampling::new(unipc, num_inference_steps, 0) }
+    }
+
     fn of(published: Option<&'static Published>, options: &Options, steps: usize) -> Result<Option<Cache>> {
-        resolve(Some(&CacheSupport { published }), options, &CANVAS, steps).map(|(_, cache)| cache)
+        resolve(Some(&CacheSupport { published }), options, &CANVAS, &sampling(steps)).map(|(_, cache)| cache)
     }
 
     #[track_caller]
@@ -442,14 +446,46 @@ mod tests {
         refused(of(None, &word(Acceleration::Safe), STEPS), "nothing is published");
         refused(
             of(Some(&WAN_T2V_1_3B), &word(Acceleration::Safe), 20),
-            "in 20 steps, but about 832x480 from 50 steps on",
+            "at 832x480 and 81 frames with unipc and flow_shift 5 in 20 steps, but about 832x480 and 81 frames with unipc and \
+             flow_shift 2.5 to 16 from 50 steps on",
         );
         refused(of(Some(&COGVIDEOX_5B), &word(Acceleration::Safe), STEPS), "but nowhere");
         let large = Canvas { width: 1280, height: 720, ..CANVAS };
         let support = CacheSupport { published: Some(&WAN_T2V_1_3B) };
-        assert!(resolve(Some(&support), &word(Acceleration::Safe), &large, STEPS).is_err());
-        let none = resolve(None, &word(Acceleration::Safe), &CANVAS, STEPS).map(|(_, cache)| cache);
+        assert!(resolve(Some(&support), &word(Acceleration::Safe), &large, &sampling(STEPS)).is_err());
+        let none = resolve(None, &word(Acceleration::Safe), &CANVAS, &sampling(STEPS)).map(|(_, cache)| cache);
         refused(none, "acceleration: this model can skip no blocks; allowed: none");
+    }
+
+    /// A figure says nothing of other schedules and lengths than those that it was measured with.
+    #[test]
+    fn a_word_is_refused_for_another_schedule_or_length() {
+        let resolved = |published, num_frames, sampling: &Sampling| {
+            let canvas = Canvas { num_frames, ..CANVAS };
+            let support = CacheSupport { published: Some(published) };
+            resolve(Some(&support), &word(Acceleration::Safe), &canvas, sampling).map(|(_, cache)| cache)
+        };
+        for num_frames in [41, 81, 101] {
+            assert!(resolved(&WAN_T2V_1_3B, num_frames, &sampling(STEPS)).is_ok(), "{num_frames}");
+        }
+        for num_frames in [1, 37, 105, 161] {
+            refused(resolved(&WAN_T2V_1_3B, num_frames, &sampling(STEPS)), "no figure supports safe");
+        }
+        let with = |name: &str, flow_shift: f64| {
+            let scheduler = Scheduler::named(name).expect("a name");
+            Sampling { scheduler, flow_shift: Some(flow_shift), ..sampling(STEPS) }
+        };
+        assert!(resolved(&WAN_T2V_1_3B, 81, &with("UniPCMultistepScheduler", 3.0)).is_ok());
+        refused(resolved(&WAN_T2V_1_3B, 81, &with("flow_euler", 5.0)), "81 frames with flow_euler and flow_shift 5 in");
+        refused(resolved(&WAN_T2V_1_3B, 81, &with("unipc", 1.0)), "with unipc and flow_shift 1 in 50 steps");
+        refused(resolved(&WAN_I2V_14B, 81, &with("unipc", 12.0)), "with unipc and flow_shift 12 in 50 steps");
+        let given = Some(Given::Sigmas(vec![1.0; STEPS].into()));
+        let own_sigmas = Sampling { given, ..sampling(STEPS) };
+        refused(resolved(&WAN_T2V_1_3B, 81, &own_sigmas), "and its own sigmas, but about 832x480");
+        // What somebody who knows the model asks for is not held to figures.
+        let asked = method(CacheMethod::FirstBlock, 0.1);
+        let support = CacheSupport { published: Some(&WAN_T2V_1_3B) };
+        assert!(resolve(Some(&support), &asked, &CANVAS, &own_sigmas).is_ok());
     }
 
     #[test]
@@ -482,7 +518,7 @@ mod tests {
         refused(of(None, &first().with(&ACCELERATION, Acceleration::Safe), 5), "leave one of them out");
         refused(of(None, &Options::default().with(&CACHE_METHOD, CacheMethod::FirstBlock), 5), "cache_threshold");
         refused(of(None, &first().with(&CACHE_INTERVAL, [0.01, 0.02]), 5), "cache_interval: holds none");
-        let none = resolve(None, &first(), &CANVAS, 5).map(|(_, cache)| cache);
+        let none = resolve(None, &first(), &CANVAS, &sampling(5)).map(|(_, cache)| cache);
         refused(none, "cache_method: this model can skip no blocks");
     }
 

@@ -139,13 +139,12 @@ impl DiffusionCard {
         let canvas = self.canvas.resolve(options, of_edit.or(of_keyframes), num_frames)?;
         let keyframes = keyframes.map(|keyframes| keyframes.resolve(&canvas)).transpose()?;
         let guidance = self.guidance.resolve(options, edit.as_ref().map(|edit| edit.guidance_scale))?;
-        let steps = sampling.num_inference_steps;
-        let (acceleration, cache) = acceleration::resolve(self.acceleration.as_ref(), options, &canvas, steps)?;
+        let num_frames = shot.as_ref().map_or(1, |shot| shot.longest_part());
+        let at_once = Canvas { num_frames, ..canvas };
+        let (acceleration, cache) = acceleration::resolve(self.acceleration.as_ref(), options, &at_once, &sampling)?;
         let edit = edit.map(|edit| edit.resolve(&canvas, sampling.num_inference_steps)).transpose()?;
         let own = &self.sampling.schedulers;
         let refinement = Refinement::resolve(options, &sampling, own, self.refiner.as_ref(), edit.is_some())?;
-        let num_frames = shot.as_ref().map_or(1, |shot| shot.longest_part());
-        let at_once = Canvas { num_frames, ..canvas };
         let held_bytes = self.loras.footprint_bytes(&loras);
         let vae_tiling = VaeTiling::resolve(self.tiling.as_ref(), options, &at_once, held_bytes)?;
         let partial_images = options.get(&PARTIAL_IMAGES).unwrap_or(0);

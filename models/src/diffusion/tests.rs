@@ -366,7 +366,10 @@ fn a_model_may_make_one_size_alone() {
 
 #[test]
 fn acceleration_is_off_unless_asked_for_and_refused_where_there_is_none() {
-    let options = |acceleration| Options::default().with(&ACCELERATION, acceleration);
+    let options = |acceleration| {
+        let scheduler = Options::default().with(&SCHEDULER, "unipc".to_owned()).with(&FLOW_SHIFT, 5.0);
+        scheduler.with(&ACCELERATION, acceleration)
+    };
     let (card, without) = (clip_card(), DiffusionCard { acceleration: None, ..clip_card() });
     for (acceleration, max_skips) in
         [(None, None), (Some(Acceleration::Safe), Some(2)), (Some(Acceleration::Fast), Some(4))]
@@ -379,6 +382,9 @@ fn acceleration_is_off_unless_asked_for_and_refused_where_there_is_none() {
     }
     let few = options(Some(Acceleration::Safe)).with(&NUM_INFERENCE_STEPS, 20);
     check(card.clone(), few, "acceleration", "from 50 steps on");
+    // A clip of two parts is two clips of their lengths.
+    let frames = |count| options(Some(Acceleration::Safe)).with(&NUM_FRAMES, count);
+    check(card.clone(), frames(161), "acceleration", "161 frames with unipc");
     let expert = options(None).with(&CACHE_METHOD, CacheMethod::FirstBlock).with(&CACHE_THRESHOLD, 0.1);
     let request = card.resolve(&expert, 0).expect("valid");
     assert_eq!(card.resolve(&request.echo(), 0).expect("as echoed"), request);

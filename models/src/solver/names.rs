@@ -86,6 +86,11 @@ impl Scheduler {
         self.name.ends_with("Scheduler")
     }
 
+    /// Whether the scheduler with this name is of the same class.
+    pub fn is_class_of(&self, name: &str) -> bool {
+        Self::named(name).is_some_and(|other| other.class == self.class)
+    }
+
     /// Whether its steps have an `eta`.
     pub fn takes_eta(&self) -> bool {
         matches!(self.class, Class::Ddim | Class::Tcd)

@@ -11,7 +11,10 @@
 //! `use_ret_steps`, `TeaCache4CogVideoX1.5`, `TeaCache4HunyuanVideo`, `TeaCache4FLUX`, `eval/teacache/experiments/cogvideox.py`).
 //! ParaAttention is `optimization/para_attn` of diffusers' documentation.
 
+use std::fmt::{self, Display, Formatter};
+
 use super::Acceleration;
+use crate::diffusion::sampling::Sampling;
 
 /// A checkpoint that something is published about.
 #[derive(Debug, PartialEq)]
@@ -53,10 +56,34 @@ pub struct Figure {
     pub size: [usize; 2],
     /// Denoising steps: with more of them two neighbours are no less alike.
     pub steps: usize,
+    /// What else it was measured with.
+    pub course: Course,
     /// What it is.
     pub setting: Setting,
     /// How many times as fast, as published; `None` of a setting that is gentler than one with a figure.
     pub gain: Option<f64>,
+}
+
+/// How the clips or pictures of a figure were made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Course {
+    /// Frames; 1 of a picture.
+    pub frames: usize,
+    /// Schedulers, by any of their names.
+    pub schedulers: &'static [&'static str],
+    /// The least and the largest shift of the sigmas, of flow matching with a constant one.
+    pub flow_shift: Option<[f64; 2]>,
+}
+
+/// What a request would do.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// Width and height.
+    pub size: [usize; 2],
+    /// Frames that are denoised at once; 1 of a picture.
+    pub frames: usize,
+    /// Steps, and how they are made.
+    pub sampling: &'a Sampling,
 }
 
 /// A method and its thresholds; ratios and polynomials are those of the profile.
@@ -72,12 +99,70 @@ pub enum Setting {
 
 /// How much fewer or more pixels than a figure's a request may have.
 const SIZE_CLASS: [f64; 2] = [0.75, 1.25];
+/// As [`SIZE_CLASS`], of frames: a clip beyond the length of the training is another matter, a shorter one less so.
+const LENGTH_CLASS: [f64; 2] = [0.5, 1.25];
+/// As [`SIZE_CLASS`], of shifts below the least and above the largest.
+const SHIFT_CLASS: [f64; 2] = [0.5, 2.0];
 
 impl Figure {
-    /// Whether it says something about a request for so many pixels of a frame and so many steps.
-    pub fn supports(&self, word: Acceleration, pixels: usize, steps: usize) -> bool {
-        let share = pixels as f64 / pixels_of(self.size) as f64;
-        self.word == word && steps >= self.steps && (SIZE_CLASS[0]..=SIZE_CLASS[1]).contains(&share)
+    /// Whether it says something about such a request. Sigmas or timesteps of one's own are another schedule than any figure's.
+    pub fn supports(&self, word: Acceleration, run: &Run) -> bool {
+        let Run { size, frames, sampling } = *run;
+        let is_in = |[least, most]: [f64; 2], value: usize, of: usize| {
+            let share = value as f64 / of as f64;
+            (least..=most).contains(&share)
+        };
+        self.word == word
+            && sampling.given.is_none()
+            && sampling.num_inference_steps >= self.steps
+            && is_in(SIZE_CLASS, pixels_of(size), pixels_of(self.size))
+            && is_in(LENGTH_CLASS, frames, self.course.frames)
+            && self.course.has(sampling)
+    }
+}
+
+/// For people.
+impl Display for Run<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { size: [width, height], frames, sampling } = self;
+        write!(f, "{width}x{height}")?;
+        if *frames > 1 {
+            write!(f, " and {frames} frames")?;
+        }
+        write!(f, " with {}", sampling.scheduler.name)?;
+        if let Some(shift) = sampling.flow_shift {
+            write!(f, " and flow_shift {shift}")?;
+        }
+        match &sampling.given {
+            Some(given) => write!(f, " and its own {}", given.field()),
+            None => write!(f, " in {} steps", sampling.num_inference_steps),
+        }
+    }
+}
+
+impl Course {
+    /// Whether the latents move so.
+    fn has(&self, sampling: &Sampling) -> bool {
+        let has_shift = match (self.flow_shift, sampling.flow_shift) {
+            (Some([least, most]), Some(shift)) => (SHIFT_CLASS[0] * least..=SHIFT_CLASS[1] * most).contains(&shift),
+            _ => true,
+        };
+        has_shift && self.schedulers.iter().any(|name| sampling.scheduler.is_class_of(name))
+    }
+
+    /// For people: what a request needs beside size and steps.
+    fn in_words(&self) -> String {
+        let frames = match self.frames {
+            1 => String::new(),
+            frames => format!(" and {frames} frames"),
+        };
+        let shift = match self.flow_shift {
+            Some([least, most]) => {
+                format!(" and flow_shift {} to {}", SHIFT_CLASS[0] * least, SHIFT_CLASS[1] * most)
+            }
+            None => String::new(),
+        };
+        format!("{frames} with {}{shift}", self.schedulers.join(" or "))
     }
 }
 
@@ -88,11 +173,12 @@ impl Published {
         self.profiles.iter().min_by(|a, b| distance(a).total_cmp(&distance(b)))
     }
 
-    /// Where there are figures for a word: sizes, and from how many steps on.
+    /// Where there are figures for a word: sizes, lengths, from how many steps on, and with which scheduler.
     pub fn where_supported(&self, word: Acceleration) -> String {
         let figures = self.figures.iter().filter(|figure| figure.word == word);
-        let places: Vec<String> =
-            figures.map(|figure| format!("{} from {} steps on", size(figure), figure.steps)).collect();
+        let places: Vec<String> = figures
+            .map(|figure| format!("{}{} from {} steps on", size(figure), figure.course.in_words(), figure.steps))
+            .collect();
         if places.is_empty() { "nowhere".to_owned() } else { places.join(", ") }
     }
 }
@@ -120,8 +206,26 @@ const E012K2: Setting = Setting::MagCache(0.12, 2);
 const E012K4: Setting = Setting::MagCache(0.12, 4);
 const E024K6: Setting = Setting::MagCache(0.24, 6);
 
-const fn figure(word: Acceleration, size: [usize; 2], steps: usize, setting: Setting, gain: f64) -> Figure {
-    Figure { word, size, steps, setting, gain: Some(gain) }
+/// MagCache's runs of Wan2.1 (`magcache_generate.py`): T2V 1.3B with the shifts of its command and of its evaluation, the others
+/// with those of their sizes.
+const WAN_1_3B: Course = Course { frames: 81, schedulers: &["unipc"], flow_shift: Some([5.0, 8.0]) };
+const WAN_480P: Course = Course { flow_shift: Some([3.0, 3.0]), ..WAN_1_3B };
+const WAN_720P: Course = Course { flow_shift: Some([5.0, 5.0]), ..WAN_1_3B };
+const HUNYUAN: Course = Course { frames: 129, schedulers: &["flow_euler"], flow_shift: Some([7.0, 7.0]) };
+/// The script takes the checkpoint's own scheduler, and speaks of the other one.
+const COGVIDEOX: Course = Course { frames: 81, schedulers: &["cogvideox_dpm", "cogvideox_ddim"], flow_shift: None };
+/// The shift is by the size.
+const FLUX: Course = Course { frames: 1, schedulers: &["flow_euler"], flow_shift: None };
+
+const fn figure(
+    course: Course,
+    word: Acceleration,
+    size: [usize; 2],
+    steps: usize,
+    setting: Setting,
+    gain: f64,
+) -> Figure {
+    Figure { word, size, steps, course, setting, gain: Some(gain) }
 }
 
 const fn tea(coefficients: &'static [f64], first_steps: usize) -> Option<Polynomial> {
@@ -136,7 +240,7 @@ pub static WAN_T2V_1_3B: Published = Published {
         ratios: Some([&T2V_1_3B, &T2V_1_3B_NEGATIVE]),
         polynomial: tea(&[-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2], 5),
     }],
-    figures: &[figure(Safe, P480, 50, E012K2, 2.2), figure(Fast, P480, 50, E012K4, 2.8)],
+    figures: &[figure(WAN_1_3B, Safe, P480, 50, E012K2, 2.2), figure(WAN_1_3B, Fast, P480, 50, E012K4, 2.8)],
 };
 
 /// An A800 takes 60:04 and with the second setting 21:40; the first one is gentler than that, and published for the models
@@ -148,7 +252,10 @@ pub static WAN_T2V_14B: Published = Published {
         ratios: Some([&T2V_14B, &T2V_14B_NEGATIVE]),
         polynomial: tea(&[-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1], 5),
     }],
-    figures: &[Figure { gain: None, ..figure(Safe, P720, 50, E012K4, 1.0) }, figure(Fast, P720, 50, E024K6, 2.8)],
+    figures: &[
+        Figure { gain: None, ..figure(WAN_720P, Safe, P720, 50, E012K4, 1.0) },
+        figure(WAN_720P, Fast, P720, 50, E024K6, 2.8),
+    ],
 };
 
 /// The two published checkpoints have one configuration, and are told apart by what is asked of them. At 480p an A800 takes
@@ -168,10 +275,10 @@ pub static WAN_I2V_14B: Published = Published {
         },
     ],
     figures: &[
-        figure(Safe, P480, 40, E012K4, 2.8),
-        figure(Fast, P480, 40, E024K6, 3.0),
-        figure(Safe, P720, 40, E012K4, 2.6),
-        figure(Fast, P720, 40, E024K6, 3.0),
+        figure(WAN_480P, Safe, P480, 40, E012K4, 2.8),
+        figure(WAN_480P, Fast, P480, 40, E024K6, 3.0),
+        figure(WAN_720P, Safe, P720, 40, E012K4, 2.6),
+        figure(WAN_720P, Fast, P720, 40, E024K6, 3.0),
     ],
 };
 
@@ -192,11 +299,11 @@ pub static HUNYUAN_VIDEO: Published = Published {
         },
     ],
     figures: &[
-        figure(Safe, P544, 50, E012K4, 2.3),
-        figure(Fast, P544, 50, E024K6, 2.8),
-        figure(Safe, P720, 50, E012K4, 2.3),
-        figure(Fast, P720, 50, E024K6, 2.8),
-        figure(Safe, P720, 30, Setting::FirstBlock(0.06), 1.6),
+        figure(HUNYUAN, Safe, P544, 50, E012K4, 2.3),
+        figure(HUNYUAN, Fast, P544, 50, E024K6, 2.8),
+        figure(HUNYUAN, Safe, P720, 50, E012K4, 2.3),
+        figure(HUNYUAN, Fast, P720, 50, E024K6, 2.8),
+        figure(HUNYUAN, Safe, P720, 30, Setting::FirstBlock(0.06), 1.6),
     ],
 };
 
@@ -209,8 +316,8 @@ pub static FLUX_1_DEV: Published = Published {
         polynomial: tea(&[4.98651651e2, -2.83781631e2, 5.58554382e1, -3.82021401, 2.64230861e-1], 1),
     }],
     figures: &[
-        figure(Safe, SQUARE, 28, Setting::FirstBlock(0.08), 1.55),
-        figure(Fast, SQUARE, 28, Setting::FirstBlock(0.12), 1.9),
+        figure(FLUX, Safe, SQUARE, 28, Setting::FirstBlock(0.08), 1.55),
+        figure(FLUX, Fast, SQUARE, 28, Setting::FirstBlock(0.12), 1.9),
     ],
 };
 
@@ -223,8 +330,8 @@ pub static COGVIDEOX_1_5: Published = Published {
         polynomial: tea(&[2.50210439e2, -1.65061612e2, 3.57804877e1, -7.81551492e-1, 3.58559703e-2], 1),
     }],
     figures: &[
-        figure(Safe, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.1), 1.4),
-        figure(Fast, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.2), 1.8),
+        figure(COGVIDEOX, Safe, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.1), 1.4),
+        figure(COGVIDEOX, Fast, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.2), 1.8),
     ],
 };
 
@@ -237,8 +344,8 @@ pub static COGVIDEOX_1_5_I2V: Published = Published {
         polynomial: tea(&[1.22842302e2, -1.04088754e2, 2.62981677e1, -3.06009921e-1, 3.71213220e-2], 1),
     }],
     figures: &[
-        figure(Safe, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.1), 1.5),
-        figure(Fast, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.2), 2.0),
+        figure(COGVIDEOX, Safe, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.1), 1.5),
+        figure(COGVIDEOX, Fast, COGVIDEOX_1_5_SIZE, 50, Setting::TeaCache(0.2), 2.0),
     ],
 };
 
@@ -357,6 +464,7 @@ static FLUX_DEV: [f64; 28] = [
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::solver::names::Scheduler;
 
     static ALL: [&Published; 9] = [
         &WAN_T2V_1_3B,
@@ -423,8 +531,11 @@ mod tests {
     #[test]
     fn sizes_and_steps_decide_which_figure_counts() {
         let setting = |published: &Published, word, [width, height]: [usize; 2], steps| {
-            let figures = &mut published.figures.iter();
-            figures.find(|figure| figure.supports(word, width * height, steps)).map(|figure| figure.setting)
+            let course = published.figures[0].course;
+            let scheduler = Scheduler::named(course.schedulers[0]).expect("a name of the table");
+            let sampling = Sampling::new(scheduler, steps, 0);
+            let run = Run { size: [width, height], frames: course.frames, sampling: &sampling };
+            published.figures.iter().find(|figure| figure.supports(word, &run)).map(|figure| figure.setting)
         };
         assert_eq!(setting(&WAN_T2V_1_3B, Safe, [480, 832], 50), Some(E012K2));
         assert_eq!(setting(&WAN_T2V_1_3B, Fast, [624, 624], 60), Some(E012K4));
@@ -436,6 +547,13 @@ mod tests {
         assert_eq!(WAN_I2V_14B.profile(640 * 480).expect("one").size, P480);
         assert_eq!(WAN_I2V_14B.profile(1104 * 832).expect("one").size, P720);
         assert_eq!(COGVIDEOX_5B.where_supported(Safe), "nowhere");
-        assert_eq!(WAN_T2V_14B.where_supported(Fast), "about 1280x720 from 50 steps on");
+        assert_eq!(
+            WAN_T2V_14B.where_supported(Fast),
+            "about 1280x720 and 81 frames with unipc and flow_shift 2.5 to 10 from 50 steps on"
+        );
+        assert_eq!(FLUX_1_DEV.where_supported(Fast), "about 1024x1024 with flow_euler from 28 steps on");
+        let figures = ALL.iter().flat_map(|published| published.figures);
+        let mut names = figures.flat_map(|figure| figure.course.schedulers);
+        assert!(names.all(|name| Scheduler::named(name).is_some()), "schedulers are names of the table");
     }
 }
