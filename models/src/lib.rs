@@ -22,6 +22,7 @@ pub mod grammar;
 pub mod kv;
 pub mod layers;
 pub mod lfs;
+mod linspace;
 pub mod loading;
 pub mod lora;
 pub mod memory;

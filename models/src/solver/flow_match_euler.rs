@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use crate::config::bounds::MAX_SHIFT;
 use crate::error::Result;
+use crate::linspace::numpy_linspace;
 use crate::rng::TorchGenerator;
 use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
@@ -116,8 +117,9 @@ impl FlowMatchEulerConfig {
     pub fn own_sigmas(&self, n: usize) -> Vec<f64> {
         let shifted = |sigma: f32| f64::from(self.shift * sigma / (1.0 + (self.shift - 1.0) * sigma));
         let (first, last) = (shifted(1.0), shifted(1.0 / self.num_train_timesteps as f32));
-        let step = (last - first) / (n.max(2) - 1) as f64;
-        (0..n).map(|i| first + i as f64 * step).collect()
+        // Spaced as timesteps.
+        let train = self.num_train_timesteps as f64;
+        numpy_linspace(first * train, last * train, n).into_iter().map(|timestep| timestep / train).collect()
     }
 
     /// What becomes of the sigma `t`.
@@ -135,14 +137,7 @@ impl FlowMatchEulerConfig {
 
 /// `n` sigmas from 1 down to `1/n`, evenly spaced: what the FLUX.1 pipeline starts from.
 pub fn linear_sigmas(n: usize) -> Vec<f64> {
-    let last = 1.0 / n as f64;
-    // numpy.linspace: the step is computed once and the end is set exactly.
-    let step = (last - 1.0) / (n.max(2) - 1) as f64;
-    let mut sigmas: Vec<f64> = (0..n).map(|i| i as f64 * step + 1.0).collect();
-    if n > 1 {
-        sigmas[n - 1] = last;
-    }
-    sigmas
+    numpy_linspace(1.0, 1.0 / n as f64, n)
 }
 
 /// `n` sigmas from 1 down, `1/n` between them: what the HunyuanVideo pipeline starts from, which leaves out the 0 at the

@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 use serde::Deserialize;
 
 use crate::error::Result;
+use crate::linspace::{numpy_linspace, torch_linspace};
 use crate::solver::config::SchedulerConfig;
 use crate::solver::names::Spacing;
 
@@ -270,7 +271,7 @@ impl NoiseSchedule {
         let points = n + usize::from(grid == Grid::Intervals);
         let skipped = points - n;
         match self.spacing {
-            Spacing::Linspace => linspace(0.0, (train - 1) as f64, points).into_iter().rev().take(n).collect(),
+            Spacing::Linspace => numpy_linspace(0.0, (train - 1) as f64, points).into_iter().rev().take(n).collect(),
             Spacing::Leading => {
                 let stride = train / points;
                 (skipped..points).rev().map(|k| (k * stride + self.steps_offset) as f64).collect()
@@ -321,7 +322,7 @@ impl NoiseSchedule {
         let root = |sigma: f64| sigma.powf(1.0 / KARRAS_RHO);
         let first = root(most.unwrap_or(sigmas[0]));
         let last = root(least.unwrap_or(sigmas[sigmas.len() - 1]));
-        linspace(0.0, 1.0, n).iter().map(|ramp| (first + ramp * (last - first)).powf(KARRAS_RHO)).collect()
+        numpy_linspace(0.0, 1.0, n).iter().map(|ramp| (first + ramp * (last - first)).powf(KARRAS_RHO)).collect()
     }
 
     /// The timestep, a fraction, at which training has `sigma`: linear between the logarithms of its neighbours.
@@ -372,26 +373,6 @@ fn betas(config: &NoiseScheduleConfig, defaults: Defaults) -> Vec<f32> {
             (0..n).map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32).collect()
         }
     }
-}
-
-/// `torch.linspace` in f32 on the CPU: from both ends to the middle, with a fused multiply-add.
-fn torch_linspace(start: f32, end: f32, n: usize) -> Vec<f32> {
-    let step = (end - start) / (n - 1) as f32;
-    let value = |i: usize| match i < n / 2 {
-        true => step.mul_add(i as f32, start),
-        false => (-step).mul_add((n - i - 1) as f32, end),
-    };
-    (0..n).map(value).collect()
-}
-
-/// `numpy.linspace`: one value is the start; the end is set exactly.
-fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
-    let step = (end - start) / (n.max(2) - 1) as f64;
-    let mut values: Vec<f64> = (0..n).map(|i| i as f64 * step + start).collect();
-    if n > 1 {
-        values[n - 1] = end;
-    }
-    values
 }
 
 /// `torch.cumprod` in f32 on the CPU: summed up in f64, rounded when stored.

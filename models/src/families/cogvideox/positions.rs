@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 
 use super::config::CogVideoXConfig;
 use crate::error::Result;
+use crate::linspace::torch_linspace;
 use crate::weights::Weights;
 
 /// Base of the frequencies of rotations and of sinusoids.
@@ -174,7 +175,5 @@ fn stretched([rows, columns]: [usize; 2], config: &CogVideoXConfig) -> [Vec<f32>
 
 /// `count` positions from `start` on, up to but without `end` if that is a step of them further.
 fn evenly(start: f64, end: f64, count: usize) -> Vec<f32> {
-    let last = end * (count - 1) as f64 / count as f64;
-    let step = (last - start) / (count.max(2) - 1) as f64;
-    (0..count).map(|index| (start + step * index as f64) as f32).collect()
+    torch_linspace(start as f32, (end * (count - 1) as f64 / count as f64) as f32, count)
 }

@@ -3,7 +3,8 @@
 //! Source: diffusers `schedulers/scheduling_ddim_cogvideox.py`, `CogVideoXDDIMScheduler.__init__`, which computes in f64
 //! what comes of scaled-linear betas, and in f32 what comes of others.
 
-use super::{BetaSchedule, Defaults, NoiseScheduleConfig, betas, linspace};
+use super::{BetaSchedule, Defaults, NoiseScheduleConfig, betas};
+use crate::linspace::numpy_linspace;
 
 /// What becomes of the result of one operation on numbers of the kind that the reference computes in. A sum, product, quotient
 /// or root of two f32 that is computed in f64 and then rounded is the one computed in f32.
@@ -16,7 +17,7 @@ pub(super) fn alphas_cumprod(config: &NoiseScheduleConfig, defaults: Defaults, s
         BetaSchedule::ScaledLinear => {
             let start = config.beta_start.unwrap_or(defaults.beta_start);
             let end = config.beta_end.unwrap_or(defaults.beta_end);
-            let roots = linspace(start.sqrt(), end.sqrt(), config.num_train_timesteps);
+            let roots = numpy_linspace(start.sqrt(), end.sqrt(), config.num_train_timesteps);
             (roots.iter().map(|root| root * root).collect(), |value| value)
         }
         BetaSchedule::Linear | BetaSchedule::SquaredCosine => {
