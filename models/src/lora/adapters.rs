@@ -271,8 +271,11 @@ fn joined(parts: &[(LoadedTerm, f64)], placement: &Placement) -> Result<Delta> {
             LoadedAddend::LowRank { down, up } => {
                 pairs.push(LowRank { down: down.clone(), up: up.clone(), scale: *scale });
             }
-            LoadedAddend::Weight(values) => weights.push(scaled(values)),
-            LoadedAddend::Bias(values) => biases.push(scaled(values)),
+            // Of a layer that multiplies the answer is scaled, which is smaller than a copy of the matrix.
+            LoadedAddend::Weight(values) if matches!(values.rank(), 2 | 4) => weights.push(scaled(values)),
+            // Those of norms and tables are added to the layer's own in every pass, and so are biases.
+            LoadedAddend::Weight(values) => weights.push(scaled(values).applied()?),
+            LoadedAddend::Bias(values) => biases.push(scaled(values).applied()?),
         }
     }
     Ok(Delta {

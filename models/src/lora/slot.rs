@@ -56,6 +56,11 @@ impl LowRank {
 }
 
 impl Scaled {
+    /// The same with a scale of 1.
+    pub fn applied(self) -> Result<Self> {
+        Ok(Self { values: self.values()?, scale: 1.0 })
+    }
+
     fn values(&self) -> Result<Tensor> {
         scaled(self.values.clone(), self.scale)
     }
