@@ -51,7 +51,10 @@ pub use group_norm::{
 };
 pub use heap::{give_back_freed_memory, keep_freed_memory, share_one_heap};
 pub use layout::{cat, transpose};
-pub use linear::{QuantisedMatrix, embedding, embedding_quantised, linear, linear_quantised};
+pub use linear::{
+    Code, CodeScales, PackedMatrix, QuantisedMatrix, embedding, embedding_quantised, linear, linear_packed,
+    linear_quantised,
+};
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
 pub use paged::{PagedBatch, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};

@@ -17,8 +17,10 @@ use crate::work::{self, Work};
 mod blocks;
 #[cfg(gpu)]
 mod launch;
+mod packed;
 mod quantised;
 
+pub use packed::{Code, CodeScales, PackedMatrix, linear_packed};
 pub use quantised::{QuantisedMatrix, embedding_quantised, linear_quantised};
 
 /// `x [..., in]` (f32) times `weight [out, in]` (f32, bf16 or f16) transposed, plus `bias [out]`: `[..., out]`. On a

@@ -60,6 +60,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// Eight values of each row at `from` must be readable, eight at each row of `to` writable.
     unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+    /// 2^23 and the four bits of each word at `shift`.
+    /// # Safety
+    /// `LANES` words at `from` must be readable.
+    unsafe fn nibbles(self, from: *const u32, shift: u32) -> Self::V;
+    /// 2^23 and the eight bits of which those at `low` are the lower four.
+    /// # Safety
+    /// `LANES` words at `low` and `high` must be readable.
+    unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> Self::V;
+    /// Likewise the float of which these are the bits (`torch.float8_e4m3fn`); NaN is 480.
+    /// # Safety
+    /// As for [`Simd::nibble_pairs`].
+    unsafe fn nibbles_e4m3(self, low: *const u32, high: *const u32, shift: u32) -> Self::V;
 
     /// The first lane.
     #[inline(always)]
@@ -256,6 +268,17 @@ macro_rules! lanes {
     }};
 }
 
+/// Bits of 2^23, whose last bit is worth 1.
+const INTEGER: u32 = 0x4b00_0000;
+/// From the exponent's bias of `float8_e4m3fn` to that of f32: 2^120. Numbers without an exponent come out right too.
+const E4M3_TO_F32: f32 = f32::from_bits(247 << 23);
+
+/// Four bits of two words as one number.
+#[inline(always)]
+fn pair_of_nibbles(low: u32, high: u32, shift: u32) -> u32 {
+    low >> shift & 15 | (high >> shift & 15) << 4
+}
+
 impl Simd for Portable {
     const LANES: usize = 8;
     type V = [f32; 8];
@@ -353,6 +376,25 @@ impl Simd for Portable {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn nibbles(self, from: *const u32, shift: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 words.
+        lanes!(|i| f32::from_bits(INTEGER | unsafe { *from.add(i) } >> shift & 15))
+    }
+    #[inline(always)]
+    unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 words each.
+        lanes!(|i| f32::from_bits(INTEGER | pair_of_nibbles(unsafe { *low.add(i) }, unsafe { *high.add(i) }, shift)))
+    }
+    #[inline(always)]
+    unsafe fn nibbles_e4m3(self, low: *const u32, high: *const u32, shift: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 words each.
+        let codes = lanes!(|i| f32::from_bits(pair_of_nibbles(unsafe { *low.add(i) }, unsafe { *high.add(i) }, shift)));
+        lanes!(|i| {
+            let code = codes[i].to_bits();
+            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * E4M3_TO_F32
+        })
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -364,7 +406,7 @@ mod x86 {
 
     use half::{bf16, f16};
 
-    use super::{Op, Simd};
+    use super::{E4M3_TO_F32, INTEGER, Op, Simd};
 
     /// # Safety
     /// The processor must have AVX2, FMA and F16C.
@@ -474,6 +516,28 @@ mod x86 {
             // SAFETY: passed on to the caller; `self` exists only where the processor has AVX2.
             unsafe { transpose8(from, from_stride, to, to_stride) }
         }
+        #[inline(always)]
+        unsafe fn nibbles(self, from: *const u32, shift: u32) -> __m256 {
+            // SAFETY: the caller vouches for 8 words.
+            unsafe { _mm256_castsi256_ps(_mm256_or_si256(nibbles256(from, shift), _mm256_set1_epi32(INTEGER as i32))) }
+        }
+        #[inline(always)]
+        unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> __m256 {
+            // SAFETY: the caller vouches for 8 words each.
+            unsafe {
+                _mm256_castsi256_ps(_mm256_or_si256(pairs256(low, high, shift), _mm256_set1_epi32(INTEGER as i32)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn nibbles_e4m3(self, low: *const u32, high: *const u32, shift: u32) -> __m256 {
+            // SAFETY: the caller vouches for 8 words each.
+            unsafe {
+                let codes = pairs256(low, high, shift);
+                let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)));
+                let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(codes, _mm256_set1_epi32(0x7f)));
+                _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, magnitude)), _mm256_set1_ps(E4M3_TO_F32))
+            }
+        }
     }
 
     impl Simd for Avx512 {
@@ -551,6 +615,74 @@ mod x86 {
             // SAFETY: passed on to the caller; `self` exists only where the processor has AVX2.
             unsafe { transpose8(from, from_stride, to, to_stride) }
         }
+        #[inline(always)]
+        unsafe fn nibbles(self, from: *const u32, shift: u32) -> __m512 {
+            // SAFETY: the caller vouches for 16 words.
+            unsafe { _mm512_castsi512_ps(_mm512_or_si512(nibbles512(from, shift), _mm512_set1_epi32(INTEGER as i32))) }
+        }
+        #[inline(always)]
+        unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> __m512 {
+            // SAFETY: the caller vouches for 16 words each.
+            unsafe {
+                _mm512_castsi512_ps(_mm512_or_si512(pairs512(low, high, shift), _mm512_set1_epi32(INTEGER as i32)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn nibbles_e4m3(self, low: *const u32, high: *const u32, shift: u32) -> __m512 {
+            // SAFETY: the caller vouches for 16 words each.
+            unsafe {
+                let codes = pairs512(low, high, shift);
+                let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)));
+                let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)));
+                _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, magnitude)), _mm512_set1_ps(E4M3_TO_F32))
+            }
+        }
+    }
+
+    /// The four bits of each word at `shift`.
+    ///
+    /// # Safety
+    /// 8 words at `from` must be readable; the processor must have AVX2.
+    #[inline(always)]
+    unsafe fn nibbles256(from: *const u32, shift: u32) -> __m256i {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let words = _mm256_loadu_si256(from.cast());
+            _mm256_and_si256(_mm256_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi32(15))
+        }
+    }
+
+    /// Those of two words as one number.
+    ///
+    /// # Safety
+    /// As for [`nibbles256`], of both.
+    #[inline(always)]
+    unsafe fn pairs256(low: *const u32, high: *const u32, shift: u32) -> __m256i {
+        // SAFETY: passed on to the caller.
+        unsafe { _mm256_or_si256(nibbles256(low, shift), _mm256_slli_epi32::<4>(nibbles256(high, shift))) }
+    }
+
+    /// The four bits of each word at `shift`.
+    ///
+    /// # Safety
+    /// 16 words at `from` must be readable; the processor must have AVX-512 F.
+    #[inline(always)]
+    unsafe fn nibbles512(from: *const u32, shift: u32) -> __m512i {
+        // SAFETY: passed on to the caller.
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)), _mm512_set1_epi32(15))
+        }
+    }
+
+    /// Those of two words as one number.
+    ///
+    /// # Safety
+    /// As for [`nibbles512`], of both.
+    #[inline(always)]
+    unsafe fn pairs512(low: *const u32, high: *const u32, shift: u32) -> __m512i {
+        // SAFETY: passed on to the caller.
+        unsafe { _mm512_or_si512(nibbles512(low, shift), _mm512_slli_epi32::<4>(nibbles512(high, shift))) }
     }
 
     /// # Safety

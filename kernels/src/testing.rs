@@ -72,6 +72,12 @@ impl On {
         tensor.to_device(&self.device).expect("tensors can be moved")
     }
 
+    /// A result, in f32 on the CPU.
+    pub(crate) fn as_is_on_cpu(&self, tensor: &Tensor) -> Tensor {
+        let moved = tensor.to_device(&Device::Cpu).and_then(|tensor| tensor.to_dtype(DType::F32));
+        moved.expect("tensors can be moved")
+    }
+
     /// A tensor rounded to the dtype under test, in f32 on the CPU: what the oracle computes with.
     pub(crate) fn rounded(&self, tensor: &Tensor) -> Tensor {
         tensor.to_dtype(self.dtype).and_then(|tensor| tensor.to_dtype(DType::F32)).expect("tensors can be converted")

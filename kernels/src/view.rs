@@ -63,6 +63,14 @@ impl<'a> View<'a> {
         }
     }
 
+    /// The values, if they are bytes.
+    pub(crate) fn u8(&self) -> Result<&[u8]> {
+        match self.cpu()? {
+            CpuStorage::U8(values) => Ok(&values[self.start..self.start + self.len]),
+            _ => bail!("{}: zeros are bytes, got {:?}", self.op, self.storage.dtype()),
+        }
+    }
+
     /// The values, if they are of a dtype that weights may have.
     pub(crate) fn values(&self) -> Result<Values<'_>> {
         let range = self.start..self.start + self.len;

@@ -10,7 +10,10 @@ use std::time::Instant;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::{AttentionOptions, ConvOptions, Draw, Gelu, PagedBatch, QkNorm, RopeLayout, SpatialNorm};
+use crate::{
+    AttentionOptions, Code, CodeScales, ConvOptions, Draw, Gelu, PackedMatrix, PagedBatch, QkNorm, RopeLayout,
+    SpatialNorm,
+};
 
 /// How large the inputs are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,6 +213,18 @@ impl<'a> Bench<'a> {
             // One row is bound by reading the weights.
             let work = if m == 1 { Work::Bytes(self.bytes(n * k)) } else { Work::Flops(2.0 * (m * n * k) as f64) };
             self.measure("linear", model, work, || crate::linear(&x, &weight, None))?;
+        }
+        for (model, m) in [("llama 8B up in 4 bits, 1 token", 1), ("llama 8B up in 4 bits, 64 tokens", 64)] {
+            let (n, k, group_size) = (14336, 4096, 128);
+            let scales = Tensor::full(0.01f32, (n, k / group_size), &self.device)?.to_dtype(DType::F16)?;
+            let zeros = Some(vec![8; n * k / group_size]);
+            let scales = CodeScales { scales, zeros, group_size, rows_per_scale: 1 };
+            let code_at = |row: usize, column: usize| (7 * row + 3 * column) as u8 & 15;
+            let weight = PackedMatrix::new(Code::Bits4, (n, k), scales, None, &self.device, code_at)?;
+            let x = self.random(&[m, k])?;
+            let bytes = weight.size_in_bytes() as f64;
+            let work = if m == 1 { Work::Bytes(bytes) } else { Work::Flops(2.0 * (m * n * k) as f64) };
+            self.measure("linear_packed", model, work, || crate::linear_packed(&x, &weight, None))?;
         }
         Ok(())
     }

@@ -1,0 +1,394 @@
+//! Products with matrices of small codes, which rows and groups of columns scale: integers of four and eight bits, and
+//! floats of eight.
+//!
+//! One layout ([`tiles`]) for all formats that keep weights so (AWQ, GPTQ, compressed-tensors, fp8). A value is
+//! `(code - zero) * scale` in f32, which is exact where the scale has 16 bits. Activations are not rounded. On the CPU one row of `x`
+//! is multiplied with codes that are widened in registers; of more rows a slab of the matrix is widened into memory that the cache
+//! holds. Both add in the one order of [`crate::dot`], over columns in the order of the tiles, so that a row has the same bits in
+//! either. On a GPU the whole matrix is widened into the dtype of the activations (`packed.cu`) before cuBLAS multiplies it.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use self::kernel::{E4m3, Int4, Int8, Tiles, multiply_row, widen_rows};
+use super::{add_to_rows, matmul_transposed};
+#[cfg(gpu)]
+use crate::gpu;
+use crate::parallel::{Shared, for_each, tasks_for};
+use crate::view::{View, tensor, vector, with_values};
+use crate::work::{self, Work};
+
+mod kernel;
+#[cfg(gpu)]
+mod launch;
+mod tiles;
+
+/// Values of a slab: 8 MiB in f32.
+const SLAB_VALUES: usize = 2 << 20;
+/// A column that is only there to fill a tile.
+const NO_COLUMN: u32 = u32::MAX;
+
+/// What a code is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// An integer from 0 to 15.
+    Bits4,
+    /// An integer from 0 to 255.
+    Bits8,
+    /// A float of eight bits, four of them of the exponent and no infinities (`torch.float8_e4m3fn`).
+    Float8,
+}
+
+impl Code {
+    /// Planes of nibbles.
+    fn planes(self) -> usize {
+        match self {
+            Self::Bits4 => 1,
+            Self::Bits8 | Self::Float8 => 2,
+        }
+    }
+}
+
+/// What codes are multiplied with, and what is taken from them before.
+#[derive(Debug, Clone)]
+pub struct CodeScales {
+    /// `[ceil(rows / rows_per_scale), ceil(columns / group_size)]`, f32, bf16 or f16.
+    pub scales: Tensor,
+    /// The codes of zero, as many, by rows; 0 of all if absent. Floats have none.
+    pub zeros: Option<Vec<u8>>,
+    /// Columns in a row with one scale.
+    pub group_size: usize,
+    /// Rows below one another with one scale.
+    pub rows_per_scale: usize,
+}
+
+/// A matrix `[out, in]` of codes. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct PackedMatrix {
+    code: Code,
+    rows: usize,
+    columns: usize,
+    /// u32, by tiles.
+    words: Tensor,
+    /// `[scale rows, groups]`.
+    scales: Tensor,
+    /// u8, of the same shape.
+    zeros: Option<Tensor>,
+    group_size: usize,
+    rows_per_scale: usize,
+    /// u32: the column of `x` that each column of the codes is multiplied with, where that is another.
+    order: Option<Tensor>,
+    /// The column of `x` for each position of the tiles in the order in which rows are added, or [`NO_COLUMN`].
+    places: Arc<Vec<u32>>,
+}
+
+impl PackedMatrix {
+    /// Of `code_at(row, column)`, in the order of the groups; `order` says which column of the matrix is where, if that is another.
+    pub fn new(
+        code: Code,
+        (rows, columns): (usize, usize),
+        scales: CodeScales,
+        order: Option<Vec<u32>>,
+        device: &Device,
+        code_at: impl Fn(usize, usize) -> u8 + Sync,
+    ) -> Result<Self> {
+        let CodeScales { scales, zeros, group_size, rows_per_scale } = scales;
+        if group_size == 0 || rows_per_scale == 0 {
+            bail!("packed matrix: groups have columns and rows, got {group_size} and {rows_per_scale}");
+        }
+        let expected = [rows.div_ceil(rows_per_scale), columns.div_ceil(group_size)];
+        if scales.dims() != expected {
+            bail!("packed matrix: scales of [{rows}, {columns}] are {expected:?}, got {:?}", scales.shape());
+        }
+        if zeros.as_ref().is_some_and(|zeros| zeros.len() != scales.elem_count()) {
+            bail!("packed matrix: there are as many zeros as scales, got {:?}", zeros.map(|zeros| zeros.len()));
+        }
+        if code == Code::Float8 && zeros.is_some() {
+            bail!("packed matrix: floats have no zeros");
+        }
+        if let Some(order) = &order {
+            check_order(order, columns)?;
+        }
+        let Some(words) = packed(code, (rows, columns), &code_at) else {
+            bail!("packed matrix: a float of eight bits is NaN");
+        };
+        let of_column = |column: usize| match &order {
+            _ if column >= columns => NO_COLUMN,
+            Some(order) => order[column],
+            None => column as u32,
+        };
+        let positions = columns.next_multiple_of(tiles::COLUMNS);
+        let place = |at: usize| of_column(at / tiles::COLUMNS * tiles::COLUMNS + tiles::column(at % tiles::COLUMNS));
+        let len = words.len();
+        Ok(Self {
+            code,
+            rows,
+            columns,
+            words: Tensor::from_vec(words, len, device)?,
+            zeros: zeros.map(|zeros| Tensor::from_vec(zeros, scales.dims(), device)).transpose()?,
+            scales: scales.contiguous()?.to_device(device)?,
+            group_size,
+            rows_per_scale,
+            places: Arc::new((0..positions).map(place).collect()),
+            order: order.map(|order| Tensor::from_vec(order, columns, device)).transpose()?,
+        })
+    }
+
+    /// Rows and columns.
+    pub fn dims(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// Bytes of codes, scales, zeros and order.
+    pub fn size_in_bytes(&self) -> usize {
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        let more = [&self.zeros, &self.order].into_iter().flatten();
+        bytes(&self.words) + bytes(&self.scales) + more.map(bytes).sum::<usize>()
+    }
+
+    /// What [`PackedMatrix::size_in_bytes`] says of a matrix with so many scales, each with a zero or none, of so many bytes.
+    pub fn bytes_of(
+        code: Code,
+        (rows, columns): (usize, usize),
+        scales: usize,
+        scale_bytes: usize,
+        has_order: bool,
+    ) -> usize {
+        let tiles = rows.div_ceil(tiles::ROWS).saturating_mul(columns.div_ceil(tiles::COLUMNS));
+        let codes = tiles.saturating_mul(code.planes() * tiles::PLANE_WORDS * size_of::<u32>());
+        let order = if has_order { columns * size_of::<u32>() } else { 0 };
+        codes.saturating_add(scales.saturating_mul(scale_bytes)).saturating_add(order)
+    }
+
+    /// All values `[out, in]` in `dtype`, where the matrix is.
+    pub fn dequantise(&self, dtype: DType) -> Result<Tensor> {
+        #[cfg(gpu)]
+        if gpu::runs_here(&self.words) {
+            return launch::dequantise(self, dtype);
+        }
+        let mut values = vec![0f32; self.rows * self.columns];
+        let padded = self.places.len();
+        let mut slab = vec![0f32; tiles::ROWS * padded];
+        for first in (0..self.rows).step_by(tiles::ROWS) {
+            self.widen(first..first + tiles::ROWS, &mut slab)?;
+            for (row, slab) in (first..self.rows).zip(slab.chunks_exact(padded)) {
+                let to = &mut values[row * self.columns..][..self.columns];
+                for (place, value) in self.places.iter().zip(slab).filter(|(place, _)| **place != NO_COLUMN) {
+                    to[*place as usize] = *value;
+                }
+            }
+        }
+        tensor(values, (self.rows, self.columns))?.to_dtype(dtype)
+    }
+
+    /// Whole rows of tiles, `[rows, places]` in the order in which they are added. Those past the end are anything.
+    fn widen(&self, rows: std::ops::Range<usize>, to: &mut [f32]) -> Result<()> {
+        self.with_tiles(Widen { rows, to })
+    }
+
+    /// Calls `body` with the tiles of whichever type.
+    fn with_tiles<B: WithTiles>(&self, body: B) -> Result<B::Output> {
+        let (words, scales) = (View::contiguous("linear", &self.words)?, View::contiguous("linear", &self.scales)?);
+        let zeros = self.zeros.as_ref().map(|zeros| View::contiguous("linear", zeros)).transpose()?;
+        let words = words.u32()?;
+        let zeros = zeros.as_ref().map(View::u8).transpose()?;
+        Ok(with_values!(scales.values()?, |scales| {
+            let tiles = Tiles {
+                words,
+                scales,
+                zeros,
+                rows: self.rows,
+                columns: self.columns,
+                group_size: self.group_size,
+                rows_per_scale: self.rows_per_scale,
+                format: PhantomData,
+            };
+            match self.code {
+                Code::Bits4 => body.call(&Tiles { format: PhantomData::<Int4>, ..tiles }),
+                Code::Bits8 => body.call(&tiles.of::<Int8>()),
+                Code::Float8 => body.call(&tiles.of::<E4m3>()),
+            }
+        }))
+    }
+}
+
+/// Something that is done with tiles.
+trait WithTiles {
+    type Output;
+    fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) -> Self::Output;
+}
+
+struct Widen<'a> {
+    rows: std::ops::Range<usize>,
+    to: &'a mut [f32],
+}
+
+impl WithTiles for Widen<'_> {
+    type Output = ();
+
+    fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) {
+        let Self { rows, to } = self;
+        let row_values = tiles.padded_columns();
+        let tile_values = tiles::ROWS * row_values;
+        let to_len = to.len();
+        let first = rows.start / tiles::ROWS;
+        let to = Shared::new(to);
+        for_each(rows.len() / tiles::ROWS, to_len, |tile| {
+            // SAFETY: every task has its own rows.
+            let to = unsafe { to.slice(tile * tile_values, tile_values) };
+            widen_rows(tiles, first + tile, to);
+        });
+    }
+}
+
+/// One row of `x`, in the order of the tiles.
+struct OneRow<'a> {
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl WithTiles for OneRow<'_> {
+    type Output = ();
+
+    fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) {
+        let Self { x, y } = self;
+        let (n, k) = (y.len(), x.len());
+        let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(tiles::ROWS);
+        let y = Shared::new(y);
+        for_each(n.div_ceil(outs), n * k, |task| {
+            let first = task * outs;
+            // SAFETY: every task has its own outputs.
+            let y = unsafe { y.slice(first, outs.min(n - first)) };
+            multiply_row(tiles, x, first / tiles::ROWS, y);
+        });
+    }
+}
+
+/// `x [..., in]` (f32, on a GPU in any dtype) times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`.
+pub fn linear_packed(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (out, inner) = weight.dims();
+    let mut shape = x.dims().to_vec();
+    if shape.pop() != Some(inner) {
+        bail!("linear: x {:?} does not fit packed weight [{out}, {inner}]", x.shape());
+    }
+    shape.push(out);
+    work::add_dense(|| Work {
+        flops: work::product_flops(shape.iter().product(), inner),
+        bytes: (weight.size_in_bytes() + bias.map_or(0, |bias| work::weight_bytes(bias, None))) as f64,
+    });
+    if work::is_dry() {
+        return work::zeros(shape, x);
+    }
+    #[cfg(gpu)]
+    if gpu::runs_here(x) {
+        return super::launch::linear(x, &weight.dequantise(x.dtype())?, bias, shape);
+    }
+    let x = x.contiguous()?;
+    let x = View::contiguous("linear", &x)?;
+    let mut y = vec![0f32; shape.iter().product()];
+    if !y.is_empty() && inner > 0 {
+        let x = in_order_of_tiles(x.f32()?, weight);
+        match y.len() == out {
+            true => weight.with_tiles(OneRow { x: &x, y: &mut y })?,
+            false => by_slabs(&x, weight, &mut y)?,
+        }
+    }
+    if let Some(bias) = bias {
+        let bias = vector("linear", "bias", bias, out)?;
+        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
+    }
+    tensor(y, shape)
+}
+
+/// Rows of `x` as rows of the matrix are added: `[m, places]`, 0 where a tile has more columns than the matrix.
+fn in_order_of_tiles(x: &[f32], weight: &PackedMatrix) -> Vec<f32> {
+    let places = &weight.places[..];
+    let mut ordered = vec![0f32; x.len() / weight.columns * places.len()];
+    let rows = x.len() / weight.columns;
+    let to = Shared::new(&mut ordered);
+    for_each(rows, rows * places.len(), |row| {
+        let x = &x[row * weight.columns..][..weight.columns];
+        // SAFETY: every task has its own row.
+        let to = unsafe { to.slice(row * places.len(), places.len()) };
+        for (to, place) in to.iter_mut().zip(places).filter(|(_, place)| **place != NO_COLUMN) {
+            *to = x[*place as usize];
+        }
+    });
+    ordered
+}
+
+/// `y [m, out] = x [m, places] · wᵀ`, some rows of `w` at a time.
+fn by_slabs(x: &[f32], weight: &PackedMatrix, y: &mut [f32]) -> Result<()> {
+    let (out, inner) = (weight.rows, weight.places.len());
+    let padded = out.next_multiple_of(tiles::ROWS);
+    let slab_rows = (SLAB_VALUES / inner).next_multiple_of(tiles::ROWS).min(padded);
+    let mut slab = vec![0f32; slab_rows * inner];
+    let mut part = vec![0f32; x.len() / inner * slab_rows];
+    for first in (0..out).step_by(slab_rows) {
+        let rows = slab_rows.min(padded - first);
+        weight.widen(first..first + rows, &mut slab[..rows * inner])?;
+        let rows = rows.min(out - first);
+        let part = &mut part[..x.len() / inner * rows];
+        matmul_transposed(x, &slab[..rows * inner], inner, part);
+        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
+            y[first..first + rows].copy_from_slice(part);
+        }
+    }
+    Ok(())
+}
+
+/// Refuses what is not every column once.
+fn check_order(order: &[u32], columns: usize) -> Result<()> {
+    let mut seen = vec![false; columns];
+    for column in order {
+        match seen.get_mut(*column as usize) {
+            Some(seen) if !*seen => *seen = true,
+            _ => bail!("packed matrix: column {column} of {columns} is not there once"),
+        }
+    }
+    if order.len() != columns {
+        bail!("packed matrix: an order of {} columns, there are {columns}", order.len());
+    }
+    Ok(())
+}
+
+/// The words of all tiles; `None` where a float is NaN, which products would take for a number.
+fn packed(
+    code: Code,
+    (rows, columns): (usize, usize),
+    code_at: &(impl Fn(usize, usize) -> u8 + Sync),
+) -> Option<Vec<u32>> {
+    let has_nan = AtomicBool::new(false);
+    let (row_tiles, column_tiles) = (rows.div_ceil(tiles::ROWS), columns.div_ceil(tiles::COLUMNS));
+    let tile_words = code.planes() * tiles::PLANE_WORDS;
+    let mut words = vec![0u32; row_tiles * column_tiles * tile_words];
+    let to = Shared::new(&mut words);
+    for_each(row_tiles, rows * columns, |row_tile| {
+        let first_row = row_tile * tiles::ROWS;
+        for column_tile in 0..column_tiles {
+            let first_column = column_tile * tiles::COLUMNS;
+            // SAFETY: every task has its own row of tiles.
+            let words = unsafe { to.slice((row_tile * column_tiles + column_tile) * tile_words, tile_words) };
+            for row in first_row..rows.min(first_row + tiles::ROWS) {
+                for column in first_column..columns.min(first_column + tiles::COLUMNS) {
+                    let value = u32::from(code_at(row, column));
+                    if code == Code::Float8 && value & 0x7f == 0x7f {
+                        has_nan.store(true, Relaxed);
+                    }
+                    let (word, bit) = tiles::place(row - first_row, column - first_column);
+                    words[word] |= (value & 15) << bit;
+                    if tile_words > tiles::PLANE_WORDS {
+                        words[tiles::PLANE_WORDS + word] |= (value >> 4) << bit;
+                    }
+                }
+            }
+        }
+    });
+    (!has_nan.into_inner()).then_some(words)
+}
+
+#[cfg(test)]
+mod tests;
