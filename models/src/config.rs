@@ -97,13 +97,15 @@ fn make_whole(value: &mut Value) {
 #[derive(Debug, Clone)]
 pub struct Fields {
     path: PathBuf,
+    /// The object that has them, with a dot; nothing for the file itself.
+    prefix: String,
     fields: Map<String, Value>,
 }
 
 impl Fields {
     /// Those of the content of the file at `path`.
     pub fn of(path: PathBuf, content: &[u8]) -> Result<Self> {
-        Ok(Self { fields: parse_json(&path, content)?, path })
+        Ok(Self { fields: parse_json(&path, content)?, prefix: String::new(), path })
     }
 
     /// Where the file lies, for messages.
@@ -118,6 +120,23 @@ impl Fields {
             Some(Value::Object(fields)) => Ok(Self { fields, ..self }),
             Some(_) => Err(self.error(field, "is no object")),
         }
+    }
+
+    /// The fields of the object in `field`; `None` where it is absent or null.
+    pub fn object(&self, field: &str) -> Result<Option<Self>> {
+        match self.fields.get(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(fields)) => {
+                let (path, prefix) = (self.path.clone(), format!("{}{field}.", self.prefix));
+                Ok(Some(Self { path, prefix, fields: fields.clone() }))
+            }
+            Some(_) => Err(self.error(field, "is no object")),
+        }
+    }
+
+    /// The names of all fields.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.fields.keys().map(String::as_str)
     }
 
     /// A field as it stands there.
@@ -160,7 +179,7 @@ impl Fields {
 
     /// Says what is wrong with a field.
     pub fn error(&self, field: &str, problem: impl Display) -> Error {
-        Error::checkpoint(&self.path, format!("{field}: {problem}"))
+        Error::checkpoint(&self.path, format!("{}{field}: {problem}", self.prefix))
     }
 
     fn parse<T: DeserializeOwned>(&self, field: &str, value: &Value) -> Result<T> {

@@ -116,6 +116,14 @@ impl Placement {
         }
     }
 
+    /// As [`Placement::dequantised_bytes`], of codes that are widened straight into the compute dtype.
+    pub(crate) fn widened_bytes(&self, values: usize) -> usize {
+        match self.matrices {
+            Matrices::Compute => values.saturating_mul(self.compute_dtype.size_in_bytes()),
+            Matrices::Own(_) => 0,
+        }
+    }
+
     /// Opens the device, on the thread that will use it. Errors are one line that begins with the device's name.
     pub fn open(spec: DeviceSpec, dtype: WeightDtype) -> Result<Self> {
         let placement = Self::in_host_memory(spec, dtype);

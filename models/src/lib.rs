@@ -30,6 +30,7 @@ pub mod parameter;
 pub mod phase;
 pub mod presets;
 pub mod prompt;
+pub mod quantisation;
 mod quietly;
 pub mod request;
 pub mod resample;

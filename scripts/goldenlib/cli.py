@@ -7,7 +7,7 @@ import time
 
 GROUPS = ["rng", "tokenizers", "text", "solvers", "noise_solvers", "flux", "sdxl", "wan", "wan_images", "wan_lora", "wan_files", "guidance", "schedulers"]
 GROUPS += ["hunyuan_video", "hunyuan_video_images", "hunyuan_files", "tiling", "clip_tiling", "ip_adapter", "single_files", "lora", "prompts", "edits", "refiner", "hidden_states"]
-GROUPS += ["language_gguf", "special_tokens", "templates", "given_steps", "cogvideox", "cogvideox_images", "cogvideox_lora", "caches"]
+GROUPS += ["language_gguf", "quantised", "special_tokens", "templates", "given_steps", "cogvideox", "cogvideox_images", "cogvideox_lora", "caches"]
 
 
 def main(arguments) -> int:

@@ -45,7 +45,8 @@ impl DecoderLm {
         {
             config.rope = config.rope.divided_by(&divisors).map_err(|problem| weights.error(ROPE_FREQS, problem))?;
         }
-        let (model, head) = (weights.pp("model"), weights.pp("lm_head"));
+        let quantised = weights.quantised(config.quantisation.as_ref());
+        let (model, head) = (quantised.pp("model"), quantised.pp("lm_head"));
         let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
         let tie = match config.tie_word_embeddings {
             true => weights.tie("model.embed_tokens.weight", "lm_head.weight")?,

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::families::causal_lm;
 use crate::family::{Family, LoadOptions, LoadedModel};
 use crate::layers::decoder::{Biases, ConfigClass, DecoderConfig, GgufRows};
+use crate::quantisation;
 
 /// Llama 3.x.
 pub struct Llama;
@@ -45,12 +46,18 @@ impl Family for Llama {
 
 /// Sizes and switches of the checkpoint's decoder. Errors name `config.json` and the field.
 pub fn decoder_config(manifest: &Manifest) -> Result<DecoderConfig> {
-    config_of(&manifest.whole().fields(CONFIG)?)
+    DecoderConfig::read(&manifest.whole().fields(CONFIG)?, &CLASS)
 }
 
 /// Likewise of a decoder whose `config.json` has these fields.
 pub fn config_of(fields: &Fields) -> Result<DecoderConfig> {
-    DecoderConfig::read(fields, &CLASS)
+    let config = DecoderConfig::read(fields, &CLASS)?;
+    match config.quantisation {
+        None => Ok(config),
+        Some(_) => {
+            Err(fields.error(quantisation::FIELD, "of a text encoder is not read; GGUF and eight-bit files are"))
+        }
+    }
 }
 
 #[cfg(test)]

@@ -20,9 +20,11 @@ use self::ahead::{Asked, How, Key, Made, Wanted};
 use self::mapped::{Files, Located, Slice, elements, whole_shape};
 use self::names::{Names, Place};
 use self::record::Record;
+use self::scales::OTHER_SCALES;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::lora::{LayerShape, Sites, Slot};
+use crate::quantisation::{Format, Quantisation};
 
 mod ahead;
 mod dummy;
@@ -42,7 +44,7 @@ mod ties;
 
 pub use self::ahead::Ahead;
 pub use self::metadata::{Metadata, MetadataValue};
-pub use self::record::WeightsReport;
+pub use self::record::{Coded, WeightsReport};
 pub use self::stored::Stored;
 pub use self::ties::Tie;
 
@@ -56,6 +58,8 @@ pub struct Weights {
     names: Option<Arc<dyn Names>>,
     /// Where layers note that they take adapters, if they do.
     sites: Option<Arc<Sites>>,
+    /// In which format matrices are kept, if the checkpoint's configuration says it.
+    quantisation: Option<Arc<Quantisation>>,
     /// Where what is asked for is noted or lies ready, and the component's name there.
     ahead: Option<(Arc<Ahead>, Arc<str>)>,
 }
@@ -112,7 +116,7 @@ impl Weights {
 
     fn over(source: Source, placement: &Placement) -> Self {
         let (source, placement) = (Arc::new(source), placement.clone());
-        Self { source, placement, prefix: String::new(), names: None, sites: None, ahead: None }
+        Self { source, placement, prefix: String::new(), names: None, sites: None, quantisation: None, ahead: None }
     }
 
     /// The same view with these names of the network's tensors, if it is they that the files have. Called before any
@@ -140,6 +144,31 @@ impl Weights {
         Self { sites: Some(sites.clone()), ..self.clone() }
     }
 
+    /// The same view of a component whose matrices are kept so.
+    pub fn quantised(&self, quantisation: Option<&Arc<Quantisation>>) -> Self {
+        Self { quantisation: quantisation.cloned(), ..self.clone() }
+    }
+
+    /// The format of the matrix of the layer that has this view's name, if it is not plain.
+    pub fn format(&self) -> Option<&Format> {
+        self.quantisation.as_ref()?.of_layer(self.layer())
+    }
+
+    /// The name of the layer that this view is of.
+    pub fn layer(&self) -> &str {
+        self.prefix.strip_suffix('.').unwrap_or(&self.prefix)
+    }
+
+    /// Whether tensors take no memory.
+    pub fn is_dry(&self) -> bool {
+        self.source.dry
+    }
+
+    /// Whether the values are made up.
+    pub fn is_dummy(&self) -> bool {
+        matches!(self.source.origin, Origin::Dummy(_))
+    }
+
     /// The same view of the component of this name with tensors that are made ready before they are asked for: a dry view
     /// notes what is asked for, another one takes what is ready.
     pub fn with_ahead(self, ahead: &Arc<Ahead>, component: &str) -> Self {
@@ -148,8 +177,7 @@ impl Weights {
 
     /// The place for adapters of the layer that has this view's name, where the network takes any.
     pub fn slot(&self, shape: LayerShape) -> Option<Arc<Slot>> {
-        let layer = self.prefix.strip_suffix('.').unwrap_or(&self.prefix);
-        self.sites.as_ref().map(|sites| sites.enter(layer, shape))
+        self.sites.as_ref().map(|sites| sites.enter(self.layer(), shape))
     }
 
     /// Where the tensors will live and in which dtypes.
@@ -215,11 +243,41 @@ impl Weights {
         name: &str,
         read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
     ) -> Result<Option<T>> {
+        self.raw(shape, name, None, read)
+    }
+
+    /// As [`Weights::packed`], of a tensor that is part of a quantised matrix: `said` is what it takes and stands for.
+    pub fn coded<T: Send + 'static>(
+        &self,
+        shape: &[usize],
+        name: &str,
+        said: Coded,
+        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
+    ) -> Result<Option<T>> {
+        self.raw(shape, name, Some(said), read)
+    }
+
+    /// Notes a matrix that is made up in a format of codes.
+    pub fn note_made_up(&self, name: &str, said: Coded) {
+        let full_name = self.full_name(name);
+        self.record().note_use(&full_name, &full_name, said.values, said.resident_bytes);
+    }
+
+    fn raw<T: Send + 'static>(
+        &self,
+        shape: &[usize],
+        name: &str,
+        said: Option<Coded>,
+        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
+    ) -> Result<Option<T>> {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
         let found = self.source.find_in_files(&place, shape);
         let Some((files, slice)) = self.or_noted(&place, found)? else { return Ok(None) };
-        self.record().note_use(&full_name, &place.name, elements(shape), slice.len());
+        match said {
+            None => self.record().note_use(&full_name, &place.name, elements(shape), slice.len()),
+            Some(said) => self.record().note_coded(&full_name, &place.name, said),
+        }
         if self.source.dry {
             let make = move |bytes: &[u8], device: &Device| Ok(Box::new(read(bytes, device)?) as Made);
             self.note_ahead(&full_name, &place, shape, slice.len(), How::Bytes(Box::new(make)));
@@ -247,6 +305,14 @@ impl Weights {
     /// Marks a tensor as known and deliberately not loaded, so that it is not reported as unused.
     pub fn ignore(&self, name: &str) {
         self.record().used.insert(self.place(&self.full_name(name)).name);
+    }
+
+    /// As [`Weights::ignore`], of what stands beside a quantised matrix and is no parameter.
+    pub fn ignore_beside(&self, name: &str) {
+        let place = self.place(&self.full_name(name)).name;
+        let mut record = self.record();
+        record.coded.insert(place.clone(), Default::default());
+        record.used.insert(place);
     }
 
     /// As [`Weights::ignore`], for all tensors below `segment.`.
@@ -299,7 +365,11 @@ impl Weights {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
         let (source, placement) = (&*self.source, &self.placement);
-        let Some(found) = self.or_noted(&place, source.find(&place, shape))? else {
+        let found = source.find(&place, shape).and_then(|found| {
+            self.check_scales(name)?;
+            Ok(found)
+        });
+        let Some(found) = self.or_noted(&place, found)? else {
             return placeholder(shape, dtype(placement, DType::F32), &placement.device);
         };
         let dtype = dtype(placement, found.published_dtype());
@@ -314,6 +384,22 @@ impl Weights {
             Some(tensor) => Ok(tensor),
             None => found.read(&full_name, shape, dtype, &placement.device),
         }
+    }
+
+    /// Refuses a weight of eight bits whose scales no format has read.
+    fn check_scales(&self, name: &str) -> Result<()> {
+        let Some(layer) = name.strip_suffix("weight").filter(|_| matches!(self.stored(name), Some(Stored::Float8(_))))
+        else {
+            return Ok(());
+        };
+        let Some(scale) =
+            OTHER_SCALES.map(|scale| format!("{layer}{scale}")).into_iter().find(|scale| self.contains(scale))
+        else {
+            return Ok(());
+        };
+        let [scale, name] = [&*scale, name].map(|name| self.place(&self.full_name(name)).name);
+        let problem = format!("tensor `{scale}` scales `{name}` in a way that its configuration does not say");
+        Err(Error::checkpoint(&self.source.root, problem))
     }
 
     /// Notes for whoever makes it ready that a tensor is asked for, if somebody does.

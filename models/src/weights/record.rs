@@ -19,11 +19,24 @@ pub(super) struct Record {
     /// By the names in the files.
     pub(super) used: BTreeSet<String>,
     problems: Vec<Error>,
+    /// What tensors of the files stand for that are parts of quantised matrices: in words, and how many values.
+    pub(super) coded: BTreeMap<String, (String, usize)>,
     /// Elements of the used tensors.
     used_elements: usize,
     pub(super) resident_bytes: usize,
     /// Most bytes that a product with one of the matrices takes for a moment.
     pub(super) dequantised_bytes: usize,
+}
+
+/// What a tensor of a quantised matrix is once loaded.
+#[derive(Debug, Clone, Default)]
+pub struct Coded {
+    /// How its values are kept, for people; nothing of what is beside them.
+    pub kept: String,
+    /// Values that it stands for.
+    pub values: usize,
+    /// Bytes that are kept because of it.
+    pub resident_bytes: usize,
 }
 
 /// What loading a component used, and what it would have needed.
@@ -51,6 +64,12 @@ impl Record {
         }
     }
 
+    /// As [`Record::note_use`], of a part of a quantised matrix.
+    pub(super) fn note_coded(&mut self, full_name: &str, name_in_files: &str, said: Coded) {
+        self.note_use(full_name, name_in_files, said.values, said.resident_bytes);
+        self.coded.insert(name_in_files.to_owned(), (said.kept, said.values));
+    }
+
     /// The network would have needed a tensor. Other parts of the same one have the same problem. Fails with the last of
     /// more problems than anybody reads: a configuration may ask for millions of tensors that no file has.
     pub(super) fn note_problem(&mut self, name_in_files: &str, problem: Error) -> Result<()> {
@@ -67,9 +86,15 @@ impl Record {
     /// Takes the problems.
     pub(super) fn report(&mut self, published: &BTreeMap<String, Located>, dummy: Option<DType>) -> WeightsReport {
         let mut dtypes = BTreeMap::new();
-        for tensor in published.values() {
-            let sum: &mut usize = dtypes.entry(tensor.stored.to_string()).or_insert(0);
-            *sum = sum.saturating_add(elements(&tensor.shape));
+        for (name, tensor) in published {
+            let (kept, values) = match self.coded.get(name) {
+                // What is beside codes is no parameter.
+                Some((_, 0)) => continue,
+                Some((kept, values)) => (kept.clone(), *values),
+                None => (tensor.stored.to_string(), elements(&tensor.shape)),
+            };
+            let sum: &mut usize = dtypes.entry(kept).or_insert(0);
+            *sum = sum.saturating_add(values);
         }
         dtypes.extend(dummy.map(|dtype| (format!("{dtype:?}"), self.used_elements)));
         WeightsReport {

@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 /// What lies beside the weight of a layer.
 const SCALE: &str = "scale_weight";
 const INPUT_SCALE: &str = "scale_input";
-/// Scales of other conventions, which are not read: of blocks or channels, or the inverse.
-const OTHER_SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
+/// Scales of other conventions, which a model's configuration speaks of: of blocks or channels.
+pub(super) const OTHER_SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
 /// A tensor that says that there are scales.
 const MARKER: &str = "scaled_fp8";
 
@@ -33,12 +33,6 @@ pub(super) fn take_scales(files: &[(PathBuf, Mmap)], tensors: &mut BTreeMap<Stri
         tensors.iter().filter(|(_, located)| is_narrow(located)).map(|(name, _)| name.clone()).collect();
     for name in narrow {
         let Some(layer) = name.strip_suffix("weight") else { continue };
-        if let Some(other) =
-            OTHER_SCALES.map(|scale| format!("{layer}{scale}")).iter().find(|of| tensors.contains_key(*of))
-        {
-            let problem = format!("tensor `{other}` scales `{name}` in a way that is not read; `{SCALE}` is");
-            return Err(Error::checkpoint(&files[tensors[other].file].0, problem));
-        }
         tensors.remove(&format!("{layer}{INPUT_SCALE}"));
         let scale_name = format!("{layer}{SCALE}");
         let Some(scale) = tensors.remove(&scale_name) else { continue };

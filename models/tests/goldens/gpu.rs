@@ -24,8 +24,8 @@ use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
 use crate::{
-    clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, language_gguf, sdxl, text,
-    wan, wan_pictures,
+    clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, language_gguf, quantised,
+    sdxl, text, wan, wan_pictures,
 };
 
 /// Of pictures in f32, as on the CPU.
@@ -221,6 +221,25 @@ fn greedy_tokens_of_gguf_files_are_the_reference_ones() {
                 let wanted = if gpu.dtype == WeightDtype::F32 { TOKENS } else { 1 };
                 assert!(same >= wanted, "{} {case} prompt {index}: {found:?} is not {expected:?}", gpu.name);
             }
+        }
+    });
+}
+
+/// Matrices in the formats of quantised checkpoints: packed integers of four and eight bits in any order, and floats in blocks.
+#[test]
+fn quantised_models_say_the_words_of_the_reference() {
+    on_every_gpu(|gpu| {
+        let golden = golden_tensors(quantised::CASE);
+        for name in ["gptq-4-asym-act", "awq", "gptq-8-v2-act", "ct-fp8-block"] {
+            let folder = quantised::checkpoint(name);
+            let mut model = gpu.load(folder.path());
+            let expected = golden[&format!("{name}.greedy")].to_dtype(DType::U32).unwrap();
+            let expected: Vec<u32> = expected.to_vec1().unwrap();
+            let prompt = quantised::prompt(&golden, name);
+            let found = gpu.run(|| greedy_tokens(&mut model, prompt, expected.len()));
+            let same = found.iter().zip(&expected).take_while(|(found, expected)| found == expected).count();
+            let wanted = if gpu.dtype == WeightDtype::F32 { expected.len() } else { 1 };
+            assert!(same >= wanted, "{} {name}: {found:?} is not {expected:?}", gpu.name);
         }
     });
 }

@@ -36,6 +36,7 @@ mod overflow;
 mod pointers;
 mod prefix_cache;
 mod previews;
+mod quantised;
 mod refined;
 mod rng;
 mod schedulers;

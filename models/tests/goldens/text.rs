@@ -290,7 +290,8 @@ fn damaged_checkpoints_are_refused_with_file_and_name() {
     check("hidden_act", json!("gelu"), &["config.json", "hidden_act"]);
     check("num_key_value_heads", json!(3), &["config.json", "num_key_value_heads"]);
     check("head_dim", json!(0), &["config.json", "head_dim"]);
-    check("quantization_config", json!({"quant_method": "gptq"}), &["config.json", "quantization_config"]);
+    check("quantization_config", json!({"quant_method": "hqq"}), &["config.json", "quantization_config"]);
+    check("quantization_config", json!({"quant_method": "gptq"}), &["q_proj.weight` is plain", "quantization_config"]);
 }
 
 #[test]

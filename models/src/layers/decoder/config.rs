@@ -3,8 +3,9 @@
 //! Owns: the sizes and switches of the trunk, one reading for all classes. Does not know: which folder holds the file.
 //! Source: transformers `configuration_llama.py`, `configuration_qwen2.py`.
 
+use std::sync::Arc;
+
 use candle_core::DType;
-use serde_json::Value;
 
 use super::gguf::GgufRows;
 use crate::config::bounds::{
@@ -15,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::kv::KvShape;
 use crate::layers::packed_values;
 use crate::layers::rope::Rope;
+use crate::quantisation::Quantisation;
 
 /// Of all classes.
 const BOUNDS: &[Bound] = &[
@@ -87,6 +89,8 @@ pub struct DecoderConfig {
     pub rope: Rope,
     /// Of GGUF files of the class.
     pub gguf_rows: GgufRows,
+    /// In which format matrices are kept, if they are not plain.
+    pub quantisation: Option<Arc<Quantisation>>,
 }
 
 impl DecoderConfig {
@@ -115,6 +119,7 @@ impl DecoderConfig {
             mlp_bias: stated("mlp_bias")?,
             rope: Rope::from_config(fields.path(), &fields.all()?, heads.head_dim, max_position_embeddings)?,
             gguf_rows: class.gguf_rows,
+            quantisation: Quantisation::read(fields)?.map(Arc::new),
         };
         if class.knows_windows {
             config.check_windows(fields)?;
@@ -202,23 +207,20 @@ impl Heads {
     }
 }
 
-/// Refuses what changes the block itself: another activation, quantised matrices.
+/// Refuses what changes the block itself: another activation.
 fn check_plain(fields: &Fields) -> Result<()> {
     let hidden_act: String = fields.or("hidden_act", SILU[0].to_owned())?;
     if !SILU.contains(&hidden_act.as_str()) {
         let problem = format!("`{hidden_act}` is not supported; known: {}", SILU.join(", "));
         return Err(fields.error("hidden_act", problem));
     }
-    match fields.get("quantization_config") {
-        None | Some(Value::Null) => Ok(()),
-        Some(_) => Err(fields.error("quantization_config", "quantised checkpoints are not read")),
-    }
+    Ok(())
 }
 
 /// For the tests of classes.
 #[cfg(test)]
 pub(crate) mod testing {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

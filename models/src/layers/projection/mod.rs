@@ -10,10 +10,16 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::quantisation::FIELD;
 use crate::weights::Weights;
 
+mod awq;
 mod blocks;
+mod compressed;
 mod dense;
+mod float8;
+mod gptq;
+mod packed;
 
 pub(super) use blocks::Blocks;
 pub(super) use dense::Dense;
@@ -28,14 +34,23 @@ pub trait Projection: Debug + Send + Sync {
 type Load = fn(&Weights, out_features: usize, in_features: usize) -> Result<Option<Arc<dyn Projection>>>;
 
 /// The formats that are not one number per value.
-const PACKED: &[Load] = &[blocks::load];
+const PACKED: &[Load] = &[blocks::load, awq::load, compressed::load, float8::load, gptq::load];
+/// Tensors that only a quantised matrix has.
+const MARKS: [&str; 4] = ["qweight", "weight_packed", "weight_scale", "weight_scale_inv"];
 
 /// The `[out, in]` matrix of the layer that has the view's name.
 pub fn load(weights: &Weights, out_features: usize, in_features: usize) -> Result<Arc<dyn Projection>> {
+    let has_mark = MARKS.iter().any(|mark| weights.contains(mark));
+    if weights.format().is_some() && weights.contains("weight") && !has_mark {
+        return Err(weights.error("weight", format!("is plain; {FIELD} says that its matrix is quantised")));
+    }
     for load in PACKED {
         if let Some(projection) = load(weights, out_features, in_features)? {
             return Ok(projection);
         }
+    }
+    if let Some(mark) = MARKS.into_iter().find(|mark| weights.contains(mark)) {
+        return Err(weights.error(mark, format!("is of a quantised matrix; {FIELD} does not say that it is one")));
     }
     Ok(Arc::new(Dense::load(weights, out_features, in_features)?))
 }

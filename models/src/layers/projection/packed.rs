@@ -1,0 +1,217 @@
+//! Codes with scales: what the formats of quantised language models have in common.
+//!
+//! Owns: reading the parts of a quantised matrix, and the matrix in the one layout that all of these formats get. Does not know:
+//! how any of them packs its codes.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use tale_kernels::{Code, CodeScales, PackedMatrix};
+
+use super::{Dense, Projection};
+use crate::error::{Error, Result};
+use crate::weights::{Coded, Stored, Weights};
+
+/// Bits of a word of the files.
+pub(super) const WORD_BITS: usize = 32;
+
+#[derive(Debug)]
+struct Packed(PackedMatrix);
+
+impl Projection for Packed {
+    fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        Ok(tale_kernels::linear_packed(x, &self.0, bias)?)
+    }
+}
+
+/// A quantised matrix, before its codes are read.
+pub(super) struct Plan {
+    /// What a code is.
+    pub(super) code: Code,
+    /// Rows and columns.
+    pub(super) dims: (usize, usize),
+    /// The format with its settings, for people.
+    pub(super) kept: String,
+    /// Columns, and rows, with one scale.
+    pub(super) group_size: usize,
+    pub(super) rows_per_scale: usize,
+}
+
+impl Plan {
+    /// Rows and columns of the scales.
+    pub(super) fn scale_dims(&self) -> (usize, usize) {
+        (self.dims.0.div_ceil(self.rows_per_scale), self.dims.1.div_ceil(self.group_size))
+    }
+}
+
+/// What stands beside the codes of a matrix. All of a dry view are absent.
+#[derive(Default)]
+pub(super) struct Beside {
+    /// `[scale rows, groups]`.
+    pub(super) scales: Option<Tensor>,
+    /// By rows of the scales.
+    pub(super) zeros: Option<Vec<u8>>,
+    /// The column of the matrix for each of the codes, where that is another.
+    pub(super) order: Option<Vec<u32>>,
+}
+
+/// Makes the matrix of the codes in tensor `name`, of this shape in the files, that `code_at` finds in its bytes by row and
+/// column of the codes. `scale_bytes`: of each scale, and of its zero.
+pub(super) fn load(
+    weights: &Weights,
+    (name, shape): (&str, &[usize]),
+    plan: Plan,
+    beside: Beside,
+    scale_bytes: usize,
+    code_at: impl Fn(&[u8], usize, usize) -> u8 + Send + Sync + 'static,
+) -> Result<Arc<dyn Projection>> {
+    let (rows, columns) = plan.dims;
+    let (scale_rows, groups) = plan.scale_dims();
+    let values = rows.saturating_mul(columns);
+    let has_order = beside.order.is_some();
+    let scales = scale_rows.saturating_mul(groups);
+    let resident_bytes = PackedMatrix::bytes_of(plan.code, plan.dims, scales, scale_bytes, has_order);
+    let said = Coded { kept: plan.kept.clone(), values, resident_bytes };
+    weights.note_dequantised(weights.placement().widened_bytes(values));
+    let Beside { scales: Some(scales), zeros, order } = beside else {
+        weights.coded(shape, name, said, |_, _| Ok(()))?;
+        return Ok(Arc::new(Dense(weights.placeholder(&[rows, columns])?)));
+    };
+    let layer = weights.layer().to_owned();
+    let scales = CodeScales { scales, zeros, group_size: plan.group_size, rows_per_scale: plan.rows_per_scale };
+    let made = weights.coded(shape, name, said, move |bytes, device| {
+        let code_at = |row, column| code_at(bytes, row, column);
+        let made = PackedMatrix::new(plan.code, plan.dims, scales, order, device, code_at);
+        made.map_err(|error| Error::checkpoint(&layer, error))
+    })?;
+    Ok(match made {
+        Some(matrix) => Arc::new(Packed(matrix)),
+        None => Arc::new(Dense(weights.placeholder(&[rows, columns])?)),
+    })
+}
+
+/// A matrix of the plan in place of files.
+pub(super) fn made_up(weights: &Weights, name: &str, plan: Plan, has_zeros: bool) -> Result<Arc<dyn Projection>> {
+    let ((rows, columns), (scale_rows, groups)) = (plan.dims, plan.scale_dims());
+    let scale_bytes = size_of::<f16>() + usize::from(has_zeros);
+    let resident_bytes = PackedMatrix::bytes_of(plan.code, plan.dims, scale_rows * groups, scale_bytes, false);
+    weights.note_dequantised(weights.placement().widened_bytes(rows.saturating_mul(columns)));
+    let values = rows.saturating_mul(columns);
+    weights.note_made_up(name, Coded { kept: plan.kept, values, resident_bytes });
+    if weights.is_dry() {
+        return Ok(Arc::new(Dense(weights.placeholder(&[rows, columns])?)));
+    }
+    // Codes around the middle, of which rows with inputs of size 1 make outputs of about that size.
+    let scale =
+        Tensor::full(0.25 / (columns as f32).sqrt(), (scale_rows, groups), &Device::Cpu)?.to_dtype(DType::F16)?;
+    let (middle, mask) = match plan.code {
+        Code::Bits4 => (8, 0x0f),
+        Code::Bits8 => (128, 0x0f),
+        Code::Float8 => (0, 0xb8),
+    };
+    let zeros = has_zeros.then(|| vec![middle; scale_rows * groups]);
+    let scales = CodeScales { scales: scale, zeros, group_size: plan.group_size, rows_per_scale: plan.rows_per_scale };
+    let code_at = |row: usize, column: usize| {
+        let mixed = (row.wrapping_mul(0x9e37_79b1) ^ column.wrapping_mul(0x85eb_ca77)).wrapping_mul(0xc2b2_ae3d) >> 15;
+        let code = mixed as u8 & mask;
+        if plan.code == Code::Bits8 { middle - 8 + code } else { code }
+    };
+    let matrix = PackedMatrix::new(plan.code, plan.dims, scales, None, &weights.placement().device, code_at)?;
+    Ok(Arc::new(Packed(matrix)))
+}
+
+/// Words of 32 bits, in the order of the file; of a dry view `None`.
+pub(super) fn words(weights: &Weights, shape: &[usize], name: &str) -> Result<Option<Vec<u32>>> {
+    check_dtype(weights, name, &[Dtype::I32])?;
+    weights.coded(shape, name, Coded::default(), |bytes, _| Ok(read_words(bytes).collect()))
+}
+
+/// One number for each scale, in the dtype of the file; of a dry view `None`. And the bytes of one.
+pub(super) fn scales(weights: &Weights, shape: &[usize], name: &str) -> Result<(Option<Tensor>, usize)> {
+    check_dtype(weights, name, &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
+    let dtype = match weights.stored(name) {
+        Some(Stored::Plain(Dtype::BF16)) => DType::BF16,
+        Some(Stored::Plain(Dtype::F32)) => DType::F32,
+        _ => DType::F16,
+    };
+    let dims = shape.to_vec();
+    let read = weights.coded(shape, name, Coded::default(), move |bytes, _| {
+        let halves = || bytes.as_chunks().0.iter().map(|half| u16::from_le_bytes(*half));
+        Ok(match dtype {
+            DType::BF16 => Tensor::from_vec(halves().map(bf16::from_bits).collect(), dims, &Device::Cpu)?,
+            DType::F16 => Tensor::from_vec(halves().map(f16::from_bits).collect(), dims, &Device::Cpu)?,
+            _ => Tensor::from_vec(read_words(bytes).map(f32::from_bits).collect(), dims, &Device::Cpu)?,
+        })
+    })?;
+    if let Some(scales) = &read {
+        let largest = scales.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        let sum = scales.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
+        if !largest.is_finite() || !sum.is_finite() {
+            return Err(problem(weights, name, "holds scales that are not finite"));
+        }
+    }
+    Ok((read, dtype.size_in_bytes()))
+}
+
+/// Refuses a part of another dtype.
+pub(super) fn check_dtype(weights: &Weights, name: &str, read: &[Dtype]) -> Result<()> {
+    match weights.stored(name) {
+        Some(Stored::Plain(dtype)) if read.contains(&dtype) => Ok(()),
+        // That it is missing whoever reads it says.
+        None => Ok(()),
+        Some(other) => {
+            let read = read.iter().map(|dtype| format!("{dtype:?}")).collect::<Vec<_>>().join(", ");
+            Err(problem(weights, name, &format!("is of {other}; read is {read}")))
+        }
+    }
+}
+
+/// Says what is wrong with a part.
+pub(super) fn problem(weights: &Weights, name: &str, problem: &str) -> Error {
+    let layer = weights.layer();
+    Error::checkpoint(weights.root(), format!("tensor `{layer}.{name}` {problem}"))
+}
+
+/// Refuses sizes that words do not divide.
+pub(super) fn check_divides(weights: &Weights, name: &str, what: &str, size: usize, per_word: usize) -> Result<()> {
+    match size.is_multiple_of(per_word) {
+        true => Ok(()),
+        false => Err(problem(weights, name, &format!("has {per_word} {what} in a word, which do not divide {size}"))),
+    }
+}
+
+/// The word at this place of a tensor of words.
+pub(super) fn word_at(bytes: &[u8], index: usize) -> u32 {
+    let at = index * size_of::<u32>();
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+pub(super) fn read_words(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word))
+}
+
+/// The order of columns in which those of a group lie side by side, from the group of each column; `None` where they do.
+pub(super) fn order_of_groups(
+    weights: &Weights,
+    name: &str,
+    group_of: &[u32],
+    (group_size, groups): (usize, usize),
+) -> Result<Option<Vec<u32>>> {
+    // As Python counts from the end.
+    let group = |value: u32| match value as i32 {
+        value if value < 0 => (groups as i64 + i64::from(value)) as usize,
+        value => value as usize,
+    };
+    let groups_of: Vec<usize> = group_of.iter().map(|value| group(*value)).collect();
+    let mut order: Vec<u32> = (0..group_of.len() as u32).collect();
+    order.sort_by_key(|column| groups_of[*column as usize]);
+    let is_whole = order.iter().enumerate().all(|(at, column)| groups_of[*column as usize] == at / group_size);
+    if !is_whole {
+        let what = format!("names other groups than {groups} of {group_size} columns each");
+        return Err(problem(weights, name, &what));
+    }
+    let is_sorted = order.iter().enumerate().all(|(at, column)| at == *column as usize);
+    Ok((!is_sorted).then_some(order))
+}
