@@ -88,9 +88,10 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
         options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
     }
     let (inspection, model) = loading::plan(source, &placement, &options)?;
+    let context = model.as_ref().and_then(|model| ContextReport::new(args, &inspection, model));
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let called = args.preset.map_or_else(|| path.to_owned(), |preset| preset.name.into());
-    let report = Report::new(called, inspection, request);
+    let report = Report::new(called, inspection, context, request);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {
@@ -144,9 +145,35 @@ struct Report {
     /// Of the KV cache of a language model with the default options.
     cache_bytes: usize,
     components: Vec<ComponentReport>,
+    /// Of a language model.
+    context: Option<ContextReport>,
     /// Of a model that makes pictures or clips.
     request: Option<RequestReport>,
     problems: Vec<String>,
+}
+
+/// What the tokens of a language model take.
+#[derive(Debug, Serialize)]
+struct ContextReport {
+    /// Of the KV cache.
+    bytes_per_token: usize,
+    /// Most of one request.
+    max_tokens: usize,
+    /// Whose keys and values fit beside the weights into `--memory`.
+    tokens_beside_weights: Option<usize>,
+}
+
+impl ContextReport {
+    fn new(args: &InspectArgs, inspection: &Inspection, model: &LoadedModel) -> Option<Self> {
+        let ModelCard::Text(card) = &model.card else { return None };
+        let weights = inspection.components.iter().map(|(_, report)| report.resident_bytes).sum();
+        let tokens = |memory: ByteSize| memory.0.saturating_sub(weights) / card.kv_bytes_per_token;
+        Some(Self {
+            bytes_per_token: card.kv_bytes_per_token,
+            max_tokens: card.max_context,
+            tokens_beside_weights: args.memory.map(tokens),
+        })
+    }
 }
 
 /// What a request with the model's own sizes needs beside the weights.
@@ -227,7 +254,12 @@ struct ComponentReport {
 }
 
 impl Report {
-    fn new(path: PathBuf, inspection: Inspection, request: Option<RequestReport>) -> Self {
+    fn new(
+        path: PathBuf,
+        inspection: Inspection,
+        context: Option<ContextReport>,
+        request: Option<RequestReport>,
+    ) -> Self {
         let of_weights = inspection.components.iter().flat_map(|(_, weights)| &weights.problems);
         let problems: Vec<_> = of_weights.chain(&inspection.problem).map(ToString::to_string).collect();
         let components: Vec<_> = inspection
@@ -251,6 +283,7 @@ impl Report {
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
             cache_bytes: inspection.cache_bytes,
             components,
+            context,
             request,
             problems,
         }
@@ -280,6 +313,14 @@ impl Display for Report {
                 "\nBeside the weights: a KV cache of {} unless configured otherwise.",
                 ByteSize(self.cache_bytes)
             )?;
+        }
+        if let Some(ContextReport { bytes_per_token, max_tokens, tokens_beside_weights }) = &self.context {
+            writeln!(f, "A token takes {} of it; a request has at most {max_tokens}.", ByteSize(*bytes_per_token))?;
+            match tokens_beside_weights {
+                Some(0) => writeln!(f, "The weights do not leave room for any.")?,
+                Some(tokens) => writeln!(f, "Beside the weights {tokens} tokens fit into the given memory.")?,
+                None => (),
+            }
         }
         match &self.request {
             Some(request) => write!(f, "{request}")?,
