@@ -15,6 +15,8 @@ use tale_models::diffusion::parameters::{
 };
 use tale_models::parameter::Options;
 
+use safetensors::Dtype;
+use safetensors::tensor::{TensorView, serialize_to_file};
 use serde_json::{Value, json};
 
 use tale_models::checkpoint::LoadFormat;
@@ -142,6 +144,74 @@ fn sessions_take_at_most_their_footprint() {
     let on_demand = LoadOptions { text_encoders: TextEncoders::OnDemand, ..dummy };
     check("wide SDXL with encoders on demand", wide.path(), &on_demand, options(64, 64, None));
     check_tokenising();
+    check_loading_codes();
+}
+
+/// A model in four bits is loaded beside one of its matrices at a time, and what is said of its memory is what it takes.
+fn check_loading_codes() {
+    let folder = four_bits();
+    let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("the CPU");
+    // What stays of the first time belongs to no model.
+    drop(load(folder.path(), &placement, &LoadOptions::default(), &mut |_| ()).expect("a sound checkpoint"));
+    let before = NOW.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    let model = load(folder.path(), &placement, &LoadOptions::default(), &mut |_| ()).expect("a sound checkpoint");
+    let (peak, kept) = (PEAK.load(Relaxed) - before, NOW.load(Relaxed) - before);
+    let said = model.resident_bytes;
+    eprintln!("four bits: {said} bytes said, {kept} kept, {peak} at the peak");
+    let share = |bytes: usize| bytes as f64 / said as f64;
+    assert!((0.95..1.05).contains(&share(kept)), "{said} bytes said, {kept} kept");
+    assert!(share(peak) <= 1.1, "{said} bytes said, {peak} at the peak");
+}
+
+/// Llama with matrices of 4 Mi values in GPTQ's words, and the tokenizer of a golden.
+fn four_bits() -> tempfile::TempDir {
+    const LAYERS: usize = 6;
+    let (hidden, inner, vocabulary, group) = (1024usize, 4096usize, 492usize, 128usize);
+    let folder = tempfile::tempdir().expect("a folder");
+    let tokenizer = repository().join("tests/goldens/llama-untied/checkpoint");
+    for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(tokenizer.join(file), folder.path().join(file)).expect("copied");
+    }
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": vocabulary,
+        "max_position_embeddings": 64, "eos_token_id": null,
+        "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": true, "desc_act": false},
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+    let zeros = vec![0u8; hidden * inner];
+    let mut tensors = Vec::new();
+    let mut put = |name: String, dtype: Dtype, shape: Vec<usize>| {
+        let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        let view = TensorView::new(dtype, shape, &zeros[..bytes]).expect("as many bytes");
+        tensors.push((name, view));
+    };
+    for layer in 0..LAYERS {
+        for (name, inputs, outputs) in [
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", hidden, hidden / 4),
+            ("self_attn.v_proj", hidden, hidden / 4),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", hidden, inner),
+            ("mlp.up_proj", hidden, inner),
+            ("mlp.down_proj", inner, hidden),
+        ] {
+            let name = format!("model.layers.{layer}.{name}");
+            put(format!("{name}.qweight"), Dtype::I32, vec![inputs / 8, outputs]);
+            put(format!("{name}.qzeros"), Dtype::I32, vec![inputs / group, outputs / 8]);
+            put(format!("{name}.scales"), Dtype::F16, vec![inputs / group, outputs]);
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            put(format!("model.layers.{layer}.{norm}.weight"), Dtype::F16, vec![hidden]);
+        }
+    }
+    put("model.norm.weight".to_owned(), Dtype::F16, vec![hidden]);
+    for table in ["model.embed_tokens", "lm_head"] {
+        put(format!("{table}.weight"), Dtype::F16, vec![vocabulary, hidden]);
+    }
+    serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).expect("written");
+    folder
 }
 
 /// The same with blocks that are skipped in some steps.

@@ -11,8 +11,8 @@ use tale_kernels::Code;
 
 use super::Projection;
 use super::packed::{
-    Beside, Plan, WORD_BITS, check_dtype, load as load_packed, made_up, order_of_groups, problem, read_words, scales,
-    word_at, words,
+    Beside, Plan, WORD_BITS, check_dtype, load as load_packed, made_up, order_of_groups, read_words, scales, word_at,
+    words,
 };
 use crate::error::Result;
 use crate::quantisation::{Compressed, Format, Kind, Span};
@@ -85,7 +85,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
                 }
             };
             if !is_symmetric && span == Span::Tensor {
-                return Err(problem(weights, "weight_zero_point", "of a whole matrix is not read"));
+                return Err(weights.error("weight_zero_point", "of a whole matrix is not read"));
             }
             let input_of = order.clone();
             let code_at = move |bytes: &[u8], row: usize, column: usize| {
@@ -148,7 +148,7 @@ fn check_shape(weights: &Weights, out_features: usize, in_features: usize) -> Re
     match found {
         Some(found) if found != [out_features as u32, in_features as u32] => {
             let what = format!("is {found:?}; the configuration has [{out_features}, {in_features}]");
-            Err(problem(weights, "weight_shape", &what))
+            Err(weights.error("weight_shape", what))
         }
         _ => Ok(()),
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tale_kernels::Code;
 
 use super::Projection;
-use super::packed::{Beside, Plan, load as load_packed, made_up, problem, scales};
+use super::packed::{Beside, Plan, load as load_packed, made_up, scales};
 use crate::error::Result;
 use crate::quantisation::{Float8, Format};
 use crate::weights::Weights;
@@ -53,7 +53,7 @@ pub(super) fn check_is_e4m3(weights: &Weights, name: &str) -> Result<()> {
     const READ: &str = "F8_E4M3";
     match weights.stored(name) {
         Some(stored) if stored.to_string() != READ => {
-            Err(problem(weights, name, &format!("is of {stored}; read is {READ}")))
+            Err(weights.error(name, format!("is of {stored}; read is {READ}")))
         }
         _ => Ok(()),
     }

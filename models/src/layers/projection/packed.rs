@@ -149,7 +149,7 @@ pub(super) fn scales(weights: &Weights, shape: &[usize], name: &str) -> Result<(
         let largest = scales.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         let sum = scales.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
         if !largest.is_finite() || !sum.is_finite() {
-            return Err(problem(weights, name, "holds scales that are not finite"));
+            return Err(weights.error(name, "holds scales that are not finite"));
         }
     }
     Ok((read, dtype.size_in_bytes()))
@@ -163,22 +163,16 @@ pub(super) fn check_dtype(weights: &Weights, name: &str, read: &[Dtype]) -> Resu
         None => Ok(()),
         Some(other) => {
             let read = read.iter().map(|dtype| format!("{dtype:?}")).collect::<Vec<_>>().join(", ");
-            Err(problem(weights, name, &format!("is of {other}; read is {read}")))
+            Err(weights.error(name, format!("is of {other}; read is {read}")))
         }
     }
-}
-
-/// Says what is wrong with a part.
-pub(super) fn problem(weights: &Weights, name: &str, problem: &str) -> Error {
-    let layer = weights.layer();
-    Error::checkpoint(weights.root(), format!("tensor `{layer}.{name}` {problem}"))
 }
 
 /// Refuses sizes that words do not divide.
 pub(super) fn check_divides(weights: &Weights, name: &str, what: &str, size: usize, per_word: usize) -> Result<()> {
     match size.is_multiple_of(per_word) {
         true => Ok(()),
-        false => Err(problem(weights, name, &format!("has {per_word} {what} in a word, which do not divide {size}"))),
+        false => Err(weights.error(name, format!("has {per_word} {what} in a word, which do not divide {size}"))),
     }
 }
 
@@ -210,7 +204,7 @@ pub(super) fn order_of_groups(
     let is_whole = order.iter().enumerate().all(|(at, column)| groups_of[*column as usize] == at / group_size);
     if !is_whole {
         let what = format!("names other groups than {groups} of {group_size} columns each");
-        return Err(problem(weights, name, &what));
+        return Err(weights.error(name, what));
     }
     let is_sorted = order.iter().enumerate().all(|(at, column)| at == *column as usize);
     Ok((!is_sorted).then_some(order))
