@@ -17,6 +17,7 @@ use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::kv::PrefixCache;
+use tale_models::tools::ToolFormat;
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
@@ -124,6 +125,11 @@ pub struct Settings {
     /// auto [default: auto, which is resident where everything fits]
     #[arg(long, value_name = "WHERE")]
     pub text_encoders: Option<TextEncoderPlace>,
+
+    /// How language models write calls of tools: hermes, llama3-json, or auto [default: auto, which is as their chat templates
+    /// write them]
+    #[arg(long, value_name = "FORMAT")]
+    pub tool_call_parser: Option<ToolCallParser>,
 
     /// Most requests that may wait for one model; more are refused with 429 [default: 256]
     #[arg(long, value_name = "N")]
@@ -236,6 +242,30 @@ impl PrefixCacheScope {
             Self::Off => PrefixCache::Off,
             Self::PerClient => PrefixCache::PerClient,
             Self::Shared => PrefixCache::Shared,
+        }
+    }
+}
+
+/// How language models write calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ToolCallParser {
+    /// As their chat templates write them.
+    #[default]
+    Auto,
+    /// Between `<tool_call>` and `</tool_call>`, as Qwen 2.5 does.
+    Hermes,
+    /// As JSON with `parameters`, as Llama 3.1 does.
+    Llama3Json,
+}
+
+impl ToolCallParser {
+    /// `None` leaves it to the template.
+    pub fn chosen(self) -> Option<ToolFormat> {
+        match self {
+            Self::Auto => None,
+            Self::Hermes => Some(ToolFormat::Hermes),
+            Self::Llama3Json => Some(ToolFormat::Llama3),
         }
     }
 }
@@ -364,6 +394,7 @@ impl Settings {
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
             lora_cache: self.lora_cache.or(file.lora_cache),
             text_encoders: self.text_encoders.or(file.text_encoders),
+            tool_call_parser: self.tool_call_parser.or(file.tool_call_parser),
             max_queued: self.max_queued.or(file.max_queued),
             max_requests: self.max_requests.or(file.max_requests),
             max_body_memory: self.max_body_memory.or(file.max_body_memory),
@@ -396,6 +427,7 @@ impl Settings {
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
                 lora_cache_bytes: self.lora_cache.map_or(load.lora_cache_bytes, |size| size.0),
                 text_encoders: load.text_encoders,
+                tool_call_parser: self.tool_call_parser.unwrap_or_default().chosen(),
             },
             text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
@@ -633,6 +665,7 @@ mod tests {
         assert_eq!(config.engine.load.max_batch_sequences, 32);
         assert_eq!(config.engine.load.max_denoise_rows, 2);
         assert_eq!(config.engine.load.lora_cache_bytes, 2 << 30);
+        assert_eq!(config.engine.load.tool_call_parser, Some(ToolFormat::Hermes));
         assert_eq!(config.engine.max_queued_sessions, 100);
         assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
         assert_eq!(config.server.max_requests, 500);

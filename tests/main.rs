@@ -20,6 +20,7 @@ mod references;
 mod refusals;
 mod shots;
 mod storage;
+mod structured;
 mod support;
 mod text;
 mod videos;

@@ -33,6 +33,10 @@ fn with(base: &Value, extra: Value) -> Value {
 /// A picture of one pixel.
 const PICTURE: &str = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP43yAAAAQRAZD55t7yAAAAAElFTkSuQmCC";
 
+fn function(name: &str) -> Value {
+    json!({"type": "function", "function": {"name": name}})
+}
+
 #[tokio::test]
 async fn wrong_fields_of_a_chat_are_named() {
     let server = server().await;
@@ -69,7 +73,28 @@ async fn wrong_fields_of_a_chat_are_named() {
         (json!({"n": 65}), (400, "n", invalid)),
         (json!({"stop": [""]}), (400, "stop", invalid)),
         (json!({"stop": vec!["x"; 17]}), (400, "stop", invalid)),
-        (json!({"tools": [{"type": "function", "function": {"name": SECRET}}]}), (400, "tools", "unsupported_value")),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}),
+            (400, "tools[0].function.name", invalid),
+        ),
+        (json!({"tools": [{"type": SECRET}]}), (400, "tools[0].type", "unsupported_value")),
+        (json!({"tools": [function("f"), function("f")]}), (400, "tools[1].function.name", invalid)),
+        (json!({"tool_choice": "required"}), (400, "tool_choice", invalid)),
+        (json!({"tools": [function("f")], "tool_choice": SECRET}), (400, "tool_choice", invalid)),
+        (
+            json!({"tools": [function("f")], "tool_choice": {"type": "function", "function": {"name": SECRET}}}),
+            (400, "tool_choice.function.name", invalid),
+        ),
+        (json!({"tools": [function("f")], "guided_regex": "a"}), (400, "guided_regex", invalid)),
+        (json!({"tools": [function("f")], "parallel_tool_calls": 1}), (400, "parallel_tool_calls", invalid)),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}}}]}),
+            (400, "tools[0].function.parameters.properties.a.not", invalid),
+        ),
+        (
+            json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}),
+            (400, "tools[0].function.parameters.type", invalid),
+        ),
         (json!({"response_format": {"type": SECRET}}), (400, "response_format.type", invalid)),
         (json!({"guided_json": {"type": "object", "if": {}}}), (400, "guided_json.if", invalid)),
         (json!({"guided_regex": format!("({SECRET}")}), (400, "guided_regex", invalid)),
@@ -81,7 +106,15 @@ async fn wrong_fields_of_a_chat_are_named() {
         (json!({"guided_choice": ["a"], "ignore_eos": true}), (400, "ignore_eos", invalid)),
         (json!({"logprobs": true}), (400, "logprobs", "unsupported_value")),
         (json!({"store": true}), (400, "store", "unsupported_value")),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), (400, "messages[0].role", "unsupported_value")),
+        (json!({"messages": [{"role": "function", "content": "x"}]}), (400, "messages[0].role", "unsupported_value")),
+        (
+            json!({"messages": [{"role": "tool", "content": "x"}]}),
+            (400, "messages[0].tool_call_id", "missing_required_parameter"),
+        ),
+        (
+            json!({"messages": [{"role": "tool", "content": "x", "tool_call_id": SECRET}]}),
+            (400, "messages[0].tool_call_id", invalid),
+        ),
         (json!({"stream": SECRET}), (400, "stream", invalid)),
         (json!({"stream_options": {"include_usage": true}}), (400, "stream_options", invalid)),
         (json!({"stream": true, "stream_options": {"x": 1}}), (400, "stream_options.x", "unknown_parameter")),

@@ -15,6 +15,7 @@ use crate::text_parameters::{
     TEMPERATURE, TEXT_PARAMETERS, TOP_K, TOP_P,
 };
 use crate::tokenizer::Tokenizer;
+use crate::tools::{Tool, ToolFormat};
 
 /// Bytes of a conversation that becomes tokens at once, at most, before and after its template, and its messages.
 const MAX_SHORT_BYTES: usize = 2 << 10;
@@ -72,14 +73,36 @@ pub struct TextCard {
     pub defaults: SamplingDefaults,
     /// What answers may be held to.
     pub grammars: Grammars,
+    /// How calls of tools are written, where a configuration says it and the template does not have to.
+    pub tool_format: Option<ToolFormat>,
 }
 
 impl TextCard {
     /// Tokens of a conversation, ready for the model's answer. Takes long for long ones, so that it stops when nobody
     /// waits any longer; memory as [`Tokenizer::encode_within`], and the template's.
     pub fn encode_chat(&self, messages: &[ChatMessage], cancelled: &CancelToken) -> Result<Vec<u32>> {
-        let text = self.template_for(messages)?.render(messages)?;
+        self.encode_chat_with_tools(messages, &[], cancelled)
+    }
+
+    /// As [`TextCard::encode_chat`], with the tools that the model may call.
+    pub fn encode_chat_with_tools(
+        &self,
+        messages: &[ChatMessage],
+        tools: &[Tool],
+        cancelled: &CancelToken,
+    ) -> Result<Vec<u32>> {
+        let text = self.template_for(messages, tools)?.render_with_tools(messages, tools)?;
         self.encode_rendered(&text, cancelled)
+    }
+
+    /// How this model calls tools; `field` is the one that asks for them.
+    pub fn tool_format(&self, field: &str) -> Result<ToolFormat> {
+        let template = self.chat_template.as_ref().and_then(ChatTemplate::tools);
+        let Some(support) = template else {
+            return Err(Error::invalid(field, "this model's chat template has no tools"));
+        };
+        let unknown = "how this model writes calls is not known; tool_call_parser of the configuration says it";
+        self.tool_format.or(support.format).ok_or_else(|| Error::invalid(field, unknown))
     }
 
     /// As [`TextCard::encode_chat`], here and at once; `None` where that would take long: of conversations that are not short,
@@ -89,7 +112,7 @@ impl TextCard {
         if num_bytes > MAX_SHORT_BYTES || messages.len() > MAX_SHORT_MESSAGES {
             return None;
         }
-        let rendered = match self.template_for(messages) {
+        let rendered = match self.template_for(messages, &[]) {
             Ok(template) => template.render_little(messages)?,
             Err(error) => Err(error),
         };
@@ -101,7 +124,7 @@ impl TextCard {
     }
 
     /// The template, for messages that it may be rendered with.
-    fn template_for(&self, messages: &[ChatMessage]) -> Result<&ChatTemplate> {
+    fn template_for(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<&ChatTemplate> {
         if messages.is_empty() {
             return Err(Error::invalid("messages", "is empty; at least one message is needed"));
         }
@@ -109,7 +132,7 @@ impl TextCard {
             .chat_template
             .as_ref()
             .ok_or_else(|| Error::invalid("messages", "this model has no chat template; use /v1/completions"))?;
-        self.check_conversation(messages)?;
+        self.check_conversation(messages, tools)?;
         Ok(template)
     }
 
@@ -131,12 +154,15 @@ impl TextCard {
     /// Refuses conversations that are too long for the context by their bytes, each message counting as a token at least,
     /// before any of them is rendered. A template may drop parts of a conversation, but no model was made for ones that
     /// could not be longer by far.
-    fn check_conversation(&self, messages: &[ChatMessage]) -> Result<()> {
+    fn check_conversation(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<()> {
         let limit = self.most_prompt_tokens();
         let mut least = messages.len();
         // Not begun where the messages alone are too many.
         for message in messages.iter().take_while(|_| messages.len() <= limit) {
             least += self.tokenizer.least_tokens(&message.role) + self.tokenizer.least_tokens(&message.content);
+        }
+        for tool in tools {
+            least += self.tokenizer.least_tokens(&tool.to_json().to_string());
         }
         if least > limit {
             return Err(Error::ContextLength { prompt_tokens: least, is_exact: false, limit });
@@ -221,7 +247,7 @@ mod tests {
 
     #[test]
     fn conversations_that_cannot_fit_are_refused_before_they_are_rendered() {
-        let message = |content: String| ChatMessage { role: "user".to_owned(), content, name: None };
+        let message = |content: String| ChatMessage::new("user", content);
         check(&vec![message(String::new()); 250_000], 250_000);
         // A token of this vocabulary stands for 8 bytes at most.
         let longest = "<|turn|>".len();

@@ -5,6 +5,7 @@ use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
 use crate::error::Result;
 use crate::kv::PrefixCache;
 use crate::runner::Runner;
+use crate::tools::ToolFormat;
 
 /// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`](crate::families::FAMILIES).
 pub trait Family: Sync {
@@ -62,6 +63,8 @@ pub struct LoadOptions {
     pub lora_cache_bytes: usize,
     /// Where the text encoders of a model that makes pictures or clips are while no prompt is encoded.
     pub text_encoders: TextEncoders,
+    /// How language models write calls of tools, where their templates are not to decide.
+    pub tool_call_parser: Option<ToolFormat>,
 }
 
 impl Default for LoadOptions {
@@ -75,6 +78,7 @@ impl Default for LoadOptions {
             max_denoise_rows: 4,
             lora_cache_bytes: 1 << 30,
             text_encoders: TextEncoders::Resident,
+            tool_call_parser: None,
         }
     }
 }

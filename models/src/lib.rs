@@ -44,6 +44,7 @@ pub mod testing;
 pub mod text_parameters;
 pub mod text_stream;
 pub mod tokenizer;
+pub mod tools;
 pub mod unpanicked;
 pub mod vae;
 pub mod weights;

@@ -96,6 +96,7 @@ pub fn text_model(script: Script) -> Result<LoadedModel> {
         tokenizer,
         chat_template: ChatTemplate::from_dir(folder.path())?,
         defaults: SamplingDefaults::default(),
+        tool_format: None,
     };
     Ok(loaded(ModelCard::Text(card), script))
 }

@@ -95,11 +95,8 @@ const TEXT: &[Field] = &[
 const CHAT_ALONE: &[Field] = &[
     field("logprobs", is_false, "are not returned yet; must be false"),
     field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned yet; must be 0"),
-    field("tools", is_empty, "are not supported yet; leave it out"),
-    field("tool_choice", is_no_choice, "tools are not supported yet; must be none or auto"),
-    field("parallel_tool_calls", |value, _| matches!(value, Value::Bool(_)), "must be true or false"),
-    field("functions", is_empty, "are not supported yet; leave it out"),
-    field("function_call", is_no_choice, "functions are not supported yet; must be none or auto"),
+    field("functions", is_empty, "are not supported; they are tools now"),
+    field("function_call", is_no_choice, "functions are not supported; they are tools now, with tool_choice"),
     field("modalities", is_text_alone, "answers are text; must be [\"text\"]"),
     unsupported("audio", "answers are text; leave it out"),
     unsupported("prediction", "is not supported; leave it out"),
@@ -111,10 +108,8 @@ const CHAT_ALONE: &[Field] = &[
     field("prompt_cache_options", is_default_cache, "only {\"mode\": \"implicit\", \"ttl\": \"30m\"} is supported"),
     unsupported("messages[].audio", MESSAGES_ARE_TEXT),
     unsupported("messages[].refusal", "is not supported; leave it out"),
-    unsupported("messages[].function_call", "functions are not supported yet; leave it out"),
-    field("messages[].tool_calls", is_empty, "tools are not supported yet; leave it out"),
+    unsupported("messages[].function_call", "functions are not supported; they are tools now, with tool_calls"),
     field("messages[].annotations", is_empty, "are not supported; leave it out"),
-    unsupported("messages[].tool_call_id", "results of tools are not supported yet; leave it out"),
     unsupported("messages[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
     unsupported("messages[].content[].image_url", MESSAGES_ARE_TEXT),
     unsupported("messages[].content[].input_audio", MESSAGES_ARE_TEXT),
@@ -238,9 +233,8 @@ mod tests {
             r#""store": false, "service_tier": "auto""#,
             r#""service_tier": "default", "logit_bias": {}"#,
             r#""logit_bias": {"50256": 0}, "logprobs": false, "top_logprobs": 0"#,
-            r#""tools": [], "tool_choice": "none", "functions": []"#,
-            r#""tool_choice": "auto", "parallel_tool_calls": true, "function_call": "none""#,
-            r#""parallel_tool_calls": false, "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
+            r#""functions": [], "function_call": "auto""#,
+            r#""function_call": "none", "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
             r#""prompt_cache_retention": "in_memory", "prompt_cache_options": {"mode": "implicit"}"#,
         ];
         let refused = [
@@ -251,10 +245,6 @@ mod tests {
             (r#""logit_bias": {"50256": -100}"#, "logit_bias"),
             (r#""logprobs": true"#, "logprobs"),
             (r#""top_logprobs": 5"#, "top_logprobs"),
-            (r#""tools": [{"type": "function"}]"#, "tools"),
-            (r#""tool_choice": "required""#, "tool_choice"),
-            (r#""tool_choice": {"type": "function"}"#, "tool_choice"),
-            (r#""parallel_tool_calls": "yes""#, "parallel_tool_calls"),
             (r#""functions": [{"name": "f"}]"#, "functions"),
             (r#""modalities": ["text", "audio"]"#, "modalities"),
             (r#""audio": {"voice": "alloy"}"#, "audio"),
@@ -305,13 +295,12 @@ mod tests {
     fn messages_may_be_sent_back_whole() {
         let message = |extra: &str| format!(r#"{{"messages": [{{"role": "user"}}, {{"role": "assistant"{extra}}}]}}"#);
         let plain = Value::from_json(message("").as_bytes()).expect("JSON");
-        let whole = r#", "refusal": null, "annotations": [], "audio": null, "function_call": null, "tool_calls": null"#;
+        let whole = r#", "refusal": null, "annotations": [], "audio": null, "function_call": null"#;
         assert_eq!(settled(CHAT, &message(whole)), Ok(plain.clone()));
-        assert_eq!(settled(CHAT, &message(r#", "annotations": null, "tool_calls": []"#)), Ok(plain));
+        assert_eq!(settled(CHAT, &message(r#", "annotations": null, "function_call": null"#)), Ok(plain));
         for (extra, param) in [
-            (r#", "tool_calls": [{"id": "a"}]"#, "messages[1].tool_calls"),
+            (r#", "function_call": {"name": "a"}"#, "messages[1].function_call"),
             (r#", "refusal": "no""#, "messages[1].refusal"),
-            (r#", "tool_call_id": "a""#, "messages[1].tool_call_id"),
             (r#", "content": [{"type": "image_url", "image_url": {}}]"#, "messages[1].content[0].image_url"),
             (r#", "content": [{}, {"prompt_cache_breakpoint": {}}]"#, "messages[1].content[1].prompt_cache_breakpoint"),
         ] {

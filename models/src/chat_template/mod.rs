@@ -5,7 +5,7 @@
 //! client's to mend; what else goes wrong is ours. A template is a program from a stranger: it is compiled and rendered on
 //! a thread with a stack of its own (`threads.rs`), which bounds of source (`nesting.rs`) and values (`kept.rs`) suffice for,
 //! with fuel (`program.rs`), bounded memory and until a deadline (`budget.rs`). Does not know: tokenizers, but for the
-//! spellings of special tokens; tools and documents, which are passed as none.
+//! spellings of special tokens; how calls of tools are read (`tools`); documents, which are passed as none.
 //! Source: transformers `utils/chat_template_utils.py`.
 
 use std::collections::BTreeMap;
@@ -21,11 +21,13 @@ use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
 use crate::files::Limit;
 use crate::tokenizer::config::TokenizerConfig;
+use crate::tools::{Tool, ToolFormat};
 
 mod budget;
 mod filters;
 mod globals;
 mod kept;
+mod message;
 mod nesting;
 mod objects;
 mod operators;
@@ -35,24 +37,12 @@ mod sequences;
 pub mod threads;
 mod weight;
 
+pub use message::{ChatMessage, ToolCall};
 use program::Program;
 use threads::{Failure, Overdue};
 
 /// What a rendering gets beside its own deadline until it is given up: for code that does not look at the clock.
 const GRACE: Duration = Duration::from_secs(1);
-
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ChatMessage {
-    /// `system`, `user`, `assistant`, or what the template knows.
-    pub role: String,
-    /// Text.
-    pub content: String,
-    /// Who speaks, among several of one role; absent from what the template sees where nobody said it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-}
 
 /// A template with the special tokens that it may name.
 #[derive(Debug)]
@@ -61,6 +51,15 @@ pub struct ChatTemplate {
     overdue: Overdue,
     /// `bos_token`, `eos_token`, ... by the name under which a template asks for them.
     special_tokens: BTreeMap<String, String>,
+    /// What it does with tools; none where it shows the model none.
+    tools: Option<ToolSupport>,
+}
+
+/// What a template does with tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ToolSupport {
+    /// How it writes calls, if in a way that is known.
+    pub format: Option<ToolFormat>,
 }
 
 impl ChatTemplate {
@@ -96,8 +95,9 @@ impl ChatTemplate {
             let all: Vec<String> = unsupported.iter().map(ToString::to_string).collect();
             return Err(format!("the chat template uses what is not supported: {}", all.join("; ")));
         }
-        let template = Self { program: Arc::new(program), overdue, special_tokens };
+        let mut template = Self { program: Arc::new(program), overdue, special_tokens, tools: None };
         template.try_conversations().map_err(|error| format!("the chat template cannot be rendered: {error}"))?;
+        template.tools = template.try_tools();
         Ok(template)
     }
 
@@ -109,10 +109,8 @@ impl ChatTemplate {
         let mut failure = None;
         let mut answers = 0;
         for roles in SHAPES {
-            let message =
-                |role: &&str| ChatMessage { role: (*role).to_owned(), content: "Hello there.".to_owned(), name: None };
-            let messages: Vec<ChatMessage> = roles.iter().map(message).collect();
-            match self.text(&messages) {
+            let messages: Vec<ChatMessage> = roles.iter().map(|role| ChatMessage::new(role, "Hello there.")).collect();
+            match self.text(&messages, &[]) {
                 Err(error) if error.is_hopeless() => return Err(error),
                 Err(error) if error.refusal().is_none() => failure = Some(error),
                 _ => answers += 1,
@@ -121,12 +119,40 @@ impl ChatTemplate {
         failure.filter(|_| answers == 0).map_or(Ok(()), Err)
     }
 
+    /// What it does with tools, found by showing it one, and a conversation with a call.
+    fn try_tools(&self) -> Option<ToolSupport> {
+        const NAME: &str = "look_up_the_weather";
+        let parameters = serde_json::json!({"type": "object", "properties": {}});
+        let tool = Tool { name: NAME.to_owned(), description: Some(String::new()), parameters, field: String::new() };
+        let question = ChatMessage::new("user", "Hello there.");
+        let shown = self.text(std::slice::from_ref(&question), &[tool]).ok()?;
+        if !shown.contains(NAME) {
+            return None;
+        }
+        let arguments = serde_json::Map::from_iter([("place".to_owned(), "here".into())]);
+        let call = ToolCall { id: "call_1".to_owned(), name: NAME.to_owned(), arguments };
+        let called = ChatMessage { tool_calls: vec![call], ..ChatMessage::new("assistant", "") };
+        let result = ChatMessage { tool_call_id: Some("call_1".to_owned()), ..ChatMessage::new("tool", "Rain.") };
+        let text = self.text(&[question, called, result], &[]).ok();
+        Some(ToolSupport { format: text.and_then(|text| ToolFormat::of_text(&text, NAME)) })
+    }
+
+    /// What it does with tools; `None` where it shows the model none.
+    pub fn tools(&self) -> Option<ToolSupport> {
+        self.tools
+    }
+
     /// The conversation as text, ending where the assistant begins to speak.
     ///
     /// What the template itself refuses (`raise_exception`) is an [`Error::InvalidRequest`] that names `messages`;
     /// any other failure is an [`Error::ChatTemplate`].
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
-        self.text(messages).map_err(|error| match error.refusal() {
+        self.render_with_tools(messages, &[])
+    }
+
+    /// As [`ChatTemplate::render`], with the tools that the model may call.
+    pub fn render_with_tools(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<String> {
+        self.text(messages, tools).map_err(|error| match error.refusal() {
             Some(words) => Error::invalid("messages", words),
             None => Error::ChatTemplate(error.without_the_conversation()),
         })
@@ -136,39 +162,28 @@ impl ChatTemplate {
     /// of a millisecond. `None` where it would take longer, fails for any other reason than a refusal of its own, or
     /// this thread renders nothing ([`threads::render_little_on_this_thread`]).
     pub fn render_little(&self, messages: &[ChatMessage]) -> Option<Result<String>> {
-        let render = || budget::within(budget::LITTLE, || self.program.render_frugally(self.variables(messages)));
+        let render = || budget::within(budget::LITTLE, || self.program.render_frugally(self.variables(messages, &[])));
         match threads::run_little(render)? {
             Ok(text) => Some(Ok(text)),
             Err(error) => globals::raised(&error).map(|words| Err(Error::invalid("messages", words))),
         }
     }
 
-    fn text(&self, messages: &[ChatMessage]) -> Result<String, RenderError> {
-        let (program, variables) = (self.program.clone(), self.variables(messages));
+    fn text(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<String, RenderError> {
+        let (program, variables) = (self.program.clone(), self.variables(messages, tools));
         let render = move || budget::within(budget::MOST, || program.render(variables));
         Ok(self.overdue.run(budget::MAX_TIME + GRACE, render)??)
     }
 
-    fn variables(&self, messages: &[ChatMessage]) -> Value {
-        // In this order: `tojson` shows it.
-        let message = |m: &ChatMessage| {
-            let said = [("role", Some(&m.role)), ("content", Some(&m.content)), ("name", m.name.as_ref())];
-            Value::from_pairs(said.into_iter().filter_map(|(key, text)| Some((key, Value::from(text?)))))
-        };
+    fn variables(&self, messages: &[ChatMessage], tools: &[Tool]) -> Value {
         let mut variables: BTreeMap<&str, Value> =
             self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))).collect();
-        variables.insert("messages", messages.iter().map(message).collect());
+        variables.insert("messages", messages.iter().map(ChatMessage::for_template).collect());
         variables.insert("add_generation_prompt", Value::from(true));
-        variables.insert("tools", Value::from(()));
+        let shown: Vec<Value> = tools.iter().map(|tool| message::value_of(&tool.to_json())).collect();
+        variables.insert("tools", if shown.is_empty() { Value::from(()) } else { Value::from(shown) });
         variables.insert("documents", Value::from(()));
         Value::from(variables)
-    }
-}
-
-impl ChatMessage {
-    /// Bytes of its texts.
-    pub fn num_bytes(&self) -> usize {
-        self.role.len() + self.content.len() + self.name.as_ref().map_or(0, String::len)
     }
 }
 

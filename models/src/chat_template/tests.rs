@@ -3,9 +3,10 @@
 use super::*;
 
 mod hostile;
+mod tools;
 
 fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.into(), content: content.into(), name: None }
+    ChatMessage::new(role, content)
 }
 
 fn load(source: &str) -> Result<ChatTemplate, String> {

@@ -148,6 +148,7 @@ pub fn load(
             None => SamplingDefaults::default(),
         },
         grammars,
+        tool_format: options.tool_call_parser,
     };
     Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
 }

@@ -9,7 +9,7 @@ use llguidance::ParserFactory;
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value};
 
-use super::{Asked, Form, parser, problem, schema};
+use super::{Asked, Form, parser, problem, schema, source};
 use crate::error::Error;
 
 /// Most parts that are tried, and for how long.
@@ -18,19 +18,25 @@ const MAX_TIME: Duration = Duration::from_millis(200);
 
 /// What is wrong with what was asked, of which the library said this.
 pub(super) fn error(factory: &ParserFactory, asked: &Asked, said: &str) -> Error {
-    let mut search =
-        Search { factory, definitions: Map::new(), tries_left: MAX_TRIES, deadline: Instant::now() + MAX_TIME };
-    if let Form::Schema(Value::Object(fields)) = &asked.form {
-        let is_definitions = |name: &str| matches!(name, "$defs" | "definitions");
-        let definitions = fields.iter().filter(|(name, _)| is_definitions(name));
-        search.definitions = definitions.map(|(name, of)| (name.clone(), of.clone())).collect();
-    }
+    let definitions = match &asked.form {
+        Form::Schema(schema) => definitions(schema),
+        _ => Map::new(),
+    };
+    let mut search = Search { factory, definitions, tries_left: MAX_TRIES, deadline: Instant::now() + MAX_TIME };
     let found = match &asked.form {
         Form::Schema(schema) if refers_to_definitions_alone(schema) => search.part(&asked.field, schema),
+        Form::Calls(calls) => source::schemas_of(calls).find_map(|(field, schema)| search.whole(field, schema)),
         _ => None,
     };
     let (path, said) = found.unwrap_or_else(|| (asked.field.clone(), said.to_owned()));
     Error::invalid(path, problem::in_own_words(&said, matches!(asked.form, Form::Lark(_))))
+}
+
+/// What the references of a schema may lead to, to stand beside its parts.
+fn definitions(schema: &Value) -> Map<String, Value> {
+    let fields = schema.as_object().into_iter().flatten();
+    let definitions = fields.filter(|(name, _)| matches!(name.as_str(), "$defs" | "definitions"));
+    definitions.map(|(name, of)| (name.clone(), of.clone())).collect()
 }
 
 struct Search<'a> {
@@ -41,6 +47,15 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
+    /// What is said of a schema that fails alone, or of its part.
+    fn whole(&mut self, path: &str, schema: &Value) -> Option<(String, String)> {
+        let grammar = TopLevelGrammar::from_json_schema(schema::prepared(schema));
+        let said = parser(self.factory, grammar).err()?;
+        self.definitions = definitions(schema);
+        let part = if refers_to_definitions_alone(schema) { self.part(path, schema) } else { None };
+        Some(part.unwrap_or_else(|| (path.to_owned(), said)))
+    }
+
     /// The innermost part that fails alone, with what is said of it.
     fn part(&mut self, path: &str, schema: &Value) -> Option<(String, String)> {
         for (path, part) in schema::parts(path, schema) {

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
+use crate::tools::Calls;
 use crate::unpanicked::unpanicked;
 
 mod blame;
@@ -61,6 +62,8 @@ pub enum Form {
     Choice(Vec<String>),
     /// A text of a context-free grammar in llguidance's variant of Lark, from its rule `start`.
     Lark(String),
+    /// Calls of tools, or what else the answer may be.
+    Calls(Calls),
 }
 
 impl Asked {
@@ -132,7 +135,8 @@ impl Grammars {
             return Ok(found);
         }
         let factory = self.factory(&asked.field)?;
-        let checked = source::checked(&asked)?;
+        let has_token = |spelling: &str| self.tokenizer.token_id(spelling).is_some();
+        let checked = source::checked(&asked, has_token)?;
         let parser = match parser(factory, checked) {
             Ok(parser) => parser,
             Err(said) => return Err(blame::error(factory, &asked, &said)),

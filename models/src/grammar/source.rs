@@ -5,23 +5,25 @@
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::regex_to_lark;
+use serde_json::Value;
 
 use super::{Asked, Form, MAX_CHOICE_BYTES, MAX_CHOICES, MAX_LARK_BYTES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, schema};
 use crate::error::{Error, Result};
+use crate::tools::{Calls, Otherwise};
 
 /// Most open parentheses, brackets and braces: a parser calls itself for each.
 const MAX_NESTING: usize = 64;
+/// Longest grammar of calls, with the schemas of all tools.
+const MAX_CALLS_BYTES: usize = 1 << 20;
 /// Most rules and terminals of a grammar, one a line at least: compiling one calls itself for those that it names.
 const MAX_LARK_LINES: usize = 2048;
 
-/// The source for the library, or what is wrong with it.
-pub(super) fn checked(asked: &Asked) -> Result<TopLevelGrammar> {
+/// The source for the library, or what is wrong with it. `has_token` says whether there is a special token.
+pub(super) fn checked(asked: &Asked, has_token: impl Fn(&str) -> bool) -> Result<TopLevelGrammar> {
     let Asked { field, form } = asked;
     match form {
         Form::Schema(value) => {
-            let num_bytes = value.to_string().len();
-            check_bytes(field, num_bytes, MAX_SCHEMA_BYTES)?;
-            schema::check(field, value)?;
+            check_schema(field, value)?;
             Ok(TopLevelGrammar::from_json_schema(schema::prepared(value)))
         }
         Form::Regex(expression) => {
@@ -45,7 +47,29 @@ pub(super) fn checked(asked: &Asked) -> Result<TopLevelGrammar> {
             check_directives(field, grammar)?;
             Ok(TopLevelGrammar::from_lark(grammar.clone()))
         }
+        Form::Calls(calls) => {
+            for (field, schema) in schemas_of(calls) {
+                check_schema(field, schema)?;
+            }
+            let grammar = calls.lark(schema::prepared, has_token);
+            check_bytes(field, grammar.len(), MAX_CALLS_BYTES)?;
+            Ok(TopLevelGrammar::from_lark(grammar))
+        }
     }
+}
+
+/// The schemas of what an answer may be where there are tools, with their paths.
+pub(super) fn schemas_of(calls: &Calls) -> impl Iterator<Item = (&str, &Value)> {
+    let value = match &calls.otherwise {
+        Otherwise::Value { schema, field } => Some((field.as_str(), schema)),
+        Otherwise::Nothing | Otherwise::Text => None,
+    };
+    calls.tools.iter().map(|tool| (tool.field.as_str(), &tool.parameters)).chain(value)
+}
+
+fn check_schema(field: &str, schema: &Value) -> Result<()> {
+    check_bytes(field, schema.to_string().len(), MAX_SCHEMA_BYTES)?;
+    schema::check(field, schema)
 }
 
 /// A text as Lark spells a string: as JSON does.

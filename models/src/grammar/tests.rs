@@ -6,6 +6,7 @@ use super::*;
 use crate::testing::{Script, text_model};
 use crate::{ModelCard, TextCard};
 
+mod calls;
 mod generated;
 mod hostile;
 
@@ -132,7 +133,7 @@ fn what_is_compiled_is_kept() {
     assert!(!Arc::ptr_eq(&first.0, &other.0));
 }
 
-/// Printed, not held: machines differ. 258 tokens; a vocabulary of 50 thousand is tried by `scripts/structured`.
+/// Printed, not held: machines differ. Of a vocabulary of 258 tokens.
 #[test]
 fn what_a_token_costs() {
     let card = card();

@@ -26,6 +26,14 @@ pub const PAD: &str = "<pad>";
 const START: &str = "<|turn|>";
 const END: &str = "<|end|>";
 
+/// Turns, with tools and calls of them as Hermes writes these.
+const TEMPLATE: &str = concat!(
+    "{% if tools %}<|turn|>tools: {{ tools | tojson }}\n{% endif %}",
+    "{% for m in messages %}<|turn|>{{ m.role }}: {% if m.content is not none %}{{ m.content }}{% endif %}",
+    "{% for call in m.tool_calls or [] %}<tool_call>\n{\"name\": \"{{ call.function.name }}\", ",
+    "\"arguments\": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}\n{% endfor %}<|turn|>assistant: "
+);
+
 /// Writes the published files of such a tokenizer, with a small chat template, into the folder `dir`.
 pub fn write(dir: &Path, around: Around) -> Result<()> {
     write_with(dir, around, &[])
@@ -33,12 +41,11 @@ pub fn write(dir: &Path, around: Around) -> Result<()> {
 
 /// As [`write()`], of a tokenizer that knows these special tokens too, by their numbers.
 pub fn write_with(dir: &Path, around: Around, tokens: &[(u32, &str)]) -> Result<()> {
-    let template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}\n{% endfor %}<|turn|>assistant: ";
     let pad = if tokens.iter().any(|(_, token)| *token == PAD) { PAD } else { END };
     let files = [
         ("tokenizer.json", tokenizer(around, tokens).to_string()),
         ("tokenizer_config.json", json!({"eos_token": END, "pad_token": pad}).to_string()),
-        ("chat_template.jinja", template.to_owned()),
+        ("chat_template.jinja", TEMPLATE.to_owned()),
     ];
     for (name, text) in files {
         let path = dir.join(name);

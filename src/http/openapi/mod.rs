@@ -109,6 +109,14 @@ fn request(task: Task) -> Value {
         properties.extend(text::structured::names().map(|name| (name.to_owned(), reference(structured(name)))));
         required.push(name);
     }
+    if task == Task::Chat {
+        let of_tools = [
+            (text::tools::TOOLS, "Tools"),
+            (text::tools::TOOL_CHOICE, "ToolChoice"),
+            (text::tools::PARALLEL, "ParallelToolCalls"),
+        ];
+        properties.extend(of_tools.map(|(name, component)| (name.to_owned(), reference(component))));
+    }
     properties.extend(unsupported(task, ""));
     object(properties, &required)
 }

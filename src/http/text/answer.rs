@@ -10,6 +10,7 @@ use futures_core::Stream;
 use serde::Serialize;
 use tale_models::Event;
 use tale_models::request::{FinishReason, Usage};
+use tale_models::tools::{CallReader, Said, ToolFormat};
 use uuid::Uuid;
 
 use super::wire::AnswerOptions;
@@ -41,16 +42,19 @@ pub(super) struct Head {
     id: String,
     created: u64,
     model: String,
+    /// How calls of tools are written, where there may be some.
+    tool_format: Option<ToolFormat>,
 }
 
 impl Head {
-    pub(super) fn new(shape: Shape, model: &str) -> Self {
+    pub(super) fn new(shape: Shape, model: &str, tool_format: Option<ToolFormat>) -> Self {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
             Shape::Completion => "cmpl",
         };
         let id = format!("{prefix}-{}", Uuid::now_v7().simple());
-        Self { shape, id, created: unix_seconds(std::time::SystemTime::now()), model: model.to_owned() }
+        let created = unix_seconds(std::time::SystemTime::now());
+        Self { shape, id, created, model: model.to_owned(), tool_format }
     }
 
     fn object(&self, is_chunk: bool) -> &'static str {
@@ -109,32 +113,69 @@ struct Choice<'a> {
 struct Speech<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
+    /// Null where the assistant only calls tools.
     #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
+    content: Option<Option<&'a str>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<WireCall<'a>>,
+}
+
+/// A call of a tool, or in a stream a part of one, which has a place among the others.
+#[derive(Serialize, Default)]
+struct WireCall<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: WireFunction<'a>,
+}
+
+#[derive(Serialize, Default)]
+struct WireFunction<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
 }
 
 impl<'a> Choice<'a> {
-    fn whole(shape: Shape, index: usize, text: &'a str, finish_reason: &'static str) -> Self {
-        let empty =
-            Self { index, message: None, delta: None, text: None, logprobs: None, finish_reason: Some(finish_reason) };
+    fn whole(shape: Shape, index: usize, reply: &'a Reply) -> Self {
+        let Reply { text, calls, reason, .. } = reply;
+        let empty = Self { index, message: None, delta: None, text: None, logprobs: None, finish_reason: Some(reason) };
+        let call = |call: &'a Call| WireCall {
+            index: None,
+            id: Some(&call.id),
+            kind: Some("function"),
+            function: WireFunction { name: Some(&call.name), arguments: &call.arguments },
+        };
+        let content = if text.is_empty() && !calls.is_empty() { None } else { Some(text.as_str()) };
+        let speech =
+            Speech { role: Some("assistant"), content: Some(content), tool_calls: calls.iter().map(call).collect() };
         match shape {
-            Shape::Chat => Self { message: Some(Speech { role: Some("assistant"), content: Some(text) }), ..empty },
+            Shape::Chat => Self { message: Some(speech), ..empty },
             Shape::Completion => Self { text: Some(text), ..empty },
         }
+    }
+
+    /// A part of a call.
+    fn call(index: usize, call: WireCall<'a>) -> Self {
+        let speech = Speech { tool_calls: vec![call], ..Speech::default() };
+        Self { index, message: None, delta: Some(speech), text: None, logprobs: None, finish_reason: None }
     }
 
     /// `text` is new text; the last part has a reason and no text.
     fn part(shape: Shape, index: usize, text: Option<&'a str>, finish_reason: Option<&'static str>) -> Self {
         let empty = Self { index, message: None, delta: None, text: None, logprobs: None, finish_reason };
         match shape {
-            Shape::Chat => Self { delta: Some(Speech { role: None, content: text }), ..empty },
+            Shape::Chat => Self { delta: Some(Speech { content: text.map(Some), ..Speech::default() }), ..empty },
             Shape::Completion => Self { text: Some(text.unwrap_or_default()), ..empty },
         }
     }
 
     /// The first part of a chat answer says who speaks.
     fn opening(index: usize) -> Self {
-        let speech = Speech { role: Some("assistant"), content: Some("") };
+        let speech = Speech { role: Some("assistant"), content: Some(Some("")), tool_calls: Vec::new() };
         Self { index, message: None, delta: Some(speech), text: None, logprobs: None, finish_reason: None }
     }
 }
@@ -190,19 +231,18 @@ pub(super) async fn whole(
 ) -> Result<Response, ApiError> {
     let mut answers = Vec::with_capacity(sessions.len());
     for mut session in sessions {
-        answers.push(collect(&mut session).await?);
+        answers.push(collect(&mut session, head.tool_format).await?);
     }
-    let num_bytes = answers.iter().map(|(text, _, _)| text.len()).sum();
+    let num_bytes = answers.iter().map(Reply::num_bytes).sum();
     Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, prompt_tokens, n)).await?)
 }
 
 /// One answer of the texts, reasons and usages of all sessions.
-fn joined(head: &Head, answers: &[(String, &'static str, Usage)], prompt_tokens: usize, n: usize) -> Response {
+fn joined(head: &Head, answers: &[Reply], prompt_tokens: usize, n: usize) -> Response {
     let mut usage = Usage { prompt_tokens, ..Usage::default() };
-    answers.iter().enumerate().for_each(|(index, (_, _, choice))| count(&mut usage, index, *choice, n));
+    answers.iter().enumerate().for_each(|(index, reply)| count(&mut usage, index, reply.usage, n));
     let choices = answers.iter().enumerate();
-    let choices: Vec<_> =
-        choices.map(|(index, (text, reason, _))| Choice::whole(head.shape, index, text, reason)).collect();
+    let choices: Vec<_> = choices.map(|(index, reply)| Choice::whole(head.shape, index, reply)).collect();
     Json(head.envelope(false, choices, Some(Some(usage.into())))).into_response()
 }
 
@@ -214,13 +254,68 @@ fn count(total: &mut Usage, index: usize, choice: Usage, n: usize) {
     }
 }
 
-/// Text, reason and usage of one session.
-async fn collect(session: &mut Session) -> Result<(String, &'static str, Usage), ApiError> {
-    let mut answer = String::new();
+/// What one session said.
+#[derive(Debug, Default)]
+struct Reply {
+    text: String,
+    calls: Vec<Call>,
+    reason: &'static str,
+    usage: Usage,
+}
+
+/// A call of a tool.
+#[derive(Debug)]
+struct Call {
+    id: String,
+    name: String,
+    arguments: String,
+}
+
+impl Reply {
+    fn num_bytes(&self) -> usize {
+        self.text.len() + self.calls.iter().map(|call| call.arguments.len()).sum::<usize>()
+    }
+
+    fn add(&mut self, said: Said) {
+        match (said, self.calls.last_mut()) {
+            (Said::Text(text), _) => self.text.push_str(&text),
+            (Said::Call(name), _) => self.calls.push(Call { id: call_id(), name, arguments: String::new() }),
+            (Said::Arguments(more), Some(call)) => call.arguments.push_str(&more),
+            (Said::Arguments(_) | Said::End, _) => (),
+        }
+    }
+}
+
+/// By which a tool's result refers to its call.
+fn call_id() -> String {
+    format!("call_{}", Uuid::now_v7().simple())
+}
+
+/// Why an answer with so many whole calls ended.
+fn reason_with_calls(reason: FinishReason, num_calls: usize) -> &'static str {
+    match reason_name(reason) {
+        "stop" if num_calls > 0 => "tool_calls",
+        name => name,
+    }
+}
+
+/// Text, calls, reason and usage of one session.
+async fn collect(session: &mut Session, tool_format: Option<ToolFormat>) -> Result<Reply, ApiError> {
+    let mut reply = Reply::default();
+    let mut reader = tool_format.map(CallReader::new);
     loop {
         match session.recv().await {
-            Some(Event::Text { text, .. }) => answer.push_str(&text),
-            Some(Event::Finished { reason, usage }) => return Ok((answer, reason_name(reason), usage)),
+            Some(Event::Text { text, .. }) => match &mut reader {
+                Some(reader) => reader.push(&text).into_iter().for_each(|said| reply.add(said)),
+                None => reply.text.push_str(&text),
+            },
+            Some(Event::Finished { reason, usage }) => {
+                let num_calls = reader.as_ref().map_or(0, CallReader::num_calls);
+                reader.into_iter().flat_map(|mut reader| reader.finish()).for_each(|said| reply.add(said));
+                reply.reason = reason_with_calls(reason, num_calls);
+                reply.usage = usage;
+                return Ok(reply);
+            }
             Some(Event::Failed(error)) => return Err(error.into()),
             Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
             None => return Err(cut_off()),
@@ -231,8 +326,10 @@ async fn collect(session: &mut Session) -> Result<(String, &'static str, Usage),
 /// The answer as it comes. Dropping the stream drops its sessions, which stops their work.
 pub(super) fn stream(head: Head, sessions: Vec<Session>, prompt_tokens: usize, options: AnswerOptions) -> Response {
     let is_chat = head.shape == Shape::Chat;
+    let readers = sessions.iter().map(|_| head.tool_format.map(Reading::new)).collect();
     let mut stream = AnswerStream {
         head,
+        readers,
         open: sessions.into_iter().map(Some).collect(),
         usage: Usage { prompt_tokens, ..Usage::default() },
         options,
@@ -250,11 +347,26 @@ struct AnswerStream {
     head: Head,
     /// One per choice; `None` once it has ended.
     open: Vec<Option<Session>>,
+    /// Of each choice that may have calls.
+    readers: Vec<Option<Reading>>,
     usage: Usage,
     options: AnswerOptions,
     buffer: Vec<u8>,
     keep_alive: KeepAlive,
     is_done: bool,
+}
+
+/// The calls of a choice, as they come.
+struct Reading {
+    reader: CallReader,
+    /// Calls that have begun.
+    begun: usize,
+}
+
+impl Reading {
+    fn new(format: ToolFormat) -> Self {
+        Self { reader: CallReader::new(format), begun: 0 }
+    }
 }
 
 impl AnswerStream {
@@ -268,18 +380,49 @@ impl AnswerStream {
     fn write_event(&mut self, index: usize, event: Event) {
         let shape = self.head.shape;
         match event {
-            Event::Text { text, .. } if !text.is_empty() => {
-                self.write_choice(Choice::part(shape, index, Some(&text), None));
-            }
+            Event::Text { text, .. } if !text.is_empty() => match &mut self.readers[index] {
+                None => self.write_choice(Choice::part(shape, index, Some(&text), None)),
+                Some(reading) => {
+                    let said = reading.reader.push(&text);
+                    said.into_iter().for_each(|said| self.write_said(index, said));
+                }
+            },
             Event::Finished { reason, usage } => {
                 count(&mut self.usage, index, usage, self.options.n);
                 self.open[index] = None;
-                self.write_choice(Choice::part(shape, index, None, Some(reason_name(reason))));
+                let num_calls = self.readers[index].as_ref().map_or(0, |reading| reading.reader.num_calls());
+                let rest = self.readers[index].as_mut().map_or(Vec::new(), |reading| reading.reader.finish());
+                rest.into_iter().for_each(|said| self.write_said(index, said));
+                let reason = reason_with_calls(reason, num_calls);
+                self.write_choice(Choice::part(shape, index, None, Some(reason)));
             }
             Event::Failed(error) => self.write_error(&error.into()),
             // Nothing that a reader of text would see.
             Event::Started | Event::Text { .. } | Event::Progress { .. } => (),
             Event::Preview { .. } | Event::Frames(_) => (),
+        }
+    }
+
+    /// What a choice with tools says. A call begins with its id and name; its arguments follow as they come.
+    fn write_said(&mut self, index: usize, said: Said) {
+        let begun = self.readers[index].as_ref().map_or(0, |reading| reading.begun);
+        match said {
+            Said::Text(text) => self.write_choice(Choice::part(self.head.shape, index, Some(&text), None)),
+            Said::Call(name) => {
+                if let Some(reading) = &mut self.readers[index] {
+                    reading.begun += 1;
+                }
+                let id = call_id();
+                let function = WireFunction { name: Some(&name), arguments: "" };
+                let call = WireCall { index: Some(begun), id: Some(&id), kind: Some("function"), function };
+                self.write_choice(Choice::call(index, call));
+            }
+            Said::Arguments(arguments) => {
+                let function = WireFunction { name: None, arguments: &arguments };
+                let call = WireCall { index: Some(begun.saturating_sub(1)), function, ..WireCall::default() };
+                self.write_choice(Choice::call(index, call));
+            }
+            Said::End => (),
         }
     }
 

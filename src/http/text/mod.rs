@@ -10,6 +10,7 @@ use tale_models::grammar::Asked;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
+use tale_models::tools::ToolFormat;
 use tale_models::{ModelCard, TextCard};
 
 use self::answer::{Head, Shape};
@@ -22,6 +23,7 @@ use crate::engine::Session;
 
 mod answer;
 pub mod structured;
+pub mod tools;
 pub mod wire;
 
 /// Prompts of more bytes are turned into tokens on a thread that computes; for shorter ones the way there is longer than
@@ -39,9 +41,15 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
         let (mut body, held) = received.read(state.compute(), wire::room_in_chat, wire::chat).await?;
         let card = text_card(&state, &body.model)?;
         let max_tokens_name = body.settle_max_tokens()?;
-        let TextBody { model, options, answer, asked, prompt: messages } = body;
-        let short = if asked.is_none() { text(&card)?.encode_short_chat(&messages) } else { None };
-        let order = Order { shape: Shape::Chat, model, options, answer, asked };
+        let TextBody { model, options, answer, asked, tools, prompt: messages } = body;
+        let is_plain = asked.is_none() && tools.is_none();
+        let short = if is_plain { text(&card)?.encode_short_chat(&messages) } else { None };
+        let shown = tools.as_ref().map_or(Vec::new(), |tools| tools.all().to_vec());
+        let (asked, tool_format) = match tools {
+            Some(tools) => tools.held_to(text(&card)?, asked).map(|(asked, format)| (Some(asked), Some(format)))?,
+            None => (asked, None),
+        };
+        let order = Order { shape: Shape::Chat, model, options, answer, asked, tool_format };
         let placed = match short {
             Some(prompt) => match prompt {
                 Ok(prompt) => order.place(admitted, text(&card)?, vec![prompt]),
@@ -50,8 +58,9 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
             // A template is a stranger's program, and may take its time, as a grammar does.
             None => {
                 let num_bytes = messages.iter().map(ChatMessage::num_bytes).sum();
-                let encode =
-                    move |card: &TextCard, cancelled: &CancelToken| Ok(vec![card.encode_chat(&messages, cancelled)?]);
+                let encode = move |card: &TextCard, cancelled: &CancelToken| {
+                    Ok(vec![card.encode_chat_with_tools(&messages, &shown, cancelled)?])
+                };
                 placed(&state, admitted, num_bytes, card, order, encode).await
             }
         };
@@ -69,7 +78,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let max_tokens = largest_context(&state)?;
         let room_of = move |name: &str| wire::room_in_completion(name, max_tokens);
         let (body, held) = received.read(state.compute(), room_of, wire::completion).await?;
-        let TextBody { model, options, answer, asked, prompt: texts } = body;
+        let TextBody { model, options, answer, asked, prompt: texts, .. } = body;
         let card = text_card(&state, &model)?;
         if texts.len() * answer.n > MAX_CHOICES {
             let problem = format!("has {} prompts; prompts times n may be {MAX_CHOICES} at most", texts.len());
@@ -80,7 +89,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             texts.into_iter().map(|prompt| prompt.encode(card, cancelled)).collect()
         };
         let is_little = num_bytes <= MAX_INLINE_PROMPT_BYTES && asked.is_none();
-        let order = Order { shape: Shape::Completion, model, options, answer, asked };
+        let order = Order { shape: Shape::Completion, model, options, answer, asked, tool_format: None };
         let placed = match is_little {
             true => {
                 let card = text(&card)?;
@@ -110,6 +119,8 @@ struct Order {
     options: Options,
     answer: wire::AnswerOptions,
     asked: Option<Asked>,
+    /// How the answer's calls of tools are written, if it may have some.
+    tool_format: Option<ToolFormat>,
 }
 
 /// An order whose sessions the engine has.
@@ -138,8 +149,8 @@ impl Order {
 
 impl Placed {
     async fn answer(self, state: &AppState) -> Result<Response, ApiError> {
-        let Self { order: Order { shape, model, answer, .. }, mut sessions, prompt_tokens } = self;
-        let head = Head::new(shape, &model);
+        let Self { order: Order { shape, model, answer, tool_format, .. }, mut sessions, prompt_tokens } = self;
+        let head = Head::new(shape, &model, tool_format);
         if !answer.stream {
             return answer::whole(state.compute(), head, sessions, prompt_tokens, answer.n).await;
         }

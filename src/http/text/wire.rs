@@ -6,12 +6,13 @@ use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tale_models::TextCard;
 use tale_models::cancel::CancelToken;
-use tale_models::chat_template::ChatMessage;
+use tale_models::chat_template::{ChatMessage, ToolCall};
 use tale_models::grammar::Asked;
 use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
 use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
 
 use super::structured;
+use super::tools::{self, Tools};
 use crate::http::body::value::{Object, Room, Value};
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
@@ -55,6 +56,8 @@ pub(super) struct TextBody<T> {
     pub(super) answer: AnswerOptions,
     /// What the answer is held to.
     pub(super) asked: Option<Asked>,
+    /// Tools that it may call.
+    pub(super) tools: Option<Tools>,
     pub(super) prompt: T,
 }
 
@@ -78,7 +81,10 @@ struct CompletionFields {
 pub(super) fn room_in_chat(name: &str) -> Room {
     match name {
         "messages" => Room { max_items: MAX_MESSAGES, max_values: MAX_MESSAGE_VALUES, ..Room::SMALL },
-        name => structured::room_in(name).unwrap_or_else(|| parameters::room_in(TEXT_PARAMETERS, name)),
+        name => {
+            let known = structured::room_in(name).or_else(|| tools::room_in(name));
+            known.unwrap_or_else(|| parameters::room_in(TEXT_PARAMETERS, name))
+        }
     }
 }
 
@@ -97,9 +103,11 @@ pub(super) fn room_in_completion(name: &str, max_tokens: usize) -> Room {
 pub(super) fn chat(body: Value) -> Result<TextBody<Vec<ChatMessage>>, ApiError> {
     let mut body = settled(body, openai::CHAT)?;
     let asked = structured::take(&mut body)?;
+    let tools = tools::take(&mut body)?;
     let options = take(&mut body, CHAT, "messages")?;
     let ChatFields { messages, stream_options } = body::read(Value::Object(body))?;
-    TextBody::new(options, stream_options.as_ref(), asked, conversation(messages)?)
+    let body = TextBody::new(options, stream_options.as_ref(), asked, conversation(messages)?)?;
+    Ok(TextBody { tools, ..body })
 }
 
 /// Body of `POST /v1/completions`.
@@ -132,7 +140,7 @@ impl<T> TextBody<T> {
     ) -> Result<Self, ApiError> {
         let model = options.get(&MODEL).unwrap_or_default();
         let answer = AnswerOptions::new(&options, stream_options)?;
-        Ok(Self { model, options, answer, asked, prompt })
+        Ok(Self { model, options, answer, asked, tools: None, prompt })
     }
 
     /// The name under which the client gave the most tokens, for errors.
@@ -152,7 +160,16 @@ impl<T> TextBody<T> {
 
 /// What has been said so far.
 fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
-    messages.into_iter().enumerate().map(|(index, message)| message.into_message(index)).collect()
+    let numbered = messages.into_iter().enumerate();
+    let messages: Vec<ChatMessage> = numbered.map(|(index, of)| of.into_message(index)).collect::<Result<_, _>>()?;
+    for (index, message) in messages.iter().enumerate() {
+        let mut calls = messages[..index].iter().flat_map(|earlier| &earlier.tool_calls);
+        if message.tool_call_id.as_ref().is_some_and(|id| !calls.any(|call| call.id == *id)) {
+            let path = format!("messages[{index}].tool_call_id");
+            return Err(ApiError::field(path, "is the id of no call before it"));
+        }
+    }
+    Ok(messages)
 }
 
 /// How the answer is wanted.
@@ -194,6 +211,45 @@ pub(super) struct WireMessage {
     role: Role,
     content: Option<Content>,
     name: Option<String>,
+    tool_calls: Option<Vec<WireCall>>,
+    tool_call_id: Option<String>,
+}
+
+/// One of a message's `tool_calls`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireCall {
+    id: String,
+    #[serde(rename = "type")]
+    _kind: CallKind,
+    function: WireFunction,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CallKind {
+    Function,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireFunction {
+    name: String,
+    arguments: String,
+}
+
+impl WireCall {
+    /// Of the one at `path`.
+    fn into_call(self, path: &str) -> Result<ToolCall, ApiError> {
+        let Self { id, function: WireFunction { name, arguments }, .. } = self;
+        match serde_json::from_str(&arguments) {
+            Ok(arguments) => Ok(ToolCall { id, name, arguments }),
+            Err(_) => {
+                let path = format!("{path}.function.arguments");
+                Err(ApiError::field(path, "must be the text of a JSON object"))
+            }
+        }
+    }
 }
 
 /// Who speaks.
@@ -205,8 +261,8 @@ enum Role {
     Developer,
     User,
     Assistant,
-    /// This and the next are known to be refused by their names.
     Tool,
+    /// Known to be refused by its name.
     Function,
 }
 
@@ -217,11 +273,25 @@ impl WireMessage {
             Role::System | Role::Developer => "system",
             Role::User => "user",
             Role::Assistant => "assistant",
-            Role::Tool | Role::Function => {
-                let problem = "results of tools are not supported yet; must be system, developer, user or assistant";
+            Role::Tool => "tool",
+            Role::Function => {
+                let problem = "is OpenAI's older name of tool, which is another kind of message; must be tool";
                 return Err(ApiError::field_code(format!("messages[{index}].role"), "unsupported_value", problem));
             }
         };
+        let calls = self.tool_calls.unwrap_or_default();
+        if !calls.is_empty() && role != "assistant" {
+            return Err(ApiError::field(format!("messages[{index}].tool_calls"), "are the assistant's alone"));
+        }
+        let numbered = calls.into_iter().enumerate();
+        let call = |(place, call): (usize, WireCall)| call.into_call(&format!("messages[{index}].tool_calls[{place}]"));
+        let tool_calls = numbered.map(call).collect::<Result<Vec<_>, _>>()?;
+        let id_path = format!("messages[{index}].tool_call_id");
+        match (&self.tool_call_id, role) {
+            (None, "tool") => return Err(ApiError::field_code(id_path, "missing_required_parameter", "is missing")),
+            (Some(_), "tool") | (None, _) => (),
+            (Some(_), _) => return Err(ApiError::field(id_path, "is of messages of the role tool alone")),
+        }
         let content = match (self.content, self.role) {
             (Some(Content(content)), _) => content,
             // OpenAI's clients have no content to send back where the assistant only called tools.
@@ -231,7 +301,8 @@ impl WireMessage {
                 return Err(ApiError::field_code(path, "missing_required_parameter", "is missing"));
             }
         };
-        Ok(ChatMessage { role: role.into(), content, name: self.name })
+        let tool_call_id = self.tool_call_id;
+        Ok(ChatMessage { role: role.into(), content, name: self.name, tool_calls, tool_call_id })
     }
 }
 
