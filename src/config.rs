@@ -16,7 +16,7 @@ use tale_models::ModelSource;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
-use tale_models::kv::PrefixCache;
+use tale_models::kv::{KvCacheDtype, PrefixCache};
 use tale_models::tools::ToolFormat;
 
 use crate::engine::{EngineOptions, ModelSpec};
@@ -98,6 +98,12 @@ pub struct Settings {
     #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "parsed")]
     pub kv_cache: Option<ByteSize>,
+
+    /// How the key/value cache is kept: auto (as it is computed), f32, bf16 or f16 (on the CPU), or int8 (half of 16 bits)
+    /// [default: auto]
+    #[arg(long, value_name = "DTYPE")]
+    #[serde(deserialize_with = "parsed")]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
 
     /// Whose prompts share what the key/value cache holds of a common beginning: off (nobody's), per-client (those of each
     /// client), or shared (all) [default: per-client]
@@ -388,6 +394,7 @@ impl Settings {
             load_format: self.load_format.or(file.load_format),
             memory: self.memory.or(file.memory),
             kv_cache: self.kv_cache.or(file.kv_cache),
+            kv_cache_dtype: self.kv_cache_dtype.or(file.kv_cache_dtype),
             prefix_cache: self.prefix_cache.or(file.prefix_cache),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
@@ -421,6 +428,7 @@ impl Settings {
             load: LoadOptions {
                 load_format: self.load_format.unwrap_or_default(),
                 kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
+                kv_cache_dtype: self.kv_cache_dtype.unwrap_or_default(),
                 prefix_cache: self.prefix_cache.map_or(load.prefix_cache, PrefixCacheScope::chosen),
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
@@ -660,6 +668,7 @@ mod tests {
         assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
         assert_eq!(config.engine.memory_bytes, Some(24 << 30));
         assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
+        assert_eq!(config.engine.load.kv_cache_dtype, KvCacheDtype::Int8);
         assert_eq!(config.engine.load.prefix_cache, PrefixCache::Shared);
         assert_eq!(config.engine.load.max_batch_tokens, 1024);
         assert_eq!(config.engine.load.max_batch_sequences, 32);
@@ -707,6 +716,7 @@ mod tests {
             ("device", engine.device.to_string()),
             ("load_format", "auto".to_owned()),
             ("kv_cache", gib(engine.load.kv_cache_bytes)),
+            ("kv_cache_dtype", engine.load.kv_cache_dtype.to_string()),
             ("prefix_cache", "per-client".to_owned()),
             ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
             ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
@@ -774,6 +784,7 @@ mod tests {
         );
         check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
         check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
+        check_error("kv_cache_dtype = \"fp8\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8"]);
         check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
         check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);

@@ -160,7 +160,7 @@ fn paged() -> Result<()> {
     const BLOCK: usize = 32;
     for (sequences, rows, context) in [(1, 1, 1024), (16, 1, 1024), (1, 1, 8192), (1, 256, 256), (1, 256, 4096)] {
         let blocks = sequences * context / BLOCK;
-        let (k, v) = (random(&[blocks, BLOCK, 4, 64])?, random(&[blocks, BLOCK, 4, 64])?);
+        let cache = tale_kernels::PagedCache::new(random(&[blocks, BLOCK, 4, 64])?, random(&[blocks, BLOCK, 4, 64])?);
         let q = random(&[sequences * rows, 32, 64])?;
         let tables = (0..blocks as u32).collect::<Vec<_>>();
         let batch = tale_kernels::PagedBatch {
@@ -169,10 +169,10 @@ fn paged() -> Result<()> {
             block_tables: tables.chunks(context / BLOCK).map(<[u32]>::to_vec).collect(),
             slot_mapping: vec![0; sequences * rows],
         };
-        let batch = batch.prepare(32, &k)?;
+        let batch = batch.prepare(32, &cache)?;
         let flops = 4.0 * (sequences * rows * 32 * 64) as f64 * (context - rows / 2) as f64;
         compute("paged_attention", &format!("{sequences} x {rows} rows, context {context}"), flops, || {
-            black_box(tale_kernels::paged_attention(&q, &k, &v, &batch, 0.125).expect("shapes fit"));
+            black_box(tale_kernels::paged_attention(&q, &cache, &batch, 0.125).expect("shapes fit"));
         });
     }
     Ok(())

@@ -174,6 +174,7 @@ impl Dense<'_> {
             v: &self.v.0[batch * self.v.1.batch + kv_head * self.v.1.head..],
             strides: (self.k.1.position, self.v.1.position),
             blocks: None,
+            scales: None,
         };
         let (d, q, bias) = (self.shape.d, self.q.0, self.bias);
         let scale = self.options.scale.unwrap_or(1.0 / (d as f64).sqrt()) as f32;

@@ -24,7 +24,11 @@ __device__ __forceinline__ void from_float(float x, bf16& y) { y = __float2bfloa
 #include "emulator.h"
 #endif
 
+/// An integer of a cache in 8 bits.
+using int8 = signed char;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(int8 x) { return static_cast<float>(x); }
 __device__ __forceinline__ void from_float(float x, float& y) { y = x; }
 
 template <typename T>

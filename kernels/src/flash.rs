@@ -43,6 +43,17 @@ pub(crate) struct Keys<'a, T> {
     pub(crate) strides: (usize, usize),
     /// Block numbers and keys per block, if keys lie in blocks.
     pub(crate) blocks: Option<(&'a [u32], usize)>,
+    /// What `k` and `v` are multiplied with, if they are integers.
+    pub(crate) scales: Option<KeyScales<'a>>,
+}
+
+/// One scale for each key and each value.
+#[derive(Clone, Copy)]
+pub(crate) struct KeyScales<'a> {
+    pub(crate) k: &'a [f32],
+    pub(crate) v: &'a [f32],
+    /// Distance between keys, and between values.
+    pub(crate) stride: usize,
 }
 
 impl<T> Keys<'_, T> {
@@ -197,6 +208,10 @@ impl<T: Element> Flash<'_, T> {
                 let row = self.keys.row(first + key + i);
                 row::widen(s, &self.keys.k[row * k_stride..][..self.d], &mut parts.few[i * d..(i + 1) * d]);
                 row::widen(s, &self.keys.v[row * v_stride..][..self.d], &mut parts.v[(key + i) * d..(key + i + 1) * d]);
+                if let Some(KeyScales { k, v, stride }) = self.keys.scales {
+                    row::scale(s, &mut parts.few[i * d..(i + 1) * d], k[row * stride]);
+                    row::scale(s, &mut parts.v[(key + i) * d..(key + i + 1) * d], v[row * stride]);
+                }
             }
             let mut column = 0;
             while column < d {

@@ -14,6 +14,10 @@
 //   many_*   64 rows: chunks of prompts. Each of four warps takes 16 rows and all keys of the split.
 //   exact_*  16 rows, f32 sums of f32 products: caches in f32, and head sizes other than 64 and 128 up to 256.
 //
+// A cache may hold integers of 8 bits with a scale for each head of each key and value (cache.rs). They come through registers,
+// where they are multiplied and rounded to the dtype of the queries, and lie in shared memory as those of 16 bits do: half of
+// the bytes from memory, under way while the last tile is computed; 2 · 64 · d bytes of a stage are d bytes of each thread.
+//
 // Bytes moved by decode: each key and value once, 2 · context · d · 2 bytes per sequence and key head; queries, results
 // and what splits hand over (d + 1 floats per row and split, at least 128 keys each) are under 2 % of that.
 // Latency: a block of few_* has the next 32 KiB (d 128) under way by cp.async while it computes on the last, and two such
@@ -34,12 +38,18 @@ constexpr int WARP_ROWS = 16;
 /// Marks a task or a slot that is only there to fill a bucket.
 constexpr unsigned NOTHING = 0xffffffffu;
 
-/// What the blocks of one launch share.
-template <typename T>
+/// What the blocks of one launch share. The cache holds values of C.
+template <typename T_, typename C_ = T_>
 struct Step {
+    using T = T_;
+    using C = C_;
+    /// Whether the cache holds integers, which have scales.
+    static constexpr bool SCALED = sizeof(C) == 1;
     const T* q;        // [l, heads, d]
-    const T* k_cache;  // [num_blocks, block_size, kv_heads, d]
-    const T* v_cache;
+    const C* k_cache;  // [num_blocks, block_size, kv_heads, d]
+    const C* v_cache;
+    const float* k_scales;  // [num_blocks, block_size, kv_heads], or null
+    const float* v_scales;
     T* out;          // [l, heads, d]
     float* partial;  // [tasks, kv_heads, splits, task_rows, d], or null where there is one split
     float* lse;      // [tasks, kv_heads, splits, task_rows]: log2 of the sum of exponentials
@@ -66,8 +76,8 @@ struct Tile {
     int seen_by_all;        // keys before the sequence's first new one
     int key_begin, key_end; // of this split
 
-    template <typename T>
-    __device__ Tile(const Step<T>& step, unsigned sequence, unsigned first_row, int tile_rows, int tile_keys) {
+    template <typename S>
+    __device__ Tile(const S& step, unsigned sequence, unsigned first_row, int tile_rows, int tile_keys) {
         start = step.cu_seqlens[sequence];
         const int positions = step.cu_seqlens[sequence + 1] - static_cast<int>(start);
         table = step.tables + sequence * step.table_len;
@@ -86,16 +96,16 @@ struct Tile {
     __device__ int visible(int row) const { return seen_by_all + (first + row) / group + 1; }
 
     /// Where the values of a row lie in q and out.
-    template <typename T>
-    __device__ long place(const Step<T>& step, int row) const {
+    template <typename S>
+    __device__ long place(const S& step, int row) const {
         const int packed = first + row;
         return ((start + packed / group) * step.heads + kv_head * group + packed % group) * static_cast<long>(step.d);
     }
 };
 
 /// Which row of `partial` and `lse` belongs to a row of a split of this block's task.
-template <typename T>
-__device__ long partial_row(const Step<T>& step, int split, int splits, int row) {
+template <typename S>
+__device__ long partial_row(const S& step, int split, int splits, int row) {
     return ((blockIdx.z * static_cast<long>(step.kv_heads) + blockIdx.y) * splits + split) * step.task_rows + row;
 }
 
@@ -109,16 +119,19 @@ __device__ T* piece(T* rows, int row, int piece) {
     return rows + row * D + (piece ^ (row % 8)) * 8;
 }
 
-template <typename T, int D, int ROW_WARPS>
+template <typename S, int D, int ROW_WARPS>
 struct TensorTile {
+    using T = typename S::T;
     static constexpr int KEY_WARPS = WARPS / ROW_WARPS;
     static constexpr int ROWS = WARP_ROWS * ROW_WARPS;
     static constexpr int WARP_KEYS = KEYS / KEY_WARPS;
     static constexpr int PIECES = D / 8;
     /// Distance between rows of results in shared memory: no two lanes of a half warp in one bank.
     static constexpr int STRIDE = D + 8;
+    /// Pieces of 16 integers of a tile's keys, or of its values, for each thread.
+    static constexpr int HELD = S::SCALED ? KEYS * D / 16 / THREADS : 1;
 
-    const Step<T>& step;
+    const S& step;
     const Tile& tile;
     T* q_rows;  // [ROWS, D]
     T* stages;  // [2, keys and values, KEYS, D]
@@ -126,8 +139,11 @@ struct TensorTile {
     int limit[2];  // keys that this lane's rows g and g + 8 see in this split
     unsigned q[D / 16][4];
     float o[D / 8][4], largest[2], sum[2];
+    /// Integers on their way to shared memory: keys, then values.
+    Pack<int8> held[2][HELD];
+    float held_scales[2][HELD];
 
-    __device__ TensorTile(const Step<T>& step, const Tile& tile, unsigned char* shared)
+    __device__ TensorTile(const S& step, const Tile& tile, unsigned char* shared)
         : step(step), tile(tile), q_rows(reinterpret_cast<T*>(shared)), stages(q_rows + ROWS * D) {
         lane = threadIdx.x % WARP_SIZE;
         row_warp = threadIdx.x / WARP_SIZE % ROW_WARPS;
@@ -155,18 +171,59 @@ struct TensorTile {
         }
     }
 
-    /// The tile that begins at key `begin`; keys that this split does not have become zeros.
-    __device__ void load_keys(int begin, int stage) {
+    /// Where a key of this split lies in the cache, and its scale with the scales.
+    __device__ long head(int key) const {
         const int shift = __ffs(step.block_size) - 1;
+        const long slot = (static_cast<long>(tile.table[key >> shift]) << shift) + (key & (step.block_size - 1));
+        return slot * step.kv_heads + tile.kv_head;
+    }
+
+    /// Begins to load the tile that begins at key `begin`; keys that this split does not have become zeros.
+    __device__ void load_keys(int begin, int stage) {
+        if constexpr (S::SCALED) {
+            hold_keys(begin);
+        } else {
 #pragma unroll
-        for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
-            const int row = i / PIECES, place = i % PIECES, key = begin + row;
-            const bool valid = key < tile.key_end;
-            long slot = 0;
-            if (valid) slot = (static_cast<long>(tile.table[key >> shift]) << shift) + (key & (step.block_size - 1));
-            const long from = (slot * step.kv_heads + tile.kv_head) * D + place * 8;
-            copy_async_16(piece<T, D>(keys(stage), row, place), step.k_cache + from, valid);
-            copy_async_16(piece<T, D>(values(stage), row, place), step.v_cache + from, valid);
+            for (int i = threadIdx.x; i < KEYS * PIECES; i += THREADS) {
+                const int row = i / PIECES, place = i % PIECES, key = begin + row;
+                const bool valid = key < tile.key_end;
+                const long from = (valid ? head(key) * D : 0) + place * 8;
+                copy_async_16(piece<T, D>(keys(stage), row, place), step.k_cache + from, valid);
+                copy_async_16(piece<T, D>(values(stage), row, place), step.v_cache + from, valid);
+            }
+        }
+    }
+
+    __device__ void hold_keys(int begin) {
+#pragma unroll
+        for (int n = 0; n < HELD; ++n) {
+            const int i = threadIdx.x + n * THREADS, key = begin + i / (D / 16);
+            held[0][n] = held[1][n] = Pack<int8>{};
+            held_scales[0][n] = held_scales[1][n] = 0;
+            if (key >= tile.key_end) continue;
+            const long from = head(key), column = i % (D / 16) * 16;
+            held[0][n] = Pack<int8>::load(step.k_cache + from * D + column);
+            held[1][n] = Pack<int8>::load(step.v_cache + from * D + column);
+            held_scales[0][n] = step.k_scales[from];
+            held_scales[1][n] = step.v_scales[from];
+        }
+    }
+
+    /// What was held, to the stage that nobody reads.
+    __device__ void place_keys(int stage) {
+        if constexpr (S::SCALED) {
+            T* const stages[2] = {keys(stage), values(stage)};
+#pragma unroll
+            for (int n = 0; n < HELD; ++n) {
+                const int i = threadIdx.x + n * THREADS, row = i / (D / 16), place = i % (D / 16) * 2;
+#pragma unroll
+                for (int half = 0; half < 4; ++half) {
+                    const int kind = half / 2, first = half % 2 * 8;
+                    Pack<T> out;
+                    for (int j = 0; j < 8; ++j) out.set(j, held[kind][n][first + j] * held_scales[kind][n]);
+                    out.store(piece<T, D>(stages[kind], row, place + half % 2));
+                }
+            }
         }
     }
 
@@ -174,14 +231,17 @@ struct TensorTile {
         load_queries();
         load_keys(tile.key_begin, 0);
         copy_async_commit();
+        place_keys(0);
         int stage = 0;
         for (int begin = tile.key_begin; begin < tile.key_end; begin += KEYS, stage ^= 1) {
-            if (begin + KEYS < tile.key_end) load_keys(begin + KEYS, stage ^ 1);
+            const bool has_next = begin + KEYS < tile.key_end;
+            if (has_next) load_keys(begin + KEYS, stage ^ 1);
             copy_async_commit();
             copy_async_wait<1>();
             __syncthreads();
             if (begin == tile.key_begin) keep_queries();
             compute(begin + key_warp * WARP_KEYS, keys(stage), values(stage));
+            if (has_next) place_keys(stage ^ 1);
             __syncthreads();
         }
         copy_async_wait<0>();
@@ -325,16 +385,18 @@ constexpr int EXACT_COLUMNS = 256 / WARP_SIZE;
 
 /// Rows of f32 in shared memory, `width` apart, which is d filled up with zeros to a multiple of 4, and 4 more for keys
 /// so that lanes reading 16 bytes of neighbouring keys meet no bank twice.
-template <typename T>
+template <typename S>
 struct ExactTile {
-    const Step<T>& step;
+    using T = typename S::T;
+    using C = typename S::C;
+    const S& step;
     const Tile& tile;
     int padded, width;
     float *q, *k, *v, *p;  // [16, padded] [32, width] [32, width] [16, 32]
     int lane, warp;
     float o[EXACT_ROWS][EXACT_COLUMNS] = {}, largest[EXACT_ROWS], sum[EXACT_ROWS] = {};
 
-    __device__ ExactTile(const Step<T>& step, const Tile& tile, unsigned char* shared) : step(step), tile(tile) {
+    __device__ ExactTile(const S& step, const Tile& tile, unsigned char* shared) : step(step), tile(tile) {
         padded = (step.d + 3) / 4 * 4;
         width = padded + 4;
         q = reinterpret_cast<float*>(shared);
@@ -369,7 +431,7 @@ struct ExactTile {
     }
 
     __device__ void load_keys(int begin) {
-        const bool aligned = step.d % Pack<T>::LEN == 0 && reinterpret_cast<std::uintptr_t>(step.k_cache) % 16 == 0 &&
+        const bool aligned = step.d % Pack<C>::LEN == 0 && reinterpret_cast<std::uintptr_t>(step.k_cache) % 16 == 0 &&
                              reinterpret_cast<std::uintptr_t>(step.v_cache) % 16 == 0;
         for (int row = warp; row < EXACT_KEYS; row += WARPS) {
             const int key = begin + row;
@@ -379,19 +441,24 @@ struct ExactTile {
                 continue;
             }
             const long slot = static_cast<long>(tile.table[key / step.block_size]) * step.block_size + key % step.block_size;
-            const long from = (slot * step.kv_heads + tile.kv_head) * step.d;
+            const long head = slot * step.kv_heads + tile.kv_head, from = head * step.d;
+            float k_scale = 1, v_scale = 1;
+            if constexpr (S::SCALED) {
+                k_scale = step.k_scales[head];
+                v_scale = step.v_scales[head];
+            }
             if (aligned) {
-                for (int c = lane * Pack<T>::LEN; c < step.d; c += WARP_SIZE * Pack<T>::LEN) {
-                    const Pack<T> ks = Pack<T>::load(step.k_cache + from + c), vs = Pack<T>::load(step.v_cache + from + c);
-                    for (int i = 0; i < Pack<T>::LEN; ++i) {
-                        k_row[c + i] = ks[i];
-                        v_row[c + i] = vs[i];
+                for (int c = lane * Pack<C>::LEN; c < step.d; c += WARP_SIZE * Pack<C>::LEN) {
+                    const Pack<C> ks = Pack<C>::load(step.k_cache + from + c), vs = Pack<C>::load(step.v_cache + from + c);
+                    for (int i = 0; i < Pack<C>::LEN; ++i) {
+                        k_row[c + i] = ks[i] * k_scale;
+                        v_row[c + i] = vs[i] * v_scale;
                     }
                 }
             } else {
                 for (int c = lane; c < padded; c += WARP_SIZE) {
-                    k_row[c] = c < step.d ? to_float(step.k_cache[from + c]) : 0.0f;
-                    v_row[c] = c < step.d ? to_float(step.v_cache[from + c]) : 0.0f;
+                    k_row[c] = c < step.d ? to_float(step.k_cache[from + c]) * k_scale : 0.0f;
+                    v_row[c] = c < step.d ? to_float(step.v_cache[from + c]) * v_scale : 0.0f;
                 }
             }
         }
@@ -461,8 +528,8 @@ struct ExactTile {
 };
 
 /// Runs this block's tile, if it has one.
-template <typename Compute, typename T>
-__device__ void run_tile(const Step<T>& step, int tile_rows, int tile_keys) {
+template <typename Compute, typename S>
+__device__ void run_tile(const S& step, int tile_rows, int tile_keys) {
     DYNAMIC_SHARED(shared);
     const unsigned sequence = step.tasks[2 * blockIdx.z], first = step.tasks[2 * blockIdx.z + 1];
     if (sequence == NOTHING) return;
@@ -516,27 +583,69 @@ __device__ void write_kv(const T* k, const T* v, T* k_cache, T* v_cache, const u
     for (long i = packed + threadIdx.x; i < len; i += blockDim.x) to[i] = from[i];
 }
 
+/// The largest integer of a head, and what a head's values must reach: `LARGEST` and `SMALLEST` of cache.rs.
+constexpr float LARGEST_INT8 = 127, SMALLEST_HEAD = 1e-30f;
+
+/// k, v [rows, kv_heads, d] with their distances between rows, as integers and scales; a warp for each head. Grid (rows, 2).
+template <typename T>
+__device__ void write_kv_int8(const T* k, const T* v, int8* k_cache, int8* v_cache, float* k_scales, float* v_scales,
+                              const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {
+    const unsigned slot = slots[blockIdx.x];
+    if (slot == NOTHING) return;
+    const bool is_key = blockIdx.y == 0;
+    const T* row = is_key ? k + blockIdx.x * k_stride : v + blockIdx.x * v_stride;
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int head = threadIdx.x / WARP_SIZE; head < kv_heads; head += blockDim.x / WARP_SIZE) {
+        const T* from = row + static_cast<long>(head) * d;
+        const long place = static_cast<long>(slot) * kv_heads + head;
+        int8* to = (is_key ? k_cache : v_cache) + place * d;
+        float largest = 0, spoiled = 0;
+        for (int c = lane; c < d; c += WARP_SIZE) {
+            const float magnitude = fabsf(to_float(from[c]));
+            // Neither infinity nor NaN is below it.
+            if (!(magnitude < INFINITY)) spoiled = 1;
+            largest = fmaxf(largest, magnitude);
+        }
+        largest = warp_max(largest);
+        spoiled = warp_max(spoiled);
+        const bool is_zero = spoiled > 0 || largest < SMALLEST_HEAD;
+        const float inverse = is_zero ? 0.0f : LARGEST_INT8 / largest;
+        for (int c = lane; c < d; c += WARP_SIZE)
+            to[c] = is_zero ? int8(0) : static_cast<int8>(rintf(to_float(from[c]) * inverse));
+        if (lane == 0)
+            (is_key ? k_scales : v_scales)[place] = spoiled > 0 ? NAN : is_zero ? 0.0f : largest / LARGEST_INT8;
+    }
+}
+
 }  // namespace
 
-#define PAGED_KERNEL(T, name, Compute, tile_rows, tile_keys)                                                           \
-    KERNEL(THREADS, name, const T* q, const T* k_cache, const T* v_cache, T* out, float* partial, float* lse,          \
-           const unsigned* cu_seqlens, const unsigned* context_lens, const unsigned* tables, const unsigned* tasks,    \
-           long table_len, int heads, int kv_heads, int d, int block_size, int task_rows, float scale) {               \
-        const Step<T> step{q,     k_cache,   v_cache, out,      partial, lse,        cu_seqlens, context_lens, tables, \
-                           tasks, table_len, heads,   kv_heads, d,       block_size, task_rows,  scale};               \
+#define PAGED_KERNEL(T, C, name, Compute, tile_rows, tile_keys)                                                        \
+    KERNEL(THREADS, name, const T* q, const C* k_cache, const C* v_cache, const float* k_scales,                       \
+           const float* v_scales, T* out, float* partial, float* lse, const unsigned* cu_seqlens,                      \
+           const unsigned* context_lens, const unsigned* tables, const unsigned* tasks, long table_len, int heads,     \
+           int kv_heads, int d, int block_size, int task_rows, float scale) {                                          \
+        const Step<T, C> step{q,          k_cache,      v_cache, k_scales, v_scales,  out,   partial,  lse,            \
+                              cu_seqlens, context_lens, tables,  tasks,    table_len, heads, kv_heads, d,              \
+                              block_size, task_rows,    scale};                                                        \
         run_tile<Compute>(step, tile_rows, tile_keys);                                                                 \
     }
 #define COMMA ,
-#define TENSOR_KERNELS(T, dtype)                                                                                  \
-    PAGED_KERNEL(T, paged_few_64_##dtype, TensorTile<T COMMA 64 COMMA 1>, WARP_ROWS, KEYS)                        \
-    PAGED_KERNEL(T, paged_few_128_##dtype, TensorTile<T COMMA 128 COMMA 1>, WARP_ROWS, KEYS)                      \
-    PAGED_KERNEL(T, paged_many_64_##dtype, TensorTile<T COMMA 64 COMMA WARPS>, WARPS * WARP_ROWS, KEYS)           \
-    PAGED_KERNEL(T, paged_many_128_##dtype, TensorTile<T COMMA 128 COMMA WARPS>, WARPS * WARP_ROWS, KEYS)
+#define TENSOR_KERNELS_OVER(T, C, prefix, dtype)                                                                       \
+    PAGED_KERNEL(T, C, prefix##_few_64_##dtype, TensorTile<Step<T COMMA C> COMMA 64 COMMA 1>, WARP_ROWS, KEYS)         \
+    PAGED_KERNEL(T, C, prefix##_few_128_##dtype, TensorTile<Step<T COMMA C> COMMA 128 COMMA 1>, WARP_ROWS, KEYS)       \
+    PAGED_KERNEL(T, C, prefix##_many_64_##dtype, TensorTile<Step<T COMMA C> COMMA 64 COMMA WARPS>, WARPS * WARP_ROWS,  \
+                 KEYS)                                                                                                 \
+    PAGED_KERNEL(T, C, prefix##_many_128_##dtype, TensorTile<Step<T COMMA C> COMMA 128 COMMA WARPS>,                   \
+                 WARPS * WARP_ROWS, KEYS)
+#define TENSOR_KERNELS(T, dtype)                 \
+    TENSOR_KERNELS_OVER(T, T, paged, dtype)      \
+    TENSOR_KERNELS_OVER(T, int8, paged_int8, dtype)
 TENSOR_KERNELS(f16, f16)
 TENSOR_KERNELS(bf16, bf16)
 
 #define COMMON_KERNELS(T, dtype)                                                                                       \
-    PAGED_KERNEL(T, paged_exact_##dtype, ExactTile<T>, WARP_ROWS, EXACT_KEYS)                                          \
+    PAGED_KERNEL(T, T, paged_exact_##dtype, ExactTile<Step<T>>, WARP_ROWS, EXACT_KEYS)                                 \
+    PAGED_KERNEL(T, int8, paged_int8_exact_##dtype, ExactTile<Step<T COMMA int8>>, WARP_ROWS, EXACT_KEYS)              \
     KERNEL(THREADS, paged_merge_##dtype, T* out, float* partial, float* lse, const unsigned* cu_seqlens,               \
            const unsigned* context_lens, const unsigned* tasks, int heads, int kv_heads, int d, int task_rows,         \
            int splits) {                                                                                               \
@@ -549,5 +658,9 @@ TENSOR_KERNELS(bf16, bf16)
     KERNEL(256, write_kv_##dtype, const T* k, const T* v, T* k_cache, T* v_cache, const unsigned* slots, long len,     \
            long k_stride, long v_stride) {                                                                             \
         write_kv<T>(k, v, k_cache, v_cache, slots, len, k_stride, v_stride);                                           \
+    }                                                                                                                  \
+    KERNEL(256, write_kv_int8_##dtype, const T* k, const T* v, int8* k_cache, int8* v_cache, float* k_scales,          \
+           float* v_scales, const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {                \
+        write_kv_int8<T>(k, v, k_cache, v_cache, k_scales, v_scales, slots, kv_heads, d, k_stride, v_stride);          \
     }
 FOR_EACH_DTYPE(COMMON_KERNELS)

@@ -8,10 +8,10 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Tensor, bail};
-use half::{bf16, f16};
+use candle_core::{Result, Tensor, bail};
 
-use crate::flash::{Flash, Keys, MAX_ROWS, QueryRow, scratch_len};
+pub use self::cache::PagedCache;
+use crate::flash::{Flash, KeyScales, Keys, MAX_ROWS, QueryRow, scratch_len};
 #[cfg(gpu)]
 use crate::gpu;
 use crate::parallel::{Shared, for_each, with_scratch};
@@ -19,6 +19,7 @@ use crate::simd::{Element, dispatch};
 use crate::view::{Values, View, tensor};
 use crate::work::{self, Work};
 
+mod cache;
 #[cfg(gpu)]
 mod launch;
 #[cfg(gpu)]
@@ -46,18 +47,18 @@ impl Default for PagedBatch {
 }
 
 impl PagedBatch {
-    /// Checks the batch against caches shaped as `cache [num_blocks, block_size, kv_heads, d]` and queries of `heads`
-    /// heads, and takes it to the device of the cache: once for all layers of a step.
-    pub fn prepare(&self, heads: usize, cache: &Tensor) -> Result<PreparedBatch<'_>> {
-        let (num_blocks, block_size, kv_heads, d) = cache.dims4()?;
+    /// Checks the batch against caches shaped as `cache` and queries of `heads` heads, and takes it to the device of the cache:
+    /// once for all layers of a step.
+    pub fn prepare(&self, heads: usize, cache: &PagedCache) -> Result<PreparedBatch<'_>> {
+        let (num_blocks, block_size, kv_heads, d) = cache.k.dims4()?;
         let sizes = [heads, kv_heads, d, block_size];
         if sizes.contains(&0) || !heads.is_multiple_of(kv_heads) {
-            bail!("paged_attention: {heads} query heads do not fit a cache of shape {:?}", cache.shape());
+            bail!("paged_attention: {heads} query heads do not fit a cache of shape {:?}", cache.k.shape());
         }
         let shape = Shape { len: self.slot_mapping.len(), heads, kv_heads, d, num_blocks, block_size };
         shape.check(self)?;
         #[cfg(gpu)]
-        let device = if gpu::runs_here(cache) { Some(launch::DeviceBatch::new(self, shape, cache)?) } else { None };
+        let device = if gpu::runs_here(&cache.k) { Some(launch::DeviceBatch::new(self, shape, cache)?) } else { None };
         Ok(PreparedBatch {
             batch: Cow::Borrowed(self),
             shape,
@@ -108,12 +109,12 @@ impl PreparedBatch<'_> {
     }
 
     /// Refuses caches of another shape or device than the batch was prepared for.
-    fn check_caches(&self, op: &str, rows: &Tensor, caches: [&Tensor; 2]) -> Result<()> {
-        for cache in caches {
+    fn check_cache(&self, op: &str, rows: &Tensor, cache: &PagedCache) -> Result<()> {
+        for (cache, expected) in cache.parts(self.shape.cache()) {
             // Dry ones hold nothing.
             let is_readable = cache.is_contiguous() || work::is_dry();
-            if cache.dims() != self.shape.cache() || !is_readable {
-                let (cache, expected) = (cache.layout(), self.shape.cache());
+            if cache.dims() != expected || !is_readable {
+                let cache = cache.layout();
                 bail!("{op}: a cache must be contiguous with the shape {expected:?} of the batch, got {cache:?}");
             }
             if !cache.device().same_device(rows.device()) {
@@ -124,14 +125,13 @@ impl PreparedBatch<'_> {
     }
 }
 
-/// Writes `k` and `v` `[l, kv_heads, d]` into the caches `[num_blocks, block_size, kv_heads, d]` (f32, bf16 or f16,
-/// contiguous) in place, row i at `slot_mapping[i]`.
-pub fn write_kv(k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PreparedBatch<'_>) -> Result<()> {
-    batch.check_caches("write_kv", k, [k_cache, v_cache])?;
+/// Writes `k` and `v` `[l, kv_heads, d]` into a cache in place, row i at `slot_mapping[i]`.
+pub fn write_kv(k: &Tensor, v: &Tensor, cache: &PagedCache, batch: &PreparedBatch<'_>) -> Result<()> {
+    batch.check_cache("write_kv", k, cache)?;
     let Shape { len, kv_heads, d, .. } = batch.shape;
     for new in [k, v] {
         if new.dims() != [len, kv_heads, d] {
-            let (new, cache) = (new.shape(), k_cache.shape());
+            let (new, cache) = (new.shape(), cache.k.shape());
             bail!("write_kv: rows {new:?} at {len} slots do not fit the cache {cache:?}");
         }
     }
@@ -140,88 +140,44 @@ pub fn write_kv(k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batc
     }
     #[cfg(gpu)]
     if let Some(device) = &batch.device {
-        return device.write_kv(k, v, k_cache, v_cache);
+        return device.write_kv(k, v, cache);
     }
-    for (new, cache) in [(k, k_cache), (v, v_cache)] {
-        let new = new.to_dtype(DType::F32)?.contiguous()?;
-        let rows = View::contiguous("write_kv", &new)?;
-        cache.inplace_op1(&WriteRows { rows: rows.f32()?, len: kv_heads * d, slots: &batch.batch.slot_mapping })?;
-    }
-    Ok(())
+    cache.write(k, v, &batch.batch.slot_mapping)
 }
 
-/// Rows of `len` values into the slots of a cache.
-struct WriteRows<'a> {
-    rows: &'a [f32],
-    len: usize,
-    slots: &'a [u32],
-}
-
-impl InplaceOp1 for WriteRows<'_> {
-    fn name(&self) -> &'static str {
-        "write_kv"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        let Some((start, end)) = layout.contiguous_offsets() else {
-            bail!("write_kv: the cache {:?} must be contiguous", layout.shape())
-        };
-        match storage {
-            CpuStorage::F32(cache) => self.write(&mut cache[start..end], |value| value),
-            CpuStorage::BF16(cache) => self.write(&mut cache[start..end], bf16::from_f32),
-            CpuStorage::F16(cache) => self.write(&mut cache[start..end], f16::from_f32),
-            _ => bail!("write_kv: a cache is f32, bf16 or f16"),
-        }
-        Ok(())
-    }
-}
-
-impl WriteRows<'_> {
-    fn write<T>(&self, cache: &mut [T], round: impl Fn(f32) -> T) {
-        for (row, slot) in self.rows.chunks_exact(self.len.max(1)).zip(self.slots) {
-            let to = &mut cache[*slot as usize * self.len..][..self.len];
-            for (to, value) in to.iter_mut().zip(row) {
-                *to = round(*value);
-            }
-        }
-    }
-}
-
-/// Causal attention of `q [l, heads, d]` over the paged caches `[num_blocks, block_size, kv_heads, d]`: `[l, heads, d]`.
-/// On the CPU `q` is f32 and the caches are f32, bf16 or f16; on a GPU all have one dtype.
-pub fn paged_attention(
-    q: &Tensor,
-    k_cache: &Tensor,
-    v_cache: &Tensor,
-    batch: &PreparedBatch<'_>,
-    scale: f64,
-) -> Result<Tensor> {
-    batch.check_caches("paged_attention", q, [k_cache, v_cache])?;
+/// Causal attention of `q [l, heads, d]` over a paged cache of heads of d values: `[l, heads, d]`. On the CPU `q` is f32 and
+/// the cache f32, bf16, f16 or int8; on a GPU all have one dtype, but for a cache of int8.
+pub fn paged_attention(q: &Tensor, cache: &PagedCache, batch: &PreparedBatch<'_>, scale: f64) -> Result<Tensor> {
+    batch.check_cache("paged_attention", q, cache)?;
     let shape = batch.shape;
     if q.dims() != [shape.len, shape.heads, shape.d] {
         let expected = [shape.len, shape.heads, shape.d];
         bail!("paged_attention: q {:?} does not fit the batch, which has {expected:?}", q.shape());
     }
-    work::add_paged(|| shape.work(&batch.batch, k_cache.dtype()));
+    work::add_paged(|| shape.work(&batch.batch, PagedCache::head_bytes(shape.d, cache.k.dtype())));
     if work::is_dry() {
         return work::zeros(q.shape(), q);
     }
     #[cfg(gpu)]
     if let Some(device) = &batch.device {
-        return device.attention(q, k_cache, v_cache, scale);
+        return device.attention(q, cache, scale);
     }
     let q = q.contiguous()?;
-    let views = (
-        View::contiguous("paged_attention", &q)?,
-        View::contiguous("paged_attention", k_cache)?,
-        View::contiguous("paged_attention", v_cache)?,
-    );
-    let (q, batch, scale) = (views.0.f32()?, batch.batch.as_ref(), scale as f32);
-    let out = match (views.1.values()?, views.2.values()?) {
-        (Values::F32(k), Values::F32(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
-        (Values::Bf16(k), Values::Bf16(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
-        (Values::F16(k), Values::F16(v)) => Paged { shape, q, k, v, batch, scale }.compute(),
-        _ => bail!("paged_attention: caches of two dtypes, {:?} and {:?}", k_cache.dtype(), v_cache.dtype()),
+    let view = |tensor| View::contiguous("paged_attention", tensor);
+    let (q, k, v) = (view(&q)?, view(&cache.k)?, view(&cache.v)?);
+    let (q, batch, scale) = (q.f32()?, batch.batch.as_ref(), scale as f32);
+    let out = match &cache.scales {
+        Some(scales) => {
+            let (k_scales, v_scales) = (view(&scales.k)?, view(&scales.v)?);
+            let scales = Some((k_scales.f32()?, v_scales.f32()?));
+            Paged { shape, q, k: k.i8()?, v: v.i8()?, scales, batch, scale }.compute()
+        }
+        None => match (k.values()?, v.values()?) {
+            (Values::F32(k), Values::F32(v)) => Paged { shape, q, k, v, scales: None, batch, scale }.compute(),
+            (Values::Bf16(k), Values::Bf16(v)) => Paged { shape, q, k, v, scales: None, batch, scale }.compute(),
+            (Values::F16(k), Values::F16(v)) => Paged { shape, q, k, v, scales: None, batch, scale }.compute(),
+            _ => bail!("paged_attention: caches of two dtypes, {:?} and {:?}", cache.k.dtype(), cache.v.dtype()),
+        },
     };
     tensor(out, (shape.len, shape.heads, shape.d))
 }
@@ -242,12 +198,13 @@ impl Shape {
         [self.num_blocks, self.block_size, self.kv_heads, self.d]
     }
 
-    /// Of attention over caches of this dtype: every row with its context, and each context's keys and values once.
-    fn work(&self, batch: &PagedBatch, dtype: DType) -> Work {
+    /// Of attention over a cache whose heads have so many bytes: every row with its context, and each context's keys and
+    /// values once.
+    fn work(&self, batch: &PagedBatch, head_bytes: usize) -> Work {
         let rows = batch.cu_seqlens_q.windows(2).map(|starts| starts[1] - starts[0]);
         let pairs = rows.zip(&batch.context_lens).map(|(rows, context)| work::causal_pairs(rows, context - rows)).sum();
         let positions: usize = batch.context_lens.iter().sum();
-        let bytes = positions * 2 * self.kv_heads * self.d * dtype.size_in_bytes();
+        let bytes = positions * 2 * self.kv_heads * head_bytes;
         Work { flops: work::attention_flops(pairs, self.heads * self.d), bytes: bytes as f64 }
     }
 
@@ -298,6 +255,8 @@ struct Paged<'a, T> {
     q: &'a [f32],
     k: &'a [T],
     v: &'a [T],
+    /// `[num_blocks, block_size, kv_heads]` of keys and of values.
+    scales: Option<(&'a [f32], &'a [f32])>,
     batch: &'a PagedBatch,
     scale: f32,
 }
@@ -343,6 +302,11 @@ impl<T: Element> Paged<'_, T> {
             v: &self.v[task.kv_head * d..],
             strides: (kv_heads * d, kv_heads * d),
             blocks: Some((&self.batch.block_tables[task.sequence][..], block_size)),
+            scales: self.scales.map(|(k, v)| KeyScales {
+                k: &k[task.kv_head..],
+                v: &v[task.kv_head..],
+                stride: kv_heads,
+            }),
         };
         let (q, scale) = (self.q, self.scale);
         with_scratch(scratch_len(rows.len(), d), |scratch| {
@@ -363,6 +327,7 @@ impl<T: Element> Paged<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device};
     use proptest::prelude::*;
 
     use super::*;
@@ -422,7 +387,15 @@ mod tests {
 
     /// One call on the CPU, prepared for it alone.
     fn attend(q: &Tensor, k_cache: &Tensor, v_cache: &Tensor, batch: &PagedBatch, scale: f64) -> Result<Tensor> {
-        paged_attention(q, k_cache, v_cache, &batch.prepare(q.dim(1)?, k_cache)?, scale)
+        attend_over(&plain(k_cache, v_cache), q, batch, scale)
+    }
+
+    fn attend_over(cache: &PagedCache, q: &Tensor, batch: &PagedBatch, scale: f64) -> Result<Tensor> {
+        paged_attention(q, cache, &batch.prepare(q.dim(1)?, cache)?, scale)
+    }
+
+    fn plain(k: &Tensor, v: &Tensor) -> PagedCache {
+        PagedCache::new(k.clone(), v.clone())
     }
 
     /// Sequences of `(rows, context)` whose keys of all positions are in the cache before.
@@ -473,12 +446,14 @@ mod tests {
             let part =
                 |wide: &Tensor, i: usize| wide.narrow(1, 1 + i * 2 * d, 2 * d).unwrap().reshape((31, 2, d)).unwrap();
             let found = on.run(|| {
-                let prepared = batch.prepare(4, &k_cache)?;
-                write_kv(&part(&wide_on, 0), &part(&wide_on, 1), &k_cache, &v_cache, &prepared)?;
-                paged_attention(&q_on, &k_cache, &v_cache, &prepared, 0.3)
+                let cache = plain(&k_cache, &v_cache);
+                let prepared = batch.prepare(4, &cache)?;
+                write_kv(&part(&wide_on, 0), &part(&wide_on, 1), &cache, &prepared)?;
+                paged_attention(&q_on, &cache, &prepared, 0.3)
             });
             let (k, v, wide) = (on.rounded(&k), on.rounded(&v), on.rounded(&wide));
-            let write = || write_kv(&part(&wide, 0), &part(&wide, 1), &k, &v, &batch.prepare(4, &k)?);
+            let cache = plain(&k, &v);
+            let write = || write_kv(&part(&wide, 0), &part(&wide, 1), &cache, &batch.prepare(4, &cache)?);
             write().unwrap();
             assert_eq!(bits(&k_cache.to_device(k.device()).unwrap()), bits(&k));
             assert_eq!(bits(&v_cache.to_device(v.device()).unwrap()), bits(&v));
@@ -527,7 +502,8 @@ mod tests {
                     slot_mapping,
                 };
                 let old = there_v.copy().unwrap();
-                on.run(|| write_kv(&nan(len), &nan(len), &there_k, &old, &rows.prepare(2, &there_k)?));
+                let cache = plain(&there_k, &old);
+                on.run(|| write_kv(&nan(len), &nan(len), &cache, &rows.prepare(2, &cache)?));
             };
             spoil(0, 1);
             assert_eq!(nan_rows(&q), [0], "d {d}");
@@ -545,12 +521,115 @@ mod tests {
             let expected = on.run(|| attend(&q, &k, &v, &ends, 1.0));
             // Positions 20..32 and 45..48.
             let nan = on.tensor(&Tensor::full(f32::NAN, (15, 1, d), &candle_core::Device::Cpu).unwrap());
-            on.run(|| write_kv(&nan, &nan, &k, &v, &all.prepare(2, &k)?));
+            let cache = plain(&k, &v);
+            on.run(|| write_kv(&nan, &nan, &cache, &all.prepare(2, &cache)?));
             let found = on.run(|| attend(&q, &k, &v, &ends, 1.0));
             let host = |tensor: Tensor| bits(&tensor.to_device(&candle_core::Device::Cpu).unwrap());
             assert_eq!(host(found), host(expected));
         }
     });
+
+    /// An empty cache of 8 bits in the shape of `k`.
+    fn int8(on: &On, k: &Tensor) -> PagedCache {
+        let (num_blocks, block_size, kv_heads, _) = k.dims4().unwrap();
+        let values = || on.as_is(&Tensor::zeros(k.shape(), DType::U8, &Device::Cpu).unwrap());
+        let scales = || on.as_is(&Tensor::zeros((num_blocks, block_size, kv_heads), DType::F32, &Device::Cpu).unwrap());
+        PagedCache::int8([values(), values()], [scales(), scales()], on.dtype)
+    }
+
+    /// Keys and values that such a cache stands for, f32 on the CPU.
+    fn read_again(cache: &PagedCache) -> [Tensor; 2] {
+        let scales = cache.scales.as_ref().unwrap();
+        [(&cache.k, &scales.k), (&cache.v, &scales.v)].map(|(values, scales)| {
+            let values = values.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<u8>().unwrap();
+            let values: Vec<f32> = values.into_iter().map(|byte| f32::from(byte.cast_signed())).collect();
+            let values = Tensor::from_vec(values, cache.k.shape(), &Device::Cpu).unwrap();
+            values.broadcast_mul(&scales.to_device(&Device::Cpu).unwrap().unsqueeze(3).unwrap()).unwrap()
+        })
+    }
+
+    // Decode rows whose keys are dealt to several blocks, chunks, heads of all kernels.
+    for_each_device!(caches_of_8_bits_are_written_and_read, |on: &On| {
+        for (heads, kv_heads, d) in [(4, 2, 64), (4, 1, 128), (3, 1, 20), (2, 2, 33), (24, 12, 16)] {
+            let (rows, contexts) = ([1, 1, 20, 70], [300, 7, 150, 70]);
+            let (k, v, tables) = caches(&contexts, kv_heads, d);
+            let all = batch(&contexts, &contexts, tables.clone());
+            let batch = batch(&rows, &contexts, tables);
+            let len = all.slot_mapping.len();
+            // Heads of very different sizes.
+            let sizes = Tensor::arange(0u32, kv_heads as u32, &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+            let sizes = sizes.affine(1.0 / kv_heads as f64, 0.1).unwrap().reshape((1, kv_heads, 1)).unwrap();
+            let new = |seed| random(&[len, kv_heads, d], seed).broadcast_mul(&sizes).unwrap();
+            let (new_k, new_v) = (new(7), new(8));
+            let q = (random(&[batch.slot_mapping.len(), heads, d], 1) * 3.0).unwrap();
+
+            let (there, twin) = (int8(on, &k), int8(&On::cpu(), &v));
+            let write = |cache: &PagedCache, k: &Tensor, v: &Tensor| write_kv(k, v, cache, &all.prepare(heads, cache)?);
+            on.run(|| write(&there, &on.tensor(&new_k), &on.tensor(&new_v)));
+            write(&twin, &on.rounded(&new_k), &on.rounded(&new_v)).unwrap();
+            let (found, expected) = (read_again(&there), read_again(&twin));
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(bits(found), bits(expected), "d {d}");
+            }
+
+            let q_there = on.tensor(&q);
+            let attended = on.run(|| attend_over(&there, &q_there, &batch, 0.3));
+            // Tensor cores multiply what is rounded to 16 bits.
+            let [k, v] = expected.map(|part| if matches!(d, 64 | 128) { on.rounded(&part) } else { part });
+            let of_integers = oracle(&on.rounded(&q), &k, &v, &batch, 0.3).unwrap();
+            on.assert_close(&attended, &of_integers, 4 * d + 300);
+
+            // What 8 bits cost: the weights move a little, and each value by half a step at most.
+            let (exact_k, exact_v) = (k.zeros_like().unwrap(), v.zeros_like().unwrap());
+            let exact = plain(&exact_k, &exact_v);
+            write(&exact, &on.rounded(&new_k), &on.rounded(&new_v)).unwrap();
+            let exact = attend_over(&exact, &on.rounded(&q), &batch, 0.3).unwrap();
+            let difference = (exact - of_integers).unwrap().abs().unwrap().flatten_all().unwrap();
+            let worst = difference.max(0).unwrap().to_scalar::<f32>().unwrap();
+            let largest = new_v.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            assert!(worst < 0.05 * largest, "d {d}: 8 bits move a value by {worst}, of {largest}");
+        }
+    });
+
+    for_each_device!(a_cache_of_8_bits_hides_no_nan, |on: &On| {
+        for d in [64, 20] {
+            let (k, _, tables) = caches(&[40], 1, d);
+            let (all, cache) = (batch(&[40], &[40], tables.clone()), int8(on, &k));
+            // The rows before the spoiled key, and those that see it.
+            let [before, after] =
+                [(30, 30), (10, 40)].map(|(rows, context)| batch(&[rows], &[context], tables.clone()));
+            for value in [f32::NAN, f32::INFINITY] {
+                let new = random(&[40, 1, d], 3);
+                let row = Tensor::full(value, (1, 1, d), &Device::Cpu).unwrap();
+                let new =
+                    Tensor::cat(&[&new.narrow(0, 0, 30).unwrap(), &row, &new.narrow(0, 31, 9).unwrap()], 0).unwrap();
+                let new = on.tensor(&new);
+                on.run(|| write_kv(&new, &new, &cache, &all.prepare(1, &cache)?));
+                let attended = |batch: &PagedBatch| {
+                    let q = on.tensor(&random(&[batch.slot_mapping.len(), 1, d], 1));
+                    crate::testing::values(&on.run(|| attend_over(&cache, &q, batch, 1.0)))
+                };
+                assert!(attended(&before).iter().all(|value| value.is_finite()), "d {d}, {value}");
+                assert!(attended(&after).iter().all(|value| value.is_nan()), "d {d}, {value}");
+            }
+        }
+    });
+
+    #[test]
+    fn chunks_over_8_bits_give_the_same_bits_in_any_length() {
+        let (k, _, tables) = caches(&[171], 2, 64);
+        let cache = int8(&On::cpu(), &k);
+        let all = batch(&[171], &[171], tables.clone());
+        let new = random(&[171, 2, 64], 3);
+        write_kv(&new, &new, &cache, &all.prepare(8, &cache).unwrap()).unwrap();
+        let q = random(&[171, 8, 64], 1);
+        let whole = attend_over(&cache, &q, &all, 0.125).unwrap();
+        for (start, len) in [(0, 1), (17, 110), (127, 2), (170, 1)] {
+            let part = batch(&[len], &[start + len], tables.clone());
+            let part = attend_over(&cache, &q.narrow(0, start, len).unwrap(), &part, 0.125).unwrap();
+            assert_eq!(bits(&whole.narrow(0, start, len).unwrap()), bits(&part), "{len} rows from {start}");
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
@@ -606,7 +685,8 @@ mod tests {
                 block_tables: vec![vec![0]],
                 slot_mapping: vec![7, 0, 11],
             };
-            write_kv(&k, &v, &k_cache, &v_cache, &batch.prepare(2, &k_cache).unwrap()).unwrap();
+            let cache = plain(&k_cache, &v_cache);
+            write_kv(&k, &v, &cache, &batch.prepare(2, &cache).unwrap()).unwrap();
             for (new, cache) in [(&k, &k_cache), (&v, &v_cache)] {
                 let slots = cache.reshape((12, 2, 5)).unwrap();
                 for (row, slot) in [7, 0, 11].into_iter().enumerate() {
@@ -621,11 +701,12 @@ mod tests {
 
     #[test]
     fn a_batch_that_lies_is_refused() {
-        let (k, _, tables) = caches(&[20], 1, 8);
+        let (k, v, tables) = caches(&[20], 1, 8);
+        let cache = plain(&k, &v);
         let refused = |change: fn(&mut PagedBatch)| {
             let mut batch = batch(&[1], &[20], tables.clone());
             change(&mut batch);
-            batch.prepare(2, &k).unwrap_err().to_string()
+            batch.prepare(2, &cache).unwrap_err().to_string()
         };
         let error = refused(|batch| batch.block_tables[0][1] = 99);
         assert!(error.contains("paged_attention") && error.contains("99"), "{error}");
@@ -635,20 +716,22 @@ mod tests {
         assert!(error.contains("write_kv") && error.contains("slot 80"), "{error}");
         let error = refused(|batch| batch.slot_mapping.push(0));
         assert!(error.contains("do not cover the 2 rows"), "{error}");
-        assert!(batch(&[1], &[20], tables.clone()).prepare(0, &k).is_err());
+        assert!(batch(&[1], &[20], tables.clone()).prepare(0, &cache).is_err());
     }
 
     #[test]
     fn tensors_that_do_not_fit_the_batch_are_refused() {
         let (k, v, tables) = caches(&[20], 1, 8);
         let batch = batch(&[1], &[20], tables);
-        let prepared = batch.prepare(2, &k).unwrap();
-        let error = write_kv(&random(&[1, 2, 8], 1), &v, &k, &v, &prepared).unwrap_err().to_string();
+        let cache = plain(&k, &v);
+        let prepared = batch.prepare(2, &cache).unwrap();
+        let error = write_kv(&random(&[1, 2, 8], 1), &v, &cache, &prepared).unwrap_err().to_string();
         assert!(error.contains("write_kv") && error.contains("[1, 2, 8]"), "{error}");
-        let error = paged_attention(&random(&[1, 4, 8], 1), &k, &v, &prepared, 1.0).unwrap_err().to_string();
+        let error = paged_attention(&random(&[1, 4, 8], 1), &cache, &prepared, 1.0).unwrap_err().to_string();
         assert!(error.contains("paged_attention") && error.contains("[1, 4, 8]"), "{error}");
         let half = k.narrow(0, 0, 2).unwrap();
-        let error = paged_attention(&random(&[1, 2, 8], 1), &half, &half, &prepared, 1.0).unwrap_err().to_string();
+        let half = plain(&half, &half);
+        let error = paged_attention(&random(&[1, 2, 8], 1), &half, &prepared, 1.0).unwrap_err().to_string();
         assert!(error.contains("[2, 16, 1, 8]"), "{error}");
     }
 }

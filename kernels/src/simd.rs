@@ -36,6 +36,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `LANES` values at `from` must be readable.
     unsafe fn load_f16(self, from: *const f16) -> Self::V;
     /// # Safety
+    /// `LANES` values at `from` must be readable.
+    unsafe fn load_i8(self, from: *const i8) -> Self::V;
+    /// # Safety
     /// `LANES` values at `to` must be writable.
     unsafe fn store(self, to: *mut f32, v: Self::V);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -183,6 +186,19 @@ impl Element for bf16 {
     }
 }
 
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
+        // SAFETY: passed on to the caller.
+        unsafe { s.load_i8(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+}
+
 impl Element for f16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(s: S, from: *const Self) -> S::V {
@@ -301,6 +317,11 @@ impl Simd for Portable {
     unsafe fn load_f16(self, from: *const f16) -> Self::V {
         // SAFETY: the caller vouches for 8 values.
         lanes!(|i| unsafe { *from.add(i) }.to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::V {
+        // SAFETY: the caller vouches for 8 values.
+        lanes!(|i| f32::from(unsafe { *from.add(i) }))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32, v: Self::V) {
@@ -479,6 +500,11 @@ mod x86 {
             unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
         }
         #[inline(always)]
+        unsafe fn load_i8(self, from: *const i8) -> __m256 {
+            // SAFETY: the caller vouches for 8 values.
+            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+        }
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: __m256) {
             // SAFETY: the caller vouches for 8 values.
             unsafe { _mm256_storeu_ps(to, v) }
@@ -576,6 +602,11 @@ mod x86 {
         unsafe fn load_f16(self, from: *const f16) -> __m512 {
             // SAFETY: the caller vouches for 16 values.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(self, from: *const i8) -> __m512 {
+            // SAFETY: the caller vouches for 16 values.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32, v: __m512) {

@@ -52,6 +52,16 @@ pub(crate) struct On {
 }
 
 impl On {
+    /// The CPU.
+    pub(crate) fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+            #[cfg(feature = "emulator")]
+            emulated: false,
+        }
+    }
+
     /// A tensor of the test's oracle in the dtype and on the device under test.
     pub(crate) fn tensor(&self, tensor: &Tensor) -> Tensor {
         let moved = tensor.to_dtype(self.dtype).and_then(|tensor| tensor.to_device(&self.device));
@@ -116,12 +126,7 @@ pub(crate) fn tolerance(dtype: DType, terms: usize) -> f32 {
 
 /// Calls `body` for every dtype on one kind of device. Says so when there is no such device.
 pub(crate) fn on_cpu(body: impl Fn(&On)) {
-    body(&On {
-        device: Device::Cpu,
-        dtype: DType::F32,
-        #[cfg(feature = "emulator")]
-        emulated: false,
-    });
+    body(&On::cpu());
 }
 
 #[cfg(feature = "emulator")]

@@ -71,6 +71,18 @@ impl<'a> View<'a> {
         }
     }
 
+    /// Integers of 8 bits with a sign, which tensors hold as u8.
+    pub(crate) fn i8(&self) -> Result<&[i8]> {
+        match self.cpu()? {
+            CpuStorage::U8(values) => {
+                let values = &values[self.start..self.start + self.len];
+                // SAFETY: the same bytes, borrowed as long; every byte is an i8.
+                Ok(unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) })
+            }
+            _ => bail!("{}: integers are u8, got {:?}", self.op, self.storage.dtype()),
+        }
+    }
+
     /// The values, if they are of a dtype that weights may have.
     pub(crate) fn values(&self) -> Result<Values<'_>> {
         let range = self.start..self.start + self.len;

@@ -152,9 +152,9 @@ mod tests {
     use super::*;
     use crate::testing::{On, for_each_device, random};
     use crate::{
-        AttentionOptions, CausalOptions, CausalPadding, ConvOptions, PagedBatch, QuantisedMatrix, Recording, attention,
-        can_record, causal_conv3d, conv2d, conv3d, copy_into, embedding, linear, linear_quantised, paged_attention,
-        rms_norm, silu, write_kv,
+        AttentionOptions, CausalOptions, CausalPadding, ConvOptions, PagedBatch, PagedCache, QuantisedMatrix,
+        Recording, attention, can_record, causal_conv3d, conv2d, conv3d, copy_into, embedding, linear,
+        linear_quantised, paged_attention, rms_norm, silu, write_kv,
     };
 
     /// Runs `operation` wet and dry, holds both counts against the expected one and gives the results' common shape.
@@ -223,7 +223,8 @@ mod tests {
     // A sequence that decodes, and a chunk of a prompt.
     for_each_device!(paged_attention_counts_contexts, |on: &On| {
         let [heads, kv_heads, d, block_size] = [4, 2, 16, 8];
-        let cache = on.tensor(&random(&[6, block_size, kv_heads, d], 1));
+        let cache = || on.tensor(&random(&[6, block_size, kv_heads, d], 1));
+        let cache = PagedCache::new(cache(), cache());
         let batch = PagedBatch {
             cu_seqlens_q: vec![0, 1, 4],
             context_lens: vec![11, 5],
@@ -235,11 +236,11 @@ mod tests {
         let bytes = (11 + 5) * 2 * kv_heads * d * on.dtype.size_in_bytes();
         check(on, pairs * heads * d * 4, bytes, || {
             let batch = batch.prepare(heads, &cache)?;
-            write_kv(&k, &k, &cache, &cache, &batch)?;
-            paged_attention(&q, &cache, &cache, &batch, 0.25)
+            write_kv(&k, &k, &cache, &batch)?;
+            paged_attention(&q, &cache, &batch, 0.25)
         });
         let batch = on.run(|| batch.prepare(heads, &cache));
-        let (_, counted) = count(|| on.run(|| paged_attention(&q, &cache, &cache, &batch, 0.25)));
+        let (_, counted) = count(|| on.run(|| paged_attention(&q, &cache, &batch, 0.25)));
         assert_eq!((counted.dense, counted.paged.bytes), (Work::default(), bytes as f64));
     });
 

@@ -8,6 +8,7 @@ use crate::chat_template::{ChatMessage, ChatTemplate};
 use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
 use crate::grammar::{Asked, Grammar, Grammars};
+use crate::kv::KvShape;
 use crate::parameter::Options;
 use crate::request::{SamplingParams, TextRequest};
 use crate::text_parameters::{
@@ -63,6 +64,8 @@ pub struct TextCard {
     pub max_context: usize,
     /// Bytes that one token takes in the KV cache.
     pub kv_bytes_per_token: usize,
+    /// What that is made of.
+    pub kv_shape: KvShape,
     /// Tokens in the vocabulary.
     pub vocab_size: usize,
     /// Text to tokens and back.

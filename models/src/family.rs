@@ -3,7 +3,7 @@
 use crate::card::ModelCard;
 use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
 use crate::error::Result;
-use crate::kv::PrefixCache;
+use crate::kv::{KvCacheDtype, PrefixCache};
 use crate::runner::Runner;
 use crate::tools::ToolFormat;
 
@@ -51,6 +51,8 @@ pub struct LoadOptions {
     pub load_format: LoadFormat,
     /// Bytes of the paged KV cache of a language model.
     pub kv_cache_bytes: usize,
+    /// How keys and values are kept there.
+    pub kv_cache_dtype: KvCacheDtype,
     /// Which requests share what the KV cache has of prompts that begin alike.
     pub prefix_cache: PrefixCache,
     /// Most tokens (decode and prefill together) of one text step.
@@ -72,6 +74,7 @@ impl Default for LoadOptions {
         Self {
             load_format: LoadFormat::Auto,
             kv_cache_bytes: 1 << 30,
+            kv_cache_dtype: KvCacheDtype::Auto,
             prefix_cache: PrefixCache::PerClient,
             max_batch_tokens: 512,
             max_batch_sequences: 64,

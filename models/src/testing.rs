@@ -20,6 +20,7 @@ use crate::checkpoint::STEP_BYTES;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
 use crate::grammar::{Grammars, Matching};
+use crate::kv::KvShape;
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::diffusion::previews::due_preview;
@@ -90,6 +91,7 @@ pub fn text_model(script: Script) -> Result<LoadedModel> {
     let card = TextCard {
         family: "scripted",
         kv_bytes_per_token: 0,
+        kv_shape: KvShape { num_layers: 0, num_key_value_heads: 0, head_dim: 0 },
         max_context: MAX_CONTEXT,
         vocab_size: bytes::VOCAB_SIZE,
         grammars: Grammars::new(tokenizer.clone(), bytes::VOCAB_SIZE, end.as_slice()),

@@ -10,6 +10,7 @@ use serde::Serialize;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, LoadedModel, TextEncoders};
+use tale_models::kv::KvFormat;
 use tale_models::loading::{self, Inspection};
 use tale_models::presets::{Configurations, Preset};
 use tale_models::{ModelCard, ModelSource, Request};
@@ -89,9 +90,10 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     }
     let (inspection, model) = loading::plan(source, &placement, &options)?;
     let context = model.as_ref().and_then(|model| ContextReport::new(args, &inspection, model));
+    let cache_tokens = model.as_ref().map(|model| cache_tokens(model, &inspection, &placement)).unwrap_or_default();
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let called = args.preset.map_or_else(|| path.to_owned(), |preset| preset.name.into());
-    let report = Report::new(called, inspection, context, request);
+    let report = Report::new(called, inspection, cache_tokens, context, request);
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {
@@ -116,6 +118,13 @@ fn placed_text_encoders(
         other => CliError::from(other),
     })?;
     Ok(placed[0])
+}
+
+/// Tokens that the default KV cache of a language model would hold in each format.
+fn cache_tokens(model: &LoadedModel, inspection: &Inspection, placement: &Placement) -> BTreeMap<String, usize> {
+    let ModelCard::Text(card) = &model.card else { return BTreeMap::new() };
+    let tokens = |format: KvFormat| (format.to_string(), inspection.cache_bytes / card.kv_shape.token_bytes(format));
+    [KvFormat::computed(placement), KvFormat::Int8].map(tokens).into()
 }
 
 /// How a picture was made.
@@ -144,6 +153,8 @@ struct Report {
     memory_bytes: usize,
     /// Of the KV cache of a language model with the default options.
     cache_bytes: usize,
+    /// Tokens that so many bytes hold, by the dtype in which they are kept: as they are computed, and in 8 bits.
+    cache_tokens: BTreeMap<String, usize>,
     components: Vec<ComponentReport>,
     /// Of a language model.
     context: Option<ContextReport>,
@@ -257,6 +268,7 @@ impl Report {
     fn new(
         path: PathBuf,
         inspection: Inspection,
+        cache_tokens: BTreeMap<String, usize>,
         context: Option<ContextReport>,
         request: Option<RequestReport>,
     ) -> Self {
@@ -282,6 +294,7 @@ impl Report {
             parameters: components.iter().map(|component| component.parameters).sum(),
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
             cache_bytes: inspection.cache_bytes,
+            cache_tokens,
             components,
             context,
             request,
@@ -308,10 +321,13 @@ impl Display for Report {
             write_row(f, "total", self.parameters, self.memory_bytes, "")?;
         }
         if self.cache_bytes > 0 {
+            let tokens: Vec<_> =
+                self.cache_tokens.iter().map(|(dtype, tokens)| format!("{tokens} in {dtype}")).collect();
             writeln!(
                 f,
-                "\nBeside the weights: a KV cache of {} unless configured otherwise.",
-                ByteSize(self.cache_bytes)
+                "\nBeside the weights: a KV cache of {} unless configured otherwise; it holds so many tokens: {}.",
+                ByteSize(self.cache_bytes),
+                tokens.join(", ")
             )?;
         }
         if let Some(ContextReport { bytes_per_token, max_tokens, tokens_beside_weights }) = &self.context {

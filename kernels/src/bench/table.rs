@@ -11,8 +11,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::{
-    AttentionOptions, Code, CodeScales, ConvOptions, Draw, Gelu, PackedMatrix, PagedBatch, QkNorm, RopeLayout,
-    SpatialNorm,
+    AttentionOptions, Code, CodeScales, ConvOptions, Draw, Gelu, PackedMatrix, PagedBatch, PagedCache, QkNorm,
+    RopeLayout, SpatialNorm,
 };
 
 /// How large the inputs are.
@@ -254,6 +254,7 @@ impl<'a> Bench<'a> {
             let (rows, context) = (if rows > 1 { self.sizes.rows(rows) } else { rows }, self.sizes.rows(context));
             let blocks = sequences * context / BLOCK;
             let (k, v) = (self.random(&[blocks, BLOCK, 8, 128])?, self.random(&[blocks, BLOCK, 8, 128])?);
+            let cache = PagedCache::new(k, v);
             let q = self.random(&[sequences * rows, 32, 128])?;
             let tables = (0..blocks as u32).collect::<Vec<_>>();
             let batch = PagedBatch {
@@ -262,16 +263,16 @@ impl<'a> Bench<'a> {
                 block_tables: tables.chunks(context / BLOCK).map(<[u32]>::to_vec).collect(),
                 slot_mapping: (0..(sequences * rows) as u32).collect(),
             };
-            let batch = batch.prepare(32, &k)?;
+            let batch = batch.prepare(32, &cache)?;
             let work = match rows {
                 1 => Work::Bytes(self.bytes(2 * sequences * context * 8 * 128)),
                 _ => Work::Flops(4.0 * (sequences * rows * 32 * 128) as f64 * (context - rows / 2) as f64),
             };
             let shape = format!("llama 8B, {sequences} x {rows} rows, context {context}");
-            self.measure("paged_attention", &shape, work, || crate::paged_attention(&q, &k, &v, &batch, 0.088))?;
+            self.measure("paged_attention", &shape, work, || crate::paged_attention(&q, &cache, &batch, 0.088))?;
             let (new, bytes) = (self.random(&[sequences * rows, 8, 128])?, self.bytes(4 * sequences * rows * 8 * 128));
             self.measure("write_kv", &shape, Work::Bytes(bytes), || {
-                crate::write_kv(&new, &new, &k, &v, &batch).map(|()| new.clone())
+                crate::write_kv(&new, &new, &cache, &batch).map(|()| new.clone())
             })?;
         }
         Ok(())

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::plan::{FEW_ROWS, NOTHING, Path, Plan, Task, bucket};
-use super::{PagedBatch, Shape};
+use super::plan::{FEW_ROWS, MANY_ROWS, NOTHING, Path, Plan, Task, bucket};
+use super::{PagedBatch, PagedCache, Shape};
 use crate::gpu::{Launch, address, by_dtype, module, output};
 
 module!(PAGED, "paged");
@@ -35,7 +35,7 @@ pub(super) struct DeviceBatch {
 
 impl DeviceBatch {
     /// One copy to the device. `cache` says dtype and device.
-    pub(super) fn new(batch: &PagedBatch, shape: Shape, cache: &Tensor) -> Result<Self> {
+    pub(super) fn new(batch: &PagedBatch, shape: Shape, cache: &PagedCache) -> Result<Self> {
         if shape.d > MAX_HEAD {
             bail!("paged_attention: heads of {} values are larger than the largest computed, {MAX_HEAD}", shape.d);
         }
@@ -49,7 +49,7 @@ impl DeviceBatch {
         let slots = parts.add(batch.slot_mapping.iter().copied(), bucket(shape.len), NOTHING);
         let few = parts.add_tasks(&plan.few);
         let many = parts.add_tasks(&plan.many);
-        let all = parts.upload(cache.device())?;
+        let all = parts.upload(cache.k.device())?;
         let part = |(start, len)| all.narrow(0, start, len);
         Ok(Self {
             shape,
@@ -78,16 +78,19 @@ impl DeviceBatch {
         self.all.slice_set(&with.all, 0, 0)
     }
 
-    pub(super) fn write_kv(&self, k: &Tensor, v: &Tensor, k_cache: &Tensor, v_cache: &Tensor) -> Result<()> {
-        let (k, v) = (rows_apart(k, k_cache)?, rows_apart(v, v_cache)?);
+    pub(super) fn write_kv(&self, k: &Tensor, v: &Tensor, cache: &PagedCache) -> Result<()> {
+        let (k, v) = (rows_apart(k, cache.dtype())?, rows_apart(v, cache.dtype())?);
+        if cache.scales.is_some() {
+            return self.write_kv_int8(&k, &v, cache);
+        }
         let len = self.shape.kv_heads * self.shape.d;
         let packs = len.div_ceil(16 / k.dtype().size_in_bytes());
         let threads = packs.next_multiple_of(32).clamp(32, 256);
         Launch::new(&PAGED, by_dtype!("write_kv", k.dtype()), [self.shape.len, 2, 1], threads)?
             .tensor(&k)?
             .tensor(&v)?
-            .tensor(k_cache)?
-            .tensor(v_cache)?
+            .tensor(&cache.k)?
+            .tensor(&cache.v)?
             .tensor(&self.slots)?
             .i64(len)
             .i64(k.stride()[0])
@@ -95,19 +98,38 @@ impl DeviceBatch {
             .run(&k)
     }
 
-    pub(super) fn attention(&self, q: &Tensor, k_cache: &Tensor, v_cache: &Tensor, scale: f64) -> Result<Tensor> {
-        if q.dtype() != k_cache.dtype() || k_cache.dtype() != v_cache.dtype() {
-            let dtypes = [q.dtype(), k_cache.dtype(), v_cache.dtype()];
+    /// A warp for each head, up to eight at a time.
+    fn write_kv_int8(&self, k: &Tensor, v: &Tensor, cache: &PagedCache) -> Result<()> {
+        let threads = 32 * self.shape.kv_heads.min(8);
+        Launch::new(&PAGED, by_dtype!("write_kv_int8", k.dtype()), [self.shape.len, 2, 1], threads)?
+            .tensor(k)?
+            .tensor(v)?
+            .tensor(&cache.k)?
+            .tensor(&cache.v)?
+            .optional(cache.scales.as_ref().map(|scales| &scales.k))?
+            .optional(cache.scales.as_ref().map(|scales| &scales.v))?
+            .tensor(&self.slots)?
+            .i32(self.shape.kv_heads as i32)
+            .i32(self.shape.d as i32)
+            .i64(k.stride()[0])
+            .i64(v.stride()[0])
+            .run(k)
+    }
+
+    pub(super) fn attention(&self, q: &Tensor, cache: &PagedCache, scale: f64) -> Result<Tensor> {
+        let dtypes = [q.dtype(), cache.k.dtype(), cache.v.dtype()];
+        let expected = if cache.scales.is_some() { DType::U8 } else { cache.dtype() };
+        if dtypes != [cache.dtype(), expected, expected] {
             bail!("paged_attention: queries, keys and values have one dtype on a GPU, got {dtypes:?}");
         }
         let q = self.aligned(q.contiguous()?)?;
-        for cache in [k_cache, v_cache] {
-            if self.plan.path == Path::TensorCores && !is_aligned(cache)? {
+        for part in [&cache.k, &cache.v] {
+            if self.plan.path == Path::TensorCores && !is_aligned(part)? {
                 bail!("paged_attention: caches must begin at a multiple of 16 bytes");
             }
         }
         let out = output(q.shape(), q.dtype(), &q)?;
-        let operands = Operands { q: &q, k_cache, v_cache, out: &out, scale };
+        let operands = Operands { q: &q, cache, out: &out, scale };
         self.many(&operands)?;
         self.few(&operands)?;
         Ok(out)
@@ -119,22 +141,36 @@ impl DeviceBatch {
     }
 
     fn many(&self, operands: &Operands<'_>) -> Result<()> {
-        let (name, shared) = match (self.plan.path, self.shape.d) {
-            (Path::Exact, d) => (by_dtype!("paged_exact", operands.q.dtype()), exact_shared_bytes(d)),
-            (Path::TensorCores, 64) => (by_dtype!("paged_many_64", operands.q.dtype()), tensor_shared_bytes(64, 64)),
-            (Path::TensorCores, _) => (by_dtype!("paged_many_128", operands.q.dtype()), tensor_shared_bytes(64, 128)),
-        };
+        let (name, shared) = self.kernel(operands, Rows::Many)?;
         let tasks = Tasks { list: &self.many, count: self.plan.many.len(), splits: 1 };
         self.launch(name, shared, operands, &tasks, None)
     }
 
-    fn few(&self, operands: &Operands<'_>) -> Result<()> {
-        let dtype = operands.q.dtype();
-        let (name, shared) = match (self.plan.path, self.shape.d) {
-            (Path::Exact, d) => (by_dtype!("paged_exact", dtype), exact_shared_bytes(d)),
-            (Path::TensorCores, 64) => (by_dtype!("paged_few_64", dtype), tensor_shared_bytes(FEW_ROWS, 64)),
-            (Path::TensorCores, _) => (by_dtype!("paged_few_128", dtype), tensor_shared_bytes(FEW_ROWS, 128)),
+    /// Name and bytes of shared memory of the kernel for tiles of few rows, or of many.
+    fn kernel(&self, operands: &Operands<'_>, rows: Rows) -> Result<(&'static str, usize)> {
+        let (dtype, d, is_scaled) = (operands.q.dtype(), self.shape.d, operands.cache.scales.is_some());
+        let name = match (self.plan.path, rows, d, is_scaled) {
+            (Path::Exact, _, _, false) => by_dtype!("paged_exact", dtype),
+            (Path::Exact, _, _, true) => by_dtype!("paged_int8_exact", dtype),
+            (Path::TensorCores, Rows::Few, 64, false) => by_dtype!("paged_few_64", dtype),
+            (Path::TensorCores, Rows::Few, 64, true) => by_dtype!("paged_int8_few_64", dtype),
+            (Path::TensorCores, Rows::Few, _, false) => by_dtype!("paged_few_128", dtype),
+            (Path::TensorCores, Rows::Few, _, true) => by_dtype!("paged_int8_few_128", dtype),
+            (Path::TensorCores, Rows::Many, 64, false) => by_dtype!("paged_many_64", dtype),
+            (Path::TensorCores, Rows::Many, 64, true) => by_dtype!("paged_int8_many_64", dtype),
+            (Path::TensorCores, Rows::Many, _, false) => by_dtype!("paged_many_128", dtype),
+            (Path::TensorCores, Rows::Many, _, true) => by_dtype!("paged_int8_many_128", dtype),
         };
+        let shared_bytes = match (self.plan.path, rows) {
+            (Path::Exact, _) => exact_shared_bytes(d),
+            (Path::TensorCores, Rows::Few) => tensor_shared_bytes(FEW_ROWS, d),
+            (Path::TensorCores, Rows::Many) => tensor_shared_bytes(MANY_ROWS, d),
+        };
+        Ok((name, shared_bytes))
+    }
+
+    fn few(&self, operands: &Operands<'_>) -> Result<()> {
+        let (name, shared) = self.kernel(operands, Rows::Few)?;
         if self.plan.few.iter().all(|task| task[0] == NOTHING) {
             return Ok(());
         }
@@ -161,8 +197,10 @@ impl DeviceBatch {
         Launch::new(&PAGED, kernel, [tasks.splits, self.shape.kv_heads, tasks.count], THREADS)?
             .shared(shared_bytes)
             .tensor(operands.q)?
-            .tensor(operands.k_cache)?
-            .tensor(operands.v_cache)?
+            .tensor(&operands.cache.k)?
+            .tensor(&operands.cache.v)?
+            .optional(operands.cache.scales.as_ref().map(|scales| &scales.k))?
+            .optional(operands.cache.scales.as_ref().map(|scales| &scales.v))?
             .tensor(operands.out)?
             .optional(partial.map(|(partial, _)| partial))?
             .optional(partial.map(|(_, lse)| lse))?
@@ -200,10 +238,16 @@ impl DeviceBatch {
 
 struct Operands<'a> {
     q: &'a Tensor,
-    k_cache: &'a Tensor,
-    v_cache: &'a Tensor,
+    cache: &'a PagedCache,
     out: &'a Tensor,
     scale: f64,
+}
+
+/// What a kernel's tiles are for.
+#[derive(Clone, Copy)]
+enum Rows {
+    Few,
+    Many,
 }
 
 struct Tasks<'a> {
@@ -260,9 +304,9 @@ fn is_aligned(tensor: &Tensor) -> Result<bool> {
     Ok(address(tensor)?.is_multiple_of(16))
 }
 
-/// `[rows, kv_heads, d]` in the dtype of the cache, whose rows are contiguous and may lie apart: parts of one projection.
-fn rows_apart(rows: &Tensor, cache: &Tensor) -> Result<Tensor> {
-    let rows = rows.to_dtype(cache.dtype())?;
+/// `[rows, kv_heads, d]` in the dtype that the cache is written from, whose rows are contiguous and may lie apart: parts of one projection.
+fn rows_apart(rows: &Tensor, dtype: DType) -> Result<Tensor> {
+    let rows = rows.to_dtype(dtype)?;
     let [_, kv_heads, d] = rows.dims() else {
         bail!("write_kv: rows must be [l, kv_heads, d], got {:?}", rows.shape())
     };

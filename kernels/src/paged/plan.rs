@@ -24,7 +24,7 @@ const MAX_SPLITS: usize = 64;
 /// Which kernels compute a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Path {
-    /// 16-bit caches with heads of 64 or 128 and blocks of a power of two.
+    /// 16-bit queries with heads of 64 or 128 and blocks of a power of two.
     TensorCores,
     /// Everything else.
     Exact,

@@ -114,14 +114,18 @@ pub fn load(
     let checkpoint = manifest.whole();
     let config = DecoderConfig::read(&checkpoint.fields(CONFIG)?, class)?;
     let placement = open.placement().clone();
-    let block_bytes = config.kv_shape().block_bytes(placement.compute_dtype);
+    let format = options.kv_cache_dtype.at(&placement)?;
+    let block_bytes = config.kv_shape().block_bytes(format);
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
     let resident_bytes = num_blocks * block_bytes;
     let network = DecoderLm::load(&open.component(manifest, "")?, config)?;
     let kv_shape = network.kv_shape();
     let caches = match open.is_dry() {
-        true => KvCaches::dry(kv_shape, num_blocks, &placement)?,
-        false => KvCaches::new(kv_shape, num_blocks, &placement)?,
+        true => KvCaches::dry(kv_shape, format, num_blocks, &placement)?,
+        false => {
+            tracing::info!(tokens = num_blocks * BLOCK_SIZE, dtype = %format, bytes = resident_bytes, "KV cache");
+            KvCaches::new(kv_shape, format, num_blocks, &placement)?
+        }
     };
     let tokenizer = checked_tokenizer(checkpoint, network.vocab_size(), network.context_len())?;
     tokenizer.prepare_for_long_texts();
@@ -140,6 +144,7 @@ pub fn load(
         family,
         max_context: runner.max_context(),
         kv_bytes_per_token: block_bytes / BLOCK_SIZE,
+        kv_shape,
         vocab_size,
         tokenizer,
         chat_template: checkpoint.chat_template()?,

@@ -10,10 +10,10 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use tale_kernels::{AttentionOptions, PreparedBatch};
+use tale_kernels::{AttentionOptions, PagedCache, PreparedBatch};
 
 use crate::error::Result;
-use crate::kv::{KvCaches, LayerCache};
+use crate::kv::KvCaches;
 use crate::layers::{Embedding, Linear, RmsNorm};
 use crate::weights::Weights;
 
@@ -170,7 +170,7 @@ struct AttentionStep<'a> {
 /// Where the keys and values are that a row looks at: those of its sequence up to its own.
 enum Context<'a> {
     /// In the cache, to which the new rows' are written.
-    Paged { batch: &'a PreparedBatch<'a>, cache: &'a LayerCache },
+    Paged { batch: &'a PreparedBatch<'a>, cache: &'a PagedCache },
     /// Among the new rows, which are sequences of one length; of each the first `key_lens` count, or all.
     Dense { rows: usize, key_lens: Option<&'a [usize]> },
 }
@@ -179,10 +179,10 @@ impl Context<'_> {
     /// `q [l, heads, d]`, `k` and `v` `[l, kv_heads, d]`, rotated, to as many values as `q` has, in its order.
     fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         match *self {
-            Self::Paged { batch, cache: LayerCache { k: k_cache, v: v_cache } } => {
-                tale_kernels::write_kv(k, v, k_cache, v_cache, batch)?;
+            Self::Paged { batch, cache } => {
+                tale_kernels::write_kv(k, v, cache, batch)?;
                 let scale = 1.0 / (q.dim(2)? as f64).sqrt();
-                Ok(tale_kernels::paged_attention(q, k_cache, v_cache, batch, scale)?)
+                Ok(tale_kernels::paged_attention(q, cache, batch, scale)?)
             }
             Self::Dense { rows, key_lens } => {
                 // [b * l, heads, d] to [b, l, heads, d]

@@ -240,7 +240,7 @@ impl<M: CausalLm> TextRunner<M> {
 /// Recordings for caches whose operations are launches; they take the last block.
 fn recordings(caches: &KvCaches) -> Option<DecodeRecordings> {
     let first = caches.layers().first()?;
-    if caches.num_blocks() < 2 || !tale_kernels::can_record(&first.k) {
+    if caches.num_blocks() < 2 || !tale_kernels::can_record(first.k()) {
         return None;
     }
     Some(DecodeRecordings::new(BlockTable::outside_of_pools(caches.num_blocks() as u32 - 1)))
@@ -380,7 +380,7 @@ mod tests {
 
     use super::*;
     use crate::device::{DeviceSpec, Placement, WeightDtype};
-    use crate::kv::KvShape;
+    use crate::kv::{KvFormat, KvShape};
     use crate::layers::decoder::PreparedInput;
     use crate::request::SamplingParams;
 
@@ -422,7 +422,8 @@ mod tests {
     fn runner(max_batch_sequences: usize) -> TextRunner<Counter> {
         let dir = crate::testing::repository().join("tests/goldens/qwen2-yarn/checkpoint");
         let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
-        let caches = KvCaches::new(Counter.kv_shape(), 16, &placement).expect("allocated");
+        let format = KvFormat::computed(&placement);
+        let caches = KvCaches::new(Counter.kv_shape(), format, 16, &placement).expect("allocated");
         let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
         let model = LanguageModel { network: Counter, tokenizer, eos_token_ids: Vec::new() };
         TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences }, PrefixCache::default())

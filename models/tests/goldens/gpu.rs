@@ -12,7 +12,7 @@ use tale_models::diffusion::parameters::VAE_TILING;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
-use tale_models::kv::{BlockPool, BlockTable, KvCaches};
+use tale_models::kv::{BlockPool, BlockTable, KvCaches, KvFormat};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::{Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
@@ -286,10 +286,10 @@ fn sessions_that_come_and_go_say_what_they_say_alone() {
 /// much, whatever it was filled up with and however long contexts were when it was recorded.
 #[test]
 fn recorded_steps_compute_what_steps_compute() {
-    on_every_gpu(|gpu| {
+    let check = |gpu: &Gpu, format: KvFormat| {
         gpu.run(|| {
             let network = text::network_at("llama-tied", &gpu.placement);
-            let caches = || KvCaches::new(network.kv_shape(), 5, &gpu.placement).expect("allocated");
+            let caches = || KvCaches::new(network.kv_shape(), format, 5, &gpu.placement).expect("allocated");
             let (recorded, computed) = (caches(), caches());
             let mut pool = BlockPool::new(4);
             let mut tables: [BlockTable; 3] = Default::default();
@@ -316,6 +316,10 @@ fn recorded_steps_compute_what_steps_compute() {
                 assert_eq!(recordings.len(), if step < 3 { 1 } else { 2 });
             }
         });
+    };
+    on_every_gpu(|gpu| {
+        check(gpu, KvFormat::computed(&gpu.placement));
+        check(gpu, KvFormat::Int8);
     });
 }
 

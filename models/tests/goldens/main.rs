@@ -26,6 +26,7 @@ mod hunyuan_video_files;
 mod hunyuan_video_lora;
 mod hunyuan_video_pictures;
 mod ip_adapter;
+mod kv_formats;
 mod language_gguf;
 mod lora;
 mod mutations;

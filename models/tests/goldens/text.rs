@@ -12,7 +12,7 @@ use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::causal_lm::DecoderLm;
 use tale_models::families::{llama, qwen2};
 use tale_models::family::{LoadOptions, LoadedModel};
-use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, blocks_for};
+use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, KvFormat, blocks_for};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::{
@@ -327,7 +327,7 @@ fn a_tied_checkpoint_may_store_its_head_too() {
 #[test]
 fn the_kv_pool_is_part_of_what_a_model_takes() {
     let blocks = |count| Server::load("llama-tied", with_blocks("llama-tied", count)).model.resident_bytes;
-    let block_bytes = network("llama-tied").kv_shape().block_bytes(DType::F32);
+    let block_bytes = network("llama-tied").kv_shape().block_bytes(KvFormat::Floats(DType::F32));
     assert_eq!(blocks(5) - blocks(2), 3 * block_bytes);
 }
 
@@ -361,7 +361,7 @@ pub struct SharedCaches {
 impl SharedCaches {
     pub fn new(model: &DecoderLm, num_tokens: usize) -> Self {
         let num_blocks = blocks_for(num_tokens);
-        let caches = KvCaches::new(model.kv_shape(), num_blocks, &cpu());
+        let caches = KvCaches::new(model.kv_shape(), KvFormat::computed(&cpu()), num_blocks, &cpu());
         Self { caches: caches.expect("allocated"), pool: BlockPool::new(num_blocks) }
     }
 
@@ -505,7 +505,7 @@ impl Server {
         self.answer_all(&[request]).remove(0)
     }
 
-    fn answer_all(&mut self, requests: &[TextRequest]) -> Vec<Answer> {
+    pub fn answer_all(&mut self, requests: &[TextRequest]) -> Vec<Answer> {
         let ids = self.submit_all(requests);
         self.run();
         ids.iter().map(|id| self.answers[id].clone()).collect()
@@ -551,7 +551,7 @@ pub fn greedy(prompt: Vec<u32>) -> TextRequest {
 }
 
 /// Greedy and sampled requests of several lengths.
-fn mixed_requests(case: &str) -> Vec<TextRequest> {
+pub fn mixed_requests(case: &str) -> Vec<TextRequest> {
     let mut requests = Vec::new();
     for (index, prompt) in prompts(case).into_iter().enumerate() {
         requests.push(greedy(prompt.clone()));
@@ -568,7 +568,7 @@ fn mixed_requests(case: &str) -> Vec<TextRequest> {
 
 /// Options with a pool of exactly `num_blocks` blocks.
 pub fn with_blocks(case: &str, num_blocks: usize) -> LoadOptions {
-    let block_bytes = network(case).kv_shape().block_bytes(DType::F32);
+    let block_bytes = network(case).kv_shape().block_bytes(KvFormat::Floats(DType::F32));
     LoadOptions { kv_cache_bytes: num_blocks * block_bytes, ..LoadOptions::default() }
 }
 

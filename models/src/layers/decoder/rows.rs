@@ -90,7 +90,7 @@ impl<'a> PreparedInput<'a> {
     /// `[l, head_dim / 2]` of the rows' positions.
     pub fn new(input: &'a DecoderInput, (cos, sin): (Tensor, Tensor), heads: usize, caches: &KvCaches) -> Result<Self> {
         let first = caches.layers().first().expect("a checked configuration has layers: this is a bug");
-        let device = first.k.device();
+        let device = first.k().device();
         let wants_all = input.logit_rows.iter().copied().eq(0..input.tokens.len() as u32);
         let logit_rows = match input.logit_rows.as_slice() {
             [] => LogitRows::None,
@@ -98,7 +98,7 @@ impl<'a> PreparedInput<'a> {
             rows => LogitRows::These(Tensor::new(rows, device)?),
         };
         let tokens = Tensor::new(input.tokens.as_slice(), device)?;
-        Ok(Self { tokens, cos, sin, paged: input.paged.prepare(heads, &first.k)?, logit_rows })
+        Ok(Self { tokens, cos, sin, paged: input.paged.prepare(heads, first)?, logit_rows })
     }
 }
 
