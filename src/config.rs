@@ -17,11 +17,16 @@ use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::kv::{KvCacheDtype, PrefixCache};
+use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::tools::ToolFormat;
 
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
 use crate::job::store::Retention;
+
+/// Last tokens that are looked for where tokens are guessed, and nothing is said of them.
+const DEFAULT_PROMPT_LOOKUP_MIN: usize = 2;
+const DEFAULT_PROMPT_LOOKUP_MAX: usize = 4;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
@@ -109,6 +114,19 @@ pub struct Settings {
     /// client), or shared (all) [default: per-client]
     #[arg(long, value_name = "WHOSE")]
     pub prefix_cache: Option<PrefixCacheScope>,
+
+    /// Most tokens of a language model that are guessed from what came before and checked together; 0 guesses none. Answers
+    /// stay the same [default: 0]
+    #[arg(long, value_name = "N")]
+    pub num_speculative_tokens: Option<usize>,
+
+    /// Fewest last tokens of a text that have to stand in it once more for a guess [default: 2]
+    #[arg(long, value_name = "N")]
+    pub prompt_lookup_min: Option<NonZeroUsize>,
+
+    /// Most last tokens of a text that are looked for in it [default: 4]
+    #[arg(long, value_name = "N")]
+    pub prompt_lookup_max: Option<NonZeroUsize>,
 
     /// Most tokens, prompt and answer together, of one step of a language model [default: 512]
     #[arg(long, value_name = "N")]
@@ -334,6 +352,14 @@ pub enum ConfigError {
     /// Nothing to serve.
     #[error("no model to serve; give --model NAME=PATH, or a [models] table in the file of --config")]
     NoModels,
+    /// No end of a text has so few tokens as are looked for.
+    #[error("prompt_lookup_min is {min}; allowed: 1 to {max}, which is prompt_lookup_max")]
+    PromptLookup {
+        /// Fewest tokens that have to be found.
+        min: usize,
+        /// Most that are looked for.
+        max: usize,
+    },
     /// Two `--model` flags have one name.
     #[error("--model: `{name}` is given twice")]
     DuplicateModel {
@@ -355,6 +381,11 @@ impl Config {
         };
         if settings.models.is_empty() {
             return Err(ConfigError::NoModels);
+        }
+        let min = or(settings.prompt_lookup_min, DEFAULT_PROMPT_LOOKUP_MIN);
+        let max = or(settings.prompt_lookup_max, DEFAULT_PROMPT_LOOKUP_MAX);
+        if min > max {
+            return Err(ConfigError::PromptLookup { min, max });
         }
         Ok(Self {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
@@ -396,6 +427,9 @@ impl Settings {
             kv_cache: self.kv_cache.or(file.kv_cache),
             kv_cache_dtype: self.kv_cache_dtype.or(file.kv_cache_dtype),
             prefix_cache: self.prefix_cache.or(file.prefix_cache),
+            num_speculative_tokens: self.num_speculative_tokens.or(file.num_speculative_tokens),
+            prompt_lookup_min: self.prompt_lookup_min.or(file.prompt_lookup_min),
+            prompt_lookup_max: self.prompt_lookup_max.or(file.prompt_lookup_max),
             max_batch_tokens: self.max_batch_tokens.or(file.max_batch_tokens),
             max_batch_sequences: self.max_batch_sequences.or(file.max_batch_sequences),
             max_denoise_rows: self.max_denoise_rows.or(file.max_denoise_rows),
@@ -430,6 +464,7 @@ impl Settings {
                 kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
                 kv_cache_dtype: self.kv_cache_dtype.unwrap_or_default(),
                 prefix_cache: self.prefix_cache.map_or(load.prefix_cache, PrefixCacheScope::chosen),
+                prompt_lookup: self.prompt_lookup(),
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
@@ -441,6 +476,14 @@ impl Settings {
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
         }
+    }
+
+    /// How tokens are guessed; `None` where they are not.
+    fn prompt_lookup(&self) -> Option<PromptLookup> {
+        let num_speculative_tokens = self.num_speculative_tokens.filter(|tokens| *tokens > 0)?;
+        let prompt_lookup_min = or(self.prompt_lookup_min, DEFAULT_PROMPT_LOOKUP_MIN);
+        let prompt_lookup_max = or(self.prompt_lookup_max, DEFAULT_PROMPT_LOOKUP_MAX);
+        Some(PromptLookup { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max })
     }
 
     fn connection_limits(&self) -> ConnectionLimits {
@@ -670,6 +713,8 @@ mod tests {
         assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
         assert_eq!(config.engine.load.kv_cache_dtype, KvCacheDtype::Int8);
         assert_eq!(config.engine.load.prefix_cache, PrefixCache::Shared);
+        let lookup = PromptLookup { num_speculative_tokens: 8, prompt_lookup_min: 3, prompt_lookup_max: 5 };
+        assert_eq!(config.engine.load.prompt_lookup, Some(lookup));
         assert_eq!(config.engine.load.max_batch_tokens, 1024);
         assert_eq!(config.engine.load.max_batch_sequences, 32);
         assert_eq!(config.engine.load.max_denoise_rows, 2);
@@ -718,6 +763,9 @@ mod tests {
             ("kv_cache", gib(engine.load.kv_cache_bytes)),
             ("kv_cache_dtype", engine.load.kv_cache_dtype.to_string()),
             ("prefix_cache", "per-client".to_owned()),
+            ("num_speculative_tokens", "0".to_owned()),
+            ("prompt_lookup_min", DEFAULT_PROMPT_LOOKUP_MIN.to_string()),
+            ("prompt_lookup_max", DEFAULT_PROMPT_LOOKUP_MAX.to_string()),
             ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
             ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
             ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
@@ -784,6 +832,10 @@ mod tests {
         );
         check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
         check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
+        check_error(
+            "prompt_lookup_min = 5\n[models]\na = \"/x\"\n",
+            &["prompt_lookup_min is 5; allowed: 1 to 4, which is prompt_lookup_max"],
+        );
         check_error("kv_cache_dtype = \"fp8\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8"]);
         check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
         check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);

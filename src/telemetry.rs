@@ -49,6 +49,8 @@ pub struct ModelMetrics {
     prompt_tokens: [Counter; 2],
     prefix_cache_queries: [Counter; 2],
     prefix_cache_hits: [Counter; 2],
+    draft_tokens: [Counter; 2],
+    accepted_draft_tokens: [Counter; 2],
     generation_tokens: [Counter; 2],
     skipped_passes: Counter,
     ended: [(&'static str, Counter); 5],
@@ -85,6 +87,11 @@ impl ModelMetrics {
             prompt_tokens: counters("tale_prompt_tokens_total", "vllm:prompt_tokens_total"),
             prefix_cache_queries: counters("tale_prefix_cache_queries_total", "vllm:prefix_cache_queries_total"),
             prefix_cache_hits: counters("tale_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"),
+            draft_tokens: counters("tale_draft_tokens_total", "vllm:spec_decode_num_draft_tokens_total"),
+            accepted_draft_tokens: counters(
+                "tale_accepted_draft_tokens_total",
+                "vllm:spec_decode_num_accepted_tokens_total",
+            ),
             generation_tokens: counters("tale_generation_tokens_total", "vllm:generation_tokens_total"),
             skipped_passes: counter!("tale_skipped_passes_total", "model_name" => model.to_owned()),
             ended: outcomes.map(|outcome| {
@@ -125,6 +132,9 @@ impl ModelMetrics {
             self.prefix_cache_queries.iter().for_each(|counter| counter.increment(usage.prompt_tokens as u64));
             self.prefix_cache_hits.iter().for_each(|counter| counter.increment(cached_tokens as u64));
         }
+        self.draft_tokens.iter().for_each(|counter| counter.increment(usage.draft_tokens as u64));
+        let accepted = usage.accepted_draft_tokens as u64;
+        self.accepted_draft_tokens.iter().for_each(|counter| counter.increment(accepted));
         self.skipped_passes.increment(usage.skipped_passes as u64);
         self.ended(match reason {
             FinishReason::Stop => "stop",

@@ -5,6 +5,7 @@ use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
 use crate::error::Result;
 use crate::kv::{KvCacheDtype, PrefixCache};
 use crate::runner::Runner;
+use crate::runner::text::lookup::PromptLookup;
 use crate::tools::ToolFormat;
 
 /// Everything about one family of models. One unit struct per family, one line in [`FAMILIES`](crate::families::FAMILIES).
@@ -55,6 +56,8 @@ pub struct LoadOptions {
     pub kv_cache_dtype: KvCacheDtype,
     /// Which requests share what the KV cache has of prompts that begin alike.
     pub prefix_cache: PrefixCache,
+    /// How language models guess tokens from what came before; `None` where they do not.
+    pub prompt_lookup: Option<PromptLookup>,
     /// Most tokens (decode and prefill together) of one text step.
     pub max_batch_tokens: usize,
     /// Most sequences of one text step.
@@ -76,6 +79,7 @@ impl Default for LoadOptions {
             kv_cache_bytes: 1 << 30,
             kv_cache_dtype: KvCacheDtype::Auto,
             prefix_cache: PrefixCache::PerClient,
+            prompt_lookup: None,
             max_batch_tokens: 512,
             max_batch_sequences: 64,
             max_denoise_rows: 4,

@@ -110,6 +110,10 @@ pub struct Usage {
     pub cached_tokens: Option<usize>,
     /// Tokens generated, the end-of-sequence token included.
     pub completion_tokens: usize,
+    /// Tokens that were guessed before they were sampled, and how many of the guesses were right.
+    pub draft_tokens: usize,
+    /// See there.
+    pub accepted_draft_tokens: usize,
     /// Of a picture or clip: predictions that the acceleration took from ones before them.
     pub skipped_passes: usize,
 }

@@ -230,6 +230,7 @@ fn load_options(card: &ModelCard, options: &StepOptions, batches: &[usize], load
             max_batch_sequences: batch,
             // Every round has the same prompts.
             prefix_cache: PrefixCache::Off,
+            prompt_lookup: None,
             ..load
         },
         ModelCard::Diffusion(_) => LoadOptions { max_denoise_rows: batch, ..load },

@@ -14,9 +14,9 @@ use crate::grammar::Grammars;
 use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
 use crate::layers::Linear;
 use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, LlamaGgufNames, PreparedInput};
-use crate::runner::text::TextRunner;
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
+use crate::runner::text::{RunnerOptions, TextRunner};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Tie, Weights};
 
@@ -139,7 +139,8 @@ pub fn load(
     let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
     let limits =
         Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
-    let runner = TextRunner::new(model, caches, limits, options.prefix_cache);
+    let how = RunnerOptions { prefix_cache: options.prefix_cache, prompt_lookup: options.prompt_lookup };
+    let runner = TextRunner::new(model, caches, limits, how);
     let card = TextCard {
         family,
         max_context: runner.max_context(),

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
-use tale_kernels::Choice;
+use tale_kernels::{Choice, Mask};
 
 use crate::error::{Error, Result};
 use crate::grammar::Matching;
@@ -19,6 +19,7 @@ use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
+use crate::runner::text::lookup::PromptLookup;
 use crate::runner::text::masks::Masks;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::recorded::DecodeRecordings;
@@ -28,6 +29,7 @@ use crate::text_stream::TextStream;
 use crate::tokenizer::Tokenizer;
 
 pub mod batcher;
+pub mod lookup;
 pub mod masks;
 pub mod model;
 pub mod recorded;
@@ -43,11 +45,20 @@ pub struct TextRunner<M> {
     /// Where steps are launched on a GPU.
     recordings: Option<DecodeRecordings>,
     max_context: usize,
-    prefix_cache: PrefixCache,
+    options: RunnerOptions,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session>,
     /// Sessions of the step that is being computed; what is left of them after a failure is evicted.
     in_step: Vec<SessionId>,
+}
+
+/// How sessions are driven.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RunnerOptions {
+    /// Which prompts share what the caches have of them.
+    pub prefix_cache: PrefixCache,
+    /// How tokens are guessed, if they are.
+    pub prompt_lookup: Option<PromptLookup>,
 }
 
 #[derive(Debug)]
@@ -57,6 +68,9 @@ struct Session {
     num_prompt_tokens: usize,
     /// Of the prompt, those that were in the cache when its first step began; `None` where nothing is shared.
     num_cached_tokens: Option<usize>,
+    /// Guesses that were computed, and those that were right.
+    num_drafts: usize,
+    num_accepted_drafts: usize,
     max_tokens: usize,
     ignore_eos: bool,
     sampler: Sampler,
@@ -65,6 +79,19 @@ struct Session {
     matching: Option<Matching>,
     started: bool,
 }
+
+/// A session whose next token is sampled.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    session: SessionId,
+    /// Of the step's logits.
+    row: usize,
+    /// Guesses of that token and those behind it, each with the logits of the next row.
+    drafts: &'a [u32],
+}
+
+/// Guesses by session, as many as were computed.
+type Drafts = HashMap<SessionId, Vec<u32>>;
 
 /// What a new token does to a session.
 struct Accepted {
@@ -88,15 +115,15 @@ enum End {
 }
 
 impl<M: CausalLm> TextRunner<M> {
-    /// An idle runner whose sessions share `caches`, and prompts in them as `prefix_cache` says.
-    pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits, prefix_cache: PrefixCache) -> Self {
+    /// An idle runner whose sessions share `caches`.
+    pub fn new(model: LanguageModel<M>, caches: KvCaches, limits: Limits, options: RunnerOptions) -> Self {
         let recordings = recordings(&caches).filter(|_| model.network.is_recordable());
         // The last block fills recorded steps up.
         let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
         let max_context = model.network.context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
         let sessions = HashMap::new();
-        Self { model, caches, recordings, max_context, prefix_cache, batcher, sessions, in_step: Vec::new() }
+        Self { model, caches, recordings, max_context, options, batcher, sessions, in_step: Vec::new() }
     }
 
     /// Most tokens of prompt and answer together: what the model's positions and the whole pool can hold.
@@ -128,7 +155,7 @@ impl<M: CausalLm> TextRunner<M> {
             let session = self.sessions.get_mut(id).expect("only live sessions are planned: this is a bug");
             if !session.started {
                 session.started = true;
-                if self.prefix_cache != PrefixCache::Off {
+                if self.options.prefix_cache != PrefixCache::Off {
                     session.num_cached_tokens = Some(self.batcher.num_computed(*id));
                 }
                 events.emit(*id, Event::Started);
@@ -136,14 +163,36 @@ impl<M: CausalLm> TextRunner<M> {
         }
     }
 
-    /// Logits `[rows, vocab]` of the rows that sample; `None` when none does.
-    fn forward(&mut self, plan: &Plan) -> Result<Option<Tensor>> {
+    /// Guesses for the sessions that decode, as many as the step has room for.
+    fn draft(&self, plan: &mut Plan) -> Drafts {
+        let Some(lookup) = self.options.prompt_lookup else { return Drafts::new() };
+        let guess = |id: SessionId| {
+            let session = &self.sessions[&id];
+            if session.matching.is_some() {
+                // A grammar says what may come one token at a time.
+                return &[][..];
+            }
+            let guess = lookup.guess(&session.tokens);
+            // The last token that was asked for has none behind it.
+            &guess[..guess.len().min(session.num_tokens_left() - 1)]
+        };
+        self.batcher.add_drafts(plan, |id| guess(id).len());
+        let drafted = plan.chunks.iter().filter(|chunk| chunk.num_drafts > 0);
+        drafted.map(|chunk| (chunk.session, guess(chunk.session)[..chunk.num_drafts].to_vec())).collect()
+    }
+
+    /// Logits `[rows, vocab]` of the rows that sample and of the guesses behind them; `None` when none does.
+    fn forward(&mut self, plan: &Plan, drafts: &Drafts) -> Result<Option<Tensor>> {
         let mut input = DecoderInput::default();
-        for Chunk { session, start, num_tokens, samples } in plan.chunks.iter().copied() {
+        for Chunk { session, start, num_tokens, samples, num_drafts } in plan.chunks.iter().copied() {
+            let table = self.batcher.table(session);
             let tokens = &self.sessions[&session].tokens[start..start + num_tokens];
-            input.push(tokens, start, self.batcher.table(session));
+            match drafts.get(&session) {
+                Some(drafts) => input.push(&[tokens, drafts].concat(), start, table),
+                None => input.push(tokens, start, table),
+            }
             if samples {
-                input.want_logits_of_last_row();
+                input.want_logits_of_last_rows(1 + num_drafts);
             }
         }
         match &mut self.recordings {
@@ -161,41 +210,88 @@ impl<M: CausalLm> TextRunner<M> {
         Masks::begin(sampling.filter_map(matching))
     }
 
-    /// Samples the next token of each session whose chunk asked for one, all in one call where the logits are, and
-    /// makes text of them side by side; in order of ids.
-    fn sample(&mut self, plan: &Plan, logits: &Tensor, masks: Masks) -> Result<Vec<(SessionId, Result<Accepted>)>> {
-        let phase = plan.phase().as_str();
-        let eos_token_ids = self.model.eos_token_ids.as_slice();
-        let sampling = plan.chunks.iter().filter(|chunk| chunk.samples);
-        let rows: HashMap<SessionId, usize> = sampling.enumerate().map(|(row, chunk)| (chunk.session, row)).collect();
-        let of_a_row = |(id, session)| rows.get(id).map(|row| (*row, *id, session));
-        let mut turns: Vec<(usize, SessionId, &mut Session)> = self.sessions.iter_mut().filter_map(of_a_row).collect();
-        turns.sort_by_key(|(row, ..)| *row);
+    /// Samples the next token of each session whose chunk asked for one, and where that is what was guessed the one behind it,
+    /// and so on: a guess changes no token, since each is drawn from the logits behind the tokens that are there.
+    fn sample(
+        &mut self,
+        plan: &Plan,
+        drafts: &Drafts,
+        logits: &Tensor,
+        masks: Masks,
+        events: &mut Events,
+    ) -> Result<()> {
         let mut masks = masks.finish();
+        let phase = plan.phase().as_str();
+        let mut row = 0;
+        let mut places = Vec::with_capacity(plan.chunks.len());
+        for chunk in plan.chunks.iter().filter(|chunk| chunk.samples) {
+            let drafts = drafts.get(&chunk.session).map_or(&[][..], Vec::as_slice);
+            places.push(Place { session: chunk.session, row, drafts });
+            row += 1 + drafts.len();
+        }
+        while !places.is_empty() {
+            let mut going_on = Vec::new();
+            for (place, accepted) in self.sample_at(places, phase, logits, &mut masks)? {
+                let token = accepted.as_ref().map(|accepted| accepted.token).ok();
+                let goes_on = self.report(place.session, accepted, events);
+                match place.drafts.split_first() {
+                    Some((draft, drafts)) if goes_on && token == Some(*draft) => {
+                        self.batcher.accept_draft(place.session);
+                        going_on.push(Place { row: place.row + 1, drafts, ..place });
+                    }
+                    _ => (),
+                }
+            }
+            places = going_on;
+        }
+        Ok(())
+    }
+
+    /// Samples a token at each place, all in one call where the logits are, and makes text of them side by side; in order of
+    /// ids.
+    fn sample_at<'a>(
+        &mut self,
+        places: Vec<Place<'a>>,
+        phase: &'static str,
+        logits: &Tensor,
+        masks: &mut HashMap<SessionId, (Matching, Result<Mask>)>,
+    ) -> Result<Vec<(Place<'a>, Result<Accepted>)>> {
+        let eos_token_ids = self.model.eos_token_ids.as_slice();
+        let by_session: HashMap<SessionId, Place<'_>> =
+            places.into_iter().map(|place| (place.session, place)).collect();
+        let at_a_place = |(id, session)| by_session.get(id).map(|place| (*place, session));
+        let mut turns: Vec<(Place<'_>, &mut Session)> = self.sessions.iter_mut().filter_map(at_a_place).collect();
+        turns.sort_by_key(|(place, _)| place.row);
+        let rows: Vec<u32> = turns.iter().map(|(place, _)| place.row as u32).collect();
+        let logits = match rows.len() == logits.dim(0)? {
+            true => logits.clone(),
+            false => tale_kernels::embedding(&Tensor::new(rows, logits.device())?, logits)?,
+        };
         let mut without_mask: HashMap<SessionId, Error> = HashMap::new();
-        let draws = turns.iter_mut().map(|(_, id, session)| {
-            let allowed = masks.remove(id).and_then(|(matching, mask)| {
+        let draws = turns.iter_mut().map(|(place, session)| {
+            let allowed = masks.remove(&place.session).and_then(|(matching, mask)| {
                 session.matching = Some(matching);
-                mask.map_err(|error| without_mask.insert(*id, error)).ok()
+                mask.map_err(|error| without_mask.insert(place.session, error)).ok()
             });
             Turn { sampler: &mut session.sampler, allowed }
         });
-        let choices = sampler::sample(logits, draws.collect())?;
+        let choices = sampler::sample(&logits, draws.collect())?;
         let mut accepted: Vec<_> = turns
             .into_par_iter()
-            .map(|(row, id, session)| (id, session.accept(choices[row], phase, eos_token_ids)))
+            .zip(choices)
+            .map(|((place, session), choice)| (place, session.accept(choice, place.drafts, phase, eos_token_ids)))
             .collect();
-        accepted.sort_by_key(|(id, _)| *id);
-        for (id, accepted) in &mut accepted {
-            if let Some(error) = without_mask.remove(id) {
+        accepted.sort_by_key(|(place, _)| place.session);
+        for (place, accepted) in &mut accepted {
+            if let Some(error) = without_mask.remove(&place.session) {
                 *accepted = Err(error);
             }
         }
         Ok(accepted)
     }
 
-    /// Tells what came of a sample, and ends the session if that was its last token.
-    fn report(&mut self, id: SessionId, accepted: Result<Accepted>, events: &mut Events) {
+    /// Tells what came of a sample, and ends the session if that was its last token. Whether it goes on.
+    fn report(&mut self, id: SessionId, accepted: Result<Accepted>, events: &mut Events) -> bool {
         match accepted {
             Ok(Accepted { token, text, end }) => {
                 events.emit(id, Event::Text { tokens: vec![token], text });
@@ -203,10 +299,12 @@ impl<M: CausalLm> TextRunner<M> {
                     Some(end) => self.finish(id, end, events),
                     None => self.batcher.push(id, token),
                 }
+                end.is_none()
             }
             Err(error) => {
                 self.discard(id);
                 events.emit(id, Event::Failed(error));
+                false
             }
         }
     }
@@ -254,6 +352,8 @@ impl Session {
             matching: request.grammar.map(|grammar| grammar.begin()),
             num_prompt_tokens: request.prompt.len(),
             num_cached_tokens: None,
+            num_drafts: 0,
+            num_accepted_drafts: 0,
             max_tokens: request.max_tokens,
             ignore_eos: request.ignore_eos,
             tokens: request.prompt,
@@ -261,12 +361,28 @@ impl Session {
         }
     }
 
-    fn accept(&mut self, choice: Choice, phase: &'static str, eos_token_ids: &[u32]) -> Result<Accepted> {
+    /// Tokens that may still come, at least one.
+    fn num_tokens_left(&self) -> usize {
+        self.max_tokens - (self.tokens.len() - self.num_prompt_tokens)
+    }
+
+    /// `drafts` are what was guessed of the token and of those behind it.
+    fn accept(
+        &mut self,
+        choice: Choice,
+        drafts: &[u32],
+        phase: &'static str,
+        eos_token_ids: &[u32],
+    ) -> Result<Accepted> {
         let Choice { token, is_finite } = choice;
         if !is_finite {
             return Err(Error::NotFinite { phase });
         }
         self.tokens.push(token);
+        if let Some(draft) = drafts.first() {
+            self.num_drafts += 1;
+            self.num_accepted_drafts += usize::from(*draft == token);
+        }
         if !self.ignore_eos && eos_token_ids.contains(&token) {
             return Ok(Accepted { token, text: String::new(), end: Some(End::EosToken) });
         }
@@ -285,7 +401,14 @@ impl Session {
     fn usage(&self) -> Usage {
         let prompt_tokens = self.num_prompt_tokens;
         let completion_tokens = self.tokens.len() - prompt_tokens;
-        Usage { prompt_tokens, cached_tokens: self.num_cached_tokens, completion_tokens, ..Usage::default() }
+        Usage {
+            prompt_tokens,
+            cached_tokens: self.num_cached_tokens,
+            completion_tokens,
+            draft_tokens: self.num_drafts,
+            accepted_draft_tokens: self.num_accepted_drafts,
+            ..Usage::default()
+        }
     }
 }
 
@@ -306,7 +429,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         self.check(&request)?;
-        let scope = self.prefix_cache.scope(client, request.cache_salt.as_deref());
+        let scope = self.options.prefix_cache.scope(client, request.cache_salt.as_deref());
         self.batcher.submit(id, client, &request.prompt, scope);
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
         Ok(())
@@ -334,19 +457,18 @@ impl<M: CausalLm> Runner for TextRunner<M> {
     }
 
     fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
-        let Some(plan) = self.batcher.plan() else {
+        let Some(mut plan) = self.batcher.plan() else {
             return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
         };
+        let drafts = self.draft(&mut plan);
         self.in_step = plan.chunks.iter().map(|chunk| chunk.session).collect();
         self.batcher.begin(&plan);
         self.announce(events);
         let masks = self.begin_masks(&plan);
-        let logits = self.forward(&plan)?;
+        let logits = self.forward(&plan, &drafts)?;
         self.batcher.complete(&plan);
         if let Some(logits) = logits {
-            for (id, accepted) in self.sample(&plan, &logits, masks)? {
-                self.report(id, accepted, events);
-            }
+            self.sample(&plan, &drafts, &logits, masks, events)?;
         }
         self.in_step.clear();
         Ok(summary(&plan))
@@ -374,183 +496,4 @@ fn summary(plan: &Plan) -> StepPlan {
 }
 
 #[cfg(test)]
-mod tests {
-
-    use candle_core::{DType, Device};
-
-    use super::*;
-    use crate::device::{DeviceSpec, Placement, WeightDtype};
-    use crate::kv::{KvFormat, KvShape};
-    use crate::layers::decoder::PreparedInput;
-    use crate::request::SamplingParams;
-
-    /// A network without weights: after every token comes the next one of the vocabulary.
-    struct Counter;
-
-    const VOCAB_SIZE: usize = 500;
-
-    impl CausalLm for Counter {
-        fn vocab_size(&self) -> usize {
-            VOCAB_SIZE
-        }
-
-        fn context_len(&self) -> usize {
-            256
-        }
-
-        fn kv_shape(&self) -> KvShape {
-            KvShape { num_layers: 1, num_key_value_heads: 1, head_dim: 2 }
-        }
-
-        fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
-            let angles = Tensor::zeros((input.len(), 1), DType::F32, &Device::Cpu)?;
-            PreparedInput::new(input, (angles.clone(), angles), 1, caches)
-        }
-
-        fn logits(&self, input: &PreparedInput<'_>, _caches: &KvCaches) -> Result<Option<Tensor>> {
-            let mut logits = Vec::new();
-            for token in input.tokens().to_vec1::<u32>()? {
-                let mut row = vec![0f32; VOCAB_SIZE];
-                let next = token as usize + 1;
-                *row.get_mut(next).ok_or_else(|| Error::Device(format!("no token {next}")))? = 1.0;
-                logits.push(row);
-            }
-            input.asked_for(&Tensor::new(logits, &Device::Cpu)?)
-        }
-    }
-
-    fn runner(max_batch_sequences: usize) -> TextRunner<Counter> {
-        let dir = crate::testing::repository().join("tests/goldens/qwen2-yarn/checkpoint");
-        let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
-        let format = KvFormat::computed(&placement);
-        let caches = KvCaches::new(Counter.kv_shape(), format, 16, &placement).expect("allocated");
-        let tokenizer = Tokenizer::from_dir(&dir).expect("a tokenizer");
-        let model = LanguageModel { network: Counter, tokenizer, eos_token_ids: Vec::new() };
-        TextRunner::new(model, caches, Limits { max_batch_tokens: 64, max_batch_sequences }, PrefixCache::default())
-    }
-
-    fn request(prompt: Vec<u32>) -> Request {
-        let sampling = SamplingParams::greedy();
-        let stop = Vec::new();
-        Request::Text(TextRequest {
-            prompt,
-            max_tokens: 4,
-            sampling,
-            stop,
-            ignore_eos: true,
-            cache_salt: None,
-            grammar: None,
-        })
-    }
-
-    /// Runs until idle and gives the tokens of `id`.
-    fn tokens_of(runner: &mut TextRunner<Counter>, id: SessionId) -> Vec<u32> {
-        let mut events = Events::default();
-        while runner.next().is_some() {
-            runner.step(&mut events).expect("computed");
-        }
-        let mut all = Vec::new();
-        for (session, event) in events.drain() {
-            if let (true, Event::Text { tokens, .. }) = (session == id, event) {
-                all.extend(tokens);
-            }
-        }
-        all
-    }
-
-    #[test]
-    fn a_failed_step_takes_its_own_sessions_only() {
-        let (first, second, third) = (SessionId(1), SessionId(2), SessionId(3));
-        let mut runner = runner(2);
-        runner.submit(third, request(vec![7, 8, 9])).expect("accepted");
-        let expected = tokens_of(&mut runner, third);
-        assert_eq!(expected, [10, 11, 12, 13]);
-
-        for (id, prompt) in [(first, vec![1, 2]), (second, vec![3, 4, 5]), (third, vec![7, 8, 9])] {
-            runner.submit(id, request(prompt)).expect("accepted");
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).expect("computed");
-        // A token outside of the vocabulary makes the whole forward pass fail.
-        let session = runner.sessions.get_mut(&second).expect("it runs");
-        *session.tokens.last_mut().expect("it has tokens") = u32::MAX - 1;
-        assert!(runner.step(&mut events).is_err());
-        assert_eq!(runner.evict_step(), [first, second]);
-        assert_eq!((runner.status().running, runner.status().waiting, runner.status().kv_blocks_used), (0, 1, 0));
-        assert_eq!(runner.evict_step(), []);
-        assert_eq!(tokens_of(&mut runner, third), expected);
-    }
-
-    #[test]
-    fn a_session_starts_once_and_ends_once() {
-        let mut runner = runner(2);
-        runner.submit(SessionId(1), request(vec![1; 100])).expect("accepted");
-        let mut events = Events::default();
-        while runner.next().is_some() {
-            runner.step(&mut events).expect("computed");
-        }
-        let events: Vec<Event> = events.drain().map(|(_, event)| event).collect();
-        assert!(matches!(events.first(), Some(Event::Started)));
-        assert!(matches!(events.last(), Some(Event::Finished { reason: FinishReason::Length, .. })));
-        let with_tokens =
-            events.iter().filter(|event| matches!(event, Event::Text { tokens, .. } if tokens.len() == 1)).count();
-        let starts = events.iter().filter(|event| matches!(event, Event::Started)).count();
-        let ends = events.iter().filter(|event| event.is_terminal()).count();
-        assert_eq!((with_tokens, starts, ends), (4, 1, 1));
-    }
-
-    #[test]
-    fn beside_a_thousand_streams_of_a_client_a_neighbour_has_its_token_in_the_next_step() {
-        const NEIGHBOUR: SessionId = SessionId(1000);
-        let mut runner = runner(4);
-        let prompt = |id: u64| vec![id as u32 % 400];
-        for id in 0..NEIGHBOUR.0 {
-            runner.submit_for(ClientId(1), SessionId(id), request(prompt(id))).expect("accepted");
-        }
-        let mut events = Events::default();
-        runner.step(&mut events).expect("computed");
-        runner.step(&mut events).expect("computed");
-        let mut tokens: HashMap<SessionId, Vec<u32>> = HashMap::new();
-        let mut take = |events: &mut Events| {
-            for (session, event) in events.drain() {
-                if let Event::Text { tokens: new, .. } = event {
-                    tokens.entry(session).or_default().extend(new);
-                }
-            }
-            tokens.clone()
-        };
-        take(&mut events);
-        runner.submit_for(ClientId(2), NEIGHBOUR, request(prompt(NEIGHBOUR.0))).expect("accepted");
-        runner.step(&mut events).expect("computed");
-        assert_eq!(take(&mut events)[&NEIGHBOUR], [prompt(NEIGHBOUR.0)[0] + 1]);
-        while runner.next().is_some() {
-            runner.step(&mut events).expect("computed");
-        }
-        // Whoever gave up its place goes on as if nothing had been.
-        for (session, tokens) in take(&mut events) {
-            let first = prompt(session.0)[0] + 1;
-            assert_eq!(tokens, (first..first + 4).collect::<Vec<_>>(), "{session:?}");
-        }
-    }
-
-    #[test]
-    fn a_session_id_names_one_session() {
-        let mut runner = runner(2);
-        runner.submit(SessionId(1), request(vec![1])).expect("accepted");
-        assert!(runner.submit(SessionId(1), request(vec![2])).is_err());
-        runner.cancel(SessionId(2));
-        assert_eq!(runner.status().waiting, 1);
-    }
-
-    #[test]
-    fn the_queue_has_a_bound() {
-        let mut runner = runner(2);
-        for id in 0..MAX_SESSIONS as u64 {
-            runner.submit(SessionId(id), request(vec![1])).expect("accepted");
-        }
-        let refused = runner.submit(SessionId(MAX_SESSIONS as u64), request(vec![1]));
-        assert!(matches!(refused, Err(Error::TooManySessions { limit: MAX_SESSIONS })));
-        runner.cancel(SessionId(0));
-        runner.submit(SessionId(MAX_SESSIONS as u64), request(vec![1])).expect("one has gone");
-    }
-}
+mod tests;

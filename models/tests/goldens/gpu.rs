@@ -12,11 +12,12 @@ use tale_models::diffusion::parameters::VAE_TILING;
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
-use tale_models::kv::{BlockPool, BlockTable, KvCaches, KvFormat};
+use tale_models::kv::{BlockPool, BlockTable, KvCacheDtype, KvCaches, KvFormat, PrefixCache};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::{Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
+use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::runner::text::model::CausalLm;
 use tale_models::runner::text::recorded::DecodeRecordings;
 use tale_models::weights::Weights;
@@ -244,6 +245,27 @@ fn quantised_models_say_the_words_of_the_reference() {
     });
 }
 
+/// In f32, as above: the second time the prompt's first block is in the cache, and a guess is checked in most steps.
+#[test]
+fn greedy_tokens_are_the_same_with_guesses_and_cached_prompts() {
+    const TOKENS: usize = 8;
+    on_every_gpu_in(&[WeightDtype::F32], |gpu| {
+        let path = case_dir("qwen2").join("checkpoint");
+        for kv_cache_dtype in [KvCacheDtype::Auto, KvCacheDtype::Int8] {
+            let plain = LoadOptions { kv_cache_dtype, prefix_cache: PrefixCache::Off, ..LoadOptions::default() };
+            let lookup = PromptLookup { num_speculative_tokens: 3, prompt_lookup_min: 1, prompt_lookup_max: 3 };
+            let guessing = LoadOptions { kv_cache_dtype, prompt_lookup: Some(lookup), ..LoadOptions::default() };
+            let [mut plain, mut guessing] = [plain, guessing].map(|options| gpu.load_with(&path, &options));
+            let prompt: Vec<u32> = text::prompts("qwen2")[0].iter().copied().cycle().take(40).collect();
+            let expected = gpu.run(|| greedy_tokens(&mut plain, prompt.clone(), TOKENS));
+            for _ in 0..2 {
+                let found = gpu.run(|| greedy_tokens(&mut guessing, prompt.clone(), TOKENS));
+                assert_eq!(found, expected, "{} {kv_cache_dtype}", gpu.name);
+            }
+        }
+    });
+}
+
 /// Decode steps of two sessions are recorded and replayed; a third and fourth make other buckets while they run.
 #[test]
 fn sessions_that_come_and_go_say_what_they_say_alone() {
@@ -438,7 +460,11 @@ fn on_every_gpu_in(dtypes: &[WeightDtype], body: impl Fn(&Gpu)) {
 
 impl Gpu {
     fn load(&self, path: &Path) -> LoadedModel {
-        self.run(|| loading::load(path, &self.placement, &LoadOptions::default(), &mut |_| ()).expect("loaded"))
+        self.load_with(path, &LoadOptions::default())
+    }
+
+    fn load_with(&self, path: &Path, options: &LoadOptions) -> LoadedModel {
+        self.run(|| loading::load(path, &self.placement, options, &mut |_| ()).expect("loaded"))
     }
 
     fn run<R>(&self, body: impl FnOnce() -> R) -> R {

@@ -44,6 +44,7 @@ mod schedulers;
 mod sdxl;
 mod sdxl_prompts;
 mod single_files;
+mod speculation;
 mod support;
 mod templates;
 mod text;

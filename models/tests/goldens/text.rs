@@ -421,6 +421,8 @@ pub struct Server {
     cached_tokens: BTreeMap<SessionId, Option<usize>>,
     next_id: u64,
     pub saw_preemption: bool,
+    /// Tokens guessed by all sessions that have ended, and guesses that were right.
+    pub drafts: (usize, usize),
 }
 
 impl Server {
@@ -431,7 +433,7 @@ impl Server {
     pub fn open(path: &Path, options: LoadOptions) -> Self {
         let model = loading::load(path, &cpu(), &options, &mut |_| ()).expect("loaded");
         let (answers, cached_tokens) = (BTreeMap::new(), BTreeMap::new());
-        Self { model, answers, cached_tokens, next_id: 0, saw_preemption: false }
+        Self { model, answers, cached_tokens, next_id: 0, saw_preemption: false, drafts: (0, 0) }
     }
 
     pub fn card(&self) -> &TextCard {
@@ -487,6 +489,8 @@ impl Server {
             ended += usize::from(event.is_terminal());
             if let Event::Finished { usage, .. } = &event {
                 self.cached_tokens.insert(id, usage.cached_tokens);
+                self.drafts.0 += usage.draft_tokens;
+                self.drafts.1 += usage.accepted_draft_tokens;
             }
             self.answers.get_mut(&id).expect("a known session").hear(event);
         }
@@ -513,6 +517,10 @@ impl Server {
 }
 
 impl Answer {
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
     fn hear(&mut self, event: Event) {
         assert!(self.end.is_none() && self.failure.is_none(), "nothing follows the end");
         match event {
@@ -525,7 +533,8 @@ impl Answer {
             Event::Finished { reason, usage } => {
                 assert_eq!(usage.completion_tokens, self.tokens.len());
                 // What is said does not depend on it.
-                self.end = Some((reason, Usage { cached_tokens: None, ..usage }));
+                let usage = Usage { cached_tokens: None, draft_tokens: 0, accepted_draft_tokens: 0, ..usage };
+                self.end = Some((reason, usage));
             }
             Event::Failed(error) => self.failure = Some(error.to_string()),
             other => panic!("a text session does not say {other:?}"),

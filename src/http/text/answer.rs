@@ -197,7 +197,7 @@ struct PromptTokensDetails {
 
 impl From<Usage> for WireUsage {
     fn from(usage: Usage) -> Self {
-        let Usage { prompt_tokens, cached_tokens, completion_tokens, skipped_passes: _ } = usage;
+        let Usage { prompt_tokens, cached_tokens, completion_tokens, .. } = usage;
         let prompt_tokens_details = PromptTokensDetails { cached_tokens: cached_tokens.unwrap_or(0) };
         Self {
             prompt_tokens,

@@ -30,7 +30,13 @@ impl DecoderInput {
 
     /// Asks for the logits of the row pushed last.
     pub fn want_logits_of_last_row(&mut self) {
-        self.logit_rows.push(self.tokens.len() as u32 - 1);
+        self.want_logits_of_last_rows(1);
+    }
+
+    /// Asks for the logits of so many rows pushed last.
+    pub fn want_logits_of_last_rows(&mut self, count: usize) {
+        let end = self.tokens.len() as u32;
+        self.logit_rows.extend(end - count as u32..end);
     }
 
     /// Where each row stands in its sequence.

@@ -17,7 +17,7 @@
 //! - A sequence that starts takes over the blocks that hold its first tokens already: of sequences that run, and of those that
 //!   have ended or were preempted, until their blocks are given out again. At least its last token is computed.
 
-use crate::kv::{BLOCK_SIZE, BlockHash, BlockHasher, BlockNames, BlockPool, BlockTable, Scope};
+use crate::kv::{BLOCK_SIZE, BlockHash, BlockHasher, BlockNames, BlockPool, BlockTable, Scope, blocks_for};
 use crate::request::{ClientId, Phase, SessionId};
 use crate::runner::fair_queue::FairQueue;
 
@@ -51,6 +51,8 @@ pub struct Chunk {
     pub num_tokens: usize,
     /// Whether the chunk reaches the end of the sequence, so that its last row gives the next token.
     pub samples: bool,
+    /// Guesses of the tokens behind it that are computed too ([`Batcher::add_drafts`]).
+    pub num_drafts: usize,
 }
 
 /// What one step does.
@@ -62,6 +64,10 @@ pub struct Plan {
     preempted: Vec<SessionId>,
     /// Whose oldest waiting sequence starts to run, in the order of their turns.
     admitted: Vec<ClientId>,
+    /// Tokens that the step could hold beside those of its chunks.
+    spare_tokens: usize,
+    /// Blocks that would be free after it.
+    spare_blocks: usize,
 }
 
 impl Plan {
@@ -213,6 +219,24 @@ impl Batcher {
         Some(draft.finish())
     }
 
+    /// Adds guesses to the chunks that give a next token from one row: of `wanted` ones as many as there is room for, which no
+    /// sequence loses its own for.
+    pub fn add_drafts(&self, plan: &mut Plan, wanted: impl Fn(SessionId) -> usize) {
+        let Plan { chunks, spare_tokens, spare_blocks, .. } = plan;
+        for chunk in chunks.iter_mut().filter(|chunk| chunk.samples && chunk.num_tokens == 1) {
+            let Some(sequence) = self.running.iter().find(|sequence| sequence.session == chunk.session) else {
+                continue;
+            };
+            let end = chunk.start + chunk.num_tokens;
+            // The blocks that the plan counted for it.
+            let num_blocks = sequence.table.blocks().len().max(blocks_for(end));
+            let room = (num_blocks + *spare_blocks) * BLOCK_SIZE - end;
+            chunk.num_drafts = wanted(chunk.session).min(*spare_tokens).min(room);
+            *spare_tokens -= chunk.num_drafts;
+            *spare_blocks -= blocks_for(end + chunk.num_drafts).saturating_sub(num_blocks);
+        }
+    }
+
     /// Moves blocks and sequences as `plan`, which was made of this very state, says.
     pub fn begin(&mut self, plan: &Plan) {
         let preempted: Vec<Sequence> = plan.preempted.iter().map(|session| self.preempt(*session)).collect();
@@ -227,7 +251,7 @@ impl Batcher {
             self.waiting.push_front(sequence.client, sequence);
         }
         for chunk in &plan.chunks {
-            let end = chunk.start + chunk.num_tokens;
+            let end = chunk.start + chunk.num_tokens + chunk.num_drafts;
             let sequence = find(&mut self.running, chunk.session);
             assert!(self.pool.grow(&mut sequence.table, end), "the plan counted the free blocks: this is a bug");
         }
@@ -258,13 +282,23 @@ impl Batcher {
     /// caller then adds the new token ([`Batcher::push`]), or removes them.
     pub fn complete(&mut self, plan: &Plan) {
         for chunk in &plan.chunks {
-            let sequence = find(&mut self.running, chunk.session);
-            sequence.num_computed += chunk.num_tokens;
-            let new = chunk.start / BLOCK_SIZE..sequence.num_computed / BLOCK_SIZE;
-            let Some(names) = &sequence.names else { continue };
-            for index in new {
-                self.pool.name(sequence.table.blocks()[index], names.names()[index]);
-            }
+            self.note_computed(chunk.session, chunk.num_tokens);
+        }
+    }
+
+    /// Notes that the token added last to a sequence was a guess that its last step has computed.
+    pub fn accept_draft(&mut self, session: SessionId) {
+        self.note_computed(session, 1);
+    }
+
+    /// So many more tokens of a sequence are in the cache.
+    fn note_computed(&mut self, session: SessionId, num_tokens: usize) {
+        let sequence = find(&mut self.running, session);
+        let start = sequence.num_computed;
+        sequence.num_computed += num_tokens;
+        let Some(names) = &sequence.names else { return };
+        for index in start / BLOCK_SIZE..sequence.num_computed / BLOCK_SIZE {
+            self.pool.name(sequence.table.blocks()[index], names.names()[index]);
         }
     }
 

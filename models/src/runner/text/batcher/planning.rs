@@ -42,7 +42,7 @@ impl Progress<'_> {
     /// The next `num_tokens` tokens as a chunk.
     fn chunk(&self, num_tokens: usize) -> Chunk {
         let samples = num_tokens == self.pending();
-        Chunk { session: self.sequence.session, start: self.num_computed, num_tokens, samples }
+        Chunk { session: self.sequence.session, start: self.num_computed, num_tokens, samples, num_drafts: 0 }
     }
 }
 
@@ -231,7 +231,13 @@ impl<'a> Draft<'a> {
     }
 
     pub(super) fn finish(self) -> Plan {
-        Plan { chunks: self.chunks, preempted: self.preempted, admitted: self.admitted }
+        Plan {
+            chunks: self.chunks,
+            preempted: self.preempted,
+            admitted: self.admitted,
+            spare_tokens: self.budget,
+            spare_blocks: self.pool.num_free(),
+        }
     }
 }
 

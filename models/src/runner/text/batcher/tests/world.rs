@@ -32,8 +32,13 @@ fn token(text: u32, position: usize) -> u32 {
     if position < 50 { 0 } else { text }
 }
 
+/// Whether the guess of a session's token at `position` is right.
+fn is_guessed(session: SessionId, position: usize) -> bool {
+    !(session.0 as usize + position).is_multiple_of(3)
+}
+
 /// What a session should look like, kept beside the batcher.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Expected {
     text: u32,
     num_computed: usize,
@@ -123,12 +128,13 @@ impl World {
     }
 
     fn step(&mut self) {
-        let Some(plan) = self.batcher.plan() else {
+        let Some(mut plan) = self.batcher.plan() else {
             assert!(self.live.is_empty(), "sessions are left and nothing is planned");
             return;
         };
         self.steps += 1;
         self.check_plan(&plan);
+        self.guess(&mut plan);
         self.batcher.begin(&plan);
         self.check_blocks();
         plan.chunks.iter().for_each(|chunk| self.write(chunk));
@@ -142,6 +148,15 @@ impl World {
                 let token = expected.push(0);
                 self.batcher.push(chunk.session, token);
             }
+            for position in chunk.start + chunk.num_tokens..chunk.start + chunk.num_tokens + chunk.num_drafts {
+                if !is_guessed(chunk.session, position) {
+                    break;
+                }
+                self.batcher.accept_draft(chunk.session);
+                expected.num_computed += 1;
+                let token = expected.push(0);
+                self.batcher.push(chunk.session, token);
+            }
             if expected.num_tokens() == expected.last_token {
                 self.end(chunk.session);
             }
@@ -149,14 +164,40 @@ impl World {
         self.check_blocks();
     }
 
+    /// Adds guesses, of which some are wrong.
+    fn guess(&self, plan: &mut Plan) {
+        let without: Vec<usize> = plan.chunks.iter().map(|chunk| chunk.num_tokens).collect();
+        self.batcher.add_drafts(plan, |session| {
+            let expected = &self.live[&session];
+            // The last token has none behind it.
+            let left = expected.last_token - expected.num_tokens() - 1;
+            left.min((session.0 as usize + self.steps) % 5)
+        });
+        assert!(plan.chunks.iter().map(|chunk| chunk.num_tokens).eq(without));
+        let drafts: usize = plan.chunks.iter().map(|chunk| chunk.num_drafts).sum();
+        let tokens: usize = plan.chunks.iter().map(|chunk| chunk.num_tokens).sum();
+        assert!(tokens + drafts <= self.batcher.limits.max_batch_tokens);
+    }
+
     fn write(&mut self, chunk: &Chunk) {
         let table = self.batcher.table(chunk.session);
-        for position in chunk.start..chunk.start + chunk.num_tokens {
+        let mut expected = self.live[&chunk.session].clone();
+        let end = chunk.start + chunk.num_tokens;
+        for position in chunk.start..end + chunk.num_drafts {
             assert!(
                 self.batcher.pool.is_writable(table.blocks()[position / BLOCK_SIZE]),
                 "others read what is written"
             );
-            self.cache[table.slot(position) as usize] = self.live[&chunk.session].values[position];
+            let value = match position < end {
+                true => expected.values[position],
+                false => {
+                    expected.push(0);
+                    // Behind a wrong guess all is wrong.
+                    let is_right = (end..=position).all(|position| is_guessed(chunk.session, position));
+                    if is_right { expected.values[position] } else { 0 }
+                }
+            };
+            self.cache[table.slot(position) as usize] = value;
         }
     }
 
