@@ -5,9 +5,11 @@
 //! measured too.
 
 use crate::diffusion::DiffusionRequest;
+use crate::diffusion::acceleration::CacheMethod;
 use crate::diffusion::guidance::GuidanceKind;
 use crate::diffusion::parameters::{
-    GUIDANCE_SCALE, HEIGHT, MAX_SEQUENCE_LENGTH, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH,
+    CACHE_COEFFICIENTS, CACHE_INTERVAL, CACHE_MAX_SKIPS, CACHE_METHOD, CACHE_RATIOS, CACHE_THRESHOLD, GUIDANCE_SCALE,
+    HEIGHT, MAX_SEQUENCE_LENGTH, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH,
 };
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -39,6 +41,10 @@ const MIN_STEP_TOKENS: usize = 512;
 const ENOUGH: Duration = Duration::from_secs(10);
 /// Denoising steps of one round.
 const DENOISE_STEPS: usize = 2;
+/// The same where every second step skips blocks.
+const CACHED_STEPS: usize = 8;
+/// Beyond every change of an input, so that blocks are skipped wherever they may be.
+const ANY_CHANGE: f64 = 100.0;
 
 /// What to measure. Absent sizes are the model's own.
 #[derive(Debug, Clone)]
@@ -55,6 +61,8 @@ pub struct StepOptions {
     pub height: Option<usize>,
     /// Frames of a clip.
     pub num_frames: Option<usize>,
+    /// By which method every second denoising step skips blocks, if any does.
+    pub cache: Option<CacheMethod>,
     /// Most rounds whose median counts, at least 1; fewer where they take long.
     pub repeat: usize,
 }
@@ -242,7 +250,13 @@ impl Sizes {
     fn new(card: &ModelCard, options: &StepOptions) -> Result<Self> {
         match card {
             ModelCard::Text(_) => {
-                let sizes = [("width", options.width), ("height", options.height), ("frames", options.num_frames)];
+                let cache = options.cache.map(|_| 1);
+                let sizes = [
+                    ("width", options.width),
+                    ("height", options.height),
+                    ("frames", options.num_frames),
+                    ("cache", cache),
+                ];
                 if let Some((field, _)) = sizes.iter().find(|(_, size)| size.is_some()) {
                     return Err(Error::invalid(*field, "this is a language model; leave it out"));
                 }
@@ -269,6 +283,10 @@ impl Sizes {
                     .with(&MAX_SEQUENCE_LENGTH, tokens)
                     .with(&NUM_INFERENCE_STEPS, DENOISE_STEPS)
                     .with(&GUIDANCE_SCALE, one_prediction);
+                let asked = match options.cache {
+                    Some(method) => skipping(asked, method),
+                    None => asked,
+                };
                 Ok(Self::Diffusion(Box::new(card.resolve(&asked, 0)?)))
             }
         }
@@ -295,6 +313,18 @@ impl Sizes {
             Self::Diffusion(_) => 0,
         }
     }
+}
+
+/// The same with blocks that every second step skips, whatever they would compute.
+fn skipping(asked: Options, method: CacheMethod) -> Options {
+    asked
+        .with(&NUM_INFERENCE_STEPS, CACHED_STEPS)
+        .with(&CACHE_METHOD, method)
+        .with(&CACHE_THRESHOLD, ANY_CHANGE)
+        .with(&CACHE_MAX_SKIPS, 1)
+        .with(&CACHE_INTERVAL, [0.0, 1.0])
+        .with(&CACHE_RATIOS, (method == CacheMethod::MagCache).then(|| vec![1.0]))
+        .with(&CACHE_COEFFICIENTS, (method == CacheMethod::TeaCache).then(|| vec![1.0, 0.0]))
 }
 
 /// A loaded model, ready to be measured.
@@ -357,19 +387,24 @@ impl LoadedBench {
         let size =
             if request.canvas.num_frames > 1 { format!("{size}, {} frames", request.canvas.num_frames) } else { size };
         for (position, batch) in self.plan.batches.clone().into_iter().enumerate() {
-            let [mut encode, mut denoise, mut decode] = [const { Vec::new() }; 3];
+            let [mut encode, mut denoise, mut decode, mut skipped] = [const { Vec::new() }; 4];
             let measured = self.measured(|bench| {
                 for samples in bench.rounds(|bench| bench.submit(batch, 0))? {
                     encode.push(total(&samples, Phase::Encode));
                     decode.push(total(&samples, Phase::VaeDecode).divided_by(batch));
                     denoise.extend(samples.iter().filter(|s| s.phase == Phase::Denoise && s.sessions == batch));
                 }
+                let most = denoise.iter().map(|sample| sample.work.flops).fold(0.0, f64::max);
+                skipped.extend(denoise.extract_if(.., |sample| sample.work.flops < most));
                 Ok(median(denoise))
             })?;
             if position == 0 {
                 report(measured.with(median(encode), format!("{text} tokens")));
             }
             report(measured.clone().of_tokens(0, format!("batch {batch}, {size}, {text} tokens")));
+            if !skipped.is_empty() {
+                report(measured.with(median(skipped), format!("batch {batch}, {size}, blocks skipped")));
+            }
             if position == 0 {
                 report(measured.with(median(decode), size.clone()));
             }
@@ -509,6 +544,7 @@ mod tests {
             width: None,
             height: None,
             num_frames: None,
+            cache: None,
             repeat: 1,
         }
     }
@@ -575,6 +611,35 @@ mod tests {
         assert_eq!(steps[3].work.bytes, steps[1].work.bytes);
     }
 
+    /// Every second step, which is measured on its own.
+    #[test]
+    fn steps_that_skip_blocks_do_less_work() {
+        for method in [CacheMethod::FirstBlock, CacheMethod::MagCache, CacheMethod::TeaCache] {
+            let sizes = StepOptions {
+                width: Some(64),
+                height: Some(64),
+                num_frames: Some(5),
+                cache: Some(method),
+                ..options()
+            };
+            let steps = run("wan-a", &sizes);
+            let expected = [
+                ("encode", "24 tokens"),
+                ("denoise", "batch 1, 64x64, 5 frames, 24 tokens"),
+                ("denoise", "batch 1, 64x64, 5 frames, blocks skipped"),
+                ("vae_decode", "64x64, 5 frames"),
+            ];
+            assert_eq!(names(&steps), expected, "{method:?}");
+            // Two of three blocks at least.
+            assert!(
+                steps[2].work.flops < 0.6 * steps[1].work.flops,
+                "{method:?}: {:?} {:?}",
+                steps[1].work,
+                steps[2].work
+            );
+        }
+    }
+
     #[test]
     fn a_clip_is_decoded_in_chunks_that_count_together() {
         let sizes = |num_frames| StepOptions { width: Some(32), height: Some(32), num_frames, ..options() };
@@ -595,6 +660,8 @@ mod tests {
         };
         let text = refused("llama-tied", StepOptions { width: Some(64), ..options() });
         assert!(text.starts_with("width: this is a language model"), "{text}");
+        let text = refused("llama-tied", StepOptions { cache: Some(CacheMethod::FirstBlock), ..options() });
+        assert!(text.contains("cache: this is a language model"), "{text}");
         let text = refused("llama-tied", StepOptions { prompt_tokens: Some(1 << 20), ..options() });
         assert!(text.contains("tokens"), "{text}");
         let text = refused("flux-schnell", StepOptions { num_frames: Some(5), ..options() });

@@ -146,7 +146,13 @@ pub enum CacheMethod {
 
 impl CacheMethod {
     const ALL: [Self; 3] = [Self::FirstBlock, Self::MagCache, Self::TeaCache];
-    const NAMES: [&'static str; 3] = ["first_block", "magcache", "teacache"];
+    /// Of all methods.
+    pub const NAMES: [&'static str; 3] = ["first_block", "magcache", "teacache"];
+
+    /// The one of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|method| method.as_str() == name)
+    }
 
     /// Its name in requests and answers.
     pub fn as_str(self) -> &'static str {
@@ -156,8 +162,7 @@ impl CacheMethod {
 
 impl ParameterType for CacheMethod {
     fn from_value(value: &Value) -> Option<Self> {
-        let name = String::from_value(value)?;
-        Self::ALL.into_iter().find(|method| method.as_str() == name)
+        Self::named(&String::from_value(value)?)
     }
 
     fn into_value(self) -> Value {

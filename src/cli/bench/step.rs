@@ -9,6 +9,7 @@ use serde::Serialize;
 use tale_models::bench::step::{Bound, LoadedBench, MeasuredStep, StepBench, StepOptions};
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::Placement;
+use tale_models::diffusion::acceleration::CacheMethod;
 use tale_models::presets::{Configurations, PRESETS, Preset};
 
 use super::{DeviceArgs, flops_unit, print_line, roofs_in_words};
@@ -53,6 +54,10 @@ pub struct StepArgs {
     #[arg(long, visible_alias = "frames", value_name = "N")]
     num_frames: Option<usize>,
 
+    /// Every second denoising step skips blocks by this method: what such a step takes, whatever it does to the result
+    #[arg(long, value_name = "METHOD", value_parser = parse_cache)]
+    cache: Option<CacheMethod>,
+
     /// Most rounds whose median counts; none begins after ten seconds
     #[arg(long, value_name = "N", default_value = "3")]
     repeat: NonZeroUsize,
@@ -80,6 +85,10 @@ pub fn parse_preset(name: &str) -> Result<&'static Preset, String> {
         tale_models::Error::InvalidRequest { problem, .. } => problem,
         other => other.to_string(),
     })
+}
+
+fn parse_cache(name: &str) -> Result<CacheMethod, String> {
+    CacheMethod::named(name).ok_or_else(|| format!("is none of {}", CacheMethod::NAMES.join(", ")))
 }
 
 fn preset_help() -> String {
@@ -150,6 +159,7 @@ impl StepArgs {
             width: self.width,
             height: self.height,
             num_frames: self.num_frames,
+            cache: self.cache,
             repeat: self.repeat.get(),
         }
     }

@@ -22,7 +22,7 @@ fn preset(name: &str) -> Configurations {
 fn options(prompt_tokens: usize) -> StepOptions {
     let (width, height, num_frames) = (None, None, None);
     let (load_format, prompt_tokens, batches) = (LoadFormat::Dummy, Some(prompt_tokens), vec![1]);
-    StepOptions { load_format, prompt_tokens, batches, width, height, num_frames, repeat: 1 }
+    StepOptions { load_format, prompt_tokens, batches, width, height, num_frames, cache: None, repeat: 1 }
 }
 
 /// A bench over weights that take no memory; its steps are counted within [`dry`].
