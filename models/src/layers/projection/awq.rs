@@ -29,6 +29,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
         },
         group_size: group_size.unwrap_or(in_features),
         rows_per_scale: 1,
+        says_order: false,
     };
     if weights.is_dummy() {
         return made_up(weights, "qweight", plan, true).map(Some);

@@ -45,6 +45,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
         },
         group_size,
         rows_per_scale,
+        says_order: weights.contains("weight_g_idx"),
     };
     let name = if matches!(kind, Kind::Packed { .. }) { "weight_packed" } else { "weight" };
     if weights.is_dummy() {

@@ -25,7 +25,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
         _ => (in_features, 1, "fp8, whole rows".to_owned()),
     };
     let dims = (out_features, in_features);
-    let plan = Plan { code: Code::Float8, dims, kept, group_size, rows_per_scale };
+    let plan = Plan { code: Code::Float8, dims, kept, group_size, rows_per_scale, says_order: false };
     if weights.is_dummy() {
         return made_up(weights, "weight", plan, false).map(Some);
     }

@@ -32,6 +32,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
         },
         group_size: size,
         rows_per_scale: 1,
+        says_order: weights.contains("g_idx"),
     };
     if weights.is_dummy() {
         return made_up(weights, "qweight", plan, true).map(Some);
@@ -55,7 +56,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
             .map(|(row, group)| zero(row, group) as u8)
             .collect()
     });
-    let order = match weights.contains("g_idx") {
+    let order = match plan.says_order {
         true => words(weights, &[in_features], "g_idx")?
             .map(|group_of| order_of_groups(weights, "g_idx", &group_of, (size, groups)))
             .transpose()?

@@ -37,6 +37,8 @@ pub(super) struct Plan {
     /// Columns, and rows, with one scale.
     pub(super) group_size: usize,
     pub(super) rows_per_scale: usize,
+    /// Whether the files say in which order columns are; its memory is counted whether it is another than theirs or not.
+    pub(super) says_order: bool,
 }
 
 impl Plan {
@@ -70,9 +72,8 @@ pub(super) fn load(
     let (rows, columns) = plan.dims;
     let (scale_rows, groups) = plan.scale_dims();
     let values = rows.saturating_mul(columns);
-    let has_order = beside.order.is_some();
     let scales = scale_rows.saturating_mul(groups);
-    let resident_bytes = PackedMatrix::bytes_of(plan.code, plan.dims, scales, scale_bytes, has_order);
+    let resident_bytes = PackedMatrix::bytes_of(plan.code, plan.dims, scales, scale_bytes, plan.says_order);
     let said = Coded { kept: plan.kept.clone(), values, resident_bytes };
     weights.note_dequantised(weights.placement().widened_bytes(values));
     let Beside { scales: Some(scales), zeros, order } = beside else {
