@@ -14,6 +14,7 @@ mod layering;
 mod lifecycle;
 mod openapi;
 mod playback;
+mod posters;
 mod process;
 mod published;
 mod references;

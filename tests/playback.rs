@@ -111,7 +111,8 @@ async fn files_play_in_a_browser() {
     let (size, fps) = ((96, 64), 16);
     for (codec, media_type) in [("h264", "video/mp4"), ("av1", "video/mp4"), ("vp9", "video/webm")] {
         let Ok(encoding) = Encoding::choose(None, Codec::named(codec), None) else { continue };
-        let settings = ClipSettings::new(encoding, fps);
+        // A poster is no obstacle.
+        let settings = ClipSettings { has_poster: encoding.holds_poster(), ..ClipSettings::new(encoding, fps) };
         let make = |name: &str, frames: std::ops::Range<usize>| {
             let path = dir.path().join(name);
             let mut clip = ClipEncoder::create(&path, &settings, size.0, size.1).expect("begins");
@@ -121,7 +122,8 @@ async fn files_play_in_a_browser() {
         };
         // A clip of two parts, the second of which has key frames of its own.
         let (first, second) = (make("first", 0..40), make("second", 40..340));
-        join(&OpenClip::open(&first).expect("there"), &second, &settings, Readers::AsUsual).expect("joined");
+        join(&OpenClip::open(&first).expect("there"), &frame(0, size), &second, &settings, Readers::AsUsual)
+            .expect("joined");
         let told = played(browser, std::fs::read(&second).expect("there"), media_type).await;
         let numbers: Vec<f64> = told.split(' ').filter_map(|number| number.parse().ok()).collect();
         let [duration, ready, width, height, time] = numbers[..] else { panic!("{codec}: {told}") };

@@ -138,7 +138,7 @@ async fn a_file_is_made_as_asked_and_says_how_it_was_made() {
         let content = server.get(&format!("/v1/videos/{id}/content")).await.expect(200);
         (job, content)
     };
-    let (job, plain) = fetch(json!({"seed": 5, "quality": "best", "title": "Boats"})).await;
+    let (job, plain) = fetch(json!({"seed": 5, "quality": "best", "title": "Boats", "poster": true})).await;
     let echoed = ["output_format", "codec", "quality", "metadata", "title"].map(|name| job[name].clone());
     assert_eq!(echoed, [json!("mp4"), json!("h264"), json!("best"), json!(true), json!("Boats")]);
     assert!(job.get("output_fps").is_none(), "{job}");
@@ -147,6 +147,7 @@ async fn a_file_is_made_as_asked_and_says_how_it_was_made() {
     };
     let comment = r#"{"model":"clips","prompt":"a boat","#;
     assert!(holds(&plain, comment) && holds(&plain, "Boats"));
+    assert!(job["poster"] == true && holds(&plain, "covr"));
     let (job, silent) = fetch(json!({"seed": 5, "metadata": false, "codec": "vp9", "output_fps": 24})).await;
     assert_eq!(
         (&job["output_format"], &job["output_fps"], &job["metadata"]),
@@ -155,6 +156,11 @@ async fn a_file_is_made_as_asked_and_says_how_it_was_made() {
     assert_eq!((&job["fps"], &job["num_frames"], &job["seconds"]), (&json!(8), &json!(9), &json!("1.125")));
     assert_eq!(silent.header("content-type"), "video/webm");
     assert!(!holds(&silent, "a boat") && !holds(&silent, "Tale"));
+    let (job, usual) = fetch(json!({"seed": 5})).await;
+    assert!(job.get("poster").is_none() && !holds(&usual, "covr"));
+    let body = json!({"model": "clips", "prompt": "a boat", "poster": true, "output_format": "webm"});
+    let refused = server.post("/v1/videos", &body).await.expect(400).json();
+    assert_eq!(refused["error"]["param"], "poster");
 }
 
 #[tokio::test]

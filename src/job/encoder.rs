@@ -156,7 +156,7 @@ fn encode(
             Some(Batch::End) => {
                 encoder.ok_or(MediaError::Empty)?.finish()?;
                 return finished(path, stills, |path| match before {
-                    Some(before) => join(&before.clip, path, settings, Readers::Owner),
+                    Some(before) => join(&before.clip, &before.first, path, settings, Readers::Owner),
                     None => Ok(()),
                 })
                 .map(Some);

@@ -19,6 +19,7 @@ use super::ffmpeg::{Filters, frame_duration, is_drained, to_rgb24};
 use super::partial::{PartialFile, Readers};
 use super::{MediaError, Result, SOFTWARE, check_frame};
 
+pub(super) mod poster;
 mod rate;
 mod recipe;
 
@@ -41,6 +42,8 @@ pub struct ClipSettings {
     pub frames_before: usize,
     /// What the file says of itself; nothing unless told.
     pub text: ClipText,
+    /// Whether an mp4 has its first frame once more, small, as the picture that players show of it.
+    pub has_poster: bool,
 }
 
 /// What players and programs are told of a clip.
@@ -85,6 +88,9 @@ impl ClipSettings {
                 ),
             );
         }
+        if self.has_poster && !self.encoding.holds_poster() {
+            return bad("poster", "only an mp4 holds one; leave it out".into());
+        }
         match &self.text.title {
             Some(_) if !self.encoding.holds_text() => bad("title", "a gif has none; leave it out".into()),
             Some(title) if title.contains('\0') => bad("title", "has a character of code 0".into()),
@@ -94,7 +100,7 @@ impl ClipSettings {
 
     /// Without a conversion of the rate, and without a text.
     pub fn new(encoding: Encoding, fps: usize) -> Self {
-        Self { encoding, fps, output_fps: None, frames_before: 0, text: ClipText::default() }
+        Self { encoding, fps, output_fps: None, frames_before: 0, text: ClipText::default(), has_poster: false }
     }
 
     /// Frames of each second of the file.
@@ -116,6 +122,8 @@ pub struct ClipEncoder {
     /// Of the clip: even where the format asks for it.
     coded_size: (usize, usize),
     rate: Rate,
+    /// Whether the first frame, which is still to come, is the poster too.
+    needs_poster: bool,
     /// Frames that went into the filters, and how often the file shows each that is still there.
     num_filtered: usize,
     shown: VecDeque<usize>,
@@ -159,11 +167,18 @@ impl ClipEncoder {
         let global_header = muxer.format().flags().contains(format::Flags::GLOBAL_HEADER);
         let encoder = open_encoder(encoding, coded_size, fps, global_header)?;
         set_text(&mut muxer, &settings.text);
-        let stream_time_base = begin_stream(&mut muxer, &encoder, fps, encoding)?;
+        begin_stream(&mut muxer, &encoder, fps)?;
+        // A part that others come before has no first frame.
+        let needs_poster = settings.has_poster && settings.frames_before == 0;
+        if needs_poster {
+            poster::add_stream(&mut muxer, (width, height))?;
+        }
+        let stream_time_base = write_header(&mut muxer, encoding)?;
         Ok(Self {
             size: (width, height),
             coded_size,
             rate,
+            needs_poster,
             num_filtered: 0,
             shown: VecDeque::new(),
             num_due: 0,
@@ -183,6 +198,9 @@ impl ClipEncoder {
         let found = (frame.width, frame.height);
         if found != self.size {
             return Err(MediaError::FrameSize { expected: self.size, found });
+        }
+        if std::mem::take(&mut self.needs_poster) {
+            poster::write(&mut self.muxer, frame)?;
         }
         let shown = self.rate.shown();
         if shown == 0 {
@@ -241,7 +259,8 @@ impl ClipEncoder {
             // Without it the last frame, and so a clip of one frame, would last no time.
             packet.set_duration(1);
             packet.rescale_ts(self.time_base, self.stream_time_base);
-            packet.write_interleaved(&mut self.muxer).map_err(MediaError::ffmpeg("write the file"))?;
+            // In the order of time, as the one stream that has times comes.
+            packet.write(&mut self.muxer).map_err(MediaError::ffmpeg("write the file"))?;
         }
     }
 }
@@ -322,18 +341,18 @@ pub(super) fn set_rate(stream: &mut format::stream::StreamMut<'_>, frame_time: R
     stream.set_avg_frame_rate(frame_time.invert());
 }
 
-/// Adds the one stream, writes the header, and returns the time base that the muxer chose.
-fn begin_stream(
-    muxer: &mut format::context::Output,
-    encoder: &encoder::video::Encoder,
-    fps: usize,
-    encoding: Encoding,
-) -> Result<Rational> {
+/// Adds the stream of the frames.
+fn begin_stream(muxer: &mut format::context::Output, encoder: &encoder::video::Encoder, fps: usize) -> Result<()> {
     let mut stream = muxer.add_stream_with(encoder).map_err(MediaError::ffmpeg("add a stream"))?;
     set_rate(&mut stream, frame_duration(fps));
+    Ok(())
+}
+
+/// Writes the header, and returns the time base that the muxer chose for the frames.
+pub(super) fn write_header(muxer: &mut format::context::Output, encoding: Encoding) -> Result<Rational> {
     muxer
         .write_header_with(encoding.muxer_options().iter().collect())
         .map_err(MediaError::ffmpeg("write the file's header"))?;
-    let stream = muxer.stream(0).expect("a stream was added above: this is a bug");
+    let stream = muxer.stream(0).expect("a stream was added before: this is a bug");
     Ok(stream.time_base())
 }

@@ -8,10 +8,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use ffmpeg_next::{Dictionary, Rational, Rescale, codec, format, frame, media};
+use ffmpeg_next::{Rational, Rescale, codec, format, frame, media};
 use tale_models::request::Frame;
 
-use super::clip::ClipSettings;
+use super::clip::{ClipSettings, poster};
 use super::ffmpeg::{Filters, frame_duration, url};
 use super::partial::{PartialFile, Readers};
 use super::{MediaError, Result, clip};
@@ -69,8 +69,15 @@ impl OpenClip {
     }
 }
 
-/// Puts `before` in front of the clip at `path`, which has the same settings and keeps its name.
-pub fn join(before: &OpenClip, path: &Path, settings: &ClipSettings, readers: Readers) -> Result<()> {
+/// Puts `before`, which begins with `first_frame`, in front of the clip at `path`, which has the same settings and keeps
+/// its name.
+pub fn join(
+    before: &OpenClip,
+    first_frame: &Frame,
+    path: &Path,
+    settings: &ClipSettings,
+    readers: Readers,
+) -> Result<()> {
     let failed = MediaError::ffmpeg;
     let mut inputs = [before.input()?, format::input(&url(path)?).map_err(failed("open the clip"))?];
     let [first, second] = &inputs;
@@ -95,9 +102,13 @@ pub fn join(before: &OpenClip, path: &Path, settings: &ClipSettings, readers: Re
         // Of one of the files alone.
         (*parameters).bit_rate = 0;
     }
-    let options: Dictionary = settings.encoding.muxer_options().iter().collect();
-    muxer.write_header_with(options).map_err(failed("write the file's header"))?;
-    let time_base = muxer.stream(0).expect("a stream was added above: this is a bug").time_base();
+    if settings.has_poster {
+        poster::add_stream(&mut muxer, (first_frame.width, first_frame.height))?;
+    }
+    let time_base = clip::write_header(&mut muxer, settings.encoding)?;
+    if settings.has_poster {
+        poster::write(&mut muxer, first_frame)?;
+    }
     let mut num_frames = 0;
     for input in &mut inputs {
         num_frames = copy(input, &mut muxer, num_frames, frame_time, time_base)?;
@@ -131,7 +142,7 @@ fn copy(
         packet.set_stream(0);
         packet.set_position(-1);
         packet.rescale_ts(frame_time, time_base);
-        packet.write_interleaved(muxer).map_err(MediaError::ffmpeg("write the file"))?;
+        packet.write(muxer).map_err(MediaError::ffmpeg("write the file"))?;
     }
     Ok(end)
 }

@@ -12,7 +12,7 @@ use super::picture::{PictureFormat, encode_picture, resized};
 use super::{MediaError, Result};
 
 /// Longest side of a thumbnail.
-const THUMBNAIL_SIDE: usize = 512;
+pub const THUMBNAIL_SIDE: usize = 512;
 /// Longest side of a frame in a sheet.
 const TILE_SIDE: usize = 256;
 /// Frames in a row of a sheet, and most rows.
@@ -136,12 +136,20 @@ fn is_tile(index: usize, num_frames: usize) -> bool {
 
 /// The frame with no side longer than `side`; one that is smaller stays as it is.
 pub fn within(frame: &Frame, side: usize) -> Result<Frame> {
-    let longest = frame.width.max(frame.height);
+    match size_within((frame.width, frame.height), side) {
+        size if size == (frame.width, frame.height) => Ok(frame.clone()),
+        (width, height) => resized(frame, width, height),
+    }
+}
+
+/// The size of such a frame.
+pub fn size_within((width, height): (usize, usize), side: usize) -> (usize, usize) {
+    let longest = width.max(height);
     if longest <= side {
-        return Ok(frame.clone());
+        return (width, height);
     }
     let scaled = |pixels: usize| (pixels * side / longest).max(1);
-    resized(frame, scaled(frame.width), scaled(frame.height))
+    (scaled(width), scaled(height))
 }
 
 /// The tiles from left to right and from top to bottom, black behind the last. All have the size of the first.

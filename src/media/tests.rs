@@ -694,7 +694,7 @@ fn check_joined(encoding: Encoding, fps: usize, output_fps: Option<usize>) {
     std::fs::remove_file(&first).unwrap();
     let rest = ClipSettings { frames_before: 13, ..settings.clone() };
     encode_as(&second, &rest, &frames[13..]);
-    join(&before, &second, &rest, Readers::AsUsual).unwrap();
+    join(&before, &frames[0], &second, &rest, Readers::AsUsual).unwrap();
     let (whole, joined) = (play(&whole), play(&second));
     let millis = |played: &Played| played.times.iter().map(|time| (time * 1e3).round()).collect::<Vec<_>>();
     assert_eq!(millis(&whole), millis(&joined), "{encoding:?}");
@@ -753,7 +753,8 @@ fn clips_of_other_settings_are_not_joined() {
     let [first, second] = ["first.mp4", "second.mp4"].map(|name| dir.path().join(name));
     encode_as(&first, &mp4(8), &gradients(96, 64, 3));
     encode_as(&second, &mp4(8), &gradients(64, 64, 3));
-    let refused = join(&OpenClip::open(&first).unwrap(), &second, &mp4(8), Readers::AsUsual).unwrap_err();
+    let refused =
+        join(&OpenClip::open(&first).unwrap(), &flat(96, 64, [0; 3]), &second, &mp4(8), Readers::AsUsual).unwrap_err();
     assert!(matches!(refused, MediaError::OtherHeader), "{refused}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing is left beside them");
 }

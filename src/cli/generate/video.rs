@@ -55,6 +55,10 @@ struct FileArgs {
     #[arg(long, value_name = "TEXT")]
     title: Option<String>,
 
+    /// Put the first frame, small, into an .mp4 as the picture that players show of it
+    #[arg(long)]
+    poster: bool,
+
     /// Leave out of the file how it was made, the prompt included
     #[arg(long)]
     no_metadata: bool,
@@ -126,6 +130,7 @@ impl FileArgs {
             ("quality", self.quality.is_some()),
             ("output-fps", self.output_fps.is_some()),
             ("title", self.title.is_some()),
+            ("poster", self.poster),
         ];
         said.into_iter().find_map(|(flag, is_said)| is_said.then_some(flag))
     }
@@ -139,7 +144,8 @@ impl FileArgs {
         let has_comment = encoding.holds_text() && !self.no_metadata;
         let text = ClipText { title: self.title.clone(), comment: has_comment.then(|| parameters.to_json()) };
         let output_fps = self.output_fps.map(usize::from);
-        let settings = ClipSettings { encoding, fps: canvas.fps, output_fps, frames_before: 0, text };
+        let settings =
+            ClipSettings { encoding, fps: canvas.fps, output_fps, frames_before: 0, text, has_poster: self.poster };
         settings.check((canvas.width, canvas.height), canvas.num_frames).map_err(refused)?;
         Ok(settings)
     }
@@ -225,6 +231,7 @@ mod tests {
         };
         let titled = || FileArgs { title: Some("x".into()), ..plain() };
         assert!(refused("a.gif", titled()).starts_with("--title: a gif"));
+        assert!(refused("a.webm", FileArgs { poster: true, ..plain() }).starts_with("--poster: only an mp4"));
         assert!(refused("a.gif", FileArgs { output_fps: Some(100), ..plain() }).starts_with("--output-fps: is 100"));
         assert!(refused("a.mp4", FileArgs { title: Some("\0".into()), ..plain() }).starts_with("--title: has"));
         assert!(refusal("frames/", FileArgs { output_fps: Some(8), ..plain() }).starts_with("--output-fps: a folder"));
@@ -232,6 +239,6 @@ mod tests {
     }
 
     fn plain() -> FileArgs {
-        FileArgs { codec: None, quality: None, output_fps: None, title: None, no_metadata: false }
+        FileArgs { codec: None, quality: None, output_fps: None, title: None, poster: false, no_metadata: false }
     }
 }

@@ -53,6 +53,12 @@ static METADATA: Parameter<bool> = Parameter::boolean(
 static TITLE: Parameter<String> =
     Parameter::text("title", MAX_TITLE_BYTES, "Title that players show of an mp4 or webm; none when absent.");
 
+static POSTER: Parameter<bool> = Parameter::boolean(
+    "poster",
+    "Whether an mp4 has its first frame, at most 512 pixels on a side, as the picture that players show of it; false when \
+     absent, and impossible for others.",
+);
+
 /// All of them.
 pub(in crate::http) static OWN: &[&Declaration] = &[
     &MODEL.declaration,
@@ -64,6 +70,7 @@ pub(in crate::http) static OWN: &[&Declaration] = &[
     &OUTPUT_FPS.declaration,
     &METADATA.declaration,
     &TITLE.declaration,
+    &POSTER.declaration,
 ];
 
 /// What they say of the file.
@@ -73,6 +80,7 @@ pub(super) struct FileFields {
     output_fps: Option<usize>,
     pub(super) has_comment: bool,
     title: Option<String>,
+    has_poster: bool,
 }
 
 impl FileFields {
@@ -87,14 +95,17 @@ impl FileFields {
             return Err(ApiError::field("metadata", "a gif holds no parameters; leave it out"));
         }
         let has_comment = metadata.unwrap_or(encoding.holds_text());
-        Ok(Self { encoding, output_fps: options.get(&OUTPUT_FPS), has_comment, title: options.get(&TITLE) })
+        let (output_fps, title) = (options.get(&OUTPUT_FPS), options.get(&TITLE));
+        let has_poster = options.get(&POSTER).unwrap_or(false);
+        Ok(Self { encoding, output_fps, has_comment, title, has_poster })
     }
 
     /// A video of this canvas as a file, or as the end of one that has `frames_before` already.
     pub(super) fn settings(self, canvas: &Canvas, frames_before: Option<usize>) -> Result<ClipSettings, ApiError> {
         let (encoding, fps, output_fps) = (self.encoding, canvas.fps, self.output_fps);
         let text = ClipText { title: self.title, comment: None };
-        let settings = ClipSettings { encoding, fps, output_fps, frames_before: frames_before.unwrap_or(0), text };
+        let (has_poster, num_before) = (self.has_poster, frames_before.unwrap_or(0));
+        let settings = ClipSettings { encoding, fps, output_fps, frames_before: num_before, text, has_poster };
         // What goes on begins with a frame that is there already.
         let new_frames = canvas.num_frames - usize::from(frames_before.is_some());
         if new_frames == 0 {
@@ -118,6 +129,7 @@ pub(super) fn file_options_over(options: Options, source: &Job) -> Options {
         .with(&OUTPUT_FPS, settings.output_fps)
         .with(&METADATA, source.has_comment)
         .with(&TITLE, settings.text.title.clone())
+        .with(&POSTER, settings.has_poster)
         .with(&QUALITY, settings.encoding.quality().map(|quality| quality.as_str().to_owned()))
         .with(&CODEC, settings.encoding.codec().map(|codec| codec.as_str().to_owned()))
         .with(&OUTPUT_FORMAT, settings.encoding.format().as_str().to_owned());

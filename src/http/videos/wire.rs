@@ -84,6 +84,8 @@ struct WireFile {
     metadata: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     title: Option<String>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    poster: bool,
 }
 
 impl From<&Job> for WireFile {
@@ -96,6 +98,7 @@ impl From<&Job> for WireFile {
             output_fps: settings.output_fps,
             metadata: job.has_comment,
             title: settings.text.title.clone(),
+            poster: settings.has_poster,
         }
     }
 }

@@ -271,6 +271,11 @@ impl Encoding {
         self.format != ClipFormat::Gif
     }
 
+    /// Whether the file can hold a picture for players to show.
+    pub fn holds_poster(self) -> bool {
+        self.format == ClipFormat::Mp4
+    }
+
     /// Whether more frames can be put behind those of a file without encoding them again.
     pub fn can_go_on(self) -> bool {
         self.format != ClipFormat::Gif
