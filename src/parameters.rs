@@ -1,4 +1,4 @@
-//! The effective parameters of an image or a video: what answers echo, and what a PNG file remembers of how it was made.
+//! The effective parameters of an image or a video: what answers echo, and what a file remembers of how it was made.
 //!
 //! As JSON they are a body that the endpoint takes as it is and answers with the same result. Which parameters there are,
 //! and how a value is read, is said by their declarations ([`PARAMETERS`]). Also reads the image files that requests bring,
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 use tale_models::diffusion::DiffusionRequest;
-use tale_models::diffusion::parameters::{IMAGE, MASK, PARAMETERS, PARTIAL_IMAGES, SEED};
+use tale_models::diffusion::parameters::{FPS, IMAGE, MASK, PARAMETERS, PARTIAL_IMAGES, SEED};
 use tale_models::diffusion::references::MAX_REFERENCE_PIXELS;
 use tale_models::parameter::{Declaration, Kind, Options, Task, Value};
 
@@ -49,12 +49,12 @@ impl EffectiveParameters {
         self.options
     }
 
-    /// The text of a PNG file.
+    /// The text of a file.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("numbers and text are always JSON: this is a bug")
     }
 
-    /// Reads the text of a PNG file; what is wrong is said with the field's name.
+    /// Reads the text of a file; what is wrong is said with the field's name.
     pub fn from_json(text: &str) -> Result<Self, String> {
         let fields: serde_json::Map<String, serde_json::Value> =
             serde_json::from_str(text).map_err(|error| error.to_string())?;
@@ -70,6 +70,9 @@ impl EffectiveParameters {
                 declaration.check(&value).map_err(|error| error.to_string())?;
                 parameters.options.insert(declaration, value);
             }
+        }
+        if parameters.options.has(&FPS) {
+            parameters.task = Task::Video;
         }
         Ok(parameters)
     }

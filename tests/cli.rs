@@ -401,6 +401,42 @@ fn a_clip_is_the_one_that_diffusers_makes() {
     }
 }
 
+#[test]
+fn a_clip_is_made_again_from_its_own_file() {
+    let golden = Golden::read("wan-a");
+    let dir = tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let clip = ["generate", "video", "--model", &golden.checkpoint, "--output"];
+    let flags = golden.flags(0);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    for extension in ["mp4", "webm"] {
+        let [first, again, other, bare] = ["a", "b", "c", "d"].map(|name| path(&format!("{name}.{extension}")));
+        let bytes = |path: &str| std::fs::read(path).unwrap();
+        succeed(&[&clip[..], &[&first], &flags].concat());
+        let said: Value = serde_json::from_str(&succeed(&["inspect", &first])).unwrap();
+        assert_eq!((&said["model"], &said["prompt"]), (&json!("checkpoint"), &golden.json["runs"][0]["prompt"]));
+        assert_eq!(said["num_frames"], golden.json["runs"][0]["num_frames"]);
+        succeed(&[&clip[..], &[&again, "--parameters-from", &first]].concat());
+        assert!(bytes(&again) == bytes(&first), "{extension}");
+        succeed(&[&clip[..], &[&other, "--parameters-from", &first, "--seed", "1"]].concat());
+        assert!(bytes(&other) != bytes(&first), "{extension}");
+        succeed(&[&clip[..], &[&bare, "--no-metadata", "--parameters-from", &first]].concat());
+        let refused = format!("d.{extension}: says nothing of how it was made");
+        check_failure(&[&clip[..], &[&again, "--parameters-from", &bare]].concat(), 2, &[&refused]);
+    }
+    // A poster is beside the frames, and no parameter of them.
+    let poster = path("poster.mp4");
+    succeed(&[&clip[..], &[&poster, "--poster", "--parameters-from", &path("a.mp4")]].concat());
+    let poster_bytes = std::fs::read(&poster).unwrap();
+    assert!(poster_bytes.windows(4).any(|bytes| bytes == b"covr"));
+    let (poster, first) = (succeed(&["inspect", &poster]), succeed(&["inspect", &path("a.mp4")]));
+    assert_eq!(poster, first);
+    // A playlist that names another file is no clip.
+    let list = path("list.mp4");
+    std::fs::write(&list, "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mp4\n#EXT-X-ENDLIST\n").unwrap();
+    check_failure(&[&clip[..], &[&path("b.mp4"), "--parameters-from", &list]].concat(), 2, &["list.mp4: "]);
+}
+
 /// A file of LoRA by name and weight, and steps one by one.
 #[test]
 fn a_clip_takes_loras_and_lists_of_sigmas() {

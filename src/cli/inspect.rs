@@ -25,7 +25,8 @@ use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The checkpoint (a folder or a single file), or a .png that tale made, whose parameters are printed as JSON
+    /// The checkpoint (a folder or a single file), or a .png, .mp4 or .webm that tale made, whose parameters are printed as
+    /// JSON
     #[arg(required_unless_present = "preset")]
     path: Option<PathBuf>,
 
@@ -76,7 +77,7 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     let configurations = args.preset.map(Configurations::of_preset).transpose()?;
     let path = configurations.as_ref().map(Configurations::path).or(args.path.as_deref());
     let path = path.expect("the command line has a path or a preset: this is a bug");
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png")) {
+    if ["png", "mp4", "webm"].iter().any(|made| path.extension().is_some_and(|of| of.eq_ignore_ascii_case(made))) {
         return print_parameters(path);
     }
     let placement = Placement::in_host_memory(args.device, args.dtype);

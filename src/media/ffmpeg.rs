@@ -19,6 +19,14 @@ pub fn init() -> Result<()> {
     Ok(())
 }
 
+/// Does something that FFmpeg would complain of on stderr, beside the error that it returns.
+pub fn quietly<T>(work: impl FnOnce() -> T) -> T {
+    log::set_level(log::Level::Quiet);
+    let done = work();
+    log::set_level(log::Level::Error);
+    done
+}
+
 /// Whether FFmpeg only wants to be asked again later (more input, or nothing left).
 pub fn is_drained(error: &Error) -> bool {
     matches!(error, Error::Eof | Error::Other { errno: ffmpeg_next::error::EAGAIN })

@@ -1,20 +1,24 @@
 //! Clips that go on from a finished one: both in one file, without encoding the first again.
 //!
-//! Owns: reading of our own clips, the joining of two by their packets, and single frames of one. Frames of both have the same
-//! settings, so that one header serves them; times go on frame by frame. Does not know: jobs, other people's files.
+//! Owns: reading of our own clips and of what they say of themselves, the joining of two by their packets, and single frames
+//! of one. Frames of both have the same settings, so that one header serves them; times go on frame by frame. Does not know:
+//! jobs.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-use ffmpeg_next::{Rational, Rescale, codec, format, frame, media};
+use ffmpeg_next::{Dictionary, Rational, Rescale, codec, format, frame, media};
 use tale_models::request::Frame;
 
 use super::clip::{ClipSettings, poster};
-use super::ffmpeg::{Filters, frame_duration, url};
+use super::ffmpeg::{Filters, frame_duration, quietly, url};
 use super::partial::{PartialFile, Readers};
 use super::{MediaError, Result, clip};
+
+/// What FFmpeg calls the formats whose files say how they were made.
+const CLIP_DEMUXERS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm";
 
 /// A finished clip that is held open: it can be read even when its file has been removed.
 #[derive(Debug)]
@@ -67,6 +71,17 @@ impl OpenClip {
         collect(&mut decoder)?;
         Ok(found)
     }
+}
+
+/// What the clip at `path`, which somebody hands us, says of how it was made; `None` where it says nothing.
+pub fn read_clip_comment(path: &Path) -> Result<Option<String>> {
+    super::ffmpeg::init()?;
+    // No format that names other files, and nothing but a file.
+    let options = Dictionary::from_iter([("format_whitelist", CLIP_DEMUXERS), ("protocol_whitelist", "file")]);
+    let url = url(path)?;
+    let input =
+        quietly(|| format::input_with_dictionary(&url, options)).map_err(MediaError::ffmpeg("open the clip"))?;
+    Ok(input.metadata().get("comment").map(str::to_owned))
 }
 
 /// Puts `before`, which begins with `first_frame`, in front of the clip at `path`, which has the same settings and keeps

@@ -23,7 +23,7 @@ use tale_models::request::Frame;
 pub use clip::{BadEncoding, ClipEncoder, ClipFormat, ClipSettings, ClipText, Codec, Encoding, MAX_GIF_FPS, Quality};
 pub use frames::{FrameFolder, MAX_FOLDER_FRAMES, write_frames};
 pub use input::{InputError, InputPicture, MAX_INPUT_PIXELS, MAX_INPUT_SIDE, decode_picture, decode_picture_within};
-pub use join::{OpenClip, join};
+pub use join::{OpenClip, join, read_clip_comment};
 pub use partial::{PARTIAL_EXTENSION, Readers, is_abandoned};
 pub use picture::{PictureFormat, encode_picture, read_png_text, resized};
 pub use stills::{Still, Stills, within, write_still};

@@ -12,7 +12,7 @@ use super::diffusion::{card_for, follow};
 use super::{CliError, Generator, ModelArgs, random_seed};
 use crate::cli::parameters::{Images, ParameterArgs, SUBJECT, subject};
 use crate::engine::{EngineOptions, Session};
-use crate::media::{PictureFormat, encode_picture, read_png_text};
+use crate::media::{ClipFormat, PictureFormat, encode_picture, read_clip_comment, read_png_text};
 use crate::parameters::{self, EffectiveParameters};
 
 #[derive(Debug, Args)]
@@ -106,11 +106,17 @@ pub(super) fn folder_name(model: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// The parameters that tale wrote into a picture.
+/// The parameters that tale wrote into a picture or a clip.
 pub fn read_parameters(path: &Path) -> Result<EffectiveParameters, CliError> {
     let refuse = |problem: String| CliError::Argument(format!("{}: {problem}", path.display()));
-    let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
-    let text = read_png_text(&bytes, parameters::KEYWORD).map_err(|error| refuse(error.to_string()))?;
+    let is_clip = path.extension().and_then(|extension| ClipFormat::from_extension(extension.to_str()?)).is_some();
+    let text = match is_clip {
+        true => read_clip_comment(path).map_err(|error| refuse(error.to_string()))?,
+        false => {
+            let bytes = std::fs::read(path).map_err(|source| CliError::File { path: path.into(), source })?;
+            read_png_text(&bytes, parameters::KEYWORD).map_err(|error| refuse(error.to_string()))?
+        }
+    };
     let text = text.ok_or_else(|| refuse("says nothing of how it was made".to_owned()))?;
     EffectiveParameters::from_json(&text)
         .map_err(|problem| refuse(format!("its parameters are not those of tale: {problem}")))

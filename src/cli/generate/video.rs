@@ -9,9 +9,9 @@ use tale_models::parameter::Options;
 use tale_models::request::Frame;
 
 use super::diffusion::{card_for, make};
-use super::image::folder_name;
+use super::image::{folder_name, read_parameters};
 use super::{CliError, Generator, ModelArgs, random_seed};
-use crate::cli::parameters::{ParameterArgs, Videos, subject};
+use crate::cli::parameters::{ParameterArgs, SUBJECT, Videos, subject};
 use crate::engine::EngineOptions;
 use crate::media::{
     self, BadEncoding, ClipEncoder, ClipFormat, ClipSettings, ClipText, Codec, Encoding, FrameFolder, Quality,
@@ -30,6 +30,10 @@ pub struct VideoArgs {
 
     #[command(flatten)]
     file: FileArgs,
+
+    /// Make the clip of this .mp4 or .webm again: what tale wrote into it counts where no option says otherwise
+    #[arg(long, value_name = "FILE", group = SUBJECT)]
+    parameters_from: Option<PathBuf>,
 
     // Last: its heading goes on to whatever follows.
     #[command(flatten)]
@@ -66,7 +70,11 @@ struct FileArgs {
 
 pub fn run(args: VideoArgs) -> Result<(), CliError> {
     let target = Target::of(&args.output, &args.file)?;
-    let options = args.parameters.options_over(Options::default())?;
+    let base = match &args.parameters_from {
+        Some(path) => read_parameters(path)?.into_options(),
+        None => Options::default(),
+    };
+    let options = args.parameters.options_over(base)?;
     let mut generator = Generator::load(&args.model, EngineOptions::default())?;
     let card = generator.card.clone();
     let request = card_for(Medium::Video, &card)?.resolve(&options, random_seed())?;
