@@ -20,6 +20,7 @@ mod flux;
 mod given_steps;
 mod gpu;
 mod guidance;
+mod held;
 mod hidden_states;
 mod hunyuan_video;
 mod hunyuan_video_files;

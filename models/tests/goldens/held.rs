@@ -1,0 +1,86 @@
+//! Answers that are held to a grammar, from networks that know nothing of it: whole ones are of it, and nobody's tokens depend on
+//! who runs beside, on chunks or on preemption.
+
+use serde_json::{Value, json};
+use tale_models::family::LoadOptions;
+use tale_models::grammar::{Asked, Form};
+use tale_models::kv::blocks_for;
+use tale_models::parameter::Options;
+use tale_models::request::{FinishReason, TextRequest};
+
+use crate::text::{Answer, CASES, Server, greedy, prompts, with_blocks};
+
+/// What an answer may be, and whether one is it.
+fn forms() -> [(Form, fn(&str) -> bool); 4] {
+    let schema = json!({"type": "object", "properties": {"shots": {"type": "array", "minItems": 1, "maxItems": 3,
+        "items": {"type": "object", "properties": {"prompt": {"type": "string", "maxLength": 8}, "seconds": {"enum": [4, 8]}},
+            "required": ["prompt", "seconds"], "additionalProperties": false}}},
+        "required": ["shots"], "additionalProperties": false});
+    fn is_story(text: &str) -> bool {
+        let value: Value = serde_json::from_str(text).unwrap_or_default();
+        let shots = value["shots"].as_array();
+        shots.is_some_and(|shots| (1..=3).contains(&shots.len()) && shots.iter().all(|shot| shot["prompt"].is_string()))
+    }
+    fn is_digits(text: &str) -> bool {
+        text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+    }
+    [
+        (Form::Schema(schema), is_story),
+        (Form::Schema(json!({"type": "integer", "minimum": 10, "maximum": 99})), |text| {
+            text.parse().is_ok_and(|n: u8| n > 9)
+        }),
+        (Form::Regex("[0-9]{12}".to_owned()), is_digits),
+        (Form::Choice(vec!["red".to_owned(), "reddish".to_owned()]), |text| text == "red" || text == "reddish"),
+    ]
+}
+
+/// Greedy and sampled requests of all forms, and some that are free.
+fn requests(case: &str, server: &Server) -> Vec<(TextRequest, Option<fn(&str) -> bool>)> {
+    let mut requests = Vec::new();
+    for (index, prompt) in prompts(case).into_iter().enumerate() {
+        let free = TextRequest { max_tokens: 30, ..greedy(prompt.clone()) };
+        requests.push((free.clone(), None));
+        for (form, is_one) in forms() {
+            let asked = Asked { field: "f".to_owned(), form };
+            let grammar = server.card().grammar(asked, &Options::default()).expect("compiles");
+            let mut request = TextRequest { ignore_eos: false, max_tokens: 54, ..free.clone() }.held_to(Some(grammar));
+            requests.push((request.clone(), Some(is_one)));
+            request.sampling.temperature = 1.5;
+            request.sampling.top_p = 0.95;
+            request.sampling.seed = index as u64;
+            requests.push((request, Some(is_one)));
+        }
+    }
+    requests
+}
+
+fn split(all: Vec<(TextRequest, Option<fn(&str) -> bool>)>) -> (Vec<TextRequest>, Vec<Option<fn(&str) -> bool>>) {
+    all.into_iter().unzip()
+}
+
+#[test]
+fn answers_are_of_their_grammar_alone_batched_in_chunks_and_preempted() {
+    for case in CASES {
+        let mut server = Server::load(case, LoadOptions::default());
+        let (requests, forms) = split(requests(case, &server));
+        let alone: Vec<Answer> = requests.iter().map(|request| server.answer_alone(request.clone())).collect();
+        let mut whole = 0;
+        for (answer, is_one) in alone.iter().zip(&forms) {
+            assert_eq!(answer.failure, None, "{case}");
+            let (reason, _) = answer.end.expect("it ended");
+            if let (Some(is_one), FinishReason::Stop) = (is_one, reason) {
+                assert!(is_one(&answer.text), "{case}: {}", answer.text);
+                whole += 1;
+            }
+        }
+        let num_held = forms.iter().flatten().count();
+        assert!(whole * 2 > num_held, "{case}: {whole} of {num_held} answers were whole");
+        assert_eq!(server.answer_all(&requests), alone, "{case}");
+        let options = LoadOptions { max_batch_tokens: 7, ..LoadOptions::default() };
+        assert_eq!(Server::load(case, options).answer_all(&requests), alone, "{case}: in chunks");
+        let longest = requests.iter().map(|request| request.prompt.len() + request.max_tokens).max().expect("some");
+        let mut short = Server::load(case, with_blocks(case, blocks_for(longest) + 2));
+        assert_eq!(short.answer_all(&requests), alone, "{case}: preempted");
+        assert!(short.saw_preemption, "{case}: the pool was never dry, so nothing was tested");
+    }
+}
