@@ -379,8 +379,8 @@ fn parts_that_do_not_belong_together_are_refused() {
 
 #[test]
 fn a_whole_model_needs_no_base() {
-    let source = ModelSource { base: Some(case_dir("qwen2").join("checkpoint")), ..ModelSource::at(&file("smollm")) };
-    let error = loading::inspect(&source, &cpu(), &LoadOptions::default()).err().expect("refused").to_string();
+    let source = ModelSource { base: Some(case_dir("qwen2").join("checkpoint")), ..ModelSource::at(file("smollm")) };
+    let error = loading::inspect(&source, &cpu(), &LoadOptions::default()).expect_err("refused").to_string();
     assert!(error.contains("is no base") && error.contains("has all of a model"), "{error}");
 }
 
