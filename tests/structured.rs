@@ -82,7 +82,8 @@ async fn a_call_has_the_shape_of_the_api_whole_and_streamed() {
     assert_eq!(named.len(), 1);
     assert_eq!((&named[0]["index"], &named[0]["function"]), (&json!(0), &json!({"name": "weather", "arguments": ""})));
     let fragments: Vec<&str> = deltas.iter().filter_map(|delta| delta["function"]["arguments"].as_str()).collect();
-    assert!(fragments.len() > 3 && fragments.concat() == arguments, "{fragments:?}");
+    // How many there are is a matter of time: tokens that are ready at once share an event.
+    assert_eq!(fragments.concat(), arguments);
     let reasons: Vec<&str> = events.iter().filter_map(|event| event["choices"][0]["finish_reason"].as_str()).collect();
     assert_eq!(reasons, ["tool_calls"]);
 
