@@ -203,9 +203,9 @@ impl World {
 
     fn read(&self, chunk: &Chunk) {
         let table = self.batcher.table(chunk.session);
-        let values = &self.live[&chunk.session].values;
-        for position in 0..chunk.start + chunk.num_tokens {
-            assert_eq!(self.cache[table.slot(position) as usize], values[position], "another sequence's tokens");
+        let values = &self.live[&chunk.session].values[..chunk.start + chunk.num_tokens];
+        for (position, value) in values.iter().enumerate() {
+            assert_eq!(self.cache[table.slot(position) as usize], *value, "another sequence's tokens");
         }
     }
 
