@@ -26,11 +26,14 @@ fn encode(path: &Path, settings: &ClipSettings, frames: &[Frame]) {
     clip.finish().expect("whole");
 }
 
+/// When a packet is shown, for how long, and what is in it.
+type Packet = (Option<i64>, i64, Vec<u8>);
+
 /// What a reader of a file finds.
 struct Found {
     posters: Vec<Frame>,
-    /// Of every stream but the posters': its packets with their times.
-    streams: Vec<Vec<(Option<i64>, i64, Vec<u8>)>>,
+    /// Of every stream but the posters': its packets.
+    streams: Vec<Vec<Packet>>,
     duration: i64,
 }
 

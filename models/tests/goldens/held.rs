@@ -10,8 +10,11 @@ use tale_models::request::{FinishReason, TextRequest};
 
 use crate::text::{Answer, CASES, Server, greedy, prompts, with_blocks};
 
+/// Whether a text is what a grammar says.
+type IsOne = fn(&str) -> bool;
+
 /// What an answer may be, and whether one is it.
-fn forms() -> [(Form, fn(&str) -> bool); 4] {
+fn forms() -> [(Form, IsOne); 4] {
     let schema = json!({"type": "object", "properties": {"shots": {"type": "array", "minItems": 1, "maxItems": 3,
         "items": {"type": "object", "properties": {"prompt": {"type": "string", "maxLength": 8}, "seconds": {"enum": [4, 8]}},
             "required": ["prompt", "seconds"], "additionalProperties": false}}},
@@ -35,8 +38,8 @@ fn forms() -> [(Form, fn(&str) -> bool); 4] {
 }
 
 /// Greedy and sampled requests of all forms, and some that are free.
-fn requests(case: &str, server: &Server) -> Vec<(TextRequest, Option<fn(&str) -> bool>)> {
-    let mut requests = Vec::new();
+fn requests(case: &str, server: &Server) -> (Vec<TextRequest>, Vec<Option<IsOne>>) {
+    let mut requests: Vec<(TextRequest, Option<IsOne>)> = Vec::new();
     for (index, prompt) in prompts(case).into_iter().enumerate() {
         let free = TextRequest { max_tokens: 30, ..greedy(prompt.clone()) };
         requests.push((free.clone(), None));
@@ -51,18 +54,14 @@ fn requests(case: &str, server: &Server) -> Vec<(TextRequest, Option<fn(&str) ->
             requests.push((request, Some(is_one)));
         }
     }
-    requests
-}
-
-fn split(all: Vec<(TextRequest, Option<fn(&str) -> bool>)>) -> (Vec<TextRequest>, Vec<Option<fn(&str) -> bool>>) {
-    all.into_iter().unzip()
+    requests.into_iter().unzip()
 }
 
 #[test]
 fn answers_are_of_their_grammar_alone_batched_in_chunks_and_preempted() {
     for case in CASES {
         let mut server = Server::load(case, LoadOptions::default());
-        let (requests, forms) = split(requests(case, &server));
+        let (requests, forms) = requests(case, &server);
         let alone: Vec<Answer> = requests.iter().map(|request| server.answer_alone(request.clone())).collect();
         let mut whole = 0;
         for (answer, is_one) in alone.iter().zip(&forms) {
