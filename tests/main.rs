@@ -24,4 +24,5 @@ mod storage;
 mod structured;
 mod support;
 mod text;
+mod tokens;
 mod videos;

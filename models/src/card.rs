@@ -4,7 +4,7 @@
 //! get wrong is found here, before the device thread hears of it.
 
 use crate::cancel::CancelToken;
-use crate::chat_template::{ChatMessage, ChatTemplate};
+use crate::chat_template::{ChatTemplate, Conversation};
 use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
 use crate::grammar::{Asked, Grammar, Grammars};
@@ -21,10 +21,36 @@ use crate::tools::{Tool, ToolFormat};
 /// Bytes of a conversation that becomes tokens at once, at most, before and after its template, and its messages.
 const MAX_SHORT_BYTES: usize = 2 << 10;
 const MAX_SHORT_MESSAGES: usize = 32;
+/// How many contexts a text may fill of which only the end is taken.
+const MAX_CONTEXTS: usize = 4;
 
 mod sampling_defaults;
 
 pub use sampling_defaults::SamplingDefaults;
+
+/// How a text becomes the tokens of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoding {
+    /// Whether the tokenizer puts its special tokens around it.
+    pub add_special_tokens: bool,
+    /// So many tokens are taken, from its end; all where it is `None`.
+    pub truncate: Option<usize>,
+}
+
+impl Encoding {
+    /// Of a plain prompt.
+    pub const PROMPT: Self = Self { add_special_tokens: true, truncate: None };
+    /// Of a conversation, whose template writes the special tokens itself.
+    pub const CHAT: Self = Self { add_special_tokens: false, truncate: None };
+
+    /// What is taken of these tokens.
+    pub fn cut(self, mut tokens: Vec<u32>) -> Vec<u32> {
+        if let Some(most) = self.truncate {
+            tokens.drain(..tokens.len().saturating_sub(most));
+        }
+        tokens
+    }
+}
 
 /// Card of a loaded model.
 #[derive(Debug)]
@@ -83,19 +109,14 @@ pub struct TextCard {
 impl TextCard {
     /// Tokens of a conversation, ready for the model's answer. Takes long for long ones, so that it stops when nobody
     /// waits any longer; memory as [`Tokenizer::encode_within`], and the template's.
-    pub fn encode_chat(&self, messages: &[ChatMessage], cancelled: &CancelToken) -> Result<Vec<u32>> {
-        self.encode_chat_with_tools(messages, &[], cancelled)
-    }
-
-    /// As [`TextCard::encode_chat`], with the tools that the model may call.
-    pub fn encode_chat_with_tools(
+    pub fn encode_chat(
         &self,
-        messages: &[ChatMessage],
-        tools: &[Tool],
+        conversation: &Conversation,
+        encoding: Encoding,
         cancelled: &CancelToken,
     ) -> Result<Vec<u32>> {
-        let text = self.template_for(messages, tools)?.render_with_tools(messages, tools)?;
-        self.encode_rendered(&text, cancelled)
+        let text = self.template_for(conversation, encoding)?.render(conversation)?;
+        self.encode(&text, encoding, cancelled)
     }
 
     /// How this model calls tools; `field` is the one that asks for them.
@@ -110,43 +131,39 @@ impl TextCard {
 
     /// As [`TextCard::encode_chat`], here and at once; `None` where that would take long: of conversations that are not short,
     /// as they are or once they are rendered, and of templates that do much ([`ChatTemplate::render_little`]).
-    pub fn encode_short_chat(&self, messages: &[ChatMessage]) -> Option<Result<Vec<u32>>> {
-        let num_bytes: usize = messages.iter().map(ChatMessage::num_bytes).sum();
-        if num_bytes > MAX_SHORT_BYTES || messages.len() > MAX_SHORT_MESSAGES {
+    pub fn encode_short_chat(&self, conversation: &Conversation, encoding: Encoding) -> Option<Result<Vec<u32>>> {
+        if conversation.num_bytes() > MAX_SHORT_BYTES || conversation.messages.len() > MAX_SHORT_MESSAGES {
             return None;
         }
-        let rendered = match self.template_for(messages, &[]) {
-            Ok(template) => template.render_little(messages)?,
+        let rendered = match self.template_for(conversation, encoding) {
+            Ok(template) => template.render_little(conversation)?,
             Err(error) => Err(error),
         };
         match rendered {
             Ok(text) if text.len() > MAX_SHORT_BYTES => None,
-            Ok(text) => Some(self.encode_rendered(&text, &CancelToken::default())),
+            Ok(text) => Some(self.encode(&text, encoding, &CancelToken::default())),
             Err(error) => Some(Err(error)),
         }
     }
 
-    /// The template, for messages that it may be rendered with.
-    fn template_for(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<&ChatTemplate> {
-        if messages.is_empty() {
+    /// The template, for a conversation that it may be rendered with.
+    fn template_for(&self, conversation: &Conversation, encoding: Encoding) -> Result<&ChatTemplate> {
+        if conversation.messages.is_empty() {
             return Err(Error::invalid("messages", "is empty; at least one message is needed"));
         }
         let template = self
             .chat_template
             .as_ref()
             .ok_or_else(|| Error::invalid("messages", "this model has no chat template; use /v1/completions"))?;
-        self.check_conversation(messages, tools)?;
+        self.check_conversation(conversation, encoding)?;
         Ok(template)
     }
 
-    fn encode_rendered(&self, text: &str, cancelled: &CancelToken) -> Result<Vec<u32>> {
-        // The template writes the special tokens itself.
-        self.tokenizer.encode_within(text, false, self.most_prompt_tokens(), cancelled)
-    }
-
-    /// Tokens of a plain prompt, with the special tokens that the tokenizer adds. Stops as [`TextCard::encode_chat`] does.
-    pub fn encode_prompt(&self, prompt: &str, cancelled: &CancelToken) -> Result<Vec<u32>> {
-        self.tokenizer.encode_within(prompt, true, self.most_prompt_tokens(), cancelled)
+    /// Tokens of a plain prompt. Stops as [`TextCard::encode_chat`] does.
+    pub fn encode(&self, text: &str, encoding: Encoding, cancelled: &CancelToken) -> Result<Vec<u32>> {
+        let limit = self.most_tokens(encoding);
+        let tokens = self.tokenizer.encode_within(text, encoding.add_special_tokens, limit, cancelled)?;
+        Ok(encoding.cut(tokens))
     }
 
     /// Most tokens of a prompt: one is left for the answer.
@@ -154,11 +171,18 @@ impl TextCard {
         self.max_context.saturating_sub(1)
     }
 
+    /// Most tokens that are made of a text.
+    fn most_tokens(&self, encoding: Encoding) -> usize {
+        let times = if encoding.truncate.is_some() { MAX_CONTEXTS } else { 1 };
+        self.most_prompt_tokens().saturating_mul(times)
+    }
+
     /// Refuses conversations that are too long for the context by their bytes, each message counting as a token at least,
     /// before any of them is rendered. A template may drop parts of a conversation, but no model was made for ones that
     /// could not be longer by far.
-    fn check_conversation(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<()> {
-        let limit = self.most_prompt_tokens();
+    fn check_conversation(&self, conversation: &Conversation, encoding: Encoding) -> Result<()> {
+        let Conversation { messages, tools, .. } = conversation;
+        let limit = self.most_tokens(encoding);
         let mut least = messages.len();
         // Not begun where the messages alone are too many.
         for message in messages.iter().take_while(|_| messages.len() <= limit) {
@@ -236,11 +260,12 @@ impl TextCard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::chat_template::ChatMessage;
     use crate::testing::{MAX_CONTEXT, Script, text_model};
 
-    fn check(messages: &[ChatMessage], least: usize) {
+    fn check(messages: Vec<ChatMessage>, least: usize) {
         let ModelCard::Text(card) = text_model(Script::default()).expect("sound").card else { panic!("makes text") };
-        match card.encode_chat(messages, &CancelToken::default()) {
+        match card.encode_chat(&messages.into(), Encoding::CHAT, &CancelToken::default()) {
             Err(Error::ContextLength { prompt_tokens, is_exact: false, limit }) => {
                 assert_eq!((prompt_tokens, limit), (least, MAX_CONTEXT - 1));
             }
@@ -251,9 +276,9 @@ mod tests {
     #[test]
     fn conversations_that_cannot_fit_are_refused_before_they_are_rendered() {
         let message = |content: String| ChatMessage::new("user", content);
-        check(&vec![message(String::new()); 250_000], 250_000);
+        check(vec![message(String::new()); 250_000], 250_000);
         // A token of this vocabulary stands for 8 bytes at most.
         let longest = "<|turn|>".len();
-        check(&[message("x".repeat(longest * MAX_CONTEXT)), message(String::new())], MAX_CONTEXT + 2);
+        check(vec![message("x".repeat(longest * MAX_CONTEXT)), message(String::new())], MAX_CONTEXT + 2);
     }
 }

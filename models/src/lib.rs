@@ -49,7 +49,7 @@ pub mod unpanicked;
 pub mod vae;
 pub mod weights;
 
-pub use card::{ModelCard, TextCard};
+pub use card::{Encoding, ModelCard, TextCard};
 pub use diffusion::DiffusionCard;
 pub use error::{Error, Result};
 pub use family::LoadedModel;

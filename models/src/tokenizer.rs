@@ -282,6 +282,16 @@ impl Tokenizer {
         })
     }
 
+    /// Text of `ids`, special tokens as they are spelled. Ids outside the vocabulary have no text.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.0.tokenizer.decode(ids, false).map_err(|e| Error::invalid("tokens", e))
+    }
+
+    /// The spelling of a token in the vocabulary, in which other characters may stand for bytes and spaces.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.0.tokenizer.id_to_token(id)
+    }
+
     /// Id of a token given by its exact spelling.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.0.tokenizer.token_to_id(token)

@@ -230,6 +230,9 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
     vec![
         ("/v1/chat/completions", post(text::chat)),
         ("/v1/completions", post(text::completion)),
+        ("/v1/embeddings", post(text::tokens::embeddings)),
+        ("/tokenize", post(text::tokens::tokenize)),
+        ("/detokenize", post(text::tokens::detokenize)),
         ("/v1/images/generations", post(images::generate)),
         ("/v1/images/edits", post(images::edit)),
         ("/v1/videos", post(videos::create).get(videos::list)),

@@ -24,6 +24,7 @@ use crate::tokenizer::config::TokenizerConfig;
 use crate::tools::{Tool, ToolFormat};
 
 mod budget;
+mod conversation;
 mod filters;
 mod globals;
 mod kept;
@@ -37,6 +38,7 @@ mod sequences;
 pub mod threads;
 mod weight;
 
+pub use conversation::{Conversation, Ending};
 pub use message::{ChatMessage, ToolCall};
 use program::Program;
 use threads::{Failure, Overdue};
@@ -110,7 +112,7 @@ impl ChatTemplate {
         let mut answers = 0;
         for roles in SHAPES {
             let messages: Vec<ChatMessage> = roles.iter().map(|role| ChatMessage::new(role, "Hello there.")).collect();
-            match self.text(&messages, &[]) {
+            match self.text(&messages.into()) {
                 Err(error) if error.is_hopeless() => return Err(error),
                 Err(error) if error.refusal().is_none() => failure = Some(error),
                 _ => answers += 1,
@@ -125,7 +127,8 @@ impl ChatTemplate {
         let parameters = serde_json::json!({"type": "object", "properties": {}});
         let tool = Tool { name: NAME.to_owned(), description: Some(String::new()), parameters, field: String::new() };
         let question = ChatMessage::new("user", "Hello there.");
-        let shown = self.text(std::slice::from_ref(&question), &[tool]).ok()?;
+        let asked = Conversation { tools: vec![tool], ..vec![question.clone()].into() };
+        let shown = self.text(&asked).ok()?;
         if !shown.contains(NAME) {
             return None;
         }
@@ -133,7 +136,7 @@ impl ChatTemplate {
         let call = ToolCall { id: "call_1".to_owned(), name: NAME.to_owned(), arguments };
         let called = ChatMessage { tool_calls: vec![call], ..ChatMessage::new("assistant", "") };
         let result = ChatMessage { tool_call_id: Some("call_1".to_owned()), ..ChatMessage::new("tool", "Rain.") };
-        let text = self.text(&[question, called, result], &[]).ok();
+        let text = self.text(&vec![question, called, result].into()).ok();
         Some(ToolSupport { format: text.and_then(|text| ToolFormat::of_text(&text, NAME)) })
     }
 
@@ -142,49 +145,52 @@ impl ChatTemplate {
         self.tools
     }
 
-    /// The conversation as text, ending where the assistant begins to speak.
+    /// The conversation as text.
     ///
-    /// What the template itself refuses (`raise_exception`) is an [`Error::InvalidRequest`] that names `messages`;
-    /// any other failure is an [`Error::ChatTemplate`].
-    pub fn render(&self, messages: &[ChatMessage]) -> Result<String> {
-        self.render_with_tools(messages, &[])
-    }
-
-    /// As [`ChatTemplate::render`], with the tools that the model may call.
-    pub fn render_with_tools(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<String> {
-        self.text(messages, tools).map_err(|error| match error.refusal() {
+    /// What the template itself refuses (`raise_exception`) is an [`Error::InvalidRequest`] that names `messages`, and so are
+    /// variables that it does not have; any other failure is an [`Error::ChatTemplate`].
+    pub fn render(&self, conversation: &Conversation) -> Result<String> {
+        conversation.check_variables(|name| self.program.is_variable(name))?;
+        let text = self.text(conversation).map_err(|error| match error.refusal() {
             Some(words) => Error::invalid("messages", words),
             None => Error::ChatTemplate(error.without_the_conversation()),
-        })
+        });
+        cut(conversation, text?)
     }
 
     /// As [`ChatTemplate::render`], here and at once, for short conversations: what their template does takes a fraction
     /// of a millisecond. `None` where it would take longer, fails for any other reason than a refusal of its own, or
     /// this thread renders nothing ([`threads::render_little_on_this_thread`]).
-    pub fn render_little(&self, messages: &[ChatMessage]) -> Option<Result<String>> {
-        let render = || budget::within(budget::LITTLE, || self.program.render_frugally(self.variables(messages, &[])));
+    pub fn render_little(&self, conversation: &Conversation) -> Option<Result<String>> {
+        if let Err(error) = conversation.check_variables(|name| self.program.is_variable(name)) {
+            return Some(Err(error));
+        }
+        let render = || budget::within(budget::LITTLE, || self.program.render_frugally(self.variables(conversation)));
         match threads::run_little(render)? {
-            Ok(text) => Some(Ok(text)),
+            Ok(text) => Some(cut(conversation, text)),
             Err(error) => globals::raised(&error).map(|words| Err(Error::invalid("messages", words))),
         }
     }
 
-    fn text(&self, messages: &[ChatMessage], tools: &[Tool]) -> Result<String, RenderError> {
-        let (program, variables) = (self.program.clone(), self.variables(messages, tools));
+    fn text(&self, conversation: &Conversation) -> Result<String, RenderError> {
+        let (program, variables) = (self.program.clone(), self.variables(conversation));
         let render = move || budget::within(budget::MOST, || program.render(variables));
         Ok(self.overdue.run(budget::MAX_TIME + GRACE, render)??)
     }
 
-    fn variables(&self, messages: &[ChatMessage], tools: &[Tool]) -> Value {
+    fn variables(&self, conversation: &Conversation) -> Value {
         let mut variables: BTreeMap<&str, Value> =
             self.special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token))).collect();
-        variables.insert("messages", messages.iter().map(ChatMessage::for_template).collect());
-        variables.insert("add_generation_prompt", Value::from(true));
-        let shown: Vec<Value> = tools.iter().map(|tool| message::value_of(&tool.to_json())).collect();
-        variables.insert("tools", if shown.is_empty() { Value::from(()) } else { Value::from(shown) });
         variables.insert("documents", Value::from(()));
+        variables.extend(conversation.values());
         Value::from(variables)
     }
+}
+
+fn cut(conversation: &Conversation, text: String) -> Result<String> {
+    let unseen =
+        || Error::invalid("continue_final_message", "the model's chat template does not show the last message");
+    conversation.cut(text).ok_or_else(unseen)
 }
 
 /// Why a conversation has no text.

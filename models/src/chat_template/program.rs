@@ -130,6 +130,15 @@ impl Program {
         Ok(found)
     }
 
+    /// Whether the template looks at a variable of this name.
+    pub(super) fn is_variable(&self, name: &str) -> bool {
+        let CompiledTemplate { instructions, blocks, .. } = self.executable.borrow_dependent();
+        let looks = |instructions: &Instructions| {
+            all(instructions).any(|(_, instruction)| matches!(instruction, Instruction::Lookup(of) if *of == name))
+        };
+        std::iter::once(instructions).chain(blocks.values()).any(looks)
+    }
+
     /// The template's text with these variables.
     pub(super) fn render(&self, variables: Value) -> Result<String, Error> {
         self.render_in(&self.environment, variables)

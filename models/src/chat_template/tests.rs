@@ -15,7 +15,7 @@ fn load(source: &str) -> Result<ChatTemplate, String> {
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String> {
-    load(source).expect("loads").render(messages)
+    load(source).expect("loads").render(&messages.to_vec().into())
 }
 
 #[track_caller]
@@ -76,12 +76,12 @@ fn what_a_template_refuses_reaches_the_client_in_its_own_words() {
 /// What [`ChatTemplate::render_little`] says on a thread that renders little, with a quarter of its stack.
 fn little(source: &str, messages: &[ChatMessage]) -> Option<Result<String>> {
     let template = load(source).expect("loads");
-    assert!(template.render_little(messages).is_none(), "this thread renders nothing");
+    assert!(template.render_little(&messages.to_vec().into()).is_none(), "this thread renders nothing");
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(threads::LITTLE_STACK_BYTES / 4);
         let rendering = thread.spawn_scoped(scope, || {
             threads::render_little_on_this_thread();
-            template.render_little(messages)
+            template.render_little(&messages.to_vec().into())
         });
         rendering.expect("starts").join().expect("holds")
     })
@@ -187,7 +187,7 @@ fn templates_are_found_where_they_are_published() {
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
     let rendered = || {
         let template = ChatTemplate::from_dir(dir.path()).expect("reads")?;
-        Some(template.render(&[message("user", "x")]).expect("renders"))
+        Some(template.render(&vec![message("user", "x")].into()).expect("renders"))
     };
     assert_eq!(rendered(), None);
     write("tokenizer_config.json", r#"{"bos_token": {"content": "<s>", "lstrip": false}, "add_bos_token": true}"#);
@@ -212,8 +212,13 @@ fn templates_are_found_where_they_are_published() {
 fn special_tokens_of_templates_are_those_of_the_tokenizer() {
     let dir = tempfile::tempdir().expect("temp dir");
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
-    let rendered =
-        || ChatTemplate::from_dir(dir.path()).expect("reads").expect("is there").render(&[]).expect("renders");
+    let rendered = || {
+        ChatTemplate::from_dir(dir.path())
+            .expect("reads")
+            .expect("is there")
+            .render(&Conversation::default())
+            .expect("renders")
+    };
     write("chat_template.jinja", "{{ bos_token }}{{ eos_token }}{{ image_token }}");
     write("tokenizer_config.json", r#"{"bos_token": "<a>", "image_token": "<i>", "eos_token": {"content": "<b>"}}"#);
     assert_eq!(rendered(), "<a><b><i>");

@@ -16,7 +16,7 @@ fn check(name: &str) {
     for chat in chats {
         let read = |key: &str| -> Value { chat[key].clone() };
         let messages: Vec<ChatMessage> = serde_json::from_value(read("messages")).expect("messages");
-        let text = template.render(&messages).expect("renders");
+        let text = template.render(&messages.into()).expect("renders");
         assert_eq!(text, read("text").as_str().expect("text"), "{name}");
         let ids: Vec<u32> = serde_json::from_value(read("ids")).expect("ids");
         assert_eq!(tokenizer.encode(&text, false).expect("encodes"), ids, "{name}: {text}");

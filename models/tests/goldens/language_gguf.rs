@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use candle_core::Tensor;
 use serde_json::Value;
 use tale_models::cancel::CancelToken;
+use tale_models::chat_template::ChatMessage;
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::causal_lm::DecoderLm;
@@ -15,7 +16,7 @@ use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::TextRequest;
 use tale_models::runner::text::model::CausalLm;
-use tale_models::{Error, ModelCard, ModelSource, TextCard};
+use tale_models::{Encoding, Error, ModelCard, ModelSource, TextCard};
 
 use crate::files::{assert_clean, check_refused, cpu, inspect};
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors};
@@ -130,10 +131,15 @@ fn check_texts(case: &str, card: &TextCard) {
         assert_eq!(Some(decoded.as_str()), string["decoded"].as_str(), "{case}: {text:?}");
     }
     for chat in golden["chats"].as_array().expect("chats") {
-        let messages: Vec<_> = serde_json::from_value(chat["messages"].clone()).expect("messages");
+        let messages: Vec<ChatMessage> = serde_json::from_value(chat["messages"].clone()).expect("messages");
+        let conversation = messages.into();
         let template = card.chat_template.as_ref().expect("the file has a chat template");
-        assert_eq!(Some(template.render(&messages).expect("rendered").as_str()), chat["text"].as_str(), "{case}");
-        assert_eq!(card.encode_chat(&messages, &CancelToken::default()).expect("encoded"), ids(&chat["ids"]), "{case}");
+        assert_eq!(Some(template.render(&conversation).expect("rendered").as_str()), chat["text"].as_str(), "{case}");
+        assert_eq!(
+            card.encode_chat(&conversation, Encoding::CHAT, &CancelToken::default()).expect("encoded"),
+            ids(&chat["ids"]),
+            "{case}"
+        );
     }
 }
 

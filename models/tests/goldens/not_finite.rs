@@ -11,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::LoadOptions;
 use tale_models::text_parameters::MAX_TOKENS;
-use tale_models::{Error, Event, Events, ModelCard, ModelSource, Request, SessionId};
+use tale_models::{Encoding, Error, Event, Events, ModelCard, ModelSource, Request, SessionId};
 
 use crate::support::{case_dir, copy_folder};
 
@@ -100,7 +100,8 @@ fn run(checkpoint: &Path) -> Option<Error> {
         ModelCard::Text(card) => {
             let options = Options::default().with(&MAX_TOKENS, 3);
             Request::Text(
-                card.resolve(card.encode_prompt(prompt, &CancelToken::default()).unwrap(), &options, 0).unwrap(),
+                card.resolve(card.encode(prompt, Encoding::PROMPT, &CancelToken::default()).unwrap(), &options, 0)
+                    .unwrap(),
             )
         }
         ModelCard::Diffusion(card) => {

@@ -19,7 +19,7 @@ fn load(golden: &Value, source: &str) -> Result<ChatTemplate, Error> {
 fn render(golden: &Value, case: &Value) -> Result<String, Error> {
     let messages: Vec<ChatMessage> =
         serde_json::from_value(golden["variables"]["messages"].clone()).expect("messages of a conversation");
-    load(golden, case["source"].as_str().expect("source"))?.render(&messages)
+    load(golden, case["source"].as_str().expect("source"))?.render(&messages.into())
 }
 
 #[test]

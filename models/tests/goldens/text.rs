@@ -7,6 +7,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tale_models::cancel::CancelToken;
+use tale_models::chat_template::ChatMessage;
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::causal_lm::DecoderLm;
@@ -20,7 +21,7 @@ use tale_models::request::{
 };
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::model::CausalLm;
-use tale_models::{Error, ModelCard, TextCard};
+use tale_models::{Encoding, Error, ModelCard, TextCard};
 
 use crate::support::{assert_close, case_dir, golden_json, golden_tensors};
 
@@ -101,16 +102,27 @@ fn prompts_and_chats_are_encoded_as_the_reference_does() {
         let server = Server::load(case, LoadOptions::default());
         let golden = golden_json(case);
         for (index, prompt) in golden["prompts"].as_array().expect("a list").iter().enumerate() {
-            let ids =
-                server.card().encode_prompt(prompt.as_str().expect("text"), &CancelToken::default()).expect("encoded");
+            let ids = server
+                .card()
+                .encode(prompt.as_str().expect("text"), Encoding::PROMPT, &CancelToken::default())
+                .expect("encoded");
             assert_eq!(ids, golden_ids(case, &format!("prompt.{index}")), "{case} prompt.{index}");
         }
         for chat in golden["chats"].as_array().expect("a list") {
-            let messages: Vec<_> = serde_json::from_value(chat["messages"].clone()).expect("messages");
+            let messages: Vec<ChatMessage> = serde_json::from_value(chat["messages"].clone()).expect("messages");
+            let conversation = messages.into();
             let template = server.card().chat_template.as_ref().expect("the case has a chat template");
-            assert_eq!(Some(template.render(&messages).expect("rendered").as_str()), chat["text"].as_str(), "{case}");
+            assert_eq!(
+                Some(template.render(&conversation).expect("rendered").as_str()),
+                chat["text"].as_str(),
+                "{case}"
+            );
             let ids: Vec<u32> = serde_json::from_value(chat["ids"].clone()).expect("ids");
-            assert_eq!(server.card().encode_chat(&messages, &CancelToken::default()).expect("encoded"), ids, "{case}");
+            assert_eq!(
+                server.card().encode_chat(&conversation, Encoding::CHAT, &CancelToken::default()).expect("encoded"),
+                ids,
+                "{case}"
+            );
         }
     }
 }

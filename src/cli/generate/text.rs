@@ -7,8 +7,8 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use tale_models::cancel::CancelToken;
-use tale_models::card::TextCard;
-use tale_models::chat_template::ChatMessage;
+use tale_models::card::{Encoding, TextCard};
+use tale_models::chat_template::{ChatMessage, Conversation};
 use tale_models::parameter::Options;
 use tale_models::request::Usage;
 use tale_models::{Event, ModelCard, Request};
@@ -87,8 +87,8 @@ pub fn run(args: TextArgs) -> Result<(), CliError> {
     let ModelCard::Text(card) = &*card else { return Err(wrong_medium(&card)) };
 
     let prompt = match messages {
-        Some(messages) => encode_chat(card, &messages)?,
-        None => card.encode_prompt(&text, &CancelToken::default())?,
+        Some(messages) => encode_chat(card, &messages.into())?,
+        None => card.encode(&text, Encoding::PROMPT, &CancelToken::default())?,
     };
     let request = card.resolve(prompt, &args.sampling.options_over(Options::default())?, random_seed())?;
     let prompt_tokens = request.prompt.clone();
@@ -140,9 +140,9 @@ fn read_messages(path: &Path) -> Result<Vec<ChatMessage>, CliError> {
     Ok(messages)
 }
 
-fn encode_chat(card: &TextCard, messages: &[ChatMessage]) -> Result<Vec<u32>, CliError> {
+fn encode_chat(card: &TextCard, conversation: &Conversation) -> Result<Vec<u32>, CliError> {
     if card.chat_template.is_none() {
         return Err(CliError::Argument("--messages: this model has no chat template; use --prompt".into()));
     }
-    Ok(card.encode_chat(messages, &CancelToken::default())?)
+    Ok(card.encode_chat(conversation, Encoding::CHAT, &CancelToken::default())?)
 }

@@ -86,6 +86,17 @@ fn make() -> Value {
     ] {
         schemas[name] = effective(task);
     }
+    schemas["TokenizeRequest"] = of_tokens(
+        text::tokens::TOKENIZE,
+        vec![
+            ("prompt", json!({"type": ["string", "null"], "description": "Either this or `messages`."})),
+            ("messages", messages()),
+            ("chat_template_kwargs", reference("ChatTemplateKwargs")),
+        ],
+        &[],
+    );
+    let tokens = json!({"type": "array", "items": {"type": "integer", "minimum": 0}});
+    schemas["DetokenizeRequest"] = of_tokens(text::tokens::DETOKENIZE, vec![("tokens", tokens)], &["tokens"]);
     add_messages(schemas);
     add_query(&mut document["paths"]["/v1/videos"]["get"], videos::LIST_QUERY);
     add_query(&mut document["paths"]["/v1/videos/{id}/content"]["get"], videos::CONTENT_QUERY);
@@ -116,6 +127,7 @@ fn request(task: Task) -> Value {
             (text::tools::PARALLEL, "ParallelToolCalls"),
         ];
         properties.extend(of_tools.map(|(name, component)| (name.to_owned(), reference(component))));
+        properties.insert("chat_template_kwargs".to_owned(), reference("ChatTemplateKwargs"));
     }
     properties.extend(unsupported(task, ""));
     object(properties, &required)
@@ -148,6 +160,15 @@ fn made_from_a_video(again: Again, names_video: bool, is_form: bool) -> Value {
         required.push("video");
     }
     object(properties, &required)
+}
+
+/// A body of `/tokenize` or `/detokenize`.
+fn of_tokens(declared: &[&Declaration], others: Vec<(&str, Value)>, required: &[&str]) -> Value {
+    let declared_required = declared.iter().filter(|of| of.is_required).map(|of| of.name);
+    let required: Vec<&str> = declared_required.chain(required.iter().copied()).collect();
+    let declared = declared.iter().map(|of| (of.name.to_owned(), schema::in_json(of)));
+    let others = others.into_iter().map(|(name, schema)| (name.to_owned(), schema));
+    object(declared.chain(others).collect(), &required)
 }
 
 fn messages() -> Value {

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::cancel::CancelToken;
-use tale_models::chat_template::ChatMessage;
 use tale_models::grammar::Asked;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
 use tale_models::tools::ToolFormat;
-use tale_models::{ModelCard, TextCard};
+use tale_models::{Encoding, ModelCard, TextCard};
 
 use self::answer::{Head, Shape};
 use self::wire::{MAX_CHOICES, Prompt, TextBody};
@@ -23,6 +22,7 @@ use crate::engine::Session;
 
 mod answer;
 pub mod structured;
+pub(super) mod tokens;
 pub mod tools;
 pub mod wire;
 
@@ -41,10 +41,11 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
         let (mut body, held) = received.read(state.compute(), wire::room_in_chat, wire::chat).await?;
         let card = text_card(&state, &body.model)?;
         let max_tokens_name = body.settle_max_tokens()?;
-        let TextBody { model, options, answer, asked, tools, prompt: messages } = body;
+        let TextBody { model, options, answer, asked, tools, prompt: mut conversation } = body;
+        let encoding = wire::encoding(&options, Encoding::CHAT);
         let is_plain = asked.is_none() && tools.is_none();
-        let short = if is_plain { text(&card)?.encode_short_chat(&messages) } else { None };
-        let shown = tools.as_ref().map_or(Vec::new(), |tools| tools.all().to_vec());
+        let short = if is_plain { text(&card)?.encode_short_chat(&conversation, encoding) } else { None };
+        conversation.tools = tools.as_ref().map_or(Vec::new(), |tools| tools.all().to_vec());
         let (asked, tool_format) = match tools {
             Some(tools) => tools.held_to(text(&card)?, asked).map(|(asked, format)| (Some(asked), Some(format)))?,
             None => (asked, None),
@@ -57,9 +58,9 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
             },
             // A template is a stranger's program, and may take its time, as a grammar does.
             None => {
-                let num_bytes = messages.iter().map(ChatMessage::num_bytes).sum();
+                let num_bytes = conversation.num_bytes();
                 let encode = move |card: &TextCard, cancelled: &CancelToken| {
-                    Ok(vec![card.encode_chat_with_tools(&messages, &shown, cancelled)?])
+                    Ok(vec![card.encode_chat(&conversation, encoding, cancelled)?])
                 };
                 placed(&state, admitted, num_bytes, card, order, encode).await
             }
@@ -85,8 +86,9 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             return Err(ApiError::field("prompt", problem));
         }
         let num_bytes = texts.iter().map(Prompt::num_bytes).sum();
+        let encoding = wire::encoding(&options, Encoding::PROMPT);
         let encode = move |card: &TextCard, cancelled: &CancelToken| -> tale_models::Result<Vec<_>> {
-            texts.into_iter().map(|prompt| prompt.encode(card, cancelled)).collect()
+            texts.into_iter().map(|prompt| prompt.encode(card, encoding, cancelled)).collect()
         };
         let is_little = num_bytes <= MAX_INLINE_PROMPT_BYTES && asked.is_none();
         let order = Order { shape: Shape::Completion, model, options, answer, asked, tool_format: None };

@@ -4,12 +4,12 @@
 
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use tale_models::TextCard;
 use tale_models::cancel::CancelToken;
-use tale_models::chat_template::{ChatMessage, ToolCall};
+use tale_models::chat_template::{ChatMessage, Conversation, Ending, ToolCall};
 use tale_models::grammar::Asked;
 use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
 use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
+use tale_models::{Encoding, TextCard};
 
 use super::structured;
 use super::tools::{self, Tools};
@@ -41,12 +41,54 @@ static MAX_COMPLETION_TOKENS: Parameter<usize> =
         .only_for(&[Task::Chat])
         .narrowed_by_models();
 
-/// The fields of a chat that are no parameters of the model, but for its messages and `stream_options`.
-pub(in crate::http) static CHAT: &[&Declaration] =
-    &[&MODEL.declaration, &N.declaration, &STREAM.declaration, &MAX_COMPLETION_TOKENS.declaration];
+pub(super) static ADD_GENERATION_PROMPT: Parameter<bool> = Parameter::boolean(
+    "add_generation_prompt",
+    "Whether the text of the conversation ends where the assistant begins to speak. True when absent, but for \
+     `continue_final_message`.",
+)
+.only_for(&[Task::Chat]);
+
+pub(super) static CONTINUE_FINAL_MESSAGE: Parameter<bool> = Parameter::boolean(
+    "continue_final_message",
+    "Go on with the last message instead of beginning a new one. The answer is what is added. False when absent.",
+)
+.only_for(&[Task::Chat]);
+
+pub(super) static ADD_SPECIAL_TOKENS: Parameter<bool> = Parameter::boolean(
+    "add_special_tokens",
+    "Whether the tokenizer puts its special tokens around a text. True when absent; of chats false, since templates \
+     write them.",
+)
+.only_for(TEXT);
+
+static TRUNCATE_PROMPT_TOKENS: Parameter<usize> = Parameter::at_least(
+    "truncate_prompt_tokens",
+    1,
+    "Take so many tokens of a longer prompt, from its end. The text may have four times the model's context.",
+)
+.only_for(TEXT);
+
+/// The fields of a chat that are no parameters of the model, but for its messages, `chat_template_kwargs` and
+/// `stream_options`.
+pub(in crate::http) static CHAT: &[&Declaration] = &[
+    &MODEL.declaration,
+    &N.declaration,
+    &STREAM.declaration,
+    &MAX_COMPLETION_TOKENS.declaration,
+    &ADD_GENERATION_PROMPT.declaration,
+    &CONTINUE_FINAL_MESSAGE.declaration,
+    &ADD_SPECIAL_TOKENS.declaration,
+    &TRUNCATE_PROMPT_TOKENS.declaration,
+];
 
 /// The same of a completion, but for its prompts.
-pub(in crate::http) static COMPLETION: &[&Declaration] = &[&MODEL.declaration, &N.declaration, &STREAM.declaration];
+pub(in crate::http) static COMPLETION: &[&Declaration] = &[
+    &MODEL.declaration,
+    &N.declaration,
+    &STREAM.declaration,
+    &ADD_SPECIAL_TOKENS.declaration,
+    &TRUNCATE_PROMPT_TOKENS.declaration,
+];
 
 /// What the body of either endpoint says; `prompt` is what it says of the prompts.
 #[derive(Debug)]
@@ -66,6 +108,7 @@ pub(super) struct TextBody<T> {
 #[serde(deny_unknown_fields)]
 struct ChatFields {
     messages: Vec<WireMessage>,
+    chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
     stream_options: Option<StreamOptions>,
 }
 
@@ -100,13 +143,14 @@ pub(super) fn room_in_completion(name: &str, max_tokens: usize) -> Room {
 }
 
 /// Body of `POST /v1/chat/completions`.
-pub(super) fn chat(body: Value) -> Result<TextBody<Vec<ChatMessage>>, ApiError> {
+pub(super) fn chat(body: Value) -> Result<TextBody<Conversation>, ApiError> {
     let mut body = settled(body, openai::CHAT)?;
     let asked = structured::take(&mut body)?;
     let tools = tools::take(&mut body)?;
-    let options = take(&mut body, CHAT, "messages")?;
-    let ChatFields { messages, stream_options } = body::read(Value::Object(body))?;
-    let body = TextBody::new(options, stream_options.as_ref(), asked, conversation(messages)?)?;
+    let options = take(&mut body, CHAT, &["messages", "chat_template_kwargs", "stream_options"])?;
+    let ChatFields { messages, chat_template_kwargs, stream_options } = body::read(Value::Object(body))?;
+    let conversation = conversation(messages, chat_template_kwargs, &options)?;
+    let body = TextBody::new(options, stream_options.as_ref(), asked, conversation)?;
     Ok(TextBody { tools, ..body })
 }
 
@@ -114,7 +158,7 @@ pub(super) fn chat(body: Value) -> Result<TextBody<Vec<ChatMessage>>, ApiError> 
 pub(super) fn completion(body: Value) -> Result<TextBody<Vec<Prompt>>, ApiError> {
     let mut body = settled(body, openai::COMPLETION)?;
     let asked = structured::take(&mut body)?;
-    let options = take(&mut body, COMPLETION, "prompt")?;
+    let options = take(&mut body, COMPLETION, &["prompt", "stream_options"])?;
     let CompletionFields { prompt, stream_options } = body::read(Value::Object(body))?;
     TextBody::new(options, stream_options.as_ref(), asked, prompt.0)
 }
@@ -125,10 +169,18 @@ fn settled(mut body: Value, fields: &[&[openai::Field]]) -> Result<Object, ApiEr
     body.into_object()
 }
 
-/// The declared fields of a body.
-fn take(body: &mut Object, own: &[&'static Declaration], prompt: &str) -> Result<Options, ApiError> {
+/// The declared fields of a body, which has `others` beside them.
+fn take(body: &mut Object, own: &[&'static Declaration], others: &[&str]) -> Result<Options, ApiError> {
     let declarations = [own, TEXT_PARAMETERS].concat();
-    Ok(parameters::take(body, &declarations, &[prompt, "stream_options"])?.options)
+    Ok(parameters::take(body, &declarations, others)?.options)
+}
+
+/// How texts become tokens: as `usual` where the client does not say.
+pub(super) fn encoding(options: &Options, usual: Encoding) -> Encoding {
+    Encoding {
+        add_special_tokens: options.get(&ADD_SPECIAL_TOKENS).unwrap_or(usual.add_special_tokens),
+        truncate: options.get(&TRUNCATE_PROMPT_TOKENS).or(usual.truncate),
+    }
 }
 
 impl<T> TextBody<T> {
@@ -158,8 +210,12 @@ impl<T> TextBody<T> {
     }
 }
 
-/// What has been said so far.
-fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
+/// What has been said so far, and how the template is to show it.
+pub(super) fn conversation(
+    messages: Vec<WireMessage>,
+    variables: Option<serde_json::Map<String, serde_json::Value>>,
+    options: &Options,
+) -> Result<Conversation, ApiError> {
     let numbered = messages.into_iter().enumerate();
     let messages: Vec<ChatMessage> = numbered.map(|(index, of)| of.into_message(index)).collect::<Result<_, _>>()?;
     for (index, message) in messages.iter().enumerate() {
@@ -169,7 +225,18 @@ fn conversation(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError
             return Err(ApiError::field(path, "is the id of no call before it"));
         }
     }
-    Ok(messages)
+    let ending = match (options.get(&ADD_GENERATION_PROMPT), options.get(&CONTINUE_FINAL_MESSAGE).unwrap_or(false)) {
+        (Some(true), true) => {
+            return Err(ApiError::field(
+                "continue_final_message",
+                "contradicts add_generation_prompt; give one of them",
+            ));
+        }
+        (_, true) => Ending::FinalMessage,
+        (Some(false), false) => Ending::Messages,
+        (_, false) => Ending::Answer,
+    };
+    Ok(Conversation { messages, tools: Vec::new(), ending, variables: variables.unwrap_or_default() })
 }
 
 /// How the answer is wanted.
@@ -377,10 +444,15 @@ impl Prompt {
     }
 
     /// The tokens that the model of this card is given.
-    pub(super) fn encode(self, card: &TextCard, cancelled: &CancelToken) -> tale_models::Result<Vec<u32>> {
+    pub(super) fn encode(
+        self,
+        card: &TextCard,
+        encoding: Encoding,
+        cancelled: &CancelToken,
+    ) -> tale_models::Result<Vec<u32>> {
         match self {
-            Self::Text(text) => card.encode_prompt(&text, cancelled),
-            Self::Tokens(tokens) => Ok(tokens),
+            Self::Text(text) => card.encode(&text, encoding, cancelled),
+            Self::Tokens(tokens) => Ok(encoding.cut(tokens)),
         }
     }
 }

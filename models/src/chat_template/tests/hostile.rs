@@ -11,7 +11,7 @@ fn refusal(source: &str) -> String {
     let begun = Instant::now();
     let refused = match load(source) {
         Err(problem) => problem,
-        Ok(template) => template.render(&[message("user", "x")]).expect_err("refused").to_string(),
+        Ok(template) => template.render(&vec![message("user", "x")].into()).expect_err("refused").to_string(),
     };
     // The whole of it, on a machine that does much else.
     assert!(begun.elapsed().as_secs() < 20, "{:?}: {refused}", begun.elapsed());
@@ -197,7 +197,7 @@ fn what_takes_too_long_ends() {
     check_bound("{{ ('ab' * 1000000).strip('b' * 1000000 ~ 'a') | length }}{{ 1 // 0 }}", "unable to calculate");
     let many = vec![message("user", "x"); 2000];
     let quadratic = "{% for m in messages %}{% for n in messages %}{% if m == n %}{% set y = n %}{% endif %}{% endfor %}{% endfor %}";
-    let error = load(quadratic).expect("loads").render(&many).expect_err("refused").to_string();
+    let error = load(quadratic).expect("loads").render(&many.into()).expect_err("refused").to_string();
     assert!(error.contains("the model's chat template cannot be rendered") && error.contains("it "), "{error}");
 }
 

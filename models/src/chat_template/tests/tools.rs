@@ -107,7 +107,7 @@ fn a_template_tells_how_its_model_calls() {
 
 #[test]
 fn calls_and_results_are_written_as_the_template_does() {
-    let text = load(QWEN).expect("loads").render_with_tools(&conversation(), &[tool()]).expect("renders");
+    let text = load(QWEN).expect("loads").render(&Conversation { tools: vec![tool()], ..conversation().into() }).expect("renders");
     let schema = r#"{"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "integer"}}}"#;
     let shown = format!(
         r#"{{"type": "function", "function": {{"name": "f", "description": "Does.", "parameters": {schema}}}}}"#
@@ -117,13 +117,13 @@ fn calls_and_results_are_written_as_the_template_does() {
         {\"z\": \"\u{fc}\", \"a\": 1}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n\
         <|im_start|>assistant\n";
     assert!(text.ends_with(said), "{text}");
-    let text = load(LLAMA).expect("loads").render_with_tools(&conversation(), &[]).expect("renders");
+    let text = load(LLAMA).expect("loads").render(&conversation().into()).expect("renders");
     let said = "<h>user</h>\n\nHi<e><h>assistant</h>\n\n{\"name\": \"f\", \"parameters\": {\"z\": \"\u{fc}\", \"a\": 1}}<e>\
         <h>ipython</h>\n\n\"42\"<e>";
     assert_eq!(text, said);
     let mut two = conversation();
     let again = two[1].tool_calls[0].clone();
     two[1].tool_calls.push(again);
-    let refused = load(LLAMA).expect("loads").render(&two).expect_err("two calls").to_string();
+    let refused = load(LLAMA).expect("loads").render(&two.into()).expect_err("two calls").to_string();
     assert!(refused.contains("single tool-calls"), "{refused}");
 }
