@@ -4,7 +4,7 @@
 // the largest logit in whole steps of 2^-27 nats, weights as integers, sums of integers. So the order of a sum does not
 // matter, atomics are deterministic, and the same random number gives the same token on every device.
 //
-//   adjust:    scratch row = logits, then the penalties of the listed tokens, then minus infinity for tokens that the
+//   adjust:    scratch row = logits, then biases, then the penalties of the listed tokens, then minus infinity for tokens that the
 //              row's mask forbids; one block per row that has either
 //   sample:    one block per row: the largest logit; top-k and top-p as bounds on the rank (steps, then id), found by
 //              histograms of 11 bits; the drawn token by sums per warp, in order of id
@@ -368,16 +368,21 @@ __device__ void sample(const T* logits, const float* adjusted, const unsigned* p
     }
 }
 
-/// adjustments [rows, 8]: a row of logits, the begin and end of its entries, repetition, presence and frequency penalty,
-/// where its mask begins (NOTHING if it has none) and of how many words it is; entries [_, 2]: a token, each once, and how
-/// often it is in the answer; masks [_]: a bit for each token, 1 where it is allowed.
+/// adjustments [rows, 10]: a row of logits, the begin and end of its entries, repetition, presence and frequency penalty,
+/// where its mask begins (NOTHING if it has none) and of how many words it is, the begin and end of its biases; entries [_, 2]:
+/// a token, each once, and how often it is in the answer; biases [_, 2]: a token, each once, and what is added; masks [_]: a bit for each token, 1 where it is allowed.
 template <typename T>
 __device__ void adjust(const T* logits, float* adjusted, const unsigned* adjustments, const unsigned* entries,
-                       const unsigned* masks, long vocab) {
-    const unsigned* mine = adjustments + 8 * blockIdx.x;
+                       const unsigned* biases, const unsigned* masks, long vocab) {
+    const unsigned* mine = adjustments + 10 * blockIdx.x;
     const Row<T> row{logits + mine[0] * vocab, vocab};
     float* to = adjusted + blockIdx.x * vocab;
     row.for_each([&](unsigned id, float logit) { to[id] = logit; });
+    __syncthreads();
+    for (unsigned entry = mine[8] + threadIdx.x; entry < mine[9]; entry += blockDim.x) {
+        const unsigned id = biases[2 * entry];
+        if (id < vocab) to[id] = __fadd_rn(to[id], __uint_as_float(biases[2 * entry + 1]));
+    }
     __syncthreads();
     const float repetition = __uint_as_float(mine[3]), presence = __uint_as_float(mine[4]), frequency = __uint_as_float(mine[5]);
     for (unsigned entry = mine[1] + threadIdx.x; entry < mine[2]; entry += blockDim.x) {
@@ -405,7 +410,7 @@ __device__ void adjust(const T* logits, float* adjusted, const unsigned* adjustm
         sample<T>(logits, adjusted, parameters, chosen, vocab);                                                        \
     }                                                                                                                  \
     KERNEL(THREADS, adjust_##dtype, const T* logits, float* adjusted, const unsigned* adjustments,                     \
-           const unsigned* entries, const unsigned* masks, long vocab) {                                               \
-        adjust<T>(logits, adjusted, adjustments, entries, masks, vocab);                                               \
+           const unsigned* entries, const unsigned* biases, const unsigned* masks, long vocab) {                       \
+        adjust<T>(logits, adjusted, adjustments, entries, biases, masks, vocab);                                       \
     }
 FOR_EACH_DTYPE(SAMPLE_KERNELS)

@@ -1,10 +1,10 @@
-//! From logits to tokens: penalties, temperature, top-k, top-p, min-p, and one categorical draw.
+//! From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and one categorical draw.
 //!
 //! Owns: the order of these operations and what each of them means. Does not know: requests, where random numbers come
 //! from, which tokens an answer holds. A row's token depends on its logits and its [`Draw`] alone.
 //!
-//! The order is that of transformers' logits processors and warpers, which vLLM shares up to min-p: repetition penalty
-//! over prompt and answer, frequency and presence penalty over the answer (vLLM `apply_penalties`), temperature, top-k,
+//! The order is that of transformers' logits processors and warpers, which vLLM shares up to min-p: biases, repetition
+//! penalty over prompt and answer, frequency and presence penalty over the answer (vLLM `apply_penalties`), temperature, top-k,
 //! top-p on what top-k left, min-p, and one draw.
 //!
 //! Tokens that a row's mask forbids are as good as minus infinity from the start, so that every cut is made among those
@@ -13,6 +13,8 @@
 //! Everything that decides is an integer, made by operations that round the same everywhere, so that neither the order
 //! of a sum nor the device changes a token: how far a logit lies below the largest is counted in steps of 2^-27 nats,
 //! the probability relative to the most likely token in units of 2^-40, and the draw is a 64-bit number.
+
+use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -41,7 +43,10 @@ pub struct Draw {
     pub min_p: f32,
     /// Uniform over all 64-bit numbers; unused at temperature 0.
     pub random: u64,
-    /// Changes to logits before anything else.
+    /// Added to the logits of these tokens, each once, before anything else; minus infinity forbids one. Ids past the
+    /// vocabulary have nothing to add to.
+    pub biases: Arc<[(u32, f32)]>,
+    /// Changes to logits after that.
     pub penalties: Option<Penalties>,
     /// The only tokens that may be chosen; all when absent.
     pub allowed: Option<Mask>,
@@ -139,10 +144,15 @@ fn choose_row(logits: &[f32], draw: &Draw) -> Choice {
 impl Draw {
     /// Whether it changes logits before it chooses.
     fn adjusts(&self) -> bool {
-        self.penalties.is_some() || self.allowed.is_some()
+        !self.biases.is_empty() || self.penalties.is_some() || self.allowed.is_some()
     }
 
     fn adjust(&self, logits: &mut [f32]) {
+        for (id, bias) in self.biases.iter() {
+            if let Some(logit) = logits.get_mut(*id as usize) {
+                *logit += bias;
+            }
+        }
         if let Some(penalties) = &self.penalties {
             penalties.apply(logits);
         }
@@ -412,9 +422,17 @@ mod tests {
                 top_p: [1.0, 0.0, 0.5, 0.95, self.share()][self.below(5)],
                 min_p: [0.0, 0.0, 0.05, 1.0, self.share()][self.below(5)],
                 random: self.next(),
+                biases: if self.below(3) == 0 { self.biases(vocab) } else { Arc::default() },
                 penalties: (self.below(3) == 0).then(|| self.penalties(vocab)),
                 allowed: (self.below(3) == 0).then(|| self.mask(vocab)),
             }
+        }
+
+        /// Of some tokens, the last of which the vocabulary does not have.
+        fn biases(&mut self, vocab: usize) -> Arc<[(u32, f32)]> {
+            let step = 1 + self.below(vocab);
+            let bias = |id| (id as u32, [1.7, -0.6, -100.0, f32::NEG_INFINITY][self.below(4)]);
+            (0..=vocab).step_by(step).map(bias).collect()
         }
 
         /// From one token to nearly all; now and then too short for the vocabulary, or without a token.
@@ -475,6 +493,7 @@ mod tests {
             top_p: 0.5,
             min_p: 0.0,
             random: row << 56,
+            biases: Arc::default(),
             penalties: None,
             allowed: None,
         };
@@ -497,6 +516,23 @@ mod tests {
         assert_eq!(found, [Choice { token: 0, is_finite: true }]);
     });
 
+    for_each_device!(a_bias_comes_before_penalties, |on: &On| {
+        let logits = on.tensor(&Tensor::new(&[[1f32, 4.0, 2.0]; 3], &Device::Cpu).unwrap());
+        let draw = |biases: &[(u32, f32)], repetition: f32, counts: &[(u32, u32)]| {
+            let penalties = Penalties { repetition, presence: 0.0, frequency: 0.0, counts: counts.to_vec() };
+            let (biases, penalties) = (biases.into(), Some(penalties));
+            Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0, biases, penalties, allowed: None }
+        };
+        let draws = [
+            draw(&[(1, f32::NEG_INFINITY), (9, 1.0)], 1.0, &[]),
+            // Half of 1 and 4 is less than 4; 4 and half of 1 would be more.
+            draw(&[(0, 4.0)], 2.0, &[(0, 0)]),
+            draw(&[(0, 3.5)], 1.0, &[]),
+        ];
+        let tokens: Vec<u32> = on.run(|| sample(&logits, &draws)).iter().map(|choice| choice.token).collect();
+        assert_eq!(tokens, [2, 1, 0]);
+    });
+
     for_each_device!(a_forbidden_token_is_never_chosen, |on: &On| {
         // The most likely token of each row, and of all but a few, is forbidden.
         let row: Vec<f32> = (0..500).map(|id| -(id as f32) / 50.0).collect();
@@ -510,6 +546,7 @@ mod tests {
             .map(|row| Draw {
                 allowed: Some(mask.clone()),
                 min_p: 0.0,
+                biases: Arc::default(),
                 penalties: None,
                 top_k: row % 3,
                 ..random.draw(500)
@@ -556,7 +593,7 @@ mod tests {
             top_p in prop_oneof![Just(1.0), 0.0f32..1.0],
             min_p in prop_oneof![Just(0.0), 0.0f32..1.0],
         ) {
-            let draw = Draw { temperature: 1.0, top_k, top_p, min_p, random: 0, penalties: None, allowed: None };
+            let draw = Draw { temperature: 1.0, top_k, top_p, min_p, random: 0, biases: Arc::default(), penalties: None, allowed: None };
             let mut found = rank(&logits, argmax(&logits), 1.0);
             keep_top_k(&mut found, top_k);
             let mut found: Vec<Candidate> = found.into_iter().map(Candidate::of).collect();

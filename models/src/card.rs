@@ -9,14 +9,15 @@ use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
 use crate::grammar::{Asked, Grammar, Grammars};
 use crate::kv::KvShape;
-use crate::parameter::Options;
+use crate::parameter::{Options, Parameter, ParameterType};
 use crate::request::{SamplingParams, TextRequest};
 use crate::text_parameters::{
-    CACHE_SALT, FREQUENCY_PENALTY, IGNORE_EOS, MAX_TOKENS, MIN_P, PRESENCE_PENALTY, REPETITION_PENALTY, SEED, STOP,
-    TEMPERATURE, TEXT_PARAMETERS, TOP_K, TOP_P,
+    CACHE_SALT, FREQUENCY_PENALTY, IGNORE_EOS, INCLUDE_STOP_STR_IN_OUTPUT, LOGIT_BIAS, MAX_TOKENS, MIN_P, MIN_TOKENS,
+    PRESENCE_PENALTY, REPETITION_PENALTY, SEED, SKIP_SPECIAL_TOKENS, STOP, STOP_TOKEN_IDS, TEMPERATURE,
+    TEXT_PARAMETERS, TOP_K, TOP_P,
 };
 use crate::tokenizer::Tokenizer;
-use crate::tools::{Tool, ToolFormat};
+use crate::tools::ToolFormat;
 
 /// Bytes of a conversation that becomes tokens at once, at most, before and after its template, and its messages.
 const MAX_SHORT_BYTES: usize = 2 << 10;
@@ -199,11 +200,13 @@ impl TextCard {
 
     /// What an answer is held to, ready for [`TextCard::resolve`]; see [`Grammars::compile`] for what that takes.
     pub fn grammar(&self, asked: Asked, options: &Options) -> Result<Grammar> {
+        let contradicts =
+            |field| Err(Error::invalid(field, format!("contradicts {}, with which an answer ends", asked.field)));
         if options.get(&IGNORE_EOS) == Some(true) {
-            return Err(Error::invalid(
-                "ignore_eos",
-                format!("contradicts {}, with which an answer ends", asked.field),
-            ));
+            return contradicts("ignore_eos");
+        }
+        if options.get(&MIN_TOKENS).is_some_and(|tokens| tokens > 0) {
+            return contradicts("min_tokens");
         }
         self.grammars.compile(asked)
     }
@@ -228,23 +231,53 @@ impl TextCard {
             let problem = format!("is {max_tokens}; allowed: 1 to {room} with this prompt of {} tokens", prompt.len());
             return Err(Error::invalid("max_tokens", problem));
         }
+        let min_tokens = options.get(&MIN_TOKENS).unwrap_or(0);
+        if min_tokens > max_tokens {
+            return Err(Error::invalid("min_tokens", format!("is {min_tokens}, more than max_tokens, {max_tokens}")));
+        }
         Ok(TextRequest {
             prompt,
             max_tokens,
-            sampling: self.sampling(options, fallback_seed),
+            sampling: self.sampling(options, fallback_seed)?,
             stop: options.get(&STOP).unwrap_or_default(),
+            stop_token_ids: self.in_vocabulary(&STOP_TOKEN_IDS, options, |id| *id)?,
+            include_stop: options.get(&INCLUDE_STOP_STR_IN_OUTPUT).unwrap_or(false),
+            min_tokens,
             ignore_eos: options.get(&IGNORE_EOS).unwrap_or(false),
+            skip_special_tokens: options.get(&SKIP_SPECIAL_TOKENS).unwrap_or(true),
             cache_salt: options.get(&CACHE_SALT),
             grammar: None,
         })
     }
 
-    fn sampling(&self, options: &Options, fallback_seed: u64) -> SamplingParams {
+    /// The values of a parameter whose tokens are in the vocabulary.
+    fn in_vocabulary<T>(
+        &self,
+        parameter: &Parameter<Vec<T>>,
+        options: &Options,
+        token: impl Fn(&T) -> u32,
+    ) -> Result<Vec<T>>
+    where
+        Vec<T>: ParameterType,
+    {
+        let values = options.get(parameter).unwrap_or_default();
+        match values.iter().map(token).find(|token| *token as usize >= self.vocab_size) {
+            Some(token) => {
+                let problem = format!("names token {token}; this model's vocabulary ends at {}", self.vocab_size - 1);
+                Err(Error::invalid(parameter.declaration.name, problem))
+            }
+            None => Ok(values),
+        }
+    }
+
+    fn sampling(&self, options: &Options, fallback_seed: u64) -> Result<SamplingParams> {
         let defaults = &self.defaults;
         // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);
         let default_temperature = if greedy_by_default { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
-        SamplingParams {
+        let logit_bias = self.in_vocabulary(&LOGIT_BIAS, options, |(id, bias)| if *bias == 0.0 { 0 } else { *id })?;
+        let logit_bias = logit_bias.into_iter().filter(|(_, bias)| *bias != 0.0);
+        Ok(SamplingParams {
             temperature: options.get(&TEMPERATURE).unwrap_or(default_temperature),
             top_p: options.get(&TOP_P).or(defaults.top_p).unwrap_or(1.0),
             top_k: options.get(&TOP_K).or(defaults.top_k).unwrap_or(0),
@@ -252,8 +285,9 @@ impl TextCard {
             presence_penalty: options.get(&PRESENCE_PENALTY).unwrap_or(0.0),
             frequency_penalty: options.get(&FREQUENCY_PENALTY).unwrap_or(0.0),
             repetition_penalty: options.get(&REPETITION_PENALTY).or(defaults.repetition_penalty).unwrap_or(1.0),
+            logit_bias: logit_bias.map(|(id, bias)| (id, bias as f32)).collect(),
             seed: options.get(&SEED).unwrap_or(fallback_seed),
-        }
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
-use self::value::{FlagOrAuto, Seconds, Strings, seed};
+use self::value::{Biases, FlagOrAuto, Seconds, Strings, seed};
 pub use self::value::{ParameterType, Value};
 use crate::error::{Error, Result};
 use crate::frame::{Frame, Mask};
@@ -106,6 +106,20 @@ pub enum Kind {
         /// Of all together, inclusive.
         max_total_bytes: usize,
     },
+    /// A list of at most so many token ids.
+    Tokens {
+        /// Inclusive.
+        max: usize,
+    },
+    /// An object of at most so many numbers by token id.
+    Biases {
+        /// Inclusive.
+        max_len: usize,
+        /// Of the numbers, inclusive.
+        min: f64,
+        /// Inclusive.
+        max: f64,
+    },
     /// A list of LoRA files by name, each with a weight.
     Loras,
     /// An image file.
@@ -163,6 +177,8 @@ impl Declaration {
             Kind::Interval => Value::Interval(<[f64; 2]>::deserialize(deserializer)?),
             Kind::Numbers { .. } => Value::Numbers(Vec::deserialize(deserializer)?),
             Kind::Strings { .. } => Value::Strings(deserializer.deserialize_any(Strings)?),
+            Kind::Tokens { .. } => Value::Tokens(Vec::deserialize(deserializer)?),
+            Kind::Biases { .. } => Value::Biases(deserializer.deserialize_map(Biases)?),
             Kind::Loras => Value::Loras(Vec::deserialize(deserializer)?),
             Kind::Image | Kind::Images { .. } | Kind::Mask => return Err(D::Error::custom("is an image")),
         }))
@@ -224,6 +240,21 @@ impl Declaration {
                 if strings.iter().map(String::len).sum::<usize>() > max_total_bytes =>
             {
                 refuse(format!("takes strings of at most {max_total_bytes} bytes in all"))
+            }
+            (Kind::Tokens { max }, Value::Tokens(tokens)) if tokens.len() > max => {
+                refuse(format!("has {} tokens; at most {max}", tokens.len()))
+            }
+            (Kind::Biases { max_len, .. }, Value::Biases(biases)) if biases.len() > max_len => {
+                refuse(format!("has {} tokens; at most {max_len}", biases.len()))
+            }
+            (Kind::Biases { min, max, .. }, Value::Biases(biases)) => {
+                match biases.iter().find(|(_, bias)| !(min..=max).contains(bias)) {
+                    Some((token, bias)) => {
+                        let problem = format!("{}; allowed: {min} to {max}", is_not_within(*bias, min, max));
+                        Err(Error::invalid(format!("{}.{token}", self.name), problem))
+                    }
+                    None => Ok(()),
+                }
             }
             (Kind::Images { max }, Value::Images(images)) if images.len() > max => {
                 refuse(format!("are {}; allowed: 1 to {max}", images.len()))
@@ -387,6 +418,20 @@ impl Parameter<Vec<f64>> {
     /// A list of 1 to `max_len` numbers from `min` to `max`.
     pub const fn numbers(name: &'static str, max_len: usize, min: f64, max: f64, doc: &'static str) -> Self {
         Self::new(name, Kind::Numbers { max_len, min, max }, doc)
+    }
+}
+
+impl Parameter<Vec<u32>> {
+    /// A list of at most `max` token ids.
+    pub const fn tokens(name: &'static str, max: usize, doc: &'static str) -> Self {
+        Self::new(name, Kind::Tokens { max }, doc)
+    }
+}
+
+impl Parameter<Vec<(u32, f64)>> {
+    /// At most `max_len` numbers from `min` to `max` by token id.
+    pub const fn biases(name: &'static str, max_len: usize, min: f64, max: f64, doc: &'static str) -> Self {
+        Self::new(name, Kind::Biases { max_len, min, max }, doc)
     }
 }
 

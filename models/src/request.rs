@@ -35,10 +35,18 @@ pub struct TextRequest {
     pub max_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
-    /// Generation ends before the first of these that appears in the text; never part of the answer.
+    /// Generation ends before the first of these that appears in the text.
     pub stop: Vec<String>,
+    /// Generation ends with any of these tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// Whether the string of `stop` or the token of `stop_token_ids` that ends the answer is part of it.
+    pub include_stop: bool,
+    /// Before so many tokens the answer has no end but `max_tokens` and its grammar's.
+    pub min_tokens: usize,
     /// Go on past end-of-sequence tokens until `max_tokens`.
     pub ignore_eos: bool,
+    /// Whether special tokens of the answer have no text.
+    pub skip_special_tokens: bool,
     /// What the prompt's beginning is shared with: only with that of requests that have the same one. See
     /// [`PrefixCache`](crate::kv::PrefixCache).
     pub cache_salt: Option<String>,
@@ -47,6 +55,23 @@ pub struct TextRequest {
 }
 
 impl TextRequest {
+    /// The most likely tokens, up to the model's own end.
+    pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            sampling: SamplingParams::greedy(),
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            include_stop: false,
+            min_tokens: 0,
+            ignore_eos: false,
+            skip_special_tokens: true,
+            cache_salt: None,
+            grammar: None,
+        }
+    }
+
     /// The same, whose answer is held to a grammar, or to none.
     pub fn held_to(self, grammar: Option<Grammar>) -> Self {
         Self { grammar, ..self }
@@ -70,6 +95,8 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Divides positive and multiplies negative logits of tokens in prompt and answer; 1 is off.
     pub repetition_penalty: f32,
+    /// Added to the logits of these tokens, each once, before anything else.
+    pub logit_bias: Vec<(u32, f32)>,
     /// The same seed gives the same tokens, whatever else is running.
     pub seed: u64,
 }
@@ -85,6 +112,7 @@ impl SamplingParams {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }

@@ -6,6 +6,7 @@
 //! tokens before and the seed alone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use tale_kernels::{Choice, Draw, Mask, Penalties};
@@ -17,6 +18,8 @@ use crate::request::SamplingParams;
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
+    biases: Arc<[(u32, f32)]>,
+    early: Early,
     seen: Seen,
     random: RandomStream,
 }
@@ -48,7 +51,18 @@ impl Sampler {
     /// `prompt` counts for the repetition penalty.
     pub fn new(params: &SamplingParams, prompt: &[u32]) -> Self {
         let random = RandomStream::new(params.seed);
-        Self { params: params.clone(), seen: Seen::new(params, prompt), random }
+        let biases: Arc<[(u32, f32)]> = params.logit_bias.as_slice().into();
+        let seen = Seen::new(params, prompt);
+        Self { params: params.clone(), biases, early: Early::default(), seen, random }
+    }
+
+    /// The first `min_tokens` tokens are none of `ends`.
+    pub fn ends_no_sooner(mut self, min_tokens: usize, ends: impl Iterator<Item = u32>) -> Self {
+        let ends: BTreeSet<u32> = ends.collect();
+        let others = self.biases.iter().copied().filter(|(id, _)| !ends.contains(id));
+        let forbidden = ends.iter().map(|id| (*id, f32::NEG_INFINITY));
+        self.early = Early { biases: others.chain(forbidden).collect(), tokens: min_tokens };
+        self
     }
 
     /// How the next token is chosen. Takes one number from the stream unless the choice is greedy.
@@ -61,8 +75,19 @@ impl Sampler {
             frequency: self.params.frequency_penalty,
             counts,
         });
-        Draw { temperature, top_k, top_p, min_p, random, penalties, allowed: None }
+        let biases = if self.early.tokens > 0 { self.early.biases.clone() } else { self.biases.clone() };
+        self.early.tokens = self.early.tokens.saturating_sub(1);
+        Draw { temperature, top_k, top_p, min_p, random, biases, penalties, allowed: None }
     }
+}
+
+/// The first tokens of an answer, which do not end it.
+#[derive(Debug, Clone, Default)]
+struct Early {
+    /// Those of the request, and what is forbidden.
+    biases: Arc<[(u32, f32)]>,
+    /// How many are left.
+    tokens: usize,
 }
 
 /// The tokens that penalties are about. Empty while all are off.
@@ -237,6 +262,24 @@ mod tests {
     fn repetition_penalty_pushes_negative_logits_down() {
         let mut sampler = Sampler::new(&SamplingParams { repetition_penalty: 2.0, ..SamplingParams::greedy() }, &[0]);
         assert_eq!(sampler.sample(&[-1.0, -1.5]), 1);
+    }
+
+    #[test]
+    fn a_bias_is_added_each_time() {
+        let biased = |bias| SamplingParams { logit_bias: vec![(1, bias)], ..SamplingParams::greedy() };
+        let take = |bias| {
+            let mut sampler = Sampler::new(&biased(bias), &[]);
+            (0..3).map(|_| sampler.sample(&[1.0, 0.0, 0.5])).collect::<Vec<_>>()
+        };
+        assert_eq!((take(0.5), take(1.5), take(-100.0)), (vec![0; 3], vec![1; 3], vec![0; 3]));
+    }
+
+    #[test]
+    fn an_answer_ends_no_sooner_than_it_may() {
+        let params = SamplingParams { logit_bias: vec![(2, 1.0), (0, 100.0)], ..SamplingParams::greedy() };
+        let mut sampler = Sampler::new(&params, &[]).ends_no_sooner(2, [0, 7, 0].into_iter());
+        let tokens: Vec<u32> = (0..4).map(|_| sampler.sample(&[9.0, 1.0, 0.5])).collect();
+        assert_eq!(tokens, [2, 2, 0, 0]);
     }
 
     #[test]

@@ -115,6 +115,53 @@ pub static CACHE_SALT: Parameter<String> = Parameter::text(
 )
 .only_for(TEXT);
 
+/// Most tokens of `stop_token_ids`.
+const MAX_STOP_TOKENS: usize = 64;
+/// Most tokens of `logit_bias`; OpenAI's own limit.
+const MAX_BIASES: usize = 1024;
+
+/// See [`TextRequest::stop_token_ids`](crate::request::TextRequest::stop_token_ids).
+pub static STOP_TOKEN_IDS: Parameter<Vec<u32>> = Parameter::tokens(
+    "stop_token_ids",
+    MAX_STOP_TOKENS,
+    "The text ends before the first of these tokens, as it does before the model's own end-of-sequence tokens.",
+)
+.only_for(TEXT);
+
+/// See [`TextRequest::include_stop`](crate::request::TextRequest::include_stop).
+pub static INCLUDE_STOP_STR_IN_OUTPUT: Parameter<bool> = Parameter::boolean(
+    "include_stop_str_in_output",
+    "Whether the text that ends the answer is part of it: the string of `stop`, or the token of `stop_token_ids`. False \
+     when absent.",
+)
+.only_for(TEXT);
+
+/// See [`TextRequest::min_tokens`](crate::request::TextRequest::min_tokens).
+pub static MIN_TOKENS: Parameter<usize> = Parameter::at_least(
+    "min_tokens",
+    0,
+    "Before so many tokens are generated there is no end-of-sequence token, none of `stop_token_ids`, and no end at a \
+     string of `stop`; 0 when absent.",
+)
+.only_for(TEXT);
+
+/// See [`TextRequest::skip_special_tokens`](crate::request::TextRequest::skip_special_tokens).
+pub static SKIP_SPECIAL_TOKENS: Parameter<bool> = Parameter::boolean(
+    "skip_special_tokens",
+    "Whether special tokens of the answer have no text; false spells them out. True when absent.",
+)
+.only_for(TEXT);
+
+/// See [`SamplingParams::logit_bias`](crate::request::SamplingParams::logit_bias).
+pub static LOGIT_BIAS: Parameter<Vec<(u32, f64)>> = Parameter::biases(
+    "logit_bias",
+    MAX_BIASES,
+    -100.0,
+    100.0,
+    "Added to the logits of these tokens before anything else.",
+)
+.only_for(TEXT);
+
 /// Every parameter of text, in the order of the documentation.
 pub static TEXT_PARAMETERS: &[&Declaration] = &[
     &MAX_TOKENS.declaration,
@@ -127,6 +174,11 @@ pub static TEXT_PARAMETERS: &[&Declaration] = &[
     &REPETITION_PENALTY.declaration,
     &SEED.declaration,
     &STOP.declaration,
+    &STOP_TOKEN_IDS.declaration,
+    &INCLUDE_STOP_STR_IN_OUTPUT.declaration,
+    &MIN_TOKENS.declaration,
     &IGNORE_EOS.declaration,
+    &SKIP_SPECIAL_TOKENS.declaration,
+    &LOGIT_BIAS.declaration,
     &CACHE_SALT.declaration,
 ];

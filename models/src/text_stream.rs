@@ -9,6 +9,17 @@
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
+/// What is done with the tokens and the end of an answer.
+#[derive(Debug, Clone, Default)]
+pub struct StreamOptions {
+    /// The text ends at the first of these.
+    pub stop: Vec<String>,
+    /// Behind it, and not before it.
+    pub include_stop: bool,
+    /// Special tokens have text, as they are spelled.
+    pub spells_special: bool,
+}
+
 /// Turns the tokens of one answer into text pieces.
 #[derive(Debug)]
 pub struct TextStream {
@@ -21,20 +32,27 @@ pub struct TextStream {
 pub struct Piece {
     /// New text, valid UTF-8; may be empty while a character or a possible stop string is incomplete.
     pub text: String,
-    /// A stop string was reached; the text ends before it and nothing more may be pushed.
+    /// A stop string was reached; the text ends there and nothing more may be pushed.
     pub stopped: bool,
 }
 
 impl TextStream {
     /// `prompt` gives context to tokenizers whose first token depends on what is before it.
-    pub fn new(tokenizer: Tokenizer, prompt: &[u32], stop: Vec<String>) -> Self {
-        Self { detokenizer: Detokenizer::new(tokenizer, prompt), stops: StopMatcher::new(stop) }
+    pub fn new(tokenizer: Tokenizer, prompt: &[u32], options: StreamOptions) -> Self {
+        let StreamOptions { stop, include_stop, spells_special } = options;
+        let detokenizer = Detokenizer::new(tokenizer, prompt, !spells_special);
+        Self { detokenizer, stops: StopMatcher::new(stop, include_stop) }
     }
 
-    /// Adds one token. Special tokens have no text.
+    /// Adds one token.
     pub fn push(&mut self, token: u32) -> Result<Piece> {
         let text = self.detokenizer.push(token)?;
         Ok(self.stops.push(&text))
+    }
+
+    /// Adds one token that comes before any that are looked through for stop strings.
+    pub fn push_early(&mut self, token: u32) -> Result<Piece> {
+        Ok(Piece { text: self.detokenizer.push(token)?, stopped: false })
     }
 
     /// The text that was held back (incomplete characters as U+FFFD), when the answer ends without a stop string.
@@ -49,22 +67,24 @@ impl TextStream {
 /// Two kinds of vocabulary: where a token is a run of bytes, and where its text depends on its neighbours.
 #[derive(Debug)]
 enum Detokenizer {
-    Bytes { tokenizer: Tokenizer, decoder: Utf8Decoder },
+    Bytes { tokenizer: Tokenizer, skips_special: bool, decoder: Utf8Decoder },
     Window(WindowDecoder),
 }
 
 impl Detokenizer {
-    fn new(tokenizer: Tokenizer, prompt: &[u32]) -> Self {
+    fn new(tokenizer: Tokenizer, prompt: &[u32], skips_special: bool) -> Self {
         if tokenizer.is_byte_level() {
-            Self::Bytes { tokenizer, decoder: Utf8Decoder::default() }
+            Self::Bytes { tokenizer, skips_special, decoder: Utf8Decoder::default() }
         } else {
-            Self::Window(WindowDecoder::new(tokenizer, prompt))
+            Self::Window(WindowDecoder::new(tokenizer, prompt, skips_special))
         }
     }
 
     fn push(&mut self, token: u32) -> Result<String> {
         match self {
-            Self::Bytes { tokenizer, decoder } => Ok(decoder.push(&tokenizer.token_bytes(token))),
+            Self::Bytes { tokenizer, skips_special, decoder } => {
+                Ok(decoder.push(&tokenizer.token_bytes(token, *skips_special)))
+            }
             Self::Window(window) => window.push(token),
         }
     }
@@ -119,6 +139,7 @@ fn may_become_a_character(bytes: &[u8]) -> bool {
 #[derive(Debug)]
 struct WindowDecoder {
     tokenizer: Tokenizer,
+    skips_special: bool,
     window: Vec<u32>,
     /// Tokens at the front of `window` whose text was given out.
     num_given: usize,
@@ -130,16 +151,16 @@ impl WindowDecoder {
     /// A character is at most this many tokens; a text that still ends in U+FFFD then is not UTF-8.
     const CHARACTER: usize = 4;
 
-    fn new(tokenizer: Tokenizer, prompt: &[u32]) -> Self {
-        let with_text = prompt.iter().rev().filter(|token| tokenizer.has_text(**token));
+    fn new(tokenizer: Tokenizer, prompt: &[u32], skips_special: bool) -> Self {
+        let with_text = prompt.iter().rev().filter(|token| tokenizer.has_text(**token, skips_special));
         let mut window: Vec<u32> = with_text.take(Self::CONTEXT).copied().collect();
         window.reverse();
-        Self { tokenizer, num_given: window.len(), window }
+        Self { tokenizer, skips_special, num_given: window.len(), window }
     }
 
     fn push(&mut self, token: u32) -> Result<String> {
         // In a window without text the next word would lose its space as a first one does.
-        if !self.tokenizer.has_text(token) {
+        if !self.tokenizer.has_text(token, self.skips_special) {
             return Ok(String::new());
         }
         self.window.push(token);
@@ -161,13 +182,17 @@ impl WindowDecoder {
 
     /// What the tokens that wait add to the text of those before them.
     fn new_text(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.window[..self.num_given])?;
-        let whole = self.tokenizer.decode(&self.window)?;
+        let before = self.decode(&self.window[..self.num_given])?;
+        let whole = self.decode(&self.window)?;
         match whole.strip_prefix(&before) {
             Some(new) => Ok(new.to_string()),
             // Bytes that are no text spoil those before them, which are given out already.
-            None => self.tokenizer.decode(&self.window[self.num_given..]),
+            None => self.decode(&self.window[self.num_given..]),
         }
+    }
+
+    fn decode(&self, tokens: &[u32]) -> Result<String> {
+        if self.skips_special { self.tokenizer.decode(tokens) } else { self.tokenizer.decode_all(tokens) }
     }
 }
 
@@ -177,15 +202,17 @@ struct StopMatcher {
     stops: Vec<StopString>,
     /// Text that may be the beginning of a stop string: shorter than the longest one.
     held: String,
-    /// Where the first complete stop string begins in `held`.
-    complete: Option<usize>,
+    /// Where the first complete stop string begins in `held`, and where it ends.
+    complete: Option<(usize, usize)>,
+    /// The text ends behind it and not before it.
+    include_stop: bool,
     stopped: bool,
 }
 
 impl StopMatcher {
-    fn new(stops: Vec<String>) -> Self {
+    fn new(stops: Vec<String>, include_stop: bool) -> Self {
         let stops = stops.into_iter().filter(|stop| !stop.is_empty()).map(StopString::new).collect();
-        Self { stops, held: String::new(), complete: None, stopped: false }
+        Self { stops, held: String::new(), complete: None, include_stop, stopped: false }
     }
 
     /// A stop string that is complete still waits for one that began before it and may yet be completed: the first to
@@ -196,8 +223,8 @@ impl StopMatcher {
         }
         self.read(text);
         let open = self.first_open();
-        self.stopped = self.complete.is_some_and(|complete| open.is_none_or(|open| complete <= open));
-        let end = if self.stopped { self.complete } else { open };
+        self.stopped = self.complete.is_some_and(|(begin, _)| open.is_none_or(|open| begin <= open));
+        let end = if self.stopped { self.end() } else { open };
         let text = self.take_until(end.unwrap_or(self.held.len()));
         Piece { text, stopped: self.stopped }
     }
@@ -207,8 +234,13 @@ impl StopMatcher {
         if self.stopped {
             return String::new();
         }
-        let end = self.complete.unwrap_or(self.held.len());
+        let end = self.end().unwrap_or(self.held.len());
         self.take_until(end)
+    }
+
+    /// Where the text ends, if at a stop string.
+    fn end(&self) -> Option<usize> {
+        self.complete.map(|(begin, end)| if self.include_stop { end } else { begin })
     }
 
     /// Adds `text` to what is held.
@@ -218,8 +250,8 @@ impl StopMatcher {
         for stop in &mut self.stops {
             for (end, byte) in (start + 1..).zip(text.bytes()) {
                 if stop.advance(byte) {
-                    let begin = end - stop.text.len();
-                    self.complete = Some(self.complete.map_or(begin, |first| first.min(begin)));
+                    let found = (end - stop.text.len(), end);
+                    self.complete = Some(self.complete.map_or(found, |first| first.min(found)));
                 }
             }
         }
@@ -232,7 +264,7 @@ impl StopMatcher {
     }
 
     fn take_until(&mut self, end: usize) -> String {
-        self.complete = self.complete.and_then(|complete| complete.checked_sub(end));
+        self.complete = self.complete.and_then(|(begin, last)| Some((begin.checked_sub(end)?, last - end)));
         let rest = self.held.split_off(end);
         std::mem::replace(&mut self.held, rest)
     }

@@ -317,9 +317,10 @@ impl Tokenizer {
         self.0.byte_level
     }
 
-    /// Bytes of one token of a byte-level tokenizer: none for special tokens and ids outside the vocabulary.
-    pub(crate) fn token_bytes(&self, id: u32) -> Vec<u8> {
-        let token = self.0.tokenizer.id_to_token(id).filter(|_| self.has_text(id)).unwrap_or_default();
+    /// Bytes of one token of a byte-level tokenizer: none for ids outside the vocabulary, and for special tokens where they
+    /// are skipped.
+    pub(crate) fn token_bytes(&self, id: u32, skips_special: bool) -> Vec<u8> {
+        let token = self.0.tokenizer.id_to_token(id).filter(|_| self.has_text(id, skips_special)).unwrap_or_default();
         Spelling::ByteLevel.bytes(&token)
     }
 
@@ -339,10 +340,10 @@ impl Tokenizer {
         self.0.tokenizer.id_to_token(id)
     }
 
-    /// Whether `id` is in the vocabulary and not a special token.
-    pub(crate) fn has_text(&self, id: u32) -> bool {
-        let token = self.0.tokenizer.id_to_token(id);
-        token.is_some_and(|token| !self.0.tokenizer.get_added_vocabulary().is_special_token(&token))
+    /// Whether `id` is in the vocabulary, and no special token where those are skipped.
+    pub(crate) fn has_text(&self, id: u32, skips_special: bool) -> bool {
+        let is_special = |token: &str| self.0.tokenizer.get_added_vocabulary().is_special_token(token);
+        self.0.tokenizer.id_to_token(id).is_some_and(|token| !(skips_special && is_special(&token)))
     }
 
     fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {

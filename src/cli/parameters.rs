@@ -3,6 +3,7 @@
 //! Owns: how a value is written on a command line, and that texts may stand in files instead. Does not know: what any
 //! parameter means.
 
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::path::PathBuf;
 
@@ -263,6 +264,8 @@ fn value_name(kind: Kind) -> &'static str {
         Kind::Seconds => "SECONDS",
         Kind::Interval => "START,END",
         Kind::Numbers { .. } => "X,X,...",
+        Kind::Tokens { .. } => "ID,ID,...",
+        Kind::Biases { .. } => "ID:X,ID:X,...",
         Kind::Loras => "NAME[:WEIGHT]",
         Kind::Image | Kind::Images { .. } | Kind::Mask => "FILE",
     }
@@ -296,6 +299,10 @@ fn parse(declaration: &Declaration, text: &str) -> Result<Said, String> {
         Kind::Interval => Value::Interval(interval(text).ok_or("expected two numbers, such as 0,0.4")?),
         Kind::Numbers { .. } => Value::Numbers(numbers(text).ok_or("expected numbers, such as 1,0.75,0.5")?),
         Kind::Strings { .. } => Value::Strings(vec![text.to_owned()]),
+        Kind::Tokens { .. } => Value::Tokens(tokens(text).ok_or("expected token ids, such as 0,17")?),
+        Kind::Biases { .. } => {
+            Value::Biases(biases(text).ok_or("expected numbers by token id, such as 17:-100,0:2.5")?)
+        }
         Kind::Loras => Value::Loras(vec![lora(text)?]),
         _ => Value::Text(text.to_owned()),
     };
@@ -314,6 +321,20 @@ fn interval(text: &str) -> Option<[f64; 2]> {
 
 fn numbers(text: &str) -> Option<Vec<f64>> {
     text.split(',').map(|number| number.trim().parse().ok()).collect()
+}
+
+fn tokens(text: &str) -> Option<Vec<u32>> {
+    text.split(',').map(|token| token.trim().parse().ok()).collect()
+}
+
+/// Of a token that is said twice the last one counts.
+fn biases(text: &str) -> Option<Vec<(u32, f64)>> {
+    let bias = |said: &str| {
+        let (token, bias) = said.split_once(':')?;
+        Some((token.trim().parse().ok()?, bias.trim().parse().ok()?))
+    };
+    let biases: Option<BTreeMap<u32, f64>> = text.split(',').map(bias).collect();
+    Some(biases?.into_iter().collect())
 }
 
 /// `NAME`, or `NAME:WEIGHT`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use tale_models::checkpoint::STEP_BYTES;
 use tale_models::diffusion::{Canvas, DiffusionRequest, Prompt, Sampling};
-use tale_models::request::{Phase, SamplingParams, TextRequest};
+use tale_models::request::{Phase, TextRequest};
 use tale_models::runner::{RunnerStatus, StepPlan};
 use tale_models::solver::names::Scheduler;
 use tale_models::testing::{FRAMES_PER_DECODE, Script, ScriptedRunner, clip_model, picture_model};
@@ -24,17 +24,7 @@ use crate::places::NoPlace;
 use tale_models::device::{DeviceMemory, DeviceSpec};
 
 fn text(max_tokens: usize) -> Request {
-    let sampling = SamplingParams::greedy();
-    let stop = Vec::new();
-    Request::Text(TextRequest {
-        prompt: vec![1],
-        max_tokens,
-        sampling,
-        stop,
-        ignore_eos: true,
-        cache_salt: None,
-        grammar: None,
-    })
+    Request::Text(TextRequest { ignore_eos: true, ..TextRequest::greedy(vec![1], max_tokens) })
 }
 
 fn clip(num_inference_steps: usize) -> Request {

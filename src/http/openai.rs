@@ -89,7 +89,6 @@ const TEXT: &[Field] = &[
         |value, _| is_one_of(value, &["auto", "default"]),
         "there is one tier; must be auto or default",
     ),
-    field("logit_bias", has_no_bias, "is not supported yet; only biases of 0 are allowed"),
 ];
 
 const CHAT_ALONE: &[Field] = &[
@@ -136,10 +135,6 @@ fn is_one_of(value: &Value, neutral: &[&str]) -> bool {
 
 fn is_empty(value: &Value, _: &Object) -> bool {
     matches!(value, Value::List(values) if values.is_empty())
-}
-
-fn has_no_bias(value: &Value, _: &Object) -> bool {
-    matches!(value, Value::Object(biases) if biases.values().all(|bias| *bias == Value::Unsigned(0)))
 }
 
 fn is_no_choice(value: &Value, _: &Object) -> bool {
@@ -231,8 +226,8 @@ mod tests {
         let neutral = [
             r#""user": "u1", "safety_identifier": "u1", "prompt_cache_key": "k", "metadata": {"a": "b"}"#,
             r#""store": false, "service_tier": "auto""#,
-            r#""service_tier": "default", "logit_bias": {}"#,
-            r#""logit_bias": {"50256": 0}, "logprobs": false, "top_logprobs": 0"#,
+            r#""service_tier": "default""#,
+            r#""logprobs": false, "top_logprobs": 0"#,
             r#""functions": [], "function_call": "auto""#,
             r#""function_call": "none", "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
             r#""prompt_cache_retention": "in_memory", "prompt_cache_options": {"mode": "implicit"}"#,
@@ -242,7 +237,6 @@ mod tests {
             (r#""metadata": "x""#, "metadata"),
             (r#""store": true"#, "store"),
             (r#""service_tier": "flex""#, "service_tier"),
-            (r#""logit_bias": {"50256": -100}"#, "logit_bias"),
             (r#""logprobs": true"#, "logprobs"),
             (r#""top_logprobs": 5"#, "top_logprobs"),
             (r#""functions": [{"name": "f"}]"#, "functions"),
@@ -259,10 +253,8 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_of_a_completion_is_taken_and_the_rest_refused_by_name() {
-        let neutral = [
-            r#""best_of": 1, "echo": false, "logprobs": null, "suffix": "", "user": "u1", "logit_bias": {}"#,
-            r#""best_of": 2"#,
-        ];
+        let neutral =
+            [r#""best_of": 1, "echo": false, "logprobs": null, "suffix": "", "user": "u1""#, r#""best_of": 2"#];
         let refused = [
             (r#""best_of": 3"#, "best_of"),
             (r#""echo": true"#, "echo"),

@@ -39,6 +39,9 @@ pub(super) fn room_in(declarations: &[&Declaration], name: &str) -> Room {
         Some(Kind::Strings { max, .. } | Kind::Images { max }) => Room::items(max),
         Some(Kind::Image | Kind::Mask) => Room::items(1),
         Some(Kind::Loras) => Room::items(MAX_LORAS),
+        Some(Kind::Tokens { max } | Kind::Biases { max_len: max, .. }) => {
+            Room { max_numbers: max, max_values: 1 + max, ..Room::SMALL }
+        }
         _ => Room::SMALL,
     }
 }

@@ -5,6 +5,7 @@
 //! published sizes would take minutes, rows and pictures are smaller by [`Sizes::Small`]; its roofs are a plain read and
 //! multiply-adds in registers.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -286,6 +287,7 @@ impl<'a> Bench<'a> {
             top_p: 1.0,
             min_p: 0.0,
             random: 1 << 63,
+            biases: Arc::default(),
             penalties: None,
             allowed: None,
         };

@@ -227,3 +227,41 @@ fn special_tokens_of_templates_are_those_of_the_tokenizer() {
     write("tokenizer_config.json", r#"{"bos_token": "<a>", "added_tokens_decoder": {}}"#);
     assert_eq!(rendered(), "<a>");
 }
+
+#[test]
+fn a_conversation_ends_where_the_request_says() {
+    let source =
+        "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}";
+    let ends = |source: &str, ending| {
+        let messages = vec![message("user", "a"), message("assistant", " b  ")];
+        load(source).expect("loads").render(&Conversation { ending, ..messages.into() })
+    };
+    assert_eq!(ends(source, Ending::Answer).expect("renders"), "[a][b]>");
+    assert_eq!(ends(source, Ending::Messages).expect("renders"), "[a][b]");
+    assert_eq!(ends(source, Ending::FinalMessage).expect("renders"), "[a][b");
+    let kept = source.replace(" | trim", "");
+    assert_eq!(ends(&kept, Ending::FinalMessage).expect("renders"), "[a][ b  ");
+    let error = ends("{{ messages[0].content }}", Ending::FinalMessage).expect_err("refused").to_string();
+    assert!(error.starts_with("continue_final_message: "), "{error}");
+}
+
+#[test]
+fn a_template_is_given_the_variables_that_it_looks_at_and_no_others() {
+    let source =
+        "{{ messages[0].content }}{% if style is defined %}{{ style.name }} {{ style.sizes | tojson }}{% endif %}";
+    let render = |variables| {
+        let messages = vec![message("user", "x")];
+        load(source).expect("loads").render(&Conversation { variables, ..messages.into() })
+    };
+    let object = |value: serde_json::Value| value.as_object().expect("an object").clone();
+    assert_eq!(render(object(serde_json::json!({}))).expect("renders"), "x");
+    let style = serde_json::json!({"style": {"name": "y", "sizes": [1, 2.5, null, true, {"a": -3}]}});
+    assert_eq!(render(object(style)).expect("renders"), r#"xy [1, 2.5, null, true, {"a": -3}]"#);
+    for (variables, name) in [
+        (serde_json::json!({"mood": 1}), "chat_template_kwargs.mood"),
+        (serde_json::json!({"messages": []}), "chat_template_kwargs.messages"),
+    ] {
+        let error = render(object(variables)).expect_err("refused").to_string();
+        assert!(error.starts_with(&format!("{name}: ")), "{error}");
+    }
+}

@@ -22,7 +22,7 @@ pub(super) fn trie(tokenizer: &Tokenizer, vocab_size: usize, eos_token_ids: &[u3
 
 /// Bytes of a token; a mark that no text has before the spelling of those that stand for no text.
 fn word(tokenizer: &Tokenizer, id: u32, is_end: bool) -> Vec<u8> {
-    if tokenizer.has_text(id) && !is_end {
+    if tokenizer.has_text(id, true) && !is_end {
         let bytes = tokenizer.bytes_within_text(id);
         // The mark is a byte that no UTF-8 has.
         return if bytes.first() == Some(&TokTrie::SPECIAL_TOKEN_MARKER) { Vec::new() } else { bytes };

@@ -1,8 +1,9 @@
 //! Values of parameters: the types in which requests hold them, and how those are read that have several spellings.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::de::{SeqAccess, Visitor};
+use serde::de::{Error as _, MapAccess, SeqAccess, Visitor};
 
 #[cfg(doc)]
 use super::Kind;
@@ -26,6 +27,10 @@ pub enum Value {
     Numbers(Vec<f64>),
     /// Of [`Kind::Strings`].
     Strings(Vec<String>),
+    /// Of [`Kind::Tokens`].
+    Tokens(Vec<u32>),
+    /// Of [`Kind::Biases`], each token once.
+    Biases(Vec<(u32, f64)>),
     /// Of [`Kind::Loras`].
     Loras(Vec<LoraOption>),
     /// Of [`Kind::Image`].
@@ -47,6 +52,11 @@ impl Value {
             Self::Interval(interval) => interval.to_vec().into(),
             Self::Numbers(numbers) => numbers.as_slice().into(),
             Self::Strings(strings) => strings.as_slice().into(),
+            Self::Tokens(tokens) => tokens.as_slice().into(),
+            Self::Biases(biases) => {
+                let bias = |(token, bias): &(u32, f64)| (token.to_string(), serde_json::Value::from(*bias));
+                biases.iter().map(bias).collect()
+            }
             Self::Loras(loras) => {
                 let loras = loras.iter().map(|lora| serde_json::json!({"name": lora.name, "weight": lora.weight}));
                 loras.collect()
@@ -91,6 +101,8 @@ parameter_types! {
     [f64; 2] => Interval,
     Vec<f64> => Numbers,
     Vec<String> => Strings,
+    Vec<u32> => Tokens,
+    Vec<(u32, f64)> => Biases,
     Vec<LoraOption> => Loras,
     Arc<Frame> => Image,
     Vec<Arc<Frame>> => Images,
@@ -115,6 +127,28 @@ impl ParameterType for usize {
 
     fn into_value(self) -> Value {
         Value::Integer(self as u64)
+    }
+}
+
+/// Reads [`Kind::Biases`].
+pub(super) struct Biases;
+
+impl<'de> Visitor<'de> for Biases {
+    type Value = Vec<(u32, f64)>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object of numbers by token id")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+        let mut biases = BTreeMap::new();
+        while let Some((key, bias)) = map.next_entry::<String, f64>()? {
+            let token: u32 = key.parse().map_err(|_| A::Error::custom("has a key that is no token id"))?;
+            if biases.insert(token, bias).is_some() {
+                return Err(A::Error::custom(format!("has the token {token} twice")));
+            }
+        }
+        Ok(biases.into_iter().collect())
     }
 }
 

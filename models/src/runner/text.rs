@@ -25,7 +25,7 @@ use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::recorded::DecodeRecordings;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::sampler::{self, Sampler, Turn};
-use crate::text_stream::TextStream;
+use crate::text_stream::{StreamOptions, TextStream};
 use crate::tokenizer::Tokenizer;
 
 pub mod batcher;
@@ -72,7 +72,11 @@ struct Session {
     num_drafts: usize,
     num_accepted_drafts: usize,
     max_tokens: usize,
+    min_tokens: usize,
     ignore_eos: bool,
+    stop_token_ids: Vec<u32>,
+    /// Whether the token of `stop_token_ids` that ends the answer has text.
+    include_stop: bool,
     sampler: Sampler,
     stream: TextStream,
     /// Where the answer is in its grammar; away while its mask is computed.
@@ -104,9 +108,9 @@ struct Accepted {
 /// How an answer ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// With an end-of-sequence token.
-    EosToken,
-    /// Before a stop string; the text that the stream still holds is not part of the answer.
+    /// With an end-of-sequence token, or one of the request's own.
+    Token,
+    /// At a stop string; the text that the stream still holds is not part of the answer.
     StopString,
     /// Where its grammar ends.
     Grammar,
@@ -345,10 +349,17 @@ fn recordings(caches: &KvCaches) -> Option<DecodeRecordings> {
 }
 
 impl Session {
-    fn new(request: TextRequest, tokenizer: &Tokenizer) -> Self {
+    fn new(request: TextRequest, tokenizer: &Tokenizer, eos_token_ids: &[u32]) -> Self {
+        let eos = eos_token_ids.iter().filter(|_| !request.ignore_eos);
+        let ends = eos.chain(&request.stop_token_ids).copied();
+        let include_stop = request.include_stop;
+        let text = StreamOptions { stop: request.stop, include_stop, spells_special: !request.skip_special_tokens };
         Self {
-            sampler: Sampler::new(&request.sampling, &request.prompt),
-            stream: TextStream::new(tokenizer.clone(), &request.prompt, request.stop),
+            sampler: Sampler::new(&request.sampling, &request.prompt).ends_no_sooner(request.min_tokens, ends),
+            stream: TextStream::new(tokenizer.clone(), &request.prompt, text),
+            min_tokens: request.min_tokens,
+            stop_token_ids: request.stop_token_ids,
+            include_stop,
             matching: request.grammar.map(|grammar| grammar.begin()),
             num_prompt_tokens: request.prompt.len(),
             num_cached_tokens: None,
@@ -383,12 +394,19 @@ impl Session {
             self.num_drafts += 1;
             self.num_accepted_drafts += usize::from(*draft == token);
         }
-        if !self.ignore_eos && eos_token_ids.contains(&token) {
-            return Ok(Accepted { token, text: String::new(), end: Some(End::EosToken) });
+        let is_eos = !self.ignore_eos && eos_token_ids.contains(&token);
+        let is_end = is_eos || self.stop_token_ids.contains(&token);
+        if is_end && (is_eos || !self.include_stop) {
+            return Ok(Accepted { token, text: String::new(), end: Some(End::Token) });
         }
         let is_complete = self.matching.as_mut().map_or(Ok(false), |matching| matching.accept(token))?;
-        let piece = self.stream.push(token)?;
-        let is_last = self.usage().completion_tokens == self.max_tokens;
+        let num_tokens = self.usage().completion_tokens;
+        let is_early = num_tokens <= self.min_tokens;
+        let piece = if is_early { self.stream.push_early(token)? } else { self.stream.push(token)? };
+        if is_end && !piece.stopped {
+            return Ok(Accepted { token, text: piece.text, end: Some(End::Token) });
+        }
+        let is_last = num_tokens == self.max_tokens;
         let end = match (piece.stopped, is_complete, is_last) {
             (true, ..) => Some(End::StopString),
             (false, true, _) => Some(End::Grammar),
@@ -431,7 +449,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         self.check(&request)?;
         let scope = self.options.prefix_cache.scope(client, request.cache_salt.as_deref());
         self.batcher.submit(id, client, &request.prompt, scope);
-        self.sessions.insert(id, Session::new(request, &self.model.tokenizer));
+        self.sessions.insert(id, Session::new(request, &self.model.tokenizer, &self.model.eos_token_ids));
         Ok(())
     }
 

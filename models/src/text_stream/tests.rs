@@ -8,7 +8,8 @@ use crate::tokenizer::tests::{byte_level, sentencepiece_style};
 /// Pieces of an answer up to its end or its first stop string, and whether a stop string ended it.
 fn stream(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32], stops: &[&str]) -> (Vec<String>, bool) {
     let stops = stops.iter().map(ToString::to_string).collect();
-    let mut stream = TextStream::new(tokenizer.clone(), prompt, stops);
+    let mut stream =
+        TextStream::new(tokenizer.clone(), prompt, StreamOptions { stop: stops, ..StreamOptions::default() });
     let mut pieces = Vec::new();
     for token in tokens {
         let piece = stream.push(*token).expect("pushes");
@@ -81,7 +82,8 @@ fn the_stop_string_that_begins_first_wins() {
 
 #[test]
 fn nothing_follows_a_stop_string() {
-    let mut stream = TextStream::new(byte_level(), &[], vec!["a".into()]);
+    let mut stream =
+        TextStream::new(byte_level(), &[], StreamOptions { stop: vec!["a".into()], ..StreamOptions::default() });
     assert!(stream.push(97).expect("pushes").stopped);
     assert_eq!(stream.push(98).expect("pushes"), Piece { text: String::new(), stopped: true });
     assert_eq!(stream.finish().expect("finishes"), "");
@@ -155,7 +157,7 @@ impl NaiveMatcher {
 fn long_stop_strings_cost_no_more_than_the_text() {
     const HELD: usize = 100_000;
     let stops: Vec<String> = (0..16).map(|i| "a".repeat(HELD - i) + "b").collect();
-    let mut matcher = StopMatcher::new(stops);
+    let mut matcher = StopMatcher::new(stops, false);
     for _ in 0..HELD / 10 {
         assert_eq!(matcher.push(&"a".repeat(10)), Piece::default());
     }
@@ -172,7 +174,7 @@ proptest! {
         stops in prop::collection::vec(
             prop::sample::select(vec!["a", "ab", "abc", "aab", "aabaab", "bca", "cé", "é€é", "€", "éé", "abababac"]), 0..5),
     ) {
-        let mut matcher = StopMatcher::new(stops.iter().map(ToString::to_string).collect());
+        let mut matcher = StopMatcher::new(stops.iter().map(ToString::to_string).collect(), false);
         let mut naive = NaiveMatcher { stops, held: String::new() };
         for piece in &pieces {
             let expected = naive.push(piece);
@@ -204,4 +206,42 @@ proptest! {
         let (pieces, _) = stream(&tokenizer, &[], &tokens, &[]);
         prop_assert_eq!(pieces.concat(), tokenizer.decode(&tokens).expect("decodes"));
     }
+}
+
+#[test]
+fn a_stop_string_may_be_part_of_the_text() {
+    let read = |pieces: &[&str]| {
+        let mut matcher = StopMatcher::new(vec!["ab".into(), "abc".into(), "x".into()], true);
+        let mut text = String::new();
+        for piece in pieces {
+            let found = matcher.push(piece);
+            text.push_str(&found.text);
+            if found.stopped {
+                return (text, true);
+            }
+        }
+        text.push_str(&matcher.finish());
+        (text, false)
+    };
+    assert_eq!(read(&["1a", "b2"]), ("1ab".into(), true));
+    assert_eq!(read(&["1abc"]), ("1ab".into(), true));
+    assert_eq!(read(&["x", "ab"]), ("x".into(), true));
+    assert_eq!(read(&["1a", "c"]), ("1ac".into(), false));
+}
+
+#[test]
+fn early_tokens_are_not_looked_through_for_stop_strings() {
+    let tokenizer = byte_level();
+    let tokens = tokenizer.encode("aa", false).expect("encodes");
+    assert!(!tokens.is_empty());
+    let options = StreamOptions { stop: vec!["a".into()], ..StreamOptions::default() };
+    let mut stream = TextStream::new(tokenizer, &[], options);
+    let mut text = String::new();
+    for token in &tokens {
+        let piece = stream.push_early(*token).expect("pushes");
+        assert!(!piece.stopped);
+        text.push_str(&piece.text);
+    }
+    assert_eq!(text, "aa");
+    assert!(stream.push(tokens[0]).expect("pushes").stopped);
 }

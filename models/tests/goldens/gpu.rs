@@ -15,7 +15,7 @@ use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCacheDtype, KvCaches, KvFormat, PrefixCache};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
-use tale_models::request::{Event, Events, Frame, Request, SamplingParams, SessionId, TextRequest};
+use tale_models::request::{Event, Events, Frame, Request, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::runner::text::model::CausalLm;
@@ -524,9 +524,7 @@ fn greedy_tokens(model: &mut LoadedModel, prompt: Vec<u32>, max_tokens: usize) -
 }
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    let sampling = SamplingParams::greedy();
-    let stop = Vec::new();
-    Request::Text(TextRequest { prompt, max_tokens, sampling, stop, ignore_eos: true, cache_salt: None, grammar: None })
+    Request::Text(TextRequest { ignore_eos: true, ..TextRequest::greedy(prompt, max_tokens) })
 }
 
 /// Everything that one session tells until its end.

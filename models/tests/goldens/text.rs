@@ -16,9 +16,7 @@ use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, KvFormat, blocks_for};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
-use tale_models::request::{
-    ClientId, Event, Events, FinishReason, Request, SamplingParams, SessionId, TextRequest, Usage,
-};
+use tale_models::request::{ClientId, Event, Events, FinishReason, Request, SessionId, TextRequest, Usage};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::model::CausalLm;
 use tale_models::{Encoding, Error, ModelCard, TextCard};
@@ -238,6 +236,38 @@ fn a_stop_string_cuts_the_answer() {
         assert_eq!(answer.end.map(|(reason, _)| reason), Some(FinishReason::Stop), "{case}");
         assert!(whole.tokens.starts_with(&answer.tokens) && answer.tokens.len() < whole.tokens.len(), "{case}");
     }
+}
+
+#[test]
+fn an_answer_ends_as_its_request_says() {
+    let case = "llama-untied";
+    let mut server = Server::load(case, LoadOptions::default());
+    let prompt = prompts(case).swap_remove(0);
+    let whole = server.answer_alone(greedy(prompt.clone()));
+    let last = whole.tokens[5];
+    let length = 1 + whole.tokens.iter().position(|token| *token == last).expect("it is there");
+    let mut ask = |change: &dyn Fn(&mut TextRequest)| {
+        let mut request = TextRequest { stop_token_ids: vec![last], ..greedy(prompt.clone()) };
+        change(&mut request);
+        let answer = server.answer_alone(request);
+        (answer.tokens, answer.text, answer.end.map(|(reason, _)| reason))
+    };
+    let stop = Some(FinishReason::Stop);
+    let (tokens, text, reason) = ask(&|_| ());
+    assert_eq!((tokens.as_slice(), reason), (&whole.tokens[..length], stop));
+    let (tokens, longer, reason) = ask(&|request| request.include_stop = true);
+    assert_eq!((tokens.as_slice(), reason), (&whole.tokens[..length], stop));
+    assert!(
+        whole.text.starts_with(&text) && longer.starts_with(&text) && longer.len() > text.len(),
+        "{text:?} {longer:?}"
+    );
+    // Forbidden as long as it may not come, whatever else it would have been followed by.
+    let (tokens, ..) = ask(&|request| request.min_tokens = length + 3);
+    assert!(tokens.len() > length + 3 || tokens.len() == GREEDY_TOKENS, "{tokens:?}");
+    assert!(!tokens[..length + 3].contains(&last), "{tokens:?}");
+    // A bias does the same for the whole answer.
+    let (tokens, ..) = ask(&|request| request.sampling.logit_bias = vec![(last, -100.0)]);
+    assert!(tokens.len() == GREEDY_TOKENS && !tokens.contains(&last), "{tokens:?}");
 }
 
 #[test]
@@ -566,9 +596,7 @@ pub fn prompts(case: &str) -> Vec<Vec<u32>> {
 
 /// As many tokens as the goldens have, or as fit the smallest context of all cases (the reference does not stop there).
 pub fn greedy(prompt: Vec<u32>) -> TextRequest {
-    let sampling = SamplingParams::greedy();
-    let stop = Vec::new();
-    TextRequest { prompt, max_tokens: GREEDY_TOKENS, sampling, stop, ignore_eos: true, cache_salt: None, grammar: None }
+    TextRequest { ignore_eos: true, ..TextRequest::greedy(prompt, GREEDY_TOKENS) }
 }
 
 /// Greedy and sampled requests of several lengths.

@@ -30,7 +30,7 @@ pub(super) fn in_form(declaration: &Declaration) -> (String, Value) {
         Kind::Images { max } => {
             (format!("{}[]", declaration.name), json!({"type": "array", "items": file(), "maxItems": max}))
         }
-        kind @ (Kind::Interval | Kind::Numbers { .. } | Kind::Loras) => {
+        kind @ (Kind::Interval | Kind::Numbers { .. } | Kind::Tokens { .. } | Kind::Biases { .. } | Kind::Loras) => {
             let schema =
                 json!({"type": "string", "contentMediaType": "application/json", "contentSchema": values(kind)});
             (declaration.name.to_owned(), schema)
@@ -75,6 +75,15 @@ pub(super) fn values(kind: Kind) -> Value {
             let string = json!({"type": "string", "minLength": 1, "maxLength": max_bytes});
             json!({"type": ["string", "array"], "minLength": 1, "maxLength": max_bytes, "items": string, "maxItems": max})
         }
+        Kind::Tokens { max } => {
+            json!({"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": u32::MAX}, "maxItems": max})
+        }
+        Kind::Biases { max_len, min, max } => json!({
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": min, "maximum": max},
+            "maxProperties": max_len,
+        }),
         Kind::Loras => json!({"type": "array", "items": lora(), "maxItems": MAX_LORAS}),
         Kind::Image | Kind::Mask => json!({"type": "string"}),
         Kind::Images { max } => json!({"type": "array", "items": {"type": "string"}, "maxItems": max}),

@@ -53,6 +53,10 @@ fn values(kind: Kind) -> String {
             let bytes = format!("at most {max_bytes} bytes each, {max_total_bytes} in all");
             format!("text, or a list of at most {max}, none empty, {bytes}")
         }
+        Kind::Tokens { max } => format!("list of at most {max} token ids"),
+        Kind::Biases { max_len, min, max } => {
+            format!("object of at most {max_len} numbers by token id, {min} to {max}")
+        }
         Kind::Loras => "list of `{\"name\", \"weight\"}`".to_owned(),
         Kind::Image | Kind::Mask => "image file".to_owned(),
         Kind::Images { max } => format!("1 to {max} image files"),

@@ -107,7 +107,10 @@ fn a_template_tells_how_its_model_calls() {
 
 #[test]
 fn calls_and_results_are_written_as_the_template_does() {
-    let text = load(QWEN).expect("loads").render(&Conversation { tools: vec![tool()], ..conversation().into() }).expect("renders");
+    let text = load(QWEN)
+        .expect("loads")
+        .render(&Conversation { tools: vec![tool()], ..conversation().into() })
+        .expect("renders");
     let schema = r#"{"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "integer"}}}"#;
     let shown = format!(
         r#"{{"type": "function", "function": {{"name": "f", "description": "Does.", "parameters": {schema}}}}}"#

@@ -11,7 +11,7 @@ use super::retry::ReadInF32;
 use super::session::Stage;
 use super::*;
 use crate::diffusion::{Canvas, Edit, NegativePrompt, Prompt, Sampling, ZeroStar};
-use crate::request::{Frame, Mask, SamplingParams, TextRequest};
+use crate::request::{Frame, Mask, TextRequest};
 use crate::rng::TorchGenerator;
 use crate::solver::names::Scheduler;
 

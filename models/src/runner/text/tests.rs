@@ -6,7 +6,6 @@ use super::*;
 use crate::device::{DeviceSpec, Placement, WeightDtype};
 use crate::kv::{KvFormat, KvShape};
 use crate::layers::decoder::PreparedInput;
-use crate::request::SamplingParams;
 
 /// A network without weights: after every token comes the next one of the vocabulary.
 struct Counter;
@@ -54,17 +53,7 @@ fn runner(max_batch_sequences: usize) -> TextRunner<Counter> {
 }
 
 fn request(prompt: Vec<u32>) -> Request {
-    let sampling = SamplingParams::greedy();
-    let stop = Vec::new();
-    Request::Text(TextRequest {
-        prompt,
-        max_tokens: 4,
-        sampling,
-        stop,
-        ignore_eos: true,
-        cache_salt: None,
-        grammar: None,
-    })
+    Request::Text(TextRequest { ignore_eos: true, ..TextRequest::greedy(prompt, 4) })
 }
 
 /// Runs until idle and gives the tokens of `id`.

@@ -130,16 +130,7 @@ fn without_the_memory_for_f32_a_session_fails_with_the_figures() {
 #[test]
 fn text_requests_and_too_many_sessions_are_refused() {
     let mut runner = DiffusionRunner::new(Toy::new(), 4);
-    let text = TextRequest {
-        prompt: vec![1],
-        max_tokens: 1,
-        sampling: SamplingParams::greedy(),
-        stop: Vec::new(),
-        ignore_eos: false,
-        cache_salt: None,
-        grammar: None,
-    };
-    let refused = runner.submit(SessionId(0), Request::Text(text));
+    let refused = runner.submit(SessionId(0), Request::Text(TextRequest::greedy(vec![1], 1)));
     assert!(matches!(refused, Err(Error::InvalidRequest { .. })));
     (0..MAX_SESSIONS as u64).for_each(|id| submit(&mut runner, id, request("one", id)));
     let refused = runner.submit(SessionId(9999), Request::Diffusion(request("one", 0)));
