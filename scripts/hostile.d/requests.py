@@ -28,7 +28,8 @@ SHORT_COUNT, LONG_COUNT = 1_000, 10_000
 ALLOWED_5XX = (503, 507)
 SECONDS = 60.0
 MODELS = (servers.CHAT, servers.PICTURES, servers.PLAIN_PICTURES, servers.CLIPS)
-MODELS_OF = {"chat": servers.CHAT, "completions": servers.CHAT, "images": servers.PICTURES, "videos": servers.CLIPS}
+# By what stands in a path; the others are of text.
+MODELS_OF = {"images": servers.PICTURES, "videos": servers.CLIPS}
 BOUNDARY = "hostile-boundary"
 # Identifiers in paths: none is there, none may be read as a path.
 IDS = [
@@ -142,6 +143,11 @@ def servers_at_rest(server: Server, seconds: float = 60.0) -> list[str]:
         time.sleep(0.1)
 
 
+def model_of(path: str) -> str:
+    """A model of the medium that an endpoint is for."""
+    return next((model for medium, model in MODELS_OF.items() if f"/{medium}" in path), servers.CHAT)
+
+
 @dataclass
 class Operation:
     method: str
@@ -180,7 +186,7 @@ class Fuzzer:
         kind = self.rng.choice(list(operation.bodies))
         value = self.shapes.valid(operation.bodies[kind])
         if self.rng.random() < 0.9:  # a model of the endpoint's own medium
-            value["model"] = MODELS_OF[operation.path.split("/")[2]]
+            value["model"] = model_of(operation.path)
         return self.request(operation, path, kind, value)
 
     def query(self, operation: Operation) -> str:
@@ -198,7 +204,7 @@ class Fuzzer:
             return self.odd_path(operation)
         kind = self.rng.choice(list(operation.bodies))
         value = self.shapes.valid(operation.bodies[kind])
-        value["model"] = self.rng.choice([value.get("model", MARKER), MODELS_OF[operation.path.split("/")[2]], MARKER])
+        value["model"] = self.rng.choice([value.get("model", MARKER), model_of(operation.path), MARKER])
         request = self.request(operation, operation.path, kind, self.shapes.invalid(marked(value)))
         damage: Callable[[Request], Request] = self.rng.choice([lambda r: r, lambda r: r, self.damaged_body, self.odd_head])
         return damage(request)
