@@ -582,8 +582,8 @@ impl Session {
     }
 
     /// The next event. Events that were not taken in time come joined: text appended, progress replaced by the latest. While
-    /// too many frames wait to be taken ([`MAX_UNREAD_FRAME_BYTES`]) the session has no steps. `None` after the terminal event,
-    /// or without one when the engine was shut down.
+    /// too many frames wait to be taken ([`tale_models::memory::MAX_UNREAD_FRAME_BYTES`]) the session has no steps. `None` after
+    /// the terminal event, or without one when the engine was shut down.
     pub async fn recv(&mut self) -> Option<Event> {
         std::future::poll_fn(|context| self.poll_recv(context)).await
     }
