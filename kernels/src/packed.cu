@@ -44,7 +44,7 @@ __device__ void dequantise(const unsigned* words, const void* scales, const unsi
         const int pair = nibble % 4, upper = nibble / 4;
         const long row = first_row + pair % 2 * 8, column = first_column + pair / 2 * 8 + upper;
         if (row >= rows || column >= columns) continue;
-        const unsigned bits = low >> (4 * nibble) & 15u | (high >> (4 * nibble) & 15u) << 4;
+        const unsigned bits = (low >> (4 * nibble) & 15u) | (high >> (4 * nibble) & 15u) << 4;
         const long at = row / rows_per_scale * groups + column / group;
         const float zero = zeros ? static_cast<float>(zeros[at]) : 0.0f;
         const float value = code == FLOAT_8 ? e4m3(bits) : static_cast<float>(bits) - zero;
