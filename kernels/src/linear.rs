@@ -19,6 +19,7 @@ mod blocks;
 mod launch;
 mod packed;
 mod quantised;
+mod widened;
 
 pub use packed::{Code, CodeScales, PackedMatrix, linear_packed};
 pub use quantised::{QuantisedMatrix, embedding_quantised, linear_quantised};

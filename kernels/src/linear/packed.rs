@@ -14,20 +14,17 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use self::kernel::{E4m3, Int4, Int8, Tiles, multiply_row, widen_rows};
-use super::{add_to_rows, matmul_transposed};
+use super::widened::{Product, by_slabs};
 #[cfg(gpu)]
 use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for};
-use crate::view::{View, tensor, vector, with_values};
-use crate::work::{self, Work};
+use crate::view::{View, tensor, with_values};
 
 mod kernel;
 #[cfg(gpu)]
 mod launch;
 mod tiles;
 
-/// Values of a slab: 8 MiB in f32.
-const SLAB_VALUES: usize = 2 << 20;
 /// A column that is only there to fill a tile.
 const NO_COLUMN: u32 = u32::MAX;
 
@@ -269,38 +266,17 @@ impl WithTiles for OneRow<'_> {
 
 /// `x [..., in]` (f32, on a GPU in any dtype) times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`.
 pub fn linear_packed(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (out, inner) = weight.dims();
-    let mut shape = x.dims().to_vec();
-    if shape.pop() != Some(inner) {
-        bail!("linear: x {:?} does not fit packed weight [{out}, {inner}]", x.shape());
-    }
-    shape.push(out);
-    work::add_dense(|| Work {
-        flops: work::product_flops(shape.iter().product(), inner),
-        bytes: (weight.size_in_bytes() + bias.map_or(0, |bias| work::weight_bytes(bias, None))) as f64,
-    });
-    if work::is_dry() {
-        return work::zeros(shape, x);
-    }
-    #[cfg(gpu)]
-    if gpu::runs_here(x) {
-        return super::launch::linear(x, &weight.dequantise(x.dtype())?, bias, shape);
-    }
-    let x = x.contiguous()?;
-    let x = View::contiguous("linear", &x)?;
-    let mut y = vec![0f32; shape.iter().product()];
-    if !y.is_empty() && inner > 0 {
-        let x = in_order_of_tiles(x.f32()?, weight);
-        match y.len() == out {
-            true => weight.with_tiles(OneRow { x: &x, y: &mut y })?,
-            false => by_slabs(&x, weight, &mut y)?,
+    let (out, _) = weight.dims();
+    let product = Product { x, bias, dims: weight.dims(), size_in_bytes: weight.size_in_bytes() };
+    let multiply = |x: &[f32], y: &mut [f32]| {
+        let x = in_order_of_tiles(x, weight);
+        if y.len() == out {
+            return weight.with_tiles(OneRow { x: &x, y });
         }
-    }
-    if let Some(bias) = bias {
-        let bias = vector("linear", "bias", bias, out)?;
-        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
-    }
-    tensor(y, shape)
+        let inner = weight.places.len();
+        by_slabs(&x, (out, inner), tiles::ROWS, y, |first, slab| weight.widen(first..first + slab.len() / inner, slab))
+    };
+    product.compute(|dtype| weight.dequantise(dtype), multiply)
 }
 
 /// Rows of `x` as rows of the matrix are added: `[m, places]`, 0 where a tile has more columns than the matrix.
@@ -318,26 +294,6 @@ fn in_order_of_tiles(x: &[f32], weight: &PackedMatrix) -> Vec<f32> {
         }
     });
     ordered
-}
-
-/// `y [m, out] = x [m, places] · wᵀ`, some rows of `w` at a time.
-fn by_slabs(x: &[f32], weight: &PackedMatrix, y: &mut [f32]) -> Result<()> {
-    let (out, inner) = (weight.rows, weight.places.len());
-    let padded = out.next_multiple_of(tiles::ROWS);
-    let slab_rows = (SLAB_VALUES / inner).next_multiple_of(tiles::ROWS).min(padded);
-    let mut slab = vec![0f32; slab_rows * inner];
-    let mut part = vec![0f32; x.len() / inner * slab_rows];
-    for first in (0..out).step_by(slab_rows) {
-        let rows = slab_rows.min(padded - first);
-        weight.widen(first..first + rows, &mut slab[..rows * inner])?;
-        let rows = rows.min(out - first);
-        let part = &mut part[..x.len() / inner * rows];
-        matmul_transposed(x, &slab[..rows * inner], inner, part);
-        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
-            y[first..first + rows].copy_from_slice(part);
-        }
-    }
-    Ok(())
 }
 
 /// Refuses what is not every column once.

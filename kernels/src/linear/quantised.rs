@@ -12,17 +12,13 @@ use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::blocks::Widen;
-use super::{add_to_rows, matmul_transposed};
+use super::widened::{Product, by_slabs};
 use crate::dot::{MatVec, TILE_OUTS};
-#[cfg(gpu)]
-use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
 use crate::simd::dispatch;
-use crate::view::{View, tensor, vector};
-use crate::work::{self, Work};
+use crate::view::{View, tensor};
+use crate::work;
 
-/// Values of a slab: 8 MiB in f32.
-const SLAB_VALUES: usize = 2 << 20;
 /// Values of the rows that are multiplied with one row at a time: 16 KiB in f32, or four rows that are longer.
 const PANEL_VALUES: usize = 4 << 10;
 
@@ -90,34 +86,19 @@ impl QuantisedMatrix {
 /// `x [..., in]` (f32, on a GPU in any dtype) times `weight [out, in]` transposed, plus `bias [out]`: `[..., out]`.
 pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = weight.dims();
-    let mut shape = x.dims().to_vec();
-    if shape.pop() != Some(inner) {
-        bail!("linear: x {:?} does not fit quantised weight [{out}, {inner}]", x.shape());
-    }
-    shape.push(out);
-    work::add_dense(|| Work {
-        flops: work::product_flops(shape.iter().product(), inner),
-        bytes: (weight.size_in_bytes() + bias.map_or(0, |bias| work::weight_bytes(bias, None))) as f64,
-    });
-    if work::is_dry() {
-        return work::zeros(shape, x);
-    }
-    #[cfg(gpu)]
-    if gpu::runs_here(x) {
-        return super::launch::linear(x, &weight.dequantise(x.dtype())?, bias, shape);
-    }
-    let x = x.contiguous()?;
-    let x = View::contiguous("linear", &x)?;
-    let mut y = vec![0f32; shape.iter().product()];
-    if !y.is_empty() {
-        let x = x.f32()?;
-        if x.len() == inner { one_row(x, weight, &mut y)? } else { by_slabs(x, weight, &mut y)? }
-    }
-    if let Some(bias) = bias {
-        let bias = vector("linear", "bias", bias, out)?;
-        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
-    }
-    tensor(y, shape)
+    let product = Product { x, bias, dims: weight.dims(), size_in_bytes: weight.size_in_bytes() };
+    let multiply = |x: &[f32], y: &mut [f32]| {
+        if x.len() == inner {
+            return one_row(x, weight, y);
+        }
+        let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
+        let row_bytes = blocks.len() / out;
+        by_slabs(x, (out, inner), 1, y, |first, slab| {
+            dequantise_rows(dtype, &blocks[first * row_bytes..][..slab.len() / inner * row_bytes], inner, slab);
+            Ok(())
+        })
+    };
+    product.compute(|dtype| weight.dequantise(dtype), multiply)
 }
 
 /// Rows `[l, in]` (f32) of `table [out, in]` by their ids `[l]` (u32). Of a table in host memory; a GPU's is dequantised when
@@ -141,27 +122,6 @@ pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tens
         dequantise_blocks(dtype, &blocks[*id as usize * row_bytes..][..row_bytes], row);
     }
     tensor(rows, (len, dim))
-}
-
-/// `y [m, out] = x [m, in] · wᵀ`, some rows of `w` at a time.
-fn by_slabs(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
-    let (out, inner) = weight.dims();
-    let slab_rows = (SLAB_VALUES / inner).max(1).min(out);
-    let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
-    let row_bytes = blocks.len() / out;
-    let mut slab = vec![0f32; slab_rows * inner];
-    let mut part = vec![0f32; x.len() / inner * slab_rows];
-    for first in (0..out).step_by(slab_rows) {
-        let rows = slab_rows.min(out - first);
-        let slab = &mut slab[..rows * inner];
-        dequantise_rows(dtype, &blocks[first * row_bytes..][..rows * row_bytes], inner, slab);
-        let part = &mut part[..x.len() / inner * rows];
-        matmul_transposed(x, slab, inner, part);
-        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
-            y[first..first + rows].copy_from_slice(part);
-        }
-    }
-    Ok(())
 }
 
 /// One row: every task widens a few rows of `w` at a time, into memory that the nearest cache holds.
@@ -227,6 +187,7 @@ fn to_float<B: GgmlType>(blocks: &[u8], values: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::linear::widened::SLAB_VALUES;
     use crate::testing::{On, bits, for_each_device, random};
     use crate::{embedding, linear};
 

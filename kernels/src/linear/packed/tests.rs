@@ -1,5 +1,6 @@
 use super::*;
 use crate::linear;
+use crate::linear::widened::SLAB_VALUES;
 use crate::testing::{On, bits, for_each_device, random, values};
 
 const CODES: [Code; 3] = [Code::Bits4, Code::Bits8, Code::Float8];

@@ -1,0 +1,87 @@
+//! Products with matrices that are kept in a small form and widened to f32, whatever the form is.
+//!
+//! Owns: what is around such a product (shapes, counted work, bias, the way to a GPU), and widening some rows at a time where
+//! `x` has several. Does not know: how a row is widened.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::{add_to_rows, matmul_transposed};
+#[cfg(gpu)]
+use crate::gpu;
+use crate::view::{View, tensor, vector};
+use crate::work::{self, Work};
+
+/// Values of a slab: 8 MiB in f32.
+pub(super) const SLAB_VALUES: usize = 2 << 20;
+
+/// `x [..., in]` (f32, on a GPU in any dtype) times a matrix `[out, in]` transposed, plus `bias [out]`: `[..., out]`.
+pub(super) struct Product<'a> {
+    pub(super) x: &'a Tensor,
+    pub(super) bias: Option<&'a Tensor>,
+    /// `out` and `in`.
+    pub(super) dims: (usize, usize),
+    /// Of the matrix, as it is kept.
+    pub(super) size_in_bytes: usize,
+}
+
+impl Product<'_> {
+    /// `multiply` writes `y [m, out]` of `x [m, in]`; on a GPU the whole matrix comes from `dequantise`.
+    pub(super) fn compute(
+        self,
+        #[cfg_attr(not(gpu), allow(unused_variables))] dequantise: impl FnOnce(DType) -> Result<Tensor>,
+        multiply: impl FnOnce(&[f32], &mut [f32]) -> Result<()>,
+    ) -> Result<Tensor> {
+        let Self { x, bias, dims: (out, inner), size_in_bytes } = self;
+        let mut shape = x.dims().to_vec();
+        if shape.pop() != Some(inner) {
+            bail!("linear: x {:?} does not fit weight [{out}, {inner}]", x.shape());
+        }
+        shape.push(out);
+        work::add_dense(|| Work {
+            flops: work::product_flops(shape.iter().product(), inner),
+            bytes: (size_in_bytes + bias.map_or(0, |bias| work::weight_bytes(bias, None))) as f64,
+        });
+        if work::is_dry() {
+            return work::zeros(shape, x);
+        }
+        #[cfg(gpu)]
+        if gpu::runs_here(x) {
+            return super::launch::linear(x, &dequantise(x.dtype())?, bias, shape);
+        }
+        let x = x.contiguous()?;
+        let x = View::contiguous("linear", &x)?;
+        let mut y = vec![0f32; shape.iter().product()];
+        if !y.is_empty() && inner > 0 {
+            multiply(x.f32()?, &mut y)?;
+        }
+        if let Some(bias) = bias {
+            let bias = vector("linear", "bias", bias, out)?;
+            add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
+        }
+        tensor(y, shape)
+    }
+}
+
+/// `y [m, out] = x [m, in] · wᵀ`, a slab of `w` at a time: `widen(first, slab)` fills it with whole rows from that one on, as
+/// many as it has room for, a multiple of `row_step`, those past the end with anything.
+pub(super) fn by_slabs(
+    x: &[f32],
+    (out, inner): (usize, usize),
+    row_step: usize,
+    y: &mut [f32],
+    mut widen: impl FnMut(usize, &mut [f32]) -> Result<()>,
+) -> Result<()> {
+    let slab_rows = (SLAB_VALUES / inner).max(1).next_multiple_of(row_step).min(out.next_multiple_of(row_step));
+    let mut slab = vec![0f32; slab_rows * inner];
+    let mut part = vec![0f32; x.len() / inner * slab_rows];
+    for first in (0..out).step_by(slab_rows) {
+        let rows = slab_rows.min(out - first);
+        widen(first, &mut slab[..rows.next_multiple_of(row_step) * inner])?;
+        let part = &mut part[..x.len() / inner * rows];
+        matmul_transposed(x, &slab[..rows * inner], inner, part);
+        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
+            y[first..first + rows].copy_from_slice(part);
+        }
+    }
+    Ok(())
+}
