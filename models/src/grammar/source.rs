@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{Asked, Form, MAX_CHOICE_BYTES, MAX_CHOICES, MAX_LARK_BYTES, MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, schema};
 use crate::error::{Error, Result};
-use crate::tools::{Calls, Otherwise};
+use crate::tools::{Calls, Otherwise, quoted};
 
 /// Most open parentheses, brackets and braces: a parser calls itself for each.
 const MAX_NESTING: usize = 64;
@@ -70,11 +70,6 @@ pub(super) fn schemas_of(calls: &Calls) -> impl Iterator<Item = (&str, &Value)> 
 fn check_schema(field: &str, schema: &Value) -> Result<()> {
     check_bytes(field, schema.to_string().len(), MAX_SCHEMA_BYTES)?;
     schema::check(field, schema)
-}
-
-/// A text as Lark spells a string: as JSON does.
-pub(super) fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
 }
 
 fn check_bytes(field: &str, bytes: usize, most: usize) -> Result<()> {

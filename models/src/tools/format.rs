@@ -113,6 +113,6 @@ impl Calls {
 }
 
 /// A text as Lark spells a string: as JSON does.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }

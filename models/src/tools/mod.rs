@@ -9,6 +9,7 @@ mod format;
 mod reading;
 
 pub use format::ToolFormat;
+pub(crate) use format::quoted;
 pub use reading::{CallReader, Said};
 
 /// Most tools of one request.
