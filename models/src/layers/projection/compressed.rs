@@ -18,6 +18,10 @@ use crate::error::Result;
 use crate::quantisation::{Compressed, Format, Kind, Span};
 use crate::weights::{Coded, Weights};
 
+/// The tensors of codes: in words, and one in a byte.
+const PACKED: &str = "weight_packed";
+const PLAIN: &str = "weight";
+
 /// The parts of a matrix in this format.
 pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -> Result<Option<Arc<dyn Projection>>> {
     let Some(Format::Compressed(format)) = weights.format() else { return Ok(None) };
@@ -47,7 +51,7 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
         rows_per_scale,
         says_order: weights.contains("weight_g_idx"),
     };
-    let name = if matches!(kind, Kind::Packed { .. }) { "weight_packed" } else { "weight" };
+    let name = if matches!(kind, Kind::Packed { .. }) { PACKED } else { PLAIN };
     if weights.is_dummy() {
         return made_up(weights, name, plan, code != Code::Float8).map(Some);
     }
@@ -65,62 +69,88 @@ pub(super) fn load(weights: &Weights, out_features: usize, in_features: usize) -
     let (scales, scale_bytes) = scales(weights, &shape, "weight_scale")?;
     let scales = scales.map(|scales| scales.reshape(dims)).transpose()?;
     let order = order(weights, in_features, group_size, dims.1)?;
+    let matrix = Matrix { plan, beside: Beside { scales, zeros: None, order }, scale_bytes, scale_shape: shape };
     match kind {
-        Kind::Packed { bits, is_symmetric } => {
-            let per_word = WORD_BITS / bits;
-            let row_words = in_features.div_ceil(per_word);
-            check_shape(weights, out_features, in_features)?;
-            check_dtype(weights, name, &[Dtype::I32])?;
-            let mask = (1u32 << bits) - 1;
-            let middle = 1u8 << (bits - 1);
-            let zeros = match (is_symmetric, span) {
-                (true, _) | (false, Span::Tensor) => scales.as_ref().map(|_| vec![middle; dims.0 * dims.1]),
-                (false, _) => {
-                    words(weights, &[out_features.div_ceil(per_word), dims.1], "weight_zero_point")?.map(|words| {
-                        let places = (0..dims.0).flat_map(|row| (0..dims.1).map(move |group| (row, group)));
-                        let zero = |(row, group): (usize, usize)| {
-                            (words[row / per_word * dims.1 + group] >> (row % per_word * bits) & mask) as u8
-                        };
-                        places.map(zero).collect()
-                    })
-                }
-            };
-            if !is_symmetric && span == Span::Tensor {
-                return Err(weights.error("weight_zero_point", "of a whole matrix is not read"));
+        Kind::Packed { bits, is_symmetric } => matrix.packed(weights, bits, is_symmetric, span),
+        Kind::Int8 { is_symmetric } => matrix.int8(weights, is_symmetric),
+        Kind::Float8 => matrix.float8(weights),
+    }
+    .map(Some)
+}
+
+/// A matrix whose scales and order are read.
+struct Matrix {
+    plan: Plan,
+    /// Without zeros yet.
+    beside: Beside,
+    scale_bytes: usize,
+    /// Of the scales in the files, and of zeros in bytes.
+    scale_shape: Vec<usize>,
+}
+
+impl Matrix {
+    /// The input of each column of the codes.
+    fn input_of(&self) -> impl Fn(usize) -> usize + Send + Sync + 'static {
+        let order = self.beside.order.clone();
+        move |column| order.as_ref().map_or(column, |order| order[column] as usize)
+    }
+
+    /// The same zero for every scale; of a dry view none.
+    fn same_zeros(&self, zero: u8) -> Option<Vec<u8>> {
+        self.beside.scales.as_ref().map(|scales| vec![zero; scales.elem_count()])
+    }
+
+    fn packed(self, weights: &Weights, bits: usize, is_symmetric: bool, span: Span) -> Result<Arc<dyn Projection>> {
+        const ZEROS: &str = "weight_zero_point";
+        let (out_features, in_features) = self.plan.dims;
+        let (scale_rows, groups) = self.plan.scale_dims();
+        let per_word = WORD_BITS / bits;
+        let mask = (1u32 << bits) - 1;
+        check_shape(weights, out_features, in_features)?;
+        check_dtype(weights, PACKED, &[Dtype::I32])?;
+        let zeros = match is_symmetric {
+            true => self.same_zeros(1 << (bits - 1)),
+            false if span == Span::Tensor => return Err(weights.error(ZEROS, "of a whole matrix is not read")),
+            false => words(weights, &[out_features.div_ceil(per_word), groups], ZEROS)?.map(|words| {
+                let places = (0..scale_rows).flat_map(|row| (0..groups).map(move |group| (row, group)));
+                let word = |row: usize, group: usize| words[row / per_word * groups + group];
+                places.map(|(row, group)| (word(row, group) >> (row % per_word * bits) & mask) as u8).collect()
+            }),
+        };
+        let row_words = in_features.div_ceil(per_word);
+        let input_of = self.input_of();
+        let code_at = move |bytes: &[u8], row: usize, column: usize| {
+            let input = input_of(column);
+            (word_at(bytes, row * row_words + input / per_word) >> (input % per_word * bits) & mask) as u8
+        };
+        let beside = Beside { zeros, ..self.beside };
+        load_packed(weights, (PACKED, &[out_features, row_words]), self.plan, beside, self.scale_bytes + 1, code_at)
+    }
+
+    /// Integers from -128 to 127 as codes from 0 to 255.
+    fn int8(self, weights: &Weights, is_symmetric: bool) -> Result<Arc<dyn Projection>> {
+        let (out_features, in_features) = self.plan.dims;
+        check_dtype(weights, PLAIN, &[Dtype::I8])?;
+        let zeros = match is_symmetric {
+            true => self.same_zeros(128),
+            false => {
+                check_dtype(weights, "weight_zero_point", &[Dtype::I8])?;
+                let read = |bytes: &[u8], _: &_| Ok(bytes.iter().map(|zero| zero ^ 0x80).collect());
+                weights.coded(&self.scale_shape, "weight_zero_point", Coded::default(), read)?
             }
-            let input_of = order.clone();
-            let code_at = move |bytes: &[u8], row: usize, column: usize| {
-                let input = input_of.as_ref().map_or(column, |order| order[column] as usize);
-                (word_at(bytes, row * row_words + input / per_word) >> (input % per_word * bits) & mask) as u8
-            };
-            let beside = Beside { scales, zeros, order };
-            load_packed(weights, (name, &[out_features, row_words]), plan, beside, scale_bytes + 1, code_at).map(Some)
-        }
-        Kind::Int8 { is_symmetric } => {
-            check_dtype(weights, name, &[Dtype::I8])?;
-            // Integers from -128 to 127 as codes from 0 to 255.
-            let zeros = match is_symmetric {
-                true => scales.as_ref().map(|_| vec![128; dims.0 * dims.1]),
-                false => {
-                    check_dtype(weights, "weight_zero_point", &[Dtype::I8])?;
-                    let read = |bytes: &[u8], _: &_| Ok(bytes.iter().map(|zero| zero ^ 0x80).collect());
-                    weights.coded(&shape, "weight_zero_point", Coded::default(), read)?
-                }
-            };
-            let input_of = order.clone();
-            let code_at = move |bytes: &[u8], row: usize, column: usize| {
-                let input = input_of.as_ref().map_or(column, |order| order[column] as usize);
-                bytes[row * in_features + input] ^ 0x80
-            };
-            let beside = Beside { scales, zeros, order };
-            load_packed(weights, (name, &[out_features, in_features]), plan, beside, scale_bytes + 1, code_at).map(Some)
-        }
-        Kind::Float8 => {
-            super::float8::check_is_e4m3(weights, name)?;
-            let code_at = move |bytes: &[u8], row: usize, column: usize| bytes[row * in_features + column];
-            let beside = Beside { scales, zeros: None, order: None };
-            load_packed(weights, (name, &[out_features, in_features]), plan, beside, scale_bytes, code_at).map(Some)
-        }
+        };
+        let input_of = self.input_of();
+        let code_at = move |bytes: &[u8], row: usize, column: usize| bytes[row * in_features + input_of(column)] ^ 0x80;
+        let beside = Beside { zeros, ..self.beside };
+        load_packed(weights, (PLAIN, &[out_features, in_features]), self.plan, beside, self.scale_bytes + 1, code_at)
+    }
+
+    fn float8(self, weights: &Weights) -> Result<Arc<dyn Projection>> {
+        let (out_features, in_features) = self.plan.dims;
+        super::float8::check_is_e4m3(weights, PLAIN)?;
+        let input_of = self.input_of();
+        let code_at = move |bytes: &[u8], row: usize, column: usize| bytes[row * in_features + input_of(column)];
+        load_packed(weights, (PLAIN, &[out_features, in_features]), self.plan, self.beside, self.scale_bytes, code_at)
     }
 }
 
