@@ -10,6 +10,8 @@ use crate::tools::Tool;
 
 /// Variables that are made of other fields of a request.
 pub(super) const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+/// Most bytes of further variables, as JSON.
+const MAX_VARIABLES_BYTES: usize = 16 << 10;
 /// Behind the message that is continued while its conversation is rendered: shows where its text ends. Its space is there to
 /// be trimmed, which tells whether the template trims messages.
 const MARK: &str = "THE-REST-IS-WRITTEN-HERE ";
@@ -47,13 +49,24 @@ impl From<Vec<ChatMessage>> for Conversation {
 }
 
 impl Conversation {
-    /// Bytes of its messages.
+    /// Bytes of what its template is given.
     pub fn num_bytes(&self) -> usize {
-        self.messages.iter().map(ChatMessage::num_bytes).sum()
+        let messages: usize = self.messages.iter().map(ChatMessage::num_bytes).sum();
+        let tools: usize = self.tools.iter().map(|tool| tool.to_json().to_string().len()).sum();
+        messages + tools + self.variables_bytes()
     }
 
-    /// Refuses variables that have fields of their own, and those that `is_variable` does not know.
+    fn variables_bytes(&self) -> usize {
+        self.variables.iter().map(|(name, value)| name.len() + value.to_string().len()).sum()
+    }
+
+    /// Refuses variables that have fields of their own, those that `is_variable` does not know, and too large ones.
     pub(super) fn check_variables(&self, is_variable: impl Fn(&str) -> bool) -> Result<()> {
+        let num_bytes = self.variables_bytes();
+        if num_bytes > MAX_VARIABLES_BYTES {
+            let problem = format!("has {num_bytes} bytes; at most {MAX_VARIABLES_BYTES}");
+            return Err(Error::invalid("chat_template_kwargs", problem));
+        }
         for name in self.variables.keys() {
             let problem = match () {
                 () if RESERVED.contains(&name.as_str()) => "has a field of its own",

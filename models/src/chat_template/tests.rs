@@ -75,13 +75,18 @@ fn what_a_template_refuses_reaches_the_client_in_its_own_words() {
 
 /// What [`ChatTemplate::render_little`] says on a thread that renders little, with a quarter of its stack.
 fn little(source: &str, messages: &[ChatMessage]) -> Option<Result<String>> {
+    little_of(source, &messages.to_vec().into())
+}
+
+/// The same of a whole conversation.
+fn little_of(source: &str, conversation: &Conversation) -> Option<Result<String>> {
     let template = load(source).expect("loads");
-    assert!(template.render_little(&messages.to_vec().into()).is_none(), "this thread renders nothing");
+    assert!(template.render_little(conversation).is_none(), "this thread renders nothing");
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(threads::LITTLE_STACK_BYTES / 4);
         let rendering = thread.spawn_scoped(scope, || {
             threads::render_little_on_this_thread();
-            template.render_little(&messages.to_vec().into())
+            template.render_little(conversation)
         });
         rendering.expect("starts").join().expect("holds")
     })

@@ -238,3 +238,22 @@ fn values_are_kept_as_they_are() {
         "1none",
     );
 }
+
+/// As deep as a body may nest, on a thread with a quarter of the stack of those that render little.
+#[test]
+fn variables_of_requests_are_bounded() {
+    let mut nested = serde_json::Value::from(1);
+    for _ in 0..120 {
+        nested = serde_json::json!([nested]);
+    }
+    let conversation = |value: serde_json::Value| {
+        let variables = serde_json::Map::from_iter([("deep".to_owned(), value)]);
+        Conversation { variables, ..vec![message("user", "x")].into() }
+    };
+    let source = "{% if deep is defined %}{{ deep | tojson }}{{ deep == deep }}{% endif %}";
+    let rendered = little_of(source, &conversation(nested)).expect("little work");
+    assert!(rendered.is_ok_and(|text| text.starts_with("[[[[")));
+    let large = conversation("x".repeat(20_000).into());
+    let error = load(source).expect("loads").render(&large).expect_err("refused").to_string();
+    assert!(error.starts_with("chat_template_kwargs: has 20"), "{error}");
+}
