@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use tale_models::cancel::CancelToken;
+use tale_models::chat_template::Conversation;
 use tale_models::grammar::Asked;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
@@ -39,37 +40,39 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
     let received = body::receive(&state, request, Format::Json, MAX_BODY_BYTES).await?;
     with_place(&state, received.client, async |admitted| {
         let (mut body, held) = received.read(state.compute(), wire::room_in_chat, wire::chat).await?;
-        let card = text_card(&state, &body.model)?;
         let max_tokens_name = body.settle_max_tokens()?;
-        let TextBody { model, options, answer, asked, tools, prompt: mut conversation } = body;
-        let encoding = wire::encoding(&options, Encoding::CHAT);
-        let is_plain = asked.is_none() && tools.is_none();
-        let short = if is_plain { text(&card)?.encode_short_chat(&conversation, encoding) } else { None };
-        conversation.tools = tools.as_ref().map_or(Vec::new(), |tools| tools.all().to_vec());
-        let (asked, tool_format) = match tools {
-            Some(tools) => tools.held_to(text(&card)?, asked).map(|(asked, format)| (Some(asked), Some(format)))?,
-            None => (asked, None),
-        };
-        let order = Order { shape: Shape::Chat, model, options, answer, asked, tool_format };
-        let placed = match short {
-            Some(prompt) => match prompt {
-                Ok(prompt) => order.place(admitted, text(&card)?, vec![prompt]),
-                Err(error) => Err(error.into()),
-            },
-            // A template is a stranger's program, and may take its time, as a grammar does.
-            None => {
-                let num_bytes = conversation.num_bytes();
-                let encode = move |card: &TextCard, cancelled: &CancelToken| {
-                    Ok(vec![card.encode_chat(&conversation, encoding, cancelled)?])
-                };
-                placed(&state, admitted, num_bytes, card, order, encode).await
-            }
-        };
+        let placed = placed_chat(&state, admitted, body).await;
         drop(held);
         let renamed = |error: ApiError| error.renamed("max_tokens", max_tokens_name).renamed("prompt", "messages");
-        placed.map_err(renamed)?.answer(&state).await
+        placed.map_err(renamed)?.answer(&state, Shape::Chat).await
     })
     .await
+}
+
+/// The order for the next message of a conversation, placed. Errors are about `prompt` and `max_tokens`.
+async fn placed_chat(state: &AppState, admitted: &Admitted, body: TextBody<Conversation>) -> Result<Placed, ApiError> {
+    let card = text_card(state, &body.model)?;
+    let TextBody { model, options, answer, asked, tools, prompt: mut conversation } = body;
+    let encoding = wire::encoding(&options, Encoding::CHAT);
+    let is_plain = asked.is_none() && tools.is_none();
+    let short = if is_plain { text(&card)?.encode_short_chat(&conversation, encoding) } else { None };
+    conversation.tools = tools.as_ref().map_or(Vec::new(), |tools| tools.all().to_vec());
+    let (asked, tool_format) = match tools {
+        Some(tools) => tools.held_to(text(&card)?, asked).map(|(asked, format)| (Some(asked), Some(format)))?,
+        None => (asked, None),
+    };
+    let order = Order { model, options, answer, asked, tool_format };
+    match short {
+        Some(prompt) => order.place(admitted, text(&card)?, vec![prompt?]),
+        // A template is a stranger's program, and may take its time, as a grammar does.
+        None => {
+            let num_bytes = conversation.num_bytes();
+            let encode = move |card: &TextCard, cancelled: &CancelToken| {
+                Ok(vec![card.encode_chat(&conversation, encoding, cancelled)?])
+            };
+            placed(state, admitted, num_bytes, card, order, encode).await
+        }
+    }
 }
 
 /// `POST /v1/completions`.
@@ -91,7 +94,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             texts.into_iter().map(|prompt| prompt.encode(card, encoding, cancelled)).collect()
         };
         let is_little = num_bytes <= MAX_INLINE_PROMPT_BYTES && asked.is_none();
-        let order = Order { shape: Shape::Completion, model, options, answer, asked, tool_format: None };
+        let order = Order { model, options, answer, asked, tool_format: None };
         let placed = match is_little {
             true => {
                 let card = text(&card)?;
@@ -100,7 +103,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
             false => placed(&state, admitted, num_bytes, card, order, encode).await?,
         };
         drop(held);
-        placed.answer(&state).await
+        placed.answer(&state, Shape::Completion).await
     })
     .await
 }
@@ -116,7 +119,6 @@ fn largest_context(state: &AppState) -> Result<usize, ApiError> {
 
 /// What a client ordered, apart from the prompts.
 struct Order {
-    shape: Shape,
     model: String,
     options: Options,
     answer: wire::AnswerOptions,
@@ -150,8 +152,9 @@ impl Order {
 }
 
 impl Placed {
-    async fn answer(self, state: &AppState) -> Result<Response, ApiError> {
-        let Self { order: Order { shape, model, answer, tool_format, .. }, mut sessions, prompt_tokens } = self;
+    /// The answer of the endpoint of this shape.
+    async fn answer(self, state: &AppState, shape: Shape) -> Result<Response, ApiError> {
+        let Self { order: Order { model, answer, tool_format, .. }, mut sessions, prompt_tokens } = self;
         let head = Head::new(shape, &model, tool_format);
         if !answer.stream {
             return answer::whole(state.compute(), head, sessions, prompt_tokens, answer.n).await;
