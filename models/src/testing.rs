@@ -65,6 +65,8 @@ pub struct Script {
     pub encoder_bytes: usize,
     /// Bytes that its denoising steps borrow.
     pub borrowed_bytes: usize,
+    /// What the first half of a step does.
+    pub on_launch: Box<dyn FnMut() + Send>,
     /// See [`OnStep`].
     pub on_step: OnStep,
 }
@@ -77,6 +79,7 @@ impl Default for Script {
             footprint_bytes: 0,
             encoder_bytes: 0,
             borrowed_bytes: 0,
+            on_launch: Box::new(|| ()),
             on_step: Box::new(|_, _| Ok(())),
         }
     }
@@ -280,7 +283,12 @@ impl Runner for ScriptedRunner {
         self.evict_step()
     }
 
-    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
+    fn launch(&mut self) -> Result<()> {
+        (self.script.on_launch)();
+        Ok(())
+    }
+
+    fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
         let (phase, batch) = self.batch().ok_or_else(|| Error::Device("a step without work".into()))?;
         let plan = StepPlan { phase, sessions: batch.len() };
         self.stepping = batch;

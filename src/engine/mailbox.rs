@@ -32,6 +32,17 @@ struct State {
     reader: Option<Waker>,
 }
 
+impl State {
+    fn add(&mut self, event: Event) {
+        self.frame_bytes += frame_bytes(&event);
+        let rest = match self.events.back_mut() {
+            Some(last) => join(last, event),
+            None => Some(event),
+        };
+        self.events.extend(rest);
+    }
+}
+
 impl Default for Mailbox {
     fn default() -> Self {
         Self::of_frame_bytes(MAX_UNREAD_FRAME_BYTES)
@@ -44,14 +55,21 @@ impl Mailbox {
         Self { state: Mutex::default(), max_frame_bytes }
     }
 
-    /// Adds an event and wakes the reader.
-    pub(super) fn post(&self, event: Event) {
-        wake(self.with(event));
+    /// Adds an event of which the reader hears with [`Mailbox::wake`]: one that is awake before that takes it.
+    pub(super) fn put(&self, event: Event) {
+        self.lock().add(event);
     }
 
-    /// Adds an event of which the reader hears with the next one, or with the end: one that is awake before that takes it.
-    pub(super) fn put(&self, event: Event) {
-        drop(self.with(event));
+    /// As [`Mailbox::put`]; nothing follows.
+    pub(super) fn put_last(&self, event: Event) {
+        let mut state = self.lock();
+        state.add(event);
+        state.closed = true;
+    }
+
+    /// Tells the reader that there is something.
+    pub(super) fn wake(&self) {
+        wake(self.lock());
     }
 
     /// Whether it has become full since the last time that there was room: then [`Mailbox::has_room_again`] says once, to the
@@ -68,17 +86,6 @@ impl Mailbox {
         let mut state = self.lock();
         let has_room = state.frame_bytes < self.max_frame_bytes;
         has_room && std::mem::take(&mut state.is_full)
-    }
-
-    fn with(&self, event: Event) -> MutexGuard<'_, State> {
-        let mut state = self.lock();
-        state.frame_bytes += frame_bytes(&event);
-        let rest = match state.events.back_mut() {
-            Some(last) => join(last, event),
-            None => Some(event),
-        };
-        state.events.extend(rest);
-        state
     }
 
     /// Nothing will follow: the reader gets what is left, then `None`.
@@ -174,14 +181,14 @@ mod tests {
     #[test]
     fn a_late_reader_gets_everything_in_a_handful_of_events() {
         let mailbox = Mailbox::default();
-        mailbox.post(Event::Started);
+        mailbox.put(Event::Started);
         for token in 0..1000 {
-            mailbox.post(Event::Text { tokens: vec![token], text: "x".into() });
+            mailbox.put(Event::Text { tokens: vec![token], text: "x".into() });
         }
         for done in 1..=50 {
-            mailbox.post(Event::Progress { phase: Phase::Denoise, done, total: 50 });
+            mailbox.put(Event::Progress { phase: Phase::Denoise, done, total: 50 });
         }
-        mailbox.post(Event::Finished { reason: FinishReason::Stop, usage: Usage::default() });
+        mailbox.put(Event::Finished { reason: FinishReason::Stop, usage: Usage::default() });
         let taken = take(&mailbox);
         assert_eq!(taken.len(), 4);
         assert!(taken[1].contains("999") && taken[1].contains(&"x".repeat(1000)));
@@ -197,12 +204,12 @@ mod tests {
     fn frames_fill_a_mailbox_until_the_reader_takes_them() {
         let mailbox = Mailbox::of_frame_bytes(12);
         let progress = |done| Event::Progress { phase: Phase::VaeDecode, done, total: 3 };
-        mailbox.post(frames(1));
+        mailbox.put(frames(1));
         assert!(!mailbox.becomes_full() && !mailbox.has_room_again());
-        mailbox.post(progress(1));
-        mailbox.post(frames(3));
+        mailbox.put(progress(1));
+        mailbox.put(frames(3));
         assert!(mailbox.becomes_full(), "24 of 12 bytes");
-        mailbox.post(progress(2));
+        mailbox.put(progress(2));
         assert!(!mailbox.becomes_full(), "as it was before");
         // The frames of each step are an event of their own.
         for (has_room, takes) in [(false, "Frames"), (false, "Progress"), (true, "Frames"), (false, "Progress")] {
@@ -210,19 +217,19 @@ mod tests {
             assert!(format!("{event:?}").starts_with(takes), "{event:?}");
             assert_eq!(mailbox.has_room_again(), has_room, "after {takes}");
         }
-        mailbox.post(frames(2));
+        mailbox.put(frames(2));
         assert!(mailbox.becomes_full(), "once more");
     }
 
     #[test]
     fn text_never_fills_a_mailbox() {
         let mailbox = Mailbox::of_frame_bytes(1);
-        (0..100).for_each(|token| mailbox.post(Event::Text { tokens: vec![token], text: "x".into() }));
+        (0..100).for_each(|token| mailbox.put(Event::Text { tokens: vec![token], text: "x".into() }));
         assert!(!mailbox.becomes_full());
     }
 
     #[test]
-    fn what_is_put_is_told_with_what_follows() {
+    fn a_reader_hears_of_what_is_put_when_it_is_woken() {
         struct Told(AtomicUsize);
         impl Wake for Told {
             fn wake(self: Arc<Self>) {
@@ -230,15 +237,17 @@ mod tests {
             }
         }
         let told = Arc::new(Told(AtomicUsize::new(0)));
-        for end in [|mailbox: &Mailbox| mailbox.post(Event::Started), Mailbox::close] {
+        for end in [Mailbox::wake, Mailbox::close] {
             let mailbox = Mailbox::default();
             told.0.store(0, Relaxed);
             assert!(mailbox.poll(&Waker::from(told.clone())).is_pending());
             mailbox.put(Event::Text { tokens: vec![1], text: "x".into() });
+            mailbox.put_last(Event::Started);
             assert_eq!(told.0.load(Relaxed), 0);
             end(&mailbox);
             assert_eq!(told.0.load(Relaxed), 1);
             assert!(take(&mailbox)[0].contains("Text"));
+            assert!(matches!(mailbox.poll(Waker::noop()), Poll::Ready(None)));
         }
     }
 
@@ -246,7 +255,7 @@ mod tests {
     fn closing_keeps_what_is_left_and_ends_the_stream() {
         let mailbox = Mailbox::default();
         assert!(mailbox.poll(Waker::noop()).is_pending());
-        mailbox.post(Event::Started);
+        mailbox.put(Event::Started);
         mailbox.close();
         assert!(matches!(mailbox.poll(Waker::noop()), Poll::Ready(Some(Event::Started))));
         assert!(matches!(mailbox.poll(Waker::noop()), Poll::Ready(None)));

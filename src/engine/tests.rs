@@ -300,6 +300,38 @@ fn clips(script: Script, capacity: usize) -> DeviceWorker<VirtualClock> {
     DeviceWorker::new(runners, Ledger::new(capacity), MAX_QUEUED, VirtualClock::default())
 }
 
+/// Waking is work of the host: it has the time of the next step for it, where there is one.
+#[test]
+fn readers_hear_of_a_step_while_the_next_one_runs() {
+    type Log = Arc<Mutex<Vec<&'static str>>>;
+    struct Told(Log);
+    impl std::task::Wake for Told {
+        fn wake(self: Arc<Self>) {
+            self.0.lock().expect("no panic inside").push("told");
+        }
+    }
+    let two_steps = ["launched", "collected", "launched", "told", "collected"];
+    for (max_tokens, expected) in [(1, &["launched", "collected", "told"][..]), (2, &two_steps)] {
+        let log = Log::default();
+        let (launches, steps) = (log.clone(), log.clone());
+        let script = Script {
+            on_launch: Box::new(move || launches.lock().expect("no panic inside").push("launched")),
+            on_step: Box::new(move |_, _| {
+                steps.lock().expect("no panic inside").push("collected");
+                Ok(())
+            }),
+            ..Script::default()
+        };
+        let runners = vec![("text".to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)];
+        let mut worker = DeviceWorker::new(runners, Ledger::new(1), 1, VirtualClock::default());
+        let (mailbox, waker) = (Arc::new(Mailbox::default()), Waker::from(Arc::new(Told(log.clone()))));
+        worker.order(1, ALONE, 0, text(max_tokens), mailbox.clone()).expect("nobody waits");
+        assert!(mailbox.poll(&waker).is_pending());
+        while worker.turn() {}
+        assert_eq!(*log.lock().expect("no panic inside"), expected);
+    }
+}
+
 #[test]
 fn clients_take_turns_in_front_of_a_model_whose_memory_is_short() {
     let begun = Arc::new(Mutex::new(Vec::<u64>::new()));

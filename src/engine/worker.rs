@@ -100,6 +100,8 @@ pub(super) struct DeviceWorker<C> {
     admission_due: bool,
     /// Those that wait and those that run.
     sessions: HashMap<SessionId, Live>,
+    /// They have news that their readers have not heard of. Waking threads takes long, and a device that computes has that time.
+    to_wake: Vec<Arc<Mailbox>>,
 }
 
 /// What stands in front of one runner.
@@ -186,6 +188,7 @@ impl<C: Clock> DeviceWorker<C> {
             events: Events::default(),
             admission_due: false,
             sessions: HashMap::new(),
+            to_wake: Vec::new(),
         };
         worker.publish_gauges();
         worker
@@ -246,9 +249,12 @@ impl<C: Clock> DeviceWorker<C> {
         let candidates: Vec<_> =
             plans.filter_map(|(runner, r)| r.next().map(|plan| Candidate { runner, plan })).collect();
         let picked = self.arbiter.pick(&candidates);
-        if let Some(candidate) = picked {
-            self.step(candidate);
-            self.publish_events();
+        match picked {
+            Some(candidate) => {
+                self.step(candidate);
+                self.publish_events();
+            }
+            None => self.wake_readers(),
         }
         self.publish_gauges();
         picked.is_some()
@@ -322,13 +328,16 @@ impl<C: Clock> DeviceWorker<C> {
         }
     }
 
+    /// Readers hear of what the step before said while the device is at this one.
     fn step(&mut self, candidate: Candidate) {
         if let Err(shortage) = self.reserve_borrowed(candidate.runner) {
             return self.end_for_want_of_memory(candidate, shortage);
         }
-        let runner = &mut self.runners[candidate.runner];
         let before = self.clock.now();
-        let outcome = guarded(|| runner.step(&mut self.events));
+        let launched = guarded(|| self.runners[candidate.runner].launch());
+        self.wake_readers();
+        let runner = &mut self.runners[candidate.runner];
+        let outcome = launched.and_then(|()| guarded(|| runner.collect(&mut self.events)));
         let evicted = if outcome.is_err() { runner.evict_step() } else { Vec::new() };
         let cost = self.clock.now().saturating_sub(before);
         self.arbiter.report(candidate, cost);
@@ -373,6 +382,11 @@ impl<C: Clock> DeviceWorker<C> {
         self.give_back_borrowed(candidate.runner);
     }
 
+    fn wake_readers(&mut self) {
+        self.to_wake.drain(..).for_each(|mailbox| mailbox.wake());
+    }
+
+    /// Puts what was said into the mailboxes and does the books of sessions that have ended.
     fn publish_events(&mut self) {
         let now = self.clock.now();
         let mut events = std::mem::take(&mut self.events);
@@ -405,18 +419,19 @@ impl<C: Clock> DeviceWorker<C> {
         if is_terminal {
             // First the books, then the news: who hears of the end finds the memory free.
             if let Some(mailbox) = self.forget(id) {
-                mailbox.put(event);
-                mailbox.close();
+                mailbox.put_last(event);
+                self.to_wake.push(mailbox);
             }
-        } else if is_followed {
-            live.mailbox.put(event);
         } else {
-            let mailbox = live.mailbox.clone();
-            mailbox.post(event);
+            live.mailbox.put(event);
+            if is_followed {
+                return;
+            }
             // The reader may take it all before this line, and its command that there is room comes after it.
-            if mailbox.becomes_full() {
+            if live.mailbox.becomes_full() {
                 self.runners[live.model].pause(id);
             }
+            self.to_wake.push(live.mailbox.clone());
         }
     }
 
@@ -498,6 +513,7 @@ impl<C> DeviceWorker<C> {
 impl<C> Drop for DeviceWorker<C> {
     fn drop(&mut self) {
         self.gauges.dead.store(true, Relaxed);
+        self.to_wake.drain(..).for_each(|mailbox| mailbox.wake());
         for (_, live) in self.sessions.drain() {
             live.mailbox.close();
         }

@@ -424,7 +424,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         members
     }
 
-    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
+    fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
         let batch = self.batcher.take().expect("step is called when there is a next one: this is a bug");
         let plan = StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() };
         self.in_step.clone_from(&batch.sessions);

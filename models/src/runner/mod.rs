@@ -72,9 +72,22 @@ pub trait Runner: Send {
     /// Forgets the sessions of the next step, whose borrowed bytes there are not, and names them. The others go on.
     fn evict_next(&mut self) -> Vec<SessionId>;
 
-    /// Does one bounded piece of work and says what came of it. After an error (or a panic) the caller must call
-    /// [`Runner::evict_step`].
-    fn step(&mut self, events: &mut Events) -> Result<StepPlan>;
+    /// The first half of a step: gives the device its work, as far as that needs no answer of the device, and does not wait
+    /// for it. Nothing where work begins and ends in one call, as on the CPU. After an error (or a panic) the caller must
+    /// call [`Runner::evict_step`]; otherwise [`Runner::collect`] follows, and only `pause` and `resume` come between.
+    fn launch(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The second half: one bounded piece of work ends, and what came of it is said. After an error (or a panic) the caller
+    /// must call [`Runner::evict_step`].
+    fn collect(&mut self, events: &mut Events) -> Result<StepPlan>;
+
+    /// Both halves.
+    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
+        self.launch()?;
+        self.collect(events)
+    }
 
     /// Forgets the sessions of the step that failed, frees what they held, and names them. The others go on.
     fn evict_step(&mut self) -> Vec<SessionId>;

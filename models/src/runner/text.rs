@@ -50,6 +50,20 @@ pub struct TextRunner<M> {
     sessions: HashMap<SessionId, Session>,
     /// Sessions of the step that is being computed; what is left of them after a failure is evicted.
     in_step: Vec<SessionId>,
+    /// The step whose first half is done.
+    launched: Option<Launched>,
+    /// Whether a forward pass returns before the device is done with it.
+    is_asynchronous: bool,
+}
+
+/// A step between its halves.
+#[derive(Debug)]
+struct Launched {
+    plan: Plan,
+    drafts: Drafts,
+    masks: Masks,
+    /// Logits of the forward pass that the device is at, as [`TextRunner::forward`] gives them; `None` where it has not begun.
+    logits: Option<Option<Tensor>>,
 }
 
 /// How sessions are driven.
@@ -126,8 +140,19 @@ impl<M: CausalLm> TextRunner<M> {
         let num_blocks = caches.num_blocks() - usize::from(recordings.is_some());
         let max_context = model.network.context_len().min(num_blocks * BLOCK_SIZE);
         let batcher = Batcher::new(limits, BlockPool::new(num_blocks));
-        let sessions = HashMap::new();
-        Self { model, caches, recordings, max_context, options, batcher, sessions, in_step: Vec::new() }
+        let is_asynchronous = caches.layers().first().is_some_and(|cache| tale_kernels::can_record(cache.k()));
+        Self {
+            model,
+            caches,
+            recordings,
+            max_context,
+            options,
+            batcher,
+            sessions: HashMap::new(),
+            in_step: Vec::new(),
+            launched: None,
+            is_asynchronous,
+        }
     }
 
     /// Most tokens of prompt and answer together: what the model's positions and the whole pool can hold.
@@ -474,16 +499,26 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         Vec::new()
     }
 
-    fn step(&mut self, events: &mut Events) -> Result<StepPlan> {
-        let Some(mut plan) = self.batcher.plan() else {
-            return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
-        };
+    fn launch(&mut self) -> Result<()> {
+        let Some(mut plan) = self.batcher.plan() else { return Ok(()) };
         let drafts = self.draft(&mut plan);
         self.in_step = plan.chunks.iter().map(|chunk| chunk.session).collect();
         self.batcher.begin(&plan);
-        self.announce(events);
         let masks = self.begin_masks(&plan);
-        let logits = self.forward(&plan, &drafts)?;
+        let logits = if self.is_asynchronous { Some(self.forward(&plan, &drafts)?) } else { None };
+        self.launched = Some(Launched { plan, drafts, masks, logits });
+        Ok(())
+    }
+
+    fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
+        let Some(Launched { plan, drafts, masks, logits }) = self.launched.take() else {
+            return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
+        };
+        self.announce(events);
+        let logits = match logits {
+            Some(logits) => logits,
+            None => self.forward(&plan, &drafts)?,
+        };
         self.batcher.complete(&plan);
         if let Some(logits) = logits {
             self.sample(&plan, &drafts, &logits, masks, events)?;
@@ -493,6 +528,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
     }
 
     fn evict_step(&mut self) -> Vec<SessionId> {
+        self.launched = None;
         let mut evicted = std::mem::take(&mut self.in_step);
         evicted.retain(|id| self.discard(*id).is_some());
         evicted

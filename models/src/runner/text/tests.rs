@@ -73,8 +73,15 @@ fn tokens_of(runner: &mut TextRunner<Counter>, id: SessionId) -> Vec<u32> {
 
 #[test]
 fn a_failed_step_takes_its_own_sessions_only() {
+    for is_asynchronous in [false, true] {
+        let mut runner = runner(2);
+        runner.is_asynchronous = is_asynchronous;
+        check_failed_step(runner);
+    }
+}
+
+fn check_failed_step(mut runner: TextRunner<Counter>) {
     let (first, second, third) = (SessionId(1), SessionId(2), SessionId(3));
-    let mut runner = runner(2);
     runner.submit(third, request(vec![7, 8, 9])).expect("accepted");
     let expected = tokens_of(&mut runner, third);
     assert_eq!(expected, [10, 11, 12, 13]);
@@ -87,7 +94,11 @@ fn a_failed_step_takes_its_own_sessions_only() {
     // A token outside of the vocabulary makes the whole forward pass fail.
     let session = runner.sessions.get_mut(&second).expect("it runs");
     *session.tokens.last_mut().expect("it has tokens") = u32::MAX - 1;
-    assert!(runner.step(&mut events).is_err());
+    // Where a device computes beside the host, its first half fails.
+    assert_eq!(runner.launch().is_err(), runner.is_asynchronous);
+    if !runner.is_asynchronous {
+        assert!(runner.collect(&mut events).is_err());
+    }
     assert_eq!(runner.evict_step(), [first, second]);
     assert_eq!((runner.status().running, runner.status().waiting, runner.status().kv_blocks_used), (0, 1, 0));
     assert_eq!(runner.evict_step(), []);
