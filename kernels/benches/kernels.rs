@@ -7,16 +7,24 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
-use tale_kernels::ConvOptions;
 use tale_kernels::bench::{Bench, Measured, Roofs, Sizes};
+use tale_kernels::{Code, CodeScales, ConvOptions, PackedMatrix, QuantisedMatrix, linear_packed, linear_quantised};
 
 /// A part of the bench, run if its name contains the filter.
 type Section = (&'static str, fn() -> Result<()>);
 
-const SECTIONS: &[Section] =
-    &[("linear", linear), ("attention", attention), ("paged", paged), ("convolution", convolution), ("small", small)];
+const SECTIONS: &[Section] = &[
+    ("linear", linear),
+    ("blocks", blocks),
+    ("packed", packed),
+    ("attention", attention),
+    ("paged", paged),
+    ("convolution", convolution),
+    ("small", small),
+];
 
 fn main() -> Result<()> {
     let mut arguments: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
@@ -128,6 +136,71 @@ fn linear_shape(dtype: DType, n: usize, k: usize) -> Result<()> {
                 black_box(x.matmul(&transposed).expect("shapes fit"));
             });
             line("  candle matmul", &shape, us, 2.0 * (m * n * k) as f64 / us / 1e3, peak, "GFLOP/s");
+        }
+    }
+    Ok(())
+}
+
+/// Matrices of GGUF's blocks.
+fn blocks() -> Result<()> {
+    use GgmlDType::{Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+    for dtype in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2K, Q3K, Q4K, Q5K, Q6K] {
+        let (n, k) = (5632, 2048);
+        let made = QTensor::quantize(&random(&[n, k])?, dtype)?;
+        let blocks = made.data()?;
+        let new = || QuantisedMatrix::new(&blocks, dtype, (n, k), &Device::Cpu);
+        small_form(&format!("{dtype:?}"), (n, k), blocks.len(), new, |x, weight| linear_quantised(x, weight, None))?;
+    }
+    Ok(())
+}
+
+/// Matrices of codes, with one scale for 128 and for 32 columns.
+fn packed() -> Result<()> {
+    for (code, name) in [(Code::Bits4, "4 bits"), (Code::Bits8, "8 bits"), (Code::Float8, "fp8")] {
+        for group_size in [128, 32] {
+            let (n, k) = (5632, 2048);
+            let scales = Tensor::full(0.01f32, (n, k / group_size), &Device::Cpu)?.to_dtype(DType::F16)?;
+            let zeros = (code != Code::Float8).then(|| vec![8; n * k / group_size]);
+            let scales = CodeScales { scales, zeros, group_size, rows_per_scale: 1 };
+            let code_at = |row: usize, column: usize| (7 * row + 3 * column) as u8 & 15;
+            let new = || PackedMatrix::new(code, (n, k), scales.clone(), None, &Device::Cpu, code_at);
+            let bytes = new()?.size_in_bytes();
+            let name = format!("{name}, groups of {group_size}");
+            small_form(&name, (n, k), bytes, new, |x, weight| linear_packed(x, weight, None))?;
+        }
+    }
+    Ok(())
+}
+
+/// Products with matrices in a form of so many bytes: few rows beside a plain read, more beside multiply-adds.
+fn small_form<W>(
+    name: &str,
+    (n, k): (usize, usize),
+    bytes: usize,
+    new: impl Fn() -> Result<W>,
+    multiply: impl Fn(&Tensor, &W) -> Result<Tensor>,
+) -> Result<()> {
+    let copies = (128usize << 20).div_ceil(bytes).max(2);
+    let weights = (0..copies).map(|_| new()).collect::<Result<Vec<_>>>()?;
+    let reads: Vec<Vec<f32>> = (0..copies).map(|i| vec![i as f32; bytes / 4]).collect();
+    let part = (bytes / 4).div_ceil(8 * rayon::current_num_threads());
+    let mut turn = 0;
+    for m in [1, 2, 4, 16, 64, 512] {
+        let x = random(&[m, k])?;
+        let read = time_us(|| {
+            turn += 1;
+            black_box(reads[turn % copies].par_chunks(part).map(tale_kernels::bench::read).sum::<f32>());
+        });
+        let peak = peak_gflops();
+        let us = time_us(|| {
+            turn += 1;
+            black_box(multiply(&x, &weights[turn % copies]).expect("shapes fit"));
+        });
+        let shape = format!("{m} x {k} -> {n} {name}");
+        if m <= 4 {
+            line("linear", &shape, us, bytes as f64 / us / 1e3, bytes as f64 / read / 1e3, "GB/s");
+        } else {
+            line("linear", &shape, us, 2.0 * (m * n * k) as f64 / us / 1e3, peak, "GFLOP/s");
         }
     }
     Ok(())

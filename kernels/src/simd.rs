@@ -23,6 +23,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// The vector.
     type V: Copy;
+    /// See [`Simd::codebook`].
+    type Codebook: Copy;
 
     /// `x` in every lane.
     fn splat(self, x: f32) -> Self::V;
@@ -63,10 +65,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// Eight values of each row at `from` must be readable, eight at each row of `to` writable.
     unsafe fn transpose8(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
-    /// 2^23 and the four bits of each word at `shift`.
+    /// The f16 whose two bytes, the lower one first, are at `from`, in every lane.
+    /// # Safety
+    /// Two bytes at `from` must be readable.
+    unsafe fn splat_f16(self, from: *const u8) -> Self::V;
+    /// What the numbers of four bits stand for: `(number - zero) * scale + offset`. The product must be exact, or `offset` -0, which
+    /// changes no value: it may or may not be rounded before the sum.
+    fn codebook(self, zero: Self::V, scale: Self::V, offset: Self::V) -> Self::Codebook;
+    /// What the four bits of each byte at `shift`, 0 or 4, stand for.
+    /// # Safety
+    /// `LANES` bytes at `from` must be readable.
+    unsafe fn nibbles_of_bytes(self, book: Self::Codebook, from: *const u8, shift: u32) -> Self::V;
+    /// What the four bits of each word at `shift` stand for.
     /// # Safety
     /// `LANES` words at `from` must be readable.
-    unsafe fn nibbles(self, from: *const u32, shift: u32) -> Self::V;
+    unsafe fn nibbles_of_words(self, book: Self::Codebook, from: *const u32, shift: u32) -> Self::V;
+    /// Numbers whose lower bits are one field of bytes, and those from `at` on another.
+    /// # Safety
+    /// `LANES` bytes of each must be readable.
+    unsafe fn fields(self, low: Field, high: Field, at: u32) -> Self::V;
+    /// Numbers of five bits: four of each byte at `shift`, 0 or 4, and for lane i bit i of `word`.
+    /// # Safety
+    /// `LANES` bytes at `from` must be readable.
+    unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> Self::V;
     /// 2^23 and the eight bits of which those at `low` are the lower four.
     /// # Safety
     /// `LANES` words at `low` and `high` must be readable.
@@ -134,6 +155,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// Some bits of each of `LANES` bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Field {
+    /// The first byte.
+    pub(crate) from: *const u8,
+    /// Bits below.
+    pub(crate) shift: u32,
+    /// Of the field, after the shift.
+    pub(crate) mask: u32,
+}
+
 /// A value that matrices are stored in, widened to f32 as it is read.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     /// # Safety
@@ -142,6 +174,12 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
 
     /// One value.
     fn widen(self) -> f32;
+
+    /// One value in every lane.
+    #[inline(always)]
+    fn splat<S: Simd>(self, s: S) -> S::V {
+        s.splat(self.widen())
+    }
 
     /// `n < LANES` values, zero in the other lanes.
     /// # Safety
@@ -209,6 +247,12 @@ impl Element for f16 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self.to_f32()
+    }
+
+    #[inline(always)]
+    fn splat<S: Simd>(self, s: S) -> S::V {
+        // SAFETY: two bytes.
+        unsafe { s.splat_f16(self.to_le_bytes().as_ptr()) }
     }
 }
 
@@ -298,6 +342,7 @@ fn pair_of_nibbles(low: u32, high: u32, shift: u32) -> u32 {
 impl Simd for Portable {
     const LANES: usize = 8;
     type V = [f32; 8];
+    type Codebook = [[f32; 8]; 3];
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -398,9 +443,48 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn nibbles(self, from: *const u32, shift: u32) -> Self::V {
+    unsafe fn splat_f16(self, from: *const u8) -> Self::V {
+        /// 2^112, by which the exponents of f32 and f16 are apart.
+        const EXPONENTS: f32 = f32::from_bits(0x7780_0000);
+        const INFINITE: u16 = 0x7c00;
+        // SAFETY: the caller vouches for two bytes.
+        let bits = u16::from_le_bytes(unsafe { from.cast::<[u8; 2]>().read() });
+        if bits & INFINITE == INFINITE {
+            return [f16::from_bits(bits).to_f32(); 8];
+        }
+        // By integers, since a call for each would take longer than what is done with it.
+        let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * EXPONENTS;
+        [f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16); 8]
+    }
+    #[inline(always)]
+    fn codebook(self, zero: Self::V, scale: Self::V, offset: Self::V) -> Self::Codebook {
+        [zero, scale, offset]
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_bytes(self, book: Self::Codebook, from: *const u8, shift: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 bytes.
+        let codes = lanes!(|i| i32::from(unsafe { *from.add(i) } >> shift & 15) as f32);
+        self.fma(self.sub(codes, book[0]), book[1], book[2])
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_words(self, book: Self::Codebook, from: *const u32, shift: u32) -> Self::V {
         // SAFETY: the caller vouches for 8 words.
-        lanes!(|i| f32::from_bits(INTEGER | unsafe { *from.add(i) } >> shift & 15))
+        let codes = lanes!(|i| (unsafe { *from.add(i) } >> shift & 15) as i32 as f32);
+        self.fma(self.sub(codes, book[0]), book[1], book[2])
+    }
+    #[inline(always)]
+    unsafe fn fields(self, low: Field, high: Field, at: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 bytes of each.
+        lanes!(|i| unsafe {
+            let low = u32::from(*low.from.add(i)) >> low.shift & low.mask;
+            let high = u32::from(*high.from.add(i)) >> high.shift & high.mask;
+            (low | high << at) as i32 as f32
+        })
+    }
+    #[inline(always)]
+    unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> Self::V {
+        // SAFETY: the caller vouches for 8 bytes.
+        lanes!(|i| (u32::from(unsafe { *from.add(i) } >> shift & 15) | (word >> i & 1) << 4) as i32 as f32)
     }
     #[inline(always)]
     unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> Self::V {
@@ -423,6 +507,28 @@ mod x86;
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    struct SplatF16(u16);
+
+    impl Op for SplatF16 {
+        type Output = f32;
+
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> f32 {
+            // SAFETY: two bytes.
+            s.first(unsafe { s.splat_f16(self.0.to_le_bytes().as_ptr()) })
+        }
+    }
+
+    #[test]
+    fn every_number_of_16_bits_is_widened() {
+        for bits in 0..=u16::MAX {
+            let (found, expected) = (dispatch(SplatF16(bits)), f16::from_bits(bits).to_f32());
+            assert!(found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan(), "{bits:#x}: {found}");
+        }
+    }
+
     /// The processor of the test has one widest set; the others are run by this binary itself, started anew.
     #[test]
     fn every_instruction_set_passes_the_suite() {

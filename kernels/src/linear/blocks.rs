@@ -1,172 +1,526 @@
-//! ggml's blocks widened to f32: small integers with scales that a group of them shares.
+//! ggml's blocks widened to f32 in vector registers: small integers with scales that a group of them shares.
 //!
-//! Owns: the layouts of the types that published models mostly have, each a loop that the compiler makes vectors of. Does not
-//! know: matrices. Source: ggml `ggml-quants.c`, `dequantize_row_*`; the values have the bits that these give.
+//! Owns: the layouts, each by one function that gives a block's values vector by vector to whoever asked ([`Sink`]). Does not
+//! know: matrices. Source: ggml `ggml-quants.c`, `dequantize_row_*`; the values have the bits that these give. Products of
+//! scales and integers are exact in f32, so that it does not matter whether they are rounded before a minimum is taken off.
 
-use candle_core::quantized::GgmlDType;
-use half::f16;
-
-use crate::simd::{Op, Simd};
+use crate::simd::{Field, Simd};
 
 /// Values of a K-block, and of any other.
 const K_VALUES: usize = 256;
 const VALUES: usize = 32;
 
-/// Widens whole blocks.
-pub(super) struct Widen<'a> {
-    pub(super) dtype: GgmlDType,
-    pub(super) blocks: &'a [u8],
-    /// As many as the blocks have.
-    pub(super) values: &'a mut [f32],
+/// What is done with values.
+pub(super) trait Sink<S: Simd> {
+    /// `values` are those from the one at `at` on, counted from where the sink begins.
+    ///
+    /// # Safety
+    /// The place must be one that the sink has.
+    unsafe fn take(&mut self, s: S, at: usize, values: S::V);
 }
 
-impl Widen<'_> {
-    /// Whether blocks of this type are widened here.
-    pub(super) fn takes(dtype: GgmlDType) -> bool {
-        use GgmlDType::{Q4_0, Q4_1, Q4K, Q6K, Q8_0};
-        matches!(dtype, Q4_0 | Q4_1 | Q8_0 | Q4K | Q6K)
-    }
+/// A layout of blocks. A block is widened in parts, so that several rows can be added side by side, after what all parts need
+/// of it has been computed once.
+pub(super) trait Format: Copy + Send + Sync + 'static {
+    /// Values of a block.
+    const VALUES: usize;
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Values of a part.
+    const PART: usize;
+    /// What all parts need.
+    type Head: Copy;
+
+    /// # Safety
+    /// A whole block must be readable.
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> Self::Head;
+
+    /// Gives the values of a part to `sink` in their order.
+    ///
+    /// # Safety
+    /// As for [`Format::head`]; the part must be one of the block's, and the sink have a place for each of its values.
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &Self::Head, part: usize, sink: &mut K);
 }
 
-impl Op for Widen<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        match self.dtype {
-            GgmlDType::Q4_0 => q4_0(self.blocks, self.values),
-            GgmlDType::Q4_1 => q4_1(self.blocks, self.values),
-            GgmlDType::Q8_0 => q8_0(self.blocks, self.values),
-            GgmlDType::Q4K => q4_k(self.blocks, self.values),
-            GgmlDType::Q6K => q6_k(self.blocks, self.values),
-            other => unreachable!("{other:?} is not taken: this is a bug"),
+/// Calls `$body` with `$format` as the layout of a type that [`super::QuantisedMatrix::takes`].
+macro_rules! with_format {
+    ($dtype:expr, $format:ident => $body:expr) => {{
+        use candle_core::quantized::GgmlDType;
+        use $crate::linear::blocks;
+        match $dtype {
+            GgmlDType::Q4_0 => {
+                type $format = blocks::Q4_0;
+                $body
+            }
+            GgmlDType::Q4_1 => {
+                type $format = blocks::Q4_1;
+                $body
+            }
+            GgmlDType::Q5_0 => {
+                type $format = blocks::Q5_0;
+                $body
+            }
+            GgmlDType::Q5_1 => {
+                type $format = blocks::Q5_1;
+                $body
+            }
+            GgmlDType::Q8_0 => {
+                type $format = blocks::Q8_0;
+                $body
+            }
+            GgmlDType::Q2K => {
+                type $format = blocks::Q2K;
+                $body
+            }
+            GgmlDType::Q3K => {
+                type $format = blocks::Q3K;
+                $body
+            }
+            GgmlDType::Q4K => {
+                type $format = blocks::Q4K;
+                $body
+            }
+            GgmlDType::Q5K => {
+                type $format = blocks::Q5K;
+                $body
+            }
+            GgmlDType::Q6K => {
+                type $format = blocks::Q6K;
+                $body
+            }
+            other => unreachable!("`QuantisedMatrix::new` refuses {other:?}: this is a bug"),
         }
-    }
+    }};
 }
+pub(super) use with_format;
+
+/// Changes no value that it is added to.
+const NOTHING: f32 = -0.0;
 
 /// A scale, 16 values in the low halves of 16 bytes, 16 in the high ones, from -8 on.
-#[inline(always)]
-fn q4_0(blocks: &[u8], values: &mut [f32]) {
-    for (block, values) in blocks.chunks_exact(18).zip(values.chunks_exact_mut(VALUES)) {
-        let scale = number(block, 0);
-        let (low, high) = values.split_at_mut(VALUES / 2);
-        for ((low, high), byte) in low.iter_mut().zip(high).zip(&block[2..]) {
-            *low = (i32::from(byte & 15) - 8) as f32 * scale;
-            *high = (i32::from(byte >> 4) - 8) as f32 * scale;
+#[derive(Clone, Copy)]
+pub(super) struct Q4_0;
+
+impl Format for Q4_0 {
+    const VALUES: usize = VALUES;
+    const BYTES: usize = 18;
+    const PART: usize = VALUES;
+    type Head = ();
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(_: S, _: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
+        // SAFETY: a scale of two bytes, then 16 more.
+        unsafe {
+            let book = s.codebook(s.splat(8.0), s.splat_f16(block), s.splat(NOTHING));
+            nibbles(s, [book, book], block.add(2), 16, sink);
         }
     }
 }
 
 /// A scale and a minimum, and the values from 0 on.
-#[inline(always)]
-fn q4_1(blocks: &[u8], values: &mut [f32]) {
-    for (block, values) in blocks.chunks_exact(20).zip(values.chunks_exact_mut(VALUES)) {
-        let scale = number(block, 0);
-        let minimum = number(block, 2);
-        let (low, high) = values.split_at_mut(VALUES / 2);
-        for ((low, high), byte) in low.iter_mut().zip(high).zip(&block[4..]) {
-            *low = i32::from(byte & 15) as f32 * scale + minimum;
-            *high = i32::from(byte >> 4) as f32 * scale + minimum;
+#[derive(Clone, Copy)]
+pub(super) struct Q4_1;
+
+impl Format for Q4_1 {
+    const VALUES: usize = VALUES;
+    const BYTES: usize = 20;
+    const PART: usize = VALUES;
+    type Head = ();
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(_: S, _: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
+        // SAFETY: two numbers of two bytes, then 16 more.
+        unsafe {
+            let book = s.codebook(s.splat(0.0), s.splat_f16(block), s.splat_f16(block.add(2)));
+            nibbles(s, [book, book], block.add(4), 16, sink);
+        }
+    }
+}
+
+/// [`Q4_0`] with a fifth bit of each value, from -16 on: 32 of them follow the scale.
+#[derive(Clone, Copy)]
+pub(super) struct Q5_0;
+
+impl Format for Q5_0 {
+    const VALUES: usize = VALUES;
+    const BYTES: usize = 22;
+    const PART: usize = VALUES;
+    type Head = ();
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(_: S, _: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
+        // SAFETY: a scale of two bytes, then 20 more. -16 * scale is exact as well.
+        unsafe {
+            let scale = s.splat_f16(block);
+            let scaled = Scaled { scale, zero: s.splat(16.0), offset: s.splat(NOTHING) };
+            five_bits(s, scaled, block.add(2), sink);
+        }
+    }
+}
+
+/// [`Q4_1`] with a fifth bit of each value: 32 of them follow the minimum.
+#[derive(Clone, Copy)]
+pub(super) struct Q5_1;
+
+impl Format for Q5_1 {
+    const VALUES: usize = VALUES;
+    const BYTES: usize = 24;
+    const PART: usize = VALUES;
+    type Head = ();
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(_: S, _: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
+        // SAFETY: two numbers of two bytes, then 20 more.
+        unsafe {
+            let (scale, offset) = (s.splat_f16(block), s.splat_f16(block.add(2)));
+            five_bits(s, Scaled { scale, zero: s.splat(0.0), offset }, block.add(4), sink);
         }
     }
 }
 
 /// A scale and 32 bytes with a sign.
-#[inline(always)]
-fn q8_0(blocks: &[u8], values: &mut [f32]) {
-    for (block, values) in blocks.chunks_exact(34).zip(values.chunks_exact_mut(VALUES)) {
-        let scale = number(block, 0);
-        for (value, byte) in values.iter_mut().zip(&block[2..]) {
-            *value = i32::from(*byte as i8) as f32 * scale;
+#[derive(Clone, Copy)]
+pub(super) struct Q8_0;
+
+impl Format for Q8_0 {
+    const VALUES: usize = VALUES;
+    const BYTES: usize = 34;
+    const PART: usize = VALUES;
+    type Head = ();
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(_: S, _: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
+        // SAFETY: a scale of two bytes, then 32 more.
+        unsafe {
+            let scale = s.splat_f16(block);
+            let mut at = 0;
+            while at < VALUES {
+                sink.take(s, at, s.mul(s.load_i8(block.add(2 + at).cast()), scale));
+                at += S::LANES;
+            }
+        }
+    }
+}
+
+/// Sixteen bytes of scales and minima, four bits each, of groups of 16, two bits a value, then the scale of scales and the one of
+/// minima. Each half of a block has its values in the same 32 bytes, four groups of 32 one above the other.
+#[derive(Clone, Copy)]
+pub(super) struct Q2K;
+
+impl Format for Q2K {
+    const VALUES: usize = K_VALUES;
+    const BYTES: usize = 84;
+    const PART: usize = VALUES;
+    /// Scales, and minima with the other sign.
+    type Head = [f32; 32];
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> [f32; 32] {
+        // SAFETY: 16 bytes of scales; the two numbers are the last four.
+        unsafe {
+            let (mut scales, mut minima) = ([0i8; 16], [0i8; 16]);
+            for i in 0..16 {
+                let both = *block.add(i);
+                (scales[i], minima[i]) = ((both & 15) as i8, (both >> 4) as i8);
+            }
+            let mut head = [0f32; 32];
+            store_scaled(s, s.splat_f16(block.add(80)), &scales, head[..16].as_mut_ptr());
+            store_scaled(s, negative(s, s.splat_f16(block.add(82))), &minima, head[16..].as_mut_ptr());
+            head
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &[f32; 32], part: usize, sink: &mut K) {
+        // SAFETY: of 64 bytes, 32 for each half of the block; scales and minima of 16 groups.
+        unsafe {
+            let bytes = block.add(16 + 32 * (part / 4));
+            let shift = 2 * (part % 4) as u32;
+            let mut at = 0;
+            while at < VALUES {
+                let group = 2 * part + at / 16;
+                let (scale, offset) = (*head.get_unchecked(group), *head.get_unchecked(16 + group));
+                let low = Field { from: bytes.add(at), shift, mask: 3 };
+                let code = s.fields(low, Field { mask: 0, ..low }, 0);
+                sink.take(s, at, s.fma(code, s.splat(scale), s.splat(offset)));
+                at += S::LANES;
+            }
+        }
+    }
+}
+
+/// 32 bytes of third bits, two bits a value as in [`Q2K`], sixteen scales of six bits from -32 on, and a scale of scales; a value
+/// is from -4 on.
+#[derive(Clone, Copy)]
+pub(super) struct Q3K;
+
+impl Format for Q3K {
+    const VALUES: usize = K_VALUES;
+    const BYTES: usize = 110;
+    const PART: usize = VALUES;
+    type Head = [f32; 16];
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
+        // SAFETY: twelve bytes of scales before the last two.
+        unsafe {
+            let packed = block.add(96);
+            let mut scales = [0i8; 16];
+            for i in 0..16 {
+                let low = *packed.add(i % 8) >> (4 * (i / 8)) & 15;
+                let high = *packed.add(8 + i % 4) >> (2 * (i / 4)) & 3;
+                scales[i] = (low | high << 4) as i8 - 32;
+            }
+            let mut head = [0f32; 16];
+            store_scaled(s, s.splat_f16(block.add(108)), &scales, head.as_mut_ptr());
+            head
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &[f32; 16], part: usize, sink: &mut K) {
+        // SAFETY: 32 bytes of third bits, then 64 bytes as in `Q2K`; 16 scales.
+        unsafe {
+            let bytes = block.add(32 + 32 * (part / 4));
+            let mut at = 0;
+            while at < VALUES {
+                let scale = s.splat(*head.get_unchecked(2 * part + at / 16));
+                let low = Field { from: bytes.add(at), shift: 2 * (part % 4) as u32, mask: 3 };
+                let high = Field { from: block.add(at), shift: part as u32, mask: 1 };
+                sink.take(s, at, s.mul(s.sub(s.fields(low, high, 2), s.splat(4.0)), scale));
+                at += S::LANES;
+            }
         }
     }
 }
 
 /// A scale of scales and one of minima, twelve bytes of both for eight groups of 32, and four bits a value: the low halves of 32
 /// bytes are one group, the high ones the next.
-#[inline(always)]
-fn q4_k(blocks: &[u8], values: &mut [f32]) {
-    for (block, values) in blocks.chunks_exact(144).zip(values.chunks_exact_mut(K_VALUES)) {
-        let scale = number(block, 0);
-        let minimum = number(block, 2);
-        let groups = values.chunks_exact_mut(64).zip(block[16..].chunks_exact(32));
-        for (pair, (values, bytes)) in groups.enumerate() {
-            let (low_scale, low_minimum) = scale_and_minimum(&block[4..16], 2 * pair);
-            let (high_scale, high_minimum) = scale_and_minimum(&block[4..16], 2 * pair + 1);
-            let (low_scale, low_minimum) = (scale * low_scale, minimum * low_minimum);
-            let (high_scale, high_minimum) = (scale * high_scale, minimum * high_minimum);
-            let (low, high) = values.split_at_mut(VALUES);
-            for ((low, high), byte) in low.iter_mut().zip(high).zip(bytes) {
-                *low = low_scale * i32::from(byte & 15) as f32 - low_minimum;
-                *high = high_scale * i32::from(byte >> 4) as f32 - high_minimum;
+#[derive(Clone, Copy)]
+pub(super) struct Q4K;
+
+impl Format for Q4K {
+    const VALUES: usize = K_VALUES;
+    const BYTES: usize = 144;
+    const PART: usize = 2 * VALUES;
+    type Head = [f32; 16];
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
+        // SAFETY: 16 bytes.
+        unsafe { scales_and_minima(s, block) }
+    }
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &[f32; 16], part: usize, sink: &mut K) {
+        // SAFETY: 32 bytes for each of four pairs of groups; eight scales and minima.
+        unsafe {
+            let mut books = [s.codebook(s.splat(0.0), s.splat(0.0), s.splat(0.0)); 2];
+            for half in 0..2 {
+                let group = 2 * part + half;
+                let (scale, offset) = (*head.get_unchecked(group), *head.get_unchecked(8 + group));
+                books[half] = s.codebook(s.splat(0.0), s.splat(scale), s.splat(offset));
+            }
+            nibbles(s, books, block.add(16 + 32 * part), 32, sink);
+        }
+    }
+}
+
+/// [`Q4K`] with a fifth bit of each value: 32 bytes after the scales have one for each group.
+#[derive(Clone, Copy)]
+pub(super) struct Q5K;
+
+impl Format for Q5K {
+    const VALUES: usize = K_VALUES;
+    const BYTES: usize = 176;
+    const PART: usize = VALUES;
+    type Head = [f32; 16];
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
+        // SAFETY: 16 bytes.
+        unsafe { scales_and_minima(s, block) }
+    }
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &[f32; 16], part: usize, sink: &mut K) {
+        // SAFETY: 32 bytes of fifth bits, then 32 for each of four pairs of groups; eight scales and minima.
+        unsafe {
+            let (scale, offset) = (s.splat(*head.get_unchecked(part)), s.splat(*head.get_unchecked(8 + part)));
+            let bytes = block.add(48 + 32 * (part / 2));
+            let mut at = 0;
+            while at < VALUES {
+                let low = Field { from: bytes.add(at), shift: 4 * (part % 2) as u32, mask: 15 };
+                let high = Field { from: block.add(16 + at), shift: part as u32, mask: 1 };
+                sink.take(s, at, s.fma(s.fields(low, high, 4), scale, offset));
+                at += S::LANES;
             }
         }
     }
 }
 
-/// Six bits each, of one group among eight.
-#[inline(always)]
-fn scale_and_minimum(packed: &[u8], group: usize) -> (f32, f32) {
-    let (scale, minimum) = if group < 4 {
-        (packed[group] & 63, packed[group + 4] & 63)
-    } else {
-        let both = packed[group + 4];
-        ((both & 15) | ((packed[group - 4] >> 6) << 4), (both >> 4) | ((packed[group] >> 6) << 4))
-    };
-    (f32::from(scale), f32::from(minimum))
-}
+/// Four low bits of each value, two high ones, sixteen scales with a sign, and a scale of scales; a value is from -32 on. Each
+/// half of a block is four groups of 32.
+#[derive(Clone, Copy)]
+pub(super) struct Q6K;
 
-/// Four low bits of each value, two high ones, sixteen scales with a sign, and a scale of scales. Each half of a block is four
-/// groups of 32.
-#[inline(always)]
-fn q6_k(blocks: &[u8], values: &mut [f32]) {
-    for (block, values) in blocks.chunks_exact(210).zip(values.chunks_exact_mut(K_VALUES)) {
-        let scale = number(block, 208);
-        for (half, values) in values.chunks_exact_mut(128).enumerate() {
-            let low = &block[64 * half..][..64];
-            let high = &block[128 + 32 * half..][..32];
-            let scales = &block[192 + 8 * half..][..8];
-            for (group, values) in values.chunks_exact_mut(32).enumerate() {
-                let low = &low[32 * (group % 2)..][..32];
-                let low_shift = 4 * (group / 2);
-                let high_shift = 2 * group;
-                for (part, values) in values.chunks_exact_mut(16).enumerate() {
-                    let scale = scale * f32::from(scales[2 * group + part] as i8);
-                    let bytes = low[16 * part..][..16].iter().zip(&high[16 * part..][..16]);
-                    for (value, (low, high)) in values.iter_mut().zip(bytes) {
-                        let bits = ((low >> low_shift) & 15) | (((high >> high_shift) & 3) << 4);
-                        *value = scale * (i32::from(bits) - 32) as f32;
-                    }
-                }
+impl Format for Q6K {
+    const VALUES: usize = K_VALUES;
+    const BYTES: usize = 210;
+    const PART: usize = VALUES;
+    type Head = [f32; 16];
+
+    #[inline(always)]
+    unsafe fn head<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
+        // SAFETY: 16 bytes of scales before the last two.
+        unsafe {
+            let mut head = [0f32; 16];
+            let scales = block.add(192).cast::<[i8; 16]>().read();
+            store_scaled(s, s.splat_f16(block.add(208)), &scales, head.as_mut_ptr());
+            head
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, head: &[f32; 16], part: usize, sink: &mut K) {
+        // SAFETY: 64 bytes of low bits for each half, then 32 of high ones; 16 scales.
+        unsafe {
+            let (half, group) = (part / 4, part % 4);
+            let (low, high) = (block.add(64 * half + 32 * (group % 2)), block.add(128 + 32 * half));
+            let mut at = 0;
+            while at < VALUES {
+                let scale = s.splat(*head.get_unchecked(2 * part + at / 16));
+                let low = Field { from: low.add(at), shift: 4 * (group / 2) as u32, mask: 15 };
+                let high = Field { from: high.add(at), shift: 2 * group as u32, mask: 3 };
+                sink.take(s, at, s.mul(s.sub(s.fields(low, high, 4), s.splat(32.0)), scale));
+                at += S::LANES;
             }
         }
     }
 }
 
-/// The f16 at `at`. By integers: a call for each block would take longer than the block.
+/// The low halves of `len` bytes by the first codebook, then the high ones by the second.
+///
+/// # Safety
+/// `len` bytes, whole vectors, must be readable, and the sink have a place for twice as many values.
 #[inline(always)]
-fn number(block: &[u8], at: usize) -> f32 {
-    /// 2^112, by which the exponents of f32 and f16 are apart.
-    const EXPONENTS: f32 = f32::from_bits(0x7780_0000);
-    const INFINITE: u16 = 0x7c00;
-    let bits = u16::from_le_bytes([block[at], block[at + 1]]);
-    let magnitude = u32::from(bits & 0x7fff) << 13;
-    let sign = u32::from(bits & 0x8000) << 16;
-    if bits & INFINITE == INFINITE {
-        return f16::from_bits(bits).to_f32();
-    }
-    f32::from_bits((f32::from_bits(magnitude) * EXPONENTS).to_bits() | sign)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_number_of_16_bits_is_widened() {
-        for bits in 0..=u16::MAX {
-            let expected = f16::from_bits(bits).to_f32().to_bits();
-            assert_eq!(number(&bits.to_le_bytes(), 0).to_bits(), expected, "{bits:#x}");
+unsafe fn nibbles<S: Simd, K: Sink<S>>(s: S, books: [S::Codebook; 2], bytes: *const u8, len: usize, sink: &mut K) {
+    for half in 0..2 {
+        let mut at = 0;
+        while at < len {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                sink.take(s, half * len + at, s.nibbles_of_bytes(books[half], bytes.add(at), 4 * half as u32));
+            }
+            at += S::LANES;
         }
     }
+}
+
+/// `(code - zero) * scale + offset`.
+struct Scaled<V> {
+    zero: V,
+    scale: V,
+    offset: V,
+}
+
+/// Four bytes of fifth bits, then 16 values in the low halves of 16 bytes and 16 in the high ones.
+///
+/// # Safety
+/// 20 bytes must be readable, and the sink have a place for 32 values.
+#[inline(always)]
+unsafe fn five_bits<S: Simd, K: Sink<S>>(s: S, scaled: Scaled<S::V>, bytes: *const u8, sink: &mut K) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let bits = word(bytes);
+        for half in 0..2 {
+            let mut at = 0;
+            while at < VALUES / 2 {
+                let place = half * VALUES / 2 + at;
+                let code = s.nibbles_and_bits(bytes.add(4 + at), 4 * half as u32, bits >> place);
+                sink.take(s, place, s.fma(s.sub(code, scaled.zero), scaled.scale, scaled.offset));
+                at += S::LANES;
+            }
+        }
+    }
+}
+
+/// Of eight groups, the minima behind the scales and with the other sign.
+///
+/// # Safety
+/// 16 bytes must be readable: the scale of scales, that of minima, six bits each of both.
+#[inline(always)]
+unsafe fn scales_and_minima<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
+    const SIX: u32 = 0x3f3f_3f3f;
+    const FOUR: u32 = 0x0f0f_0f0f;
+    const TWO: u32 = 0x0303_0303;
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (scales, minima, both) = (word(block.add(4)), word(block.add(8)), word(block.add(12)));
+        let words = [
+            scales & SIX,
+            (both & FOUR) | (scales >> 6 & TWO) << 4,
+            minima & SIX,
+            (both >> 4 & FOUR) | (minima >> 6 & TWO) << 4,
+        ];
+        let mut head = [0f32; 16];
+        let mut numbers = [0i8; 16];
+        for i in 0..4 {
+            numbers.as_mut_ptr().add(4 * i).cast::<[u8; 4]>().write(words[i].to_le_bytes());
+        }
+        let (scale, minimum) = (s.splat_f16(block), negative(s, s.splat_f16(block.add(2))));
+        let mut factors = [0f32; 32];
+        s.store(factors[..16].as_mut_ptr(), scale);
+        s.store(factors[8..].as_mut_ptr(), minimum);
+        let mut at = 0;
+        while at < 16 {
+            let values = s.mul(s.load_i8(numbers[at..].as_ptr()), s.load(factors[at..].as_ptr()));
+            s.store(head[at..].as_mut_ptr(), values);
+            at += S::LANES;
+        }
+        head
+    }
+}
+
+/// # Safety
+/// Four bytes must be readable.
+#[inline(always)]
+unsafe fn word(from: *const u8) -> u32 {
+    // SAFETY: passed on to the caller.
+    u32::from_le_bytes(unsafe { from.cast::<[u8; 4]>().read() })
+}
+
+/// Sixteen products with `scale`.
+///
+/// # Safety
+/// Sixteen values at `to` must be writable.
+#[inline(always)]
+unsafe fn store_scaled<S: Simd>(s: S, scale: S::V, numbers: &[i8; 16], to: *mut f32) {
+    let mut at = 0;
+    while at < 16 {
+        // SAFETY: sixteen numbers; passed on to the caller.
+        unsafe { s.store(to.add(at), s.mul(s.load_i8(numbers[at..].as_ptr()), scale)) };
+        at += S::LANES;
+    }
+}
+
+/// Exact, but for the sign of zero.
+#[inline(always)]
+fn negative<S: Simd>(s: S, v: S::V) -> S::V {
+    s.mul(v, s.splat(-1.0))
 }

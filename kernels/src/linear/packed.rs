@@ -3,8 +3,8 @@
 //!
 //! One layout ([`tiles`]) for all formats that keep weights so (AWQ, GPTQ, compressed-tensors, fp8). A value is
 //! `(code - zero) * scale` in f32, which is exact where the scale has 16 bits. Activations are not rounded. On the CPU one row of `x`
-//! is multiplied with codes that are widened in registers; of more rows a slab of the matrix is widened into memory that the cache
-//! holds. Both add in the one order of [`crate::dot`], over columns in the order of the tiles, so that a row has the same bits in
+//! is multiplied with codes that are widened in registers; of more rows they are widened into the panels of any other product
+//! ([`super::panels`]). Both add in the one order of [`crate::dot`], over columns in the order of the tiles, so that a row has the same bits in
 //! either. On a GPU the whole matrix is widened into the dtype of the activations (`packed.cu`) before cuBLAS multiplies it.
 
 use std::marker::PhantomData;
@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use self::kernel::{E4m3, Int4, Int8, Tiles, multiply_row, widen_rows};
-use super::widened::{Product, by_slabs};
+use self::kernel::{E4m3, Groups, Int4, Int8, Tiles, multiply_row, widen_row};
+use super::panels::many_rows;
+use super::widened::Product;
 #[cfg(gpu)]
 use crate::gpu;
-use crate::parallel::{Shared, for_each, tasks_for};
+use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
 use crate::view::{View, tensor, with_values};
 
 mod kernel;
@@ -80,6 +81,7 @@ pub struct PackedMatrix {
     order: Option<Tensor>,
     /// The column of `x` for each position of the tiles in the order in which rows are added, or [`NO_COLUMN`].
     places: Arc<Vec<u32>>,
+    groups: Arc<Groups>,
 }
 
 impl PackedMatrix {
@@ -130,6 +132,7 @@ impl PackedMatrix {
             group_size,
             rows_per_scale,
             places: Arc::new((0..positions).map(place).collect()),
+            groups: Arc::new(Groups::new(columns, group_size)),
             order: order.map(|order| Tensor::from_vec(order, columns, device)).transpose()?,
         })
     }
@@ -167,23 +170,8 @@ impl PackedMatrix {
             return launch::dequantise(self, dtype);
         }
         let mut values = vec![0f32; self.rows * self.columns];
-        let padded = self.places.len();
-        let mut slab = vec![0f32; tiles::ROWS * padded];
-        for first in (0..self.rows).step_by(tiles::ROWS) {
-            self.widen(first..first + tiles::ROWS, &mut slab)?;
-            for (row, slab) in (first..self.rows).zip(slab.chunks_exact(padded)) {
-                let to = &mut values[row * self.columns..][..self.columns];
-                for (place, value) in self.places.iter().zip(slab).filter(|(place, _)| **place != NO_COLUMN) {
-                    to[*place as usize] = *value;
-                }
-            }
-        }
+        self.with_tiles(Dequantise { places: &self.places, columns: self.columns, values: &mut values })?;
         tensor(values, (self.rows, self.columns))?.to_dtype(dtype)
-    }
-
-    /// Whole rows of tiles, `[rows, places]` in the order in which they are added. Those past the end are anything.
-    fn widen(&self, rows: std::ops::Range<usize>, to: &mut [f32]) -> Result<()> {
-        self.with_tiles(Widen { rows, to })
     }
 
     /// Calls `body` with the tiles of whichever type.
@@ -197,6 +185,7 @@ impl PackedMatrix {
                 words,
                 scales,
                 zeros,
+                groups: &self.groups,
                 rows: self.rows,
                 columns: self.columns,
                 group_size: self.group_size,
@@ -218,26 +207,45 @@ trait WithTiles {
     fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) -> Self::Output;
 }
 
-struct Widen<'a> {
-    rows: std::ops::Range<usize>,
-    to: &'a mut [f32],
+/// All values, each in the column of its place.
+struct Dequantise<'a> {
+    places: &'a [u32],
+    columns: usize,
+    values: &'a mut [f32],
 }
 
-impl WithTiles for Widen<'_> {
+impl WithTiles for Dequantise<'_> {
     type Output = ();
 
     fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) {
-        let Self { rows, to } = self;
-        let row_values = tiles.padded_columns();
-        let tile_values = tiles::ROWS * row_values;
-        let to_len = to.len();
-        let first = rows.start / tiles::ROWS;
-        let to = Shared::new(to);
-        for_each(rows.len() / tiles::ROWS, to_len, |tile| {
-            // SAFETY: every task has its own rows.
-            let to = unsafe { to.slice(tile * tile_values, tile_values) };
-            widen_rows(tiles, first + tile, to);
+        let Self { places, columns, values } = self;
+        let (rows, len) = (tiles.rows, values.len());
+        let values = Shared::new(values);
+        for_each(rows, len, |row| {
+            // SAFETY: every task has its own row.
+            let to = unsafe { values.slice(row * columns, columns) };
+            with_scratch(places.len(), |widened| {
+                widen_row(tiles, row, widened);
+                for (place, value) in places.iter().zip(widened).filter(|(place, _)| **place != NO_COLUMN) {
+                    to[*place as usize] = *value;
+                }
+            });
         });
+    }
+}
+
+/// Several rows of `x`, in the order of the tiles.
+struct ManyRows<'a> {
+    x: &'a [f32],
+    dims: (usize, usize, usize),
+    y: &'a mut [f32],
+}
+
+impl WithTiles for ManyRows<'_> {
+    type Output = ();
+
+    fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) {
+        many_rows(self.x, tiles, self.dims, self.y);
     }
 }
 
@@ -274,7 +282,7 @@ pub fn linear_packed(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -
             return weight.with_tiles(OneRow { x: &x, y });
         }
         let inner = weight.places.len();
-        by_slabs(&x, (out, inner), tiles::ROWS, y, |first, slab| weight.widen(first..first + slab.len() / inner, slab))
+        weight.with_tiles(ManyRows { x: &x, dims: (x.len() / inner, out, inner), y })
     };
     product.compute(|dtype| weight.dequantise(dtype), multiply)
 }

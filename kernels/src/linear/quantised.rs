@@ -1,26 +1,25 @@
 //! Products with matrices whose rows are blocks of small integers with common scales, as GGUF files have them.
 //!
-//! Activations are not rounded: a product is, bit for bit on the CPU, that of the dequantised matrix. On the CPU a slab
-//! of rows is dequantised at a time, into memory that the cache holds, and multiplied as any other matrix; what that costs
-//! is shared by the rows of `x`. With one row every core widens a few rows at a time, which its nearest cache holds. On a GPU the whole matrix is dequantised into the dtype of the activations (candle's
-//! kernels) before cuBLAS multiplies it, which is what diffusers does too.
+//! Activations are not rounded: a product is, bit for bit on the CPU, that of the dequantised matrix. On the CPU one row of
+//! `x` is multiplied with blocks that are widened in registers; of more rows they are widened into the panels of any other
+//! product ([`super::panels`]). Both add in the one order of [`crate::dot`]. On a GPU the whole matrix is dequantised into the
+//! dtype of the activations (candle's kernels) before cuBLAS multiplies it, which is what diffusers does too.
 
 use std::sync::Arc;
 
-use candle_core::quantized::k_quants::{BlockQ2K, BlockQ3K, BlockQ5_0, BlockQ5_1, BlockQ5K};
-use candle_core::quantized::{GgmlDType, GgmlType, QStorage, QTensor};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::blocks::Widen;
-use super::widened::{Product, by_slabs};
-use crate::dot::{MatVec, TILE_OUTS};
-use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
-use crate::simd::dispatch;
+use self::kernel::{Blocks, multiply_row, widen_rows};
+use super::blocks::{Format, with_format};
+use super::panels::many_rows;
+use super::widened::Product;
+use crate::dot::TILE_OUTS;
+use crate::parallel::{Shared, for_each, tasks_for};
 use crate::view::{View, tensor};
 use crate::work;
 
-/// Values of the rows that are multiplied with one row at a time: 16 KiB in f32, or four rows that are longer.
-const PANEL_VALUES: usize = 4 << 10;
+mod kernel;
 
 /// A matrix `[out, in]` of quantised rows. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -88,15 +87,12 @@ pub fn linear_quantised(x: &Tensor, weight: &QuantisedMatrix, bias: Option<&Tens
     let (out, inner) = weight.dims();
     let product = Product { x, bias, dims: weight.dims(), size_in_bytes: weight.size_in_bytes() };
     let multiply = |x: &[f32], y: &mut [f32]| {
-        if x.len() == inner {
-            return one_row(x, weight, y);
-        }
-        let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
-        let row_bytes = blocks.len() / out;
-        by_slabs(x, (out, inner), 1, y, |first, slab| {
-            dequantise_rows(dtype, &blocks[first * row_bytes..][..slab.len() / inner * row_bytes], inner, slab);
-            Ok(())
-        })
+        let bytes = weight.tensor.data()?;
+        with_format!(weight.tensor.dtype(), F => {
+            let blocks = Blocks::<F>::new(&bytes, inner);
+            if x.len() == inner { one_row(x, blocks, y) } else { many_rows(x, &blocks, (x.len() / inner, out, inner), y) }
+        });
+        Ok(())
     };
     product.compute(|dtype| weight.dequantise(dtype), multiply)
 }
@@ -115,80 +111,33 @@ pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tens
     if let Some(id) = ids.iter().find(|id| **id as usize >= num) {
         bail!("embedding: id {id} lies outside the table [{num}, {dim}]");
     }
-    let (blocks, dtype) = (table.tensor.data()?, table.tensor.dtype());
-    let row_bytes = blocks.len() / num;
+    let bytes = table.tensor.data()?;
+    let row_bytes = bytes.len() / num;
     let mut rows = vec![0f32; len * dim];
-    for (row, id) in rows.chunks_exact_mut(dim).zip(ids) {
-        dequantise_blocks(dtype, &blocks[*id as usize * row_bytes..][..row_bytes], row);
-    }
+    with_format!(table.tensor.dtype(), F => {
+        for (row, id) in rows.chunks_exact_mut(dim).zip(ids) {
+            widen_rows(Blocks::<F>::new(&bytes[*id as usize * row_bytes..][..row_bytes], dim), row);
+        }
+    });
     tensor(rows, (len, dim))
 }
 
-/// One row: every task widens a few rows of `w` at a time, into memory that the nearest cache holds.
-fn one_row(x: &[f32], weight: &QuantisedMatrix, y: &mut [f32]) -> Result<()> {
-    let (out, inner) = weight.dims();
-    let (blocks, dtype) = (weight.tensor.data()?, weight.tensor.dtype());
-    let blocks: &[u8] = &blocks;
-    let row_bytes = blocks.len() / out;
-    let panel_rows = (PANEL_VALUES / inner).max(1).next_multiple_of(TILE_OUTS);
-    let task_rows = out.div_ceil(tasks_for(out * inner)).next_multiple_of(panel_rows);
+/// Every core reads its share of the blocks once.
+fn one_row<F: Format>(x: &[f32], blocks: Blocks<'_, F>, y: &mut [f32]) {
+    let (n, k) = (y.len(), x.len());
+    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS);
     let y = Shared::new(y);
-    for_each(out.div_ceil(task_rows), out * inner, |task| {
-        let rows = task * task_rows..out.min((task + 1) * task_rows);
-        with_scratch(panel_rows * inner, |panel| {
-            for first in rows.clone().step_by(panel_rows) {
-                let len = panel_rows.min(rows.end - first);
-                let panel = &mut panel[..len * inner];
-                dequantise_blocks(dtype, &blocks[first * row_bytes..][..len * row_bytes], panel);
-                // SAFETY: every task has its own outputs.
-                let out = unsafe { y.slice(first, len) };
-                dispatch(MatVec { x, w: panel, out });
-            }
-        });
+    for_each(n.div_ceil(outs), n * k, |task| {
+        let (first, len) = (task * outs, outs.min(n - task * outs));
+        // SAFETY: every task has its own outputs.
+        multiply_row(blocks.rows_from(first, len), x, unsafe { y.slice(first, len) });
     });
-    Ok(())
-}
-
-fn dequantise_rows(dtype: GgmlDType, blocks: &[u8], inner: usize, values: &mut [f32]) {
-    let rows = values.len() / inner;
-    let row_bytes = blocks.len() / rows;
-    let len = values.len();
-    let values = Shared::new(values);
-    for_each(rows, len, |row| {
-        let blocks = &blocks[row * row_bytes..][..row_bytes];
-        // SAFETY: every task has its own row.
-        let values = unsafe { values.slice(row * inner, inner) };
-        dequantise_blocks(dtype, blocks, values);
-    });
-}
-
-/// Whole blocks, of one row or several.
-fn dequantise_blocks(dtype: GgmlDType, blocks: &[u8], values: &mut [f32]) {
-    if Widen::takes(dtype) {
-        return dispatch(Widen { dtype, blocks, values });
-    }
-    match dtype {
-        GgmlDType::Q5_0 => to_float::<BlockQ5_0>(blocks, values),
-        GgmlDType::Q5_1 => to_float::<BlockQ5_1>(blocks, values),
-        GgmlDType::Q2K => to_float::<BlockQ2K>(blocks, values),
-        GgmlDType::Q3K => to_float::<BlockQ3K>(blocks, values),
-        GgmlDType::Q5K => to_float::<BlockQ5K>(blocks, values),
-        other => unreachable!("`new` refuses {other:?}: this is a bug"),
-    }
-}
-
-fn to_float<B: GgmlType>(blocks: &[u8], values: &mut [f32]) {
-    // SAFETY: a block is numbers without padding, for which all bits are valid.
-    let (before, blocks, after) = unsafe { blocks.align_to::<B>() };
-    assert!(before.is_empty() && after.is_empty(), "candle keeps whole, aligned blocks: this is a bug");
-    B::to_float(blocks, values);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::linear::widened::SLAB_VALUES;
-    use crate::testing::{On, bits, for_each_device, random};
+    use crate::testing::{On, bits, for_each_device, random, threads};
     use crate::{embedding, linear};
 
     const TYPES: [GgmlDType; 10] = [
@@ -209,17 +158,75 @@ mod tests {
         QuantisedMatrix::new(&made.data().expect("on the CPU"), dtype, (rows, columns), device).expect("is sound")
     }
 
+    /// Blocks of any bits, but for scales that are not finite.
+    fn of_any_bits(dtype: GgmlDType, rows: usize, columns: usize, seed: u64) -> QuantisedMatrix {
+        let (block, values) = (dtype.type_size(), dtype.block_size());
+        let scales: &[usize] = match dtype {
+            GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
+            GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+            GgmlDType::Q2K => &[80, 82],
+            GgmlDType::Q3K => &[108],
+            _ => &[208],
+        };
+        let mut state = seed;
+        let mut byte = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        };
+        let mut bytes: Vec<u8> = (0..rows * columns / values * block).map(|_| byte()).collect();
+        for block in bytes.chunks_exact_mut(block) {
+            for scale in scales {
+                block[scale + 1] &= 0xbf;
+            }
+        }
+        QuantisedMatrix::new(&bytes, dtype, (rows, columns), &Device::Cpu).expect("is sound")
+    }
+
+    /// Outputs and columns that fill no tile, rows beside all paths of the dense product.
     #[test]
     fn products_are_those_of_the_dequantised_matrix_bit_for_bit() {
         for dtype in TYPES {
-            let weight = quantised(dtype, 37, 512, &Device::Cpu);
-            let dense = weight.dequantise(DType::F32).expect("dequantised");
-            let bias = random(&[37], 3);
-            for rows in [1, 7, 70] {
-                let x = random(&[rows, 512], 1);
-                let found = linear_quantised(&x, &weight, Some(&bias)).expect("computed");
-                assert_eq!(bits(&found), bits(&linear(&x, &dense, Some(&bias)).expect("computed")), "{dtype:?}");
+            for blocks in [1, 3, 21] {
+                let columns = blocks * dtype.block_size();
+                let weight = of_any_bits(dtype, 37, columns, blocks as u64);
+                let dense = weight.dequantise(DType::F32).expect("dequantised");
+                let bias = random(&[37], 3);
+                for rows in [1, 2, 3, 7, 24, 25, 70] {
+                    let x = random(&[rows, columns], 1);
+                    let found = linear_quantised(&x, &weight, Some(&bias)).expect("computed");
+                    let expected = linear(&x, &dense, Some(&bias)).expect("computed");
+                    assert_eq!(bits(&found), bits(&expected), "{dtype:?} {blocks} {rows}");
+                }
             }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_in_any_company() {
+        for dtype in TYPES {
+            let (outs, columns) = (1030, 768);
+            let weight = quantised(dtype, outs, columns, &Device::Cpu);
+            let x = random(&[90, columns], 1);
+            let all = linear_quantised(&x, &weight, None).expect("computed");
+            for (first, rows) in [(0, 1), (89, 1), (5, 2), (7, 17), (20, 66)] {
+                let expected = bits(&all.narrow(0, first, rows).expect("inside"));
+                let x = x.narrow(0, first, rows).expect("inside");
+                for count in [1, 2, 3] {
+                    let found = threads(count, || linear_quantised(&x, &weight, None).expect("computed"));
+                    assert_eq!(bits(&found), expected, "{dtype:?}: {rows} from {first}, {count} threads");
+                }
+            }
+        }
+    }
+
+    /// What candle makes of the blocks, which follows ggml value by value.
+    #[test]
+    fn every_bit_of_a_block_counts() {
+        for dtype in TYPES {
+            let table = of_any_bits(dtype, 64, 256, 7);
+            let ids = Tensor::arange(0u32, 64, &Device::Cpu).expect("ids");
+            let found = embedding_quantised(&ids, &table).expect("looked up");
+            assert_eq!(bits(&found), bits(&table.dequantise(DType::F32).expect("dequantised")), "{dtype:?}");
         }
     }
 
@@ -235,16 +242,6 @@ mod tests {
             let error = embedding_quantised(&beyond, &table).expect_err("no such row").to_string();
             assert!(error.contains("id 5 lies outside the table [5, 256]"), "{error}");
         }
-    }
-
-    #[test]
-    fn more_rows_than_a_slab_holds_come_in_their_order() {
-        let columns = SLAB_VALUES / 64;
-        let weight = quantised(GgmlDType::Q8_0, 150, columns, &Device::Cpu);
-        let dense = weight.dequantise(DType::F32).expect("dequantised");
-        let x = random(&[3, columns], 1);
-        let found = linear_quantised(&x, &weight, None).expect("computed");
-        assert_eq!(bits(&found), bits(&linear(&x, &dense, None).expect("computed")));
     }
 
     #[test]

@@ -1,18 +1,14 @@
 //! Products with matrices that are kept in a small form and widened to f32, whatever the form is.
 //!
-//! Owns: what is around such a product (shapes, counted work, bias, the way to a GPU), and widening some rows at a time where
-//! `x` has several. Does not know: how a row is widened.
+//! Owns: what is around such a product: shapes, counted work, bias, the way to a GPU. Does not know: how a row is widened.
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::{add_to_rows, matmul_transposed};
+use super::add_to_rows;
 #[cfg(gpu)]
 use crate::gpu;
 use crate::view::{View, tensor, vector};
 use crate::work::{self, Work};
-
-/// Values of a slab: 8 MiB in f32.
-pub(super) const SLAB_VALUES: usize = 2 << 20;
 
 /// `x [..., in]` (f32, on a GPU in any dtype) times a matrix `[out, in]` transposed, plus `bias [out]`: `[..., out]`.
 pub(super) struct Product<'a> {
@@ -60,28 +56,4 @@ impl Product<'_> {
         }
         tensor(y, shape)
     }
-}
-
-/// `y [m, out] = x [m, in] · wᵀ`, a slab of `w` at a time: `widen(first, slab)` fills it with whole rows from that one on, as
-/// many as it has room for, a multiple of `row_step`, those past the end with anything.
-pub(super) fn by_slabs(
-    x: &[f32],
-    (out, inner): (usize, usize),
-    row_step: usize,
-    y: &mut [f32],
-    mut widen: impl FnMut(usize, &mut [f32]) -> Result<()>,
-) -> Result<()> {
-    let slab_rows = (SLAB_VALUES / inner).max(1).next_multiple_of(row_step).min(out.next_multiple_of(row_step));
-    let mut slab = vec![0f32; slab_rows * inner];
-    let mut part = vec![0f32; x.len() / inner * slab_rows];
-    for first in (0..out).step_by(slab_rows) {
-        let rows = slab_rows.min(out - first);
-        widen(first, &mut slab[..rows.next_multiple_of(row_step) * inner])?;
-        let part = &mut part[..x.len() / inner * rows];
-        matmul_transposed(x, &slab[..rows * inner], inner, part);
-        for (y, part) in y.chunks_exact_mut(out).zip(part.chunks_exact(rows)) {
-            y[first..first + rows].copy_from_slice(part);
-        }
-    }
-    Ok(())
 }

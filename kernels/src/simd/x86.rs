@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{E4M3_TO_F32, INTEGER, Op, Simd};
+use super::{E4M3_TO_F32, Field, INTEGER, Op, Simd};
 
 /// # Safety
 /// The processor must have AVX2, FMA and F16C.
@@ -43,6 +43,7 @@ macro_rules! intrinsics {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type V = __m256;
+    type Codebook = [__m256; 3];
 
     intrinsics! {
         add(a, b) = _mm256_add_ps;
@@ -121,9 +122,43 @@ impl Simd for Avx2 {
         unsafe { transpose8(from, from_stride, to, to_stride) }
     }
     #[inline(always)]
-    unsafe fn nibbles(self, from: *const u32, shift: u32) -> __m256 {
+    unsafe fn splat_f16(self, from: *const u8) -> __m256 {
+        // SAFETY: the caller vouches for two bytes; `self` exists only where the processor has AVX2 and F16C.
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(from.cast::<i16>().read_unaligned())) }
+    }
+    #[inline(always)]
+    fn codebook(self, zero: __m256, scale: __m256, offset: __m256) -> [__m256; 3] {
+        [zero, scale, offset]
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_bytes(self, book: [__m256; 3], from: *const u8, shift: u32) -> __m256 {
+        // SAFETY: the caller vouches for 8 bytes.
+        let codes = unsafe { _mm256_cvtepi32_ps(field256(Field { from, shift, mask: 15 })) };
+        self.fma(self.sub(codes, book[0]), book[1], book[2])
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_words(self, book: [__m256; 3], from: *const u32, shift: u32) -> __m256 {
         // SAFETY: the caller vouches for 8 words.
-        unsafe { _mm256_castsi256_ps(_mm256_or_si256(nibbles256(from, shift), _mm256_set1_epi32(INTEGER as i32))) }
+        let codes = unsafe { _mm256_cvtepi32_ps(nibbles256(from, shift)) };
+        self.fma(self.sub(codes, book[0]), book[1], book[2])
+    }
+    #[inline(always)]
+    unsafe fn fields(self, low: Field, high: Field, at: u32) -> __m256 {
+        // SAFETY: the caller vouches for 8 bytes of each.
+        unsafe {
+            let high = _mm256_sll_epi32(field256(high), _mm_cvtsi32_si128(at as i32));
+            _mm256_cvtepi32_ps(_mm256_or_si256(field256(low), high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> __m256 {
+        // SAFETY: the caller vouches for 8 bytes.
+        unsafe {
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let bits = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), lanes);
+            let bits = _mm256_and_si256(_mm256_slli_epi32::<4>(bits), _mm256_set1_epi32(16));
+            _mm256_cvtepi32_ps(_mm256_or_si256(field256(Field { from, shift, mask: 15 }), bits))
+        }
     }
     #[inline(always)]
     unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> __m256 {
@@ -145,6 +180,8 @@ impl Simd for Avx2 {
 impl Simd for Avx512 {
     const LANES: usize = 16;
     type V = __m512;
+    /// The sixteen values.
+    type Codebook = __m512;
 
     intrinsics! {
         add(a, b) = _mm512_add_ps;
@@ -223,9 +260,49 @@ impl Simd for Avx512 {
         unsafe { transpose8(from, from_stride, to, to_stride) }
     }
     #[inline(always)]
-    unsafe fn nibbles(self, from: *const u32, shift: u32) -> __m512 {
-        // SAFETY: the caller vouches for 16 words.
-        unsafe { _mm512_castsi512_ps(_mm512_or_si512(nibbles512(from, shift), _mm512_set1_epi32(INTEGER as i32))) }
+    unsafe fn splat_f16(self, from: *const u8) -> __m512 {
+        // SAFETY: the caller vouches for two bytes; `self` exists only where the processor has AVX-512.
+        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(from.cast::<i16>().read_unaligned())) }
+    }
+    #[inline(always)]
+    fn codebook(self, zero: __m512, scale: __m512, offset: __m512) -> __m512 {
+        // SAFETY: `self` exists only where the processor has AVX-512.
+        let codes = unsafe {
+            _mm512_setr_ps(0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0)
+        };
+        self.fma(self.sub(codes, zero), scale, offset)
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_bytes(self, book: __m512, from: *const u8, shift: u32) -> __m512 {
+        // SAFETY: the caller vouches for 16 bytes. Bits above the lower four of an index do not count.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_permutexvar_ps(_mm512_srl_epi32(bytes, _mm_cvtsi32_si128(shift as i32)), book)
+        }
+    }
+    #[inline(always)]
+    unsafe fn nibbles_of_words(self, book: __m512, from: *const u32, shift: u32) -> __m512 {
+        // SAFETY: the caller vouches for 16 words. Bits above the lower four of an index do not count.
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            _mm512_permutexvar_ps(_mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)), book)
+        }
+    }
+    #[inline(always)]
+    unsafe fn fields(self, low: Field, high: Field, at: u32) -> __m512 {
+        // SAFETY: the caller vouches for 16 bytes of each.
+        unsafe {
+            let high = _mm512_sll_epi32(field512(high), _mm_cvtsi32_si128(at as i32));
+            _mm512_cvtepi32_ps(_mm512_or_si512(field512(low), high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> __m512 {
+        // SAFETY: the caller vouches for 16 bytes.
+        unsafe {
+            let nibbles = field512(Field { from, shift, mask: 15 });
+            _mm512_cvtepi32_ps(_mm512_mask_or_epi32(nibbles, word as u16, nibbles, _mm512_set1_epi32(16)))
+        }
     }
     #[inline(always)]
     unsafe fn nibble_pairs(self, low: *const u32, high: *const u32, shift: u32) -> __m512 {
@@ -241,6 +318,30 @@ impl Simd for Avx512 {
             let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)));
             _mm512_mul_ps(_mm512_castsi512_ps(_mm512_or_si512(sign, magnitude)), _mm512_set1_ps(E4M3_TO_F32))
         }
+    }
+}
+
+/// # Safety
+/// 8 bytes must be readable; the processor must have AVX2.
+#[inline(always)]
+unsafe fn field256(field: Field) -> __m256i {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(field.from.cast()));
+        let shifted = _mm256_srl_epi32(bytes, _mm_cvtsi32_si128(field.shift as i32));
+        _mm256_and_si256(shifted, _mm256_set1_epi32(field.mask as i32))
+    }
+}
+
+/// # Safety
+/// 16 bytes must be readable; the processor must have AVX-512 F.
+#[inline(always)]
+unsafe fn field512(field: Field) -> __m512i {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(field.from.cast()));
+        let shifted = _mm512_srl_epi32(bytes, _mm_cvtsi32_si128(field.shift as i32));
+        _mm512_and_si512(shifted, _mm512_set1_epi32(field.mask as i32))
     }
 }
 

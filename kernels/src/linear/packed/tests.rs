@@ -1,6 +1,5 @@
 use super::*;
 use crate::linear;
-use crate::linear::widened::SLAB_VALUES;
 use crate::testing::{On, bits, for_each_device, random, values};
 
 const CODES: [Code; 3] = [Code::Bits4, Code::Bits8, Code::Float8];
@@ -86,6 +85,7 @@ fn cases() -> Vec<Case> {
             ((50, 1100), 128, 1),
             ((33, 96), 96, 1),
             ((40, 72), 24, 1),
+            ((20, 640), 16, 1),
             ((70, 300), 128, 32),
             ((3, 5), 5, 3),
         ] {
@@ -107,7 +107,7 @@ fn values_are_those_of_codes_zeros_and_scales() {
     }
 }
 
-/// One row is widened in registers, more rows in slabs; alone, in a batch and beside others a row has the same bits. They are
+/// One row is widened in registers, more rows in panels; alone, in a batch and beside others a row has the same bits. They are
 /// those of the dense product over the columns in the tiles' order.
 #[test]
 fn a_row_has_the_same_bits_in_any_company() {
@@ -132,8 +132,8 @@ fn a_row_has_the_same_bits_in_any_company() {
 }
 
 #[test]
-fn more_rows_than_a_slab_holds_come_in_their_order() {
-    let columns = SLAB_VALUES / 64;
+fn long_rows_of_large_matrices_come_in_their_order() {
+    let columns = 5000;
     let case = Case {
         code: Code::Bits4,
         dims: (150, columns),
@@ -143,9 +143,13 @@ fn more_rows_than_a_slab_holds_come_in_their_order() {
         has_zeros: true,
         has_order: false,
     };
-    let x = random(&[3, columns], 1);
-    let found = linear_packed(&x, &case.matrix(&Device::Cpu), None).expect("computed");
-    crate::testing::assert_close(&found, &linear(&x, &case.values(), None).expect("computed"), 1e-5);
+    let (x, weight) = (random(&[70, columns], 1), case.matrix(&Device::Cpu));
+    let all = linear_packed(&x, &weight, None).expect("computed");
+    crate::testing::assert_close(&all, &linear(&x, &case.values(), None).expect("computed"), 2e-5);
+    for rows in [1, 3] {
+        let found = linear_packed(&x.narrow(0, 0, rows).unwrap(), &weight, None).expect("computed");
+        assert_eq!(bits(&found), bits(&all.narrow(0, 0, rows).unwrap()));
+    }
 }
 
 #[test]
