@@ -577,6 +577,36 @@ fn inspect_plans_a_published_configuration_without_files() {
     }
 }
 
+/// Bits, groups, and how many tokens a card has room for, as they are computed and in 8 bits.
+#[test]
+fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {
+    for (preset, kept) in [
+        ("llama-3.1-70b-awq-int4", "AWQ 4 bits, groups of 128 68.45 B"),
+        ("llama-3.3-70b-w4a16", "compressed-tensors 4 bits, groups of 128 68.45 B"),
+        ("qwen2.5-72b-awq", "AWQ 4 bits, groups of 128 70.46 B"),
+        ("qwen2.5-72b-gptq-int4", "GPTQ 4 bits, groups of 128 70.46 B"),
+    ] {
+        let inspect = |args: &[&str]| succeed(&[&["inspect", "--preset", preset, "--device", "cuda:0"], args].concat());
+        let text = inspect(&[]);
+        for part in [kept, "Of 80.00 GiB the weights leave ", " in bf16", " in int8"] {
+            assert!(text.contains(part), "{preset}: `{part}` is not in: {text}");
+        }
+        let report =
+            |args: &[&str]| -> Value { serde_json::from_str(&inspect(&[&["--json"], args].concat())).unwrap() };
+        let context = &report(&[])["context"];
+        assert_eq!(report(&["--memory", "80GiB"])["context"], *context, "{preset}");
+        let number = |field: &str| context[field].as_u64().unwrap();
+        let tokens = |format: &str| context["tokens_beside_weights"][format].as_u64().unwrap();
+        // 80 layers of 8 heads of 128, keys and values.
+        assert_eq!((number("memory_bytes"), number("bytes_per_token")), (80 << 30, 80 * 8 * 128 * 2 * 2), "{preset}");
+        assert_eq!(tokens("bf16"), number("free_bytes") / number("bytes_per_token"), "{preset}");
+        assert_eq!(tokens("int8"), number("free_bytes") / (80 * 8 * (128 + 4) * 2), "{preset}");
+        assert!((100_000..140_000).contains(&tokens("bf16")), "{preset}: {context}");
+        let small = inspect(&["--memory", "24GiB"]);
+        assert!(small.contains("Of 24.00 GiB the weights do not leave room for any."), "{preset}: {small}");
+    }
+}
+
 /// It needs an image, so that there is no plainest request whose memory could be told.
 #[test]
 fn inspect_says_that_a_refiner_can_be_loaded() {
@@ -798,7 +828,11 @@ fn bench_step_refuses_what_cannot_be_measured() {
         check_failure(&[&["bench", "step"], args].concat(), exit_code, parts);
     };
     let wan = Golden::read("wan-a").checkpoint;
-    check(&["--preset", "llama-3.1-70b", "--memory", "1GiB"], 1, &["not enough memory", "1073741824 free"]);
+    for preset in
+        ["llama-3.1-70b", "llama-3.1-70b-awq-int4", "llama-3.3-70b-w4a16", "qwen2.5-72b-awq", "qwen2.5-72b-gptq-int4"]
+    {
+        check(&["--preset", preset, "--memory", "1GiB"], 1, &["not enough memory", "1073741824 free"]);
+    }
     check(&["--preset", "wan2.1-t2v-14b", "--width", "100"], 2, &["--width: is 100", "multiples of 16"]);
     check(&["--preset", "flux.1-dev", "--load-format", "auto"], 2, &["--load-format: a preset has no files"]);
     check(&["--model", &wan, "--layers", "1"], 2, &["--layers: ", "--load-format dummy"]);

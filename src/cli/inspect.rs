@@ -10,7 +10,7 @@ use serde::Serialize;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, LoadedModel, TextEncoders};
-use tale_models::kv::KvFormat;
+use tale_models::kv::{KvFormat, KvShape};
 use tale_models::loading::{self, Inspection};
 use tale_models::presets::{Configurations, Preset};
 use tale_models::{ModelCard, ModelSource, Request};
@@ -66,7 +66,8 @@ pub struct InspectArgs {
     #[arg(long, value_name = "FORMAT", default_value = "auto")]
     load_format: LoadFormat,
 
-    /// Memory that the model and its requests may take, such as 24GiB: says how a request is then worked on, and if it fits
+    /// Memory that the model and its requests may take, such as 24GiB: says how a request is then worked on, and if it fits; of a
+    /// language model, how many tokens fit [default: that of a card of 80GiB]
     #[arg(long, value_name = "SIZE")]
     memory: Option<ByteSize>,
 }
@@ -90,7 +91,7 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
         options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
     }
     let (inspection, model) = loading::plan(source, &placement, &options)?;
-    let context = model.as_ref().and_then(|model| ContextReport::new(args, &inspection, model));
+    let context = model.as_ref().and_then(|model| ContextReport::new(args, &inspection, model, &placement));
     let cache_tokens = model.as_ref().map(|model| cache_tokens(model, &inspection, &placement)).unwrap_or_default();
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let called = args.preset.map_or_else(|| path.to_owned(), |preset| preset.name.into());
@@ -124,8 +125,18 @@ fn placed_text_encoders(
 /// Tokens that the default KV cache of a language model would hold in each format.
 fn cache_tokens(model: &LoadedModel, inspection: &Inspection, placement: &Placement) -> BTreeMap<String, usize> {
     let ModelCard::Text(card) = &model.card else { return BTreeMap::new() };
-    let tokens = |format: KvFormat| (format.to_string(), inspection.cache_bytes / card.kv_shape.token_bytes(format));
+    tokens_by_format(card.kv_shape, inspection.cache_bytes, placement)
+}
+
+/// Tokens that so many bytes hold in each format.
+fn tokens_by_format(shape: KvShape, bytes: usize, placement: &Placement) -> BTreeMap<String, usize> {
+    let tokens = |format: KvFormat| (format.to_string(), bytes / shape.token_bytes(format));
     [KvFormat::computed(placement), KvFormat::Int8].map(tokens).into()
+}
+
+/// Tokens by format in words.
+fn tokens_in_words(tokens: &BTreeMap<String, usize>) -> String {
+    tokens.iter().map(|(format, tokens)| format!("{tokens} in {format}")).collect::<Vec<_>>().join(", ")
 }
 
 /// How a picture was made.
@@ -171,19 +182,29 @@ struct ContextReport {
     bytes_per_token: usize,
     /// Most of one request.
     max_tokens: usize,
-    /// Whose keys and values fit beside the weights into `--memory`.
-    tokens_beside_weights: Option<usize>,
+    /// `--memory`, or that of a large card.
+    memory_bytes: usize,
+    /// What the weights leave of it.
+    free_bytes: usize,
+    /// Whose keys and values fit there, by the dtype in which they are kept.
+    tokens_beside_weights: BTreeMap<String, usize>,
 }
 
+/// For which memory the tokens of a language model are counted where nothing is said: one card of 80 GB.
+const LARGE_CARD: ByteSize = ByteSize(80 << 30);
+
 impl ContextReport {
-    fn new(args: &InspectArgs, inspection: &Inspection, model: &LoadedModel) -> Option<Self> {
+    fn new(args: &InspectArgs, inspection: &Inspection, model: &LoadedModel, placement: &Placement) -> Option<Self> {
         let ModelCard::Text(card) = &model.card else { return None };
-        let weights = inspection.components.iter().map(|(_, report)| report.resident_bytes).sum();
-        let tokens = |memory: ByteSize| memory.0.saturating_sub(weights) / card.kv_bytes_per_token;
+        let ByteSize(memory_bytes) = args.memory.unwrap_or(LARGE_CARD);
+        let held_bytes = inspection.resident_bytes() - inspection.cache_bytes;
+        let free_bytes = memory_bytes.saturating_sub(held_bytes);
         Some(Self {
             bytes_per_token: card.kv_bytes_per_token,
             max_tokens: card.max_context,
-            tokens_beside_weights: args.memory.map(tokens),
+            memory_bytes,
+            free_bytes,
+            tokens_beside_weights: tokens_by_format(card.kv_shape, free_bytes, placement),
         })
     }
 }
@@ -322,22 +343,15 @@ impl Display for Report {
             write_row(f, "total", self.parameters, self.memory_bytes, "")?;
         }
         if self.cache_bytes > 0 {
-            let tokens: Vec<_> =
-                self.cache_tokens.iter().map(|(dtype, tokens)| format!("{tokens} in {dtype}")).collect();
             writeln!(
                 f,
                 "\nBeside the weights: a KV cache of {} unless configured otherwise; it holds so many tokens: {}.",
                 ByteSize(self.cache_bytes),
-                tokens.join(", ")
+                tokens_in_words(&self.cache_tokens)
             )?;
         }
-        if let Some(ContextReport { bytes_per_token, max_tokens, tokens_beside_weights }) = &self.context {
-            writeln!(f, "A token takes {} of it; a request has at most {max_tokens}.", ByteSize(*bytes_per_token))?;
-            match tokens_beside_weights {
-                Some(0) => writeln!(f, "The weights do not leave room for any.")?,
-                Some(tokens) => writeln!(f, "Beside the weights {tokens} tokens fit into the given memory.")?,
-                None => (),
-            }
+        if let Some(context) = &self.context {
+            write!(f, "{context}")?;
         }
         match &self.request {
             Some(request) => write!(f, "{request}")?,
@@ -354,6 +368,19 @@ impl Display for Report {
         }
         writeln!(f, "\nThe checkpoint cannot be loaded:")?;
         self.problems.iter().try_for_each(|problem| writeln!(f, "  {problem}"))
+    }
+}
+
+impl Display for ContextReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes_per_token, max_tokens, memory_bytes, free_bytes, tokens_beside_weights } = self;
+        writeln!(f, "A token takes {} of it; a request has at most {max_tokens}.", ByteSize(*bytes_per_token))?;
+        let memory = ByteSize(*memory_bytes);
+        if tokens_beside_weights.values().all(|tokens| *tokens == 0) {
+            return writeln!(f, "Of {memory} the weights do not leave room for any.");
+        }
+        let (free, tokens) = (ByteSize(*free_bytes), tokens_in_words(tokens_beside_weights));
+        writeln!(f, "Of {memory} the weights leave {free} for a KV cache, which hold so many tokens: {tokens}.")
     }
 }
 

@@ -596,6 +596,19 @@ mod tests {
         assert!((1.0..8.0).contains(&(together.bytes / alone.bytes)), "{alone:?} {together:?}");
     }
 
+    /// What a large card has to have for one sequence of a 70B model: codes, scales, and little beside them.
+    #[test]
+    fn a_model_in_four_bits_is_planned_for_one_card() {
+        for name in ["llama-3.1-70b-awq-int4", "llama-3.3-70b-w4a16", "qwen2.5-72b-awq", "qwen2.5-72b-gptq-int4"] {
+            let preset: &crate::presets::Preset = name.parse().expect("is in the table");
+            let folder = crate::presets::Configurations::of_preset(preset).expect("written");
+            let options = StepOptions { batches: vec![1], ..options() };
+            let planned = StepBench::plan(folder.path(), DeviceSpec::Cuda(0), WeightDtype::Auto, &options);
+            let needed = planned.expect("planned").needed_bytes;
+            assert!((36 << 30..48 << 30).contains(&needed), "{name}: {needed}");
+        }
+    }
+
     #[test]
     fn a_picture_is_encoded_denoised_and_decoded() {
         let sizes = StepOptions { width: Some(64), height: Some(32), batches: vec![1, 2], ..options() };

@@ -96,6 +96,10 @@ pub const PRESETS: &[Preset] = &[
     language_model("llama-3.1-70b", &[&[("config.json", include_str!("llama-3.1-70b.json"))]]),
     language_model("qwen2.5-7b", &[&[("config.json", include_str!("qwen2.5-7b.json"))]]),
     language_model("qwen2.5-72b", &[&[("config.json", include_str!("qwen2.5-72b.json"))]]),
+    language_model("llama-3.1-70b-awq-int4", &[&[("config.json", include_str!("llama-3.1-70b-awq-int4.json"))]]),
+    language_model("llama-3.3-70b-w4a16", &[&[("config.json", include_str!("llama-3.3-70b-w4a16.json"))]]),
+    language_model("qwen2.5-72b-awq", &[&[("config.json", include_str!("qwen2.5-72b-awq.json"))]]),
+    language_model("qwen2.5-72b-gptq-int4", &[&[("config.json", include_str!("qwen2.5-72b-gptq-int4.json"))]]),
     language_model("tinyllama-1.1b", &[&[("config.json", include_str!("tinyllama-1.1b.json"))]]),
     Preset {
         name: "flux.1-dev",

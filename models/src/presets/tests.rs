@@ -35,6 +35,11 @@ fn parameters_are_those_published() {
     check("llama-3.1-70b", "", 70.55);
     check("qwen2.5-7b", "", 7.616);
     check("qwen2.5-72b", "", 72.71);
+    check("llama-3.1-70b-awq-int4", "", 70.55);
+    check("llama-3.3-70b-w4a16", "", 70.55);
+    // Rows of the feed-forward layers are filled up, so that groups can be shared out among cards.
+    check("qwen2.5-72b-awq", "", 72.96);
+    check("qwen2.5-72b-gptq-int4", "", 72.96);
     check("tinyllama-1.1b", "", 1.100);
     for (name, transformer) in [("flux.1-dev", 11.901), ("flux.1-schnell", 11.891)] {
         check(name, "transformer", transformer);
@@ -81,6 +86,26 @@ fn hunyuanvideo_has_the_parameters_of_its_size() {
     check("hunyuanvideo-i2v", "text_encoder", 7.0690 + 0.2909 + 0.02098);
     check("hunyuanvideo-i2v", "text_encoder_2", 0.1231);
     check("hunyuanvideo-i2v", "vae", 0.24648);
+}
+
+/// Matrices of the blocks are kept in codes; embeddings, head and norms are not. A group of 128 values has a scale of 16 bits and
+/// a zero of 8.
+#[test]
+fn presets_of_four_bits_take_four_bits() {
+    for (name, kept, plain, values, bits) in [
+        ("llama-3.1-70b-awq-int4", "AWQ 4 bits, groups of 128", "F16", 68.451, 4.1875),
+        ("llama-3.3-70b-w4a16", "compressed-tensors 4 bits, groups of 128", "BF16", 68.451, 4.1875),
+        ("qwen2.5-72b-awq", "AWQ 4 bits, groups of 128", "F16", 70.464, 4.1875),
+        ("qwen2.5-72b-gptq-int4", "GPTQ 4 bits, groups of 128", "F16", 70.464, 4.1875),
+    ] {
+        let inspection = inspect(&preset(name));
+        let [(_, report)] = &inspection.components[..] else { panic!("{name} is one network") };
+        assert!(report.dtypes.len() == 2, "{name}: {report:?}");
+        let (coded, others) = (report.dtypes[kept] as f64, report.dtypes[plain] as f64);
+        assert!((coded / 1e9 / values - 1.0).abs() < 1e-3, "{name}: {coded} values in codes, published {values}");
+        let bytes = coded * bits / 8.0 + others * 2.0;
+        assert!((report.resident_bytes as f64 / bytes - 1.0).abs() < 1e-3, "{name}: {report:?}");
+    }
 }
 
 /// Everything that stands in the table, so that an entry cannot be added and never read.

@@ -260,7 +260,7 @@ impl Weights {
     /// Notes a matrix that is made up in a format of codes.
     pub fn note_made_up(&self, name: &str, said: Coded) {
         let full_name = self.full_name(name);
-        self.record().note_use(&full_name, &full_name, said.values, said.resident_bytes);
+        self.record().note_coded(&full_name, &full_name, said);
     }
 
     fn raw<T: Send + 'static>(

@@ -82,21 +82,30 @@ impl Record {
         Ok(())
     }
 
-    /// What is to be said beside the tensors that the files hold. `dummy`: the dtype of random weights in place of files.
-    /// Takes the problems.
+    /// What is to be said beside the tensors that the files hold. `dummy`: the dtype of random weights in place of files, but for
+    /// those that are made up in codes. Takes the problems.
     pub(super) fn report(&mut self, published: &BTreeMap<String, Located>, dummy: Option<DType>) -> WeightsReport {
         let mut dtypes = BTreeMap::new();
-        for (name, tensor) in published {
-            let (kept, values) = match self.coded.get(name) {
-                // What is beside codes is no parameter.
-                Some((_, 0)) => continue,
-                Some((kept, values)) => (kept.clone(), *values),
-                None => (tensor.stored.to_string(), elements(&tensor.shape)),
-            };
+        let mut add = |kept: String, values: usize| {
             let sum: &mut usize = dtypes.entry(kept).or_insert(0);
             *sum = sum.saturating_add(values);
+        };
+        for (name, tensor) in published {
+            match self.coded.get(name) {
+                // What is beside codes is no parameter.
+                Some((_, 0)) => continue,
+                Some((kept, values)) => add(kept.clone(), *values),
+                None => add(tensor.stored.to_string(), elements(&tensor.shape)),
+            }
         }
-        dtypes.extend(dummy.map(|dtype| (format!("{dtype:?}"), self.used_elements)));
+        if let Some(dtype) = dummy {
+            let mut plain = self.used_elements;
+            for (kept, values) in self.coded.values() {
+                add(kept.clone(), *values);
+                plain = plain.saturating_sub(*values);
+            }
+            add(format!("{dtype:?}"), plain);
+        }
         WeightsReport {
             num_parameters: dtypes.values().fold(0, |sum: usize, more| sum.saturating_add(*more)),
             dtypes,
