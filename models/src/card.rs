@@ -4,7 +4,7 @@
 //! get wrong is found here, before the device thread hears of it.
 
 use crate::cancel::CancelToken;
-use crate::chat_template::{ChatTemplate, Conversation};
+use crate::chat_template::{ChatTemplates, Conversation};
 use crate::diffusion::DiffusionCard;
 use crate::error::{Error, Result};
 use crate::grammar::{Asked, Grammar, Grammars};
@@ -98,7 +98,7 @@ pub struct TextCard {
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     /// Messages to text; base models have none.
-    pub chat_template: Option<ChatTemplate>,
+    pub chat_template: Option<ChatTemplates>,
     /// Sampling defaults of `generation_config.json`.
     pub defaults: SamplingDefaults,
     /// What answers may be held to.
@@ -122,7 +122,7 @@ impl TextCard {
 
     /// How this model calls tools; `field` is the one that asks for them.
     pub fn tool_format(&self, field: &str) -> Result<ToolFormat> {
-        let template = self.chat_template.as_ref().and_then(ChatTemplate::tools);
+        let template = self.chat_template.as_ref().and_then(ChatTemplates::tools);
         let Some(support) = template else {
             return Err(Error::invalid(field, "this model's chat template has no tools"));
         };
@@ -131,7 +131,7 @@ impl TextCard {
     }
 
     /// As [`TextCard::encode_chat`], here and at once; `None` where that would take long: of conversations that are not short,
-    /// as they are or once they are rendered, and of templates that do much ([`ChatTemplate::render_little`]).
+    /// as they are or once they are rendered, and of templates that do much ([`ChatTemplates::render_little`]).
     pub fn encode_short_chat(&self, conversation: &Conversation, encoding: Encoding) -> Option<Result<Vec<u32>>> {
         if conversation.num_bytes() > MAX_SHORT_BYTES || conversation.messages.len() > MAX_SHORT_MESSAGES {
             return None;
@@ -148,7 +148,7 @@ impl TextCard {
     }
 
     /// The template, for a conversation that it may be rendered with.
-    fn template_for(&self, conversation: &Conversation, encoding: Encoding) -> Result<&ChatTemplate> {
+    fn template_for(&self, conversation: &Conversation, encoding: Encoding) -> Result<&ChatTemplates> {
         if conversation.messages.is_empty() {
             return Err(Error::invalid("messages", "is empty; at least one message is needed"));
         }

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::checkpoint::STEP_BYTES;
 use crate::error::{Error, Result};
 use crate::family::LoadedModel;
@@ -99,7 +99,7 @@ pub fn text_model(script: Script) -> Result<LoadedModel> {
         vocab_size: bytes::VOCAB_SIZE,
         grammars: Grammars::new(tokenizer.clone(), bytes::VOCAB_SIZE, end.as_slice()),
         tokenizer,
-        chat_template: ChatTemplate::from_dir(folder.path())?,
+        chat_template: ChatTemplates::from_dir(folder.path())?,
         defaults: SamplingDefaults::default(),
         tool_format: None,
     };

@@ -1,6 +1,6 @@
 //! Chat templates: from messages to the text that a model was trained on.
 //!
-//! Owns: finding the template, what it is rendered with, and telling its failures apart. What a template asks for that
+//! Owns: what a template is rendered with, and telling its failures apart (`named.rs` finds a model's templates). What a template asks for that
 //! is not there is found when it is loaded (`program.rs`, and conversations that are tried); what it refuses is the
 //! client's to mend; what else goes wrong is ours. A template is a program from a stranger: it is compiled and rendered on
 //! a thread with a stack of its own (`threads.rs`), which bounds of source (`nesting.rs`) and values (`kept.rs`) suffice for,
@@ -9,18 +9,15 @@
 //! Source: transformers `utils/chat_template_utils.py`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use minijinja::value::Value;
 use minijinja::{Error as TemplateError, ErrorKind};
-use serde::Deserialize;
 
-use crate::config::{read_json_if_present, read_text};
 use crate::error::{Error, Result};
 use crate::files::Limit;
-use crate::tokenizer::config::TokenizerConfig;
 use crate::tools::{Tool, ToolFormat};
 
 mod budget;
@@ -29,6 +26,7 @@ mod filters;
 mod globals;
 mod kept;
 mod message;
+mod named;
 mod nesting;
 mod objects;
 mod operators;
@@ -40,6 +38,8 @@ mod weight;
 
 pub use conversation::{Conversation, Ending};
 pub use message::{ChatMessage, ToolCall};
+pub use named::ChatTemplates;
+pub(crate) use named::{DEFAULT, Sources, TOOL_USE};
 use program::Program;
 use threads::{Failure, Overdue};
 
@@ -64,27 +64,35 @@ pub struct ToolSupport {
     pub format: Option<ToolFormat>,
 }
 
-impl ChatTemplate {
-    /// From `chat_template.jinja`, `chat_template.json` or `tokenizer_config.json` in `dir`, the first that has one;
-    /// `None` when the model has none. A template that can never be rendered is an error that names the file, the line
-    /// and what is missing.
-    pub fn from_dir(dir: &Path) -> Result<Option<Self>> {
-        let Some((path, source)) = find(dir)? else { return Ok(None) };
-        let special_tokens = TokenizerConfig::read(dir)?.spellings();
-        Self::of_source(&path, &source, special_tokens).map(Some)
-    }
+/// Which conversations a template is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Served {
+    /// All of them.
+    All,
+    /// Those with tools: it need not bear that there are none.
+    WithTools,
+}
 
+/// The tool that templates are tried with.
+const TRIED_TOOL: &str = "look_up_the_weather";
+
+fn tool_to_try() -> Tool {
+    let parameters = serde_json::json!({"type": "object", "properties": {}});
+    Tool { name: TRIED_TOOL.to_owned(), description: Some(String::new()), parameters, field: String::new() }
+}
+
+impl ChatTemplate {
     /// The template `source` of the file at `path`, with the spellings of the special tokens that it may name.
-    pub(crate) fn of_source(path: &Path, source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self> {
+    fn of_source(path: &Path, source: &str, special_tokens: BTreeMap<String, String>, served: Served) -> Result<Self> {
         let limit = Limit::CONFIG.bytes();
         if source.len() as u64 > limit {
             let problem = format!("its chat template has {} bytes; at most {limit}", source.len());
             return Err(Error::checkpoint(path, problem));
         }
-        Self::load(source, special_tokens).map_err(|problem| Error::checkpoint(path, problem))
+        Self::load(source, special_tokens, served).map_err(|problem| Error::checkpoint(path, problem))
     }
 
-    fn load(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, String> {
+    fn load(source: &str, special_tokens: BTreeMap<String, String>, served: Served) -> Result<Self, String> {
         let overdue = Overdue::default();
         let source = source.to_owned();
         let compiled = overdue.run(budget::MAX_TIME + GRACE, move || {
@@ -98,21 +106,26 @@ impl ChatTemplate {
             return Err(format!("the chat template uses what is not supported: {}", all.join("; ")));
         }
         let mut template = Self { program: Arc::new(program), overdue, special_tokens, tools: None };
-        template.try_conversations().map_err(|error| format!("the chat template cannot be rendered: {error}"))?;
-        template.tools = template.try_tools();
+        let tools = match served {
+            Served::All => Vec::new(),
+            Served::WithTools => vec![tool_to_try()],
+        };
+        let tried = template.try_conversations(&tools);
+        tried.map_err(|error| format!("the chat template cannot be rendered: {error}"))?;
+        template.tools = template.try_tools(tools);
         Ok(template)
     }
 
     /// Renders small conversations of usual shapes. A feature that is missing at run time is an error, and so is a
     /// template that fails at all of them; one that refuses a shape with `raise_exception` is not.
-    fn try_conversations(&self) -> Result<(), RenderError> {
+    fn try_conversations(&self, tools: &[Tool]) -> Result<(), RenderError> {
         const SHAPES: [&[&str]; 4] =
             [&["user"], &["system", "user"], &["user", "assistant", "user"], &["system", "user", "assistant", "user"]];
         let mut failure = None;
         let mut answers = 0;
         for roles in SHAPES {
             let messages: Vec<ChatMessage> = roles.iter().map(|role| ChatMessage::new(role, "Hello there.")).collect();
-            match self.text(&messages.into()) {
+            match self.text(&Conversation { tools: tools.to_vec(), ..messages.into() }) {
                 Err(error) if error.is_hopeless() => return Err(error),
                 Err(error) if error.refusal().is_none() => failure = Some(error),
                 _ => answers += 1,
@@ -121,23 +134,20 @@ impl ChatTemplate {
         failure.filter(|_| answers == 0).map_or(Ok(()), Err)
     }
 
-    /// What it does with tools, found by showing it one, and a conversation with a call.
-    fn try_tools(&self) -> Option<ToolSupport> {
-        const NAME: &str = "look_up_the_weather";
-        let parameters = serde_json::json!({"type": "object", "properties": {}});
-        let tool = Tool { name: NAME.to_owned(), description: Some(String::new()), parameters, field: String::new() };
+    /// What it does with tools, found by showing it one, and a conversation with a call, for which there are `tools`.
+    fn try_tools(&self, tools: Vec<Tool>) -> Option<ToolSupport> {
         let question = ChatMessage::new("user", "Hello there.");
-        let asked = Conversation { tools: vec![tool], ..vec![question.clone()].into() };
+        let asked = Conversation { tools: vec![tool_to_try()], ..vec![question.clone()].into() };
         let shown = self.text(&asked).ok()?;
-        if !shown.contains(NAME) {
+        if !shown.contains(TRIED_TOOL) {
             return None;
         }
         let arguments = serde_json::Map::from_iter([("place".to_owned(), "here".into())]);
-        let call = ToolCall { id: "call_1".to_owned(), name: NAME.to_owned(), arguments };
+        let call = ToolCall { id: "call_1".to_owned(), name: TRIED_TOOL.to_owned(), arguments };
         let called = ChatMessage { tool_calls: vec![call], ..ChatMessage::new("assistant", "") };
         let result = ChatMessage { tool_call_id: Some("call_1".to_owned()), ..ChatMessage::new("tool", "Rain.") };
-        let text = self.text(&vec![question, called, result].into()).ok();
-        Some(ToolSupport { format: text.and_then(|text| ToolFormat::of_text(&text, NAME)) })
+        let text = self.text(&Conversation { tools, ..vec![question, called, result].into() }).ok();
+        Some(ToolSupport { format: text.and_then(|text| ToolFormat::of_text(&text, TRIED_TOOL)) })
     }
 
     /// What it does with tools; `None` where it shows the model none.
@@ -240,58 +250,6 @@ fn in_own_words(error: &TemplateError) -> String {
     match (error.kind(), error.line()) {
         (ErrorKind::OutOfFuel, Some(line)) => format!("line {line}: {}", program::OUT_OF_FUEL),
         _ => error.to_string(),
-    }
-}
-
-/// The template's source and the file that has it.
-fn find(dir: &Path) -> Result<Option<(PathBuf, String)>> {
-    let jinja = dir.join("chat_template.jinja");
-    if jinja.exists() {
-        let source = read_text(&jinja)?;
-        return Ok(Some((jinja, source)));
-    }
-    for name in ["chat_template.json", "tokenizer_config.json"] {
-        let path = dir.join(name);
-        let template = read_json_if_present::<TemplateFile>(&path)?.and_then(|file| file.chat_template);
-        if let Some(template) = template {
-            return Ok(template.default_one(&path).map(|source| (path, source)));
-        }
-    }
-    Ok(None)
-}
-
-/// The part of a file that concerns templates.
-#[derive(Deserialize)]
-struct TemplateFile {
-    chat_template: Option<TemplateSource>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TemplateSource {
-    One(String),
-    Named(Vec<NamedTemplate>),
-}
-
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
-}
-
-impl TemplateSource {
-    /// As transformers: of several templates, the one called `default`. Without one, a conversation has no template.
-    fn default_one(self, path: &Path) -> Option<String> {
-        match self {
-            Self::One(template) => Some(template),
-            Self::Named(templates) => {
-                let default = templates.into_iter().find(|named| named.name == "default").map(|named| named.template);
-                if default.is_none() {
-                    tracing::warn!(path = %path.display(), "no chat template is called `default`; chats are refused");
-                }
-                default
-            }
-        }
     }
 }
 

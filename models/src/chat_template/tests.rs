@@ -3,6 +3,7 @@
 use super::*;
 
 mod hostile;
+mod named;
 mod tools;
 
 fn message(role: &str, content: &str) -> ChatMessage {
@@ -11,7 +12,7 @@ fn message(role: &str, content: &str) -> ChatMessage {
 
 fn load(source: &str) -> Result<ChatTemplate, String> {
     let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, token)| (name.into(), token.into()));
-    ChatTemplate::load(source, tokens.into())
+    ChatTemplate::load(source, tokens.into(), Served::All)
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String> {
@@ -186,39 +187,13 @@ fn today_is_a_date() {
     assert!(fraction.len() == 6 && fraction.bytes().all(|b| b.is_ascii_digit()), "{fraction}");
 }
 
-#[test]
-fn templates_are_found_where_they_are_published() {
-    let dir = tempfile::tempdir().expect("temp dir");
-    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
-    let rendered = || {
-        let template = ChatTemplate::from_dir(dir.path()).expect("reads")?;
-        Some(template.render(&vec![message("user", "x")].into()).expect("renders"))
-    };
-    assert_eq!(rendered(), None);
-    write("tokenizer_config.json", r#"{"bos_token": {"content": "<s>", "lstrip": false}, "add_bos_token": true}"#);
-    assert_eq!(rendered(), None);
-    let named = r#"{"bos_token": "<s>", "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d{{ bos_token }}"}]}"#;
-    write("tokenizer_config.json", named);
-    assert_eq!(rendered().as_deref(), Some("d<s>"));
-    let unnamed = r#"{"chat_template": [{"name": "tool_use", "template": "t"}]}"#;
-    write("tokenizer_config.json", unnamed);
-    assert_eq!(rendered(), None);
-    write("chat_template.json", r#"{"chat_template": "json"}"#);
-    assert_eq!(rendered().as_deref(), Some("json"));
-    write("chat_template.jinja", "jinja {{ messages[0].content }}");
-    assert_eq!(rendered().as_deref(), Some("jinja x"));
-    write("chat_template.jinja", "{% if %}");
-    let error = ChatTemplate::from_dir(dir.path()).expect_err("does not compile").to_string();
-    assert!(error.contains("chat_template.jinja"), "{error}");
-}
-
 /// The same rule as for the tokenizer: `special_tokens_map.json` counts where no added tokens are listed by id.
 #[test]
 fn special_tokens_of_templates_are_those_of_the_tokenizer() {
     let dir = tempfile::tempdir().expect("temp dir");
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("write");
     let rendered = || {
-        ChatTemplate::from_dir(dir.path())
+        ChatTemplates::from_dir(dir.path())
             .expect("reads")
             .expect("is there")
             .render(&Conversation::default())

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use super::{CONFIG, Checkpoint, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::config::{Bounded, Fields, parse_json};
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -85,8 +85,8 @@ impl<'a> Component<'a> {
         Ok(tokenizer)
     }
 
-    /// Its chat template, if it has one.
-    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+    /// Its chat templates, if it has any.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplates>> {
         self.checkpoint.chat_template(self.name)
     }
 

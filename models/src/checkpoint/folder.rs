@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Checkpoint, Component, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::device::Placement;
 use crate::error::Result;
 use crate::files::{self, Limit};
@@ -56,8 +56,8 @@ impl Checkpoint for Folder {
         Tokenizer::from_dir(&self.dir(component))
     }
 
-    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>> {
-        ChatTemplate::from_dir(&self.dir(component))
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplates>> {
+        ChatTemplates::from_dir(&self.dir(component))
     }
 
     fn weights(&self, component: &str, mode: Mode, placement: &Placement) -> Result<Weights> {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{CONFIG, Checkpoint, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::{ChatTemplates, DEFAULT, Sources, TOOL_USE};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -70,6 +70,12 @@ impl GgufModel {
         Ok(Self { file, architecture, vocabulary, config })
     }
 
+    /// The template under this key, with the file that has it.
+    fn template(&self, key: &str) -> Result<Option<(PathBuf, String)>> {
+        let source = Keys::new(&self.file).text(key)?;
+        Ok(source.map(|source| (self.file.path().to_owned(), source.to_owned())))
+    }
+
     fn generation_config(&self) -> Result<Value> {
         let keys = Keys::new(&self.file);
         let ends = vocabulary::ends(&keys, &self.vocabulary)?;
@@ -103,10 +109,15 @@ impl Checkpoint for GgufModel {
         Tokenizer::from_vocabulary(self.file.path(), &self.vocabulary)
     }
 
-    fn chat_template(&self, _: &str) -> Result<Option<ChatTemplate>> {
-        let keys = Keys::new(&self.file);
-        let Some(source) = keys.text(CHAT_TEMPLATE)? else { return Ok(None) };
-        ChatTemplate::of_source(self.file.path(), source, self.vocabulary.spellings()).map(Some)
+    fn chat_template(&self, _: &str) -> Result<Option<ChatTemplates>> {
+        let named = |name: &str| self.template(&format!("{CHAT_TEMPLATE}.{name}"));
+        let default = match self.template(CHAT_TEMPLATE)? {
+            Some(default) => Some(default),
+            None => named(DEFAULT)?,
+        };
+        // The list of names (`tokenizer.chat_templates`) says nothing that the keys do not.
+        let sources = Sources { default, tool_use: named(TOOL_USE)? };
+        ChatTemplates::of_sources(sources, || Ok(self.vocabulary.spellings()))
     }
 
     fn weights(&self, component: &str, mode: Mode, placement: &Placement) -> Result<Weights> {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -59,8 +59,8 @@ pub trait Checkpoint: Debug + Send + Sync {
     /// The tokenizer that a component is or has.
     fn tokenizer(&self, component: &str) -> Result<Tokenizer>;
 
-    /// The chat template of a component, if it has one.
-    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>>;
+    /// The chat templates of a component, if it has any.
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplates>>;
 
     /// The weights of a component, by the network's names or those of the original implementation.
     fn weights(&self, component: &str, mode: Mode, placement: &Placement) -> Result<Weights>;

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::gguf::GgufModel;
 use super::{Checkpoint, Folder, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::device::Placement;
 use crate::error::Result;
 use crate::single_file::SingleFile;
@@ -56,7 +56,7 @@ impl Checkpoint for OverBase {
         self.base.tokenizer(component)
     }
 
-    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>> {
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplates>> {
         self.base.chat_template(component)
     }
 

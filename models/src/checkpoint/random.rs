@@ -7,7 +7,7 @@ use candle_core::DType;
 use serde_json::Value;
 
 use super::{CONFIG, Checkpoint, Component, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -38,7 +38,7 @@ impl Checkpoint for RandomWeights {
         self.0.tokenizer(component)
     }
 
-    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>> {
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplates>> {
         self.0.chat_template(component)
     }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::Value;
 
 use super::{Checkpoint, Mode};
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::ChatTemplates;
 use crate::device::Placement;
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
@@ -57,7 +57,7 @@ impl Checkpoint for Remembered {
         Ok(tokenizer)
     }
 
-    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplate>> {
+    fn chat_template(&self, component: &str) -> Result<Option<ChatTemplates>> {
         self.checkpoint.chat_template(component)
     }
 

@@ -1,14 +1,14 @@
 //! Chat templates held against what transformers renders, and the ids of what they render.
 
 use serde_json::Value;
-use tale_models::chat_template::{ChatMessage, ChatTemplate};
+use tale_models::chat_template::{ChatMessage, ChatTemplates};
 use tale_models::tokenizer::Tokenizer;
 
 use crate::support::{case_dir, golden_json};
 
 fn check(name: &str) {
     let dir = case_dir(name).join("checkpoint");
-    let template = ChatTemplate::from_dir(&dir).expect("reads").expect("the checkpoint has a template");
+    let template = ChatTemplates::from_dir(&dir).expect("reads").expect("the checkpoint has a template");
     let tokenizer = Tokenizer::from_dir(&dir).expect("the checkpoint has a tokenizer");
     let golden = golden_json(name);
     let chats = golden["chats"].as_array().expect("chats");

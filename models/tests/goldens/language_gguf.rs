@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use candle_core::Tensor;
 use serde_json::Value;
 use tale_models::cancel::CancelToken;
-use tale_models::chat_template::ChatMessage;
+use tale_models::chat_template::{ChatMessage, Conversation};
 use tale_models::checkpoint::Manifest;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::families::causal_lm::DecoderLm;
@@ -16,6 +16,7 @@ use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
 use tale_models::request::TextRequest;
 use tale_models::runner::text::model::CausalLm;
+use tale_models::tools::Tool;
 use tale_models::{Encoding, Error, ModelCard, ModelSource, TextCard};
 
 use crate::files::{assert_clean, check_refused, cpu, inspect};
@@ -188,6 +189,35 @@ fn weights_take_the_memory_that_they_have_in_the_file() {
     }
 }
 
+/// As llama.cpp's converter writes a list of templates: the default one under the key of a single one, others under their names.
+#[test]
+fn a_conversation_with_tools_gets_the_template_for_tools() {
+    let copy = Copy::of("smollm");
+    let rendered = || {
+        let model =
+            tale_models::load(copy.first.as_path(), &cpu(), &LoadOptions::default(), &mut |_| ()).expect("loaded");
+        let templates = card(&model).chat_template.as_ref().expect("the file has templates");
+        let plain: Conversation = vec![ChatMessage::new("user", "Hi.")].into();
+        let tool = Tool {
+            name: "weather".to_owned(),
+            description: None,
+            parameters: serde_json::json!({"type": "object"}),
+            field: String::new(),
+        };
+        let with_tool = Conversation { tools: vec![tool], ..plain.clone() };
+        [plain, with_tool].map(|conversation| templates.render(&conversation).expect("rendered"))
+    };
+    let [plain, with_tool] = rendered();
+    assert_eq!(plain, with_tool, "its only template shows no tools");
+    copy.add_text("tokenizer.chat_template.tool_use", "{{ tools[0].function.name }}: {{ messages[0].content }}{# #}");
+    copy.add_text("tokenizer.chat_template.rag", "{% if %}");
+    let [same, named] = rendered();
+    assert_eq!((same, named.trim_end()), (plain, "weather: Hi."));
+    let broken = Copy::of("smollm");
+    broken.add_text("tokenizer.chat_template.tool_use", "{% if %}");
+    broken.check_refused(&["chat template"]);
+}
+
 // --- damage ----------------------------------------------------------------------------------------------------------
 
 /// A copy of a case's files.
@@ -231,6 +261,25 @@ impl Copy {
     /// Renames a key of the first file, so that it has none of this name.
     fn remove(&self, key: &str) {
         self.change(&self.name(), key, |bytes| bytes[8 + key.len() - 1] = b'!');
+    }
+
+    /// Gives the first file a key more, with a text filled up with spaces to keep the distances in the file.
+    fn add_text(&self, key: &str, text: &str) {
+        const ALIGNMENT: usize = 32;
+        // Of a text; it begins with its length, as the key does.
+        const KIND: u32 = 8;
+        let path = self.path(&self.name());
+        let mut bytes = std::fs::read(&path).expect("read");
+        let len = (8 + key.len() + 4 + 8 + text.len()).next_multiple_of(ALIGNMENT) - (8 + key.len() + 4 + 8);
+        let (key_len, text_len) = ((key.len() as u64).to_le_bytes(), (len as u64).to_le_bytes());
+        let value = format!("{text:len$}");
+        let entry = [&key_len[..], key.as_bytes(), &KIND.to_le_bytes(), &text_len, value.as_bytes()].concat();
+        // Magic, version and number of tensors stand before the number of keys.
+        let count = &mut bytes[16..24];
+        let more = u64::from_le_bytes(count.try_into().expect("eight bytes")) + 1;
+        count.copy_from_slice(&more.to_le_bytes());
+        bytes.splice(24..24, entry);
+        std::fs::write(&path, bytes).expect("written");
     }
 
     fn name(&self) -> String {

@@ -1,19 +1,19 @@
 //! Snippets of chat templates held against what Jinja2, as transformers sets it up, renders.
 
 use serde_json::Value;
-use tale_models::chat_template::{ChatMessage, ChatTemplate};
+use tale_models::chat_template::{ChatMessage, ChatTemplates};
 use tale_models::error::Error;
 
 use crate::support::golden_json;
 
 /// The template of a folder with the golden's special tokens.
-fn load(golden: &Value, source: &str) -> Result<ChatTemplate, Error> {
+fn load(golden: &Value, source: &str) -> Result<ChatTemplates, Error> {
     let dir = tempfile::tempdir().expect("temp dir");
     let variables = &golden["variables"];
     let tokens = serde_json::json!({"bos_token": variables["bos_token"], "eos_token": variables["eos_token"]});
     std::fs::write(dir.path().join("tokenizer_config.json"), tokens.to_string()).expect("write");
     std::fs::write(dir.path().join("chat_template.jinja"), source).expect("write");
-    ChatTemplate::from_dir(dir.path()).map(|template| template.expect("there is one"))
+    ChatTemplates::from_dir(dir.path()).map(|template| template.expect("there is one"))
 }
 
 fn render(golden: &Value, case: &Value) -> Result<String, Error> {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use tale_models::Error;
-use tale_models::chat_template::{ChatTemplate, Conversation};
+use tale_models::chat_template::{ChatTemplates, Conversation};
 use tale_models::tokenizer::{Padded, Tokenizer};
 
 use crate::support::{case_dir, golden_json};
@@ -83,7 +83,7 @@ fn check_spellings(dir: &Path, expected: &Value) {
     let names = ["bos_token", "eos_token", "unk_token", "pad_token", "image_token"];
     let source: String = names.iter().map(|name| format!("{{{{ {name} }}}}|")).collect();
     std::fs::write(dir.join("chat_template.jinja"), source).expect("write");
-    let template = ChatTemplate::from_dir(dir).expect("reads").expect("there is one");
+    let template = ChatTemplates::from_dir(dir).expect("reads").expect("there is one");
     let expected: String =
         names.iter().map(|name| format!("{}|", expected[name].as_str().unwrap_or_default())).collect();
     assert_eq!(template.render(&Conversation::default()).expect("renders"), expected);
