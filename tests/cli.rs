@@ -586,16 +586,22 @@ fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {
         ("qwen2.5-72b-awq", "AWQ 4 bits, groups of 128 70.46 B"),
         ("qwen2.5-72b-gptq-int4", "GPTQ 4 bits, groups of 128 70.46 B"),
     ] {
-        let inspect = |args: &[&str]| succeed(&[&["inspect", "--preset", preset, "--device", "cuda:0"], args].concat());
-        let text = inspect(&[]);
+        let inspect = |args: &[&str]| succeed(&[&["inspect", "--preset", preset], args].concat());
+        let text = inspect(&["--device", "cuda:0"]);
         for part in [kept, "Of 80.00 GiB the weights leave ", " in bf16", " in int8"] {
             assert!(text.contains(part), "{preset}: `{part}` is not in: {text}");
         }
         let report =
             |args: &[&str]| -> Value { serde_json::from_str(&inspect(&[&["--json"], args].concat())).unwrap() };
-        let context = &report(&[])["context"];
-        assert_eq!(report(&["--memory", "80GiB"])["context"], *context, "{preset}");
+        let (on_gpu, on_cpu) = (report(&["--device", "cuda:0"]), report(&[]));
+        // Those of a feed-forward layer.
+        let largest = if preset.starts_with("qwen") { 8192 * 29_696 } else { 8192 * 28_672 };
+        assert_eq!((on_gpu["widened_bytes"].as_u64(), on_cpu["widened_bytes"].as_u64()), (Some(largest * 2), Some(0)));
+        let context = &on_gpu["context"];
+        assert_eq!(report(&["--device", "cuda:0", "--memory", "80GiB"])["context"], *context, "{preset}");
         let number = |field: &str| context[field].as_u64().unwrap();
+        let taken = on_gpu["memory_bytes"].as_u64().unwrap() + largest * 2;
+        assert_eq!(number("free_bytes"), (80 << 30) - taken, "{preset}");
         let tokens = |format: &str| context["tokens_beside_weights"][format].as_u64().unwrap();
         // 80 layers of 8 heads of 128, keys and values.
         assert_eq!((number("memory_bytes"), number("bytes_per_token")), (80 << 30, 80 * 8 * 128 * 2 * 2), "{preset}");
@@ -603,7 +609,7 @@ fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {
         assert_eq!(tokens("int8"), number("free_bytes") / (80 * 8 * (128 + 4) * 2), "{preset}");
         assert!((100_000..140_000).contains(&tokens("bf16")), "{preset}: {context}");
         let small = inspect(&["--memory", "24GiB"]);
-        assert!(small.contains("Of 24.00 GiB the weights do not leave room for any."), "{preset}: {small}");
+        assert!(small.contains("Of 24.00 GiB the weights do not leave room for a KV cache."), "{preset}: {small}");
     }
 }
 

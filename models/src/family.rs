@@ -96,6 +96,8 @@ pub struct LoadedModel {
     pub card: ModelCard,
     /// Drives its sessions.
     pub runner: Box<dyn Runner>,
-    /// Bytes that the weights and fixed caches take on the device.
+    /// Bytes that the weights and fixed caches take on the device, and what any step may take for a moment.
     pub resident_bytes: usize,
+    /// The latter: what a product with the largest quantised matrix widens, where no plan of a session has it.
+    pub widened_bytes: usize,
 }

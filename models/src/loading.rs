@@ -24,6 +24,8 @@ pub struct Inspection {
     pub components: Vec<(String, WeightsReport)>,
     /// Bytes of fixed caches beside the weights (the KV pool of a language model).
     pub cache_bytes: usize,
+    /// See [`LoadedModel::widened_bytes`].
+    pub widened_bytes: usize,
     /// Bytes of the components that are read on demand.
     pub on_demand_bytes: usize,
     /// Why the model could not be built although its tensors are there, if so.
@@ -37,10 +39,10 @@ impl Inspection {
         of_weights.next().or(self.problem)
     }
 
-    /// Bytes that the model takes on the device once it is loaded.
+    /// Bytes that the model takes on the device once it is loaded, and in any step.
     pub fn resident_bytes(&self) -> usize {
         let components = self.components.iter().map(|(_, report)| report.resident_bytes).sum::<usize>();
-        self.cache_bytes + components - self.on_demand_bytes
+        self.cache_bytes + self.widened_bytes + components - self.on_demand_bytes
     }
 }
 
@@ -97,11 +99,13 @@ pub fn plan(
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),
     };
-    let cache_bytes = model.as_ref().map_or(0, |model| model.resident_bytes);
+    let widened_bytes = model.as_ref().map_or(0, |model| model.widened_bytes);
+    let cache_bytes = model.as_ref().map_or(0, |model| model.resident_bytes - model.widened_bytes);
     let on_demand_bytes = open.lent_bytes();
     let components = open.reports();
     let (makes, licence_note, family) = (family.makes(), family.licence_note(), family.name());
-    let inspection = Inspection { family, makes, licence_note, components, cache_bytes, on_demand_bytes, problem };
+    let inspection =
+        Inspection { family, makes, licence_note, components, cache_bytes, widened_bytes, on_demand_bytes, problem };
     Ok((inspection, model))
 }
 

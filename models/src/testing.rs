@@ -123,7 +123,7 @@ pub fn clip_model_from_pictures(script: Script, keyframes: KeyframeSupport) -> L
 }
 
 fn loaded(card: ModelCard, script: Script) -> LoadedModel {
-    LoadedModel { card, runner: Box::new(ScriptedRunner::new(script)), resident_bytes: 0 }
+    LoadedModel { card, runner: Box::new(ScriptedRunner::new(script)), resident_bytes: 0, widened_bytes: 0 }
 }
 
 fn diffusion_card(medium: Medium) -> DiffusionCard {

@@ -165,6 +165,8 @@ struct Report {
     memory_bytes: usize,
     /// Of the KV cache of a language model with the default options.
     cache_bytes: usize,
+    /// What a product of a language model widens for a moment of its largest quantised matrix.
+    widened_bytes: usize,
     /// Tokens that so many bytes hold, by the dtype in which they are kept: as they are computed, and in 8 bits.
     cache_tokens: BTreeMap<String, usize>,
     components: Vec<ComponentReport>,
@@ -316,6 +318,7 @@ impl Report {
             parameters: components.iter().map(|component| component.parameters).sum(),
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
             cache_bytes: inspection.cache_bytes,
+            widened_bytes: inspection.widened_bytes,
             cache_tokens,
             components,
             context,
@@ -350,6 +353,10 @@ impl Display for Report {
                 tokens_in_words(&self.cache_tokens)
             )?;
         }
+        if self.widened_bytes > 0 {
+            let bytes = ByteSize(self.widened_bytes);
+            writeln!(f, "A product widens a quantised matrix for a moment, for which {bytes} are kept free.")?;
+        }
         if let Some(context) = &self.context {
             write!(f, "{context}")?;
         }
@@ -374,10 +381,10 @@ impl Display for Report {
 impl Display for ContextReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { bytes_per_token, max_tokens, memory_bytes, free_bytes, tokens_beside_weights } = self;
-        writeln!(f, "A token takes {} of it; a request has at most {max_tokens}.", ByteSize(*bytes_per_token))?;
+        writeln!(f, "A token takes {} of the cache; a request has at most {max_tokens}.", ByteSize(*bytes_per_token))?;
         let memory = ByteSize(*memory_bytes);
         if tokens_beside_weights.values().all(|tokens| *tokens == 0) {
-            return writeln!(f, "Of {memory} the weights do not leave room for any.");
+            return writeln!(f, "Of {memory} the weights do not leave room for a KV cache.");
         }
         let (free, tokens) = (ByteSize(*free_bytes), tokens_in_words(tokens_beside_weights));
         writeln!(f, "Of {memory} the weights leave {free} for a KV cache, which hold so many tokens: {tokens}.")

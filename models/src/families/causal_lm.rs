@@ -117,13 +117,15 @@ pub fn load(
     let format = options.kv_cache_dtype.at(&placement)?;
     let block_bytes = config.kv_shape().block_bytes(format);
     let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
-    let resident_bytes = num_blocks * block_bytes;
-    let network = DecoderLm::load(&open.component(manifest, "")?, config)?;
+    let cache_bytes = num_blocks * block_bytes;
+    let weights = open.component(manifest, "")?;
+    let network = DecoderLm::load(&weights, config)?;
+    let widened_bytes = weights.dequantised_bytes();
     let kv_shape = network.kv_shape();
     let caches = match open.is_dry() {
         true => KvCaches::dry(kv_shape, format, num_blocks, &placement)?,
         false => {
-            tracing::info!(tokens = num_blocks * BLOCK_SIZE, dtype = %format, bytes = resident_bytes, "KV cache");
+            tracing::info!(tokens = num_blocks * BLOCK_SIZE, dtype = %format, bytes = cache_bytes, "KV cache");
             KvCaches::new(kv_shape, format, num_blocks, &placement)?
         }
     };
@@ -156,7 +158,8 @@ pub fn load(
         grammars,
         tool_format: options.tool_call_parser,
     };
-    Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes })
+    let resident_bytes = cache_bytes.saturating_add(widened_bytes);
+    Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes, widened_bytes })
 }
 
 /// Blocks that the configured bytes pay for, but no more than all sequences of a step can fill.

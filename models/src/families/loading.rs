@@ -48,5 +48,6 @@ pub(super) fn load<M: DiffusionModel + 'static>(
         .keeping_frames(keeps_frames)
         .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
         .retrying(reread_in_f32(open.reread(), build));
-    Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, runner: Box::new(runner) })
+    // What is widened in a step is in the plan of its session.
+    Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, widened_bytes: 0, runner: Box::new(runner) })
 }

@@ -283,5 +283,17 @@ fn a_gpu_has_room_for_the_largest_dequantised_matrix() {
     let weights = manifest.whole().weights(&on_gpu).unwrap();
     let config = tale_models::families::llama::decoder_config(&manifest).unwrap();
     DecoderLm::load(&weights, config).unwrap();
-    assert_eq!(weights.dequantised_bytes(), 64 * 96 * 2);
+    let widened = 64 * 96 * 2;
+    assert_eq!(weights.dequantised_bytes(), widened);
+
+    let options = LoadOptions { kv_cache_bytes: 1 << 18, ..LoadOptions::default() };
+    let loaded = tale_models::load(folder.path(), &on_gpu, &options, &mut |_| ()).unwrap();
+    let inspection = tale_models::loading::inspect(folder.path(), &on_gpu, &options).unwrap();
+    assert_eq!((loaded.widened_bytes, inspection.widened_bytes), (widened, widened));
+    let weight_bytes: usize = inspection.components.iter().map(|(_, report)| report.resident_bytes).sum();
+    assert_eq!(loaded.resident_bytes, weight_bytes + inspection.cache_bytes + widened);
+    assert_eq!(inspection.resident_bytes(), loaded.resident_bytes);
+    // The CPU widens rows that its caches hold.
+    let on_cpu = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
+    assert_eq!(tale_models::loading::inspect(folder.path(), &on_cpu, &options).unwrap().widened_bytes, 0);
 }
