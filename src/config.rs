@@ -104,7 +104,7 @@ pub struct Settings {
     #[serde(deserialize_with = "parsed")]
     pub kv_cache: Option<ByteSize>,
 
-    /// How the key/value cache is kept: auto (as it is computed), f32, bf16 or f16 (on the CPU), or int8 (half of 16 bits)
+    /// How the key/value cache is kept: auto (as it is computed), f32, bf16 or f16 (on the CPU), int8 or fp8 (half of 16 bits)
     /// [default: auto]
     #[arg(long, value_name = "DTYPE")]
     #[serde(deserialize_with = "parsed")]
@@ -836,7 +836,7 @@ mod tests {
             "prompt_lookup_min = 5\n[models]\na = \"/x\"\n",
             &["prompt_lookup_min is 5; allowed: 1 to 4, which is prompt_lookup_max"],
         );
-        check_error("kv_cache_dtype = \"fp8\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8"]);
+        check_error("kv_cache_dtype = \"fp8_e5m2\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8, fp8"]);
         check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
         check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
         check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);

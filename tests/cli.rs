@@ -588,7 +588,7 @@ fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {
     ] {
         let inspect = |args: &[&str]| succeed(&[&["inspect", "--preset", preset], args].concat());
         let text = inspect(&["--device", "cuda:0"]);
-        for part in [kept, "Of 80.00 GiB the weights leave ", " in bf16", " in int8"] {
+        for part in [kept, "Of 80.00 GiB the weights leave ", " in bf16", " in int8", " in fp8"] {
             assert!(text.contains(part), "{preset}: `{part}` is not in: {text}");
         }
         let report =
@@ -607,6 +607,7 @@ fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {
         assert_eq!((number("memory_bytes"), number("bytes_per_token")), (80 << 30, 80 * 8 * 128 * 2 * 2), "{preset}");
         assert_eq!(tokens("bf16"), number("free_bytes") / number("bytes_per_token"), "{preset}");
         assert_eq!(tokens("int8"), number("free_bytes") / (80 * 8 * (128 + 4) * 2), "{preset}");
+        assert_eq!(tokens("fp8"), tokens("int8"), "{preset}");
         assert!((100_000..140_000).contains(&tokens("bf16")), "{preset}: {context}");
         let small = inspect(&["--memory", "24GiB"]);
         assert!(small.contains("Of 24.00 GiB the weights do not leave room for a KV cache."), "{preset}: {small}");

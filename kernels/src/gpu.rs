@@ -50,7 +50,7 @@ pub(crate) use module;
 
 /// `by_dtype!("rms_norm", dtype)`: the kernel's name for a dtype of activations.
 macro_rules! by_dtype {
-    ($name:literal, $dtype:expr) => {
+    ($name:expr, $dtype:expr) => {
         match $dtype {
             candle_core::DType::F32 => concat!($name, "_f32"),
             candle_core::DType::F16 => concat!($name, "_f16"),

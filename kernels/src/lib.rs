@@ -16,6 +16,7 @@ pub mod bench;
 mod change;
 mod conv;
 mod dot;
+mod e4m3;
 mod flash;
 #[cfg(gpu)]
 mod gpu;
@@ -56,7 +57,7 @@ pub use linear::{
     linear_quantised,
 };
 pub use norm::{add_rms_norm, gated_sum, layer_norm, modulated_layer_norm, rms_norm};
-pub use paged::{PagedBatch, PagedCache, PreparedBatch, paged_attention, write_kv};
+pub use paged::{ByteFormat, PagedBatch, PagedCache, PreparedBatch, paged_attention, write_kv};
 pub use recording::{Recording, can_record, copy_into};
 pub use rope::{Layout as RopeLayout, Norm as QkNorm, norm_rope, rope_half, rope_interleaved};
 pub use sample::{Choice, Draw, Mask, Penalties, sample};

@@ -14,7 +14,7 @@
 //   many_*   64 rows: chunks of prompts. Each of four warps takes 16 rows and all keys of the split.
 //   exact_*  16 rows, f32 sums of f32 products: caches in f32, and head sizes other than 64 and 128 up to 256.
 //
-// A cache may hold integers of 8 bits with a scale for each head of each key and value (cache.rs). They come through registers,
+// A cache may hold numbers of 8 bits, integers or floats, with a scale for each head of each key and value (cache.rs). They come through registers,
 // where they are multiplied and rounded to the dtype of the queries, and lie in shared memory as those of 16 bits do: half of
 // the bytes from memory, under way while the last tile is computed; 2 · 64 · d bytes of a stage are d bytes of each thread.
 //
@@ -43,7 +43,7 @@ template <typename T_, typename C_ = T_>
 struct Step {
     using T = T_;
     using C = C_;
-    /// Whether the cache holds integers, which have scales.
+    /// Whether the cache holds numbers of 8 bits, which have scales.
     static constexpr bool SCALED = sizeof(C) == 1;
     const T* q;        // [l, heads, d]
     const C* k_cache;  // [num_blocks, block_size, kv_heads, d]
@@ -122,13 +122,14 @@ __device__ T* piece(T* rows, int row, int piece) {
 template <typename S, int D, int ROW_WARPS>
 struct TensorTile {
     using T = typename S::T;
+    using C = typename S::C;
     static constexpr int KEY_WARPS = WARPS / ROW_WARPS;
     static constexpr int ROWS = WARP_ROWS * ROW_WARPS;
     static constexpr int WARP_KEYS = KEYS / KEY_WARPS;
     static constexpr int PIECES = D / 8;
     /// Distance between rows of results in shared memory: no two lanes of a half warp in one bank.
     static constexpr int STRIDE = D + 8;
-    /// Pieces of 16 integers of a tile's keys, or of its values, for each thread.
+    /// Pieces of 16 numbers of 8 bits of a tile's keys, or of its values, for each thread.
     static constexpr int HELD = S::SCALED ? KEYS * D / 16 / THREADS : 1;
 
     const S& step;
@@ -139,8 +140,8 @@ struct TensorTile {
     int limit[2];  // keys that this lane's rows g and g + 8 see in this split
     unsigned q[D / 16][4];
     float o[D / 8][4], largest[2], sum[2];
-    /// Integers on their way to shared memory: keys, then values.
-    Pack<int8> held[2][HELD];
+    /// Numbers of 8 bits on their way to shared memory: keys, then values.
+    Pack<C> held[2][HELD];
     float held_scales[2][HELD];
 
     __device__ TensorTile(const S& step, const Tile& tile, unsigned char* shared)
@@ -198,12 +199,12 @@ struct TensorTile {
 #pragma unroll
         for (int n = 0; n < HELD; ++n) {
             const int i = threadIdx.x + n * THREADS, key = begin + i / (D / 16);
-            held[0][n] = held[1][n] = Pack<int8>{};
+            held[0][n] = held[1][n] = Pack<C>{};
             held_scales[0][n] = held_scales[1][n] = 0;
             if (key >= tile.key_end) continue;
             const long from = head(key), column = i % (D / 16) * 16;
-            held[0][n] = Pack<int8>::load(step.k_cache + from * D + column);
-            held[1][n] = Pack<int8>::load(step.v_cache + from * D + column);
+            held[0][n] = Pack<C>::load(step.k_cache + from * D + column);
+            held[1][n] = Pack<C>::load(step.v_cache + from * D + column);
             held_scales[0][n] = step.k_scales[from];
             held_scales[1][n] = step.v_scales[from];
         }
@@ -583,13 +584,25 @@ __device__ void write_kv(const T* k, const T* v, T* k_cache, T* v_cache, const u
     for (long i = packed + threadIdx.x; i < len; i += blockDim.x) to[i] = from[i];
 }
 
-/// The largest integer of a head, and what a head's values must reach: `LARGEST` and `SMALLEST` of cache.rs.
-constexpr float LARGEST_INT8 = 127, SMALLEST_HEAD = 1e-30f;
+/// The largest number of a head: `ByteFormat::largest` of cache.rs.
+template <typename C>
+struct Largest;
+template <>
+struct Largest<int8> {
+    static constexpr float VALUE = 127;
+};
+template <>
+struct Largest<e4m3> {
+    static constexpr float VALUE = 448;
+};
+/// What a head's values must reach: `SMALLEST` of cache.rs.
+constexpr float SMALLEST_HEAD = 1e-30f;
 
-/// k, v [rows, kv_heads, d] with their distances between rows, as integers and scales; a warp for each head. Grid (rows, 2).
-template <typename T>
-__device__ void write_kv_int8(const T* k, const T* v, int8* k_cache, int8* v_cache, float* k_scales, float* v_scales,
-                              const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {
+/// k, v [rows, kv_heads, d] with their distances between rows, in 8 bits, and scales; a warp for each head. Grid (rows, 2).
+template <typename T, typename C>
+__device__ void write_kv_bytes(const T* k, const T* v, C* k_cache, C* v_cache, float* k_scales, float* v_scales,
+                               const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {
+    constexpr float LARGEST = Largest<C>::VALUE;
     const unsigned slot = slots[blockIdx.x];
     if (slot == NOTHING) return;
     const bool is_key = blockIdx.y == 0;
@@ -598,7 +611,7 @@ __device__ void write_kv_int8(const T* k, const T* v, int8* k_cache, int8* v_cac
     for (int head = threadIdx.x / WARP_SIZE; head < kv_heads; head += blockDim.x / WARP_SIZE) {
         const T* from = row + static_cast<long>(head) * d;
         const long place = static_cast<long>(slot) * kv_heads + head;
-        int8* to = (is_key ? k_cache : v_cache) + place * d;
+        C* to = (is_key ? k_cache : v_cache) + place * d;
         float largest = 0, spoiled = 0;
         for (int c = lane; c < d; c += WARP_SIZE) {
             const float magnitude = fabsf(to_float(from[c]));
@@ -609,11 +622,9 @@ __device__ void write_kv_int8(const T* k, const T* v, int8* k_cache, int8* v_cac
         largest = warp_max(largest);
         spoiled = warp_max(spoiled);
         const bool is_zero = spoiled > 0 || largest < SMALLEST_HEAD;
-        const float inverse = is_zero ? 0.0f : LARGEST_INT8 / largest;
-        for (int c = lane; c < d; c += WARP_SIZE)
-            to[c] = is_zero ? int8(0) : static_cast<int8>(rintf(to_float(from[c]) * inverse));
-        if (lane == 0)
-            (is_key ? k_scales : v_scales)[place] = spoiled > 0 ? NAN : is_zero ? 0.0f : largest / LARGEST_INT8;
+        const float inverse = is_zero ? 0.0f : LARGEST / largest;
+        for (int c = lane; c < d; c += WARP_SIZE) from_float(is_zero ? 0.0f : to_float(from[c]) * inverse, to[c]);
+        if (lane == 0) (is_key ? k_scales : v_scales)[place] = spoiled > 0 ? NAN : is_zero ? 0.0f : largest / LARGEST;
     }
 }
 
@@ -637,15 +648,24 @@ __device__ void write_kv_int8(const T* k, const T* v, int8* k_cache, int8* v_cac
                  KEYS)                                                                                                 \
     PAGED_KERNEL(T, C, prefix##_many_128_##dtype, TensorTile<Step<T COMMA C> COMMA 128 COMMA WARPS>,                   \
                  WARPS * WARP_ROWS, KEYS)
-#define TENSOR_KERNELS(T, dtype)                 \
-    TENSOR_KERNELS_OVER(T, T, paged, dtype)      \
-    TENSOR_KERNELS_OVER(T, int8, paged_int8, dtype)
+#define TENSOR_KERNELS(T, dtype)                    \
+    TENSOR_KERNELS_OVER(T, T, paged, dtype)         \
+    TENSOR_KERNELS_OVER(T, int8, paged_int8, dtype) \
+    TENSOR_KERNELS_OVER(T, e4m3, paged_e4m3, dtype)
 TENSOR_KERNELS(f16, f16)
 TENSOR_KERNELS(bf16, bf16)
 
+#define BYTE_KERNELS(T, C, name, dtype)                                                                                \
+    PAGED_KERNEL(T, C, paged_##name##_exact_##dtype, ExactTile<Step<T COMMA C>>, WARP_ROWS, EXACT_KEYS)                \
+    KERNEL(256, write_kv_##name##_##dtype, const T* k, const T* v, C* k_cache, C* v_cache, float* k_scales,            \
+           float* v_scales, const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {                \
+        write_kv_bytes<T, C>(k, v, k_cache, v_cache, k_scales, v_scales, slots, kv_heads, d, k_stride, v_stride);      \
+    }
+
 #define COMMON_KERNELS(T, dtype)                                                                                       \
     PAGED_KERNEL(T, T, paged_exact_##dtype, ExactTile<Step<T>>, WARP_ROWS, EXACT_KEYS)                                 \
-    PAGED_KERNEL(T, int8, paged_int8_exact_##dtype, ExactTile<Step<T COMMA int8>>, WARP_ROWS, EXACT_KEYS)              \
+    BYTE_KERNELS(T, int8, int8, dtype)                                                                                 \
+    BYTE_KERNELS(T, e4m3, e4m3, dtype)                                                                                 \
     KERNEL(THREADS, paged_merge_##dtype, T* out, float* partial, float* lse, const unsigned* cu_seqlens,               \
            const unsigned* context_lens, const unsigned* tasks, int heads, int kv_heads, int d, int task_rows,         \
            int splits) {                                                                                               \
@@ -658,9 +678,5 @@ TENSOR_KERNELS(bf16, bf16)
     KERNEL(256, write_kv_##dtype, const T* k, const T* v, T* k_cache, T* v_cache, const unsigned* slots, long len,     \
            long k_stride, long v_stride) {                                                                             \
         write_kv<T>(k, v, k_cache, v_cache, slots, len, k_stride, v_stride);                                           \
-    }                                                                                                                  \
-    KERNEL(256, write_kv_int8_##dtype, const T* k, const T* v, int8* k_cache, int8* v_cache, float* k_scales,          \
-           float* v_scales, const unsigned* slots, int kv_heads, int d, long k_stride, long v_stride) {                \
-        write_kv_int8<T>(k, v, k_cache, v_cache, k_scales, v_scales, slots, kv_heads, d, k_stride, v_stride);          \
     }
 FOR_EACH_DTYPE(COMMON_KERNELS)

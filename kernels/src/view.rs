@@ -67,7 +67,7 @@ impl<'a> View<'a> {
     pub(crate) fn u8(&self) -> Result<&[u8]> {
         match self.cpu()? {
             CpuStorage::U8(values) => Ok(&values[self.start..self.start + self.len]),
-            _ => bail!("{}: zeros are bytes, got {:?}", self.op, self.storage.dtype()),
+            _ => bail!("{}: codes are bytes, got {:?}", self.op, self.storage.dtype()),
         }
     }
 

@@ -131,7 +131,7 @@ fn cache_tokens(model: &LoadedModel, inspection: &Inspection, placement: &Placem
 /// Tokens that so many bytes hold in each format.
 fn tokens_by_format(shape: KvShape, bytes: usize, placement: &Placement) -> BTreeMap<String, usize> {
     let tokens = |format: KvFormat| (format.to_string(), bytes / shape.token_bytes(format));
-    [KvFormat::computed(placement), KvFormat::Int8].map(tokens).into()
+    [KvFormat::computed(placement), KvFormat::INT8, KvFormat::FP8].map(tokens).into()
 }
 
 /// Tokens by format in words.

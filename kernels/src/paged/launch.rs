@@ -2,11 +2,23 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
+use super::cache::Scales;
 use super::plan::{FEW_ROWS, MANY_ROWS, NOTHING, Path, Plan, Task, bucket};
-use super::{PagedBatch, PagedCache, Shape};
+use super::{ByteFormat, PagedBatch, PagedCache, Shape};
 use crate::gpu::{Launch, address, by_dtype, module, output};
 
 module!(PAGED, "paged");
+
+/// The kernel's name for what a cache holds: numbers of activations' dtype, or of a format of 8 bits.
+macro_rules! by_format {
+    ($suffix:literal, $format:expr, $dtype:expr) => {
+        match $format {
+            None => by_dtype!(concat!("paged", $suffix), $dtype),
+            Some(ByteFormat::Int8) => by_dtype!(concat!("paged_int8", $suffix), $dtype),
+            Some(ByteFormat::E4m3) => by_dtype!(concat!("paged_e4m3", $suffix), $dtype),
+        }
+    };
+}
 
 /// `THREADS` of the file.
 const THREADS: usize = 128;
@@ -80,8 +92,8 @@ impl DeviceBatch {
 
     pub(super) fn write_kv(&self, k: &Tensor, v: &Tensor, cache: &PagedCache) -> Result<()> {
         let (k, v) = (rows_apart(k, cache.dtype())?, rows_apart(v, cache.dtype())?);
-        if cache.scales.is_some() {
-            return self.write_kv_int8(&k, &v, cache);
+        if let Some(scales) = &cache.scales {
+            return self.write_kv_bytes(&k, &v, cache, scales);
         }
         let len = self.shape.kv_heads * self.shape.d;
         let packs = len.div_ceil(16 / k.dtype().size_in_bytes());
@@ -99,15 +111,19 @@ impl DeviceBatch {
     }
 
     /// A warp for each head, up to eight at a time.
-    fn write_kv_int8(&self, k: &Tensor, v: &Tensor, cache: &PagedCache) -> Result<()> {
+    fn write_kv_bytes(&self, k: &Tensor, v: &Tensor, cache: &PagedCache, scales: &Scales) -> Result<()> {
         let threads = 32 * self.shape.kv_heads.min(8);
-        Launch::new(&PAGED, by_dtype!("write_kv_int8", k.dtype()), [self.shape.len, 2, 1], threads)?
+        let name = match scales.format {
+            ByteFormat::Int8 => by_dtype!("write_kv_int8", k.dtype()),
+            ByteFormat::E4m3 => by_dtype!("write_kv_e4m3", k.dtype()),
+        };
+        Launch::new(&PAGED, name, [self.shape.len, 2, 1], threads)?
             .tensor(k)?
             .tensor(v)?
             .tensor(&cache.k)?
             .tensor(&cache.v)?
-            .optional(cache.scales.as_ref().map(|scales| &scales.k))?
-            .optional(cache.scales.as_ref().map(|scales| &scales.v))?
+            .tensor(&scales.k)?
+            .tensor(&scales.v)?
             .tensor(&self.slots)?
             .i32(self.shape.kv_heads as i32)
             .i32(self.shape.d as i32)
@@ -148,18 +164,14 @@ impl DeviceBatch {
 
     /// Name and bytes of shared memory of the kernel for tiles of few rows, or of many.
     fn kernel(&self, operands: &Operands<'_>, rows: Rows) -> Result<(&'static str, usize)> {
-        let (dtype, d, is_scaled) = (operands.q.dtype(), self.shape.d, operands.cache.scales.is_some());
-        let name = match (self.plan.path, rows, d, is_scaled) {
-            (Path::Exact, _, _, false) => by_dtype!("paged_exact", dtype),
-            (Path::Exact, _, _, true) => by_dtype!("paged_int8_exact", dtype),
-            (Path::TensorCores, Rows::Few, 64, false) => by_dtype!("paged_few_64", dtype),
-            (Path::TensorCores, Rows::Few, 64, true) => by_dtype!("paged_int8_few_64", dtype),
-            (Path::TensorCores, Rows::Few, _, false) => by_dtype!("paged_few_128", dtype),
-            (Path::TensorCores, Rows::Few, _, true) => by_dtype!("paged_int8_few_128", dtype),
-            (Path::TensorCores, Rows::Many, 64, false) => by_dtype!("paged_many_64", dtype),
-            (Path::TensorCores, Rows::Many, 64, true) => by_dtype!("paged_int8_many_64", dtype),
-            (Path::TensorCores, Rows::Many, _, false) => by_dtype!("paged_many_128", dtype),
-            (Path::TensorCores, Rows::Many, _, true) => by_dtype!("paged_int8_many_128", dtype),
+        let (dtype, d) = (operands.q.dtype(), self.shape.d);
+        let format = operands.cache.scales.as_ref().map(|scales| scales.format);
+        let name = match (self.plan.path, rows, d) {
+            (Path::Exact, ..) => by_format!("_exact", format, dtype),
+            (Path::TensorCores, Rows::Few, 64) => by_format!("_few_64", format, dtype),
+            (Path::TensorCores, Rows::Few, _) => by_format!("_few_128", format, dtype),
+            (Path::TensorCores, Rows::Many, 64) => by_format!("_many_64", format, dtype),
+            (Path::TensorCores, Rows::Many, _) => by_format!("_many_128", format, dtype),
         };
         let shared_bytes = match (self.plan.path, rows) {
             (Path::Exact, _) => exact_shared_bytes(d),

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::DType;
-use tale_kernels::PagedCache;
+use tale_kernels::{ByteFormat, PagedCache};
 
 use crate::device::Placement;
 use crate::error::{Error, Result};
@@ -26,14 +26,20 @@ pub enum KvCacheDtype {
     F16,
     /// Integers of 8 bits with a scale for each head of each key and value.
     Int8,
+    /// Floats of 8 bits (e4m3) with such scales.
+    Fp8,
 }
 
-const NAMES: [(&str, KvCacheDtype); 5] = [
+/// The first name of a dtype is the one that is written.
+const NAMES: [(&str, KvCacheDtype); 7] = [
     ("auto", KvCacheDtype::Auto),
     ("f32", KvCacheDtype::F32),
     ("bf16", KvCacheDtype::Bf16),
     ("f16", KvCacheDtype::F16),
     ("int8", KvCacheDtype::Int8),
+    ("fp8", KvCacheDtype::Fp8),
+    // As vLLM calls it as well.
+    ("fp8_e4m3", KvCacheDtype::Fp8),
 ];
 
 impl FromStr for KvCacheDtype {
@@ -62,8 +68,8 @@ impl fmt::Display for KvCacheDtype {
 pub enum KvFormat {
     /// Floats.
     Floats(DType),
-    /// Integers of 8 bits with scales.
-    Int8,
+    /// Numbers of 8 bits with scales.
+    Bytes(ByteFormat),
 }
 
 impl KvCacheDtype {
@@ -71,7 +77,8 @@ impl KvCacheDtype {
     pub fn at(self, placement: &Placement) -> Result<KvFormat> {
         let compute = placement.compute_dtype;
         let dtype = match self {
-            Self::Int8 => return Ok(KvFormat::Int8),
+            Self::Int8 => return Ok(KvFormat::INT8),
+            Self::Fp8 => return Ok(KvFormat::FP8),
             Self::Auto => return Ok(KvFormat::computed(placement)),
             Self::F32 => DType::F32,
             Self::Bf16 => DType::BF16,
@@ -80,7 +87,7 @@ impl KvCacheDtype {
         if dtype != compute && placement.is_gpu() {
             let computes = compute.as_str();
             return Err(Error::Device(format!(
-                "a KV cache of {self} cannot be read where {computes} is computed; allowed: auto, {computes}, int8"
+                "a KV cache of {self} cannot be read where {computes} is computed; allowed: auto, {computes}, int8, fp8"
             )));
         }
         Ok(KvFormat::Floats(dtype))
@@ -88,6 +95,11 @@ impl KvCacheDtype {
 }
 
 impl KvFormat {
+    /// Integers with scales.
+    pub const INT8: Self = Self::Bytes(ByteFormat::Int8);
+    /// Floats of e4m3 with scales.
+    pub const FP8: Self = Self::Bytes(ByteFormat::E4m3);
+
     /// As a model computes there.
     pub fn computed(placement: &Placement) -> Self {
         Self::Floats(placement.compute_dtype)
@@ -102,7 +114,7 @@ impl KvFormat {
     pub(super) fn dtype(self) -> DType {
         match self {
             Self::Floats(dtype) => dtype,
-            Self::Int8 => DType::U8,
+            Self::Bytes(_) => DType::U8,
         }
     }
 }
@@ -111,7 +123,8 @@ impl fmt::Display for KvFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Floats(dtype) => f.write_str(dtype.as_str()),
-            Self::Int8 => f.write_str("int8"),
+            Self::Bytes(ByteFormat::Int8) => f.write_str("int8"),
+            Self::Bytes(ByteFormat::E4m3) => f.write_str("fp8"),
         }
     }
 }
@@ -124,10 +137,11 @@ mod tests {
     #[test]
     fn names_are_read_as_they_are_written() {
         for (name, dtype) in NAMES {
-            assert_eq!((name.parse::<KvCacheDtype>().expect(name), dtype.to_string()), (dtype, name.to_owned()));
+            let written = if name == "fp8_e4m3" { "fp8" } else { name };
+            assert_eq!((name.parse::<KvCacheDtype>().expect(name), dtype.to_string()), (dtype, written.to_owned()));
         }
-        let error = "fp8".parse::<KvCacheDtype>().expect_err("not supported").to_string();
-        assert!(error.contains("`fp8`") && error.contains("auto, f32, bf16, f16, int8"), "{error}");
+        let error = "fp8_e5m2".parse::<KvCacheDtype>().expect_err("not supported").to_string();
+        assert!(error.contains("`fp8_e5m2`") && error.contains("auto, f32, bf16, f16, int8, fp8, fp8_e4m3"), "{error}");
     }
 
     #[test]
@@ -137,8 +151,11 @@ mod tests {
         assert_eq!(KvCacheDtype::Auto.at(&cpu).expect("on the CPU"), KvFormat::Floats(DType::F32));
         assert_eq!(KvCacheDtype::F16.at(&cpu).expect("on the CPU"), KvFormat::Floats(DType::F16));
         assert_eq!(KvCacheDtype::Auto.at(&gpu).expect("on a GPU"), KvFormat::Floats(DType::BF16));
-        assert_eq!(KvCacheDtype::Int8.at(&gpu).expect("on a GPU"), KvFormat::Int8);
+        for placement in [&cpu, &gpu] {
+            assert_eq!(KvCacheDtype::Int8.at(placement).expect("everywhere"), KvFormat::INT8);
+            assert_eq!(KvCacheDtype::Fp8.at(placement).expect("everywhere"), KvFormat::FP8);
+        }
         let error = KvCacheDtype::F16.at(&gpu).expect_err("another one").to_string();
-        assert!(error.contains("allowed: auto, bf16, int8"), "{error}");
+        assert!(error.contains("allowed: auto, bf16, int8, fp8"), "{error}");
     }
 }

@@ -84,8 +84,9 @@ impl KvCaches {
         let scales = || make(&dims[..3], DType::F32);
         let layer = |_| match format {
             KvFormat::Floats(_) => Ok(PagedCache::new(values()?, values()?)),
-            KvFormat::Int8 => {
-                Ok(PagedCache::int8([values()?, values()?], [scales()?, scales()?], placement.compute_dtype))
+            KvFormat::Bytes(format) => {
+                let (values, scales) = ([values()?, values()?], [scales()?, scales()?]);
+                Ok(PagedCache::bytes(format, values, scales, placement.compute_dtype))
             }
         };
         let layers = (0..shape.num_layers).map(layer).collect::<Result<_>>()?;
@@ -125,7 +126,8 @@ mod tests {
         for (placement, format, dtype, head_bytes) in [
             (cpu(), on_cpu, DType::F32, 8 * 4),
             (as_on_gpu, on_gpu, DType::BF16, 8 * 2),
-            (cpu(), KvFormat::Int8, DType::U8, 8 + 4),
+            (cpu(), KvFormat::INT8, DType::U8, 8 + 4),
+            (cpu(), KvFormat::FP8, DType::U8, 8 + 4),
         ] {
             let caches = KvCaches::new(shape, format, 5, &placement).expect("allocated");
             let heads: usize =
@@ -140,8 +142,8 @@ mod tests {
     #[test]
     fn eight_bits_hold_about_twice_the_tokens_of_sixteen() {
         let shape = KvShape { num_layers: 32, num_key_value_heads: 8, head_dim: 128 };
-        let (wide, narrow) = (KvFormat::Floats(DType::BF16), KvFormat::Int8);
-        assert_eq!((shape.token_bytes(wide), shape.token_bytes(narrow)), (128 << 10, 66 << 10));
+        assert_eq!(shape.token_bytes(KvFormat::Floats(DType::BF16)), 128 << 10);
+        assert_eq!([KvFormat::INT8, KvFormat::FP8].map(|format| shape.token_bytes(format)), [66 << 10; 2]);
     }
 
     #[test]

@@ -251,7 +251,7 @@ fn greedy_tokens_are_the_same_with_guesses_and_cached_prompts() {
     const TOKENS: usize = 8;
     on_every_gpu_in(&[WeightDtype::F32], |gpu| {
         let path = case_dir("qwen2").join("checkpoint");
-        for kv_cache_dtype in [KvCacheDtype::Auto, KvCacheDtype::Int8] {
+        for kv_cache_dtype in [KvCacheDtype::Auto, KvCacheDtype::Int8, KvCacheDtype::Fp8] {
             let plain = LoadOptions { kv_cache_dtype, prefix_cache: PrefixCache::Off, ..LoadOptions::default() };
             let lookup = PromptLookup { num_speculative_tokens: 3, prompt_lookup_min: 1, prompt_lookup_max: 3 };
             let guessing = LoadOptions { kv_cache_dtype, prompt_lookup: Some(lookup), ..LoadOptions::default() };
@@ -341,7 +341,8 @@ fn recorded_steps_compute_what_steps_compute() {
     };
     on_every_gpu(|gpu| {
         check(gpu, KvFormat::computed(&gpu.placement));
-        check(gpu, KvFormat::Int8);
+        check(gpu, KvFormat::INT8);
+        check(gpu, KvFormat::FP8);
     });
 }
 

@@ -39,8 +39,12 @@ fn moved(found: &Tensor, exact: &Tensor) -> f32 {
 }
 
 /// By format, how far logits may move: twice what they do.
-const BOUNDS: [(KvFormat, f32); 3] =
-    [(KvFormat::Floats(DType::F16), 5e-3), (KvFormat::Floats(DType::BF16), 3e-2), (KvFormat::Int8, 8e-2)];
+const BOUNDS: [(KvFormat, f32); 4] = [
+    (KvFormat::Floats(DType::F16), 5e-3),
+    (KvFormat::Floats(DType::BF16), 3e-2),
+    (KvFormat::INT8, 8e-2),
+    (KvFormat::FP8, 5e-1),
+];
 
 #[test]
 fn fewer_bits_move_logits_a_little_and_the_same_in_any_chunking() {
@@ -65,10 +69,11 @@ fn fewer_bits_move_logits_a_little_and_the_same_in_any_chunking() {
 
 #[test]
 fn over_8_bits_tokens_are_the_same_alone_and_batched_preempted_and_cached() {
-    for case in CASES {
-        let block_bytes = network(case).kv_shape().block_bytes(KvFormat::Int8);
+    let formats = [(KvCacheDtype::Int8, KvFormat::INT8), (KvCacheDtype::Fp8, KvFormat::FP8)];
+    for (case, (kv_cache_dtype, format)) in CASES.into_iter().flat_map(|case| formats.map(|format| (case, format))) {
+        let block_bytes = network(case).kv_shape().block_bytes(format);
         let options = |num_blocks: usize| LoadOptions {
-            kv_cache_dtype: KvCacheDtype::Int8,
+            kv_cache_dtype,
             kv_cache_bytes: num_blocks * block_bytes,
             ..LoadOptions::default()
         };
