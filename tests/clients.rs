@@ -92,6 +92,9 @@ async fn an_answer_may_be_sent_back_whole() {
         json!({"role": "assistant", "content": ANSWER, "refusal": null, "annotations": [], "audio": null,
             "function_call": null, "tool_calls": null}),
         json!({"role": "assistant", "content": null, "tool_calls": []}),
+        // As the SDK has it that read the answer into types.
+        json!({"role": "assistant", "content": "{}", "parsed": {"a": [1]}, "tool_calls": [{"id": "c1", "type": "function",
+            "function": {"name": "f", "arguments": "{}", "parsed_arguments": {"a": [1]}}}]}),
         json!({"role": "assistant", "content": []}),
     ] {
         let body = json!({"model": "words", "messages": messages(assistant)});

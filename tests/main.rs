@@ -19,6 +19,7 @@ mod process;
 mod published;
 mod references;
 mod refusals;
+mod responses;
 mod shots;
 mod storage;
 mod structured;

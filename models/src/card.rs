@@ -270,7 +270,8 @@ impl TextCard {
         }
     }
 
-    fn sampling(&self, options: &Options, fallback_seed: u64) -> Result<SamplingParams> {
+    /// How tokens are chosen: what a request says, with this model's defaults.
+    pub fn sampling(&self, options: &Options, fallback_seed: u64) -> Result<SamplingParams> {
         let defaults = &self.defaults;
         // `do_sample: false` makes greedy the default, as in transformers; a client's own temperature still samples.
         let greedy_by_default = defaults.do_sample == Some(false);

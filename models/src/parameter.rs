@@ -26,6 +26,8 @@ pub enum Task {
     Chat,
     /// The continuation of a text.
     Completion,
+    /// The answer to a list of items: messages, calls of tools, results.
+    Response,
     /// An image from text.
     ImageGeneration,
     /// An image from an image.
@@ -35,7 +37,7 @@ pub enum Task {
 }
 
 /// Text.
-pub const TEXT: &[Task] = &[Task::Chat, Task::Completion];
+pub const TEXT: &[Task] = &[Task::Chat, Task::Completion, Task::Response];
 /// Images, from text or from an image.
 pub const IMAGES: &[Task] = &[Task::ImageGeneration, Task::ImageEdit];
 /// Images from an image.

@@ -4,12 +4,12 @@
 //! these. Names are those of OpenAI's API and of vLLM. Does not know: how a token is chosen
 //! ([`sampler`](crate::sampler)).
 
-use crate::parameter::{Declaration, Parameter, TEXT};
+use crate::parameter::{Declaration, Parameter, TEXT, Task};
 
 /// Most tokens to generate.
 pub static MAX_TOKENS: Parameter<usize> =
     Parameter::at_least("max_tokens", 1, "Most tokens to generate; what is left of the model's context when absent.")
-        .only_for(TEXT)
+        .only_for(&[Task::Chat, Task::Completion])
         .narrowed_by_models();
 
 /// See [`SamplingParams::temperature`](crate::request::SamplingParams::temperature).

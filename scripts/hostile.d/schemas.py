@@ -28,12 +28,13 @@ CHEAP: dict[str, list[Any]] = {
     "n": [1, 2],
     "max_tokens": [1, 4],
     "max_completion_tokens": [1, 4],
+    "max_output_tokens": [1, 4],
     "max_sequence_length": [8, 77, 128],
     "fps": [1, 16, 120],
     "original_inference_steps": [4, 50],
 }
 # Always given, so that nothing takes the model's own, larger default.
-ALWAYS = ["num_inference_steps", "max_tokens", "num_frames"]
+ALWAYS = ["num_inference_steps", "max_tokens", "max_output_tokens", "num_frames"]
 CANVASES = [["size"], ["width", "height"]]
 # Of fields that are in OpenAI's API and ask for nothing here.
 NEUTRAL = [None, None, False, "auto", "none", [], {}, 0, 1, "u1", ["text"], {"type": "text"}]

@@ -145,6 +145,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "unknown_url", "there is nothing at this path")
     }
 
+    /// 404: answers are not kept.
+    pub(super) fn no_stored_response() -> Self {
+        let message = "responses are not stored here (store is false), and cannot be had again by their ids";
+        Self::new(StatusCode::NOT_FOUND, "not_found", message)
+    }
+
     /// 405.
     pub(super) fn no_method() -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take this method")
@@ -234,6 +240,11 @@ impl ApiError {
             body.len()
         ));
         [head.into_bytes(), body].concat()
+    }
+
+    /// What went wrong, in words.
+    pub(super) fn message(&self) -> &str {
+        &self.body.message
     }
 
     /// `error` of the body, for streams whose status has been sent already.

@@ -230,6 +230,8 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
     vec![
         ("/v1/chat/completions", post(text::chat)),
         ("/v1/completions", post(text::completion)),
+        ("/v1/responses", post(text::responses::create)),
+        ("/v1/responses/{id}", get(text::responses::retrieve).delete(text::responses::retrieve)),
         ("/v1/embeddings", post(text::tokens::embeddings)),
         ("/tokenize", post(text::tokens::tokenize)),
         ("/detokenize", post(text::tokens::detokenize)),

@@ -15,7 +15,7 @@ use super::error::ApiError;
 /// What is made of one field. `null` always asks for nothing.
 #[derive(Debug)]
 pub(super) struct Field {
-    /// Keys, joined by dots; `[]` behind one stands for each element of its list.
+    /// Keys, joined by dots; `[]` behind one stands for each element of its list. A dot after a key alone is into its object.
     pub(super) path: &'static str,
     /// Whether the value asks for nothing, in the body that it is part of.
     is_neutral: fn(&Value, &Object) -> bool,
@@ -38,9 +38,11 @@ const fn unsupported(path: &'static str, problem: &'static str) -> Field {
 }
 
 /// Of `/v1/chat/completions`.
-pub(super) const CHAT: &[&[Field]] = &[TEXT, CHAT_ALONE];
+pub(super) const CHAT: &[&[Field]] = &[TEXT, METADATA, CHAT_ALONE];
 /// Of `/v1/completions`.
-pub(super) const COMPLETION: &[&[Field]] = &[TEXT, COMPLETION_ALONE];
+pub(super) const COMPLETION: &[&[Field]] = &[TEXT, METADATA, COMPLETION_ALONE];
+/// Of `/v1/responses`.
+pub(super) const RESPONSE: &[&[Field]] = &[TEXT, RESPONSE_ALONE];
 
 /// Of `/v1/images/generations` and `/v1/images/edits`.
 pub(super) const IMAGE: &[&[Field]] = &[IMAGES];
@@ -52,6 +54,7 @@ pub(super) fn fields(task: Task) -> &'static [&'static [Field]] {
     match task {
         Task::Chat => CHAT,
         Task::Completion => COMPLETION,
+        Task::Response => RESPONSE,
         Task::ImageGeneration | Task::ImageEdit => IMAGE,
         Task::Video => VIDEO,
     }
@@ -82,7 +85,6 @@ const TEXT: &[Field] = &[
     label("user"),
     label("safety_identifier"),
     label("prompt_cache_key"),
-    field("metadata", |value, _| matches!(value, Value::Object(_)), "must be an object"),
     field("store", is_false, "answers are not stored here; must be false"),
     field(
         "service_tier",
@@ -90,6 +92,9 @@ const TEXT: &[Field] = &[
         "there is one tier; must be auto or default",
     ),
 ];
+
+/// Responses repeat it.
+const METADATA: &[Field] = &[field("metadata", |value, _| matches!(value, Value::Object(_)), "must be an object")];
 
 const CHAT_ALONE: &[Field] = &[
     field("logprobs", is_false, "are not returned yet; must be false"),
@@ -109,6 +114,9 @@ const CHAT_ALONE: &[Field] = &[
     unsupported("messages[].refusal", "is not supported; leave it out"),
     unsupported("messages[].function_call", "functions are not supported; they are tools now, with tool_calls"),
     field("messages[].annotations", is_empty, "are not supported; leave it out"),
+    // The SDK's own reading of what stands beside it, in messages that are sent back.
+    field("messages[].parsed", |_, _| true, IS_A_COPY),
+    field("messages[].tool_calls[].function.parsed_arguments", |_, _| true, IS_A_COPY),
     unsupported("messages[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
     unsupported("messages[].content[].image_url", MESSAGES_ARE_TEXT),
     unsupported("messages[].content[].input_audio", MESSAGES_ARE_TEXT),
@@ -116,6 +124,7 @@ const CHAT_ALONE: &[Field] = &[
     unsupported("messages[].content[].refusal", MESSAGES_ARE_TEXT),
 ];
 
+const IS_A_COPY: &str = "is a copy of what the text beside it says, whatever it is";
 const MESSAGES_ARE_TEXT: &str = "messages are text; leave it out";
 
 const COMPLETION_ALONE: &[Field] = &[
@@ -124,6 +133,66 @@ const COMPLETION_ALONE: &[Field] = &[
     field("logprobs", is_false, "are not returned yet; leave it out"),
     field("suffix", |value, _| value.text() == Some(""), "is not supported; leave it out"),
 ];
+
+/// What is within an object stands before it, so that the object is empty if nothing is left to ask for.
+const RESPONSE_ALONE: &[Field] = &[
+    field("background", is_false, "answers are not stored here; must be false"),
+    unsupported("background_options", "there is no background here; leave it out"),
+    unsupported("previous_response_id", NOTHING_IS_STORED),
+    unsupported("conversation", NOTHING_IS_STORED),
+    unsupported("prompt", "no prompts are stored here; leave it out"),
+    field("context_management", is_empty, "is not supported; leave it out"),
+    field("truncation", |value, _| is_one_of(value, &["disabled"]), "is not supported; must be disabled"),
+    field("include", is_of_absent_items, "holds something that is not supported; leave it out"),
+    unsupported("max_tool_calls", "is about built-in tools, of which there are none; leave it out"),
+    field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned here; must be 0"),
+    field("reasoning.effort", |value, _| is_one_of(value, &["none"]), NO_REASONING),
+    field("reasoning.mode", |value, _| is_one_of(value, &["standard"]), NO_REASONING),
+    unsupported("reasoning.summary", NO_REASONING),
+    unsupported("reasoning.generate_summary", NO_REASONING),
+    unsupported("reasoning.context", NO_REASONING),
+    field("reasoning", |value, _| is_object_of(value, &[]), NO_REASONING),
+    field("text.verbosity", |value, _| is_one_of(value, &["medium"]), "is not supported; must be medium"),
+    unsupported("moderation", "is not supported; leave it out"),
+    unsupported("image", "answers are text; leave it out"),
+    unsupported("access_programs", "is not supported; leave it out"),
+    field("prompt_cache_retention", |value, _| is_one_of(value, &["in_memory"]), "must be in_memory"),
+    field("prompt_cache_options", is_default_cache, "only {\"mode\": \"implicit\", \"ttl\": \"30m\"} is supported"),
+    field("tools[].defer_loading", is_false, "is not supported; must be false"),
+    field("tools[].async", is_false, "is not supported; must be false"),
+    field("tools[].allowed_callers", is_direct_alone, "models call tools themselves; must be [\"direct\"]"),
+    unsupported("tools[].output_schema", "is not supported; leave it out"),
+    field("input[].caller", |value, _| is_object_of(value, &[("type", "direct")]), "must be {\"type\": \"direct\"}"),
+    field("input[].async", is_false, "is not supported; must be false"),
+    unsupported("input[].namespace", "is not supported; leave it out"),
+    label("input[].created_by"),
+    field("input[].content[].annotations", is_empty, "are not supported; leave them out"),
+    field("input[].content[].logprobs", |value, _| matches!(value, Value::List(_)), "must be a list"),
+    unsupported("input[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
+    unsupported("input[].output[].prompt_cache_breakpoint", "is not supported; leave it out"),
+];
+
+const NOTHING_IS_STORED: &str = "nothing is stored here; send the whole conversation in input";
+const NO_REASONING: &str = "there is no reasoning apart from the text here; leave it out";
+
+/// What of an answer's items may be asked for that are never there: results of built-in tools, pictures, reasoning.
+const ABSENT_ITEMS: &[&str] = &[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+];
+
+fn is_of_absent_items(value: &Value, _: &Object) -> bool {
+    matches!(value, Value::List(values) if values.iter().all(|of| is_one_of(of, ABSENT_ITEMS)))
+}
+
+fn is_direct_alone(value: &Value, _: &Object) -> bool {
+    matches!(value, Value::List(callers) if callers.iter().all(|caller| is_one_of(caller, &["direct"])))
+}
 
 fn is_false(value: &Value, _: &Object) -> bool {
     *value == Value::Bool(false)
@@ -172,14 +241,8 @@ pub(super) fn settle(fields: &[&[Field]], body: &mut Value) -> Result<(), ApiErr
 
 /// Removes the field at `path` whose value asks for nothing; the error is the path of one that does.
 fn take(field: &Field, path: &str, object: &mut Object) -> Result<(), String> {
-    if let Some((list, rest)) = path.split_once('.') {
-        let key = list.trim_end_matches("[]");
-        let Some(Value::List(values)) = object.get_mut(key) else { return Ok(()) };
-        for (index, value) in values.iter_mut().enumerate() {
-            let Value::Object(object) = value else { continue };
-            take(field, rest, object).map_err(|path| format!("{key}[{index}].{path}"))?;
-        }
-        return Ok(());
+    if let Some((parent, rest)) = path.split_once('.') {
+        return take_within(field, parent, rest, object);
     }
     let is_neutral = match object.get(path) {
         None => return Ok(()),
@@ -190,6 +253,22 @@ fn take(field: &Field, path: &str, object: &mut Object) -> Result<(), String> {
     }
     object.shift_remove(path);
     Ok(())
+}
+
+/// The same of an object in a field, or of each in a list.
+fn take_within(field: &Field, parent: &str, rest: &str, object: &mut Object) -> Result<(), String> {
+    let key = parent.trim_end_matches("[]");
+    match object.get_mut(key) {
+        Some(Value::List(values)) if key != parent => {
+            for (index, value) in values.iter_mut().enumerate() {
+                let Value::Object(object) = value else { continue };
+                take(field, rest, object).map_err(|path| format!("{key}[{index}].{path}"))?;
+            }
+            Ok(())
+        }
+        Some(Value::Object(inner)) if key == parent => take(field, rest, inner).map_err(|path| format!("{key}.{path}")),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -265,6 +344,44 @@ mod tests {
     }
 
     #[test]
+    fn what_asks_for_nothing_of_a_response_is_taken_and_the_rest_refused_by_name() {
+        let neutral = [
+            r#""user": "u1", "safety_identifier": "u1", "prompt_cache_key": "k", "store": false, "background": false"#,
+            r#""previous_response_id": null, "conversation": null, "prompt": null, "truncation": "disabled""#,
+            r#""include": [], "service_tier": "auto", "reasoning": {}, "context_management": []"#,
+            r#""include": ["reasoning.encrypted_content", "file_search_call.results"], "top_logprobs": 0"#,
+            r#""reasoning": {"effort": "none", "summary": null, "generate_summary": null}"#,
+        ];
+        let refused = [
+            (r#""store": true"#, "store"),
+            (r#""background": true"#, "background"),
+            (r#""previous_response_id": "resp_1""#, "previous_response_id"),
+            (r#""conversation": "conv_1""#, "conversation"),
+            (r#""conversation": {"id": "conv_1"}"#, "conversation"),
+            (r#""prompt": {"id": "p"}"#, "prompt"),
+            (r#""truncation": "auto""#, "truncation"),
+            (r#""include": ["message.output_text.logprobs"]"#, "include"),
+            (r#""reasoning": {"effort": "high"}"#, "reasoning.effort"),
+            (r#""reasoning": {"summary": "auto"}"#, "reasoning.summary"),
+            (r#""reasoning": {"other": 1}"#, "reasoning"),
+            (r#""reasoning": "high""#, "reasoning"),
+            (r#""service_tier": "flex""#, "service_tier"),
+            (r#""max_tool_calls": 5"#, "max_tool_calls"),
+        ];
+        check(RESPONSE, r#""input": "hello""#, &neutral, &refused);
+        let items =
+            |extra: &str| format!(r#"{{"input": [{{"type": "message", "content": [{{"text": "a"{extra}}}]}}]}}"#);
+        let plain = Value::from_json(items("").as_bytes()).expect("JSON");
+        assert_eq!(settled(RESPONSE, &items(r#", "annotations": [], "logprobs": [{"token": "a"}]"#)), Ok(plain));
+        let refusal = ("input[0].content[0].annotations".to_owned(), "unsupported_value".to_owned());
+        assert_eq!(settled(RESPONSE, &items(r#", "annotations": [{}]"#)), Err(refusal));
+        // Of the text's format something is left for others to read.
+        let format = r#"{"text": {"format": {"type": "text"}}}"#;
+        let settled_format = settled(RESPONSE, r#"{"text": {"format": {"type": "text"}, "verbosity": "medium"}}"#);
+        assert_eq!(settled_format, Ok(Value::from_json(format.as_bytes()).expect("JSON")));
+    }
+
+    #[test]
     fn what_asks_for_nothing_of_an_image_is_taken_and_the_rest_refused_by_name() {
         let neutral = [
             r#""user": "u1", "safety_identifier": "u1", "quality": "auto", "background": "opaque", "moderation": "low""#,
@@ -290,6 +407,10 @@ mod tests {
         let whole = r#", "refusal": null, "annotations": [], "audio": null, "function_call": null"#;
         assert_eq!(settled(CHAT, &message(whole)), Ok(plain.clone()));
         assert_eq!(settled(CHAT, &message(r#", "annotations": null, "function_call": null"#)), Ok(plain));
+        let call =
+            |extra: &str| message(&format!(r#", "tool_calls": [{{"function": {{"arguments": "{{}}"{extra}}}}}]"#));
+        let plain = Value::from_json(call("").as_bytes()).expect("JSON");
+        assert_eq!(settled(CHAT, &call(r#", "parsed_arguments": {"a": [1]}"#)), Ok(plain));
         for (extra, param) in [
             (r#", "function_call": {"name": "a"}"#, "messages[1].function_call"),
             (r#", "refusal": "no""#, "messages[1].refusal"),
@@ -304,7 +425,7 @@ mod tests {
     #[test]
     fn null_asks_for_nothing_and_every_field_is_documented() {
         let document = include_str!("../../docs/http-api.md");
-        for field in [CHAT, COMPLETION, IMAGE, VIDEO].concat().into_iter().flatten() {
+        for field in [CHAT, COMPLETION, RESPONSE, IMAGE, VIDEO].concat().into_iter().flatten() {
             let name = field.path.rsplit('.').next().expect("has a last part");
             assert!(document.contains(&format!("`{name}`")), "{} is not in docs/http-api.md", field.path);
             if !field.path.contains('.') {

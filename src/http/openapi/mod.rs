@@ -48,6 +48,7 @@ fn fields(task: Task) -> Vec<&'static Declaration> {
     let (own, parameters): (_, &[_]) = match task {
         Task::Chat => (text::wire::CHAT, TEXT_PARAMETERS),
         Task::Completion => (text::wire::COMPLETION, TEXT_PARAMETERS),
+        Task::Response => (text::responses::wire::RESPONSE, TEXT_PARAMETERS),
         Task::ImageGeneration | Task::ImageEdit => (images::OWN, &PARAMETERS),
         Task::Video => (videos::OWN, &PARAMETERS),
     };
@@ -62,6 +63,7 @@ fn make() -> Value {
     for (name, task) in [
         ("ChatRequest", Task::Chat),
         ("CompletionRequest", Task::Completion),
+        ("ResponseRequest", Task::Response),
         ("ImageGenerationRequest", Task::ImageGeneration),
         ("ImageEditRequest", Task::ImageEdit),
         ("VideoRequest", Task::Video),
@@ -97,7 +99,7 @@ fn make() -> Value {
     );
     let tokens = json!({"type": "array", "items": {"type": "integer", "minimum": 0}});
     schemas["DetokenizeRequest"] = of_tokens(text::tokens::DETOKENIZE, vec![("tokens", tokens)], &["tokens"]);
-    add_messages(schemas);
+    add_nested(schemas);
     add_query(&mut document["paths"]["/v1/videos"]["get"], videos::LIST_QUERY);
     add_query(&mut document["paths"]["/v1/videos/{id}/content"]["get"], videos::CONTENT_QUERY);
     document
@@ -112,25 +114,50 @@ fn request(task: Task) -> Value {
     let prompt = match task {
         Task::Chat => Some(("messages", messages())),
         Task::Completion => Some(("prompt", reference("Prompts"))),
+        Task::Response => Some(("input", reference("ResponseInput"))),
         Task::ImageGeneration | Task::ImageEdit | Task::Video => None,
     };
     if let Some((name, schema)) = prompt {
         properties.insert(name.to_owned(), schema);
         properties.insert("stream_options".to_owned(), reference("StreamOptions"));
-        properties.extend(text::structured::names().map(|name| (name.to_owned(), reference(structured(name)))));
+        let of_answers = text::structured::names()
+            .filter(|name| task != Task::Response || *name != text::structured::RESPONSE_FORMAT);
+        properties.extend(of_answers.map(|name| (name.to_owned(), reference(structured(name)))));
         required.push(name);
     }
-    if task == Task::Chat {
+    let tools = match task {
+        Task::Chat => Some(("Tools", "ToolChoice")),
+        Task::Response => Some(("ResponseTools", "ResponseToolChoice")),
+        _ => None,
+    };
+    if let Some((tools, choice)) = tools {
         let of_tools = [
-            (text::tools::TOOLS, "Tools"),
-            (text::tools::TOOL_CHOICE, "ToolChoice"),
+            (text::tools::TOOLS, tools),
+            (text::tools::TOOL_CHOICE, choice),
             (text::tools::PARALLEL, "ParallelToolCalls"),
         ];
         properties.extend(of_tools.map(|(name, component)| (name.to_owned(), reference(component))));
         properties.insert("chat_template_kwargs".to_owned(), reference("ChatTemplateKwargs"));
     }
+    if task == Task::Response {
+        let instructions = "A system message before the others.";
+        properties.insert("instructions".to_owned(), json!({"type": ["string", "null"], "description": instructions}));
+        properties.insert("text".to_owned(), reference("ResponseText"));
+        properties.insert("metadata".to_owned(), metadata());
+    }
     properties.extend(unsupported(task, ""));
     object(properties, &required)
+}
+
+/// Labels that a response repeats.
+fn metadata() -> Value {
+    json!({
+        "type": ["object", "null"],
+        "maxProperties": text::responses::wire::MAX_METADATA,
+        "propertyNames": {"maxLength": text::responses::wire::MAX_METADATA_NAME},
+        "additionalProperties": {"type": "string", "maxLength": text::responses::wire::MAX_METADATA_VALUE},
+        "description": "Labels that the answer repeats.",
+    })
 }
 
 /// The component that describes a field which an answer is held to.
@@ -211,11 +238,26 @@ fn unsupported(task: Task, path: &str) -> Map<String, Value> {
     of_path.collect()
 }
 
-/// The same for the messages of a chat and for the parts of their content.
-fn add_messages(schemas: &mut Value) {
-    for (name, path) in [("ChatMessage", "messages[]"), ("TextPart", "messages[].content[]")] {
+/// The same for what is within a field.
+fn add_nested(schemas: &mut Value) {
+    // The one object that has no component of its own.
+    let function = &mut schemas["ToolCall"]["properties"]["function"]["properties"];
+    if let Some(properties) = function.as_object_mut() {
+        properties.extend(unsupported(Task::Chat, "messages[].tool_calls[].function"));
+    }
+    for (name, task, path) in [
+        ("ChatMessage", Task::Chat, "messages[]"),
+        ("TextPart", Task::Chat, "messages[].content[]"),
+        ("ResponseInputMessage", Task::Response, "input[]"),
+        ("ResponseInputCall", Task::Response, "input[]"),
+        ("ResponseInputResult", Task::Response, "input[]"),
+        ("ResponseInputReasoning", Task::Response, "input[]"),
+        ("ResponseInputPart", Task::Response, "input[].content[]"),
+        ("ResponseText", Task::Response, "text"),
+        ("ResponseTool", Task::Response, "tools[]"),
+    ] {
         if let Some(properties) = schemas[name]["properties"].as_object_mut() {
-            properties.extend(unsupported(Task::Chat, path));
+            properties.extend(unsupported(task, path));
         }
     }
 }

@@ -10,7 +10,8 @@ use super::fields;
 /// The document is written anew where this environment variable is set.
 const WRITE: &str = "TALE_WRITE_DOCS";
 
-const TEXT: &[(Task, &str)] = &[(Task::Chat, "chats"), (Task::Completion, "completions")];
+const TEXT: &[(Task, &str)] =
+    &[(Task::Chat, "chats"), (Task::Completion, "completions"), (Task::Response, "responses")];
 const IMAGES_AND_VIDEOS: &[(Task, &str)] =
     &[(Task::ImageGeneration, "images"), (Task::ImageEdit, "edits"), (Task::Video, "videos")];
 

@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use super::*;
 use crate::http::routes;
 
-const TASKS: [(Task, &str); 5] = [
+const TASKS: [(Task, &str); 6] = [
     (Task::Chat, "ChatRequest"),
     (Task::Completion, "CompletionRequest"),
+    (Task::Response, "ResponseRequest"),
     (Task::ImageGeneration, "ImageGenerationRequest"),
     (Task::ImageEdit, "ImageEditRequest"),
     (Task::Video, "VideoRequest"),

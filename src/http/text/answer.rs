@@ -21,7 +21,7 @@ use crate::http::sse::{self, KeepAlive};
 use crate::http::{random_seed, unix_seconds};
 
 /// Bytes of events that are joined into one write when a stream runs behind.
-const MAX_WRITE_BYTES: usize = 16 << 10;
+pub(super) const MAX_WRITE_BYTES: usize = 16 << 10;
 
 /// Sizes of choices of a stream with obfuscation are multiples of this: longer than what most events say.
 const EVENT_BYTES: usize = 64;
@@ -84,9 +84,9 @@ struct Envelope<'a, C> {
     obfuscation: Option<String>,
 }
 
-/// Random characters that fill a choice up to a multiple of [`EVENT_BYTES`].
-fn filling(choice: &Choice<'_>) -> String {
-    let bytes = serde_json::to_vec(choice).map_or(0, |json| json.len());
+/// Random characters that fill a part of an answer up to a multiple of [`EVENT_BYTES`].
+pub(super) fn filling(part: &impl Serialize) -> String {
+    let bytes = serde_json::to_vec(part).map_or(0, |json| json.len());
     let mut filling = String::with_capacity(2 * EVENT_BYTES);
     while filling.len() < EVENT_BYTES {
         filling.push_str(&format!("{:013x}", random_seed()));
@@ -216,7 +216,7 @@ fn reason_name(reason: FinishReason) -> &'static str {
 }
 
 /// Why a session has no more events before its end.
-fn cut_off() -> ApiError {
+pub(super) fn cut_off() -> ApiError {
     ApiError::unready("shutting_down", "the server shut down before the answer was whole")
 }
 
@@ -287,7 +287,7 @@ impl Reply {
 }
 
 /// By which a tool's result refers to its call.
-fn call_id() -> String {
+pub(super) fn call_id() -> String {
     format!("call_{}", Uuid::now_v7().simple())
 }
 

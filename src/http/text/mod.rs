@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions` and `POST /v1/completions`.
+//! `POST /v1/chat/completions`, `POST /v1/completions` and, in a room of its own, `POST /v1/responses`.
 
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ use super::{AppState, random_seed, sse};
 use crate::engine::Session;
 
 mod answer;
+pub(super) mod responses;
 pub mod structured;
 pub(super) mod tokens;
 pub mod tools;

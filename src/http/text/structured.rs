@@ -1,4 +1,4 @@
-//! What an answer is held to, as bodies say it: OpenAI's `response_format`, and vLLM's `structured_outputs` with the older
+//! What an answer is held to, as bodies say it: OpenAI's `response_format` or `text.format`, and vLLM's `structured_outputs` with the older
 //! `guided_json`, `guided_regex`, `guided_choice` and `guided_grammar`.
 //!
 //! Owns: these fields. Does not know: what a schema or a grammar may hold (`tale_models::grammar`).
@@ -10,6 +10,8 @@ use crate::http::error::ApiError;
 
 /// OpenAI's field, also for completions.
 pub(in crate::http) const RESPONSE_FORMAT: &str = "response_format";
+/// The same of a response.
+const TEXT_FORMAT: &str = "text.format";
 /// vLLM's field.
 pub(in crate::http) const STRUCTURED_OUTPUTS: &str = "structured_outputs";
 /// The forms that the object of [`STRUCTURED_OUTPUTS`] has, and under which names the body itself may have them.
@@ -18,6 +20,10 @@ const FORMS: &[(&str, &str)] =
 /// A schema has at most so many values.
 const MAX_SCHEMA_VALUES: usize = 16 << 10;
 
+/// How much each of these fields may hold.
+pub(super) const ROOM: Room =
+    Room { max_items: MAX_CHOICES, max_numbers: MAX_SCHEMA_VALUES, max_values: MAX_SCHEMA_VALUES };
+
 /// The names of all these fields.
 pub(in crate::http) fn names() -> impl Iterator<Item = &'static str> {
     [RESPONSE_FORMAT, STRUCTURED_OUTPUTS].into_iter().chain(FORMS.iter().map(|(_, guided)| *guided))
@@ -25,16 +31,28 @@ pub(in crate::http) fn names() -> impl Iterator<Item = &'static str> {
 
 /// How much such a field may hold; `None` for other fields.
 pub(super) fn room_in(name: &str) -> Option<Room> {
-    const ROOM: Room = Room { max_items: MAX_CHOICES, max_numbers: MAX_SCHEMA_VALUES, max_values: MAX_SCHEMA_VALUES };
     names().any(|of| of == name).then_some(ROOM)
 }
 
 /// Takes these fields out of a body: what they ask for, at most one thing.
 pub(super) fn take(body: &mut Object) -> Result<Option<Asked>, ApiError> {
-    let mut asked: Vec<Asked> = Vec::new();
-    if let Some(value) = given(body, RESPONSE_FORMAT) {
-        asked.extend(response_format(value)?);
+    let format = given(body, RESPONSE_FORMAT).map(response_format).transpose()?.flatten();
+    take_extensions(body, format)
+}
+
+/// The same of a response, which has OpenAI's part of it in [`TEXT_FORMAT`].
+pub(super) fn take_of_response(body: &mut Object, format: Option<Value>) -> Result<Option<Asked>, ApiError> {
+    if body.contains_key(RESPONSE_FORMAT) {
+        let problem = format!("is of chats; here it is {TEXT_FORMAT}");
+        return Err(ApiError::field_code(RESPONSE_FORMAT, "unknown_parameter", problem));
     }
+    let format = format.map(text_format).transpose()?.flatten();
+    take_extensions(body, format)
+}
+
+/// Takes vLLM's fields, beside what OpenAI's asked for.
+fn take_extensions(body: &mut Object, asked: Option<Asked>) -> Result<Option<Asked>, ApiError> {
+    let mut asked: Vec<Asked> = asked.into_iter().collect();
     if let Some(value) = given(body, STRUCTURED_OUTPUTS) {
         asked.extend(structured_outputs(value)?);
     }
@@ -52,7 +70,13 @@ pub(super) fn take(body: &mut Object) -> Result<Option<Asked>, ApiError> {
     }
 }
 
-fn given(fields: &mut Object, name: &str) -> Option<Value> {
+/// Whether OpenAI's field at this path asks for something, which is about texts and not about calls of tools.
+pub(super) fn is_of_texts(path: &str) -> bool {
+    path.starts_with(RESPONSE_FORMAT) || path.starts_with(TEXT_FORMAT)
+}
+
+/// Takes a field out that is there and not null.
+pub(super) fn given(fields: &mut Object, name: &str) -> Option<Value> {
     fields.shift_remove(name).filter(|value| *value != Value::Null)
 }
 
@@ -72,6 +96,20 @@ fn response_format(value: Value) -> Result<Option<Asked>, ApiError> {
         (Some("text"), None) => Ok(None),
         (Some("json_object"), None) => Ok(Some(Asked::json_object(RESPONSE_FORMAT))),
         _ => Err(ApiError::field(path("type"), "must be text, json_object or json_schema")),
+    }
+}
+
+/// The same as responses spell it: what is of a schema stands beside the type.
+fn text_format(value: Value) -> Result<Option<Asked>, ApiError> {
+    let mut fields = object(TEXT_FORMAT, value)?;
+    let path = format!("{TEXT_FORMAT}.type");
+    match required(&path, given(&mut fields, "type"))?.text() {
+        Some("json_schema") => json_schema(TEXT_FORMAT, Value::Object(fields)).map(Some),
+        Some("text") => no_others(TEXT_FORMAT, &fields, &["type"]).map(|()| None),
+        Some("json_object") => {
+            no_others(TEXT_FORMAT, &fields, &["type"]).map(|()| Some(Asked::json_object(TEXT_FORMAT)))
+        }
+        _ => Err(ApiError::field(path, "must be text, json_object or json_schema")),
     }
 }
 
@@ -210,6 +248,21 @@ mod tests {
             "structured_outputs.grammar",
             Form::Lark("start: \"a\"".into()),
         );
+    }
+
+    #[test]
+    fn responses_spell_it_in_the_format_of_their_text() {
+        let taken = |format: &str| {
+            let format = Value::from_json(format.as_bytes()).expect(format);
+            take_of_response(&mut Object::new(), Some(format)).map_err(|_| ())
+        };
+        let asked = |field: &str, form| Ok(Some(Asked { field: field.to_owned(), form }));
+        let schema = || Form::Schema(serde_json::json!({"type": "object"}));
+        assert_eq!(taken(r#"{"type": "text"}"#), Ok(None));
+        assert_eq!(taken(r#"{"type": "json_object"}"#), asked("text.format", schema()));
+        let flat = r#"{"type": "json_schema", "name": "a", "strict": true, "schema": {"type": "object"}}"#;
+        assert_eq!(taken(flat), asked("text.format.schema", schema()));
+        assert_eq!(taken(r#"{"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}"#), Err(()));
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! Tools as bodies of chats say them: `tools`, `tool_choice`, `parallel_tool_calls`; and calls and results in messages.
+//! Tools as bodies of chats and responses say them: `tools`, `tool_choice`, `parallel_tool_calls`.
 //!
-//! Owns: these fields. Does not know: how a model writes a call (`tale_models::tools`), what a schema may hold.
+//! Owns: these fields, in both spellings. Does not know: how a model writes a call (`tale_models::tools`), what a schema may
+//! hold, calls and results in what was said before.
 
 use serde_json::json;
 use tale_models::TextCard;
 use tale_models::grammar::{Asked, Form};
 use tale_models::tools::{Calls, MAX_TOOLS, Otherwise, Tool, ToolFormat};
 
-use super::structured::{RESPONSE_FORMAT, check_name, no_others, object, required};
+use super::structured::{check_name, given, is_of_texts, no_others, object, required};
 use crate::http::body::value::{Object, Room, Value};
 use crate::http::error::ApiError;
 
@@ -17,23 +18,63 @@ pub(in crate::http) const TOOLS: &str = "tools";
 pub(in crate::http) const TOOL_CHOICE: &str = "tool_choice";
 /// See [`TOOLS`].
 pub(in crate::http) const PARALLEL: &str = "parallel_tool_calls";
+/// The kind of choice that names several.
+const ALLOWED: &str = "allowed_tools";
 /// The tools of a request have at most so many values.
 const MAX_TOOL_VALUES: usize = 32 << 10;
 
-/// What a chat says of tools.
+/// How an endpoint spells a function, in lists of tools and where one is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Spelling {
+    /// In a field `function`, as chats do.
+    Nested,
+    /// Beside its `type`, as responses do.
+    Flat,
+}
+
+/// Tools of OpenAI's own, which a request does not describe but only names.
+const BUILT_IN: &[&str] = &[
+    "apply_patch",
+    "code_interpreter",
+    "computer",
+    "computer_use_preview",
+    "custom",
+    "file_search",
+    "image_generation",
+    "local_shell",
+    "mcp",
+    "namespace",
+    "programmatic_tool_calling",
+    "shell",
+    "tool_search",
+    "web_search",
+    "web_search_preview",
+];
+
+/// What a request says of tools.
 #[derive(Debug)]
 pub(super) struct Tools {
     tools: Vec<Tool>,
-    choice: Choice,
+    /// Places of those that may be called.
+    callable: Vec<usize>,
+    /// Whether there is a call in any case.
+    is_required: bool,
     is_parallel: bool,
 }
 
+/// What a request says of the calls.
 #[derive(Debug, PartialEq)]
 enum Choice {
+    Never,
     Auto,
     Required,
-    /// The tool at this place.
+    /// One call of the tool at this place.
     One(usize),
+    /// Calls of the tools at these places alone.
+    Allowed {
+        places: Vec<usize>,
+        is_required: bool,
+    },
 }
 
 /// How much `tools` may hold; `None` for other fields.
@@ -43,9 +84,8 @@ pub(super) fn room_in(name: &str) -> Option<Room> {
 }
 
 /// Takes these fields out of a body; `None` where no tool may be called.
-pub(super) fn take(body: &mut Object) -> Result<Option<Tools>, ApiError> {
-    let mut given = |name: &str| body.shift_remove(name).filter(|value| *value != Value::Null);
-    let (tools, choice, parallel) = (given(TOOLS), given(TOOL_CHOICE), given(PARALLEL));
+pub(super) fn take(body: &mut Object, spelling: Spelling) -> Result<Option<Tools>, ApiError> {
+    let (tools, choice, parallel) = (given(body, TOOLS), given(body, TOOL_CHOICE), given(body, PARALLEL));
     let is_parallel = match parallel {
         None => true,
         Some(Value::Bool(value)) => value,
@@ -55,31 +95,54 @@ pub(super) fn take(body: &mut Object) -> Result<Option<Tools>, ApiError> {
         None => Vec::new(),
         Some(Value::List(tools)) => {
             let numbered = tools.into_iter().enumerate();
-            numbered.map(|(index, of)| tool(&format!("{TOOLS}[{index}]"), of)).collect::<Result<Vec<_>, _>>()?
+            let tool = |(index, value)| tool(&format!("{TOOLS}[{index}]"), value, spelling);
+            numbered.map(tool).collect::<Result<Vec<_>, _>>()?
         }
         Some(_) => return Err(ApiError::field(TOOLS, "must be a list")),
     };
     for (index, tool) in tools.iter().enumerate() {
         if tools[..index].iter().any(|other| other.name == tool.name) {
-            let path = format!("{TOOLS}[{index}].function.name");
+            let function = if spelling == Spelling::Nested { ".function" } else { "" };
+            let path = format!("{TOOLS}[{index}]{function}.name");
             return Err(ApiError::field(path, "is the name of another tool, too"));
         }
     }
-    let Some(choice) = tool_choice(choice, &tools)? else { return Ok(None) };
-    Ok((!tools.is_empty()).then_some(Tools { tools, choice, is_parallel }))
+    let choice = choice.map_or(Ok(Choice::Auto), |choice| tool_choice(choice, &tools, spelling))?;
+    let all = || (0..tools.len()).collect();
+    let (callable, is_required, is_parallel) = match choice {
+        Choice::Never => return Ok(None),
+        Choice::Auto => (all(), false, is_parallel),
+        Choice::Required => (all(), true, is_parallel),
+        Choice::One(place) => (vec![place], true, false),
+        Choice::Allowed { places, is_required } => (places, is_required, is_parallel),
+    };
+    if tools.is_empty() && is_required {
+        return Err(ApiError::field(TOOL_CHOICE, "asks for a call, and there are no tools"));
+    }
+    Ok((!tools.is_empty()).then_some(Tools { tools, callable, is_required, is_parallel }))
 }
 
-fn tool(path: &str, value: Value) -> Result<Tool, ApiError> {
+fn tool(path: &str, value: Value, spelling: Spelling) -> Result<Tool, ApiError> {
     let mut fields = object(path, value)?;
     check_kind(path, &mut fields)?;
-    let path_of_function = format!("{path}.function");
-    let function = required(&path_of_function, given(&mut fields, "function"))?;
-    no_others(path, &fields, &["type", "function"])?;
-    function_of(&path_of_function, function)
+    let (path, function) = function(path, fields, spelling)?;
+    function_of(&path, function)
 }
 
-fn function_of(path: &str, value: Value) -> Result<Tool, ApiError> {
-    let mut fields = object(path, value)?;
+/// The fields that say which function it is, and where they stand; `fields` are those beside the type.
+fn function(path: &str, mut fields: Object, spelling: Spelling) -> Result<(String, Object), ApiError> {
+    match spelling {
+        Spelling::Flat => Ok((path.to_owned(), fields)),
+        Spelling::Nested => {
+            let inner = format!("{path}.function");
+            let function = object(&inner, required(&inner, given(&mut fields, "function"))?)?;
+            no_others(path, &fields, &["type", "function"])?;
+            Ok((inner, function))
+        }
+    }
+}
+
+fn function_of(path: &str, mut fields: Object) -> Result<Tool, ApiError> {
     let name_path = format!("{path}.name");
     let name = check_name(&name_path, &required(&name_path, given(&mut fields, "name"))?)?;
     let description = match given(&mut fields, "description") {
@@ -116,47 +179,78 @@ fn arguments(field: &str, schema: Object) -> Result<serde_json::Value, ApiError>
     Ok(schema)
 }
 
-fn given(fields: &mut Object, name: &str) -> Option<Value> {
-    fields.shift_remove(name).filter(|value| *value != Value::Null)
-}
-
 fn check_kind(path: &str, fields: &mut Object) -> Result<(), ApiError> {
     let path = format!("{path}.type");
-    match required(&path, given(fields, "type"))?.text() {
-        Some("function") => Ok(()),
-        _ => Err(ApiError::field_code(path, "unsupported_value", "only function is supported")),
-    }
+    let kind = required(&path, given(fields, "type"))?;
+    let problem = match kind.text() {
+        Some("function") => return Ok(()),
+        text => match BUILT_IN.iter().find(|name| text == Some(name)) {
+            Some(name) => format!("{name} is none of Tale's: only function is supported"),
+            None => "only function is supported".to_owned(),
+        },
+    };
+    Err(ApiError::field_code(path, "unsupported_value", problem))
 }
 
-/// `None` is no call.
-fn tool_choice(value: Option<Value>, tools: &[Tool]) -> Result<Option<Choice>, ApiError> {
-    let needs_tools = |choice: Choice| match tools.is_empty() {
-        true => Err(ApiError::field(TOOL_CHOICE, "asks for a call, and there are no tools")),
-        false => Ok(Some(choice)),
-    };
-    let value = match value {
-        None => return Ok(Some(Choice::Auto)),
-        Some(value) => value,
-    };
+fn tool_choice(value: Value, tools: &[Tool], spelling: Spelling) -> Result<Choice, ApiError> {
     match value.text() {
-        Some("none") => return Ok(None),
-        Some("auto") => return Ok(Some(Choice::Auto)),
-        Some("required") => return needs_tools(Choice::Required),
+        Some("none") => return Ok(Choice::Never),
+        Some("auto") => return Ok(Choice::Auto),
+        Some("required") => return Ok(Choice::Required),
         Some(_) => return Err(ApiError::field(TOOL_CHOICE, "must be none, auto, required or a function")),
         None => (),
     }
     let mut fields = object(TOOL_CHOICE, value)?;
-    check_kind(TOOL_CHOICE, &mut fields)?;
-    let path = format!("{TOOL_CHOICE}.function");
-    let mut function = object(&path, required(&path, given(&mut fields, "function"))?)?;
-    no_others(TOOL_CHOICE, &fields, &["type", "function"])?;
+    if fields.get("type").and_then(Value::text) == Some(ALLOWED) {
+        fields.shift_remove("type");
+        return allowed(fields, tools, spelling);
+    }
+    Ok(Choice::One(place(TOOL_CHOICE, fields, tools, spelling)?))
+}
+
+/// `allowed_tools`, whose fields chats have in another object.
+fn allowed(mut fields: Object, tools: &[Tool], spelling: Spelling) -> Result<Choice, ApiError> {
+    let mut path = TOOL_CHOICE.to_owned();
+    if spelling == Spelling::Nested {
+        path.push_str(".allowed_tools");
+        let inner = object(&path, required(&path, given(&mut fields, ALLOWED))?)?;
+        no_others(TOOL_CHOICE, &fields, &["type", ALLOWED])?;
+        fields = inner;
+    }
+    let mode_path = format!("{path}.mode");
+    let is_required = match required(&mode_path, given(&mut fields, "mode"))?.text() {
+        Some("auto") => false,
+        Some("required") => true,
+        _ => return Err(ApiError::field(mode_path, "must be auto or required")),
+    };
+    let list_path = format!("{path}.tools");
+    let Value::List(chosen) = required(&list_path, given(&mut fields, "tools"))? else {
+        return Err(ApiError::field(list_path, "must be a list"));
+    };
+    no_others(&path, &fields, &["type", "mode", "tools"])?;
+    let mut places = Vec::with_capacity(chosen.len());
+    for (index, value) in chosen.into_iter().enumerate() {
+        let path = format!("{list_path}[{index}]");
+        let place = place(&path, object(&path, value)?, tools, spelling)?;
+        if !places.contains(&place) {
+            places.push(place);
+        }
+    }
+    match places.is_empty() {
+        true => Err(ApiError::field(list_path, "names no tool; tool_choice none forbids them all")),
+        false => Ok(Choice::Allowed { places, is_required }),
+    }
+}
+
+/// The place of the tool that is chosen at `path`.
+fn place(path: &str, mut fields: Object, tools: &[Tool], spelling: Spelling) -> Result<usize, ApiError> {
+    check_kind(path, &mut fields)?;
+    let (path, mut function) = function(path, fields, spelling)?;
     let name_path = format!("{path}.name");
     let name = required(&name_path, given(&mut function, "name"))?;
     no_others(&path, &function, &["name"])?;
-    match tools.iter().position(|tool| Some(tool.name.as_str()) == name.text()) {
-        Some(place) => needs_tools(Choice::One(place)),
-        None => Err(ApiError::field(name_path, "is the name of no tool")),
-    }
+    let place = tools.iter().position(|tool| Some(tool.name.as_str()) == name.text());
+    place.ok_or_else(|| ApiError::field(name_path, "is the name of no tool"))
 }
 
 impl Tools {
@@ -169,31 +263,25 @@ impl Tools {
     /// where there is no call.
     pub(super) fn held_to(self, card: &TextCard, asked: Option<Asked>) -> Result<(Asked, ToolFormat), ApiError> {
         let format = card.tool_format(TOOLS)?;
-        let otherwise = match (&self.choice, asked) {
-            (Choice::Auto, None) => Otherwise::Text,
-            (Choice::Auto, Some(Asked { field, form: Form::Schema(schema) })) if format == ToolFormat::Hermes => {
+        let Self { tools, callable, is_required, is_parallel } = self;
+        let otherwise = match (is_required, asked) {
+            (false, None) => Otherwise::Text,
+            (false, Some(Asked { field, form: Form::Schema(schema) })) if format == ToolFormat::Hermes => {
                 Otherwise::Value { schema, field }
             }
-            (Choice::Auto, Some(Asked { field, .. })) => {
+            (false, Some(Asked { field, .. })) => {
                 let problem =
                     "cannot stand beside tools that may be called, of this model or of any; let tool_choice decide";
                 return Err(ApiError::field(field, problem));
             }
-            (Choice::Required | Choice::One(_), None) => Otherwise::Nothing,
-            // OpenAI's field is about texts, which there are none.
-            (Choice::Required | Choice::One(_), Some(Asked { field, .. })) if field.starts_with(RESPONSE_FORMAT) => {
-                Otherwise::Nothing
-            }
-            (Choice::Required | Choice::One(_), Some(Asked { field, .. })) => {
+            (true, None) => Otherwise::Nothing,
+            // OpenAI's fields are about texts, which there are none.
+            (true, Some(Asked { field, .. })) if is_of_texts(&field) => Otherwise::Nothing,
+            (true, Some(Asked { field, .. })) => {
                 return Err(ApiError::field(field, "contradicts tool_choice, by which the answer is a call"));
             }
         };
-        let Self { mut tools, choice, is_parallel } = self;
-        if let Choice::One(place) = choice {
-            tools = vec![tools.swap_remove(place)];
-        }
-        // A named tool is called once.
-        let is_parallel = is_parallel && !matches!(choice, Choice::One(_));
+        let tools = callable.into_iter().map(|place| tools[place].clone()).collect();
         let calls = Calls { format, tools, is_parallel, otherwise };
         Ok((Asked { field: TOOLS.to_owned(), form: Form::Calls(calls) }, format))
     }

@@ -12,7 +12,7 @@ use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
 use tale_models::{Encoding, TextCard};
 
 use super::structured;
-use super::tools::{self, Tools};
+use super::tools::{self, Spelling, Tools};
 use crate::http::body::value::{Object, Room, Value};
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
@@ -23,7 +23,7 @@ pub const MAX_CHOICES: usize = 64;
 /// Most messages of a conversation.
 pub const MAX_MESSAGES: usize = 8192;
 /// Most values in all messages together: their fields, and the parts of their contents.
-const MAX_MESSAGE_VALUES: usize = 16 * MAX_MESSAGES;
+pub(super) const MAX_MESSAGE_VALUES: usize = 16 * MAX_MESSAGES;
 
 static N: Parameter<usize> = Parameter::integer(
     "n",
@@ -31,9 +31,9 @@ static N: Parameter<usize> = Parameter::integer(
     MAX_CHOICES,
     "Choices for each prompt, at most 64 in all; choice i has seed + i. 1 when absent.",
 )
-.only_for(TEXT);
+.only_for(&[Task::Chat, Task::Completion]);
 
-static STREAM: Parameter<bool> =
+pub(super) static STREAM: Parameter<bool> =
     Parameter::boolean("stream", "Answer with server-sent events, as the text comes.").only_for(TEXT);
 
 static MAX_COMPLETION_TOKENS: Parameter<usize> =
@@ -61,7 +61,7 @@ pub(super) static ADD_SPECIAL_TOKENS: Parameter<bool> = Parameter::boolean(
 )
 .only_for(TEXT);
 
-static TRUNCATE_PROMPT_TOKENS: Parameter<usize> = Parameter::at_least(
+pub(super) static TRUNCATE_PROMPT_TOKENS: Parameter<usize> = Parameter::at_least(
     "truncate_prompt_tokens",
     1,
     "Take so many tokens of a longer prompt, from its end. The text may have four times the model's context.",
@@ -146,8 +146,8 @@ pub(super) fn room_in_completion(name: &str, max_tokens: usize) -> Room {
 pub(super) fn chat(body: Value) -> Result<TextBody<Conversation>, ApiError> {
     let mut body = settled(body, openai::CHAT)?;
     let asked = structured::take(&mut body)?;
-    let tools = tools::take(&mut body)?;
-    let options = take(&mut body, CHAT, &["messages", "chat_template_kwargs", "stream_options"])?;
+    let tools = tools::take(&mut body, Spelling::Nested)?;
+    let options = take(&mut body, CHAT, Task::Chat, &["messages", "chat_template_kwargs", "stream_options"])?;
     let ChatFields { messages, chat_template_kwargs, stream_options } = body::read(Value::Object(body))?;
     let conversation = conversation(messages, chat_template_kwargs, &options)?;
     let body = TextBody::new(options, stream_options.as_ref(), asked, conversation)?;
@@ -158,20 +158,26 @@ pub(super) fn chat(body: Value) -> Result<TextBody<Conversation>, ApiError> {
 pub(super) fn completion(body: Value) -> Result<TextBody<Vec<Prompt>>, ApiError> {
     let mut body = settled(body, openai::COMPLETION)?;
     let asked = structured::take(&mut body)?;
-    let options = take(&mut body, COMPLETION, &["prompt", "stream_options"])?;
+    let options = take(&mut body, COMPLETION, Task::Completion, &["prompt", "stream_options"])?;
     let CompletionFields { prompt, stream_options } = body::read(Value::Object(body))?;
     TextBody::new(options, stream_options.as_ref(), asked, prompt.0)
 }
 
 /// The fields of a body, without those of OpenAI's `fields` that ask for nothing.
-fn settled(mut body: Value, fields: &[&[openai::Field]]) -> Result<Object, ApiError> {
+pub(super) fn settled(mut body: Value, fields: &[&[openai::Field]]) -> Result<Object, ApiError> {
     openai::settle(fields, &mut body)?;
     body.into_object()
 }
 
-/// The declared fields of a body, which has `others` beside them.
-fn take(body: &mut Object, own: &[&'static Declaration], others: &[&str]) -> Result<Options, ApiError> {
-    let declarations = [own, TEXT_PARAMETERS].concat();
+/// The declared fields of a body for `task`, which has `others` beside them.
+pub(super) fn take(
+    body: &mut Object,
+    own: &[&'static Declaration],
+    task: Task,
+    others: &[&str],
+) -> Result<Options, ApiError> {
+    let parameters = TEXT_PARAMETERS.iter().filter(|declaration| declaration.is_for(task));
+    let declarations: Vec<_> = own.iter().chain(parameters).copied().collect();
     Ok(parameters::take(body, &declarations, others)?.options)
 }
 
@@ -184,7 +190,7 @@ pub(super) fn encoding(options: &Options, usual: Encoding) -> Encoding {
 }
 
 impl<T> TextBody<T> {
-    fn new(
+    pub(super) fn new(
         options: Options,
         stream_options: Option<&StreamOptions>,
         asked: Option<Asked>,
