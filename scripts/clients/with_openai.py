@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
-"""Asks a running Tale server for everything through OpenAI's own Python client, and checks the answers.
+"""OpenAI's own package, for everything that Tale serves: text in three endpoints, pictures, edits, clips.
 
-Usage: scripts/openai-client BASE_URL TEXT_MODEL IMAGE_MODEL VIDEO_MODEL
-Needs `pip install openai` (2.2 or later for clips). No part of the test suite, which needs no Python.
+Usage: with_openai.py BASE_URL TEXT_MODEL IMAGE_MODEL VIDEO_MODEL
 """
 
+import asyncio
 import base64
 import io
 import struct
@@ -13,6 +12,7 @@ import warnings
 import zlib
 
 import openai
+from common import QUESTION, Shot, Weather
 
 warnings.simplefilter("ignore", DeprecationWarning)  # OpenAI closes its own video service; the client keeps the calls
 
@@ -54,6 +54,61 @@ def check_text(client, model):
     assert wrong["param"] == "temperature", wrong
 
 
+def check_helpers(client, model):
+    """What the package makes of types: schemas, tools, streams that are put together."""
+    asked = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "seed": 1}
+    assert isinstance(client.chat.completions.parse(response_format=Shot, **asked).choices[0].message.parsed, Shot)
+    tools = [openai.pydantic_function_tool(Weather, name="weather")]
+    called = client.chat.completions.parse(tools=tools, tool_choice="required", **asked).choices[0].message
+    assert all(isinstance(call.function.parsed_arguments, Weather) for call in called.tool_calls), called
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "fog"} for call in called.tool_calls]
+    messages = [*asked["messages"], called, *results]
+    assert client.chat.completions.create(**{**asked, "messages": messages}, tools=tools, max_tokens=4).choices
+    with client.chat.completions.stream(response_format=Shot, **asked) as stream:
+        stream.until_done()
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Shot)
+
+
+def check_responses(client, model):
+    asked = {"model": model, "input": QUESTION, "extra_body": {"seed": 1}}
+    whole = client.responses.create(**asked, max_output_tokens=8)
+    assert whole.status in ("completed", "incomplete") and not whole.store and whole.usage.output_tokens <= 8, whole
+    events = list(client.responses.create(**asked, max_output_tokens=8, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text == events[-1].response.output_text, events
+    assert [event.sequence_number for event in events] == list(range(len(events))), events
+    history = [{"role": "user", "content": QUESTION}, *whole.output, {"role": "user", "content": "And at night?"}]
+    assert client.responses.create(model=model, input=history, instructions="Be brief.", store=False).usage.output_tokens
+    assert isinstance(client.responses.parse(**asked, text_format=Shot).output_parsed, Shot)
+    with client.responses.stream(**asked, text_format=Shot) as stream:
+        assert isinstance(stream.get_final_response().output_parsed, Shot)
+
+    tool = openai.pydantic_function_tool(Weather, name="weather")["function"]
+    tools = [{"type": "function", **tool}]
+    for choice in ["required", {"type": "function", "name": "weather"}]:
+        called = client.responses.parse(**asked, tools=tools, tool_choice=choice)
+        calls = [item for item in called.output if item.type == "function_call"]
+        assert calls and all(Weather.model_validate_json(call.arguments) for call in calls), called
+        results = [{"type": "function_call_output", "call_id": call.call_id, "output": "fog"} for call in calls]
+        items = [{"role": "user", "content": QUESTION}, *called.output, *results]
+        after = client.responses.create(model=model, input=items, tools=tools, tool_choice="none", max_output_tokens=4)
+        assert after.output[0].type == "message", after
+    with client.responses.stream(**asked, tools=tools, tool_choice="required") as stream:
+        assert stream.get_final_response().output[0].type == "function_call"
+
+    for argument, value in {"store": True, "previous_response_id": "resp_1", "tools": [{"type": "web_search"}]}.items():
+        error = refused(400, client.responses.create, **asked, **{argument: value})
+        assert error["param"].startswith(argument) and error["code"] == "unsupported_value", error
+    assert refused(404, client.responses.retrieve, response_id="resp_1")["code"] == "not_found"
+    asyncio.run(check_async(client, asked))
+
+
+async def check_async(client, asked):
+    async with openai.AsyncOpenAI(base_url=str(client.base_url), api_key="none", max_retries=0) as client:
+        stream = await client.responses.create(**asked, stream=True)
+        assert [event.type async for event in stream][-1] in ("response.completed", "response.incomplete")
+
+
 def check_neutral_arguments(client, model, whole):
     """What programs pass without asking for anything, and messages that are sent back as they came."""
     chat = {"model": model, "messages": [{"role": "user", "content": "hello", "name": None}], "max_tokens": 8, "seed": 1}
@@ -77,9 +132,7 @@ def check_neutral_arguments(client, model, whole):
     assert all(chunk.obfuscation for chunk in stream)
     neutral = {"best_of": 1, "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}, "top_p": 0, "seed": -1}
     assert client.completions.create(model=model, prompt="one", max_tokens=2, **neutral).choices
-    for argument, value in {
-        "logprobs": True, "logit_bias": {"1": 5}, "store": True, "reasoning_effort": "high",
-    }.items():
+    for argument, value in {"store": True, "reasoning_effort": "high", "verbosity": "low"}.items():
         error = refused(400, client.chat.completions.create, **{**chat, argument: value})
         assert (error["param"], error["code"]) == (argument, "unsupported_value"), error
 
@@ -158,6 +211,8 @@ def main():
     assert {text, image, video} <= {model.id for model in client.models.list()}
     assert client.models.retrieve(text).object == "model"
     check_text(client, text)
+    check_helpers(client, text)
+    check_responses(client, text)
     check_images(client, image, "64x32")
     check_edits(client, image, "64x32")
     check_videos(client, video, "64x32")
