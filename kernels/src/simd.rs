@@ -84,6 +84,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `LANES` bytes of each must be readable.
     unsafe fn fields(self, low: Field, high: Field, at: u32) -> Self::V;
+    /// `LANES` of sixteen bytes without a sign from the one at `first` on, the lowest of a word first. (From registers: bytes that
+    /// were just written one by one could not be loaded together before they are in the cache.)
+    fn bytes_of(self, words: [u32; 4], first: usize) -> Self::V;
     /// Numbers of five bits: four of each byte at `shift`, 0 or 4, and for lane i bit i of `word`.
     /// # Safety
     /// `LANES` bytes at `from` must be readable.
@@ -480,6 +483,10 @@ impl Simd for Portable {
             let high = u32::from(*high.from.add(i)) >> high.shift & high.mask;
             (low | high << at) as i32 as f32
         })
+    }
+    #[inline(always)]
+    fn bytes_of(self, words: [u32; 4], first: usize) -> Self::V {
+        lanes!(|i| (words[(first + i) / 4] >> (8 * (i % 4)) & 255) as i32 as f32)
     }
     #[inline(always)]
     unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> Self::V {

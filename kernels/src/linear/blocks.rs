@@ -469,6 +469,7 @@ unsafe fn scales_and_minima<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
     const SIX: u32 = 0x3f3f_3f3f;
     const FOUR: u32 = 0x0f0f_0f0f;
     const TWO: u32 = 0x0303_0303;
+    const PLACES: [f32; 16] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0];
     // SAFETY: passed on to the caller.
     unsafe {
         let (scales, minima, both) = (word(block.add(4)), word(block.add(8)), word(block.add(12)));
@@ -478,19 +479,12 @@ unsafe fn scales_and_minima<S: Simd>(s: S, block: *const u8) -> [f32; 16] {
             minima & SIX,
             (both >> 4 & FOUR) | (minima >> 6 & TWO) << 4,
         ];
-        let mut head = [0f32; 16];
-        let mut numbers = [0i8; 16];
-        for i in 0..4 {
-            numbers.as_mut_ptr().add(4 * i).cast::<[u8; 4]>().write(words[i].to_le_bytes());
-        }
         let (scale, minimum) = (s.splat_f16(block), negative(s, s.splat_f16(block.add(2))));
-        let mut factors = [0f32; 32];
-        s.store(factors[..16].as_mut_ptr(), scale);
-        s.store(factors[8..].as_mut_ptr(), minimum);
+        let mut head = [0f32; 16];
         let mut at = 0;
         while at < 16 {
-            let values = s.mul(s.load_i8(numbers[at..].as_ptr()), s.load(factors[at..].as_ptr()));
-            s.store(head[at..].as_mut_ptr(), values);
+            let factor = s.select_less(s.load(PLACES[at..].as_ptr()), s.splat(8.0), scale, minimum);
+            s.store(head[at..].as_mut_ptr(), s.mul(s.bytes_of(words, at), factor));
             at += S::LANES;
         }
         head

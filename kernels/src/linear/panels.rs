@@ -3,7 +3,7 @@
 //! Owns: how such a product is cut into tasks and panels. Does not know: how weights are kept ([`Weights`]).
 
 use crate::dot::{K_BLOCK, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums};
-use crate::parallel::{Shared, for_each, with_scratch};
+use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
 use crate::simd::{Op, Simd, dispatch};
 
 /// Rows of weights in any form that can be widened to f32.
@@ -13,6 +13,12 @@ pub(super) trait Weights: Sync {
     fn widen<S: Simd>(&self, s: S, row: usize, first: usize, len: usize, to: &mut [f32]);
 }
 
+/// Up to this many rows, widening is a good part of the work, and what was widened has to be there when it is added.
+const FEW_ROWS: usize = 64;
+
+/// Outputs of a square panel.
+const PANEL_OUTS: usize = 64;
+
 /// How a product of many rows is cut into tasks and panels.
 #[derive(Clone, Copy)]
 pub(super) struct Cut {
@@ -20,26 +26,25 @@ pub(super) struct Cut {
     pub(super) m: usize,
     pub(super) n: usize,
     pub(super) k: usize,
+    /// Outputs of a task, one panel after the other.
+    task_outs: usize,
     /// Outputs of a panel.
     panel_outs: usize,
-    /// Columns of a panel, a multiple of [`K_BLOCK`].
-    panel_columns: usize,
     /// Rows of `x` that one task takes, a multiple of [`TILE_ROWS`].
     task_rows: usize,
 }
 
 impl Cut {
-    /// Few rows: panels are whole rows of weights, so that memory is read in one go. Many rows: square panels, which
-    /// are used often enough to hide how they are read.
+    /// Few rows: a panel is one tile of outputs, which stays in the nearest cache from being widened until it has been added.
+    /// Many rows: square panels, which are used often enough to hide how they are read.
     pub(super) fn new((m, n, k): (usize, usize, usize)) -> Self {
-        const PANEL_VALUES: usize = 1 << 16;
         let task_rows = m.next_multiple_of(TILE_ROWS).min(192);
-        let (panel_outs, panel_columns) = if m <= 64 {
-            ((PANEL_VALUES / k) / TILE_OUTS * TILE_OUTS, k.next_multiple_of(K_BLOCK))
+        let (task_outs, panel_outs) = if m <= FEW_ROWS {
+            (n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS), TILE_OUTS)
         } else {
-            (64, K_BLOCK)
+            (PANEL_OUTS, PANEL_OUTS)
         };
-        Self { m, n, k, panel_outs: panel_outs.clamp(TILE_OUTS, 64), panel_columns, task_rows }
+        Self { m, n, k, task_outs, panel_outs, task_rows }
     }
 
     fn k_blocks(&self) -> usize {
@@ -51,7 +56,7 @@ impl Cut {
     }
 
     fn panel_values(&self) -> usize {
-        self.panel_columns / K_BLOCK * self.panel_outs * PACKED_STRIDE
+        self.panel_outs * PACKED_STRIDE
     }
 }
 
@@ -60,10 +65,10 @@ pub(super) fn many_rows<W: Weights>(x: &[f32], w: &W, dims: (usize, usize, usize
     let cut = Cut::new(dims);
     let packed = pack_rows(x, &cut);
     let Cut { m, n, k, .. } = cut;
-    let (panels, row_tasks) = (n.div_ceil(cut.panel_outs), m.div_ceil(cut.task_rows));
+    let (out_tasks, row_tasks) = (n.div_ceil(cut.task_outs), m.div_ceil(cut.task_rows));
     let y = Shared::new(y);
-    for_each(panels * row_tasks, m * n * k, |task| {
-        let (panel, row_task) = (task / row_tasks, task % row_tasks);
+    for_each(out_tasks * row_tasks, m * n * k, |task| {
+        let (out_task, row_task) = (task / row_tasks, task % row_tasks);
         with_scratch(cut.panel_values(), |scratch| {
             let first_row = row_task * cut.task_rows;
             dispatch(PanelTask {
@@ -71,7 +76,7 @@ pub(super) fn many_rows<W: Weights>(x: &[f32], w: &W, dims: (usize, usize, usize
                 x: &packed,
                 w,
                 rows: (first_row, cut.task_rows.min(m - first_row)),
-                outs: (panel * cut.panel_outs, cut.panel_outs.min(n - panel * cut.panel_outs)),
+                outs: (out_task * cut.task_outs, cut.task_outs.min(n - out_task * cut.task_outs)),
                 panel: scratch,
                 y: y.as_ptr(),
             });
@@ -79,10 +84,33 @@ pub(super) fn many_rows<W: Weights>(x: &[f32], w: &W, dims: (usize, usize, usize
     });
 }
 
+/// What [`pack_rows`] makes: f32 from the start of a cache line on, so that no vector lies in two.
+pub(super) struct Packed(Vec<Line>);
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl std::ops::Deref for Packed {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        // SAFETY: lines are f32 without anything between them.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), 16 * self.0.len()) }
+    }
+}
+
+impl std::ops::DerefMut for Packed {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), 16 * self.0.len()) }
+    }
+}
+
 /// `x [m, k]` as `[k_blocks, padded_rows, PACKED_STRIDE]`; rows past `m` are zero.
-pub(super) fn pack_rows(x: &[f32], cut: &Cut) -> Vec<f32> {
+pub(super) fn pack_rows(x: &[f32], cut: &Cut) -> Packed {
     let block = cut.padded_rows() * PACKED_STRIDE;
-    let mut packed = vec![0f32; cut.k_blocks() * block];
+    let mut packed = Packed(vec![Line([0.0; 16]); (cut.k_blocks() * block).div_ceil(16)]);
     let to = Shared::new(&mut packed);
     for_each(cut.k_blocks(), cut.m * cut.k, |index| {
         let column = index * K_BLOCK;
@@ -129,54 +157,50 @@ impl<W: Weights> Op for PanelTask<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let mut column = 0;
-        while column < self.cut.k {
-            self.pack_panel(s, column);
-            let blocks = (self.cut.k - column).min(self.cut.panel_columns).div_ceil(K_BLOCK);
-            for block in 0..blocks {
-                if S::LANES == 16 {
-                    self.block::<S, TILE_ROWS>(s, column + block * K_BLOCK, block);
+        let mut first = 0;
+        while first < self.outs.1 {
+            let outs = (self.outs.0 + first, self.cut.panel_outs.min(self.outs.1 - first));
+            let mut column = 0;
+            while column < self.cut.k {
+                self.widen(s, outs, column);
+                if S::LANES == 16 && self.rows.1 > TILE_ROWS / 2 {
+                    self.add::<S, TILE_ROWS>(s, outs, column);
                 } else {
-                    self.block::<S, { TILE_ROWS / 2 }>(s, column + block * K_BLOCK, block);
+                    self.add::<S, { TILE_ROWS / 2 }>(s, outs, column);
                 }
+                column += K_BLOCK;
             }
-            column += self.cut.panel_columns;
+            first += self.cut.panel_outs;
         }
     }
 }
 
 impl<W: Weights> PanelTask<'_, W> {
-    /// Widens the panel that starts at `column` into scratch: `[blocks, panel_outs, PACKED_STRIDE]`.
+    /// The panel that starts at `column`: `[panel_outs, PACKED_STRIDE]`.
     #[inline(always)]
-    fn pack_panel<S: Simd>(&mut self, s: S, column: usize) {
-        let Cut { k, panel_columns, panel_outs, .. } = self.cut;
-        for out in 0..self.outs.1 {
-            let mut first = column;
-            while first < k.min(column + panel_columns) {
-                let to = &mut self.panel[((first - column) / K_BLOCK * panel_outs + out) * PACKED_STRIDE..];
-                self.w.widen(s, self.outs.0 + out, first, K_BLOCK.min(k - first), &mut to[..PACKED_STRIDE]);
-                first += K_BLOCK;
-            }
+    fn widen<S: Simd>(&mut self, s: S, outs: (usize, usize), column: usize) {
+        let len = K_BLOCK.min(self.cut.k - column);
+        for (out, to) in self.panel.chunks_exact_mut(PACKED_STRIDE).take(outs.1).enumerate() {
+            self.w.widen(s, outs.0 + out, column, len, to);
         }
     }
 
-    /// Adds one block of K to every output of the task. Rows and outputs past the end are computed from what the
-    /// scratch memory holds and thrown away.
+    /// Adds the panel's block of K to its outputs of all rows. Rows and outputs past the end are computed from what the
+    /// memory holds and thrown away.
     #[inline(always)]
-    fn block<S: Simd, const MR: usize>(&self, s: S, column: usize, block: usize) {
+    fn add<S: Simd, const MR: usize>(&self, s: S, outs: (usize, usize), column: usize) {
         let x = &self.x[column / K_BLOCK * self.cut.padded_rows() * PACKED_STRIDE..];
-        let w = &self.panel[block * self.cut.panel_outs * PACKED_STRIDE..];
         let len = K_BLOCK.min(self.cut.k - column).next_multiple_of(S::LANES);
         let mut row = 0;
         while row < self.rows.1 {
             let x = Rows { start: x[(self.rows.0 + row) * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
             let mut out = 0;
-            while out < self.outs.1 {
-                let w = Rows { start: w[out * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
+            while out < outs.1 {
+                let w = Rows { start: self.panel[out * PACKED_STRIDE..].as_ptr(), stride: PACKED_STRIDE };
                 // SAFETY: `x` is padded to whole tiles of rows and the panel to whole tiles of outputs.
                 let sums = unsafe { block_sums::<S, f32, MR>(s, x, w, len, None) };
                 let rows = (self.rows.0 + row, MR.min(self.rows.1 - row));
-                let outs = (self.outs.0 + out, TILE_OUTS.min(self.outs.1 - out));
+                let outs = (outs.0 + out, TILE_OUTS.min(outs.1 - out));
                 // SAFETY: inside `y`, and no other task has this pair of rows and outputs.
                 unsafe { store(self.y, self.cut.n, &sums, rows, outs, column == 0) };
                 out += TILE_OUTS;

@@ -151,6 +151,14 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn bytes_of(self, words: [u32; 4], first: usize) -> __m256 {
+        // SAFETY: `self` exists only where the processor has AVX2.
+        unsafe {
+            let bytes = _mm_set_epi32(0, 0, words[first / 4 + 1] as i32, words[first / 4] as i32);
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
+        }
+    }
+    #[inline(always)]
     unsafe fn nibbles_and_bits(self, from: *const u8, shift: u32, word: u32) -> __m256 {
         // SAFETY: the caller vouches for 8 bytes.
         unsafe {
@@ -294,6 +302,14 @@ impl Simd for Avx512 {
         unsafe {
             let high = _mm512_sll_epi32(field512(high), _mm_cvtsi32_si128(at as i32));
             _mm512_cvtepi32_ps(_mm512_or_si512(field512(low), high))
+        }
+    }
+    #[inline(always)]
+    fn bytes_of(self, words: [u32; 4], _: usize) -> __m512 {
+        // SAFETY: `self` exists only where the processor has AVX-512.
+        unsafe {
+            let bytes = _mm_set_epi32(words[3] as i32, words[2] as i32, words[1] as i32, words[0] as i32);
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
         }
     }
     #[inline(always)]

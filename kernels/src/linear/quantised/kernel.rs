@@ -73,7 +73,9 @@ impl<F: Format> Weights for Blocks<'_, F> {
     fn widen<S: Simd>(&self, s: S, row: usize, first: usize, len: usize, to: &mut [f32]) {
         let blocks = &self.at(row, first)[..len / F::VALUES * F::BYTES];
         let to = &mut to[..len];
+        let ahead = self.ahead();
         for (index, block) in blocks.chunks_exact(F::BYTES).enumerate() {
+            s.prefetch(block.as_ptr().wrapping_add(ahead));
             // SAFETY: a whole block, and a place for each of its values.
             unsafe {
                 let head = F::head(s, block.as_ptr());
