@@ -30,6 +30,14 @@ class Weather(BaseModel):
     days: int = Field(ge=0, le=9)
 
 
+class Place(BaseModel):
+    """Arguments of `weather`, and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    place: Literal["harbour", "island"]
+
+
 def weather(place: Literal["harbour", "island"]) -> str:
     """The weather of a place."""
     return f"fog over the {place}"

@@ -19,7 +19,8 @@ def ask(chat: langchain_openai.ChatOpenAI) -> None:
     check(len(chat.batch([QUESTION, "And the fox?"])) == 2)
 
     weather_tool = tool(weather)
-    called = chat.bind_tools([weather_tool], tool_choice="any").invoke(QUESTION)
+    # Strict, since langchain leaves out of a tool's schema that it has no other arguments.
+    called = chat.bind_tools([weather_tool], tool_choice="any", strict=True).invoke(QUESTION)
     check(called.tool_calls and called.tool_calls[0]["name"] == "weather", called)
     results = [ToolMessage(weather_tool.invoke(call["args"]), tool_call_id=call["id"]) for call in called.tool_calls]
     after = chat.bind_tools([weather_tool]).invoke([HumanMessage(QUESTION), called, *results])

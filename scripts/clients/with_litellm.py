@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import litellm
-from common import QUESTION, Shot, check, server
+from common import QUESTION, Place, Shot, check, server
 from importlib.metadata import version
 
 TOOL = {
@@ -12,7 +12,7 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "The weather of a place.",
-        "parameters": {"type": "object", "properties": {"place": {"enum": ["harbour", "island"]}}, "required": ["place"]},
+        "parameters": Place.model_json_schema(),
     },
 }
 
