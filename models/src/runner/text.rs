@@ -10,29 +10,29 @@ use std::collections::HashMap;
 
 use candle_core::Tensor;
 use rayon::prelude::*;
-use tale_kernels::{Choice, Mask};
+use tale_kernels::Mask;
 
 use crate::error::{Error, Result};
 use crate::grammar::Matching;
 use crate::kv::{BLOCK_SIZE, BlockPool, BlockTable, KvCaches, PrefixCache};
 use crate::layers::decoder::DecoderInput;
 use crate::memory::MemoryPlan;
-use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest, Usage};
+use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, TextRequest};
 use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::text::lookup::PromptLookup;
 use crate::runner::text::masks::Masks;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::recorded::DecodeRecordings;
+use crate::runner::text::session::{Accepted, End, Session};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
-use crate::sampler::{self, Sampler, Turn};
-use crate::text_stream::{StreamOptions, TextStream};
-use crate::tokenizer::Tokenizer;
+use crate::sampler::{self, Turn};
 
 pub mod batcher;
 pub mod lookup;
 pub mod masks;
 pub mod model;
 pub mod recorded;
+mod session;
 
 /// Most sessions of one runner, running and waiting.
 pub const MAX_SESSIONS: usize = 1024;
@@ -75,29 +75,6 @@ pub struct RunnerOptions {
     pub prompt_lookup: Option<PromptLookup>,
 }
 
-#[derive(Debug)]
-struct Session {
-    /// The prompt and what was sampled.
-    tokens: Vec<u32>,
-    num_prompt_tokens: usize,
-    /// Of the prompt, those that were in the cache when its first step began; `None` where nothing is shared.
-    num_cached_tokens: Option<usize>,
-    /// Guesses that were computed, and those that were right.
-    num_drafts: usize,
-    num_accepted_drafts: usize,
-    max_tokens: usize,
-    min_tokens: usize,
-    ignore_eos: bool,
-    stop_token_ids: Vec<u32>,
-    /// Whether the token of `stop_token_ids` that ends the answer has text.
-    include_stop: bool,
-    sampler: Sampler,
-    stream: TextStream,
-    /// Where the answer is in its grammar; away while its mask is computed.
-    matching: Option<Matching>,
-    started: bool,
-}
-
 /// A session whose next token is sampled.
 #[derive(Clone, Copy)]
 struct Place<'a> {
@@ -110,27 +87,6 @@ struct Place<'a> {
 
 /// Guesses by session, as many as were computed.
 type Drafts = HashMap<SessionId, Vec<u32>>;
-
-/// What a new token does to a session.
-struct Accepted {
-    token: u32,
-    /// What became certain with it.
-    text: String,
-    end: Option<End>,
-}
-
-/// How an answer ends.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// With an end-of-sequence token, or one of the request's own.
-    Token,
-    /// At a stop string; the text that the stream still holds is not part of the answer.
-    StopString,
-    /// Where its grammar ends.
-    Grammar,
-    /// With the last token that was asked for.
-    Length,
-}
 
 impl<M: CausalLm> TextRunner<M> {
     /// An idle runner whose sessions share `caches`.
@@ -371,88 +327,6 @@ fn recordings(caches: &KvCaches) -> Option<DecodeRecordings> {
         return None;
     }
     Some(DecodeRecordings::new(BlockTable::outside_of_pools(caches.num_blocks() as u32 - 1)))
-}
-
-impl Session {
-    fn new(request: TextRequest, tokenizer: &Tokenizer, eos_token_ids: &[u32]) -> Self {
-        let eos = eos_token_ids.iter().filter(|_| !request.ignore_eos);
-        let ends = eos.chain(&request.stop_token_ids).copied();
-        let include_stop = request.include_stop;
-        let text = StreamOptions { stop: request.stop, include_stop, spells_special: !request.skip_special_tokens };
-        Self {
-            sampler: Sampler::new(&request.sampling, &request.prompt).ends_no_sooner(request.min_tokens, ends),
-            stream: TextStream::new(tokenizer.clone(), &request.prompt, text),
-            min_tokens: request.min_tokens,
-            stop_token_ids: request.stop_token_ids,
-            include_stop,
-            matching: request.grammar.map(|grammar| grammar.begin()),
-            num_prompt_tokens: request.prompt.len(),
-            num_cached_tokens: None,
-            num_drafts: 0,
-            num_accepted_drafts: 0,
-            max_tokens: request.max_tokens,
-            ignore_eos: request.ignore_eos,
-            tokens: request.prompt,
-            started: false,
-        }
-    }
-
-    /// Tokens that may still come, at least one.
-    fn num_tokens_left(&self) -> usize {
-        self.max_tokens - (self.tokens.len() - self.num_prompt_tokens)
-    }
-
-    /// `drafts` are what was guessed of the token and of those behind it.
-    fn accept(
-        &mut self,
-        choice: Choice,
-        drafts: &[u32],
-        phase: &'static str,
-        eos_token_ids: &[u32],
-    ) -> Result<Accepted> {
-        let Choice { token, is_finite } = choice;
-        if !is_finite {
-            return Err(Error::NotFinite { phase });
-        }
-        self.tokens.push(token);
-        if let Some(draft) = drafts.first() {
-            self.num_drafts += 1;
-            self.num_accepted_drafts += usize::from(*draft == token);
-        }
-        let is_eos = !self.ignore_eos && eos_token_ids.contains(&token);
-        let is_end = is_eos || self.stop_token_ids.contains(&token);
-        if is_end && (is_eos || !self.include_stop) {
-            return Ok(Accepted { token, text: String::new(), end: Some(End::Token) });
-        }
-        let is_complete = self.matching.as_mut().map_or(Ok(false), |matching| matching.accept(token))?;
-        let num_tokens = self.usage().completion_tokens;
-        let is_early = num_tokens <= self.min_tokens;
-        let piece = if is_early { self.stream.push_early(token)? } else { self.stream.push(token)? };
-        if is_end && !piece.stopped {
-            return Ok(Accepted { token, text: piece.text, end: Some(End::Token) });
-        }
-        let is_last = num_tokens == self.max_tokens;
-        let end = match (piece.stopped, is_complete, is_last) {
-            (true, ..) => Some(End::StopString),
-            (false, true, _) => Some(End::Grammar),
-            (false, false, true) => Some(End::Length),
-            (false, false, false) => None,
-        };
-        Ok(Accepted { token, text: piece.text, end })
-    }
-
-    fn usage(&self) -> Usage {
-        let prompt_tokens = self.num_prompt_tokens;
-        let completion_tokens = self.tokens.len() - prompt_tokens;
-        Usage {
-            prompt_tokens,
-            cached_tokens: self.num_cached_tokens,
-            completion_tokens,
-            draft_tokens: self.num_drafts,
-            accepted_draft_tokens: self.num_accepted_drafts,
-            ..Usage::default()
-        }
-    }
 }
 
 impl<M: CausalLm> Runner for TextRunner<M> {
