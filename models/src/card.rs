@@ -12,9 +12,9 @@ use crate::kv::KvShape;
 use crate::parameter::{Options, Parameter, ParameterType};
 use crate::request::{SamplingParams, TextRequest};
 use crate::text_parameters::{
-    CACHE_SALT, FREQUENCY_PENALTY, IGNORE_EOS, INCLUDE_STOP_STR_IN_OUTPUT, LOGIT_BIAS, MAX_TOKENS, MIN_P, MIN_TOKENS,
-    PRESENCE_PENALTY, REPETITION_PENALTY, SEED, SKIP_SPECIAL_TOKENS, STOP, STOP_TOKEN_IDS, TEMPERATURE,
-    TEXT_PARAMETERS, TOP_K, TOP_P,
+    CACHE_SALT, ECHO, FREQUENCY_PENALTY, IGNORE_EOS, INCLUDE_STOP_STR_IN_OUTPUT, LOGIT_BIAS, LOGPROBS, MAX_TOKENS,
+    MIN_P, MIN_TOKENS, PRESENCE_PENALTY, REPETITION_PENALTY, SEED, SKIP_SPECIAL_TOKENS, STOP, STOP_TOKEN_IDS,
+    TEMPERATURE, TEXT_PARAMETERS, TOP_K, TOP_P,
 };
 use crate::tokenizer::Tokenizer;
 use crate::tools::ToolFormat;
@@ -227,10 +227,14 @@ impl TextCard {
         options.check(TEXT_PARAMETERS.iter().copied())?;
         let room = self.max_context - prompt.len();
         let max_tokens = options.get(&MAX_TOKENS).unwrap_or(room);
-        if max_tokens == 0 || max_tokens > room {
-            let problem = format!("is {max_tokens}; allowed: 1 to {room} with this prompt of {} tokens", prompt.len());
-            return Err(Error::invalid("max_tokens", problem));
+        let echoes = options.get(&ECHO).unwrap_or(false);
+        // The prompt is an answer, too.
+        let least = usize::from(!echoes);
+        if !(least..=room).contains(&max_tokens) {
+            let allowed = format!("{least} to {room} with this prompt of {} tokens", prompt.len());
+            return Err(Error::invalid("max_tokens", format!("is {max_tokens}; allowed: {allowed}")));
         }
+        let logprobs = options.get(&LOGPROBS);
         let min_tokens = options.get(&MIN_TOKENS).unwrap_or(0);
         if min_tokens > max_tokens {
             return Err(Error::invalid("min_tokens", format!("is {min_tokens}, more than max_tokens, {max_tokens}")));
@@ -247,6 +251,8 @@ impl TextCard {
             skip_special_tokens: options.get(&SKIP_SPECIAL_TOKENS).unwrap_or(true),
             cache_salt: options.get(&CACHE_SALT),
             grammar: None,
+            logprobs,
+            prompt_logprobs: logprobs.filter(|_| echoes),
         })
     }
 

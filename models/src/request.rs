@@ -31,7 +31,7 @@ pub enum Request {
 pub struct TextRequest {
     /// Token ids, at least one.
     pub prompt: Vec<u32>,
-    /// Most tokens to generate, at least one.
+    /// Most tokens to generate; with none the session ends with the prompt.
     pub max_tokens: usize,
     /// How the next token is chosen.
     pub sampling: SamplingParams,
@@ -52,6 +52,10 @@ pub struct TextRequest {
     pub cache_salt: Option<String>,
     /// What the answer is held to; it ends where nothing but its end could follow.
     pub grammar: Option<Grammar>,
+    /// Whether it is told how likely each token of the answer was, and for how many others in its place.
+    pub logprobs: Option<usize>,
+    /// The same of the prompt.
+    pub prompt_logprobs: Option<usize>,
 }
 
 impl TextRequest {
@@ -69,6 +73,8 @@ impl TextRequest {
             skip_special_tokens: true,
             cache_salt: None,
             grammar: None,
+            logprobs: None,
+            prompt_logprobs: None,
         }
     }
 
@@ -146,11 +152,34 @@ pub struct Usage {
     pub skipped_passes: usize,
 }
 
+/// How likely one token was in its place: by the model's own logits, before biases, penalties, the temperature and what a grammar
+/// forbids.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Which.
+    pub token: u32,
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens in its place with theirs, the most likely first; of equal ones the lowest id.
+    pub top: Box<[(u32, f32)]>,
+}
+
+/// A token of an answer in its text.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlacedLogprobs {
+    /// Characters of the answer before the one that the token begins or goes on with.
+    pub offset: usize,
+    /// How likely it was.
+    pub logprobs: TokenLogprobs,
+}
+
 /// What a session tells the world, in order. After `Finished` or `Failed` nothing follows.
 #[derive(Debug)]
 pub enum Event {
     /// The first step of the session begins.
     Started,
+    /// How likely the tokens of the prompt were, from the second one on. Said once, before any text, where it was asked for.
+    Prompt(Vec<TokenLogprobs>),
     /// Tokens were sampled; `text` is what became certain with them (possibly nothing yet, or the tail held back for
     /// stop strings with no new token).
     Text {
@@ -158,6 +187,9 @@ pub enum Event {
         tokens: Vec<u32>,
         /// New text, valid UTF-8.
         text: String,
+        /// Where it was asked for: of the tokens whose text begins in this one, and with the last of the answer, if that does
+        /// not end at a stop string, of those that have none.
+        logprobs: Vec<PlacedLogprobs>,
     },
     /// A diffusion phase moved on: `done` of `total` steps of that phase.
     Progress {

@@ -1,7 +1,8 @@
 //! A runner that follows a script instead of a model, for tests and benches of everything above the runner boundary.
 //!
 //! It keeps the contract of [`Runner`] to the letter (bounded steps, batches, progress, eviction) and computes nothing:
-//! text answers spell [`ANSWER`] or the shortest text of their grammar, frames are plain gradients. What a step costs, and whether it fails, is the script's.
+//! text answers spell [`ANSWER`] or the shortest text of their grammar, probabilities follow from
+//! seeds, frames are plain gradients. What a step costs, and whether it fails, is the script's.
 
 use crate::diffusion::acceleration::CacheSupport;
 use crate::diffusion::canvas::{CanvasSupport, FrameSupport, SizeRule};
@@ -22,7 +23,10 @@ use crate::family::LoadedModel;
 use crate::grammar::{Grammars, Matching};
 use crate::kv::KvShape;
 use crate::memory::MemoryPlan;
-use crate::request::{ClientId, Event, Events, FinishReason, Frame, Phase, Request, SessionId, TextRequest, Usage};
+use crate::request::{
+    ClientId, Event, Events, FinishReason, Frame, Phase, PlacedLogprobs, Request, SessionId, TextRequest,
+    TokenLogprobs, Usage,
+};
 use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::solver::config::SchedulerConfig;
@@ -347,14 +351,36 @@ impl Scripted {
 fn advance_text(done: usize, request: &TextRequest, mut emit: impl FnMut(Event)) -> Option<(FinishReason, Usage)> {
     let start = request.sampling.seed as usize % ANSWER.len();
     let byte = ANSWER.as_bytes()[(start + done - 1) % ANSWER.len()];
-    emit(Event::Text { tokens: vec![u32::from(byte)], text: char::from(byte).to_string() });
     let prompt_tokens = request.prompt.len();
     let cached_tokens = Some(request.cache_salt.as_ref().map_or(0, |_| prompt_tokens - 1));
+    if let (1, Some(top)) = (done, request.prompt_logprobs) {
+        emit(Event::Prompt(request.prompt[1..].iter().map(|token| logprobs(*token, 1, top)).collect()));
+    }
+    if request.max_tokens == 0 {
+        let usage = Usage { prompt_tokens, cached_tokens, ..Usage::default() };
+        return Some((FinishReason::Length, usage));
+    }
+    emit(said(done, byte, request));
     let usage = Usage { prompt_tokens, cached_tokens, completion_tokens: done, ..Usage::default() };
     if done == ANSWER.len() && !request.ignore_eos {
         return Some((FinishReason::Stop, usage));
     }
     (done == request.max_tokens).then_some((FinishReason::Length, usage))
+}
+
+/// Token `done` of an answer.
+fn said(done: usize, byte: u8, request: &TextRequest) -> Event {
+    let token = u32::from(byte);
+    let eighths = 1 + request.sampling.seed % 8;
+    let told = request.logprobs.map(|top| PlacedLogprobs { offset: done - 1, logprobs: logprobs(token, eighths, top) });
+    Event::Text { tokens: vec![token], text: char::from(byte).to_string(), logprobs: told.into_iter().collect() }
+}
+
+/// A token is so many eighths below certain, and what comes after it in the vocabulary is each a whole less likely.
+fn logprobs(token: u32, eighths: u64, top: usize) -> TokenLogprobs {
+    let logprob = -(eighths as f32) / 8.0;
+    let next = |place: usize| (token + place as u32, logprob - place as f32);
+    TokenLogprobs { token, logprob, top: (0..top).map(next).collect() }
 }
 
 /// The same of an answer that is held to a grammar: of the bytes that may come, the one that is nearest to its end.
@@ -374,7 +400,7 @@ fn advance_held(
     let ends = (256..bytes::VOCAB_SIZE as u32).chain([b'}', b']', b'"'].map(u32::from));
     let token = ends.chain(0x21..0x7f).chain(0..256).find(|token| allowed.allows(*token)).expect("some byte may come");
     let Some(byte) = u8::try_from(token).ok() else { return Some((FinishReason::Stop, usage)) };
-    emit(Event::Text { tokens: vec![token], text: char::from(byte).to_string() });
+    emit(said(done, byte, request));
     if matching.accept(token).expect("it was allowed") {
         return Some((FinishReason::Stop, usage));
     }

@@ -4,13 +4,17 @@
 //! these. Names are those of OpenAI's API and of vLLM. Does not know: how a token is chosen
 //! ([`sampler`](crate::sampler)).
 
-use crate::parameter::{Declaration, Parameter, TEXT, Task};
+use crate::error::{Error, Result};
+use crate::parameter::{Declaration, Options, Parameter, TEXT, Task};
 
 /// Most tokens to generate.
-pub static MAX_TOKENS: Parameter<usize> =
-    Parameter::at_least("max_tokens", 1, "Most tokens to generate; what is left of the model's context when absent.")
-        .only_for(&[Task::Chat, Task::Completion])
-        .narrowed_by_models();
+pub static MAX_TOKENS: Parameter<usize> = Parameter::at_least(
+    "max_tokens",
+    0,
+    "Most tokens to generate, 0 only beside `echo`; what is left of the model's context when absent.",
+)
+.only_for(&[Task::Chat, Task::Completion])
+.narrowed_by_models();
 
 /// See [`SamplingParams::temperature`](crate::request::SamplingParams::temperature).
 pub static TEMPERATURE: Parameter<f32> = Parameter::number_f32(
@@ -161,6 +165,58 @@ pub static LOGIT_BIAS: Parameter<Vec<(u32, f64)>> = Parameter::biases(
     "Added to the logits of these tokens before anything else.",
 )
 .only_for(TEXT);
+
+/// Most tokens in the place of each token of which it is told how likely they were.
+const MAX_TOP_LOGPROBS: usize = 20;
+/// Most logarithms in one answer: of each token and of those in its place.
+pub const MAX_LOGPROBS: usize = 4 << 20;
+
+/// See [`TextRequest::logprobs`](crate::request::TextRequest::logprobs). OpenAI's field of completions.
+pub static LOGPROBS: Parameter<usize> = Parameter::integer(
+    "logprobs",
+    0,
+    MAX_TOP_LOGPROBS,
+    "Tell of each token how likely it was, and of so many of the most likely tokens in its place.",
+)
+.only_for(&[Task::Completion]);
+
+/// OpenAI's field of chats; [`settle_logprobs`] makes [`LOGPROBS`] of it.
+pub static CHAT_LOGPROBS: Parameter<bool> =
+    Parameter::boolean("logprobs", "Tell of each token of the content how likely it was. False when absent.")
+        .only_for(&[Task::Chat]);
+
+/// The same.
+pub static TOP_LOGPROBS: Parameter<usize> = Parameter::integer(
+    "top_logprobs",
+    0,
+    MAX_TOP_LOGPROBS,
+    "With `logprobs`: tell that of so many of the most likely tokens in its place, too. 0 when absent.",
+)
+.only_for(&[Task::Chat]);
+
+/// Whether the answer begins with the prompt; then [`LOGPROBS`] is about the prompt, too
+/// ([`TextRequest::prompt_logprobs`](crate::request::TextRequest::prompt_logprobs)).
+pub static ECHO: Parameter<bool> = Parameter::boolean(
+    "echo",
+    "Begin the answer with the prompt; `logprobs` is about its tokens, too, but for the first. False when absent.",
+)
+.only_for(&[Task::Completion]);
+
+/// What the fields of a chat say of logprobs, as those of a completion say it.
+///
+/// # Errors
+///
+/// Those in the place of a token, and not of the token itself.
+pub fn settle_logprobs(options: &mut Options) -> Result<()> {
+    let is_told = options.get(&CHAT_LOGPROBS).unwrap_or(false);
+    let top = options.get(&TOP_LOGPROBS).unwrap_or(0);
+    if top > 0 && !is_told {
+        return Err(Error::invalid(TOP_LOGPROBS.declaration.name, "needs logprobs to be true"));
+    }
+    options.remove(&CHAT_LOGPROBS.declaration);
+    options.set(&LOGPROBS, is_told.then_some(top));
+    Ok(())
+}
 
 /// Every parameter of text, in the order of the documentation.
 pub static TEXT_PARAMETERS: &[&Declaration] = &[

@@ -55,6 +55,11 @@ impl TextStream {
         Ok(Piece { text: self.detokenizer.push(token)?, stopped: false })
     }
 
+    /// Characters that are held back, since a stop string may be coming.
+    pub fn num_held(&self) -> usize {
+        self.stops.held.chars().count()
+    }
+
     /// The text that was held back (incomplete characters as U+FFFD), when the answer ends without a stop string.
     pub fn finish(mut self) -> Result<String> {
         let last = self.detokenizer.finish()?;

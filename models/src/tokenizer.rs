@@ -22,6 +22,7 @@ pub(crate) mod ggml;
 mod least;
 mod outline;
 mod pieces;
+mod places;
 mod sentencepiece;
 mod spelling;
 mod vocab_merges;
@@ -333,6 +334,15 @@ impl Tokenizer {
     pub(crate) fn bytes_within_text(&self, id: u32) -> Vec<u8> {
         let token = self.0.tokenizer.id_to_token(id);
         self.0.spelling.iter().zip(token).map(|(spelling, token)| spelling.bytes(&token)).next().unwrap_or_default()
+    }
+
+    /// Bytes of a token within a text, special ones as they are spelled; they may be a part of a character. None for ids outside
+    /// the vocabulary.
+    pub fn bytes_of(&self, id: u32) -> Vec<u8> {
+        match self.has_bytes() {
+            true => self.bytes_within_text(id),
+            false => self.decode_all(&[id]).unwrap_or_default().into_bytes(),
+        }
     }
 
     /// How the vocabulary writes a token.

@@ -3,8 +3,9 @@
 //! The device thread never waits for a reader, and a slow reader never makes a queue grow beyond a bound. Text and progress
 //! that it has not taken yet are joined (text is appended, progress replaced), so that they take a handful of events (a picture
 //! has three small previews at most, with progress between them) and at most the bytes of the answer itself: `max_tokens`
-//! tokens. Frames are not joined, so that whoever takes them has those of one step in its hands: where too many bytes of them
-//! wait, the mailbox is *full*, and the device thread leaves the session out of its steps until there is room again.
+//! tokens, with as many logarithms as one answer may have. Frames are not joined, so that whoever takes them has those of one
+//! step in its hands: where too many bytes of them wait, the mailbox is *full*, and the device thread leaves the session out of
+//! its steps until there is room again.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
@@ -137,9 +138,10 @@ fn frame_bytes(event: &Event) -> usize {
 /// Joins `event` to the one before it, or gives it back.
 fn join(last: &mut Event, event: Event) -> Option<Event> {
     match (last, event) {
-        (Event::Text { tokens, text }, Event::Text { tokens: more_tokens, text: more_text }) => {
+        (Event::Text { tokens, text, logprobs }, Event::Text { tokens: more_tokens, text: more, logprobs: told }) => {
             tokens.extend(more_tokens);
-            text.push_str(&more_text);
+            text.push_str(&more);
+            logprobs.extend(told);
             None
         }
         (Event::Progress { phase, done, total }, Event::Progress { phase: next, done: d, total: t })
@@ -168,7 +170,13 @@ mod tests {
     use std::task::Wake;
 
     use super::*;
-    use tale_models::request::{FinishReason, Frame, Phase, Usage};
+    use tale_models::request::{FinishReason, Frame, Phase, PlacedLogprobs, TokenLogprobs, Usage};
+
+    fn text(token: u32) -> Event {
+        let logprobs = TokenLogprobs { token, logprob: -0.5, top: Box::default() };
+        let logprobs = vec![PlacedLogprobs { offset: token as usize, logprobs }];
+        Event::Text { tokens: vec![token], text: "x".into(), logprobs }
+    }
 
     fn take(mailbox: &Mailbox) -> Vec<String> {
         let mut taken = Vec::new();
@@ -183,7 +191,7 @@ mod tests {
         let mailbox = Mailbox::default();
         mailbox.put(Event::Started);
         for token in 0..1000 {
-            mailbox.put(Event::Text { tokens: vec![token], text: "x".into() });
+            mailbox.put(text(token));
         }
         for done in 1..=50 {
             mailbox.put(Event::Progress { phase: Phase::Denoise, done, total: 50 });
@@ -192,6 +200,7 @@ mod tests {
         let taken = take(&mailbox);
         assert_eq!(taken.len(), 4);
         assert!(taken[1].contains("999") && taken[1].contains(&"x".repeat(1000)));
+        assert_eq!(taken[1].matches("logprob: -0.5").count(), 1000);
         assert!(taken[2].contains("done: 50"));
     }
 
@@ -224,7 +233,7 @@ mod tests {
     #[test]
     fn text_never_fills_a_mailbox() {
         let mailbox = Mailbox::of_frame_bytes(1);
-        (0..100).for_each(|token| mailbox.put(Event::Text { tokens: vec![token], text: "x".into() }));
+        (0..100).for_each(|token| mailbox.put(text(token)));
         assert!(!mailbox.becomes_full());
     }
 
@@ -241,7 +250,7 @@ mod tests {
             let mailbox = Mailbox::default();
             told.0.store(0, Relaxed);
             assert!(mailbox.poll(&Waker::from(told.clone())).is_pending());
-            mailbox.put(Event::Text { tokens: vec![1], text: "x".into() });
+            mailbox.put(text(1));
             mailbox.put_last(Event::Started);
             assert_eq!(told.0.load(Relaxed), 0);
             end(&mailbox);

@@ -147,7 +147,8 @@ async fn picture(session: &mut Session) -> Result<(Frame, Usage), ApiError> {
                 return Ok((picture, usage));
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Text { .. }) => (),
+            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. }) => (),
+            Some(Event::Prompt(_) | Event::Text { .. }) => (),
             None => return Err(cut_off()),
         }
     }

@@ -115,7 +115,9 @@ impl Work {
                 }
                 Some(Event::Failed(error)) => return Err(Failure::of(&error)),
                 Some(Event::Preview { frame, .. }) => self.show(frame, last_progress).await,
-                Some(Event::Text { .. }) => return Err(Failure::internal("a clip model answered with text")),
+                Some(Event::Prompt(_) | Event::Text { .. }) => {
+                    return Err(Failure::internal("a clip model answered with text"));
+                }
                 None => return Err(self.cut_off()),
             }
         }

@@ -69,11 +69,6 @@ impl DecoderLm {
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
-
-    /// Logits `[..., vocab_size]` of last hidden states `[..., hidden_size]`.
-    pub fn head(&self, states: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(states)
-    }
 }
 
 impl CausalLm for DecoderLm {
@@ -97,9 +92,12 @@ impl CausalLm for DecoderLm {
         self.decoder.prepare(input, caches)
     }
 
-    fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
-        let states = self.decoder.paged(input, caches)?;
-        states.map(|states| self.head(&states)).transpose()
+    fn states(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
+        self.decoder.paged(input, caches)
+    }
+
+    fn head(&self, states: &Tensor) -> Result<Tensor> {
+        self.lm_head.forward(states)
     }
 }
 

@@ -22,15 +22,18 @@ use crate::runner::text::batcher::{Batcher, Chunk, Limits, Plan};
 use crate::runner::text::lookup::PromptLookup;
 use crate::runner::text::masks::Masks;
 use crate::runner::text::model::{CausalLm, LanguageModel};
+use crate::runner::text::prompts::PromptStates;
 use crate::runner::text::recorded::DecodeRecordings;
-use crate::runner::text::session::{Accepted, End, Session};
+use crate::runner::text::session::{Accepted, End, Sampled, Session};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
 use crate::sampler::{self, Turn};
 
 pub mod batcher;
+pub mod logprobs;
 pub mod lookup;
 pub mod masks;
 pub mod model;
+mod prompts;
 pub mod recorded;
 mod session;
 
@@ -62,8 +65,8 @@ struct Launched {
     plan: Plan,
     drafts: Drafts,
     masks: Masks,
-    /// Logits of the forward pass that the device is at, as [`TextRunner::forward`] gives them; `None` where it has not begun.
-    logits: Option<Option<Tensor>>,
+    /// What comes of the forward pass that the device is at; `None` where it has not begun.
+    computed: Option<Computed>,
 }
 
 /// How sessions are driven.
@@ -87,6 +90,14 @@ struct Place<'a> {
 
 /// Guesses by session, as many as were computed.
 type Drafts = HashMap<SessionId, Vec<u32>>;
+
+/// What came of a forward pass.
+#[derive(Debug)]
+struct Computed {
+    /// `[rows, vocab]` of the rows that sample and of the guesses behind them; `None` when none does.
+    logits: Option<Tensor>,
+    prompts: Option<PromptStates>,
+}
 
 impl<M: CausalLm> TextRunner<M> {
     /// An idle runner whose sessions share `caches`.
@@ -121,9 +132,6 @@ impl<M: CausalLm> TextRunner<M> {
         if prompt_tokens == 0 {
             return Err(Error::invalid("prompt", "has no tokens"));
         }
-        if request.max_tokens == 0 {
-            return Err(Error::invalid("max_tokens", "is 0; at least one token is generated"));
-        }
         if prompt_tokens.saturating_add(request.max_tokens) > self.max_context {
             let limit = self.max_context.saturating_sub(1);
             return Err(Error::ContextLength { prompt_tokens, is_exact: true, limit });
@@ -133,6 +141,15 @@ impl<M: CausalLm> TextRunner<M> {
             Some(token) => Err(Error::invalid("prompt", format!("token {token} is outside of the vocabulary"))),
             None => Ok(()),
         }
+    }
+
+    /// What the next step does. A sequence that ends with its prompt gets no next token.
+    fn plan(&self) -> Option<Plan> {
+        let mut plan = self.batcher.plan()?;
+        for chunk in plan.chunks.iter_mut().filter(|chunk| chunk.samples) {
+            chunk.samples = !self.sessions[&chunk.session].ends_with_prompt();
+        }
+        Some(plan)
     }
 
     fn announce(&mut self, events: &mut Events) {
@@ -166,11 +183,16 @@ impl<M: CausalLm> TextRunner<M> {
         drafted.map(|chunk| (chunk.session, guess(chunk.session)[..chunk.num_drafts].to_vec())).collect()
     }
 
-    /// Logits `[rows, vocab]` of the rows that sample and of the guesses behind them; `None` when none does.
-    fn forward(&mut self, plan: &Plan, drafts: &Drafts) -> Result<Option<Tensor>> {
+    fn forward(&mut self, plan: &Plan, drafts: &Drafts) -> Result<Computed> {
         let mut input = DecoderInput::default();
+        let (mut of_prompts, mut prompt_rows) = (Vec::new(), Vec::new());
         for Chunk { session, start, num_tokens, samples, num_drafts } in plan.chunks.iter().copied() {
             let table = self.batcher.table(session);
+            if let Some(positions) = self.sessions[&session].wanted_of_prompt(start..start + num_tokens) {
+                let row = |position: usize| input.len() + position - start;
+                prompt_rows.push(row(positions.start)..row(positions.end));
+                of_prompts.push((session, positions));
+            }
             let tokens = &self.sessions[&session].tokens[start..start + num_tokens];
             match drafts.get(&session) {
                 Some(drafts) => input.push(&[tokens, drafts].concat(), start, table),
@@ -180,12 +202,16 @@ impl<M: CausalLm> TextRunner<M> {
                 input.want_logits_of_last_rows(1 + num_drafts);
             }
         }
-        match &mut self.recordings {
-            Some(recordings) if DecodeRecordings::takes(&input) => {
-                recordings.forward(&self.model.network, input, &self.caches).map(Some)
-            }
-            _ => self.model.network.forward(&input, &self.caches),
+        if !of_prompts.is_empty() {
+            return self.forward_with_prompts(input, prompt_rows, of_prompts);
         }
+        let logits = match &mut self.recordings {
+            Some(recordings) if DecodeRecordings::takes(&input) => {
+                Some(recordings.forward(&self.model.network, input, &self.caches)?)
+            }
+            _ => self.model.network.forward(&input, &self.caches)?,
+        };
+        Ok(Computed { logits, prompts: None })
     }
 
     /// Begins to compute what the grammars of sessions whose chunks sample allow next.
@@ -261,10 +287,13 @@ impl<M: CausalLm> TextRunner<M> {
             Turn { sampler: &mut session.sampler, allowed }
         });
         let choices = sampler::sample(&logits, draws.collect())?;
+        let tells: Vec<bool> = turns.iter().map(|(_, session)| session.answer_logprobs.is_some()).collect();
+        let rows = logprobs::rows_on_host(&logits, &tells)?;
+        let sampled = choices.into_iter().zip(rows).map(|(choice, logits)| Sampled { choice, logits });
         let mut accepted: Vec<_> = turns
             .into_par_iter()
-            .zip(choices)
-            .map(|((place, session), choice)| (place, session.accept(choice, place.drafts, phase, eos_token_ids)))
+            .zip(sampled.collect::<Vec<_>>())
+            .map(|((place, session), sampled)| (place, session.accept(sampled, place.drafts, phase, eos_token_ids)))
             .collect();
         accepted.sort_by_key(|(place, _)| place.session);
         for (place, accepted) in &mut accepted {
@@ -278,8 +307,8 @@ impl<M: CausalLm> TextRunner<M> {
     /// Tells what came of a sample, and ends the session if that was its last token. Whether it goes on.
     fn report(&mut self, id: SessionId, accepted: Result<Accepted>, events: &mut Events) -> bool {
         match accepted {
-            Ok(Accepted { token, text, end }) => {
-                events.emit(id, Event::Text { tokens: vec![token], text });
+            Ok(Accepted { token, text, logprobs, end }) => {
+                events.emit(id, Event::Text { tokens: vec![token], text, logprobs });
                 match end {
                     Some(end) => self.finish(id, end, events),
                     None => self.batcher.push(id, token),
@@ -298,10 +327,13 @@ impl<M: CausalLm> TextRunner<M> {
         let Some(session) = self.forget(id) else { return };
         let usage = session.usage();
         if end != End::StopString {
-            match session.stream.finish() {
-                Ok(tail) if tail.is_empty() => (),
-                Ok(tail) => events.emit(id, Event::Text { tokens: Vec::new(), text: tail }),
+            let text = match session.stream.finish() {
+                Ok(text) => text,
                 Err(error) => return events.emit(id, Event::Failed(error)),
+            };
+            let logprobs = session.answer_logprobs.map_or(Vec::new(), |told| told.rest(&text));
+            if !(text.is_empty() && logprobs.is_empty()) {
+                events.emit(id, Event::Text { tokens: Vec::new(), text, logprobs });
             }
         }
         let reason = if end == End::Length { FinishReason::Length } else { FinishReason::Stop };
@@ -346,7 +378,9 @@ impl<M: CausalLm> Runner for TextRunner<M> {
             return Err(Error::TooManySessions { limit: MAX_SESSIONS });
         }
         self.check(&request)?;
-        let scope = self.options.prefix_cache.scope(client, request.cache_salt.as_deref());
+        // What is told of a prompt has to be computed.
+        let shares = request.prompt_logprobs.is_none();
+        let scope = self.options.prefix_cache.scope(client, request.cache_salt.as_deref()).filter(|_| shares);
         self.batcher.submit(id, client, &request.prompt, scope);
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer, &self.model.eos_token_ids));
         Ok(())
@@ -361,7 +395,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
     }
 
     fn next(&self) -> Option<StepPlan> {
-        self.batcher.plan().map(|plan| summary(&plan))
+        self.plan().map(|plan| summary(&plan))
     }
 
     fn borrowed_bytes(&self) -> usize {
@@ -374,26 +408,27 @@ impl<M: CausalLm> Runner for TextRunner<M> {
     }
 
     fn launch(&mut self) -> Result<()> {
-        let Some(mut plan) = self.batcher.plan() else { return Ok(()) };
+        let Some(mut plan) = self.plan() else { return Ok(()) };
         let drafts = self.draft(&mut plan);
         self.in_step = plan.chunks.iter().map(|chunk| chunk.session).collect();
         self.batcher.begin(&plan);
         let masks = self.begin_masks(&plan);
-        let logits = if self.is_asynchronous { Some(self.forward(&plan, &drafts)?) } else { None };
-        self.launched = Some(Launched { plan, drafts, masks, logits });
+        let computed = if self.is_asynchronous { Some(self.forward(&plan, &drafts)?) } else { None };
+        self.launched = Some(Launched { plan, drafts, masks, computed });
         Ok(())
     }
 
     fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
-        let Some(Launched { plan, drafts, masks, logits }) = self.launched.take() else {
+        let Some(Launched { plan, drafts, masks, computed }) = self.launched.take() else {
             return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
         };
         self.announce(events);
-        let logits = match logits {
-            Some(logits) => logits,
+        let Computed { logits, prompts } = match computed {
+            Some(computed) => computed,
             None => self.forward(&plan, &drafts)?,
         };
         self.batcher.complete(&plan);
+        self.tell_prompts(&plan, prompts, events)?;
         if let Some(logits) = logits {
             self.sample(&plan, &drafts, &logits, masks, events)?;
         }

@@ -25,8 +25,8 @@ use tale_models::{DiffusionCard, ModelCard};
 
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
 use crate::{
-    clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, language_gguf, quantised,
-    sdxl, text, wan, wan_pictures,
+    clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, language_gguf, logprobs,
+    quantised, sdxl, text, wan, wan_pictures,
 };
 
 /// Of pictures in f32, as on the CPU.
@@ -202,6 +202,31 @@ fn greedy_tokens_are_the_reference_ones() {
                 let same = found.iter().zip(&expected).take_while(|(found, expected)| found == expected).count();
                 let wanted = if gpu.dtype == WeightDtype::F32 { TOKENS } else { 1 };
                 assert!(same >= wanted, "{} {case} prompt {index}: {found:?} is not {expected:?}", gpu.name);
+            }
+        }
+    });
+}
+
+/// Against the reference's logits, with a prompt that is longer than what is there of it at a time.
+#[test]
+fn tokens_are_as_likely_as_the_reference_says() {
+    on_every_gpu(|gpu| {
+        for case in gpu.some_of(&text::CASES) {
+            let mut model = gpu.load(&case_dir(case).join("checkpoint"));
+            for (index, prompt) in text::prompts(case).into_iter().enumerate() {
+                let request =
+                    TextRequest { logprobs: Some(3), prompt_logprobs: Some(3), ..TextRequest::greedy(prompt, 1) };
+                let mut told = Vec::new();
+                for event in gpu.run(|| events(&mut model, Request::Text(request))) {
+                    match event {
+                        Event::Prompt(of_prompt) => told.extend(of_prompt),
+                        Event::Text { logprobs, .. } => told.extend(logprobs.into_iter().map(|placed| placed.logprobs)),
+                        _ => (),
+                    }
+                }
+                let tolerance = if gpu.dtype == WeightDtype::F32 { logprobs::TOLERANCE } else { 0.25 };
+                let error = logprobs::greatest_error(case, index, &told);
+                assert!(error < tolerance, "{} {case} prompt {index}: {error:.1e}", gpu.name);
             }
         }
     });

@@ -29,6 +29,7 @@ mod hunyuan_video_pictures;
 mod ip_adapter;
 mod kv_formats;
 mod language_gguf;
+mod logprobs;
 mod lora;
 mod mutations;
 mod noise_solvers;

@@ -119,7 +119,7 @@ fn follow(
     let mut running = generator.run(session);
     loop {
         match running.next()? {
-            Event::Text { tokens, text } => on_text(&tokens, &text)?,
+            Event::Text { tokens, text, .. } => on_text(&tokens, &text)?,
             Event::Finished { usage, .. } => return Ok(usage),
             _ => {}
         }

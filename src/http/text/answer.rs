@@ -317,7 +317,8 @@ async fn collect(session: &mut Session, tool_format: Option<ToolFormat>) -> Resu
                 return Ok(reply);
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
+            Some(Event::Started | Event::Prompt(_) | Event::Progress { .. }) => (),
+            Some(Event::Preview { .. } | Event::Frames(_)) => (),
             None => return Err(cut_off()),
         }
     }
@@ -398,7 +399,7 @@ impl AnswerStream {
             }
             Event::Failed(error) => self.write_error(&error.into()),
             // Nothing that a reader of text would see.
-            Event::Started | Event::Text { .. } | Event::Progress { .. } => (),
+            Event::Started | Event::Prompt(_) | Event::Text { .. } | Event::Progress { .. } => (),
             Event::Preview { .. } | Event::Frames(_) => (),
         }
     }

@@ -39,6 +39,16 @@ impl DecoderInput {
         self.logit_rows.extend(end - count as u32..end);
     }
 
+    /// Asks for the logits of these rows, behind those that were asked for before.
+    pub fn want_logits_of(&mut self, rows: std::ops::Range<usize>) {
+        self.logit_rows.extend(rows.start as u32..rows.end as u32);
+    }
+
+    /// Rows that were asked for.
+    pub fn num_wanted(&self) -> usize {
+        self.logit_rows.len()
+    }
+
     /// Where each row stands in its sequence.
     pub fn positions(&self) -> &[u32] {
         &self.positions

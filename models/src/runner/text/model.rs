@@ -30,10 +30,18 @@ pub trait CausalLm: Send {
     /// Checks a step and takes it to the device.
     fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>>;
 
-    /// Writes the new rows' keys and values into `caches` and computes the logits `[rows, vocab_size]` of the rows
-    /// that were asked for, in the order of asking and the compute dtype; `None` when none were. Nothing but launches
-    /// where it says that it can be recorded.
-    fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>>;
+    /// Writes the new rows' keys and values into `caches` and computes the last hidden states `[rows, n]` of the rows that
+    /// were asked for, in the order of asking; `None` when none were. Nothing but launches where it says that it can be
+    /// recorded.
+    fn states(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>>;
+
+    /// Logits `[rows, vocab_size]` of such states, in the compute dtype. Nothing but launches, too.
+    fn head(&self, states: &Tensor) -> Result<Tensor>;
+
+    /// Logits `[rows, vocab_size]` of the rows that were asked for: [`CausalLm::head`] of [`CausalLm::states`].
+    fn logits(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
+        self.states(input, caches)?.map(|states| self.head(&states)).transpose()
+    }
 
     /// [`CausalLm::logits`] of a step that is not recorded.
     fn forward(&self, input: &DecoderInput, caches: &KvCaches) -> Result<Option<Tensor>> {

@@ -6,6 +6,7 @@ use super::*;
 use crate::device::{DeviceSpec, Placement, WeightDtype};
 use crate::kv::{KvFormat, KvShape};
 use crate::layers::decoder::PreparedInput;
+use crate::tokenizer::Tokenizer;
 
 /// A network without weights: after every token comes the next one of the vocabulary.
 struct Counter;
@@ -30,7 +31,8 @@ impl CausalLm for Counter {
         PreparedInput::new(input, (angles.clone(), angles), 1, caches)
     }
 
-    fn logits(&self, input: &PreparedInput<'_>, _caches: &KvCaches) -> Result<Option<Tensor>> {
+    /// The logits themselves.
+    fn states(&self, input: &PreparedInput<'_>, _caches: &KvCaches) -> Result<Option<Tensor>> {
         let mut logits = Vec::new();
         for token in input.tokens().to_vec1::<u32>()? {
             let mut row = vec![0f32; VOCAB_SIZE];
@@ -39,6 +41,10 @@ impl CausalLm for Counter {
             logits.push(row);
         }
         input.asked_for(&Tensor::new(logits, &Device::Cpu)?)
+    }
+
+    fn head(&self, states: &Tensor) -> Result<Tensor> {
+        Ok(states.clone())
     }
 }
 

@@ -199,7 +199,9 @@ async fn whole(
             Some(Event::Text { text, .. }) => drop(output.push(text)),
             Some(Event::Finished { reason, usage }) => break (reason, usage),
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
+            Some(
+                Event::Started | Event::Prompt(_) | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_),
+            ) => (),
             None => return Err(cut_off()),
         }
     };
@@ -390,7 +392,7 @@ impl AnswerStream {
             }
             Event::Failed(error) => self.write_failure(&error.into()),
             // Nothing that a reader of text would see.
-            Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_) => (),
+            Event::Started | Event::Prompt(_) | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_) => (),
         }
     }
 
