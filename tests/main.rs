@@ -12,6 +12,7 @@ mod frames;
 mod images;
 mod layering;
 mod lifecycle;
+mod logprobs;
 mod openapi;
 mod playback;
 mod posters;

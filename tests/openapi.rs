@@ -91,7 +91,8 @@ impl Checker {
             return refuse(&format!("required {missing}"));
         }
         for (name, field) in value.as_object().into_iter().flatten() {
-            let Some(schema) = properties.get(name) else { return refuse(&format!("no {name}")) };
+            let others = schema.get("additionalProperties").filter(|others| others.is_object());
+            let Some(schema) = properties.get(name).or(others) else { return refuse(&format!("no {name}")) };
             self.check(schema, field).map_err(|problem| format!("{name}: {problem}"))?;
         }
         Ok(())
@@ -133,10 +134,15 @@ async fn answers_with_text_and_images_are_as_documented() {
     let checker = Checker(document(&server).await);
     let chat = json!({"model": "words", "messages": [{"role": "user", "content": "hello"}]});
     let text = json!({"model": "words", "prompt": "hello"});
+    let (mut told_chat, mut told_text) = (chat.clone(), text.clone());
+    (told_chat["logprobs"], told_chat["top_logprobs"]) = (true.into(), 2.into());
+    (told_text["logprobs"], told_text["echo"]) = (2.into(), true.into());
     let image = json!({"model": "pictures", "prompt": "a boat", "negative_prompt": "a car", "guidance_scale": 2});
     for (path, body) in [
         ("/v1/chat/completions", chat),
         ("/v1/completions", text),
+        ("/v1/chat/completions", told_chat),
+        ("/v1/completions", told_text),
         ("/v1/responses", json!({"model": "words", "input": "hello"})),
         ("/v1/images/generations", image),
         ("/v1/images/edits", json!({})),

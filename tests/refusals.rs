@@ -104,7 +104,7 @@ async fn wrong_fields_of_a_chat_are_named() {
             (400, "guided_json.format", invalid),
         ),
         (json!({"guided_choice": ["a"], "ignore_eos": true}), (400, "ignore_eos", invalid)),
-        (json!({"logprobs": true}), (400, "logprobs", "unsupported_value")),
+        (json!({"top_logprobs": 2}), (400, "top_logprobs", invalid)),
         (json!({"store": true}), (400, "store", "unsupported_value")),
         (json!({"messages": [{"role": "function", "content": "x"}]}), (400, "messages[0].role", "unsupported_value")),
         (

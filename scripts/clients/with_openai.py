@@ -49,6 +49,7 @@ def check_text(client, model):
     pieces = list(client.completions.create(model=model, prompt="one", max_tokens=4, seed=3, stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == completion.choices[0].text, pieces
     check_neutral_arguments(client, model, whole)
+    check_logprobs(client, model)
     assert refused(404, client.completions.create, model="none", prompt="x")["code"] == "model_not_found"
     wrong = refused(400, client.completions.create, model=model, prompt="x", temperature=9)
     assert wrong["param"] == "temperature", wrong
@@ -135,6 +136,34 @@ def check_neutral_arguments(client, model, whole):
     for argument, value in {"store": True, "reasoning_effort": "high", "verbosity": "low"}.items():
         error = refused(400, client.chat.completions.create, **{**chat, argument: value})
         assert (error["param"], error["code"]) == (argument, "unsupported_value"), error
+
+
+def check_logprobs(client, model):
+    chat = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 1}
+    told = {"logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**chat, **told).choices[0]
+    content = whole.logprobs.content
+    assert b"".join(bytes(token.bytes) for token in content).decode(errors="replace") == whole.message.content, whole
+    assert all(len(token.top_logprobs) == 3 and token.logprob <= 0 for token in content), whole
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**chat, **told, stream=True)]
+    streamed = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+    assert streamed == content, (streamed, content)
+    with client.chat.completions.with_streaming_response.create(**chat, **told) as raw:
+        assert raw.parse().choices[0].logprobs == whole.logprobs
+    completion = {"model": model, "prompt": "one two", "max_tokens": 4, "seed": 3, "echo": True, "logprobs": 2}
+    echo = client.completions.create(**completion).choices[0]
+    assert echo.text.startswith("one two") and echo.logprobs.token_logprobs[0] is None, echo
+    assert len({len(elements) for elements in echo.logprobs.model_dump().values()}) == 1, echo
+    pieces = [piece.choices[0] for piece in client.completions.create(**completion, stream=True)]
+    lists = [piece.logprobs for piece in pieces if piece.logprobs]
+    assert "".join(piece.text for piece in pieces) == echo.text, pieces
+    assert [offset for part in lists for offset in part.text_offset] == echo.logprobs.text_offset, lists
+    assert [token for part in lists for token in part.tokens] == echo.logprobs.tokens, lists
+    alone = client.completions.create(**{**completion, "max_tokens": 0})
+    assert alone.choices[0].text == "one two" and alone.usage.completion_tokens == 0, alone
+    best = client.completions.create(model=model, prompt="one", max_tokens=4, n=1, best_of=3)
+    assert len(best.choices) == 1 and best.usage.completion_tokens > 4, best
+    assert refused(400, client.chat.completions.create, **chat, top_logprobs=2)["param"] == "top_logprobs"
 
 
 def check_images(client, model, size):

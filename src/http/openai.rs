@@ -17,24 +17,24 @@ use super::error::ApiError;
 pub(super) struct Field {
     /// Keys, joined by dots; `[]` behind one stands for each element of its list. A dot after a key alone is into its object.
     pub(super) path: &'static str,
-    /// Whether the value asks for nothing, in the body that it is part of.
-    is_neutral: fn(&Value, &Object) -> bool,
+    /// Whether the value asks for nothing.
+    is_neutral: fn(&Value) -> bool,
     /// Why other values are refused, behind the field's name.
     pub(super) problem: &'static str,
 }
 
-const fn field(path: &'static str, is_neutral: fn(&Value, &Object) -> bool, problem: &'static str) -> Field {
+const fn field(path: &'static str, is_neutral: fn(&Value) -> bool, problem: &'static str) -> Field {
     Field { path, is_neutral, problem }
 }
 
 /// A field that says something about the request and asks for nothing, whatever it says.
 const fn label(path: &'static str) -> Field {
-    field(path, |value, _| value.text().is_some(), "must be a string")
+    field(path, |value| value.text().is_some(), "must be a string")
 }
 
 /// A field that has no value but `null` that asks for nothing.
 const fn unsupported(path: &'static str, problem: &'static str) -> Field {
-    field(path, |_, _| false, problem)
+    field(path, |_| false, problem)
 }
 
 /// Of `/v1/chat/completions`.
@@ -65,12 +65,12 @@ const IMAGES: &[Field] = &[
     label("safety_identifier"),
     field(
         "quality",
-        |value, _| is_one_of(value, &["auto", "standard"]),
+        |value| is_one_of(value, &["auto", "standard"]),
         "is not supported; must be auto (see num_inference_steps)",
     ),
-    field("background", |value, _| is_one_of(value, &["auto", "opaque"]), "is always opaque; must be opaque or auto"),
-    field("moderation", |value, _| is_one_of(value, &["auto", "low"]), "there is none here; must be auto or low"),
-    field("input_fidelity", |value, _| is_one_of(value, &["low"]), "is not supported; must be low (see strength)"),
+    field("background", |value| is_one_of(value, &["auto", "opaque"]), "is always opaque; must be opaque or auto"),
+    field("moderation", |value| is_one_of(value, &["auto", "low"]), "there is none here; must be auto or low"),
+    field("input_fidelity", |value| is_one_of(value, &["low"]), "is not supported; must be low (see strength)"),
     unsupported("style", "is not supported; say it in the prompt"),
     unsupported("complexity", "is not supported; leave it out"),
     unsupported("frame_count", "images do not move; leave it out"),
@@ -86,19 +86,13 @@ const TEXT: &[Field] = &[
     label("safety_identifier"),
     label("prompt_cache_key"),
     field("store", is_false, "answers are not stored here; must be false"),
-    field(
-        "service_tier",
-        |value, _| is_one_of(value, &["auto", "default"]),
-        "there is one tier; must be auto or default",
-    ),
+    field("service_tier", |value| is_one_of(value, &["auto", "default"]), "there is one tier; must be auto or default"),
 ];
 
 /// Responses repeat it.
-const METADATA: &[Field] = &[field("metadata", |value, _| matches!(value, Value::Object(_)), "must be an object")];
+const METADATA: &[Field] = &[field("metadata", |value| matches!(value, Value::Object(_)), "must be an object")];
 
 const CHAT_ALONE: &[Field] = &[
-    field("logprobs", is_false, "are not returned yet; must be false"),
-    field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned yet; must be 0"),
     field("functions", is_empty, "are not supported; they are tools now"),
     field("function_call", is_no_choice, "functions are not supported; they are tools now, with tool_choice"),
     field("modalities", is_text_alone, "answers are text; must be [\"text\"]"),
@@ -106,17 +100,17 @@ const CHAT_ALONE: &[Field] = &[
     unsupported("prediction", "is not supported; leave it out"),
     unsupported("moderation", "is not supported; leave it out"),
     unsupported("web_search_options", "there is no search here; leave it out"),
-    field("reasoning_effort", |value, _| is_one_of(value, &["none"]), "is not supported; must be none"),
-    field("verbosity", |value, _| is_one_of(value, &["medium"]), "is not supported; must be medium"),
-    field("prompt_cache_retention", |value, _| is_one_of(value, &["in_memory"]), "must be in_memory"),
+    field("reasoning_effort", |value| is_one_of(value, &["none"]), "is not supported; must be none"),
+    field("verbosity", |value| is_one_of(value, &["medium"]), "is not supported; must be medium"),
+    field("prompt_cache_retention", |value| is_one_of(value, &["in_memory"]), "must be in_memory"),
     field("prompt_cache_options", is_default_cache, "only {\"mode\": \"implicit\", \"ttl\": \"30m\"} is supported"),
     unsupported("messages[].audio", MESSAGES_ARE_TEXT),
     unsupported("messages[].refusal", "is not supported; leave it out"),
     unsupported("messages[].function_call", "functions are not supported; they are tools now, with tool_calls"),
     field("messages[].annotations", is_empty, "are not supported; leave it out"),
     // The SDK's own reading of what stands beside it, in messages that are sent back.
-    field("messages[].parsed", |_, _| true, IS_A_COPY),
-    field("messages[].tool_calls[].function.parsed_arguments", |_, _| true, IS_A_COPY),
+    field("messages[].parsed", |_| true, IS_A_COPY),
+    field("messages[].tool_calls[].function.parsed_arguments", |_| true, IS_A_COPY),
     unsupported("messages[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
     unsupported("messages[].content[].image_url", MESSAGES_ARE_TEXT),
     unsupported("messages[].content[].input_audio", MESSAGES_ARE_TEXT),
@@ -127,12 +121,8 @@ const CHAT_ALONE: &[Field] = &[
 const IS_A_COPY: &str = "is a copy of what the text beside it says, whatever it is";
 const MESSAGES_ARE_TEXT: &str = "messages are text; leave it out";
 
-const COMPLETION_ALONE: &[Field] = &[
-    field("best_of", is_all_of_n, "is not supported; must be 1 or equal to n"),
-    field("echo", is_false, "is not supported; must be false"),
-    field("logprobs", is_false, "are not returned yet; leave it out"),
-    field("suffix", |value, _| value.text() == Some(""), "is not supported; leave it out"),
-];
+const COMPLETION_ALONE: &[Field] =
+    &[field("suffix", |value| value.text() == Some(""), "is not supported; leave it out")];
 
 /// What is within an object stands before it, so that the object is empty if nothing is left to ask for.
 const RESPONSE_ALONE: &[Field] = &[
@@ -142,32 +132,32 @@ const RESPONSE_ALONE: &[Field] = &[
     unsupported("conversation", NOTHING_IS_STORED),
     unsupported("prompt", "no prompts are stored here; leave it out"),
     field("context_management", is_empty, "is not supported; leave it out"),
-    field("truncation", |value, _| is_one_of(value, &["disabled"]), "is not supported; must be disabled"),
+    field("truncation", |value| is_one_of(value, &["disabled"]), "is not supported; must be disabled"),
     field("include", is_of_absent_items, "holds something that is not supported; leave it out"),
     unsupported("max_tool_calls", "is about built-in tools, of which there are none; leave it out"),
-    field("top_logprobs", |value, _| *value == Value::Unsigned(0), "are not returned here; must be 0"),
-    field("reasoning.effort", |value, _| is_one_of(value, &["none"]), NO_REASONING),
-    field("reasoning.mode", |value, _| is_one_of(value, &["standard"]), NO_REASONING),
+    field("top_logprobs", |value| *value == Value::Unsigned(0), "are not returned here; must be 0"),
+    field("reasoning.effort", |value| is_one_of(value, &["none"]), NO_REASONING),
+    field("reasoning.mode", |value| is_one_of(value, &["standard"]), NO_REASONING),
     unsupported("reasoning.summary", NO_REASONING),
     unsupported("reasoning.generate_summary", NO_REASONING),
     unsupported("reasoning.context", NO_REASONING),
-    field("reasoning", |value, _| is_object_of(value, &[]), NO_REASONING),
-    field("text.verbosity", |value, _| is_one_of(value, &["medium"]), "is not supported; must be medium"),
+    field("reasoning", |value| is_object_of(value, &[]), NO_REASONING),
+    field("text.verbosity", |value| is_one_of(value, &["medium"]), "is not supported; must be medium"),
     unsupported("moderation", "is not supported; leave it out"),
     unsupported("image", "answers are text; leave it out"),
     unsupported("access_programs", "is not supported; leave it out"),
-    field("prompt_cache_retention", |value, _| is_one_of(value, &["in_memory"]), "must be in_memory"),
+    field("prompt_cache_retention", |value| is_one_of(value, &["in_memory"]), "must be in_memory"),
     field("prompt_cache_options", is_default_cache, "only {\"mode\": \"implicit\", \"ttl\": \"30m\"} is supported"),
     field("tools[].defer_loading", is_false, "is not supported; must be false"),
     field("tools[].async", is_false, "is not supported; must be false"),
     field("tools[].allowed_callers", is_direct_alone, "models call tools themselves; must be [\"direct\"]"),
     unsupported("tools[].output_schema", "is not supported; leave it out"),
-    field("input[].caller", |value, _| is_object_of(value, &[("type", "direct")]), "must be {\"type\": \"direct\"}"),
+    field("input[].caller", |value| is_object_of(value, &[("type", "direct")]), "must be {\"type\": \"direct\"}"),
     field("input[].async", is_false, "is not supported; must be false"),
     unsupported("input[].namespace", "is not supported; leave it out"),
     label("input[].created_by"),
     field("input[].content[].annotations", is_empty, "are not supported; leave them out"),
-    field("input[].content[].logprobs", |value, _| matches!(value, Value::List(_)), "must be a list"),
+    field("input[].content[].logprobs", |value| matches!(value, Value::List(_)), "must be a list"),
     unsupported("input[].content[].prompt_cache_breakpoint", "is not supported; leave it out"),
     unsupported("input[].output[].prompt_cache_breakpoint", "is not supported; leave it out"),
 ];
@@ -186,15 +176,15 @@ const ABSENT_ITEMS: &[&str] = &[
     "web_search_call.results",
 ];
 
-fn is_of_absent_items(value: &Value, _: &Object) -> bool {
+fn is_of_absent_items(value: &Value) -> bool {
     matches!(value, Value::List(values) if values.iter().all(|of| is_one_of(of, ABSENT_ITEMS)))
 }
 
-fn is_direct_alone(value: &Value, _: &Object) -> bool {
+fn is_direct_alone(value: &Value) -> bool {
     matches!(value, Value::List(callers) if callers.iter().all(|caller| is_one_of(caller, &["direct"])))
 }
 
-fn is_false(value: &Value, _: &Object) -> bool {
+fn is_false(value: &Value) -> bool {
     *value == Value::Bool(false)
 }
 
@@ -202,15 +192,15 @@ fn is_one_of(value: &Value, neutral: &[&str]) -> bool {
     value.text().is_some_and(|text| neutral.contains(&text))
 }
 
-fn is_empty(value: &Value, _: &Object) -> bool {
+fn is_empty(value: &Value) -> bool {
     matches!(value, Value::List(values) if values.is_empty())
 }
 
-fn is_no_choice(value: &Value, _: &Object) -> bool {
+fn is_no_choice(value: &Value) -> bool {
     is_one_of(value, &["none", "auto"])
 }
 
-fn is_default_cache(value: &Value, _: &Object) -> bool {
+fn is_default_cache(value: &Value) -> bool {
     is_object_of(value, &[("mode", "implicit"), ("ttl", "30m")])
 }
 
@@ -219,14 +209,8 @@ fn is_object_of(value: &Value, neutral: &[(&str, &str)]) -> bool {
     matches!(value, Value::Object(fields) if fields.iter().all(is_neutral))
 }
 
-fn is_text_alone(value: &Value, _: &Object) -> bool {
+fn is_text_alone(value: &Value) -> bool {
     matches!(value, Value::List(kinds) if matches!(&kinds[..], [kind] if is_one_of(kind, &["text"])))
-}
-
-/// The best of 1 is the one; of as many as are returned, all are.
-fn is_all_of_n(value: &Value, body: &Object) -> bool {
-    let n = body.get("n").unwrap_or(&Value::Null);
-    *value == Value::Unsigned(1) || (value == n && matches!(value, Value::Unsigned(_)))
 }
 
 /// Takes those of `fields` that ask for nothing out of `body`; the first that asks for something is an error.
@@ -246,7 +230,7 @@ fn take(field: &Field, path: &str, object: &mut Object) -> Result<(), String> {
     }
     let is_neutral = match object.get(path) {
         None => return Ok(()),
-        Some(value) => *value == Value::Null || (field.is_neutral)(value, object),
+        Some(value) => *value == Value::Null || (field.is_neutral)(value),
     };
     if !is_neutral {
         return Err(path.to_owned());
@@ -306,7 +290,6 @@ mod tests {
             r#""user": "u1", "safety_identifier": "u1", "prompt_cache_key": "k", "metadata": {"a": "b"}"#,
             r#""store": false, "service_tier": "auto""#,
             r#""service_tier": "default""#,
-            r#""logprobs": false, "top_logprobs": 0"#,
             r#""functions": [], "function_call": "auto""#,
             r#""function_call": "none", "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium""#,
             r#""prompt_cache_retention": "in_memory", "prompt_cache_options": {"mode": "implicit"}"#,
@@ -316,8 +299,6 @@ mod tests {
             (r#""metadata": "x""#, "metadata"),
             (r#""store": true"#, "store"),
             (r#""service_tier": "flex""#, "service_tier"),
-            (r#""logprobs": true"#, "logprobs"),
-            (r#""top_logprobs": 5"#, "top_logprobs"),
             (r#""functions": [{"name": "f"}]"#, "functions"),
             (r#""modalities": ["text", "audio"]"#, "modalities"),
             (r#""audio": {"voice": "alloy"}"#, "audio"),
@@ -332,14 +313,8 @@ mod tests {
 
     #[test]
     fn what_asks_for_nothing_of_a_completion_is_taken_and_the_rest_refused_by_name() {
-        let neutral =
-            [r#""best_of": 1, "echo": false, "logprobs": null, "suffix": "", "user": "u1""#, r#""best_of": 2"#];
-        let refused = [
-            (r#""best_of": 3"#, "best_of"),
-            (r#""echo": true"#, "echo"),
-            (r#""logprobs": 0"#, "logprobs"),
-            (r#""suffix": "end""#, "suffix"),
-        ];
+        let neutral = [r#""suffix": "", "user": "u1""#];
+        let refused = [(r#""suffix": "end""#, "suffix")];
         check(COMPLETION, r#""prompt": "x", "n": 2"#, &neutral, &refused);
     }
 

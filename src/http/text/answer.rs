@@ -1,24 +1,26 @@
 //! The answers of `/v1/chat/completions` and `/v1/completions`: whole, or as server-sent events.
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse, Response};
-use futures_core::Stream;
 use serde::Serialize;
 use tale_models::Event;
-use tale_models::request::{FinishReason, Usage};
+use tale_models::request::{FinishReason, PlacedLogprobs, Usage};
+use tale_models::tokenizer::Tokenizer;
 use tale_models::tools::{CallReader, Said, ToolFormat};
 use uuid::Uuid;
 
+use super::logprobs::{Echo, Told, WireLogprobs};
 use super::wire::AnswerOptions;
 use crate::compute::Compute;
 use crate::engine::Session;
-use crate::http::error::{ApiError, ErrorEnvelope};
-use crate::http::sse::{self, KeepAlive};
+use crate::http::error::ApiError;
 use crate::http::{random_seed, unix_seconds};
+
+mod stream;
+
+pub(super) use self::stream::stream;
 
 /// Bytes of events that are joined into one write when a stream runs behind.
 pub(super) const MAX_WRITE_BYTES: usize = 16 << 10;
@@ -44,17 +46,19 @@ pub(super) struct Head {
     model: String,
     /// How calls of tools are written, where there may be some.
     tool_format: Option<ToolFormat>,
+    /// That of the model, which spells tokens.
+    tokenizer: Tokenizer,
 }
 
 impl Head {
-    pub(super) fn new(shape: Shape, model: &str, tool_format: Option<ToolFormat>) -> Self {
+    pub(super) fn new(shape: Shape, model: &str, tool_format: Option<ToolFormat>, tokenizer: Tokenizer) -> Self {
         let prefix = match shape {
             Shape::Chat => "chatcmpl",
             Shape::Completion => "cmpl",
         };
         let id = format!("{prefix}-{}", Uuid::now_v7().simple());
         let created = unix_seconds(std::time::SystemTime::now());
-        Self { shape, id, created, model: model.to_owned(), tool_format }
+        Self { shape, id, created, model: model.to_owned(), tool_format, tokenizer }
     }
 
     fn object(&self, is_chunk: bool) -> &'static str {
@@ -105,7 +109,7 @@ struct Choice<'a> {
     delta: Option<Speech<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     text: Option<&'a str>,
-    logprobs: Option<()>,
+    logprobs: Option<WireLogprobs<'a>>,
     finish_reason: Option<&'static str>,
 }
 
@@ -140,9 +144,9 @@ struct WireFunction<'a> {
 }
 
 impl<'a> Choice<'a> {
-    fn whole(shape: Shape, index: usize, reply: &'a Reply) -> Self {
+    fn whole(head: &'a Head, index: usize, reply: &'a Reply) -> Self {
+        let Head { shape, tokenizer, .. } = head;
         let Reply { text, calls, reason, .. } = reply;
-        let empty = Self { index, message: None, delta: None, text: None, logprobs: None, finish_reason: Some(reason) };
         let call = |call: &'a Call| WireCall {
             index: None,
             id: Some(&call.id),
@@ -150,6 +154,9 @@ impl<'a> Choice<'a> {
             function: WireFunction { name: Some(&call.name), arguments: &call.arguments },
         };
         let content = if text.is_empty() && !calls.is_empty() { None } else { Some(text.as_str()) };
+        let told = |told: &'a Vec<Told>| WireLogprobs { shape: *shape, told: content.map(|_| &told[..]), tokenizer };
+        let logprobs = reply.told.as_ref().map(told);
+        let empty = Self { index, message: None, delta: None, text: None, logprobs, finish_reason: Some(reason) };
         let speech =
             Speech { role: Some("assistant"), content: Some(content), tool_calls: calls.iter().map(call).collect() };
         match shape {
@@ -165,8 +172,14 @@ impl<'a> Choice<'a> {
     }
 
     /// `text` is new text; the last part has a reason and no text.
-    fn part(shape: Shape, index: usize, text: Option<&'a str>, finish_reason: Option<&'static str>) -> Self {
-        let empty = Self { index, message: None, delta: None, text: None, logprobs: None, finish_reason };
+    fn part(
+        shape: Shape,
+        index: usize,
+        text: Option<&'a str>,
+        logprobs: Option<WireLogprobs<'a>>,
+        finish_reason: Option<&'static str>,
+    ) -> Self {
+        let empty = Self { index, message: None, delta: None, text: None, logprobs, finish_reason };
         match shape {
             Shape::Chat => Self { delta: Some(Speech { content: text.map(Some), ..Speech::default() }), ..empty },
             Shape::Completion => Self { text: Some(text.unwrap_or_default()), ..empty },
@@ -220,36 +233,53 @@ pub(super) fn cut_off() -> ApiError {
     ApiError::unready("shutting_down", "the server shut down before the answer was whole")
 }
 
-/// The whole answer, once every session has ended. `prompt_tokens` counts each prompt once, of which `n` sessions in a row
-/// are the choices.
+/// The whole answer, once every session has ended. `prompt_tokens` counts each prompt once, of which `best_of` sessions in a
+/// row are the choices; `echoes` are those of the sessions.
 pub(super) async fn whole(
     compute: &Compute,
     head: Head,
     sessions: Vec<Session>,
+    echoes: Vec<Option<Arc<Echo>>>,
     prompt_tokens: usize,
-    n: usize,
+    options: AnswerOptions,
 ) -> Result<Response, ApiError> {
+    let AnswerOptions { n, best_of, logprobs, .. } = options;
+    let mut usage = Usage { prompt_tokens, ..Usage::default() };
     let mut answers = Vec::with_capacity(sessions.len());
-    for mut session in sessions {
-        answers.push(collect(&mut session, head.tool_format).await?);
+    for (index, (mut session, echo)) in sessions.into_iter().zip(echoes).enumerate() {
+        let reply = collect(&mut session, &head, echo, logprobs).await?;
+        count(&mut usage, index, reply.usage, best_of);
+        answers.push(reply);
     }
+    let answers = if best_of > n { best(answers, n, best_of) } else { answers };
     let num_bytes = answers.iter().map(Reply::num_bytes).sum();
-    Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, prompt_tokens, n)).await?)
+    Ok(compute.run_sized(num_bytes, move |_| joined(&head, &answers, usage)).await?)
 }
 
-/// One answer of the texts, reasons and usages of all sessions.
-fn joined(head: &Head, answers: &[Reply], prompt_tokens: usize, n: usize) -> Response {
-    let mut usage = Usage { prompt_tokens, ..Usage::default() };
-    answers.iter().enumerate().for_each(|(index, reply)| count(&mut usage, index, reply.usage, n));
+/// Of each prompt's `best_of` answers the `n` whose tokens are the most likely ones on average, best first.
+fn best(answers: Vec<Reply>, n: usize, best_of: usize) -> Vec<Reply> {
+    let mut answers = answers.into_iter();
+    let mut chosen = Vec::new();
+    while answers.len() > 0 {
+        let mut of_prompt: Vec<Reply> = answers.by_ref().take(best_of).collect();
+        of_prompt.sort_by(|a, b| b.likelihood.mean().total_cmp(&a.likelihood.mean()));
+        of_prompt.truncate(n);
+        chosen.extend(of_prompt);
+    }
+    chosen
+}
+
+/// One answer of the texts and reasons of all choices.
+fn joined(head: &Head, answers: &[Reply], usage: Usage) -> Response {
     let choices = answers.iter().enumerate();
-    let choices: Vec<_> = choices.map(|(index, reply)| Choice::whole(head.shape, index, reply)).collect();
+    let choices: Vec<_> = choices.map(|(index, reply)| Choice::whole(head, index, reply)).collect();
     Json(head.envelope(false, choices, Some(Some(usage.into())))).into_response()
 }
 
-/// Adds what the session of choice `index` used; each prompt is that of `n` choices, and counts as the first one found it.
-fn count(total: &mut Usage, index: usize, choice: Usage, n: usize) {
+/// Adds what session `index` used; each prompt is that of `of_prompt` sessions, and counts as the first one found it.
+fn count(total: &mut Usage, index: usize, choice: Usage, of_prompt: usize) {
     total.completion_tokens += choice.completion_tokens;
-    if index.is_multiple_of(n) {
+    if index.is_multiple_of(of_prompt) {
         *total.cached_tokens.get_or_insert_default() += choice.cached_tokens.unwrap_or(0);
     }
 }
@@ -259,8 +289,32 @@ fn count(total: &mut Usage, index: usize, choice: Usage, n: usize) {
 struct Reply {
     text: String,
     calls: Vec<Call>,
+    /// Characters of the text before the first one.
+    calls_begin: Option<usize>,
     reason: &'static str,
     usage: Usage,
+    /// What is told of its tokens, where that was asked for.
+    told: Option<Vec<Told>>,
+    likelihood: Likelihood,
+}
+
+/// Of the tokens of an answer.
+#[derive(Debug, Default)]
+struct Likelihood {
+    logprobs: f64,
+    tokens: usize,
+}
+
+impl Likelihood {
+    fn add(&mut self, placed: &[PlacedLogprobs]) {
+        self.tokens += placed.len();
+        self.logprobs += placed.iter().map(|placed| f64::from(placed.logprobs.logprob)).sum::<f64>();
+    }
+
+    /// The logarithm of the mean probability of a token, the geometric one.
+    fn mean(&self) -> f64 {
+        if self.tokens == 0 { f64::NEG_INFINITY } else { self.logprobs / self.tokens as f64 }
+    }
 }
 
 /// A call of a tool.
@@ -273,13 +327,23 @@ struct Call {
 
 impl Reply {
     fn num_bytes(&self) -> usize {
-        self.text.len() + self.calls.iter().map(|call| call.arguments.len()).sum::<usize>()
+        let told: usize = self.told.iter().flatten().map(Told::num_bytes).sum();
+        self.text.len() + self.calls.iter().map(|call| call.arguments.len()).sum::<usize>() + told
+    }
+
+    /// Forgets the tokens that are no content of a message: those of calls, and those that end it.
+    fn keep_content(&mut self) {
+        let end = self.calls_begin.unwrap_or_else(|| self.text.chars().count());
+        self.told.iter_mut().for_each(|told| told.retain(|told| told.offset < end));
     }
 
     fn add(&mut self, said: Said) {
         match (said, self.calls.last_mut()) {
             (Said::Text(text), _) => self.text.push_str(&text),
-            (Said::Call(name), _) => self.calls.push(Call { id: call_id(), name, arguments: String::new() }),
+            (Said::Call(name), _) => {
+                self.calls_begin.get_or_insert_with(|| self.text.chars().count());
+                self.calls.push(Call { id: call_id(), name, arguments: String::new() });
+            }
             (Said::Arguments(more), Some(call)) => call.arguments.push_str(&more),
             (Said::Arguments(_) | Said::End, _) => (),
         }
@@ -299,183 +363,68 @@ fn reason_with_calls(reason: FinishReason, num_calls: usize) -> &'static str {
     }
 }
 
-/// Text, calls, reason and usage of one session.
-async fn collect(session: &mut Session, tool_format: Option<ToolFormat>) -> Result<Reply, ApiError> {
-    let mut reply = Reply::default();
-    let mut reader = tool_format.map(CallReader::new);
+/// Text, calls, reason and usage of one session, and where `tells` what is told of its tokens.
+async fn collect(session: &mut Session, head: &Head, echo: Option<Arc<Echo>>, tells: bool) -> Result<Reply, ApiError> {
+    let text = echo.as_ref().map_or(String::new(), |echo| echo.text.clone());
+    let before = text.chars().count();
+    let mut reply = Reply { text, told: tells.then(Vec::new), ..Reply::default() };
+    let mut reader = head.tool_format.map(CallReader::new);
     loop {
         match session.recv().await {
-            Some(Event::Text { text, .. }) => match &mut reader {
-                Some(reader) => reader.push(&text).into_iter().for_each(|said| reply.add(said)),
-                None => reply.text.push_str(&text),
-            },
+            Some(Event::Prompt(of_prompt)) => {
+                if let (Some(told), Some(echo)) = (&mut reply.told, &echo) {
+                    told.extend(echo.told(of_prompt));
+                }
+            }
+            Some(Event::Text { text, logprobs, .. }) => {
+                reply.likelihood.add(&logprobs);
+                if let Some(told) = &mut reply.told {
+                    told.extend(logprobs.into_iter().map(|placed| Told::behind(before, placed)));
+                }
+                match &mut reader {
+                    Some(reader) => reader.push(&text).into_iter().for_each(|said| reply.add(said)),
+                    None => reply.text.push_str(&text),
+                }
+            }
             Some(Event::Finished { reason, usage }) => {
                 let num_calls = reader.as_ref().map_or(0, CallReader::num_calls);
                 reader.into_iter().flat_map(|mut reader| reader.finish()).for_each(|said| reply.add(said));
                 reply.reason = reason_with_calls(reason, num_calls);
                 reply.usage = usage;
+                if head.shape == Shape::Chat {
+                    reply.keep_content();
+                }
                 return Ok(reply);
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Prompt(_) | Event::Progress { .. }) => (),
-            Some(Event::Preview { .. } | Event::Frames(_)) => (),
+            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
             None => return Err(cut_off()),
         }
     }
 }
 
-/// The answer as it comes. Dropping the stream drops its sessions, which stops their work.
-pub(super) fn stream(head: Head, sessions: Vec<Session>, prompt_tokens: usize, options: AnswerOptions) -> Response {
-    let is_chat = head.shape == Shape::Chat;
-    let readers = sessions.iter().map(|_| head.tool_format.map(Reading::new)).collect();
-    let mut stream = AnswerStream {
-        head,
-        readers,
-        open: sessions.into_iter().map(Some).collect(),
-        usage: Usage { prompt_tokens, ..Usage::default() },
-        options,
-        buffer: Vec::new(),
-        keep_alive: KeepAlive::default(),
-        is_done: false,
-    };
-    for index in 0..if is_chat { stream.open.len() } else { 0 } {
-        stream.write_choice(Choice::opening(index));
-    }
-    sse::response(Body::from_stream(stream))
-}
+#[cfg(test)]
+mod tests {
+    use tale_models::request::TokenLogprobs;
 
-struct AnswerStream {
-    head: Head,
-    /// One per choice; `None` once it has ended.
-    open: Vec<Option<Session>>,
-    /// Of each choice that may have calls.
-    readers: Vec<Option<Reading>>,
-    usage: Usage,
-    options: AnswerOptions,
-    buffer: Vec<u8>,
-    keep_alive: KeepAlive,
-    is_done: bool,
-}
+    use super::*;
 
-/// The calls of a choice, as they come.
-struct Reading {
-    reader: CallReader,
-    /// Calls that have begun.
-    begun: usize,
-}
-
-impl Reading {
-    fn new(format: ToolFormat) -> Self {
-        Self { reader: CallReader::new(format), begun: 0 }
-    }
-}
-
-impl AnswerStream {
-    fn write_choice(&mut self, choice: Choice<'_>) {
-        let usage = self.options.include_usage.then_some(None);
-        let obfuscation = self.options.include_obfuscation.then(|| filling(&choice));
-        let envelope = Envelope { obfuscation, ..self.head.envelope(true, [choice], usage) };
-        sse::write_data(&mut self.buffer, &envelope);
+    fn check(said: Vec<Said>, text: &str, content: &[usize]) {
+        let logprobs = TokenLogprobs { token: 0, logprob: -1.0, top: Box::default() };
+        let told = (0..9).map(|offset| Told::behind(0, PlacedLogprobs { offset, logprobs: logprobs.clone() }));
+        let mut reply = Reply { told: Some(told.collect()), ..Reply::default() };
+        said.into_iter().for_each(|said| reply.add(said));
+        reply.keep_content();
+        let kept: Vec<usize> = reply.told.iter().flatten().map(|told| told.offset).collect();
+        assert_eq!((reply.text.as_str(), kept.as_slice()), (text, content));
     }
 
-    fn write_event(&mut self, index: usize, event: Event) {
-        let shape = self.head.shape;
-        match event {
-            Event::Text { text, .. } if !text.is_empty() => match &mut self.readers[index] {
-                None => self.write_choice(Choice::part(shape, index, Some(&text), None)),
-                Some(reading) => {
-                    let said = reading.reader.push(&text);
-                    said.into_iter().for_each(|said| self.write_said(index, said));
-                }
-            },
-            Event::Finished { reason, usage } => {
-                count(&mut self.usage, index, usage, self.options.n);
-                self.open[index] = None;
-                let num_calls = self.readers[index].as_ref().map_or(0, |reading| reading.reader.num_calls());
-                let rest = self.readers[index].as_mut().map_or(Vec::new(), |reading| reading.reader.finish());
-                rest.into_iter().for_each(|said| self.write_said(index, said));
-                let reason = reason_with_calls(reason, num_calls);
-                self.write_choice(Choice::part(shape, index, None, Some(reason)));
-            }
-            Event::Failed(error) => self.write_error(&error.into()),
-            // Nothing that a reader of text would see.
-            Event::Started | Event::Prompt(_) | Event::Text { .. } | Event::Progress { .. } => (),
-            Event::Preview { .. } | Event::Frames(_) => (),
-        }
-    }
-
-    /// What a choice with tools says. A call begins with its id and name; its arguments follow as they come.
-    fn write_said(&mut self, index: usize, said: Said) {
-        let begun = self.readers[index].as_ref().map_or(0, |reading| reading.begun);
-        match said {
-            Said::Text(text) => self.write_choice(Choice::part(self.head.shape, index, Some(&text), None)),
-            Said::Call(name) => {
-                if let Some(reading) = &mut self.readers[index] {
-                    reading.begun += 1;
-                }
-                let id = call_id();
-                let function = WireFunction { name: Some(&name), arguments: "" };
-                let call = WireCall { index: Some(begun), id: Some(&id), kind: Some("function"), function };
-                self.write_choice(Choice::call(index, call));
-            }
-            Said::Arguments(arguments) => {
-                let function = WireFunction { name: None, arguments: &arguments };
-                let call = WireCall { index: Some(begun.saturating_sub(1)), function, ..WireCall::default() };
-                self.write_choice(Choice::call(index, call));
-            }
-            Said::End => (),
-        }
-    }
-
-    /// The status has been sent: the error is the last event, and `[DONE]` does not follow.
-    fn write_error(&mut self, error: &ApiError) {
-        sse::write_data(&mut self.buffer, &ErrorEnvelope { error: error.body() });
-        self.open.clear();
-        self.is_done = true;
-    }
-
-    fn write_end(&mut self) {
-        if self.options.include_usage {
-            let no_choices: [(); 0] = [];
-            let envelope = self.head.envelope(true, no_choices, Some(Some(self.usage.into())));
-            sse::write_data(&mut self.buffer, &envelope);
-        }
-        self.buffer.extend_from_slice(sse::DONE);
-        self.is_done = true;
-    }
-
-    /// Writes what is ready, up to a bound; false when some session has more to say later.
-    fn write_ready(&mut self, context: &mut Context<'_>) {
-        for index in 0..self.open.len() {
-            while self.buffer.len() < MAX_WRITE_BYTES {
-                let Some(Some(session)) = self.open.get_mut(index) else { break };
-                match session.poll_recv(context) {
-                    Poll::Ready(Some(event)) => self.write_event(index, event),
-                    Poll::Ready(None) => self.write_error(&cut_off()),
-                    Poll::Pending => break,
-                }
-            }
-        }
-        if !self.is_done && self.open.iter().all(Option::is_none) {
-            self.write_end();
-        }
-    }
-}
-
-impl Stream for AnswerStream {
-    type Item = Result<Bytes, std::convert::Infallible>;
-
-    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if !self.is_done {
-            self.write_ready(context);
-        }
-        if !self.buffer.is_empty() {
-            self.keep_alive.reset();
-            return Poll::Ready(Some(Ok(std::mem::take(&mut self.buffer).into())));
-        }
-        if self.is_done {
-            return Poll::Ready(None);
-        }
-        self.keep_alive.poll(context).map(|comment| Some(Ok(comment)))
+    #[test]
+    fn tokens_of_calls_and_ends_are_no_content() {
+        let text = |text: &str| Said::Text(text.to_owned());
+        let call = || [Said::Call("f".to_owned()), Said::Arguments("{}".to_owned()), Said::End];
+        check(vec![text("a"), text("bc")], "abc", &[0, 1, 2]);
+        check([vec![text("ab")], call().into(), vec![text("cd")]].concat(), "abcd", &[0, 1]);
+        check(call().into(), "", &[]);
     }
 }

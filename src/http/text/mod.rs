@@ -10,11 +10,13 @@ use tale_models::grammar::Asked;
 use tale_models::parameter::Options;
 use tale_models::request::TextRequest;
 use tale_models::text_parameters::SEED;
+use tale_models::tokenizer::Tokenizer;
 use tale_models::tools::ToolFormat;
 use tale_models::{Encoding, ModelCard, TextCard};
 
 use self::answer::{Head, Shape};
-use self::wire::{MAX_CHOICES, Prompt, TextBody};
+use self::logprobs::Echo;
+use self::wire::{Encoded, MAX_CHOICES, TextBody};
 use super::admission::{Admitted, with_place};
 use super::body::{self, Format, MAX_BODY_BYTES};
 use super::error::ApiError;
@@ -22,6 +24,7 @@ use super::{AppState, random_seed, sse};
 use crate::engine::Session;
 
 mod answer;
+mod logprobs;
 pub(super) mod responses;
 pub mod structured;
 pub(super) mod tokens;
@@ -64,12 +67,12 @@ async fn placed_chat(state: &AppState, admitted: &Admitted, body: TextBody<Conve
     };
     let order = Order { model, options, answer, asked, tool_format };
     match short {
-        Some(prompt) => order.place(admitted, text(&card)?, vec![prompt?]),
+        Some(prompt) => order.place(admitted, text(&card)?, vec![prompt?.into()]),
         // A template is a stranger's program, and may take its time, as a grammar does.
         None => {
             let num_bytes = conversation.num_bytes();
             let encode = move |card: &TextCard, cancelled: &CancelToken| {
-                Ok(vec![card.encode_chat(&conversation, encoding, cancelled)?])
+                Ok(vec![card.encode_chat(&conversation, encoding, cancelled)?.into()])
             };
             placed(state, admitted, num_bytes, card, order, encode).await
         }
@@ -85,14 +88,16 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let (body, held) = received.read(state.compute(), room_of, wire::completion).await?;
         let TextBody { model, options, answer, asked, prompt: texts, .. } = body;
         let card = text_card(&state, &model)?;
-        if texts.len() * answer.n > MAX_CHOICES {
-            let problem = format!("has {} prompts; prompts times n may be {MAX_CHOICES} at most", texts.len());
+        if texts.len() * answer.best_of > MAX_CHOICES {
+            let times = if answer.best_of > answer.n { "best_of" } else { "n" };
+            let problem = format!("has {} prompts; prompts times {times} may be {MAX_CHOICES} at most", texts.len());
             return Err(ApiError::field("prompt", problem));
         }
-        let num_bytes = texts.iter().map(Prompt::num_bytes).sum();
+        let echoes = answer.echo;
+        let num_bytes = texts.iter().map(|prompt| prompt.num_bytes(echoes)).sum();
         let encoding = wire::encoding(&options, Encoding::PROMPT);
         let encode = move |card: &TextCard, cancelled: &CancelToken| -> tale_models::Result<Vec<_>> {
-            texts.into_iter().map(|prompt| prompt.encode(card, encoding, cancelled)).collect()
+            texts.into_iter().map(|prompt| prompt.encode(card, encoding, echoes, cancelled)).collect()
         };
         let is_little = num_bytes <= MAX_INLINE_PROMPT_BYTES && asked.is_none();
         let order = Order { model, options, answer, asked, tool_format: None };
@@ -131,39 +136,50 @@ struct Order {
 /// An order whose sessions the engine has.
 struct Placed {
     order: Order,
+    tokenizer: Tokenizer,
+    /// Those of one prompt after the other.
     sessions: Vec<Session>,
+    /// Of each session.
+    echoes: Vec<Option<Arc<Echo>>>,
     prompt_tokens: usize,
 }
 
 impl Order {
     /// Gives the engine the sessions of these prompts.
-    fn place(mut self, admitted: &Admitted, card: &TextCard, prompts: Vec<Vec<u32>>) -> Result<Placed, ApiError> {
-        let prompt_tokens = prompts.iter().map(Vec::len).sum();
+    fn place(mut self, admitted: &Admitted, card: &TextCard, prompts: Vec<Encoded>) -> Result<Placed, ApiError> {
+        let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         let seed = self.options.get(&SEED).unwrap_or_else(random_seed);
         let grammar = self.asked.take().map(|asked| card.grammar(asked, &self.options)).transpose()?;
-        let mut sessions = Vec::with_capacity(prompts.len() * self.answer.n);
-        for prompt in prompts {
-            let request = card.resolve(prompt, &self.options, seed)?.held_to(grammar.clone());
-            for choice in 0..self.answer.n {
+        let wire::AnswerOptions { n, best_of, .. } = self.answer;
+        let count = prompts.len() * best_of;
+        let (mut sessions, mut echoes) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        for Encoded { tokens, echo } in prompts {
+            let mut request = card.resolve(tokens, &self.options, seed)?.held_to(grammar.clone());
+            // By which the best ones are known.
+            request.logprobs = request.logprobs.or((best_of > n).then_some(0));
+            logprobs::check_count(&request, count)?;
+            for choice in 0..best_of {
                 sessions.push(admitted.submit(&self.model, with_seed(&request, seed, choice))?);
+                echoes.push(echo.clone());
             }
         }
-        Ok(Placed { order: self, sessions, prompt_tokens })
+        Ok(Placed { order: self, tokenizer: card.tokenizer.clone(), sessions, echoes, prompt_tokens })
     }
 }
 
 impl Placed {
     /// The answer of the endpoint of this shape.
     async fn answer(self, state: &AppState, shape: Shape) -> Result<Response, ApiError> {
-        let Self { order: Order { model, answer, tool_format, .. }, mut sessions, prompt_tokens } = self;
-        let head = Head::new(shape, &model, tool_format);
+        let Self { order, tokenizer, mut sessions, echoes, prompt_tokens } = self;
+        let Order { model, answer, tool_format, .. } = order;
+        let head = Head::new(shape, &model, tool_format, tokenizer);
         if !answer.stream {
-            return answer::whole(state.compute(), head, sessions, prompt_tokens, answer.n).await;
+            return answer::whole(state.compute(), head, sessions, echoes, prompt_tokens, answer).await;
         }
         if let Some(first) = sessions.first_mut() {
             sse::first_event(first).await?;
         }
-        Ok(answer::stream(head, sessions, prompt_tokens, answer))
+        Ok(answer::stream(head, sessions, echoes, prompt_tokens, answer))
     }
 }
 
@@ -194,7 +210,7 @@ async fn placed(
     num_bytes: usize,
     card: Arc<ModelCard>,
     order: Order,
-    encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<Vec<Vec<u32>>> + Send + 'static,
+    encode: impl FnOnce(&TextCard, &CancelToken) -> tale_models::Result<Vec<Encoded>> + Send + 'static,
 ) -> Result<Placed, ApiError> {
     let grammar_bytes = if order.asked.is_some() { GRAMMAR_COST } else { 0 };
     let cost = num_bytes.saturating_mul(TOKENISING_COST).saturating_add(grammar_bytes);

@@ -2,15 +2,20 @@
 //!
 //! A field that is not here is refused by name: nothing that a client asks for is silently ignored.
 
+use std::sync::Arc;
+
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tale_models::cancel::CancelToken;
 use tale_models::chat_template::{ChatMessage, Conversation, Ending, ToolCall};
 use tale_models::grammar::Asked;
 use tale_models::parameter::{Declaration, Options, Parameter, TEXT, Task};
-use tale_models::text_parameters::{MAX_TOKENS, TEXT_PARAMETERS};
+use tale_models::text_parameters::{
+    CHAT_LOGPROBS, ECHO, LOGPROBS, MAX_TOKENS, TEXT_PARAMETERS, TOP_LOGPROBS, settle_logprobs,
+};
 use tale_models::{Encoding, TextCard};
 
+use super::logprobs::Echo;
 use super::structured;
 use super::tools::{self, Spelling, Tools};
 use crate::http::body::value::{Object, Room, Value};
@@ -32,6 +37,15 @@ static N: Parameter<usize> = Parameter::integer(
     "Choices for each prompt, at most 64 in all; choice i has seed + i. 1 when absent.",
 )
 .only_for(&[Task::Chat, Task::Completion]);
+
+static BEST_OF: Parameter<usize> = Parameter::integer(
+    "best_of",
+    1,
+    MAX_CHOICES,
+    "Make so many choices for each prompt, at most 64 in all, and give the `n` whose tokens are the most likely ones on \
+     average, best first. As many as `n` when absent.",
+)
+.only_for(&[Task::Completion]);
 
 pub(super) static STREAM: Parameter<bool> =
     Parameter::boolean("stream", "Answer with server-sent events, as the text comes.").only_for(TEXT);
@@ -79,6 +93,8 @@ pub(in crate::http) static CHAT: &[&Declaration] = &[
     &CONTINUE_FINAL_MESSAGE.declaration,
     &ADD_SPECIAL_TOKENS.declaration,
     &TRUNCATE_PROMPT_TOKENS.declaration,
+    &CHAT_LOGPROBS.declaration,
+    &TOP_LOGPROBS.declaration,
 ];
 
 /// The same of a completion, but for its prompts.
@@ -88,6 +104,9 @@ pub(in crate::http) static COMPLETION: &[&Declaration] = &[
     &STREAM.declaration,
     &ADD_SPECIAL_TOKENS.declaration,
     &TRUNCATE_PROMPT_TOKENS.declaration,
+    &LOGPROBS.declaration,
+    &ECHO.declaration,
+    &BEST_OF.declaration,
 ];
 
 /// What the body of either endpoint says; `prompt` is what it says of the prompts.
@@ -147,7 +166,8 @@ pub(super) fn chat(body: Value) -> Result<TextBody<Conversation>, ApiError> {
     let mut body = settled(body, openai::CHAT)?;
     let asked = structured::take(&mut body)?;
     let tools = tools::take(&mut body, Spelling::Nested)?;
-    let options = take(&mut body, CHAT, Task::Chat, &["messages", "chat_template_kwargs", "stream_options"])?;
+    let mut options = take(&mut body, CHAT, Task::Chat, &["messages", "chat_template_kwargs", "stream_options"])?;
+    settle_logprobs(&mut options)?;
     let ChatFields { messages, chat_template_kwargs, stream_options } = body::read(Value::Object(body))?;
     let conversation = conversation(messages, chat_template_kwargs, &options)?;
     let body = TextBody::new(options, stream_options.as_ref(), asked, conversation)?;
@@ -249,7 +269,13 @@ pub(super) fn conversation(
 #[derive(Debug, Clone, Copy)]
 pub(super) struct AnswerOptions {
     pub(super) n: usize,
+    /// Choices of which those are the best.
+    pub(super) best_of: usize,
     pub(super) stream: bool,
+    /// Whether it begins with the prompt.
+    pub(super) echo: bool,
+    /// Whether it tells how likely its tokens were.
+    pub(super) logprobs: bool,
     pub(super) include_usage: bool,
     /// Whether events are filled up, so that their sizes say little about their texts.
     pub(super) include_obfuscation: bool,
@@ -258,14 +284,26 @@ pub(super) struct AnswerOptions {
 impl AnswerOptions {
     fn new(given: &Options, options: Option<&StreamOptions>) -> Result<Self, ApiError> {
         let n = given.get(&N).unwrap_or(1);
+        let best_of = given.get(&BEST_OF).unwrap_or(n);
         let stream = given.get(&STREAM).unwrap_or(false);
+        if best_of < n {
+            return Err(ApiError::field("best_of", format!("is {best_of}, fewer than n, {n}")));
+        }
+        if stream && best_of > n {
+            return Err(ApiError::field(
+                "best_of",
+                "is known when all choices are whole; leave out stream, or best_of",
+            ));
+        }
         let asked = |option: fn(&StreamOptions) -> Option<bool>| options.and_then(option).unwrap_or(false);
         let include_usage = asked(|options| options.include_usage);
         let include_obfuscation = asked(|options| options.include_obfuscation);
         if !stream && (include_usage || include_obfuscation) {
             return Err(ApiError::field("stream_options", "has no effect without stream; leave it out"));
         }
-        Ok(Self { n, stream, include_usage, include_obfuscation })
+        let echo = given.get(&ECHO).unwrap_or(false);
+        let logprobs = given.has(&LOGPROBS);
+        Ok(Self { n, best_of, stream, echo, logprobs, include_usage, include_obfuscation })
     }
 }
 
@@ -433,6 +471,19 @@ impl<'de> Deserialize<'de> for Content {
 #[derive(Debug)]
 pub(super) struct Prompts(pub(super) Vec<Prompt>);
 
+/// A prompt as a model is given it.
+#[derive(Debug)]
+pub(super) struct Encoded {
+    pub(super) tokens: Vec<u32>,
+    pub(super) echo: Option<Arc<Echo>>,
+}
+
+impl From<Vec<u32>> for Encoded {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self { tokens, echo: None }
+    }
+}
+
 /// One prompt.
 #[derive(Debug)]
 pub(super) enum Prompt {
@@ -441,25 +492,35 @@ pub(super) enum Prompt {
 }
 
 impl Prompt {
-    /// Bytes that a tokenizer has to read.
-    pub(super) fn num_bytes(&self) -> usize {
+    /// Bytes that a tokenizer has to read, or to write where the prompt is to be echoed.
+    pub(super) fn num_bytes(&self, echoes: bool) -> usize {
         match self {
             Self::Text(text) => text.len(),
+            Self::Tokens(tokens) if echoes => size_of_val(tokens.as_slice()),
             Self::Tokens(_) => 0,
         }
     }
 
-    /// The tokens that the model of this card is given.
+    /// The tokens that the model of this card is given, and what is echoed of them.
     pub(super) fn encode(
         self,
         card: &TextCard,
         encoding: Encoding,
+        echoes: bool,
         cancelled: &CancelToken,
-    ) -> tale_models::Result<Vec<u32>> {
-        match self {
-            Self::Text(text) => card.encode(&text, encoding, cancelled),
-            Self::Tokens(tokens) => Ok(encoding.cut(tokens)),
-        }
+    ) -> tale_models::Result<Encoded> {
+        let (tokens, text) = match self {
+            Self::Text(text) => {
+                let tokens = card.encode(&text, encoding, cancelled)?;
+                // Its beginning may be cut off.
+                let is_whole = encoding.truncate.is_none_or(|most| tokens.len() < most);
+                (tokens, Some(text).filter(|_| is_whole))
+            }
+            Self::Tokens(tokens) => (encoding.cut(tokens), None),
+        };
+        let echo = echoes && !tokens.is_empty();
+        let echo = echo.then(|| Echo::new(card, &tokens, text)).transpose()?;
+        Ok(Encoded { tokens, echo: echo.map(Arc::new) })
     }
 }
 
