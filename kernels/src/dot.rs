@@ -183,13 +183,27 @@ unsafe fn row_sums<S: Simd, T: Element>(s: S, x: Rows<f32>, w: Rows<T>, k: usize
     while column < k {
         let len = K_BLOCK.min(k - column);
         // SAFETY: `column + len <= k`.
-        let sums = unsafe { block_sums::<S, T, 1>(s, x.at(0, column), w.at(0, column), len, None)[0] };
+        let sums = unsafe {
+            let block = w.at(0, column);
+            block_sums::<S, T, 1>(s, x.at(0, column), block, len, Some(next_block(block, column, k)))[0]
+        };
         for n in 0..TILE_OUTS {
             totals[n] = if column == 0 { sums[n] } else { totals[n] + sums[n] };
         }
         column += K_BLOCK;
     }
     totals
+}
+
+/// Where the block of four rows of `k` values after the one at `column` lies: further along them, or at the start of the next
+/// four. There may be none.
+#[inline(always)]
+pub(crate) fn next_block<T>(block: Rows<T>, column: usize, k: usize) -> *const T {
+    if column + K_BLOCK < k {
+        block.start.wrapping_add(K_BLOCK)
+    } else {
+        block.start.wrapping_sub(column).wrapping_add(TILE_OUTS * k)
+    }
 }
 
 /// Copies a block of rows, widened to f32, to `to [rows, PACKED_STRIDE]`; zero up to the next whole vector.

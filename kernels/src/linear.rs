@@ -7,7 +7,7 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use self::panels::{Cut, Weights, many_rows, pack_rows, store};
-use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums};
+use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums, next_block};
 #[cfg(gpu)]
 use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for};
@@ -157,16 +157,6 @@ impl<T: Element> Op for DirectTask<'_, T> {
 }
 
 impl<T: Element> DirectTask<'_, T> {
-    /// Where the block of weights after the one at `w` lies: further along its rows, or at the start of the next four.
-    #[inline(always)]
-    fn next_block(&self, w: Rows<T>, column: usize) -> *const T {
-        if column + K_BLOCK < self.cut.k {
-            w.start.wrapping_add(K_BLOCK)
-        } else {
-            w.start.wrapping_sub(column).wrapping_add(TILE_OUTS * self.cut.k)
-        }
-    }
-
     /// Adds one block of K to four outputs of every row.
     #[inline(always)]
     fn block<S: Simd, const MR: usize>(&self, s: S, out: usize, column: usize) {
@@ -183,7 +173,7 @@ impl<T: Element> DirectTask<'_, T> {
                 let stride = if whole { self.cut.k } else { 0 };
                 let w = Rows { start: self.w[(first + done) * self.cut.k + column..].as_ptr(), stride };
                 let valid = if whole { TILE_OUTS } else { 1 };
-                let ahead = (row == 0).then(|| self.next_block(w, column));
+                let ahead = (row == 0).then(|| next_block(w, column, self.cut.k));
                 // SAFETY: `x` is padded to whole tiles of rows; four rows of `w`, or one four times, are there.
                 let sums = unsafe { block_sums::<S, T, MR>(s, x, w, len, ahead) };
                 // SAFETY: no other task has these outputs.
