@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Tale beside llama.cpp on this machine's CPU, over one GGUF file: greedy tokens, tokens per second of decoding at batch 1,
-seconds of a prompt of 512 tokens.
+"""Tale beside llama.cpp on this machine's CPU, over the same GGUF files: greedy tokens, a prompt of 512 tokens, tokens of one
+stream behind it, and of 16 streams.
 
     cargo build --release && pip install -r benches/beside-llama-cpp-requirements.txt
     benches/beside_llama_cpp.py [out/models/SmolLM2-135M-Instruct.Q4_1.gguf] [--threads 2] [--rounds 3]
+    benches/beside_llama_cpp.py --random Q4_K,Q8_0,Q4_0,F16
 
 llama.cpp runs in this process, Tale as `tale bench step` (times) and as a server (tokens), one after the other, in rounds, on the
-same cores, so that a noisy machine disturbs both alike; medians are printed. llama.cpp rounds activations to eight bits, Tale
-does not: where their greedy tokens part, the distance of llama.cpp's two best logits there is printed, in units of its logits'
-standard deviation. llama-cpp-python is built from its source, with the instructions of this machine's CPU.
+same cores, so that a noisy machine disturbs both alike; medians are printed. With `--random` the files are of TinyLlama's shape with
+random weights, made under `out/` where they are not there yet, and there are times only. llama.cpp rounds activations to eight
+bits, Tale does not: where their greedy tokens part, the distance of llama.cpp's two best logits there is printed, in units of its
+logits' standard deviation. llama-cpp-python is built from its source, with the instructions of this machine's CPU.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -22,12 +25,15 @@ from pathlib import Path
 
 import llama_cpp
 import numpy
+import random_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "out/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 ANSWER_TOKENS = 48
-DECODED_TOKENS = 128
+DECODED_TOKENS = 32
 PROMPT_TOKENS = 512
+STREAMS = 16
+STREAM_PROMPT_TOKENS = 32
 QUESTIONS = [
     "What is the capital of France?",
     "Why is the sky blue?",
@@ -55,27 +61,32 @@ QUESTIONS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, default=MODEL)
+    parser.add_argument("--random", metavar="TYPE,...", type=lambda types: types.split(","))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tale", type=Path, default=ROOT / "target/release/tale")
     parser.add_argument("--only", choices=["tokens", "times"])
     options = parser.parse_args()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.threads]))
-    print(f"{options.model.name}, {options.threads} threads, llama-cpp-python {llama_cpp.__version__}")
-    llama = llama_cpp.Llama(
-        str(options.model), n_ctx=1024, n_batch=PROMPT_TOKENS, n_threads=options.threads, n_threads_batch=options.threads,
-        logits_all=False, verbose=False,
-    )
+    print(f"{options.threads} threads, llama-cpp-python {llama_cpp.__version__}")
+    if options.random:
+        files = random_gguf.files(ROOT / "out/beside-llama-cpp", options.random, options.threads)
+        print_times(options, files)
+        return
     if options.only != "times":
-        compare_tokens(options, llama)
+        compare_tokens(options)
     if options.only != "tokens":
-        compare_times(options, llama)
+        print_times(options, [options.model])
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def compare_tokens(options, llama) -> None:
+def compare_tokens(options) -> None:
+    llama = llama_cpp.Llama(
+        str(options.model), n_ctx=1024, n_batch=PROMPT_TOKENS, n_threads=options.threads, n_threads_batch=options.threads,
+        logits_all=False, verbose=False,
+    )
     chats = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in QUESTIONS]
     server, url = start(options)
     try:
@@ -152,41 +163,113 @@ def num_ids(url: str, text: str) -> int:
 # --- times -----------------------------------------------------------------------------------------------------------
 
 
-def compare_times(options, llama) -> None:
-    tale, theirs = {"prefill": [], "decode": []}, {"prefill": [], "decode": []}
-    for _ in range(options.rounds):
-        for found, times in ((tale, time_tale(options)), (theirs, time_llama(llama))):
-            for what, seconds in times.items():
-                found[what].append(seconds)
-    for what, unit, count in (("prefill", f"prompt of {PROMPT_TOKENS}", PROMPT_TOKENS), ("decode", "token at batch 1", 1)):
-        ours, other = statistics.median(tale[what]), statistics.median(theirs[what])
-        print(
-            f"{unit}: Tale {1e3 * ours:.1f} ms ({count / ours:.0f} tok/s), llama.cpp {1e3 * other:.1f} ms"
-            f" ({count / other:.0f} tok/s), ratio of speeds {other / ours:.2f}"
-        )
+def print_times(options, paths: list[Path]) -> None:
+    print("| file | step | Tale | of roof | llama.cpp | of roof | ratio of speeds |")
+    print("|---|---|---|---|---|---|---|")
+    for path in paths:
+        llama = Llama(path, options.threads)
+        rounds = [(time_tale(options, path), llama.times()) for _ in range(options.rounds)]
+        llama.close()
+        for step, tokens in (("prompt", PROMPT_TOKENS), ("stream", 1), ("streams", STREAMS)):
+            ours = statistics.median(tale[step]["seconds"] for tale, _ in rounds)
+            theirs = statistics.median(seconds[step] for _, seconds in rounds)
+            # What the step must do, and how much of it this machine did in a second beside it.
+            work = rounds[0][0][step]["work"]
+            roof = statistics.median(tale[step]["roof"] for tale, _ in rounds)
+            unit = rounds[0][0][step]["unit"]
+            shares = [f"{100 * work / seconds / roof:.0f} % of {roof / 1e9:.0f} {unit}" for seconds in (ours, theirs)]
+            print(
+                f"| {path.stem} | {STEPS[step]} | {1e3 * ours:.1f} ms, {tokens / ours:.1f} tok/s | {shares[0]} |"
+                f" {1e3 * theirs:.1f} ms, {tokens / theirs:.1f} tok/s | {shares[1]} | {theirs / ours:.2f} |",
+                flush=True,
+            )
 
 
-def time_tale(options) -> dict:
-    command = [options.tale, "bench", "step", "--model", options.model, "--batch", "1", "--prompt-tokens", str(PROMPT_TOKENS), "--json"]
+STEPS = {
+    "prompt": f"prompt of {PROMPT_TOKENS}",
+    "stream": f"a token behind {PROMPT_TOKENS}",
+    "streams": f"{STREAMS} tokens of {STREAMS} streams behind {STREAM_PROMPT_TOKENS} each",
+}
+
+
+def time_tale(options, path: Path) -> dict:
+    alone = bench_step(options, path, 1, PROMPT_TOKENS)
+    streams = bench_step(options, path, STREAMS, STREAM_PROMPT_TOKENS)
+    return {"prompt": alone["prefill"], "stream": alone["decode"], "streams": streams["decode"]}
+
+
+def bench_step(options, path: Path, batch: int, prompt_tokens: int) -> dict:
+    """Seconds of both steps, and their roof: that of the two which Tale's own bench says is met first."""
+    command = [options.tale, "bench", "step", "--model", path, "--batch", str(batch)]
+    command += ["--prompt-tokens", str(prompt_tokens), "--repeat", "2", "--json"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     steps = {line["step"]: line for line in map(json.loads, printed.splitlines())}
-    return {what: steps[what]["seconds"] for what in ("prefill", "decode")}
+    return {
+        step: {
+            "seconds": steps[step]["seconds"],
+            "work": steps[step][steps[step]["bound"]],
+            "roof": steps[step]["roof_per_second"],
+            "unit": {"bytes": "GB/s", "flops": "GFLOP/s"}[steps[step]["bound"]],
+        }
+        for step in ("prefill", "decode")
+    }
 
 
-def time_llama(llama) -> dict:
-    prompt = [1000 + i % 7000 for i in range(PROMPT_TOKENS)]
-    llama.reset()
-    begin = time.perf_counter()
-    llama.eval(prompt)
-    last_logits(llama)
-    prefill = time.perf_counter() - begin
-    times = []
-    for i in range(DECODED_TOKENS):
+@llama_cpp.llama_log_callback
+def silent(_level, _text, _data) -> None:
+    """llama.cpp says how it loads a model."""
+
+
+class Llama:
+    """A context of llama.cpp with a cache for each of the streams."""
+
+    def __init__(self, path: Path, threads: int):
+        llama_cpp.llama_log_set(silent, ctypes.c_void_p())
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.n_batch = STREAMS * 2 * PROMPT_TOKENS, STREAMS, PROMPT_TOKENS
+        params.n_threads = params.n_threads_batch = threads
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+    def times(self) -> dict:
+        prompt = [1000 + i % 7000 for i in range(PROMPT_TOKENS)]
+        self.forget()
+        seconds = {"prompt": self.step([(token, at, 0) for at, token in enumerate(prompt)], [len(prompt) - 1])}
+        stream = [self.step([(1000 + i, PROMPT_TOKENS + i, 0)], [0]) for i in range(DECODED_TOKENS)]
+        self.forget()
+        for sequence in range(STREAMS):
+            first = [(token + sequence, at, sequence) for at, token in enumerate(prompt[:STREAM_PROMPT_TOKENS])]
+            self.step(first, [len(first) - 1])
+        streams = []
+        for i in range(DECODED_TOKENS // 4):
+            rows = [(1000 + i + sequence, STREAM_PROMPT_TOKENS + i, sequence) for sequence in range(STREAMS)]
+            streams.append(self.step(rows, range(STREAMS)))
+        return {**seconds, "stream": statistics.median(stream), "streams": statistics.median(streams)}
+
+    def forget(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+
+    def step(self, rows: list[tuple[int, int, int]], with_logits) -> float:
+        """Seconds of a step of (token, position, sequence), up to the logits of the rows that have some."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        for row, (token, position, sequence) in enumerate(rows):
+            batch.token[row], batch.pos[row], batch.n_seq_id[row] = token, position, 1
+            batch.seq_id[row][0], batch.logits[row] = sequence, row in with_logits
+        batch.n_tokens = len(rows)
         begin = time.perf_counter()
-        llama.eval([1000 + i])
-        last_logits(llama)
-        times.append(time.perf_counter() - begin)
-    return {"prefill": prefill, "decode": statistics.median(times)}
+        if llama_cpp.llama_decode(self.context, batch) != 0:
+            raise SystemExit("llama.cpp could not compute the step")
+        for row in with_logits:
+            pointer = llama_cpp.llama_get_logits_ith(self.context, row)
+            numpy.ctypeslib.as_array(pointer, shape=(self.vocabulary,)).argmax()
+        seconds = time.perf_counter() - begin
+        llama_cpp.llama_batch_free(batch)
+        return seconds
 
 
 if __name__ == "__main__":
