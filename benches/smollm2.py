@@ -216,7 +216,7 @@ def masks(options) -> None:
     def milliseconds(fields: dict, streams: int) -> float:
         def ask(index: int) -> int:
             text = f"Split this story into shots, as JSON:\n\n{STORY}"
-            answer = server.chat(text, **fields, max_tokens=tokens, min_tokens=tokens // 2, seed=index, temperature=0.8)
+            answer = server.chat(text, **fields, max_tokens=tokens, seed=index, temperature=0.8)
             return answer["usage"]["completion_tokens"]
 
         begun = time.monotonic()
