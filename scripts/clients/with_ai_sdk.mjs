@@ -37,7 +37,15 @@ async function ask(model) {
   assert.equal((await calls.toolCalls)[0].toolName, "weather");
 
   isShot((await generateObject({ ...common, schema })).object);
-  isShot((await generateText({ ...common, output: Output.object({ schema }) })).output);
+  const shaped = await generateText({ ...common, output: Output.object({ schema }) });
+  isShot(shaped.output);
+  // The answer goes back. Unless told otherwise, the SDK refers to items of responses, as if they were stored.
+  const messages = [{ role: "user", content: prompt }, ...shaped.response.messages, { role: "user", content: "And at night?" }];
+  const again = { model, messages, maxRetries: 0 };
+  assert.equal(typeof (await generateText({ ...again, providerOptions: { openai: { store: false } } })).text, "string");
+  if (model.provider.endsWith("responses")) {
+    await assert.rejects(generateText(again), /no items are stored here/);
+  }
   const object = streamObject({ ...common, schema, onError: ({ error }) => { throw error; } });
   for await (const _ of object.partialObjectStream);
   isShot(await object.object);

@@ -133,7 +133,8 @@ impl Said {
             // No model here makes any, and templates show none of earlier turns: what was thought is not part of what was said.
             Some("reasoning") => of_field(path, Value::Object(fields), Reasoning::deserialize).map(drop),
             Some("item_reference") => {
-                let problem = "item_reference is not supported: no items are stored here; send the item itself";
+                let problem = "item_reference is not supported: no items are stored here; send the item itself, as clients do \
+                               that set store to false";
                 Err(ApiError::field_code(kind_path, "unsupported_value", problem))
             }
             _ => {
