@@ -1,10 +1,9 @@
 //! Configuration of `tale serve`: what a person may write, and what it means.
 //!
 //! Owns: [`Settings`], the keys of the TOML file and the flags of the command line in one definition, and [`Config`],
-//! the validated result. Does not know: how any of it is used.
+//! the validated result (`models` reads models, `choices` has words, `byte_size` sizes). Does not know: how any of it is used.
 
-use std::collections::BTreeMap;
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
@@ -12,17 +11,24 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
-use tale_models::ModelSource;
 use tale_models::checkpoint::LoadFormat;
 use tale_models::device::{DeviceSpec, WeightDtype};
-use tale_models::family::{LoadOptions, TextEncoders};
-use tale_models::kv::{KvCacheDtype, PrefixCache};
+use tale_models::family::LoadOptions;
+use tale_models::kv::KvCacheDtype;
 use tale_models::runner::text::lookup::PromptLookup;
-use tale_models::tools::ToolFormat;
 
+use self::models::{models_of_table, parse_model};
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
 use crate::job::store::Retention;
+
+mod byte_size;
+mod choices;
+mod models;
+
+pub use self::byte_size::ByteSize;
+pub use self::choices::{LogFormat, PrefixCacheScope, TextEncoderPlace, ToolCallParser};
+pub use self::models::MAX_MODEL_NAME_LEN;
 
 /// Last tokens that are looked for where tokens are guessed, and nothing is said of them.
 const DEFAULT_PROMPT_LOOKUP_MIN: usize = 2;
@@ -32,9 +38,6 @@ const DEFAULT_PROMPT_LOOKUP_MAX: usize = 4;
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
 /// How long running work may go on after SIGTERM when nothing else is said.
 pub const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
-/// Longest name of a model.
-pub const MAX_MODEL_NAME_LEN: usize = 128;
-
 /// What a person may set; every field may be left out. Keys of the TOML file are the fields, flags are the same words
 /// in kebab-case; flags win.
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
@@ -222,87 +225,6 @@ pub struct Settings {
     /// Form of the log lines on stderr [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
-}
-
-/// Where text encoders are while no prompt is encoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum TextEncoderPlace {
-    /// On the device where everything fits; else some come and go.
-    #[default]
-    Auto,
-    /// On the device.
-    Resident,
-    /// Read for each encoding, and gone after it.
-    OnDemand,
-}
-
-impl TextEncoderPlace {
-    /// `None` leaves it to the engine.
-    pub fn chosen(self) -> Option<TextEncoders> {
-        match self {
-            Self::Auto => None,
-            Self::Resident => Some(TextEncoders::Resident),
-            Self::OnDemand => Some(TextEncoders::OnDemand),
-        }
-    }
-}
-
-/// Whose prompts share what the key/value cache holds of a common beginning.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum PrefixCacheScope {
-    /// Nobody's.
-    Off,
-    /// Those of each client.
-    PerClient,
-    /// All.
-    Shared,
-}
-
-impl PrefixCacheScope {
-    fn chosen(self) -> PrefixCache {
-        match self {
-            Self::Off => PrefixCache::Off,
-            Self::PerClient => PrefixCache::PerClient,
-            Self::Shared => PrefixCache::Shared,
-        }
-    }
-}
-
-/// How language models write calls of tools.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum ToolCallParser {
-    /// As their chat templates write them.
-    #[default]
-    Auto,
-    /// Between `<tool_call>` and `</tool_call>`, as Qwen 2.5 does.
-    Hermes,
-    /// As JSON with `parameters`, as Llama 3.1 does.
-    Llama3Json,
-}
-
-impl ToolCallParser {
-    /// `None` leaves it to the template.
-    pub fn chosen(self) -> Option<ToolFormat> {
-        match self {
-            Self::Auto => None,
-            Self::Hermes => Some(ToolFormat::Hermes),
-            Self::Llama3Json => Some(ToolFormat::Llama3),
-        }
-    }
-}
-
-/// Form of the log lines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object per line.
-    Json,
 }
 
 /// What the server does, validated.
@@ -551,78 +473,6 @@ fn parse_toml(text: &str) -> Result<Settings, (std::ops::Range<usize>, String)> 
     serde_path_to_error::deserialize(document).map_err(|error| problem(error.inner(), &error.path().to_string()))
 }
 
-/// `NAME=PATH`, or `NAME=PATH,KEY=PATH` with the keys of [`ModelSource::extras`].
-fn parse_model(argument: &str) -> Result<ModelSpec, String> {
-    let (name, paths) = argument.split_once('=').ok_or("expected NAME=PATH")?;
-    let mut paths = paths.split(',');
-    let mut source = ModelSource::at(paths.next().unwrap_or_default());
-    if source.path.as_os_str().is_empty() {
-        return Err("the path is empty; expected NAME=PATH".into());
-    }
-    for part in paths {
-        set_extra(&mut source, part)?;
-    }
-    checked_model(name, source)
-}
-
-/// One `KEY=PATH` after a model's own path.
-fn set_extra(source: &mut ModelSource, part: &str) -> Result<(), String> {
-    let (key, path) = part.split_once('=').unwrap_or((part, ""));
-    let mut extras = source.extras();
-    let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
-        let known = extras.map(|(known, _)| format!("{known}=PATH")).join(", ");
-        return Err(format!("`{part}` is not one of {known}; a path with a comma goes into the file of --config"));
-    };
-    if path.is_empty() || extra.is_some() {
-        return Err(format!("`{key}` needs one path, once"));
-    }
-    **extra = Some(path.into());
-    Ok(())
-}
-
-/// Names go into URLs, JSON, log lines and metric labels.
-fn checked_model(name: &str, source: ModelSource) -> Result<ModelSpec, String> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
-    if name.is_empty() || name.len() > MAX_MODEL_NAME_LEN || !name.chars().all(fits) {
-        return Err(format!(
-            "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
-        ));
-    }
-    Ok(ModelSpec { name: name.to_owned(), source })
-}
-
-fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelSpec>, D::Error> {
-    let table = BTreeMap::<String, SourceEntry>::deserialize(deserializer)?;
-    table.into_iter().map(|(name, entry)| checked_model(&name, entry.0).map_err(de::Error::custom)).collect()
-}
-
-/// `"PATH"`, or a table with `path` and what goes with it.
-struct SourceEntry(ModelSource);
-
-impl<'de> Deserialize<'de> for SourceEntry {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(SourceVisitor)
-    }
-}
-
-struct SourceVisitor;
-
-impl<'de> de::Visitor<'de> for SourceVisitor {
-    type Value = SourceEntry;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a path, or a table with `path`")
-    }
-
-    fn visit_str<E: de::Error>(self, path: &str) -> Result<SourceEntry, E> {
-        Ok(SourceEntry(ModelSource::at(path)))
-    }
-
-    fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<SourceEntry, A::Error> {
-        ModelSource::deserialize(de::value::MapAccessDeserializer::new(table)).map(SourceEntry)
-    }
-}
-
 /// A TOML string in the spelling of the flag.
 fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(deserializer: D) -> Result<Option<T>, D::Error> {
     let text = String::deserialize(deserializer)?;
@@ -635,258 +485,5 @@ fn parsed_list<'de, D: Deserializer<'de>, T: FromStr<Err: Display>>(deserializer
     texts.iter().map(|text| text.parse().map_err(de::Error::custom)).collect()
 }
 
-/// A number of bytes, written `4GiB`, `512MiB`, `1.5GB`, or plain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ByteSize(pub usize);
-
-/// Units, longest first, so that `iB` is not read as `B`.
-const BYTE_UNITS: [(&str, f64); 10] = [
-    ("KiB", 1024.0),
-    ("MiB", 1_048_576.0),
-    ("GiB", 1_073_741_824.0),
-    ("TiB", 1_099_511_627_776.0),
-    ("KB", 1e3),
-    ("MB", 1e6),
-    ("GB", 1e9),
-    ("TB", 1e12),
-    ("B", 1.0),
-    ("", 1.0),
-];
-
-impl FromStr for ByteSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let problem = || format!("`{text}` is not a size; expected a number and a unit, such as 4GiB or 512MiB");
-        let (number, factor) = BYTE_UNITS
-            .iter()
-            .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?.trim_end(), factor)))
-            .ok_or_else(problem)?;
-        let number: f64 = number.parse().map_err(|_| problem())?;
-        let bytes = number * factor;
-        // Exact up to 2^53, more than any machine has.
-        if (1.0..9e15).contains(&bytes) { Ok(Self(bytes as usize)) } else { Err(problem()) }
-    }
-}
-
-impl Display for ByteSize {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            bytes @ 0..1024 => write!(f, "{bytes} B"),
-            bytes @ 1024..1_048_576 => write!(f, "{:.1} KiB", bytes as f64 / 1024.0),
-            bytes @ 1_048_576..1_073_741_824 => write!(f, "{:.1} MiB", bytes as f64 / 1_048_576.0),
-            bytes => write!(f, "{:.2} GiB", bytes as f64 / 1_073_741_824.0),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn resolve(toml: &str, flags: Settings) -> Result<Config, String> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("tale.toml");
-        std::fs::write(&path, toml).unwrap();
-        let shown = |error: ConfigError| error.to_string().replace(&*dir.path().to_string_lossy(), "");
-        Config::resolve(Some(&path), flags).map_err(shown)
-    }
-
-    fn check_error(toml: &str, expected: &[&str]) {
-        let error = resolve(toml, Settings::default()).unwrap_err();
-        assert!(!error.contains('\n'), "one line: {error}");
-        for part in expected {
-            assert!(error.contains(part), "`{part}` is not in `{error}`");
-        }
-    }
-
-    #[test]
-    fn every_key_of_the_documentation_is_read_and_means_what_it_says() {
-        let document = include_str!("../docs/configuration.md");
-        let example = document.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
-        let config = resolve(example, Settings::default()).unwrap();
-        assert_eq!(config.engine.load.load_format, LoadFormat::Auto);
-        let dummy = resolve(&example.replace("load_format = \"auto\"", "load_format = \"dummy\""), Settings::default());
-        assert_eq!(dummy.unwrap().engine.load.load_format, LoadFormat::Dummy);
-        assert_eq!(config.listen, "10.0.0.5:8080".parse().unwrap());
-        assert_eq!(config.engine.memory_bytes, Some(24 << 30));
-        assert_eq!(config.engine.load.kv_cache_bytes, 4 << 30);
-        assert_eq!(config.engine.load.kv_cache_dtype, KvCacheDtype::Int8);
-        assert_eq!(config.engine.load.prefix_cache, PrefixCache::Shared);
-        let lookup = PromptLookup { num_speculative_tokens: 8, prompt_lookup_min: 3, prompt_lookup_max: 5 };
-        assert_eq!(config.engine.load.prompt_lookup, Some(lookup));
-        assert_eq!(config.engine.load.max_batch_tokens, 1024);
-        assert_eq!(config.engine.load.max_batch_sequences, 32);
-        assert_eq!(config.engine.load.max_denoise_rows, 2);
-        assert_eq!(config.engine.load.lora_cache_bytes, 2 << 30);
-        assert_eq!(config.engine.load.tool_call_parser, Some(ToolFormat::Hermes));
-        assert_eq!(config.engine.max_queued_sessions, 100);
-        assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
-        assert_eq!(config.server.max_requests, 500);
-        assert_eq!((config.server.max_body_memory, config.server.compute_threads), (2 << 30, 4));
-        let Retention { max_active_jobs, max_ended_jobs, max_file_bytes } = config.server.retention;
-        assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
-        assert_eq!(config.drain, Duration::from_secs(60));
-        assert_eq!(config.server.min_free_disk_bytes, 2 << 30);
-        assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
-        assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
-        assert_eq!(config.server.allowed_hosts, [".svc.cluster.local".parse().unwrap()]);
-        assert_eq!(config.health_listen, Some("10.0.0.5:8081".parse().unwrap()));
-        let ConnectionLimits { max_connections, max_per_address, header, idle, send } = config.server.connections;
-        assert_eq!((max_connections, max_per_address), (Some(4096), Some(1024)));
-        assert_eq!([header, idle, send], [5, 60, 120].map(Duration::from_secs));
-        assert!(config.unsafe_log_prompts && config.allow_core_dumps);
-        assert_eq!(config.log_format, LogFormat::Json);
-        assert_eq!(config.models.len(), 2);
-        assert_eq!(config.models[0].name, "chat");
-    }
-
-    /// A stand-in for `tale serve` with nothing but the settings.
-    #[derive(clap::Parser)]
-    struct Flags {
-        #[command(flatten)]
-        settings: Settings,
-    }
-
-    #[test]
-    fn documentation_and_help_name_the_defaults_of_the_code() {
-        let document = include_str!("../docs/configuration.md");
-        let help = <Flags as clap::CommandFactory>::command().render_long_help().to_string();
-        let config =
-            Config::resolve(None, Settings { models: vec![parse_model("a=/x").unwrap()], ..Settings::default() });
-        let Config { listen, engine, drain, server, .. } = config.unwrap();
-        let gib = |bytes: usize| format!("{}GiB", bytes >> 30);
-        for (key, default) in [
-            ("listen", listen.to_string()),
-            ("device", engine.device.to_string()),
-            ("load_format", "auto".to_owned()),
-            ("kv_cache", gib(engine.load.kv_cache_bytes)),
-            ("kv_cache_dtype", engine.load.kv_cache_dtype.to_string()),
-            ("prefix_cache", "per-client".to_owned()),
-            ("num_speculative_tokens", "0".to_owned()),
-            ("prompt_lookup_min", DEFAULT_PROMPT_LOOKUP_MIN.to_string()),
-            ("prompt_lookup_max", DEFAULT_PROMPT_LOOKUP_MAX.to_string()),
-            ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
-            ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
-            ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
-            ("lora_cache", gib(engine.load.lora_cache_bytes)),
-            ("max_queued", engine.max_queued_sessions.to_string()),
-            ("max_requests", server.max_requests.to_string()),
-            ("max_body_memory", gib(server.max_body_memory)),
-            ("max_active_jobs", server.retention.max_active_jobs.to_string()),
-            ("max_ended_jobs", server.retention.max_ended_jobs.to_string()),
-            ("max_clip_storage", gib(server.retention.max_file_bytes as usize)),
-            ("min_free_disk", format!("{}MiB", server.min_free_disk_bytes >> 20)),
-            ("drain_seconds", drain.as_secs().to_string()),
-            ("header_seconds", server.connections.header.as_secs().to_string()),
-            ("idle_seconds", server.connections.idle.as_secs().to_string()),
-            ("send_seconds", server.connections.send.as_secs().to_string()),
-        ] {
-            let line = document.lines().find(|line| line.starts_with(&format!("{key} = "))).unwrap();
-            let ends = |line: &str| {
-                line.ends_with(&format!("default {default}")) || line.contains(&format!("default {default}:"))
-            };
-            assert!(ends(line), "{key} should default to {default}: {line}");
-            let flag = help.split(&format!("--{} <", key.replace('_', "-"))).nth(1).unwrap();
-            let flag = flag.split(" --").next().unwrap();
-            assert!(flag.contains(&format!("[default: {default}]")), "--{key} should default to {default}: {flag}");
-        }
-    }
-
-    #[test]
-    fn flags_win_and_models_are_joined_by_name() {
-        let flags = Settings {
-            models: vec![parse_model("chat=/b").unwrap(), parse_model("wan=/c").unwrap()],
-            max_queued: NonZeroUsize::new(7),
-            ..Settings::default()
-        };
-        let config =
-            resolve("max_queued = 5\nmax_denoise_rows = 3\n[models]\nchat = \"/a\"\nflux = \"/d\"", flags).unwrap();
-        let models: Vec<_> = config.models.iter().map(|m| (m.name.as_str(), m.source.path.to_str().unwrap())).collect();
-        assert_eq!(models, [("chat", "/b"), ("flux", "/d"), ("wan", "/c")]);
-        assert_eq!((config.engine.max_queued_sessions, config.engine.load.max_denoise_rows), (7, 3));
-    }
-
-    #[test]
-    fn paths_in_the_file_are_relative_to_the_file() {
-        let config = resolve("output_dir = \"clips\"\n[models]\na = \"m/a\"", Settings::default()).unwrap();
-        let folder = config.models[0].source.path.parent().unwrap().parent().unwrap();
-        assert!(folder.is_absolute());
-        assert_eq!(config.server.output_dir.unwrap(), folder.join("clips"));
-    }
-
-    #[test]
-    fn a_model_may_be_a_table() {
-        let toml = "[models]\nb = \"m/b\"\n[models.a]\npath = \"a.safetensors\"\nbase = \"m/base\"\n";
-        let config = resolve(toml, Settings::default()).unwrap();
-        let folder = config.models[0].source.path.parent().unwrap();
-        assert_eq!(config.models[0].source.base, Some(folder.join("m/base")));
-        assert_eq!(config.models[1].source, ModelSource::at(folder.join("m/b")));
-    }
-
-    #[test]
-    fn errors_name_file_line_and_key() {
-        check_error(
-            "listen = \"127.0.0.1:1\"\nmax_batch_tokens = 0\n",
-            &["/tale.toml:2: `max_batch_tokens`: ", "zero"],
-        );
-        check_error("\nkv_cache = \"4 GiBs\"\n", &["/tale.toml:2: `kv_cache`: ", "`4 GiBs` is not a size"]);
-        check_error("dtype = \"int4\"\n", &[":1: `dtype`: ", "auto, f32, bf16, f16"]);
-        check_error(
-            "prompt_lookup_min = 5\n[models]\na = \"/x\"\n",
-            &["prompt_lookup_min is 5; allowed: 1 to 4, which is prompt_lookup_max"],
-        );
-        check_error("kv_cache_dtype = \"fp8_e5m2\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8, fp8"]);
-        check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
-        check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);
-        check_error("device = \"tpu\"\n", &[":1: `device`: ", "cpu"]);
-        check_error("listen = \"localhost\"\n", &[":1: `listen`: ", "socket address"]);
-        check_error("cors_origins = [\"https://a/b\"]\n", &[":1: `cors_origins`: ", "`https://a/b` is not an origin"]);
-        check_error("allowed_hosts = [\"a:80\"]\n", &[":1: `allowed_hosts`: ", "`a:80` is not a host name"]);
-        check_error("header_seconds = 0\n", &[":1: `header_seconds`: ", "zero"]);
-        check_error("lissten = \"x\"\n", &[":1: ", "unknown field `lissten`", "`listen`"]);
-        check_error("[models]\n\"a b\" = \"/x\"\n", &["`models`: `a b` is not a model name"]);
-        check_error("[models]\na = 3\n", &[":2: `models.a`: ", "integer `3`"]);
-        check_error("[models.a]\npath = \"/x\"\nbass = \"/y\"\n", &["`models.a", "unknown field `bass`", "`base`"]);
-        check_error("[models.a]\nbase = \"/y\"\n", &["`models.a`: ", "missing field `path`"]);
-        check_error("max_queued = \n", &[":1: "]);
-        check_error("", &["no model to serve"]);
-        let missing = Config::resolve(Some(Path::new("/no/such.toml")), Settings::default()).unwrap_err();
-        assert!(missing.to_string().starts_with("/no/such.toml: No such file"), "{missing}");
-    }
-
-    #[test]
-    fn model_arguments_are_checked() {
-        assert!(parse_model("a=/x=y").is_ok_and(|model| model.source == ModelSource::at("/x=y")));
-        let based = parse_model("a=/x.safetensors,base=/y").unwrap().source;
-        assert_eq!((based.path, based.base), ("/x.safetensors".into(), Some("/y".into())));
-        for wrong in [
-            "/models/a",
-            "=x",
-            "a=",
-            "a b=/x",
-            "\u{e9}=/x",
-            "a=,base=/y",
-            "a=/x,/y",
-            "a=/x,bass=/y",
-            "a=/x,base=",
-            "a=/x,base=/y,base=/z",
-        ] {
-            assert!(parse_model(wrong).is_err(), "{wrong}");
-        }
-        let twice = vec![parse_model("a=/x").unwrap(), parse_model("a=/y").unwrap()];
-        let error = Config::resolve(None, Settings { models: twice, ..Settings::default() }).unwrap_err();
-        assert_eq!(error.to_string(), "--model: `a` is given twice");
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        for (text, bytes) in [("4GiB", 4 << 30), ("1.5 MiB", 3 << 19), ("2GB", 2_000_000_000), ("512", 512), ("7B", 7)]
-        {
-            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
-        }
-        for wrong in ["", "GiB", "-1GiB", "0", "4Gi", "1e300GiB", "NaN", "inf"] {
-            assert!(wrong.parse::<ByteSize>().is_err(), "{wrong}");
-        }
-    }
-}
+mod tests;
