@@ -1,7 +1,8 @@
 //! Configuration of `tale serve`: what a person may write, and what it means.
 //!
 //! Owns: [`Settings`], the keys of the TOML file and the flags of the command line in one definition, and [`Config`],
-//! the validated result (`models` reads models, `choices` has words, `byte_size` sizes). Does not know: how any of it is used.
+//! the validated result (`models` reads models, `guesses` what is said of guessed tokens, `choices` has words,
+//! `byte_size` sizes). Does not know: how any of it is used.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -17,22 +18,20 @@ use tale_models::family::LoadOptions;
 use tale_models::kv::KvCacheDtype;
 use tale_models::runner::text::lookup::PromptLookup;
 
-use self::models::{models_of_table, parse_model};
+use self::guesses::{Guesses, TooFewLookedFor};
+use self::models::{ModelEntry, models_of_table, parse_model};
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
 use crate::job::store::Retention;
 
 mod byte_size;
 mod choices;
+mod guesses;
 mod models;
 
 pub use self::byte_size::ByteSize;
 pub use self::choices::{LogFormat, PrefixCacheScope, TextEncoderPlace, ToolCallParser};
 pub use self::models::MAX_MODEL_NAME_LEN;
-
-/// Last tokens that are looked for where tokens are guessed, and nothing is said of them.
-const DEFAULT_PROMPT_LOOKUP_MIN: usize = 2;
-const DEFAULT_PROMPT_LOOKUP_MAX: usize = 4;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
@@ -46,10 +45,11 @@ pub struct Settings {
     /// A checkpoint (a folder or a single file) and the name that clients use for it; may be given several times. What
     /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; loras=DIR, the
     /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures;
-    /// refiner=DIR, the refiner that takes over from SDXL where a request says so
-    #[arg(long = "model", value_name = "NAME=PATH[,KEY=PATH]", value_parser = parse_model)]
+    /// refiner=DIR, the refiner that takes over from SDXL where a request says so; num_speculative_tokens=N,
+    /// prompt_lookup_min=N and prompt_lookup_max=N, which go before the settings of all models
+    #[arg(long = "model", value_name = "NAME=PATH[,KEY=VALUE]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
-    pub models: Vec<ModelSpec>,
+    pub models: Vec<ModelEntry>,
 
     /// Address and port to listen on [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR")]
@@ -274,13 +274,16 @@ pub enum ConfigError {
     /// Nothing to serve.
     #[error("no model to serve; give --model NAME=PATH, or a [models] table in the file of --config")]
     NoModels,
-    /// No end of a text has so few tokens as are looked for.
-    #[error("prompt_lookup_min is {min}; allowed: 1 to {max}, which is prompt_lookup_max")]
-    PromptLookup {
-        /// Fewest tokens that have to be found.
-        min: usize,
-        /// Most that are looked for.
-        max: usize,
+    /// The settings of all models for guesses do not fit each other.
+    #[error(transparent)]
+    Guesses(#[from] TooFewLookedFor),
+    /// Those of one model do not, with what is said of all models for what it leaves out.
+    #[error("models.{model}: {source}")]
+    GuessesOfModel {
+        /// Its name.
+        model: String,
+        /// Why.
+        source: TooFewLookedFor,
     },
     /// Two `--model` flags have one name.
     #[error("--model: `{name}` is given twice")]
@@ -304,21 +307,29 @@ impl Config {
         if settings.models.is_empty() {
             return Err(ConfigError::NoModels);
         }
-        let min = or(settings.prompt_lookup_min, DEFAULT_PROMPT_LOOKUP_MIN);
-        let max = or(settings.prompt_lookup_max, DEFAULT_PROMPT_LOOKUP_MAX);
-        if min > max {
-            return Err(ConfigError::PromptLookup { min, max });
-        }
+        let guesses = settings.guesses();
+        let prompt_lookup = guesses.chosen()?;
+        let spec = |ModelEntry { name, source, guesses: own }: &ModelEntry| {
+            let of_model = match own == &Guesses::default() {
+                true => None,
+                false => Some(own.over(guesses).chosen().map_err(|source| {
+                    let model = name.clone();
+                    ConfigError::GuessesOfModel { model, source }
+                })?),
+            };
+            Ok(ModelSpec { name: name.clone(), source: source.clone(), prompt_lookup: of_model })
+        };
+        let models = settings.models.iter().map(spec).collect::<Result<_, ConfigError>>()?;
         Ok(Self {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
             health_listen: settings.health_listen,
-            engine: settings.engine_options(),
+            engine: settings.engine_options(prompt_lookup),
             drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
             server: settings.server_options(),
             unsafe_log_prompts: settings.unsafe_log_prompts,
             allow_core_dumps: settings.allow_core_dumps,
             log_format: settings.log_format.unwrap_or_default(),
-            models: settings.models,
+            models,
         })
     }
 }
@@ -376,7 +387,7 @@ impl Settings {
         }
     }
 
-    fn engine_options(&self) -> EngineOptions {
+    fn engine_options(&self, prompt_lookup: Option<PromptLookup>) -> EngineOptions {
         let (engine, load) = (EngineOptions::default(), LoadOptions::default());
         EngineOptions {
             device: self.device.unwrap_or_default(),
@@ -386,7 +397,7 @@ impl Settings {
                 kv_cache_bytes: self.kv_cache.map_or(load.kv_cache_bytes, |size| size.0),
                 kv_cache_dtype: self.kv_cache_dtype.unwrap_or_default(),
                 prefix_cache: self.prefix_cache.map_or(load.prefix_cache, PrefixCacheScope::chosen),
-                prompt_lookup: self.prompt_lookup(),
+                prompt_lookup,
                 max_batch_tokens: or(self.max_batch_tokens, load.max_batch_tokens),
                 max_batch_sequences: or(self.max_batch_sequences, load.max_batch_sequences),
                 max_denoise_rows: or(self.max_denoise_rows, load.max_denoise_rows),
@@ -400,12 +411,10 @@ impl Settings {
         }
     }
 
-    /// How tokens are guessed; `None` where they are not.
-    fn prompt_lookup(&self) -> Option<PromptLookup> {
-        let num_speculative_tokens = self.num_speculative_tokens.filter(|tokens| *tokens > 0)?;
-        let prompt_lookup_min = or(self.prompt_lookup_min, DEFAULT_PROMPT_LOOKUP_MIN);
-        let prompt_lookup_max = or(self.prompt_lookup_max, DEFAULT_PROMPT_LOOKUP_MAX);
-        Some(PromptLookup { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max })
+    /// What is said of guesses of all models.
+    fn guesses(&self) -> Guesses {
+        let Self { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = *self;
+        Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max }
     }
 
     fn connection_limits(&self) -> ConnectionLimits {

@@ -11,6 +11,7 @@ use tale::engine::{Engine, EngineOptions, ModelSpec};
 use tale::http::{AppState, ServerOptions};
 use tale_models::ModelSource;
 use tale_models::family::LoadOptions;
+use tale_models::runner::text::lookup::PromptLookup;
 
 use crate::support::{Answer, Server, listen, request};
 
@@ -24,9 +25,8 @@ fn golden(name: &str) -> Value {
 }
 
 async fn server() -> Server {
-    let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")].map(|(name, golden)| {
-        ModelSpec { name: name.into(), source: ModelSource::at(case(golden).join("checkpoint")) }
-    });
+    let models = [("words", "qwen2"), ("pictures", "flux-schnell"), ("clips", "wan-a")]
+        .map(|(name, golden)| ModelSpec::new(name, ModelSource::at(case(golden).join("checkpoint"))));
     serve(models.into()).await
 }
 
@@ -59,6 +59,42 @@ fn order(model: &str, run: &Value) -> Value {
         body.as_object_mut().expect("fields").remove("negative_prompt");
     }
     body
+}
+
+/// Of a model by the name of its golden, with a way of its own to guess tokens.
+fn guessing(name: &str, golden: &str, prompt_lookup: Option<PromptLookup>) -> ModelSpec {
+    let source = ModelSource::at(case(golden).join("checkpoint"));
+    ModelSpec { prompt_lookup: Some(prompt_lookup), ..ModelSpec::new(name, source) }
+}
+
+/// Answers are the same, and the metrics tell who guesses.
+#[tokio::test]
+async fn one_model_of_several_may_guess_tokens() {
+    let lookup = PromptLookup { num_speculative_tokens: 4, prompt_lookup_min: 1, prompt_lookup_max: 3 };
+    let models = [("guesses", Some(lookup)), ("guesses-not", None)];
+    let server = serve(models.map(|(name, lookup)| guessing(name, "qwen2", lookup)).into()).await;
+    let ask = |model: &str| {
+        let body = json!({"model": model, "prompt": "red red red red red red red red", "max_tokens": 40, "temperature": 0,
+            "ignore_eos": true, "repetition_penalty": 1.0});
+        let server = &server;
+        async move { server.post("/v1/completions", &body).await.expect(200).json()["choices"][0]["text"].clone() }
+    };
+    assert_eq!(ask("guesses").await, ask("guesses-not").await);
+    let metrics = server.get("/metrics").await.expect(200).text().to_owned();
+    let guessed = |model: &str| {
+        let line = format!("tale_draft_tokens_total{{model_name=\"{model}\"}} ");
+        let count = metrics.lines().find_map(|found| found.strip_prefix(&line));
+        count.map_or(0, |count| count.parse::<u64>().expect("a number"))
+    };
+    assert!(guessed("guesses") > 0 && guessed("guesses-not") == 0, "{metrics}");
+}
+
+#[tokio::test]
+async fn a_model_without_tokens_guesses_none() {
+    let models = vec![guessing("pictures", "flux-schnell", None)];
+    let loading = tokio::task::spawn_blocking(move || Engine::load(models, EngineOptions::default(), |_, _| ()));
+    let error = loading.await.expect("no panic").err().expect("refused").to_string();
+    assert!(error.contains("flux") && error.contains("no tokens that could be guessed"), "{error}");
 }
 
 fn psnr(a: &[u8], b: &[u8]) -> f64 {
@@ -122,7 +158,7 @@ fn decode(answer: &Value) -> Vec<u8> {
 async fn requests_with_different_loras_share_a_model() {
     let loras = Some(case("lora").join("sdxl"));
     let source = ModelSource { loras, ..ModelSource::at(case("sdxl-a").join("checkpoint")) };
-    let server = serve(vec![ModelSpec { name: "pictures".into(), source }]).await;
+    let server = serve(vec![ModelSpec::new("pictures", source)]).await;
     let tensors = std::fs::read(case("lora").join("golden.safetensors")).expect("committed");
     let tensors = SafeTensors::deserialize(&tensors).expect("sound");
     let golden = golden("lora");
@@ -182,10 +218,8 @@ async fn all_media_at_once_are_what_the_reference_makes() {
 /// has the picture's aspect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn videos_begin_with_pictures_and_end_with_them() {
-    let models = [("first", "wan-i2v"), ("both", "wan-flf2v")].map(|(name, golden)| ModelSpec {
-        name: name.into(),
-        source: ModelSource::at(case(golden).join("checkpoint")),
-    });
+    let models = [("first", "wan-i2v"), ("both", "wan-flf2v")]
+        .map(|(name, golden)| ModelSpec::new(name, ModelSource::at(case(golden).join("checkpoint"))));
     let server = serve(models.into()).await;
     let base64 = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
     let short = json!({"prompt": "x", "num_inference_steps": 1, "num_frames": 5, "seed": 1});

@@ -2,29 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
 /// A checkpoint and the paths that go with it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModelSource {
     /// The checkpoint: a folder, or a single file.
     pub path: PathBuf,
     /// Of a single file: the diffusers folder that gives what the file lacks (configurations, tokenizers, and the
     /// components that are not in it).
-    #[serde(default)]
     pub base: Option<PathBuf>,
     /// The IP-Adapter for reference pictures: its safetensors file, or a folder that holds just one.
-    #[serde(default)]
     pub ip_adapter: Option<PathBuf>,
     /// The folder of the IP-Adapter's vision encoder; without it `image_encoder` beside the adapter's file.
-    #[serde(default)]
     pub image_encoder: Option<PathBuf>,
     /// The folder of LoRA files that requests may name.
-    #[serde(default)]
     pub loras: Option<PathBuf>,
     /// The folder of the refiner that takes the latents over where requests say so.
-    #[serde(default)]
     pub refiner: Option<PathBuf>,
 }
 

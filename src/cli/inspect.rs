@@ -114,7 +114,7 @@ fn placed_text_encoders(
 ) -> Result<TextEncoders, CliError> {
     let (device, weight_dtype, load) = (args.device, args.dtype, load.clone());
     let options = EngineOptions { device, weight_dtype, load, ..EngineOptions::default() };
-    let models = [ModelSpec { name: source.path.display().to_string(), source: source.clone() }];
+    let models = [ModelSpec::new(source.path.display().to_string(), source)];
     let placed = engine::place_text_encoders(&models, &options, capacity_bytes).map_err(|error| match error {
         EngineError::Load { source, .. } => CliError::from(*source),
         other => CliError::from(other),

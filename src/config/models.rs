@@ -4,36 +4,56 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
 use tale_models::ModelSource;
 
-use crate::engine::ModelSpec;
+use super::guesses::Guesses;
 
 /// Longest name of a model.
 pub const MAX_MODEL_NAME_LEN: usize = 128;
 
-/// `NAME=PATH`, or `NAME=PATH,KEY=PATH` with the keys of [`ModelSource::extras`].
-pub(super) fn parse_model(argument: &str) -> Result<ModelSpec, String> {
-    let (name, paths) = argument.split_once('=').ok_or("expected NAME=PATH")?;
-    let mut paths = paths.split(',');
-    let mut source = ModelSource::at(paths.next().unwrap_or_default());
+/// A model as it is written.
+#[derive(Debug, Clone)]
+pub struct ModelEntry {
+    /// `model` of the API.
+    pub name: String,
+    /// Where it lies.
+    pub source: ModelSource,
+    /// How its tokens are guessed, as far as it has a way of its own.
+    pub guesses: Guesses,
+}
+
+/// `NAME=PATH`, or `NAME=PATH,KEY=VALUE` with the keys of [`ModelSource::extras`] and [`Guesses::KEYS`].
+pub(super) fn parse_model(argument: &str) -> Result<ModelEntry, String> {
+    let (name, parts) = argument.split_once('=').ok_or("expected NAME=PATH")?;
+    let mut parts = parts.split(',');
+    let mut source = ModelSource::at(parts.next().unwrap_or_default());
+    let mut guesses = Guesses::default();
     if source.path.as_os_str().is_empty() {
         return Err("the path is empty; expected NAME=PATH".into());
     }
-    for part in paths {
-        set_extra(&mut source, part)?;
+    for part in parts {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        match Guesses::KEYS.iter().find(|(known, _)| *known == key) {
+            Some((_, set)) if value.parse().is_ok_and(|tokens| set(&mut guesses, tokens)) => (),
+            Some(_) => return Err(format!("`{key}` needs one number of tokens, once")),
+            None => set_extra(&mut source, key, value)?,
+        }
     }
-    checked_model(name, source)
+    checked_model(name, source, guesses)
 }
 
 /// One `KEY=PATH` after a model's own path.
-fn set_extra(source: &mut ModelSource, part: &str) -> Result<(), String> {
-    let (key, path) = part.split_once('=').unwrap_or((part, ""));
+fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), String> {
     let mut extras = source.extras();
     let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
-        let known = extras.map(|(known, _)| format!("{known}=PATH")).join(", ");
-        return Err(format!("`{part}` is not one of {known}; a path with a comma goes into the file of --config"));
+        let paths = extras.iter().map(|(known, _)| format!("{known}=PATH"));
+        let numbers = Guesses::KEYS.iter().map(|(known, _)| format!("{known}=N"));
+        let known = paths.chain(numbers).collect::<Vec<_>>().join(", ");
+        return Err(format!("`{key}` is not one of {known}; a path with a comma goes into the file of --config"));
     };
     if path.is_empty() || extra.is_some() {
         return Err(format!("`{key}` needs one path, once"));
@@ -43,45 +63,75 @@ fn set_extra(source: &mut ModelSource, part: &str) -> Result<(), String> {
 }
 
 /// Names go into URLs, JSON, log lines and metric labels.
-fn checked_model(name: &str, source: ModelSource) -> Result<ModelSpec, String> {
+fn checked_model(name: &str, source: ModelSource, guesses: Guesses) -> Result<ModelEntry, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
     if name.is_empty() || name.len() > MAX_MODEL_NAME_LEN || !name.chars().all(fits) {
         return Err(format!(
             "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
         ));
     }
-    Ok(ModelSpec { name: name.to_owned(), source })
+    Ok(ModelEntry { name: name.to_owned(), source, guesses })
 }
 
-pub(super) fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelSpec>, D::Error> {
-    let table = BTreeMap::<String, SourceEntry>::deserialize(deserializer)?;
-    table.into_iter().map(|(name, entry)| checked_model(&name, entry.0).map_err(de::Error::custom)).collect()
+pub(super) fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelEntry>, D::Error> {
+    let table = BTreeMap::<String, Entry>::deserialize(deserializer)?;
+    let models = table.into_iter().map(|(name, Entry { source, guesses })| checked_model(&name, source, guesses));
+    models.map(|model| model.map_err(de::Error::custom)).collect()
 }
 
 /// `"PATH"`, or a table with `path` and what goes with it.
-struct SourceEntry(ModelSource);
+struct Entry {
+    source: ModelSource,
+    guesses: Guesses,
+}
 
-impl<'de> Deserialize<'de> for SourceEntry {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(SourceVisitor)
+/// The table: the fields of [`ModelSource`] and [`Guesses`].
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    path: PathBuf,
+    base: Option<PathBuf>,
+    ip_adapter: Option<PathBuf>,
+    image_encoder: Option<PathBuf>,
+    loras: Option<PathBuf>,
+    refiner: Option<PathBuf>,
+    num_speculative_tokens: Option<usize>,
+    prompt_lookup_min: Option<NonZeroUsize>,
+    prompt_lookup_max: Option<NonZeroUsize>,
+}
+
+impl From<Table> for Entry {
+    fn from(table: Table) -> Self {
+        let Table { path, base, ip_adapter, image_encoder, loras, refiner, .. } = table;
+        let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = table;
+        Self {
+            source: ModelSource { path, base, ip_adapter, image_encoder, loras, refiner },
+            guesses: Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max },
+        }
     }
 }
 
-struct SourceVisitor;
+impl<'de> Deserialize<'de> for Entry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(EntryVisitor)
+    }
+}
 
-impl<'de> de::Visitor<'de> for SourceVisitor {
-    type Value = SourceEntry;
+struct EntryVisitor;
+
+impl<'de> de::Visitor<'de> for EntryVisitor {
+    type Value = Entry;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a path, or a table with `path`")
     }
 
-    fn visit_str<E: de::Error>(self, path: &str) -> Result<SourceEntry, E> {
-        Ok(SourceEntry(ModelSource::at(path)))
+    fn visit_str<E: de::Error>(self, path: &str) -> Result<Entry, E> {
+        Ok(Entry { source: ModelSource::at(path), guesses: Guesses::default() })
     }
 
-    fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<SourceEntry, A::Error> {
-        ModelSource::deserialize(de::value::MapAccessDeserializer::new(table)).map(SourceEntry)
+    fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<Entry, A::Error> {
+        Table::deserialize(de::value::MapAccessDeserializer::new(table)).map(Entry::from)
     }
 }
 
@@ -94,6 +144,15 @@ mod tests {
         assert!(parse_model("a=/x=y").is_ok_and(|model| model.source == ModelSource::at("/x=y")));
         let based = parse_model("a=/x.safetensors,base=/y").unwrap().source;
         assert_eq!((based.path, based.base), ("/x.safetensors".into(), Some("/y".into())));
+        let guessing = parse_model("a=/x,loras=/y,num_speculative_tokens=8,prompt_lookup_max=3").unwrap();
+        let Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max } = guessing.guesses;
+        assert_eq!(
+            (num_speculative_tokens, prompt_lookup_min, prompt_lookup_max),
+            (Some(8), None, NonZeroUsize::new(3))
+        );
+        assert_eq!(guessing.source.loras, Some("/y".into()));
+        let error = parse_model("a=/x,bass=/y").unwrap_err();
+        assert!(error.contains("refiner=PATH, num_speculative_tokens=N, prompt_lookup_min=N"), "{error}");
         for wrong in [
             "/models/a",
             "=x",
@@ -105,6 +164,10 @@ mod tests {
             "a=/x,bass=/y",
             "a=/x,base=",
             "a=/x,base=/y,base=/z",
+            "a=/x,num_speculative_tokens=",
+            "a=/x,num_speculative_tokens=two",
+            "a=/x,num_speculative_tokens=2,num_speculative_tokens=2",
+            "a=/x,prompt_lookup_min=0",
         ] {
             assert!(parse_model(wrong).is_err(), "{wrong}");
         }

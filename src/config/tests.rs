@@ -85,8 +85,8 @@ fn documentation_and_help_name_the_defaults_of_the_code() {
         ("kv_cache_dtype", engine.load.kv_cache_dtype.to_string()),
         ("prefix_cache", "per-client".to_owned()),
         ("num_speculative_tokens", "0".to_owned()),
-        ("prompt_lookup_min", DEFAULT_PROMPT_LOOKUP_MIN.to_string()),
-        ("prompt_lookup_max", DEFAULT_PROMPT_LOOKUP_MAX.to_string()),
+        ("prompt_lookup_min", guesses::DEFAULT_MIN.to_string()),
+        ("prompt_lookup_max", guesses::DEFAULT_MAX.to_string()),
         ("max_batch_tokens", engine.load.max_batch_tokens.to_string()),
         ("max_batch_sequences", engine.load.max_batch_sequences.to_string()),
         ("max_denoise_rows", engine.load.max_denoise_rows.to_string()),
@@ -144,6 +144,28 @@ fn a_model_may_be_a_table() {
     assert_eq!(config.models[1].source, ModelSource::at(folder.join("m/b")));
 }
 
+/// A model's own settings go before those of all, one by one; a model that says nothing is as all others are.
+#[test]
+fn a_model_may_guess_in_its_own_way() {
+    let toml = "num_speculative_tokens = 5\nprompt_lookup_min = 3\n[models]\nd = \"/d\"\n[models.a]\npath = \"/a\"\n\
+                num_speculative_tokens = 0\n[models.b]\npath = \"/b\"\nprompt_lookup_max = 9\n";
+    let flags = Settings {
+        models: vec![parse_model("c=/c,num_speculative_tokens=2,prompt_lookup_min=1").unwrap()],
+        prompt_lookup_max: NonZeroUsize::new(6),
+        ..Settings::default()
+    };
+    let config = resolve(toml, flags).unwrap();
+    let lookup = |num_speculative_tokens, prompt_lookup_min, prompt_lookup_max| {
+        Some(PromptLookup { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max })
+    };
+    assert_eq!(config.engine.load.prompt_lookup, lookup(5, 3, 6));
+    let found: Vec<_> = config.models.iter().map(|model| (model.name.as_str(), model.prompt_lookup)).collect();
+    let expected = [("a", Some(None)), ("b", Some(lookup(5, 3, 9))), ("c", Some(lookup(2, 1, 6))), ("d", None)];
+    for (name, of_model) in expected {
+        assert!(found.contains(&(name, of_model)), "{name}: {found:?}");
+    }
+}
+
 #[test]
 fn errors_name_file_line_and_key() {
     check_error("listen = \"127.0.0.1:1\"\nmax_batch_tokens = 0\n", &["/tale.toml:2: `max_batch_tokens`: ", "zero"]);
@@ -153,6 +175,11 @@ fn errors_name_file_line_and_key() {
         "prompt_lookup_min = 5\n[models]\na = \"/x\"\n",
         &["prompt_lookup_min is 5; allowed: 1 to 4, which is prompt_lookup_max"],
     );
+    check_error(
+        "prompt_lookup_max = 3\n[models.a]\npath = \"/x\"\nprompt_lookup_min = 4\n",
+        &["models.a: prompt_lookup_min is 4; allowed: 1 to 3"],
+    );
+    check_error("[models.a]\npath = \"/x\"\nprompt_lookup_min = 0\n", &["`models.a", "zero"]);
     check_error("kv_cache_dtype = \"fp8_e5m2\"\n", &[":1: `kv_cache_dtype`: ", "auto, f32, bf16, f16, int8, fp8"]);
     check_error("prefix_cache = \"on\"\n", &[":1: `prefix_cache`: ", "`off`, `per-client`, `shared`"]);
     check_error("load_format = \"gguf\"\n", &[":1: `load_format`: ", "auto, dummy"]);

@@ -16,6 +16,7 @@ use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype, keep
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::loading;
 use tale_models::runner::RunnerStatus;
+use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
 use self::ledger::{Ledger, Owner};
@@ -37,6 +38,15 @@ pub struct ModelSpec {
     pub name: String,
     /// Where it lies.
     pub source: ModelSource,
+    /// How its tokens are guessed, if at all; `None` leaves that to the options of all models.
+    pub prompt_lookup: Option<Option<PromptLookup>>,
+}
+
+impl ModelSpec {
+    /// With the options of all models.
+    pub fn new(name: impl Into<String>, source: impl Into<ModelSource>) -> Self {
+        Self { name: name.into(), source: source.into(), prompt_lookup: None }
+    }
 }
 
 /// Where and how models run.
@@ -462,13 +472,17 @@ fn load_models(
     let text_encoders = place_text_encoders(&models, options, capacity_bytes)?;
     let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
-    for (ModelSpec { name, source }, text_encoders) in models.into_iter().zip(text_encoders) {
+    for (model, text_encoders) in models.into_iter().zip(text_encoders) {
+        let ModelSpec { name, source, prompt_lookup } = model;
         if text_encoders == TextEncoders::OnDemand {
             tracing::info!(model = name, "text encoders are read when prompts are encoded, and leave the device after");
         }
         let mut on_component = |component: &str| on_component(&name, component);
-        let load = LoadOptions { text_encoders, ..options.load.clone() };
-        match load_if_it_fits(&source, &placement, options, &load, free_bytes, &mut on_component) {
+        let is_of_text = prompt_lookup.is_some();
+        let prompt_lookup = prompt_lookup.unwrap_or(options.load.prompt_lookup);
+        let load = LoadOptions { text_encoders, prompt_lookup, ..options.load.clone() };
+        let fits = Fits { device: options.device, weight_dtype: options.weight_dtype, free_bytes, is_of_text };
+        match fits.load(&source, &placement, &load, &mut on_component) {
             Ok(model) => {
                 free_bytes = free_bytes.saturating_sub(model.resident_bytes);
                 loaded.push((name, model));
@@ -513,26 +527,42 @@ pub(crate) fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>)
     }
 }
 
-/// What a model takes is known from its headers, so that a model too large is refused before a tensor is read, and so is
-/// one that cannot be loaded.
-fn load_if_it_fits(
-    source: &ModelSource,
-    placement: &Placement,
-    options: &EngineOptions,
-    load: &LoadOptions,
+/// What a model has to be to be loaded.
+struct Fits {
+    device: DeviceSpec,
+    weight_dtype: WeightDtype,
+    /// What it may take.
     free_bytes: usize,
-    on_component: &mut dyn FnMut(&str),
-) -> Result<LoadedModel, tale_models::Error> {
-    let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let (inspection, _) = loading::plan_quietly(source, &dry, load)?;
-    let needed_bytes = inspection.resident_bytes();
-    if let Some(problem) = inspection.into_problem() {
-        return Err(problem);
+    /// Whether something is said of it that only a language model can have.
+    is_of_text: bool,
+}
+
+impl Fits {
+    /// What a model takes is known from its headers, so that a model too large is refused before a tensor is read, and so is
+    /// one that cannot be loaded.
+    fn load(
+        &self,
+        source: &ModelSource,
+        placement: &Placement,
+        load: &LoadOptions,
+        on_component: &mut dyn FnMut(&str),
+    ) -> Result<LoadedModel, tale_models::Error> {
+        let dry = Placement::in_host_memory(self.device, self.weight_dtype);
+        let (inspection, _) = loading::plan_quietly(source, &dry, load)?;
+        let (needed_bytes, free_bytes) = (inspection.resident_bytes(), self.free_bytes);
+        let (family, makes) = (inspection.family, inspection.makes);
+        if let Some(problem) = inspection.into_problem() {
+            return Err(problem);
+        }
+        if self.is_of_text && makes != "text" {
+            let problem = format!("models of family {family} make no tokens that could be guessed");
+            return Err(tale_models::Error::checkpoint(&source.path, problem));
+        }
+        if needed_bytes > free_bytes {
+            return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
+        }
+        loading::load(source, placement, load, on_component)
     }
-    if needed_bytes > free_bytes {
-        return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
-    }
-    loading::load(source, placement, load, on_component)
 }
 
 /// Books the models' memory and puts cards and runners into the hands that need them.

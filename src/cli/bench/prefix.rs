@@ -11,7 +11,7 @@ use tale_models::checkpoint::LoadFormat;
 use tale_models::parameter::Options;
 use tale_models::presets::{Configurations, Preset};
 use tale_models::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
-use tale_models::{ClientId, Event, ModelCard, ModelSource, Request, TextCard};
+use tale_models::{ClientId, Event, ModelCard, Request, TextCard};
 
 use super::step::parse_preset;
 use super::{DeviceArgs, print_line};
@@ -81,7 +81,7 @@ fn load(args: &PrefixArgs) -> Result<Engine, CliError> {
         }
     };
     let path = folder.as_ref().map_or_else(|| args.model.clone().unwrap_or_default(), |f| f.path().to_owned());
-    let model = ModelSpec { name: MODEL.to_owned(), source: ModelSource::from(path.as_path()) };
+    let model = ModelSpec::new(MODEL, path.as_path());
     let bar = progress::loading();
     let told = bar.clone();
     let engine = Engine::load(vec![model], options, move |model, component| {

@@ -16,7 +16,7 @@ use tale_models::family::TextEncoders;
 use tale_models::parameter::Options;
 use tale_models::presets::{Configurations, Preset};
 use tale_models::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
-use tale_models::{ClientId, Event, ModelCard, ModelSource, Request};
+use tale_models::{ClientId, Event, ModelCard, Request};
 
 use super::step::parse_preset;
 use super::{DeviceArgs, print_line};
@@ -104,10 +104,7 @@ impl Mix {
             }
             folders.push(folder);
         }
-        let models = presets.iter().zip(&folders).map(|((name, _), folder)| ModelSpec {
-            name: (*name).to_owned(),
-            source: ModelSource::from(folder.path()),
-        });
+        let models = presets.iter().zip(&folders).map(|((name, _), folder)| ModelSpec::new(*name, folder.path()));
         let mut options = EngineOptions { text_encoders: Some(text_encoders), ..args.place.engine_options() };
         options.load.load_format = LoadFormat::Dummy;
         let bar = progress::loading();

@@ -120,7 +120,7 @@ impl Generator {
         let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
-        let model = ModelSpec { name: MODEL.into(), source: args.source() };
+        let model = ModelSpec::new(MODEL, args.source());
         let engine = Engine::load(vec![model], options, move |_, component| told.set_message(component.to_owned()));
         bar.finish_and_clear();
         let engine = engine.map_err(|error| match error {
