@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::Source;
 use super::mapped::elements;
 use super::names::Place;
+use super::source::Source;
 use crate::error::Result;
 
 /// Bytes of a file that are converted at a time where a tensor is too large for a step.

@@ -1,6 +1,6 @@
 //! Tensors of a checkpoint component by name: memory-mapped files, checked before use, copied once.
 //!
-//! Owns: the view by name (`files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
+//! Owns: the view by name (`source` has the tensors, `coded` those of quantised matrices, `files` finds and checks safetensors files, `gguf` checks GGUF files, `single` gives components
 //! of a file that holds several, `split` finds the parts of one, `mapped` copies tensors out of them, `float8` and `scales` know those of eight bits,
 //! `qweights` those of safetensors files that are quantised, `dummy` makes random ones where there are no files, `record` keeps what was used). Does not know: any architecture, how
 //! a packed matrix is multiplied with. A *dry* view answers every request with a tensor that takes no memory and records
@@ -9,24 +9,23 @@
 //! A network asks for tensors by diffusers' names. Where a file has those of the original implementation, a map
 //! (`names`) says where in the file a tensor lies, which may be some rows of one that is larger.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::path::Path;
+use std::sync::{Arc, MutexGuard};
 
 use candle_core::{DType, Device, Tensor};
 
-use self::ahead::{Asked, How, Key, Made, Wanted};
-use self::mapped::{Files, Located, Slice, elements, whole_shape};
+use self::ahead::{Asked, How, Key, Wanted};
+use self::mapped::{Located, elements};
 use self::names::{Names, Place};
 use self::record::Record;
-use self::scales::OTHER_SCALES;
+use self::source::{Origin, Source, placeholder};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::lora::{LayerShape, Sites, Slot};
-use crate::quantisation::{Format, Quantisation};
+use crate::quantisation::Quantisation;
 
 mod ahead;
+mod coded;
 mod dummy;
 mod files;
 mod float8;
@@ -38,6 +37,7 @@ mod qweights;
 mod record;
 mod scales;
 pub mod single;
+mod source;
 mod split;
 mod stored;
 mod ties;
@@ -62,20 +62,6 @@ pub struct Weights {
     quantisation: Option<Arc<Quantisation>>,
     /// Where what is asked for is noted or lies ready, and the component's name there.
     ahead: Option<(Arc<Ahead>, Arc<str>)>,
-}
-
-struct Source {
-    root: PathBuf,
-    origin: Origin,
-    dry: bool,
-    record: Mutex<Record>,
-}
-
-/// Where tensors come from.
-enum Origin {
-    Files(Files),
-    /// Random values: whatever is asked for is there, as if published in this dtype.
-    Dummy(DType),
 }
 
 impl std::fmt::Debug for Weights {
@@ -142,16 +128,6 @@ impl Weights {
     /// The same view for a network whose layers take adapters: they enter themselves in `sites` as they load.
     pub fn noting(&self, sites: &Arc<Sites>) -> Self {
         Self { sites: Some(sites.clone()), ..self.clone() }
-    }
-
-    /// The same view of a component whose matrices are kept so.
-    pub fn quantised(&self, quantisation: Option<&Arc<Quantisation>>) -> Self {
-        Self { quantisation: quantisation.cloned(), ..self.clone() }
-    }
-
-    /// The format of the matrix of the layer that has this view's name, if it is not plain.
-    pub fn format(&self) -> Option<&Format> {
-        self.quantisation.as_ref()?.of_layer(self.layer())
     }
 
     /// The name of the layer that this view is of.
@@ -235,84 +211,14 @@ impl Weights {
         Ok(Some(tensor.flatten_all()?.to_device(&Device::Cpu)?.to_vec1()?))
     }
 
-    /// What `read` makes, on the device, of a tensor's bytes as the files keep them, whatever they mean: integers, blocks
-    /// of quantised values. `shape` is that of the tensor in the files. Of a dry view `None`.
-    pub fn packed<T: Send + 'static>(
-        &self,
-        shape: &[usize],
-        name: &str,
-        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
-    ) -> Result<Option<T>> {
-        self.raw(shape, name, None, read)
-    }
-
-    /// As [`Weights::packed`], of a tensor that is part of a quantised matrix: `said` is what it takes and stands for.
-    pub fn coded<T: Send + 'static>(
-        &self,
-        shape: &[usize],
-        name: &str,
-        said: Coded,
-        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
-    ) -> Result<Option<T>> {
-        self.raw(shape, name, Some(said), read)
-    }
-
-    /// Notes a matrix that is made up in a format of codes.
-    pub fn note_made_up(&self, name: &str, said: Coded) {
-        let full_name = self.full_name(name);
-        self.record().note_coded(&full_name, &full_name, said);
-    }
-
-    fn raw<T: Send + 'static>(
-        &self,
-        shape: &[usize],
-        name: &str,
-        said: Option<Coded>,
-        read: impl FnOnce(&[u8], &Device) -> Result<T> + Send + 'static,
-    ) -> Result<Option<T>> {
-        let full_name = self.full_name(name);
-        let place = self.place(&full_name);
-        let found = self.source.find_in_files(&place, shape);
-        let Some((files, slice)) = self.or_noted(&place, found)? else { return Ok(None) };
-        match said {
-            None => self.record().note_use(&full_name, &place.name, elements(shape), slice.len()),
-            Some(said) => self.record().note_coded(&full_name, &place.name, said),
-        }
-        if self.source.dry {
-            let make = move |bytes: &[u8], device: &Device| Ok(Box::new(read(bytes, device)?) as Made);
-            self.note_ahead(&full_name, &place, shape, slice.len(), How::Bytes(Box::new(make)));
-            return Ok(None);
-        }
-        if let Some(made) = self.take_ahead(&full_name, None) {
-            return Ok(Some(made));
-        }
-        let made = read(&files.bytes(&slice), &self.placement.device)?;
-        files.drop_pages(&slice);
-        Ok(Some(made))
-    }
-
     /// A tensor of the compute dtype that takes no memory, in place of what a dry view does not read.
     pub fn placeholder(&self, shape: &[usize]) -> Result<Tensor> {
         placeholder(shape, self.placement.compute_dtype, &self.placement.device)
     }
 
-    /// Remembers that a product with one of the matrices takes so many bytes for a moment.
-    pub fn note_dequantised(&self, bytes: usize) {
-        let mut record = self.record();
-        record.dequantised_bytes = record.dequantised_bytes.max(bytes);
-    }
-
     /// Marks a tensor as known and deliberately not loaded, so that it is not reported as unused.
     pub fn ignore(&self, name: &str) {
         self.record().used.insert(self.place(&self.full_name(name)).name);
-    }
-
-    /// As [`Weights::ignore`], of what stands beside a quantised matrix and is no parameter.
-    pub fn ignore_beside(&self, name: &str) {
-        let place = self.place(&self.full_name(name)).name;
-        let mut record = self.record();
-        record.coded.insert(place.clone(), Default::default());
-        record.used.insert(place);
     }
 
     /// As [`Weights::ignore`], for all tensors below `segment.`.
@@ -356,11 +262,6 @@ impl Weights {
         }
     }
 
-    /// Most bytes that a product with one of the quantised matrices takes for a moment beside weights and activations.
-    pub fn dequantised_bytes(&self) -> usize {
-        self.record().dequantised_bytes
-    }
-
     fn load(&self, shape: &[usize], name: &str, dtype: impl Fn(&Placement, DType) -> DType) -> Result<Tensor> {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
@@ -384,22 +285,6 @@ impl Weights {
             Some(tensor) => Ok(tensor),
             None => found.read(&full_name, shape, dtype, &placement.device),
         }
-    }
-
-    /// Refuses a weight of eight bits whose scales no format has read.
-    fn check_scales(&self, name: &str) -> Result<()> {
-        let Some(layer) = name.strip_suffix("weight").filter(|_| matches!(self.stored(name), Some(Stored::Float8(_))))
-        else {
-            return Ok(());
-        };
-        let Some(scale) =
-            OTHER_SCALES.map(|scale| format!("{layer}{scale}")).into_iter().find(|scale| self.contains(scale))
-        else {
-            return Ok(());
-        };
-        let [scale, name] = [&*scale, name].map(|name| self.place(&self.full_name(name)).name);
-        let problem = format!("tensor `{scale}` scales `{name}` in a way that its configuration does not say");
-        Err(Error::checkpoint(&self.source.root, problem))
     }
 
     /// Notes for whoever makes it ready that a tensor is asked for, if somebody does.
@@ -462,109 +347,6 @@ impl Weights {
         };
         Some(format!("{}{below}", self.source.beginning()))
     }
-}
-
-/// A tensor that was asked for.
-enum Found<'a> {
-    /// It lies in a file, in the shape that was asked for.
-    InFiles(&'a Files, Slice),
-    /// It is made up, as if published in this dtype.
-    Dummy(DType),
-}
-
-impl Found<'_> {
-    /// The tensor, in this dtype and where it will live.
-    fn read(&self, full_name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-        match self {
-            Self::InFiles(files, slice) => files.read(slice, shape, dtype, device),
-            Self::Dummy(_) => dummy::tensor(full_name, shape, dtype, device),
-        }
-    }
-
-    /// The values of some of its rows, as a vector.
-    fn read_rows(
-        &self,
-        full_name: &str,
-        shape: &[usize],
-        rows: Range<usize>,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
-        let row_values = elements(shape) / shape[0];
-        let values = rows.start * row_values..rows.end * row_values;
-        match self {
-            Self::InFiles(files, slice) => {
-                let row_bytes = slice.len() / shape[0];
-                let of_rows = slice.range(rows.start * row_bytes..rows.end * row_bytes);
-                Ok(files.read(&of_rows, &[values.len()], dtype, device)?)
-            }
-            Self::Dummy(_) => dummy::part(full_name, shape, values, dtype, device),
-        }
-    }
-
-    /// Bytes that are read or made for it, of which the tensor has `bytes`.
-    fn bytes_to_read(&self, bytes: usize) -> usize {
-        match self {
-            Self::InFiles(_, slice) => slice.len(),
-            Self::Dummy(_) => bytes,
-        }
-    }
-
-    fn published_dtype(&self) -> DType {
-        match self {
-            Self::InFiles(_, slice) => slice.stored.dtype(),
-            Self::Dummy(dtype) => *dtype,
-        }
-    }
-}
-
-impl Source {
-    fn new(dir: &Path, origin: Origin, dry: bool) -> Self {
-        Self { root: dir.to_path_buf(), origin, dry, record: Mutex::new(Record::default()) }
-    }
-
-    /// The tensors of the files; none where there are no files.
-    fn published(&self) -> &BTreeMap<String, Located> {
-        static NONE: BTreeMap<String, Located> = BTreeMap::new();
-        match &self.origin {
-            Origin::Files(files) => &files.tensors,
-            Origin::Dummy(_) => &NONE,
-        }
-    }
-
-    fn beginning(&self) -> &str {
-        match &self.origin {
-            Origin::Files(files) => &files.beginning,
-            Origin::Dummy(_) => "",
-        }
-    }
-
-    /// The numbers of this shape at `place`.
-    fn find(&self, place: &Place, shape: &[usize]) -> Result<Found<'_>> {
-        if let Origin::Dummy(dtype) = &self.origin {
-            return Ok(Found::Dummy(*dtype));
-        }
-        let (files, slice) = self.find_in_files(place, shape)?;
-        files.check_is_read(&place.name, &slice)?;
-        Ok(Found::InFiles(files, slice))
-    }
-
-    /// The tensor of this shape at `place`, whatever its values are; errors name the whole that it would be part of.
-    fn find_in_files(&self, place: &Place, shape: &[usize]) -> Result<(&Files, Slice)> {
-        let whole = whole_shape(place.part, shape);
-        let missing =
-            || Error::MissingTensor { path: self.root.clone(), tensor: place.name.clone(), expected: whole.clone() };
-        let Origin::Files(files) = &self.origin else { return Err(missing()) };
-        let located = files.tensors.get(&place.name).ok_or_else(missing)?;
-        files.check_shape(&place.name, located, &whole)?;
-        let slice = Slice::new(located, place.part);
-        files.check_is_whole(&place.name, &slice)?;
-        Ok((files, slice))
-    }
-}
-
-fn placeholder(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::zeros((), dtype, device)?.broadcast_as(shape)?)
 }
 
 #[cfg(test)]

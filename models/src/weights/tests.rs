@@ -1,12 +1,13 @@
 //! Tests of the view by name: what it gives, records and refuses.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use half::bf16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, serialize_to_file};
 
-use super::mapped::{as_values, to_bf16};
+use super::mapped::{Files, Slice, as_values, to_bf16};
 use super::names::Extent;
 use super::*;
 use crate::device::{DeviceSpec, WeightDtype};

@@ -5,9 +5,10 @@
 
 use candle_core::{DType, Device};
 
+use super::Weights;
 use super::mapped::{Files, Located, Slice};
 use super::names::Extent;
-use super::{Origin, Weights};
+use super::source::Origin;
 use crate::error::Result;
 
 /// What the files say of two names of one table.
