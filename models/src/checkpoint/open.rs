@@ -9,9 +9,10 @@ use std::sync::Arc;
 use super::reading::LentComponents;
 use super::remembered::Tokenizers;
 use super::reread::Reread;
-use super::{CONFIG, LoadFormat, Manifest, Mode};
+use super::{CONFIG, Component, LoadFormat, Manifest, Mode};
 use crate::device::Placement;
 use crate::error::{Error, Result};
+use crate::quantisation;
 use crate::source::ModelSource;
 use crate::weights::{Ahead, Weights, WeightsReport};
 
@@ -93,6 +94,9 @@ impl<'a> OpenWeights<'a> {
     /// The weights of the component of this name; the empty name is the whole checkpoint.
     pub fn component(&mut self, manifest: &Manifest, name: &str) -> Result<Weights> {
         let component = manifest.component(name)?;
+        if !name.is_empty() {
+            check_is_plain(component)?;
+        }
         let (mode, placement) = self.how(name);
         let weights = component.open(mode, &placement)?;
         Ok(self.opened_as(name, weights))
@@ -103,6 +107,7 @@ impl<'a> OpenWeights<'a> {
     pub fn component_beside(&mut self, name: &str, manifest: &Manifest, component: &str) -> Result<Weights> {
         let component = manifest.component(component)?;
         self.check_has_files(&component.path(""))?;
+        check_is_plain(component)?;
         let (mode, placement) = self.how(name);
         let weights = component.open(mode, &placement)?;
         Ok(self.opened_as(name, weights))
@@ -206,4 +211,15 @@ impl<'a> OpenWeights<'a> {
     pub fn reread(&self) -> Reread {
         Reread::new(self.source.clone(), self.placement.clone(), self.format, self.tokenizers.clone())
     }
+}
+
+/// Refuses a component of a pipeline whose configuration says that its matrices are quantised: such formats are read of language
+/// models alone.
+fn check_is_plain(component: Component<'_>) -> Result<()> {
+    let Some(fields) = component.fields_if_present(CONFIG)? else { return Ok(()) };
+    let Some(quantised) = fields.object(quantisation::FIELD)? else { return Ok(()) };
+    let method: Option<String> = quantised.nullable_or("quant_method", None)?;
+    let method = method.map_or_else(String::new, |method| format!(" (`{method}`)"));
+    let problem = format!("of a pipeline's component is not read{method}; GGUF and eight-bit single files are");
+    Err(fields.error(quantisation::FIELD, problem))
 }

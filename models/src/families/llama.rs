@@ -55,7 +55,7 @@ pub fn config_of(fields: &Fields) -> Result<DecoderConfig> {
     match config.quantisation {
         None => Ok(config),
         Some(_) => {
-            Err(fields.error(quantisation::FIELD, "of a text encoder is not read; GGUF and eight-bit files are"))
+            Err(fields.error(quantisation::FIELD, "of a text encoder is not read; GGUF and eight-bit single files are"))
         }
     }
 }

@@ -297,3 +297,39 @@ fn a_gpu_has_room_for_the_largest_dequantised_matrix() {
     let on_cpu = Placement::in_host_memory(DeviceSpec::Cpu, WeightDtype::Auto);
     assert_eq!(tale_models::loading::inspect(folder.path(), &on_cpu, &options).unwrap().widened_bytes, 0);
 }
+
+/// Formats of quantised language models are not read of a pipeline's components, its text encoders among them: what the
+/// configuration says is refused by its name, and not by what a tensor lacks.
+#[test]
+fn quantised_components_of_pipelines_are_refused_by_name() {
+    let group = json!({"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}});
+    let fields = [
+        json!({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm"}),
+        json!({"quant_method": "gptq", "bits": 4, "group_size": 128}),
+        json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}),
+        json!({"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        json!({"quant_method": "bitsandbytes", "load_in_4bit": true}),
+    ];
+    for (case, component) in [
+        ("flux-schnell", "text_encoder"),
+        ("flux-schnell", "text_encoder_2"),
+        ("flux-schnell", "transformer"),
+        ("wan-a", "text_encoder"),
+        ("cogvideox-a", "text_encoder"),
+        ("hunyuan-video-b", "text_encoder"),
+        ("sdxl-a", "text_encoder_2"),
+    ] {
+        for field in &fields {
+            let folder = tempfile::tempdir().unwrap();
+            copy_folder(&case_dir(case).join("checkpoint"), folder.path());
+            let path = folder.path().join(component).join("config.json");
+            let mut config: Value = json(&path);
+            config["quantization_config"] = field.clone();
+            std::fs::write(&path, config.to_string()).unwrap();
+            let inspection = inspect(folder.path(), None);
+            let problem = inspection.into_problem().expect("refused").to_string();
+            let place = format!("{component}/config.json: quantization_config");
+            assert!(problem.contains(&place), "{case} {field}: {problem}");
+        }
+    }
+}
