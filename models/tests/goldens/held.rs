@@ -4,9 +4,10 @@
 use serde_json::{Value, json};
 use tale_models::family::LoadOptions;
 use tale_models::grammar::{Asked, Form};
-use tale_models::kv::blocks_for;
+use tale_models::kv::{PrefixCache, blocks_for};
 use tale_models::parameter::Options;
 use tale_models::request::{FinishReason, TextRequest};
+use tale_models::runner::text::lookup::PromptLookup;
 
 use crate::text::{Answer, CASES, Server, greedy, prompts, with_blocks};
 
@@ -81,5 +82,43 @@ fn answers_are_of_their_grammar_alone_batched_in_chunks_and_preempted() {
         let mut short = Server::load(case, with_blocks(case, blocks_for(longest) + 2));
         assert_eq!(short.answer_all(&requests), alone, "{case}: preempted");
         assert!(short.saw_preemption, "{case}: the pool was never dry, so nothing was tested");
+    }
+}
+
+/// Sessions that are held to a grammar share steps with others whose tokens are guessed: nobody's answer changes, and only of
+/// those that are free tokens are guessed.
+#[test]
+fn held_answers_stay_the_same_beside_guesses() {
+    let lookup = PromptLookup { num_speculative_tokens: 5, prompt_lookup_min: 1, prompt_lookup_max: 3 };
+    for case in CASES {
+        let off = LoadOptions { prefix_cache: PrefixCache::Off, ..LoadOptions::default() };
+        let mut plain = Server::load(case, off);
+        let (held, _) = requests(case, &plain);
+        let repeated = prompts(case).into_iter().map(|prompt| {
+            let prompt: Vec<u32> = prompt.into_iter().cycle().take(60).collect();
+            TextRequest { max_tokens: 30, ..greedy(prompt) }
+        });
+        // Free ones first, last and between, so that rows of guesses stand before and behind those of held sessions.
+        let mut mixed = Vec::new();
+        for (index, free) in repeated.enumerate() {
+            mixed.push(free);
+            mixed.extend(held.iter().skip(index).step_by(prompts(case).len()).cloned());
+        }
+        mixed.push(mixed[0].clone());
+        let expected: Vec<Answer> = mixed.iter().map(|request| plain.answer_alone(request.clone())).collect();
+        let guessing = |options| LoadOptions { prompt_lookup: Some(lookup), ..options };
+        let mut server = Server::load(case, guessing(LoadOptions::default()));
+        assert_eq!(server.answer_all(&mixed), expected, "{case}: together");
+        let (drafts, accepted) = server.drafts;
+        assert!(accepted > 0 && accepted < drafts, "{case}: {accepted} of {drafts} guesses were right");
+        for request in mixed.iter().filter(|request| request.grammar.is_some()) {
+            server.answer_alone(request.clone());
+        }
+        assert_eq!(server.drafts, (drafts, accepted), "{case}: tokens of held sessions were guessed");
+        let longest = mixed.iter().map(|request| request.prompt.len() + request.max_tokens).max().expect("some");
+        let few = LoadOptions { max_batch_tokens: 24, ..with_blocks(case, blocks_for(longest) + 2) };
+        let mut narrow = Server::load(case, guessing(few));
+        assert_eq!(narrow.answer_all(&mixed), expected, "{case}: preempted");
+        assert!(narrow.saw_preemption, "{case}: the pool was never dry, so nothing was tested");
     }
 }
