@@ -31,8 +31,7 @@ pub(super) fn check_count(request: &TextRequest, count: usize) -> Result<(), Api
         return Ok(());
     }
     let problem = format!(
-        "with answers as long as they may become these are {all} numbers for a prompt; at most {MAX_LOGPROBS}: give max_tokens, \
-         or ask for fewer"
+        "are up to {all} numbers with answers as long as they may become; at most {MAX_LOGPROBS}: give max_tokens, or ask for fewer"
     );
     Err(ApiError::field("logprobs", problem))
 }
