@@ -93,7 +93,7 @@ async fn one_model_of_several_may_guess_tokens() {
 async fn a_model_without_tokens_guesses_none() {
     let models = vec![guessing("pictures", "flux-schnell", None)];
     let loading = tokio::task::spawn_blocking(move || Engine::load(models, EngineOptions::default(), |_, _| ()));
-    let error = loading.await.expect("no panic").err().expect("refused").to_string();
+    let error = loading.await.expect("no panic").expect_err("refused").to_string();
     assert!(error.contains("flux") && error.contains("no tokens that could be guessed"), "{error}");
 }
 

@@ -21,6 +21,9 @@ pub struct Guesses {
     pub prompt_lookup_max: Option<NonZeroUsize>,
 }
 
+/// Takes a key's value: whether it is one, and the first.
+type Set = fn(&mut Guesses, usize) -> bool;
+
 /// Fewer tokens are looked for than have to be found.
 #[derive(Debug, thiserror::Error)]
 #[error("prompt_lookup_min is {min}; allowed: 1 to {max}, which is prompt_lookup_max")]
@@ -33,7 +36,7 @@ pub struct TooFewLookedFor {
 
 impl Guesses {
     /// The keys, as configurations and command lines name them, each with what takes its value.
-    pub(super) const KEYS: [(&'static str, fn(&mut Self, usize) -> bool); 3] = [
+    pub(super) const KEYS: [(&'static str, Set); 3] = [
         ("num_speculative_tokens", |guesses, tokens| guesses.num_speculative_tokens.replace(tokens).is_none()),
         ("prompt_lookup_min", |guesses, tokens| set(&mut guesses.prompt_lookup_min, tokens)),
         ("prompt_lookup_max", |guesses, tokens| set(&mut guesses.prompt_lookup_max, tokens)),
