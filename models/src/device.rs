@@ -10,40 +10,93 @@ use crate::error::{Error, Result};
 
 pub use tale_kernels::{give_back_freed_memory, keep_freed_memory, share_one_heap};
 
-/// A device by name: `cpu`, `cuda:0`. Every build knows all names; which of them it can open is another matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// A device by name: `cpu`, `cpu:0/2`, `cuda:0`. Every build knows all names; which of them it can open is another matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord, Hash)]
 pub enum DeviceSpec {
     /// The host processor.
     #[default]
     Cpu,
+    /// A share of the host processor's cores and memory.
+    CpuPart {
+        /// Which of the parts, from 0.
+        part: usize,
+        /// How many parts there are, of the same size.
+        of: usize,
+    },
     /// The NVIDIA GPU with this number, as the driver counts them.
     Cuda(usize),
+}
+
+/// Most parts of a processor.
+const MAX_PARTS: usize = 1024;
+
+impl DeviceSpec {
+    /// In how many parts the processor is shared out, of which this is one.
+    pub fn num_parts(self) -> usize {
+        match self {
+            Self::CpuPart { of, .. } => of,
+            Self::Cpu | Self::Cuda(_) => 1,
+        }
+    }
 }
 
 impl std::str::FromStr for DeviceSpec {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let ordinal = match name {
-            "cpu" => return Ok(Self::Cpu),
-            "cuda" => Some(0),
-            // A sign would parse too.
-            _ => name
-                .strip_prefix("cuda:")
-                .filter(|n| n.bytes().all(|b| b.is_ascii_digit()))
-                .and_then(|n| n.parse().ok()),
+        let spec = match name.split_once(':') {
+            None if name == "cpu" => Some(Self::Cpu),
+            None if name == "cuda" => Some(Self::Cuda(0)),
+            Some(("cuda", ordinal)) => number(ordinal).map(Self::Cuda),
+            Some(("cpu", share)) => part(share),
+            _ => None,
         };
-        ordinal.map(Self::Cuda).ok_or_else(|| Error::Device(format!("`{name}` is not a device; known: cpu, cuda:N")))
+        let unknown = || Error::Device(format!("`{name}` is not a device; known: cpu, cpu:PART/PARTS, cuda:N"));
+        spec.ok_or_else(unknown)
     }
+}
+
+/// Digits alone: a sign would parse too.
+fn number(text: &str) -> Option<usize> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
+}
+
+/// Of the processor, such as `0/2`.
+fn part(text: &str) -> Option<DeviceSpec> {
+    let (part, of) = text.split_once('/')?;
+    let (part, of) = (number(part)?, number(of)?);
+    (part < of && of <= MAX_PARTS).then_some(DeviceSpec::CpuPart { part, of })
 }
 
 impl std::fmt::Display for DeviceSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
+            Self::CpuPart { part, of } => write!(f, "cpu:{part}/{of}"),
             Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
         }
     }
+}
+
+/// Runs `body` on one of the threads that compute for the processor, or for a part of it: one for each of its cores, at least one.
+/// From any other thread each operation would cost two changes of threads. For a GPU it runs here.
+pub fn on_threads_of<T: Send>(spec: DeviceSpec, body: impl FnOnce() -> T + Send) -> Result<T> {
+    let (part, of) = match spec {
+        DeviceSpec::Cpu => (0, 1),
+        DeviceSpec::CpuPart { part, of } => (part, of),
+        DeviceSpec::Cuda(_) => return Ok(body()),
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores * (part + 1) / of - cores * part / of).max(1);
+    let named = move |thread| format!("{spec}-{thread}");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(named).build();
+    let pool = pool.map_err(|error| Error::Device(format!("{spec}: {error}")))?;
+    Ok(pool.install(body))
+}
+
+/// How many GPUs this process may see, for `cuda:*`; an error where the driver does not say.
+pub fn num_gpus() -> Result<usize> {
+    cuda::num_devices()
 }
 
 /// `--dtype`: on the CPU the dtype of weight matrices, on a GPU that of everything but latents, pixels and tables.
@@ -128,7 +181,7 @@ impl Placement {
     pub fn open(spec: DeviceSpec, dtype: WeightDtype) -> Result<Self> {
         let placement = Self::in_host_memory(spec, dtype);
         match spec {
-            DeviceSpec::Cpu => Ok(placement),
+            DeviceSpec::Cpu | DeviceSpec::CpuPart { .. } => Ok(placement),
             DeviceSpec::Cuda(ordinal) => Ok(Self { device: cuda::open(ordinal)?, ..placement }),
         }
     }
@@ -137,7 +190,9 @@ impl Placement {
     /// weights, and for tests of 16-bit networks without a GPU.
     pub fn in_host_memory(spec: DeviceSpec, dtype: WeightDtype) -> Self {
         match spec {
-            DeviceSpec::Cpu => Self { device: Device::Cpu, compute_dtype: DType::F32, matrices: Matrices::Own(dtype) },
+            DeviceSpec::Cpu | DeviceSpec::CpuPart { .. } => {
+                Self { device: Device::Cpu, compute_dtype: DType::F32, matrices: Matrices::Own(dtype) }
+            }
             DeviceSpec::Cuda(_) => {
                 let compute_dtype = match dtype {
                     WeightDtype::F32 => DType::F32,
@@ -320,6 +375,15 @@ mod cuda {
         Ok(device)
     }
 
+    pub(super) fn num_devices() -> Result<usize> {
+        let named = |problem: &dyn std::fmt::Display| Error::Device(format!("cuda:*: {problem}"));
+        let facts = facts(0).map_err(|error| named(&words(error)))?;
+        match facts.driver_problem {
+            Some(problem) => Err(named(&problem)),
+            None => Ok(facts.num_devices),
+        }
+    }
+
     /// Sums are f32 in products of every dtype, and f32 products have all 24 bits: TF32 would keep 11 of them, and who
     /// asks for f32 asks for exactness. bf16 is the fast way.
     fn decide_precision() {
@@ -432,8 +496,15 @@ mod cuda {
     use crate::error::{Error, Result};
 
     pub(super) fn open(ordinal: usize) -> Result<Device> {
-        let spec = DeviceSpec::Cuda(ordinal);
-        Err(Error::Device(format!("{spec}: this build of Tale has no CUDA; scripts/build-cuda makes one that has")))
+        Err(missing(&DeviceSpec::Cuda(ordinal)))
+    }
+
+    pub(super) fn num_devices() -> Result<usize> {
+        Err(missing(&"cuda:*"))
+    }
+
+    fn missing(spec: &dyn std::fmt::Display) -> Error {
+        Error::Device(format!("{spec}: this build of Tale has no CUDA; scripts/build-cuda makes one that has"))
     }
 
     pub(super) fn memory(device: &Device) -> Result<DeviceMemory> {
@@ -454,18 +525,35 @@ mod tests {
     use super::*;
 
     #[test]
+    fn parts_of_the_processor_share_out_its_cores() {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = |part, of| on_threads_of(DeviceSpec::CpuPart { part, of }, rayon::current_num_threads);
+        let all: usize = (0..cores).map(|part| threads(part, cores).expect("a pool")).sum();
+        assert_eq!((all, threads(0, 1).expect("a pool"), threads(7, 1000).expect("a pool")), (cores, cores, 1));
+        assert_eq!(on_threads_of(DeviceSpec::Cpu, rayon::current_num_threads).expect("a pool"), cores);
+        assert!(on_threads_of(DeviceSpec::Cpu, || rayon::current_thread_index().is_some()).expect("a pool"));
+        let here = std::thread::current().id();
+        assert_eq!(on_threads_of(DeviceSpec::Cuda(0), || std::thread::current().id()).expect("runs"), here);
+    }
+
+    #[test]
     fn devices_are_printed_as_they_are_written() {
-        for (name, spec) in
-            [("cpu", DeviceSpec::Cpu), ("cuda:0", DeviceSpec::Cuda(0)), ("cuda:17", DeviceSpec::Cuda(17))]
-        {
+        for (name, spec) in [
+            ("cpu", DeviceSpec::Cpu),
+            ("cpu:1/2", DeviceSpec::CpuPart { part: 1, of: 2 }),
+            ("cuda:0", DeviceSpec::Cuda(0)),
+            ("cuda:17", DeviceSpec::Cuda(17)),
+        ] {
             assert_eq!(name.parse::<DeviceSpec>().expect("known"), spec);
             assert_eq!(spec.to_string(), name);
         }
         assert_eq!("cuda".parse::<DeviceSpec>().expect("known"), DeviceSpec::Cuda(0));
-        for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda0", "CUDA:0", "cuda:99999999999999999999"]
-        {
+        let gpus = ["gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda0", "CUDA:0", "cuda:99999999999999999999"];
+        let parts =
+            ["", "cpu:", "cpu:0", "cpu:2/2", "cpu:0/0", "cpu:0/", "cpu:/2", "cpu:+0/2", "cpu:0/2/2", "cpu:0/1025"];
+        for name in gpus.into_iter().chain(parts) {
             let error = name.parse::<DeviceSpec>().expect_err("unknown").to_string();
-            assert!(error.contains(&format!("`{name}`")) && error.contains("cpu, cuda:N"), "{error}");
+            assert!(error.contains(&format!("`{name}`")) && error.contains("cpu, cpu:PART/PARTS, cuda:N"), "{error}");
         }
     }
 
