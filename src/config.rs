@@ -1,8 +1,8 @@
 //! Configuration of `tale serve`: what a person may write, and what it means.
 //!
 //! Owns: [`Settings`], the keys of the TOML file and the flags of the command line in one definition, and [`Config`],
-//! the validated result (`models` reads models, `guesses` what is said of guessed tokens, `choices` has words,
-//! `byte_size` sizes). Does not know: how any of it is used.
+//! the validated result (`models` reads models, `devices` where they lie, `guesses` what is said of guessed tokens, `choices`
+//! has words, `byte_size` sizes). Does not know: how any of it is used.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 use tale_models::checkpoint::LoadFormat;
-use tale_models::device::{DeviceSpec, WeightDtype};
+use tale_models::device::WeightDtype;
 use tale_models::family::LoadOptions;
 use tale_models::kv::KvCacheDtype;
 use tale_models::runner::text::lookup::PromptLookup;
 
+use self::devices::{DeviceName, Whereabouts, one_or_more};
 use self::guesses::{Guesses, TooFewLookedFor};
 use self::models::{ModelEntry, models_of_table, parse_model};
 use crate::engine::{EngineOptions, ModelSpec};
@@ -26,6 +27,7 @@ use crate::job::store::Retention;
 
 mod byte_size;
 mod choices;
+mod devices;
 mod guesses;
 mod models;
 
@@ -80,10 +82,11 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS")]
     pub send_seconds: Option<NonZeroU32>,
 
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU [default: cpu]
-    #[arg(long, value_name = "NAME")]
-    #[serde(deserialize_with = "parsed")]
-    pub device: Option<DeviceSpec>,
+    /// Device that computes: cpu, cpu:PART/PARTS for a share of its cores, cuda:N for an NVIDIA GPU, or cuda:* for all; several
+    /// with commas between them [default: cpu]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    #[serde(deserialize_with = "one_or_more")]
+    pub device: Vec<DeviceName>,
 
     /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
     /// [default: auto]
@@ -271,6 +274,9 @@ pub enum ConfigError {
         /// The key and what is wrong with it.
         problem: String,
     },
+    /// The devices of a name are not known.
+    #[error(transparent)]
+    Devices(tale_models::Error),
     /// Nothing to serve.
     #[error("no model to serve; give --model NAME=PATH, or a [models] table in the file of --config")]
     NoModels,
@@ -309,7 +315,8 @@ impl Config {
         }
         let guesses = settings.guesses();
         let prompt_lookup = guesses.chosen()?;
-        let spec = |ModelEntry { name, source, guesses: own }: &ModelEntry| {
+        let devices = devices::named(&settings.device).map_err(ConfigError::Devices)?;
+        let spec = |ModelEntry { name, source, guesses: own, whereabouts }: &ModelEntry| {
             let of_model = match own == &Guesses::default() {
                 true => None,
                 false => Some(own.over(guesses).chosen().map_err(|source| {
@@ -317,13 +324,14 @@ impl Config {
                     ConfigError::GuessesOfModel { model, source }
                 })?),
             };
-            Ok(ModelSpec { name: name.clone(), source: source.clone(), prompt_lookup: of_model })
+            let Whereabouts { devices, replicas } = whereabouts.clone();
+            Ok(ModelSpec { devices, replicas, prompt_lookup: of_model, ..ModelSpec::new(name, source.clone()) })
         };
         let models = settings.models.iter().map(spec).collect::<Result<_, ConfigError>>()?;
         Ok(Self {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
             health_listen: settings.health_listen,
-            engine: settings.engine_options(prompt_lookup),
+            engine: EngineOptions { devices, ..settings.engine_options(prompt_lookup) },
             drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
             server: settings.server_options(),
             unsafe_log_prompts: settings.unsafe_log_prompts,
@@ -353,7 +361,7 @@ impl Settings {
             header_seconds: self.header_seconds.or(file.header_seconds),
             idle_seconds: self.idle_seconds.or(file.idle_seconds),
             send_seconds: self.send_seconds.or(file.send_seconds),
-            device: self.device.or(file.device),
+            device: if self.device.is_empty() { file.device } else { self.device },
             dtype: self.dtype.or(file.dtype),
             load_format: self.load_format.or(file.load_format),
             memory: self.memory.or(file.memory),
@@ -390,7 +398,6 @@ impl Settings {
     fn engine_options(&self, prompt_lookup: Option<PromptLookup>) -> EngineOptions {
         let (engine, load) = (EngineOptions::default(), LoadOptions::default());
         EngineOptions {
-            device: self.device.unwrap_or_default(),
             weight_dtype: self.dtype.unwrap_or_default(),
             load: LoadOptions {
                 load_format: self.load_format.unwrap_or_default(),
@@ -408,6 +415,7 @@ impl Settings {
             text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
+            devices: engine.devices,
         }
     }
 

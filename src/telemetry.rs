@@ -166,8 +166,12 @@ impl ModelMetrics {
 
 /// Copies a snapshot of the engine into gauges; called before the metrics are rendered.
 pub fn publish_engine(status: &EngineStatus) {
-    gauge!("tale_ledger_used_bytes").set(status.ledger_used_bytes as f64);
-    gauge!("tale_ledger_capacity_bytes").set(status.ledger_capacity_bytes as f64);
+    for device in &status.devices {
+        let of = |name: &'static str| -> Gauge { gauge!(name, "device" => device.device.to_string()) };
+        of("tale_ledger_used_bytes").set(device.ledger_used_bytes as f64);
+        of("tale_ledger_capacity_bytes").set(device.ledger_capacity_bytes as f64);
+        of("tale_device_alive").set(f64::from(u8::from(device.alive)));
+    }
     for model in &status.models {
         let of = |name: &'static str| -> Gauge { gauge!(name, "model_name" => model.name.clone()) };
         // Preempted sessions wait inside the runner, new ones wait in the queue as well; both wait for their next step.

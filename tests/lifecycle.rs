@@ -48,7 +48,7 @@ async fn metrics_tell_of_requests_tokens_and_steps() {
         "vllm:num_requests_running{model_name=\"words\"} 0",
         "vllm:num_requests_waiting{model_name=\"words\"} 0",
         "vllm:kv_cache_usage_perc{model_name=\"words\"} 0",
-        "tale_ledger_capacity_bytes 1048576",
+        "tale_ledger_capacity_bytes{device=\"cpu\"} 1048576",
         "tale_jobs_active 0",
     ] {
         assert!(metrics.text().contains(needle), "{needle} is not in\n{}", metrics.text());

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use tale::engine::{Engine, EngineOptions, ModelSpec};
 use tale::http::{AppState, ServerOptions};
 use tale_models::ModelSource;
+use tale_models::device::DeviceSpec;
 use tale_models::family::LoadOptions;
 use tale_models::runner::text::lookup::PromptLookup;
 
@@ -31,14 +32,18 @@ async fn server() -> Server {
 }
 
 async fn serve(models: Vec<ModelSpec>) -> Server {
+    serve_on(vec![DeviceSpec::Cpu], models).await
+}
+
+async fn serve_on(devices: Vec<DeviceSpec>, models: Vec<ModelSpec>) -> Server {
     let load = LoadOptions { kv_cache_bytes: 64 << 20, ..LoadOptions::default() };
-    let options = EngineOptions { load, ..EngineOptions::default() };
+    let options = EngineOptions { load, devices, ..EngineOptions::default() };
     let loading = tokio::task::spawn_blocking(move || Engine::load(models, options, |_, _| ()));
     let engine = loading.await.expect("no panic").expect("sound checkpoints");
     let state = AppState::new(ServerOptions::default()).expect("a temporary folder can be made");
     state.set_engine(engine.clone());
     let (address, stop, served) = listen(state, Duration::from_secs(30)).await;
-    let fixed_bytes = engine.status().ledger_used_bytes;
+    let fixed_bytes = engine.status().ledger_used_bytes();
     assert!(fixed_bytes > 0, "weights and caches are in the ledger");
     Server {
         address,
@@ -49,6 +54,40 @@ async fn serve(models: Vec<ModelSpec>) -> Server {
         hold: Default::default(),
         fail: Default::default(),
     }
+}
+
+/// Halves of the processor, with the pictures on one of them alone: answers are those of one device, whichever gave them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_devices_answer_as_one() {
+    let halves = [0, 1].map(|part| DeviceSpec::CpuPart { part, of: 2 });
+    let of = |name: &str, golden: &str| ModelSpec::new(name, ModelSource::at(case(golden).join("checkpoint")));
+    let pictures = ModelSpec { devices: vec![halves[1]], ..of("pictures", "flux-schnell") };
+    let server = serve_on(halves.into(), vec![of("words", "qwen2"), pictures]).await;
+    let devices: Vec<_> = server.engine.models().iter().map(|model| model.devices.len()).collect();
+    assert_eq!(devices, [2, 1]);
+    let words =
+        json!({"model": "words", "prompt": "a red boat", "max_tokens": 30, "temperature": 0, "ignore_eos": true});
+    let picture = json!({"model": "pictures", "prompt": "x", "size": "32x32", "num_inference_steps": 1, "seed": 1});
+    let mut asked = Vec::new();
+    for index in 0..12 {
+        let (path, body) =
+            if index % 4 == 3 { ("/v1/images/generations", &picture) } else { ("/v1/completions", &words) };
+        let request = request("POST", path, "application/json", body.to_string());
+        asked.push(tokio::spawn(crate::support::send(server.address, request)));
+    }
+    let mut said = Vec::new();
+    for asked in asked {
+        let answer = crate::support::read(asked.await.expect("no panic")).await.expect(200).json();
+        said.push((answer["choices"][0]["text"].clone(), answer["data"][0]["b64_json"].clone()));
+    }
+    for (index, found) in said.iter().enumerate() {
+        assert_eq!(*found, said[if index % 4 == 3 { 3 } else { 0 }], "{index}");
+    }
+    let metrics = server.get("/metrics").await.expect(200).text().to_owned();
+    for half in ["cpu:0/2", "cpu:1/2"] {
+        assert!(metrics.contains(&format!("tale_device_alive{{device=\"{half}\"}} 1")), "{metrics}");
+    }
+    server.wait_until_empty().await;
 }
 
 /// The parameters of a recorded run as a request for `model`.

@@ -202,7 +202,7 @@ impl Server {
             let status = self.engine.status();
             let held =
                 |m: &ModelStatus| m.live + m.queued + m.runner.running + m.runner.waiting + m.runner.kv_blocks_used;
-            if status.models.iter().all(|model| held(model) == 0) && status.ledger_used_bytes == self.fixed_bytes {
+            if status.models.iter().all(|model| held(model) == 0) && status.ledger_used_bytes() == self.fixed_bytes {
                 return;
             }
             assert!(begun.elapsed() < Duration::from_secs(5), "{status:?}");

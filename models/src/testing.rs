@@ -232,6 +232,18 @@ impl ScriptedRunner {
     }
 }
 
+impl ScriptedRunner {
+    fn step_of(&self, phase: Phase, sessions: &[SessionId]) -> StepPlan {
+        let amount = |id: &SessionId| match &self.sessions[id].request {
+            Request::Text(request) if phase == Phase::Prefill => request.prompt.len() as f64,
+            Request::Text(_) => 1.0,
+            Request::Diffusion(request) if phase == Phase::Denoise => request.step_amount(),
+            Request::Diffusion(_) => 0.0,
+        };
+        StepPlan { phase, sessions: sessions.len(), amount: sessions.iter().map(amount).sum() }
+    }
+}
+
 impl Runner for ScriptedRunner {
     fn plan(&self, request: &Request) -> MemoryPlan {
         let phase = match request {
@@ -263,6 +275,13 @@ impl Runner for ScriptedRunner {
         self.sessions.remove(&session);
     }
 
+    fn take_back(&mut self, session: SessionId) -> Option<Request> {
+        match self.sessions.get(&session)?.begun {
+            true => None,
+            false => self.sessions.remove(&session).map(|session| session.request),
+        }
+    }
+
     fn pause(&mut self, session: SessionId) {
         self.sessions.entry(session).and_modify(|session| session.is_paused = true);
     }
@@ -272,7 +291,7 @@ impl Runner for ScriptedRunner {
     }
 
     fn next(&self) -> Option<StepPlan> {
-        self.batch().map(|(phase, sessions)| StepPlan { phase, sessions: sessions.len() })
+        self.batch().map(|(phase, sessions)| self.step_of(phase, &sessions))
     }
 
     fn borrowed_bytes(&self) -> usize {
@@ -294,7 +313,7 @@ impl Runner for ScriptedRunner {
 
     fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
         let (phase, batch) = self.batch().ok_or_else(|| Error::Device("a step without work".into()))?;
-        let plan = StepPlan { phase, sessions: batch.len() };
+        let plan = self.step_of(phase, &batch);
         self.stepping = batch;
         (self.script.on_step)(plan, &self.stepping)?;
         for id in std::mem::take(&mut self.stepping) {

@@ -16,10 +16,10 @@ use tale_models::presets::{Configurations, Preset};
 use tale_models::{ModelCard, ModelSource, Request};
 use tracing_subscriber::filter::LevelFilter;
 
-use super::CliError;
 use super::bench::parse_preset;
 use super::generate::image::read_parameters;
 use super::logs::{self, Libraries};
+use super::{CliError, plan};
 use crate::config::{ByteSize, LogFormat};
 use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 
@@ -27,8 +27,12 @@ use crate::engine::{self, EngineError, EngineOptions, ModelSpec};
 pub struct InspectArgs {
     /// The checkpoint (a folder or a single file), or a .png, .mp4 or .webm that tale made, whose parameters are printed as
     /// JSON
-    #[arg(required_unless_present = "preset")]
+    #[arg(required_unless_present_any = ["preset", "plan"])]
     path: Option<PathBuf>,
+
+    /// Instead of a checkpoint a file of `tale serve --config`: which of its models lie on which devices, and what they take there
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "preset", "base", "ip_adapter", "refiner", "image_encoder"])]
+    plan: Option<PathBuf>,
 
     /// Instead of a checkpoint a published configuration by name, without weights
     #[arg(long, value_name = "NAME", value_parser = parse_preset, conflicts_with_all = ["path", "base", "load_format"])]
@@ -75,6 +79,9 @@ pub struct InspectArgs {
 /// Fails, after the report, when the checkpoint cannot be loaded.
 pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     logs::init(LogFormat::Text, LevelFilter::ERROR, Libraries::Quiet);
+    if let Some(file) = &args.plan {
+        return print(&plan::report(file, args.memory, args.json)?);
+    }
     let configurations = args.preset.map(Configurations::of_preset).transpose()?;
     let path = configurations.as_ref().map(Configurations::path).or(args.path.as_deref());
     let path = path.expect("the command line has a path or a preset: this is a bug");
@@ -113,12 +120,13 @@ fn placed_text_encoders(
     capacity_bytes: usize,
 ) -> Result<TextEncoders, CliError> {
     let (device, weight_dtype, load) = (args.device, args.dtype, load.clone());
-    let options = EngineOptions { device, weight_dtype, load, ..EngineOptions::default() };
-    let models = [ModelSpec::new(source.path.display().to_string(), source)];
-    let placed = engine::place_text_encoders(&models, &options, capacity_bytes).map_err(|error| match error {
-        EngineError::Load { source, .. } => CliError::from(*source),
-        other => CliError::from(other),
-    })?;
+    let options = EngineOptions { devices: vec![device], weight_dtype, load, ..EngineOptions::default() };
+    let model = ModelSpec::new(source.path.display().to_string(), source.clone());
+    let placed =
+        engine::place_text_encoders(&[&model], device, &options, capacity_bytes).map_err(|error| match error {
+            EngineError::Load { source, .. } => CliError::from(*source),
+            other => CliError::from(other),
+        })?;
     Ok(placed[0])
 }
 

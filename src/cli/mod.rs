@@ -9,6 +9,7 @@ mod inspect;
 mod logs;
 mod openapi;
 mod parameters;
+mod plan;
 mod privacy;
 mod progress;
 mod prompt;

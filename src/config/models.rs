@@ -9,7 +9,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
 use tale_models::ModelSource;
+use tale_models::device::DeviceSpec;
 
+use super::devices::{Whereabouts, one_or_more};
 use super::guesses::Guesses;
 
 /// Longest name of a model.
@@ -24,26 +26,34 @@ pub struct ModelEntry {
     pub source: ModelSource,
     /// How its tokens are guessed, as far as it has a way of its own.
     pub guesses: Guesses,
+    /// The devices that it lies on, as far as that is said.
+    pub whereabouts: Whereabouts,
 }
 
-/// `NAME=PATH`, or `NAME=PATH,KEY=VALUE` with the keys of [`ModelSource::extras`] and [`Guesses::KEYS`].
+/// `NAME=PATH`, or `NAME=PATH,KEY=VALUE` with the keys of [`ModelSource::extras`], [`Guesses::KEYS`] and [`Whereabouts::KEYS`].
 pub(super) fn parse_model(argument: &str) -> Result<ModelEntry, String> {
     let (name, parts) = argument.split_once('=').ok_or("expected NAME=PATH")?;
     let mut parts = parts.split(',');
     let mut source = ModelSource::at(parts.next().unwrap_or_default());
-    let mut guesses = Guesses::default();
+    let (mut guesses, mut whereabouts) = (Guesses::default(), Whereabouts::default());
     if source.path.as_os_str().is_empty() {
         return Err("the path is empty; expected NAME=PATH".into());
     }
     for part in parts {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        if let Some((_, set)) = Whereabouts::KEYS.iter().find(|(known, _)| *known == key) {
+            if !set(&mut whereabouts, value) {
+                return Err(format!("`{key}={value}`: expected a device, each once, or one number of replicas"));
+            }
+            continue;
+        }
         match Guesses::KEYS.iter().find(|(known, _)| *known == key) {
             Some((_, set)) if value.parse().is_ok_and(|tokens| set(&mut guesses, tokens)) => (),
             Some(_) => return Err(format!("`{key}` needs one number of tokens, once")),
             None => set_extra(&mut source, key, value)?,
         }
     }
-    checked_model(name, source, guesses)
+    checked_model(name, Entry { source, guesses, whereabouts })
 }
 
 /// One `KEY=PATH` after a model's own path.
@@ -52,7 +62,8 @@ fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), Stri
     let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
         let paths = extras.iter().map(|(known, _)| format!("{known}=PATH"));
         let numbers = Guesses::KEYS.iter().map(|(known, _)| format!("{known}=N"));
-        let known = paths.chain(numbers).collect::<Vec<_>>().join(", ");
+        let others = ["device=NAME".to_owned(), "replicas=N".to_owned()];
+        let known = paths.chain(numbers).chain(others).collect::<Vec<_>>().join(", ");
         return Err(format!("`{key}` is not one of {known}; a path with a comma goes into the file of --config"));
     };
     if path.is_empty() || extra.is_some() {
@@ -63,19 +74,20 @@ fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), Stri
 }
 
 /// Names go into URLs, JSON, log lines and metric labels.
-fn checked_model(name: &str, source: ModelSource, guesses: Guesses) -> Result<ModelEntry, String> {
+fn checked_model(name: &str, entry: Entry) -> Result<ModelEntry, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_./:".contains(c);
     if name.is_empty() || name.len() > MAX_MODEL_NAME_LEN || !name.chars().all(fits) {
         return Err(format!(
             "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
         ));
     }
-    Ok(ModelEntry { name: name.to_owned(), source, guesses })
+    let Entry { source, guesses, whereabouts } = entry;
+    Ok(ModelEntry { name: name.to_owned(), source, guesses, whereabouts })
 }
 
 pub(super) fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelEntry>, D::Error> {
     let table = BTreeMap::<String, Entry>::deserialize(deserializer)?;
-    let models = table.into_iter().map(|(name, Entry { source, guesses })| checked_model(&name, source, guesses));
+    let models = table.into_iter().map(|(name, entry)| checked_model(&name, entry));
     models.map(|model| model.map_err(de::Error::custom)).collect()
 }
 
@@ -83,9 +95,10 @@ pub(super) fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Res
 struct Entry {
     source: ModelSource,
     guesses: Guesses,
+    whereabouts: Whereabouts,
 }
 
-/// The table: the fields of [`ModelSource`] and [`Guesses`].
+/// The table: the fields of [`ModelSource`], [`Guesses`] and [`Whereabouts`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
@@ -98,15 +111,19 @@ struct Table {
     num_speculative_tokens: Option<usize>,
     prompt_lookup_min: Option<NonZeroUsize>,
     prompt_lookup_max: Option<NonZeroUsize>,
+    #[serde(default, deserialize_with = "one_or_more")]
+    devices: Vec<DeviceSpec>,
+    replicas: Option<NonZeroUsize>,
 }
 
 impl From<Table> for Entry {
     fn from(table: Table) -> Self {
         let Table { path, base, ip_adapter, image_encoder, loras, refiner, .. } = table;
-        let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = table;
+        let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, devices, replicas, .. } = table;
         Self {
             source: ModelSource { path, base, ip_adapter, image_encoder, loras, refiner },
             guesses: Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max },
+            whereabouts: Whereabouts { devices, replicas },
         }
     }
 }
@@ -127,7 +144,8 @@ impl<'de> de::Visitor<'de> for EntryVisitor {
     }
 
     fn visit_str<E: de::Error>(self, path: &str) -> Result<Entry, E> {
-        Ok(Entry { source: ModelSource::at(path), guesses: Guesses::default() })
+        let source = ModelSource::at(path);
+        Ok(Entry { source, guesses: Guesses::default(), whereabouts: Whereabouts::default() })
     }
 
     fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<Entry, A::Error> {

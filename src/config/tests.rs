@@ -1,6 +1,7 @@
 //! Files, flags and the documentation of both.
 
 use tale_models::ModelSource;
+use tale_models::device::DeviceSpec;
 use tale_models::kv::PrefixCache;
 use tale_models::tools::ToolFormat;
 
@@ -79,7 +80,7 @@ fn documentation_and_help_name_the_defaults_of_the_code() {
     let gib = |bytes: usize| format!("{}GiB", bytes >> 30);
     for (key, default) in [
         ("listen", listen.to_string()),
-        ("device", engine.device.to_string()),
+        ("device", engine.devices[0].to_string()),
         ("load_format", "auto".to_owned()),
         ("kv_cache", gib(engine.load.kv_cache_bytes)),
         ("kv_cache_dtype", engine.load.kv_cache_dtype.to_string()),
@@ -111,6 +112,26 @@ fn documentation_and_help_name_the_defaults_of_the_code() {
         let flag = flag.split(" --").next().unwrap();
         assert!(flag.contains(&format!("[default: {default}]")), "--{key} should default to {default}: {flag}");
     }
+}
+
+#[test]
+fn devices_are_named_for_the_server_and_for_models() {
+    let toml = "device = [\"cpu:0/2\", \"cpu:1/2\"]\n[models]\na = \"/a\"\n[models.b]\npath = \"/b\"\ndevices = \"cpu:1/2\"\n\
+                [models.c]\npath = \"/c\"\nreplicas = 2\n";
+    let config = resolve(toml, Settings::default()).unwrap();
+    let parts = [0, 1].map(|part| DeviceSpec::CpuPart { part, of: 2 });
+    assert_eq!(config.engine.devices, parts);
+    let found: Vec<_> = config.models.iter().map(|model| (model.devices.len(), model.replicas)).collect();
+    assert_eq!(found, [(0, None), (1, None), (0, NonZeroUsize::new(2))]);
+    assert_eq!(config.models[1].devices, parts[1..]);
+    let flags =
+        <Flags as clap::Parser>::parse_from(["tale", "--device", "cuda:0,cuda:1", "--model", "a=/x,device=cuda:1"]);
+    let config = resolve(toml, flags.settings).unwrap();
+    assert_eq!(config.engine.devices, [DeviceSpec::Cuda(0), DeviceSpec::Cuda(1)]);
+    assert_eq!(config.models[0].devices, [DeviceSpec::Cuda(1)]);
+    check_error("device = []\n", &[":1: `device`: ", "the list is empty"]);
+    check_error("[models.a]\npath = \"/a\"\ndevices = [\"gpu0\"]\n", &["`models.a", "`gpu0` is not a device"]);
+    check_error("[models.a]\npath = \"/a\"\nreplicas = 0\n", &["`models.a", "zero"]);
 }
 
 #[test]

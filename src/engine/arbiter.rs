@@ -120,7 +120,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn candidate(runner: usize, phase: Phase) -> Candidate {
-        Candidate { runner, plan: StepPlan { phase, sessions: 1 } }
+        Candidate { runner, plan: StepPlan { phase, sessions: 1, amount: 1.0 } }
     }
 
     /// Steps that a fixed set of always busy runners takes until `seconds` have passed: (runner, cost) in order.

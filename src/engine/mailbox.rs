@@ -30,6 +30,8 @@ struct State {
     /// Since the device thread has heard of it.
     is_full: bool,
     closed: bool,
+    /// Its reader has gone.
+    is_abandoned: bool,
     reader: Option<Waker>,
 }
 
@@ -94,6 +96,16 @@ impl Mailbox {
         let mut state = self.lock();
         state.closed = true;
         wake(state);
+    }
+
+    /// Its reader goes.
+    pub(super) fn abandon(&self) {
+        self.lock().is_abandoned = true;
+    }
+
+    /// Whether its reader has gone.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.lock().is_abandoned
     }
 
     /// The next event; `None` once the mailbox is closed and empty.

@@ -1,35 +1,47 @@
 //! The step-wise engine: one thread per device owns its runners and its memory ledger; everybody else holds handles.
 //!
-//! [`Engine`] is the cloneable handle: cards, submission, status, shutdown. [`Session`] is one running generation:
-//! reading it follows the work, dropping it cancels the work within one step. Deliberately does not know: HTTP, jobs,
-//! media, tensors.
+//! [`Engine`] is the cloneable handle: cards, submission, status, shutdown. A request goes to the device on which it is expected to
+//! end first. [`Session`] is one running generation: reading it follows the work, dropping it cancels the work within one step.
+//! Deliberately does not know: HTTP, jobs, media, tensors.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::{Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::Sender;
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{JoinHandle, Thread};
+use std::thread::Thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype, keep_freed_memory};
+use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
-use tale_models::loading;
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
-use self::ledger::{Ledger, Owner};
+use self::device::DeviceHandle;
 use self::mailbox::Mailbox;
-use self::worker::{Command, DeviceWorker, Order, WallClock};
-use crate::places::{NoPlace, Place, Places};
+use self::replicas::{Chosen, Replica, Replicas};
+use self::worker::{Command, Order};
+use crate::places::{NoPlace, Place};
 
+mod affinity;
 pub mod arbiter;
+pub mod assignment;
+mod device;
+mod gauges;
 pub mod ledger;
+mod loading;
 mod mailbox;
 mod memory;
+mod peers;
+mod rates;
+mod replicas;
 mod residency;
 mod worker;
+
+pub use loading::Planned;
+pub(crate) use loading::{capacity_bytes, place_text_encoders, plan};
 
 /// A checkpoint to serve and the name that clients use for it.
 #[derive(Debug, Clone)]
@@ -38,22 +50,26 @@ pub struct ModelSpec {
     pub name: String,
     /// Where it lies.
     pub source: ModelSource,
+    /// The devices that may hold it; empty where all may.
+    pub devices: Vec<DeviceSpec>,
+    /// How many of them do; `None`: all that were named, or, where none was, as many as have room.
+    pub replicas: Option<NonZeroUsize>,
     /// How its tokens are guessed, if at all; `None` leaves that to the options of all models.
     pub prompt_lookup: Option<Option<PromptLookup>>,
 }
 
 impl ModelSpec {
-    /// With the options of all models.
+    /// On whatever devices have room for it, with the options of all models.
     pub fn new(name: impl Into<String>, source: impl Into<ModelSource>) -> Self {
-        Self { name: name.into(), source: source.into(), prompt_lookup: None }
+        Self { name: name.into(), source: source.into(), devices: Vec::new(), replicas: None, prompt_lookup: None }
     }
 }
 
 /// Where and how models run.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
-    /// The device of all models.
-    pub device: DeviceSpec,
+    /// The devices, at least one.
+    pub devices: Vec<DeviceSpec>,
     /// Dtype in which weight matrices are kept.
     pub weight_dtype: WeightDtype,
     /// Sizes of what runners allocate.
@@ -61,7 +77,7 @@ pub struct EngineOptions {
     /// Where text encoders are, in place of what `load` says; `None`: on the device where everything fits, else there on
     /// demand, those of the model with the largest ones first.
     pub text_encoders: Option<TextEncoders>,
-    /// Bytes of device memory that models and sessions may take together; `None` is what the device has to give.
+    /// Bytes of memory that models and sessions may take together on each device; `None` is what it has to give.
     pub memory_bytes: Option<usize>,
     /// Most sessions of one model that have been submitted and not begun; clients share them ([`Places`]).
     pub max_queued_sessions: usize,
@@ -73,7 +89,7 @@ pub const DEFAULT_MAX_QUEUED_SESSIONS: usize = 256;
 impl Default for EngineOptions {
     fn default() -> Self {
         Self {
-            device: DeviceSpec::default(),
+            devices: vec![DeviceSpec::default()],
             weight_dtype: WeightDtype::default(),
             load: LoadOptions::default(),
             text_encoders: None,
@@ -100,9 +116,35 @@ pub enum EngineError {
         /// Why.
         source: Box<tale_models::Error>,
     },
-    /// The device could not be opened.
+    /// A device could not be opened.
     #[error(transparent)]
     Open(Box<tale_models::Error>),
+    /// Devices that cannot be used together, or that a model cannot have.
+    #[error("{0}")]
+    Devices(String),
+    /// A model fits on no device that may hold it.
+    #[error(
+        "model `{model}` fits on no device: with a request it takes {needed_bytes} bytes, and {device}, which has most room for it, has \
+         {free_bytes} beside its other models"
+    )]
+    NoRoom {
+        /// Its name.
+        model: String,
+        /// See there.
+        device: DeviceSpec,
+        /// See there.
+        needed_bytes: usize,
+        /// See there.
+        free_bytes: usize,
+    },
+    /// All devices that hold a model have failed.
+    #[error("no device is left for model `{model}`: {problems}")]
+    Failed {
+        /// Its name.
+        model: String,
+        /// What is wrong with them.
+        problems: String,
+    },
     /// The device's thread could not be started, or has died.
     #[error("device thread: {0}")]
     Thread(String),
@@ -163,9 +205,11 @@ pub struct ServedModel {
     pub card: Arc<ModelCard>,
     /// When it was loaded.
     pub created: SystemTime,
+    /// Where it lies.
+    pub devices: Vec<DeviceSpec>,
 }
 
-/// The cloneable handle of a running engine. The device thread ends when the last handle and session are dropped.
+/// The cloneable handle of a running engine. The threads of devices end when the last handle and session are dropped.
 #[derive(Debug, Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
@@ -174,34 +218,12 @@ pub struct Engine {
 #[derive(Debug)]
 struct Shared {
     models: Vec<ServedModel>,
-    gauges: Arc<Gauges>,
-    next_session: AtomicU64,
-    /// Its length is bounded: a submission holds a place of the model's queue, a cancellation needs a submission, and what
-    /// has room again was full.
-    commands: Sender<Command>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// Numbers that the device thread publishes and everybody may read.
-#[derive(Debug, Default)]
-struct Gauges {
-    models: Vec<ModelGauges>,
+    /// One per model.
+    replicas: Vec<Replicas>,
+    devices: Vec<DeviceHandle>,
+    prefix_cache: tale_models::kv::PrefixCache,
     draining: AtomicBool,
-    dead: AtomicBool,
-    ledger_used_bytes: AtomicUsize,
-    ledger_capacity_bytes: AtomicUsize,
-}
-
-#[derive(Debug)]
-struct ModelGauges {
-    /// Sessions that are submitted and not begun hold a place.
-    queue: Arc<Places>,
-    /// Submitted and not ended.
-    live: AtomicUsize,
-    running: AtomicUsize,
-    waiting: AtomicUsize,
-    kv_blocks_used: AtomicUsize,
-    kv_blocks_total: AtomicUsize,
+    next_session: AtomicU64,
 }
 
 /// A snapshot of the engine for readiness and metrics.
@@ -209,10 +231,30 @@ struct ModelGauges {
 pub struct EngineStatus {
     /// One per model, in the order of [`Engine::models`].
     pub models: Vec<ModelStatus>,
+    /// One per device.
+    pub devices: Vec<DeviceStatus>,
     /// New work is refused.
     pub draining: bool,
-    /// The device thread lives.
+    /// A device lives for each model.
     pub alive: bool,
+}
+
+impl EngineStatus {
+    /// Bytes reserved by models and sessions, on all devices.
+    pub fn ledger_used_bytes(&self) -> usize {
+        self.devices.iter().map(|device| device.ledger_used_bytes).sum()
+    }
+}
+
+/// A snapshot of one device.
+#[derive(Debug, Clone)]
+pub struct DeviceStatus {
+    /// Which one.
+    pub device: DeviceSpec,
+    /// It takes work.
+    pub alive: bool,
+    /// Why not, where that is known.
+    pub problem: Option<String>,
     /// Bytes reserved by models and sessions.
     pub ledger_used_bytes: usize,
     /// Bytes in all.
@@ -228,12 +270,12 @@ pub struct ModelStatus {
     pub queued: usize,
     /// Sessions submitted and not ended.
     pub live: usize,
-    /// What the runner holds.
+    /// What its runners hold.
     pub runner: RunnerStatus,
 }
 
 impl Engine {
-    /// Starts the device thread, opens the device there and loads the models; returns when all are loaded or the first
+    /// Starts a thread per device, opens the devices there and loads the models; returns when all are loaded or the first
     /// has failed. `on_component` hears (model, component) before each component is read.
     pub fn load(
         models: Vec<ModelSpec>,
@@ -241,43 +283,45 @@ impl Engine {
         on_component: impl FnMut(&str, &str) + Send + 'static,
     ) -> Result<Engine, EngineError> {
         check_names(models.iter().map(|model| model.name.as_str()))?;
-        let loading = options.clone();
-        Self::spawn(options, move || load_models(models, &loading, on_component))
+        Ok(Self::of(loading::load(models, &options, on_component)?, &options))
     }
 
-    /// Starts the device thread over models that are loaded already. They must not hold memory of a GPU, which only
-    /// the thread that opened it may use.
+    /// Starts a thread over models that are loaded already, as if for the first device. They must not hold memory of a GPU, which
+    /// only the thread that opened it may use.
     pub fn start(models: Vec<(String, LoadedModel)>, options: EngineOptions) -> Result<Engine, EngineError> {
-        check_names(models.iter().map(|(name, _)| name.as_str()))?;
-        let capacity_bytes = options.memory_bytes.unwrap_or_else(memory::default_capacity_bytes);
-        Self::spawn(options, move || Ok(Loaded { models, capacity_bytes }))
+        Self::start_on(vec![models], options)
     }
 
-    fn spawn(
-        options: EngineOptions,
-        load: impl FnOnce() -> Result<Loaded, EngineError> + Send + 'static,
-    ) -> Result<Engine, EngineError> {
-        let (commands, receiver) = channel();
-        let (loaded, is_loaded) = sync_channel(1);
-        let max_queued_sessions = options.max_queued_sessions;
-        let thread = std::thread::Builder::new()
-            .name(format!("device-{}", options.device))
-            .spawn(move || match load().and_then(|loaded| prepare(loaded, max_queued_sessions)) {
-                Ok((models, worker)) => {
-                    // The receiver is gone only when the caller is.
-                    let _ = loaded.send(Ok((models, worker.gauges())));
-                    // Weights are where they stay; what follows comes again with every step.
-                    keep_freed_memory();
-                    worker.run(&receiver);
-                }
-                Err(error) => drop(loaded.send(Err(error))),
+    /// As [`Engine::start`], with the models of each device.
+    pub fn start_on(models: Vec<Vec<(String, LoadedModel)>>, options: EngineOptions) -> Result<Engine, EngineError> {
+        for models in &models {
+            check_names(models.iter().map(|(name, _)| name.as_str()))?;
+        }
+        Ok(Self::of(loading::start(models, &options)?, &options))
+    }
+
+    fn of(ready: loading::Ready, options: &EngineOptions) -> Self {
+        let loading::Ready { models, devices } = ready;
+        let (models, replicas) = models
+            .into_iter()
+            .map(|(model, on)| {
+                let commands = on.iter().map(|(device, _)| devices[*device].commands.clone()).collect();
+                let replica = |(device, runner): (usize, usize)| {
+                    let gauges: Arc<_> = devices[device].gauges.clone();
+                    Replica { device, gauges, runner }
+                };
+                (model, Replicas::new(on.into_iter().map(replica).collect(), commands))
             })
-            .map_err(|error| EngineError::Thread(error.to_string()))?;
-        let (models, gauges) =
-            is_loaded.recv().map_err(|_| EngineError::Thread("it panicked while it loaded a model".into()))??;
-        let shared =
-            Shared { models, gauges, next_session: AtomicU64::new(1), commands, thread: Mutex::new(Some(thread)) };
-        Ok(Engine { shared: Arc::new(shared) })
+            .unzip();
+        let shared = Shared {
+            models,
+            replicas,
+            devices,
+            prefix_cache: options.load.prefix_cache,
+            draining: AtomicBool::default(),
+            next_session: AtomicU64::new(1),
+        };
+        Engine { shared: Arc::new(shared) }
     }
 
     /// The models, in the order in which they were given.
@@ -313,7 +357,7 @@ impl Engine {
         if !self.takes_work() {
             return Err(EngineError::Draining);
         }
-        let place = self.shared.gauges.models[index].queue.take(client);
+        let place = self.shared.replicas[index].queue().take(client);
         let place = place.map_err(|reason| EngineError::Busy { model: model.to_owned(), reason })?;
         self.hand_over(index, client, request, place, may_begin)
     }
@@ -328,7 +372,7 @@ impl Engine {
         may_begin: Option<MayBegin>,
     ) -> Result<Session, EngineError> {
         let index = self.index(model)?;
-        let place = self.shared.gauges.models[index].queue.take_further(client);
+        let place = self.shared.replicas[index].queue().take_further(client);
         self.hand_over(index, client, request, place, may_begin)
     }
 
@@ -345,61 +389,84 @@ impl Engine {
         may_begin: Option<MayBegin>,
     ) -> Result<Session, EngineError> {
         let shared = &self.shared;
-        let gauges = &shared.gauges.models[index];
-        gauges.live.fetch_add(1, Relaxed);
+        let replicas = &shared.replicas[index];
+        let Some(Chosen { index: chosen, seconds: predicted_seconds }) =
+            replicas.choose(client, &request, shared.prefix_cache)
+        else {
+            return Err(self.failed(index));
+        };
         let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
         let mailbox = Arc::new(Mailbox::default());
-        let order = Order { id, client, model: index, request, mailbox: mailbox.clone(), place, may_begin };
-        shared.commands.send(Command::Submit(order)).map_err(|_| EngineError::Draining)?;
-        Ok(Session { id, mailbox, commands: shared.commands.clone(), ended: false })
+        let session = Session { id, mailbox: mailbox.clone(), commands: replicas.commands.clone(), ended: false };
+        let Replica { runner, .. } = replicas.on[chosen];
+        let order = Order { id, client, model: runner, request, mailbox, place, may_begin, predicted_seconds };
+        replicas.commands[chosen].send(Command::Submit(order)).map_err(|_| EngineError::Draining)?;
+        Ok(session)
+    }
+
+    fn failed(&self, index: usize) -> EngineError {
+        let devices = self.shared.replicas[index].on.iter().map(|replica| &self.shared.devices[replica.device]);
+        let problem = |device: &DeviceHandle| {
+            let problem = device.gauges.problem().unwrap_or_else(|| "its thread has ended".into());
+            format!("{}: {problem}", device.spec)
+        };
+        let problems = devices.map(problem).collect::<Vec<_>>().join("; ");
+        EngineError::Failed { model: self.models()[index].name.clone(), problems }
     }
 
     /// Whether new work is taken.
     pub fn takes_work(&self) -> bool {
-        !self.shared.gauges.draining.load(Relaxed) && self.is_alive()
+        !self.shared.draining.load(Relaxed) && self.is_alive()
     }
 
-    /// Whether the device thread lives.
+    /// Whether a device lives for each model.
     pub fn is_alive(&self) -> bool {
-        !self.shared.gauges.dead.load(Relaxed)
+        self.shared.replicas.iter().all(Replicas::is_alive)
     }
 
     /// What the engine holds now.
     pub fn status(&self) -> EngineStatus {
-        let gauges = &self.shared.gauges;
-        let models = self.models().iter().zip(&gauges.models);
         EngineStatus {
-            models: models.map(|(model, gauges)| gauges.snapshot(&model.name)).collect(),
-            draining: gauges.draining.load(Relaxed),
+            models: (0..self.models().len()).map(|index| self.model_status(index)).collect(),
+            devices: self.shared.devices.iter().map(DeviceHandle::status).collect(),
+            draining: self.shared.draining.load(Relaxed),
             alive: self.is_alive(),
-            ledger_used_bytes: gauges.ledger_used_bytes.load(Relaxed),
-            ledger_capacity_bytes: gauges.ledger_capacity_bytes.load(Relaxed),
+        }
+    }
+
+    fn model_status(&self, index: usize) -> ModelStatus {
+        let on = &self.shared.replicas[index].on;
+        let gauges = on.iter().map(|replica| &replica.gauges.models[replica.runner]);
+        let mut runner = RunnerStatus::default();
+        for of in gauges.clone().map(gauges::ModelGauges::runner) {
+            runner.running += of.running;
+            runner.waiting += of.waiting;
+            runner.kv_blocks_used += of.kv_blocks_used;
+            runner.kv_blocks_total += of.kv_blocks_total;
+        }
+        ModelStatus {
+            name: self.models()[index].name.clone(),
+            queued: self.shared.replicas[index].queue().taken(),
+            live: gauges.map(|gauges| gauges.live.load(Relaxed)).sum(),
+            runner,
         }
     }
 
     /// Refuses new work from now on; what runs goes on.
     pub fn drain(&self) {
-        self.shared.gauges.draining.store(true, Relaxed);
+        self.shared.draining.store(true, Relaxed);
     }
 
-    /// Refuses new work, gives what runs the time `drain` to finish, cancels the rest and ends the device thread.
+    /// Refuses new work, gives what runs the time `drain` to finish, cancels the rest and ends the threads of devices.
     /// Blocks until then, one step longer than `drain` at most.
     pub fn shutdown(&self, drain: Duration) {
         self.drain();
         let deadline = Instant::now() + drain;
-        while self.has_live_sessions() && self.is_alive() && Instant::now() < deadline {
+        while self.shared.devices.iter().any(DeviceHandle::is_busy) && Instant::now() < deadline {
             std::thread::sleep(SHUTDOWN_POLL);
         }
-        // An error means that the thread has ended already.
-        let _ = self.shared.commands.send(Command::Stop);
-        let thread = self.shared.thread.lock().expect("nothing panics while it holds the handle: this is a bug").take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the device thread had panicked");
-        }
-    }
-
-    fn has_live_sessions(&self) -> bool {
-        self.shared.gauges.models.iter().any(|model| model.live.load(Relaxed) > 0)
+        self.shared.devices.iter().for_each(DeviceHandle::stop);
+        self.shared.devices.iter().for_each(DeviceHandle::join);
     }
 
     fn unknown(&self, name: &str) -> EngineError {
@@ -411,40 +478,6 @@ impl Engine {
 /// How often a shutdown looks whether the last session has ended.
 const SHUTDOWN_POLL: Duration = Duration::from_millis(5);
 
-impl ModelGauges {
-    fn new(max_queued_sessions: usize) -> Self {
-        Self {
-            queue: Places::new(max_queued_sessions),
-            live: AtomicUsize::default(),
-            running: AtomicUsize::default(),
-            waiting: AtomicUsize::default(),
-            kv_blocks_used: AtomicUsize::default(),
-            kv_blocks_total: AtomicUsize::default(),
-        }
-    }
-
-    fn publish(&self, status: RunnerStatus) {
-        self.running.store(status.running, Relaxed);
-        self.waiting.store(status.waiting, Relaxed);
-        self.kv_blocks_used.store(status.kv_blocks_used, Relaxed);
-        self.kv_blocks_total.store(status.kv_blocks_total, Relaxed);
-    }
-
-    fn snapshot(&self, name: &str) -> ModelStatus {
-        ModelStatus {
-            name: name.to_owned(),
-            queued: self.queue.taken(),
-            live: self.live.load(Relaxed),
-            runner: RunnerStatus {
-                running: self.running.load(Relaxed),
-                waiting: self.waiting.load(Relaxed),
-                kv_blocks_used: self.kv_blocks_used.load(Relaxed),
-                kv_blocks_total: self.kv_blocks_total.load(Relaxed),
-            },
-        }
-    }
-}
-
 fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), EngineError> {
     let mut seen = BTreeSet::new();
     for name in names {
@@ -455,153 +488,13 @@ fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), EngineErr
     Ok(())
 }
 
-/// Models, and the memory that they and their sessions share.
-struct Loaded {
-    models: Vec<(String, LoadedModel)>,
-    capacity_bytes: usize,
-}
-
-/// Opens the device and loads the models, all on the calling thread: the device's.
-fn load_models(
-    models: Vec<ModelSpec>,
-    options: &EngineOptions,
-    mut on_component: impl FnMut(&str, &str),
-) -> Result<Loaded, EngineError> {
-    let placement = Placement::open(options.device, options.weight_dtype).map_err(cannot_open)?;
-    let capacity_bytes = capacity_bytes(options, placement.memory().map_err(cannot_open)?)?;
-    let text_encoders = place_text_encoders(&models, options, capacity_bytes)?;
-    let mut free_bytes = capacity_bytes;
-    let mut loaded = Vec::with_capacity(models.len());
-    for (model, text_encoders) in models.into_iter().zip(text_encoders) {
-        let ModelSpec { name, source, prompt_lookup } = model;
-        if text_encoders == TextEncoders::OnDemand {
-            tracing::info!(model = name, "text encoders are read when prompts are encoded, and leave the device after");
-        }
-        let mut on_component = |component: &str| on_component(&name, component);
-        let is_of_text = prompt_lookup.is_some();
-        let prompt_lookup = prompt_lookup.unwrap_or(options.load.prompt_lookup);
-        let load = LoadOptions { text_encoders, prompt_lookup, ..options.load.clone() };
-        let fits = Fits { device: options.device, weight_dtype: options.weight_dtype, free_bytes, is_of_text };
-        match fits.load(&source, &placement, &load, &mut on_component) {
-            Ok(model) => {
-                free_bytes = free_bytes.saturating_sub(model.resident_bytes);
-                loaded.push((name, model));
-            }
-            Err(error) => return Err(EngineError::Load { model: name, source: Box::new(error) }),
-        }
-    }
-    Ok(Loaded { models: loaded, capacity_bytes })
-}
-
-/// Where the text encoders of each model are, on a device of this capacity.
-pub(crate) fn place_text_encoders(
-    models: &[ModelSpec],
-    options: &EngineOptions,
-    capacity_bytes: usize,
-) -> Result<Vec<TextEncoders>, EngineError> {
-    if let Some(text_encoders) = options.text_encoders {
-        return Ok(vec![text_encoders; models.len()]);
-    }
-    let dry = Placement::in_host_memory(options.device, options.weight_dtype);
-    let choice = |model: &ModelSpec| {
-        residency::Choice::of(&model.source, &dry, &options.load)
-            .map_err(|error| EngineError::Load { model: model.name.clone(), source: Box::new(error) })
-    };
-    Ok(residency::choose(&models.iter().map(choice).collect::<Result<Vec<_>, _>>()?, capacity_bytes))
-}
-
-fn cannot_open(error: tale_models::Error) -> EngineError {
-    EngineError::Open(Box::new(error))
-}
-
-/// What is configured, or most of what the device has; `gpu` is absent on the CPU. A GPU cannot give more than is free;
-/// the CPU's memory may be configured beyond that, since the operating system takes it from elsewhere.
-pub(crate) fn capacity_bytes(options: &EngineOptions, gpu: Option<DeviceMemory>) -> Result<usize, EngineError> {
-    match (options.memory_bytes, gpu) {
-        (Some(needed_bytes), Some(DeviceMemory { free_bytes, .. })) if needed_bytes > free_bytes => {
-            Err(EngineError::Memory { device: options.device, needed_bytes, free_bytes })
-        }
-        (Some(bytes), _) => Ok(bytes),
-        (None, Some(gpu)) => Ok(gpu.usable_bytes()),
-        (None, None) => Ok(memory::default_capacity_bytes()),
-    }
-}
-
-/// What a model has to be to be loaded.
-struct Fits {
-    device: DeviceSpec,
-    weight_dtype: WeightDtype,
-    /// What it may take.
-    free_bytes: usize,
-    /// Whether something is said of it that only a language model can have.
-    is_of_text: bool,
-}
-
-impl Fits {
-    /// What a model takes is known from its headers, so that a model too large is refused before a tensor is read, and so is
-    /// one that cannot be loaded.
-    fn load(
-        &self,
-        source: &ModelSource,
-        placement: &Placement,
-        load: &LoadOptions,
-        on_component: &mut dyn FnMut(&str),
-    ) -> Result<LoadedModel, tale_models::Error> {
-        let dry = Placement::in_host_memory(self.device, self.weight_dtype);
-        let (inspection, _) = loading::plan_quietly(source, &dry, load)?;
-        let (needed_bytes, free_bytes) = (inspection.resident_bytes(), self.free_bytes);
-        let (family, makes) = (inspection.family, inspection.makes);
-        if let Some(problem) = inspection.into_problem() {
-            return Err(problem);
-        }
-        if self.is_of_text && makes != "text" {
-            let problem = format!("models of family {family} make no tokens that could be guessed");
-            return Err(tale_models::Error::checkpoint(&source.path, problem));
-        }
-        if needed_bytes > free_bytes {
-            return Err(tale_models::Error::OutOfMemory { phase: None, needed_bytes, free_bytes });
-        }
-        loading::load(source, placement, load, on_component)
-    }
-}
-
-/// Books the models' memory and puts cards and runners into the hands that need them.
-fn prepare(
-    loaded: Loaded,
-    max_queued_sessions: usize,
-) -> Result<(Vec<ServedModel>, DeviceWorker<WallClock>), EngineError> {
-    let Loaded { models, capacity_bytes } = loaded;
-    let mut ledger = Ledger::new(capacity_bytes);
-    let (mut cards, mut runners) = (Vec::with_capacity(models.len()), Vec::with_capacity(models.len()));
-    for (index, (name, model)) in models.into_iter().enumerate() {
-        ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {
-            model: name.clone(),
-            source: Box::new(tale_models::Error::OutOfMemory {
-                phase: None,
-                needed_bytes: shortage.needed_bytes,
-                free_bytes: shortage.free_bytes,
-            }),
-        })?;
-        runners.push((name.clone(), model.runner));
-        cards.push((name, model.card));
-    }
-    let room_bytes = ledger.session_capacity_bytes();
-    runners.iter_mut().for_each(|(_, runner)| runner.set_room(room_bytes));
-    let served = cards.into_iter().map(|(name, card)| ServedModel {
-        name,
-        card: Arc::new(card.with_room(room_bytes)),
-        created: SystemTime::now(),
-    });
-    let served = served.collect();
-    Ok((served, DeviceWorker::new(runners, ledger, max_queued_sessions, WallClock::default())))
-}
-
 /// One running generation. Dropping it before its end cancels the device work within one step.
 #[derive(Debug)]
 pub struct Session {
     id: SessionId,
     mailbox: Arc<Mailbox>,
-    commands: Sender<Command>,
+    /// Of all devices that may have it: before its first step it may go from one to another.
+    commands: Arc<[Arc<Sender<Command>>]>,
     ended: bool,
 }
 
@@ -624,11 +517,15 @@ impl Session {
         if let Poll::Ready(event) = &polled {
             self.ended |= event.as_ref().is_none_or(Event::is_terminal);
             if matches!(event, Some(Event::Frames(_))) && self.mailbox.has_room_again() {
-                // An error means that the device thread has ended.
-                let _ = self.commands.send(Command::Resume(self.id));
+                self.tell(|| Command::Resume(self.id));
             }
         }
         polled
+    }
+
+    /// Those that do not have it do nothing. An error means that a device's thread, and the work with it, has ended.
+    fn tell(&self, command: impl Fn() -> Command) {
+        self.commands.iter().for_each(|commands| drop(commands.send(command())));
     }
 
     /// As [`Session::recv`], on a thread that may block.
@@ -646,8 +543,8 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         if !self.ended {
-            // An error means that the device thread, and the work with it, has ended.
-            let _ = self.commands.send(Command::Cancel(self.id));
+            self.mailbox.abandon();
+            self.tell(|| Command::Cancel(self.id));
         }
     }
 }
@@ -660,5 +557,7 @@ impl Wake for Unpark {
     }
 }
 
+#[cfg(test)]
+mod fleet_tests;
 #[cfg(test)]
 mod tests;

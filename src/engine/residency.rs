@@ -9,12 +9,7 @@ use tale_models::memory::MemoryPlan;
 use tale_models::request::Phase;
 use tale_models::{Error, LoadedModel, ModelCard, ModelSource, Request};
 
-/// What a model takes, all the time and for one request with its own defaults.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Sizes {
-    resident_bytes: usize,
-    request_bytes: usize,
-}
+use super::assignment::Sizes;
 
 /// What one model takes with its text encoders on the device, and with them away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +39,7 @@ impl Choice {
         Ok(Self { resident, on_demand: (encoder_bytes > 0).then_some(on_demand) })
     }
 
-    fn sizes(&self, text_encoders: TextEncoders) -> Sizes {
+    pub(super) fn sizes(&self, text_encoders: TextEncoders) -> Sizes {
         match text_encoders {
             TextEncoders::Resident => self.resident,
             TextEncoders::OnDemand => self.on_demand.unwrap_or(self.resident),

@@ -20,14 +20,14 @@ use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
 use super::worker::{Clock, Command, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions, MayBegin};
-use crate::places::NoPlace;
+use crate::places::{NoPlace, Places};
 use tale_models::device::{DeviceMemory, DeviceSpec};
 
-fn text(max_tokens: usize) -> Request {
+pub(super) fn text(max_tokens: usize) -> Request {
     Request::Text(TextRequest { ignore_eos: true, ..TextRequest::greedy(vec![1], max_tokens) })
 }
 
-fn clip(num_inference_steps: usize) -> Request {
+pub(super) fn clip(num_inference_steps: usize) -> Request {
     let prompt = Prompt { text: "x".into(), max_sequence_length: 8 };
     let canvas = Canvas { width: 16, height: 16, num_frames: 5, fps: 8 };
     let scheduler = Scheduler::named("flow_euler").unwrap();
@@ -45,10 +45,10 @@ fn long_clip(num_inference_steps: usize) -> Request {
 
 /// Time that only moves when a scripted step says so.
 #[derive(Clone, Default)]
-struct VirtualClock(Arc<AtomicU64>);
+pub(super) struct VirtualClock(Arc<AtomicU64>);
 
 impl VirtualClock {
-    fn advance(&self, time: Duration) {
+    pub(super) fn advance(&self, time: Duration) {
         self.0.fetch_add(time.as_nanos() as u64, Relaxed);
     }
 }
@@ -61,10 +61,10 @@ impl Clock for VirtualClock {
 
 /// splitmix64: enough to drive a test, and the same everywhere.
 #[derive(Clone)]
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+    pub(super) fn roll(&mut self, sides: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -77,7 +77,7 @@ impl Dice {
 type StepLog = Arc<Mutex<Vec<(usize, Vec<SessionId>)>>>;
 
 /// A client of its own.
-const ALONE: ClientId = ClientId(0);
+pub(super) const ALONE: ClientId = ClientId(0);
 /// More than ever wait.
 const MAX_QUEUED: usize = 10_000;
 const CAPACITY: usize = 1000;
@@ -89,6 +89,16 @@ const FOOTPRINTS: [usize; 3] = [0, 120, 300];
 const FRAME_BYTES: usize = 16 * 16 * 3;
 /// With so many bytes of frames a mailbox of the simulation is full: after two steps of whoever does not read.
 const MAILBOX_BYTES: usize = 6 * FRAME_BYTES;
+
+fn worker_of(
+    runners: Vec<(String, Box<dyn Runner>)>,
+    ledger: Ledger,
+    max_queued: usize,
+    clock: VirtualClock,
+) -> DeviceWorker<VirtualClock> {
+    let queues = runners.iter().map(|_| Places::new(max_queued)).collect();
+    DeviceWorker::new(runners, queues, ledger, clock)
+}
 
 struct World {
     worker: DeviceWorker<VirtualClock>,
@@ -130,7 +140,7 @@ impl World {
             (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
         });
         let runners = runners.collect();
-        let worker = DeviceWorker::new(runners, ledger, MAX_QUEUED, clock);
+        let worker = worker_of(runners, ledger, MAX_QUEUED, clock);
         let (readers, resumed) = (BTreeMap::new(), Vec::new());
         Self { worker, log, readers, resumed, next_id: 0, turns_without_step: [0; 3] }
     }
@@ -222,8 +232,8 @@ impl World {
         assert!(self.readers.is_empty(), "sessions without an end: {:?}", self.readers.keys().collect::<BTreeSet<_>>());
         assert_eq!(self.worker.ledger().used_bytes(), 3 * MODEL_BYTES);
         for gauges in &self.worker.gauges().models {
-            let snapshot = gauges.snapshot("");
-            assert_eq!((snapshot.queued, snapshot.live, snapshot.runner), (0, 0, RunnerStatus::default()));
+            let found = (gauges.queue.taken(), gauges.live.load(Relaxed), gauges.runner());
+            assert_eq!(found, (0, 0, RunnerStatus::default()));
         }
     }
 }
@@ -254,7 +264,7 @@ proptest! {
 fn a_session_that_can_never_fit_fails_at_once() {
     let (clock, ledger) = (VirtualClock::default(), Ledger::new(100));
     let runner = ScriptedRunner::new(Script { footprint_bytes: 101, ..Script::default() });
-    let mut worker = DeviceWorker::new(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, 1, clock);
+    let mut worker = worker_of(vec![("clips".into(), Box::new(runner) as Box<dyn Runner>)], ledger, 1, clock);
     let mailbox = Arc::new(Mailbox::default());
     worker.order(1, ALONE, 0, clip(1), mailbox.clone()).expect("nobody waits");
     let Poll::Ready(Some(Event::Failed(error))) = mailbox.poll(Waker::noop()) else { panic!("no failure") };
@@ -276,8 +286,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
         let script = Script { max_batch: 4, footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
         (format!("model-{index}"), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
     };
-    let mut worker =
-        DeviceWorker::new(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), MAX_QUEUED, clock.clone());
+    let mut worker = worker_of(vec![runner(0, 60), runner(1, 100)], Ledger::new(120), MAX_QUEUED, clock.clone());
     let submit = |worker: &mut DeviceWorker<_>, id: u64, model| {
         worker.order(id, ALONE, model, clip(1), Arc::default()).expect("few wait");
     };
@@ -297,7 +306,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
 /// A worker over one model of clips.
 fn clips(script: Script, capacity: usize) -> DeviceWorker<VirtualClock> {
     let runners = vec![("clips".to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)];
-    DeviceWorker::new(runners, Ledger::new(capacity), MAX_QUEUED, VirtualClock::default())
+    worker_of(runners, Ledger::new(capacity), MAX_QUEUED, VirtualClock::default())
 }
 
 /// Waking is work of the host: it has the time of the next step for it, where there is one.
@@ -323,7 +332,7 @@ fn readers_hear_of_a_step_while_the_next_one_runs() {
             ..Script::default()
         };
         let runners = vec![("text".to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)];
-        let mut worker = DeviceWorker::new(runners, Ledger::new(1), 1, VirtualClock::default());
+        let mut worker = worker_of(runners, Ledger::new(1), 1, VirtualClock::default());
         let (mailbox, waker) = (Arc::new(Mailbox::default()), Waker::from(Arc::new(Told(log.clone()))));
         worker.order(1, ALONE, 0, text(max_tokens), mailbox.clone()).expect("nobody waits");
         assert!(mailbox.poll(&waker).is_pending());
@@ -357,7 +366,7 @@ fn clients_take_turns_in_front_of_a_model_whose_memory_is_short() {
 fn one_client_does_not_take_all_sessions_of_a_runner() {
     let mut worker = clips(Script { max_sessions: 4, ..Script::default() }, 100);
     let held = |worker: &DeviceWorker<VirtualClock>| {
-        let RunnerStatus { running, waiting, .. } = worker.gauges().models[0].snapshot("").runner;
+        let RunnerStatus { running, waiting, .. } = worker.gauges().models[0].runner();
         running + waiting
     };
     for id in 1..=100 {
@@ -397,7 +406,7 @@ fn a_token_stream_waits_for_one_bounded_step_while_encoders_are_read() {
         (name.to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
     };
     let runners = vec![runner("text", 0), runner("clips", ENCODER_BYTES)];
-    let mut worker = DeviceWorker::new(runners, Ledger::new(1 << 40), 1, clock.clone());
+    let mut worker = worker_of(runners, Ledger::new(1 << 40), 1, clock.clone());
     // The stream outlasts the clip.
     for (id, model, request) in [(1, 0, text(2000)), (2, 1, clip(4))] {
         worker.order(id, ALONE, model, request, Arc::default()).expect("nobody waits");
@@ -426,7 +435,7 @@ fn what_steps_borrow_is_in_the_books() {
         let script = Script { footprint_bytes: 100, borrowed_bytes: 50, ..Script::default() };
         let runner = Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>;
         let runners = vec![("clips".to_owned(), runner)];
-        let mut worker = DeviceWorker::new(runners, Ledger::new(capacity), 1, VirtualClock::default());
+        let mut worker = worker_of(runners, Ledger::new(capacity), 1, VirtualClock::default());
         let mailbox = Arc::new(Mailbox::default());
         worker.order(1, ALONE, 0, clip(2), mailbox.clone()).expect("nobody waits");
         let mut used = Vec::new();
@@ -470,7 +479,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
             Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>
         };
         let runners = vec![("clips".to_owned(), runner(100)), ("text".to_owned(), runner(0))];
-        let mut worker = DeviceWorker::new(runners, Ledger::new(200), MAX_QUEUED, VirtualClock::default());
+        let mut worker = worker_of(runners, Ledger::new(200), MAX_QUEUED, VirtualClock::default());
         let mailboxes: Vec<_> = (0..3).map(|_| Arc::new(Mailbox::of_frame_bytes(MAILBOX_BYTES))).collect();
         let orders = [(0, long_clip(2)), (0, long_clip(2)), (1, text(2000))];
         for ((id, (model, request)), mailbox) in (1..).zip(orders).zip(&mailboxes) {
@@ -513,7 +522,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
             }
         }
         assert_eq!(worker.ledger().used_bytes(), 0);
-        assert_eq!(worker.gauges().models[0].snapshot("").runner, RunnerStatus::default());
+        assert_eq!(worker.gauges().models[0].runner(), RunnerStatus::default());
     }
 }
 
@@ -661,8 +670,8 @@ fn models_that_do_not_fit_or_share_a_name_are_refused() {
 fn a_gpu_gives_what_is_free_less_a_reserve_or_what_is_configured() {
     let gpu = DeviceMemory { free_bytes: 20 << 30, total_bytes: 24 << 30 };
     let capacity = |memory_bytes, gpu| {
-        let options = EngineOptions { device: DeviceSpec::Cuda(1), memory_bytes, ..EngineOptions::default() };
-        super::capacity_bytes(&options, gpu).map_err(|error| error.to_string())
+        let options = EngineOptions { devices: vec![DeviceSpec::Cuda(1)], memory_bytes, ..EngineOptions::default() };
+        super::capacity_bytes(&options, DeviceSpec::Cuda(1), gpu).map_err(|error| error.to_string())
     };
     assert_eq!(capacity(None, Some(gpu)), Ok(gpu.usable_bytes()));
     assert!(gpu.usable_bytes() < gpu.free_bytes);

@@ -13,15 +13,20 @@ use std::time::{Duration, Instant};
 
 use tale_models::device::give_back_freed_memory;
 use tale_models::memory::PhaseBytes;
+use tale_models::request::Phase;
 use tale_models::runner::StepPlan;
 use tale_models::runner::fair_queue::FairQueue;
 use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
+use super::MayBegin;
 use super::arbiter::{Arbiter, Candidate};
+use super::gauges::Gauges;
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
-use super::{Gauges, MayBegin, ModelGauges};
-use crate::places::{Place, may_take};
+use super::peers::Peer;
+use crate::places::{Place, Places, may_take};
+
+mod moving;
 use crate::telemetry::ModelMetrics;
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
@@ -62,7 +67,12 @@ pub(super) struct Order {
     pub(super) place: Place,
     /// Asked when its turn comes.
     pub(super) may_begin: Option<MayBegin>,
+    /// What it was expected to take where it was sent first; in the backlog of its device.
+    pub(super) predicted_seconds: f64,
 }
+
+/// Says what is wrong with the device, if it will not work again.
+pub(super) type Health = Box<dyn Fn() -> Result<(), Error> + Send>;
 
 /// Where time comes from.
 pub(super) trait Clock {
@@ -100,6 +110,10 @@ pub(super) struct DeviceWorker<C> {
     admission_due: bool,
     /// Those that wait and those that run.
     sessions: HashMap<SessionId, Live>,
+    /// The other devices of each runner's model.
+    peers: Vec<Vec<Peer>>,
+    /// Asked when a step has failed.
+    health: Health,
     /// They have news that their readers have not heard of. Waking threads takes long, and a device that computes has that time.
     to_wake: Vec<Arc<Mailbox>>,
 }
@@ -157,6 +171,11 @@ struct Live {
     model: usize,
     mailbox: Arc<Mailbox>,
     submitted: Duration,
+    predicted_seconds: f64,
+    /// Of the predicted seconds, those that are still in the backlog.
+    left_seconds: f64,
+    /// Tokens that were asked for, and those that came; of a picture nothing.
+    tokens: (usize, usize),
     /// Whether the runner has it.
     is_handed_over: bool,
     /// `None` once it has begun.
@@ -166,22 +185,23 @@ struct Live {
 }
 
 impl<C: Clock> DeviceWorker<C> {
-    /// A worker over runners whose own memory is booked in `ledger` already. All have equal shares of device time.
-    /// `max_queued_sessions`: most sessions of one model that have not begun.
+    /// A worker over runners whose own memory is booked in `ledger` already, and whose sessions hold places of `queues` until they
+    /// begin. All have equal shares of device time.
     pub(super) fn new(
         runners: Vec<(String, Box<dyn Runner>)>,
+        queues: Vec<Arc<Places>>,
         ledger: Ledger,
-        max_queued_sessions: usize,
         clock: C,
     ) -> Self {
-        let of_models = runners.iter().map(|_| ModelGauges::new(max_queued_sessions)).collect();
-        let gauges = Gauges { models: of_models, ..Gauges::default() };
+        let gauges = Gauges::new(queues);
         gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
         let worker = Self {
             clock,
             metrics: runners.iter().map(|(name, _)| ModelMetrics::new(name)).collect(),
             arbiter: Arbiter::new(&vec![1.0; runners.len()]),
             queues: runners.iter().map(|_| Queue::default()).collect(),
+            peers: vec![Vec::new(); runners.len()],
+            health: Box::new(|| Ok(())),
             runners: runners.into_iter().map(|(_, runner)| runner).collect(),
             gauges: Arc::new(gauges),
             ledger,
@@ -192,6 +212,18 @@ impl<C: Clock> DeviceWorker<C> {
         };
         worker.publish_gauges();
         worker
+    }
+
+    /// The same, that knows the other devices of each runner's model.
+    pub(super) fn beside(mut self, peers: Vec<Vec<Peer>>) -> Self {
+        self.peers = peers;
+        self
+    }
+
+    /// The same, that asks after each step that failed whether its device will work again.
+    pub(super) fn watching(mut self, health: Health) -> Self {
+        self.health = health;
+        self
     }
 
     /// Numbers that this worker publishes.
@@ -206,10 +238,15 @@ impl<C: Clock> DeviceWorker<C> {
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return,
                 Ok(command) => self.handle(command),
                 Err(TryRecvError::Empty) if self.turn() => (),
-                Err(TryRecvError::Empty) => match next_command(commands) {
-                    None | Some(Command::Stop) => return,
-                    Some(command) => self.handle(command),
-                },
+                Err(TryRecvError::Empty) => {
+                    self.gauges.set_idle(true);
+                    let command = next_command(commands);
+                    self.gauges.set_idle(false);
+                    match command {
+                        None | Some(Command::Stop) => return,
+                        Some(command) => self.handle(command),
+                    }
+                }
             }
         }
     }
@@ -225,25 +262,44 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     fn submit(&mut self, order: Order) {
-        let Order { id, client, model, request, mailbox, place, may_begin } = order;
+        let Order { id, client, model, request, mailbox, place, may_begin, predicted_seconds } = order;
+        let max_tokens = match &request {
+            Request::Text(request) => request.max_tokens,
+            Request::Diffusion(_) => 0,
+        };
+        let is_abandoned = mailbox.is_abandoned();
         let live = Live {
             client,
             model,
             mailbox,
             submitted: self.clock.now(),
+            predicted_seconds,
+            left_seconds: predicted_seconds,
+            tokens: (max_tokens, 0),
             is_handed_over: false,
             place: Some(place),
             may_begin,
             last_tokens: None,
         };
         self.sessions.insert(id, live);
+        if is_abandoned {
+            // Its reader went while it was on its way from one device to another.
+            return self.cancel(id);
+        }
+        if !self.gauges.is_alive() {
+            return self.give_away(id, request);
+        }
         if let Err(error) = self.enqueue(id, client, model, request) {
             self.fail(id, error);
         }
     }
 
-    /// Admits what fits and does one step; `false` when there is nothing to do.
+    /// Admits what fits and does one step; `false` when there is nothing to do, or the device has failed.
     pub(super) fn turn(&mut self) -> bool {
+        if !self.gauges.is_alive() {
+            self.wake_readers();
+            return false;
+        }
         self.admit();
         let plans = self.runners.iter().enumerate();
         let candidates: Vec<_> =
@@ -253,6 +309,7 @@ impl<C: Clock> DeviceWorker<C> {
             Some(candidate) => {
                 self.step(candidate);
                 self.publish_events();
+                self.offer();
             }
             None => self.wake_readers(),
         }
@@ -342,11 +399,15 @@ impl<C: Clock> DeviceWorker<C> {
         let cost = self.clock.now().saturating_sub(before);
         self.arbiter.report(candidate, cost);
         self.metrics[candidate.runner].step(candidate.plan.phase, cost);
+        self.gauges.models[candidate.runner].rates().learn(&candidate.plan, cost.as_secs_f64());
         if let Err(error) = outcome {
-            let StepPlan { phase, sessions } = candidate.plan;
+            let StepPlan { phase, sessions, .. } = candidate.plan;
             let phase = phase.as_str();
             tracing::error!(phase, sessions, evicted = evicted.len(), %error, "a step failed; its sessions are ended");
             evicted.into_iter().for_each(|id| self.events.emit(id, Event::Failed(error.restate())));
+            if let Err(problem) = (self.health)() {
+                return self.quarantine(&problem);
+            }
         }
         self.give_back_borrowed(candidate.runner);
     }
@@ -407,10 +468,18 @@ impl<C: Clock> DeviceWorker<C> {
             Event::Started if live.place.take().is_some() => {
                 metrics.queue_time(now.saturating_sub(live.submitted));
             }
-            Event::Text { tokens, .. } if !tokens.is_empty() => match live.last_tokens.replace(now) {
-                Some(last) => metrics.inter_token(tokens.len(), now.saturating_sub(last)),
-                None => metrics.first_token(tokens.len(), now.saturating_sub(live.submitted)),
-            },
+            Event::Text { tokens, .. } if !tokens.is_empty() => {
+                live.tokens.1 += tokens.len();
+                let (wanted, done) = live.tokens;
+                live.is_so_far(&self.gauges, done as f64 / wanted.max(1) as f64);
+                match live.last_tokens.replace(now) {
+                    Some(last) => metrics.inter_token(tokens.len(), now.saturating_sub(last)),
+                    None => metrics.first_token(tokens.len(), now.saturating_sub(live.submitted)),
+                }
+            }
+            Event::Progress { phase: Phase::Denoise, done, total } => {
+                live.is_so_far(&self.gauges, *done as f64 / (*total).max(1) as f64);
+            }
             Event::Finished { reason, usage } => metrics.finished(*reason, *usage),
             Event::Failed(_) => metrics.failed(),
             _ => (),
@@ -461,14 +530,19 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// Takes a session that its runner no longer holds out of all books.
     fn forget(&mut self, id: SessionId) -> Option<Arc<Mailbox>> {
+        self.unbook(id).map(|live| live.mailbox)
+    }
+
+    fn unbook(&mut self, id: SessionId) -> Option<Live> {
         let live = self.sessions.remove(&id)?;
+        self.gauges.subtract_backlog(live.left_seconds);
         self.ledger.release(Owner::Session(id));
         self.admission_due = true;
         if live.is_handed_over {
             self.queues[live.model].give_back(live.client);
         }
         self.gauges.models[live.model].live.fetch_sub(1, Relaxed);
-        Some(live.mailbox)
+        Some(live)
     }
 
     fn publish_gauges(&self) {
@@ -476,6 +550,15 @@ impl<C: Clock> DeviceWorker<C> {
             gauges.publish(runner.status());
         }
         self.gauges.ledger_used_bytes.store(self.ledger.used_bytes(), Relaxed);
+    }
+}
+
+impl Live {
+    /// Of what was predicted, so much is done.
+    fn is_so_far(&mut self, gauges: &Gauges, done: f64) {
+        let left = self.predicted_seconds * (1.0 - done).max(0.0);
+        gauges.subtract_backlog((self.left_seconds - left).max(0.0));
+        self.left_seconds = self.left_seconds.min(left);
     }
 }
 
@@ -496,12 +579,25 @@ impl<C> DeviceWorker<C> {
         let gauges = &self.gauges.models[model];
         let place = gauges.queue.take(client)?;
         gauges.live.fetch_add(1, Relaxed);
-        self.submit(Order { id: SessionId(id), client, model, request, mailbox, place, may_begin: None });
+        let (id, predicted_seconds) = (SessionId(id), 0.0);
+        self.submit(Order { id, client, model, request, mailbox, place, may_begin: None, predicted_seconds });
         Ok(())
     }
 
     pub(super) fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// As between two commands of [`DeviceWorker::run`]: whether there was something to do.
+    pub(super) fn work(&mut self, commands: &Receiver<Command>) -> bool
+    where
+        C: Clock,
+    {
+        self.gauges.set_idle(false);
+        commands.try_iter().for_each(|command| self.handle(command));
+        let worked = self.turn();
+        self.gauges.set_idle(!worked);
+        worked
     }
 
     pub(super) fn has_work(&self, runner: usize) -> bool {

@@ -108,6 +108,17 @@ pub struct DiffusionRequest {
 }
 
 impl DiffusionRequest {
+    /// Pixels of all frames and guidance branches: what a denoising step takes is nearly a multiple of it.
+    pub fn step_amount(&self) -> f64 {
+        let Canvas { width, height, num_frames, .. } = self.canvas;
+        [width, height, num_frames, self.guidance.num_branches()].into_iter().map(|side| side as f64).product()
+    }
+
+    /// Of all denoising steps.
+    pub fn denoising_amount(&self) -> f64 {
+        self.sampling.num_inference_steps as f64 * self.step_amount()
+    }
+
     /// A request that asks for nothing beyond a prompt: no guidance, no other inputs.
     pub fn new(prompt: Prompt, canvas: Canvas, sampling: Sampling) -> Self {
         Self {

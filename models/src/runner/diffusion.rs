@@ -36,7 +36,7 @@ pub mod start;
 #[cfg(test)]
 mod tests;
 
-use batcher::{Batcher, Layers, Load, MendKey, StepKey};
+use batcher::{Batch, Batcher, Layers, Load, MendKey, StepKey};
 use block_cache::{BlockCache, RowCache};
 use course::Expert;
 use mending::Wide;
@@ -304,6 +304,15 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         }
     }
 
+    fn step_of(&self, batch: &Batch<M::Input>) -> StepPlan {
+        let phase = batch.key.phase();
+        let amount = match phase {
+            Phase::Denoise => batch.sessions.iter().map(|id| self.session(*id).request.step_amount()).sum(),
+            _ => 0.0,
+        };
+        StepPlan { phase, sessions: batch.sessions.len(), amount }
+    }
+
     fn session(&self, id: SessionId) -> &Session<M> {
         self.sessions.get(&id).expect(MEMBERS_EXIST)
     }
@@ -394,6 +403,13 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         self.forget(session);
     }
 
+    fn take_back(&mut self, id: SessionId) -> Option<Request> {
+        let session = self.sessions.get(&id).filter(|session| !session.started)?;
+        let request = session.request.clone();
+        self.cancel(id);
+        Some(Request::Diffusion(request))
+    }
+
     fn pause(&mut self, session: SessionId) {
         if let Some(paused) = self.sessions.get_mut(&session) {
             paused.is_paused = true;
@@ -409,7 +425,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 
     fn next(&self) -> Option<StepPlan> {
         let batch = self.batcher.peek()?;
-        Some(StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() })
+        Some(self.step_of(&batch))
     }
 
     fn borrowed_bytes(&self) -> usize {
@@ -426,7 +442,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
 
     fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
         let batch = self.batcher.take().expect("step is called when there is a next one: this is a bug");
-        let plan = StepPlan { phase: batch.key.phase(), sessions: batch.sessions.len() };
+        let plan = self.step_of(&batch);
         self.in_step.clone_from(&batch.sessions);
         self.announce(events);
         match batch.key {

@@ -65,6 +65,17 @@ impl<T> FairQueue<T> {
         item
     }
 
+    /// Takes an item that fulfils a condition, the first of them client by client; no turn is had for it.
+    pub fn take_where(&mut self, mut wanted: impl FnMut(&T) -> bool) -> Option<T> {
+        let index = self.lanes.iter().position(|lane| lane.items.iter().any(&mut wanted))?;
+        let items = &mut self.lanes[index].items;
+        let item = items.iter().position(&mut wanted).and_then(|position| items.remove(position));
+        if items.is_empty() {
+            self.lanes.remove(index);
+        }
+        item
+    }
+
     /// Keeps the items that fulfil a condition.
     pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         self.lanes.iter_mut().for_each(|lane| lane.items.retain(&mut keep));

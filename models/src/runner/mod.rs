@@ -15,6 +15,9 @@ pub struct StepPlan {
     pub phase: Phase,
     /// Sessions that the step advances.
     pub sessions: usize,
+    /// How much work it is, in a unit of its phase: tokens of prefill and decode, positions (pixels of all frames and guidance
+    /// branches) of denoising; 0 of what else a picture takes.
+    pub amount: f64,
 }
 
 /// What a runner holds now, for metrics and for tests that nothing leaks.
@@ -53,6 +56,10 @@ pub trait Runner: Send {
 
     /// Forgets a session and frees what it holds. Unknown ids are ignored: the session may just have ended.
     fn cancel(&mut self, session: SessionId);
+
+    /// Forgets a session that has had no step, and gives its request back; `None` for one that has had a step, and for unknown
+    /// ids.
+    fn take_back(&mut self, session: SessionId) -> Option<Request>;
 
     /// Leaves a session out of all steps until [`Runner::resume`]; it keeps what it holds. Called where the frames that it has
     /// given have nowhere to go, so that a runner without frames is never asked. Unknown ids are ignored, as in `cancel`.

@@ -51,6 +51,8 @@ pub struct TextRunner<M> {
     options: RunnerOptions,
     batcher: Batcher,
     sessions: HashMap<SessionId, Session>,
+    /// What was asked for by those of them that have had no step.
+    not_begun: HashMap<SessionId, TextRequest>,
     /// Sessions of the step that is being computed; what is left of them after a failure is evicted.
     in_step: Vec<SessionId>,
     /// The step whose first half is done.
@@ -116,6 +118,7 @@ impl<M: CausalLm> TextRunner<M> {
             options,
             batcher,
             sessions: HashMap::new(),
+            not_begun: HashMap::new(),
             in_step: Vec::new(),
             launched: None,
             is_asynchronous,
@@ -157,6 +160,7 @@ impl<M: CausalLm> TextRunner<M> {
             let session = self.sessions.get_mut(id).expect("only live sessions are planned: this is a bug");
             if !session.started {
                 session.started = true;
+                self.not_begun.remove(id);
                 if self.options.prefix_cache != PrefixCache::Off {
                     session.num_cached_tokens = Some(self.batcher.num_computed(*id));
                 }
@@ -342,12 +346,14 @@ impl<M: CausalLm> TextRunner<M> {
 
     fn forget(&mut self, id: SessionId) -> Option<Session> {
         self.batcher.remove(id);
+        self.not_begun.remove(&id);
         self.sessions.remove(&id)
     }
 
     /// As [`Self::forget`], of a session that failed: what it left in the cache serves no other.
     fn discard(&mut self, id: SessionId) -> Option<Session> {
         self.batcher.discard(id);
+        self.not_begun.remove(&id);
         self.sessions.remove(&id)
     }
 }
@@ -382,6 +388,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         let shares = request.prompt_logprobs.is_none();
         let scope = self.options.prefix_cache.scope(client, request.cache_salt.as_deref()).filter(|_| shares);
         self.batcher.submit(id, client, &request.prompt, scope);
+        self.not_begun.insert(id, request.clone());
         self.sessions.insert(id, Session::new(request, &self.model.tokenizer, &self.model.eos_token_ids));
         Ok(())
     }
@@ -392,6 +399,12 @@ impl<M: CausalLm> Runner for TextRunner<M> {
 
     fn cancel(&mut self, id: SessionId) {
         self.forget(id);
+    }
+
+    fn take_back(&mut self, id: SessionId) -> Option<Request> {
+        let request = self.not_begun.remove(&id)?;
+        self.forget(id);
+        Some(Request::Text(request))
     }
 
     fn next(&self) -> Option<StepPlan> {
@@ -420,7 +433,7 @@ impl<M: CausalLm> Runner for TextRunner<M> {
 
     fn collect(&mut self, events: &mut Events) -> Result<StepPlan> {
         let Some(Launched { plan, drafts, masks, computed }) = self.launched.take() else {
-            return Ok(StepPlan { phase: Phase::Decode, sessions: 0 });
+            return Ok(StepPlan { phase: Phase::Decode, sessions: 0, amount: 0.0 });
         };
         self.announce(events);
         let Computed { logits, prompts } = match computed {
@@ -455,7 +468,8 @@ impl<M: CausalLm> Runner for TextRunner<M> {
 }
 
 fn summary(plan: &Plan) -> StepPlan {
-    StepPlan { phase: plan.phase(), sessions: plan.chunks.len() }
+    let amount = plan.chunks.iter().map(|chunk| chunk.num_tokens).sum::<usize>() as f64;
+    StepPlan { phase: plan.phase(), sessions: plan.chunks.len(), amount }
 }
 
 #[cfg(test)]

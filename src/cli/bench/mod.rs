@@ -57,7 +57,7 @@ impl DeviceArgs {
     /// An engine there.
     fn engine_options(&self) -> EngineOptions {
         EngineOptions {
-            device: self.device,
+            devices: vec![self.device],
             weight_dtype: self.dtype,
             memory_bytes: self.memory.map(|size| size.0),
             ..EngineOptions::default()

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use tale_models::bench::step::{Bound, LoadedBench, MeasuredStep, StepBench, StepOptions};
 use tale_models::checkpoint::LoadFormat;
-use tale_models::device::Placement;
+use tale_models::device::{Placement, on_threads_of};
 use tale_models::diffusion::acceleration::CacheMethod;
 use tale_models::presets::{Configurations, PRESETS, Preset};
 
@@ -97,6 +97,10 @@ fn preset_help() -> String {
 }
 
 pub fn run(args: &StepArgs) -> Result<(), CliError> {
+    on_threads_of(args.place.device, || measure(args))?
+}
+
+fn measure(args: &StepArgs) -> Result<(), CliError> {
     let format = load_format(args)?;
     // Also what is read only: the folder must live until the model is loaded.
     let folder = configurations(args, format)?;
@@ -104,7 +108,7 @@ pub fn run(args: &StepArgs) -> Result<(), CliError> {
     let DeviceArgs { device, dtype, .. } = args.place;
     let plan = StepBench::plan(&path, device, dtype, &args.options(format))?;
     let placement = Placement::open(device, dtype)?;
-    let free_bytes = engine::capacity_bytes(&args.place.engine_options(), placement.memory()?)?;
+    let free_bytes = engine::capacity_bytes(&args.place.engine_options(), args.place.device, placement.memory()?)?;
     let bar = progress::loading();
     bar.set_message(args.model_name());
     let loaded = plan.load(&placement, free_bytes);

@@ -117,7 +117,7 @@ impl Generator {
         options.load.load_format = args.load_format;
         // There is no second request to keep anything for.
         options.load.lora_cache_bytes = 0;
-        let options = EngineOptions { device: args.device, weight_dtype: args.dtype, ..options };
+        let options = EngineOptions { devices: vec![args.device], weight_dtype: args.dtype, ..options };
         let bar = progress::loading();
         let told = bar.clone();
         let model = ModelSpec::new(MODEL, args.source());

@@ -1,0 +1,119 @@
+//! `tale inspect --plan FILE`: which models of a configuration lie on which devices, and what they take there.
+//!
+//! Owns: the report. Does not know: how that is decided (`engine::plan`).
+
+use std::fmt;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::CliError;
+use crate::config::{ByteSize, Config, Settings};
+use crate::engine::{self, EngineError, Planned};
+
+/// The report, as text or as one JSON object.
+pub fn report(file: &Path, memory: Option<ByteSize>, json: bool) -> Result<String, CliError> {
+    let flags = Settings { memory, ..Settings::default() };
+    let config = Config::resolve(Some(file), flags)?;
+    let devices = engine::plan(&config.models, &config.engine).map_err(|error| match error {
+        EngineError::Load { source, .. } => CliError::from(*source),
+        other => CliError::from(other),
+    })?;
+    let report = Report { devices: devices.into_iter().map(Device::from).collect() };
+    Ok(match json {
+        true => serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n",
+        false => report.to_string(),
+    })
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    devices: Vec<Device>,
+}
+
+#[derive(Debug, Serialize)]
+struct Device {
+    device: String,
+    capacity_bytes: usize,
+    models: Vec<Model>,
+    /// Beside the models, for requests.
+    free_bytes: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Model {
+    name: String,
+    resident_bytes: usize,
+    /// Of a request with the model's own defaults.
+    request_bytes: usize,
+}
+
+impl From<Planned> for Device {
+    fn from(planned: Planned) -> Self {
+        let Planned { device, capacity_bytes, models } = planned;
+        let taken: usize = models.iter().map(|(_, sizes)| sizes.resident_bytes).sum();
+        let model = |(name, sizes): (String, engine::assignment::Sizes)| Model {
+            name,
+            resident_bytes: sizes.resident_bytes,
+            request_bytes: sizes.request_bytes,
+        };
+        Self {
+            device: device.to_string(),
+            capacity_bytes,
+            models: models.into_iter().map(model).collect(),
+            free_bytes: capacity_bytes.saturating_sub(taken),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Device { device, capacity_bytes, models, free_bytes } in &self.devices {
+            writeln!(f, "{device}: {}", Gib(*capacity_bytes))?;
+            for Model { name, resident_bytes, request_bytes } in models {
+                writeln!(f, "  {name}: {}, and {} of a request", Gib(*resident_bytes), Gib(*request_bytes))?;
+            }
+            writeln!(f, "  free for requests: {}", Gib(*free_bytes))?;
+        }
+        Ok(())
+    }
+}
+
+struct Gib(usize);
+
+impl fmt::Display for Gib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2} GiB", self.0 as f64 / (1u64 << 30) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes come from headers: two parts of the processor, and a model that must have one of them for itself.
+    #[test]
+    fn a_configuration_is_shared_out() {
+        let golden =
+            |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name).join("checkpoint");
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("serve.toml");
+        let text = format!(
+            "device = [\"cpu:0/2\", \"cpu:1/2\"]\nkv_cache = \"64MiB\"\nmemory = \"1GiB\"\n\n[models]\n\
+             words = {{ path = {:?}, devices = [\"cpu:1/2\"] }}\npictures = {:?}\n",
+            golden("qwen2"),
+            golden("flux-schnell"),
+        );
+        std::fs::write(&file, text).expect("written");
+        let report: serde_json::Value =
+            serde_json::from_str(&report(&file, None, true).expect("it fits")).expect("JSON");
+        let names = |device: usize| {
+            let models = report["devices"][device]["models"].as_array().expect("a list").clone();
+            models.into_iter().map(|model| model["name"].as_str().expect("a name").to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!([names(0), names(1)], [vec!["pictures"], vec!["pictures", "words"]]);
+        assert_eq!(report["devices"][0]["device"], "cpu:0/2");
+        let error = super::report(&file, Some(ByteSize(1 << 20)), false).expect_err("too little").to_string();
+        assert!(error.contains("model `pictures` fits on no device"), "{error}");
+    }
+}

@@ -1,0 +1,131 @@
+//! Numbers that a device's thread publishes and everybody may read.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tale_models::runner::RunnerStatus;
+
+use super::rates::Rates;
+use crate::places::Places;
+
+/// Of one device.
+#[derive(Debug, Default)]
+pub(super) struct Gauges {
+    /// One per runner.
+    pub(super) models: Vec<ModelGauges>,
+    /// The thread has ended, or takes no work since the device has failed.
+    pub(super) dead: AtomicBool,
+    /// Why the device takes no work, where that is known.
+    problem: Mutex<Option<String>>,
+    /// The thread has nothing to do. Whoever sets it to false gives it something.
+    idle: AtomicBool,
+    /// Nanoseconds that all its sessions will still take, as far as that was predicted.
+    backlog: AtomicU64,
+    pub(super) ledger_used_bytes: AtomicUsize,
+    pub(super) ledger_capacity_bytes: AtomicUsize,
+}
+
+/// Of one runner.
+#[derive(Debug)]
+pub(super) struct ModelGauges {
+    /// Sessions that are submitted and not begun hold a place. All replicas of a model have one queue.
+    pub(super) queue: Arc<Places>,
+    /// Submitted and not ended.
+    pub(super) live: AtomicUsize,
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    kv_blocks_used: AtomicUsize,
+    kv_blocks_total: AtomicUsize,
+    rates: Mutex<Rates>,
+}
+
+const NOTHING_PANICS: &str = "nothing panics while it holds this: this is a bug";
+
+impl Gauges {
+    /// Of runners whose sessions wait in these queues.
+    pub(super) fn new(queues: Vec<Arc<Places>>) -> Self {
+        Self { models: queues.into_iter().map(ModelGauges::new).collect(), ..Self::default() }
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !self.dead.load(Relaxed)
+    }
+
+    pub(super) fn problem(&self) -> Option<String> {
+        self.problem.lock().expect(NOTHING_PANICS).clone()
+    }
+
+    pub(super) fn fail(&self, problem: String) {
+        *self.problem.lock().expect(NOTHING_PANICS) = Some(problem);
+        self.dead.store(true, Relaxed);
+    }
+
+    pub(super) fn set_idle(&self, is_idle: bool) {
+        self.idle.store(is_idle, Relaxed);
+    }
+
+    /// Whether it had nothing to do; it is taken to have something from now on.
+    pub(super) fn take_idleness(&self) -> bool {
+        self.is_alive() && self.idle.swap(false, Relaxed)
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle.load(Relaxed)
+    }
+
+    pub(super) fn backlog_seconds(&self) -> f64 {
+        self.backlog.load(Relaxed) as f64 * 1e-9
+    }
+
+    pub(super) fn add_backlog(&self, seconds: f64) {
+        self.backlog.fetch_add(nanoseconds(seconds), Relaxed);
+    }
+
+    /// Less than nothing is never left: both are rounded.
+    pub(super) fn subtract_backlog(&self, seconds: f64) {
+        let less = nanoseconds(seconds);
+        let subtract = |backlog: u64| Some(backlog.saturating_sub(less));
+        // The closure never refuses.
+        let _ = self.backlog.fetch_update(Relaxed, Relaxed, subtract);
+    }
+}
+
+/// Casts of floats saturate.
+fn nanoseconds(seconds: f64) -> u64 {
+    (seconds * 1e9).round() as u64
+}
+
+impl ModelGauges {
+    fn new(queue: Arc<Places>) -> Self {
+        Self {
+            queue,
+            live: AtomicUsize::default(),
+            running: AtomicUsize::default(),
+            waiting: AtomicUsize::default(),
+            kv_blocks_used: AtomicUsize::default(),
+            kv_blocks_total: AtomicUsize::default(),
+            rates: Mutex::default(),
+        }
+    }
+
+    pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {
+        self.rates.lock().expect(NOTHING_PANICS)
+    }
+
+    pub(super) fn publish(&self, status: RunnerStatus) {
+        self.running.store(status.running, Relaxed);
+        self.waiting.store(status.waiting, Relaxed);
+        self.kv_blocks_used.store(status.kv_blocks_used, Relaxed);
+        self.kv_blocks_total.store(status.kv_blocks_total, Relaxed);
+    }
+
+    pub(super) fn runner(&self) -> RunnerStatus {
+        RunnerStatus {
+            running: self.running.load(Relaxed),
+            waiting: self.waiting.load(Relaxed),
+            kv_blocks_used: self.kv_blocks_used.load(Relaxed),
+            kv_blocks_total: self.kv_blocks_total.load(Relaxed),
+        }
+    }
+}

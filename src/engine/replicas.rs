@@ -1,0 +1,89 @@
+//! The devices that hold one model, and which of them a request goes to: the one on which it is expected to end first.
+//!
+//! That is the device time that all its sessions will still take, and what this request takes there: as fast as such work was on
+//! that device so far, without the beginning of a prompt that it has read lately. While nothing is known of a device, what a request
+//! takes there counts for nothing, so that it is tried. Expectations are wrong at times: what waits on a device goes on to one that
+//! has nothing to do ([`super::peers`]).
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+
+use tale_models::kv::PrefixCache;
+use tale_models::{ClientId, Request};
+
+use super::affinity::{Affinity, Beginnings};
+use super::gauges::Gauges;
+use super::worker::Command;
+use crate::places::Places;
+
+/// One model on one device.
+#[derive(Debug)]
+pub(super) struct Replica {
+    /// Position of the device.
+    pub(super) device: usize,
+    /// Of the device.
+    pub(super) gauges: Arc<Gauges>,
+    /// Which of the device's runners has the model.
+    pub(super) runner: usize,
+}
+
+/// All devices that hold one model.
+#[derive(Debug)]
+pub(super) struct Replicas {
+    /// By device; at least one.
+    pub(super) on: Vec<Replica>,
+    /// Of all of them. Their lengths are bounded: a submission holds a place of the model's queue, a cancellation needs a
+    /// submission, and what has room again was full.
+    pub(super) commands: Arc<[Arc<Sender<Command>>]>,
+    affinity: Mutex<Affinity>,
+}
+
+/// Where a request goes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Chosen {
+    /// Position among the replicas.
+    pub(super) index: usize,
+    /// What it is expected to take there.
+    pub(super) seconds: f64,
+}
+
+impl Replicas {
+    pub(super) fn new(on: Vec<Replica>, commands: Arc<[Arc<Sender<Command>>]>) -> Self {
+        Self { on, commands, affinity: Mutex::default() }
+    }
+
+    /// In which sessions wait, whichever of the devices they are for.
+    pub(super) fn queue(&self) -> &Arc<Places> {
+        let Replica { gauges, runner, .. } = &self.on[0];
+        &gauges.models[*runner].queue
+    }
+
+    /// Whether a device is left.
+    pub(super) fn is_alive(&self) -> bool {
+        self.on.iter().any(|replica| replica.gauges.is_alive())
+    }
+
+    /// The replica for a request, whose device has it in its backlog from then on; `None` where no device is left.
+    pub(super) fn choose(&self, client: ClientId, request: &Request, prefix_cache: PrefixCache) -> Option<Chosen> {
+        let beginnings = match request {
+            // With one device there is nothing to remember.
+            Request::Text(request) if self.on.len() > 1 => Beginnings::of(request, client, prefix_cache),
+            _ => Beginnings::default(),
+        };
+        let mut affinity = self.affinity.lock().expect("nothing panics while it holds this: this is a bug");
+        let alive = self.on.iter().enumerate().filter(|(_, replica)| replica.gauges.is_alive());
+        let expected = alive.map(|(index, Replica { device, gauges, runner })| {
+            let cached_tokens = affinity.cached_tokens(&beginnings, *device);
+            let seconds = gauges.models[*runner].rates().predict(request, cached_tokens).unwrap_or(0.0);
+            let live: usize = gauges.models.iter().map(|model| model.live.load(Relaxed)).sum();
+            (gauges.backlog_seconds() + seconds, live, Chosen { index, seconds })
+        });
+        let (_, _, chosen) = expected.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
+        let Replica { device, gauges, runner } = &self.on[chosen.index];
+        affinity.note(&beginnings, *device);
+        gauges.models[*runner].live.fetch_add(1, Relaxed);
+        gauges.add_backlog(chosen.seconds);
+        Some(chosen)
+    }
+}
