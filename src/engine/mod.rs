@@ -79,7 +79,7 @@ pub struct EngineOptions {
     pub text_encoders: Option<TextEncoders>,
     /// Bytes of memory that models and sessions may take together on each device; `None` is what it has to give.
     pub memory_bytes: Option<usize>,
-    /// Most sessions of one model that have been submitted and not begun; clients share them ([`Places`]).
+    /// Most sessions of one model that have been submitted and not begun; clients share them ([`crate::places::Places`]).
     pub max_queued_sessions: usize,
 }
 
