@@ -399,23 +399,35 @@ fn what_is_dropped_on_its_way_is_gone() {
 }
 
 #[test]
-fn a_model_whose_devices_have_failed_says_why() {
-    let problem = Arc::new(Mutex::new(0));
-    let on_step = move |_, _: &[SessionId]| -> tale_models::Result<()> {
-        *problem.lock().expect("no panic inside") += 1;
-        Err(Error::Device("no answer".into()))
-    };
+fn a_step_that_fails_is_no_device_that_fails() {
+    let on_step = |_, _: &[SessionId]| -> tale_models::Result<()> { Err(Error::Device("no answer".into())) };
     let script = Script { on_step: Box::new(on_step), ..Script::default() };
     let options = EngineOptions { memory_bytes: Some(1 << 20), ..EngineOptions::default() };
     let engine = Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts");
-    // A step that fails is no device that fails.
     for _ in 0..2 {
         let mut session = engine.submit("clips", ALONE, clip(1)).expect("accepted");
         let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
         assert!(matches!(events.last(), Some(Event::Failed(_))), "{events:?}");
     }
-    assert!(engine.is_alive());
+    assert!(engine.is_alive() && engine.problem().is_none());
     engine.shutdown(Duration::ZERO);
     let error = engine.submit("clips", ALONE, clip(1)).expect_err("over");
     assert!(matches!(error, EngineError::Draining), "{error}");
+}
+
+/// The other models are served, and the one that is lost says why.
+#[test]
+fn a_model_without_a_device_is_refused_alone() {
+    let options = EngineOptions { memory_bytes: Some(1 << 20), ..EngineOptions::default() };
+    let words = text_model(Script::default()).expect("made");
+    let models = vec![vec![("clips".to_owned(), clip_model(Script::default()))], vec![("words".to_owned(), words)]];
+    let engine = Engine::start_on(models, options).expect("starts");
+    engine.shared.devices[0].gauges.fail("it fell off the bus".into());
+    let error = engine.submit("clips", ALONE, clip(1)).expect_err("lost").to_string();
+    assert_eq!(error, "no device is left for model `clips`: cpu:0/2: it fell off the bus");
+    assert_eq!(engine.problem().map(|problem| problem.to_string()), Some(error));
+    assert!(engine.is_alive() && !engine.status().alive);
+    let mut session = engine.submit("words", ALONE, text(2)).expect("served");
+    let events: Vec<_> = std::iter::from_fn(|| session.blocking_recv()).collect();
+    assert!(matches!(events.last(), Some(Event::Finished { .. })), "{events:?}");
 }

@@ -419,9 +419,15 @@ impl Engine {
         !self.shared.draining.load(Relaxed) && self.is_alive()
     }
 
-    /// Whether a device lives for each model.
+    /// Whether a device lives.
     pub fn is_alive(&self) -> bool {
-        self.shared.replicas.iter().all(Replicas::is_alive)
+        self.shared.devices.iter().any(|device| device.gauges.is_alive())
+    }
+
+    /// What is wrong, if no device is left for some model; others may be served.
+    pub fn problem(&self) -> Option<EngineError> {
+        let lost = self.shared.replicas.iter().position(|replicas| !replicas.is_alive());
+        lost.map(|index| self.failed(index))
     }
 
     /// What the engine holds now.
@@ -430,7 +436,7 @@ impl Engine {
             models: (0..self.models().len()).map(|index| self.model_status(index)).collect(),
             devices: self.shared.devices.iter().map(DeviceHandle::status).collect(),
             draining: self.shared.draining.load(Relaxed),
-            alive: self.is_alive(),
+            alive: self.problem().is_none(),
         }
     }
 

@@ -43,9 +43,14 @@ impl Served {
         Ok(self.0.model(name)?)
     }
 
-    /// Whether the device thread lives.
+    /// Whether a device lives.
     pub(super) fn is_alive(&self) -> bool {
         self.0.is_alive()
+    }
+
+    /// What is wrong, if no device is left for some model.
+    pub(super) fn problem(&self) -> Option<EngineError> {
+        self.0.problem()
     }
 
     pub(super) fn status(&self) -> EngineStatus {

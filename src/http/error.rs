@@ -272,7 +272,7 @@ impl From<EngineError> for ApiError {
             }
             EngineError::Busy { .. } => Self::busy(message),
             EngineError::Draining => Self::unready("shutting_down", &message),
-            EngineError::Failed { .. } => Self::unready("device_failed", &message),
+            EngineError::Failed { .. } => Self::unready("device_lost", &message),
             EngineError::DuplicateModel { .. }
             | EngineError::Devices(_)
             | EngineError::NoRoom { .. }

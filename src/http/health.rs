@@ -32,10 +32,13 @@ pub(super) async fn live() -> &'static str {
     "ok\n"
 }
 
-/// The models are loaded, the device lives, and new work is taken. A disk that takes no clips is said; a server with
+/// The models are loaded, each has a device that lives, and new work is taken. A disk that takes no clips is said; a server with
 /// nothing else to do is not ready then.
 pub(super) async fn ready(State(state): State<AppState>) -> Result<String, ApiError> {
     let engine = state.engine()?;
+    if let Some(problem) = engine.problem() {
+        return Err(problem.into());
+    }
     let Some(problem) = state.outputs().problem() else { return Ok("ready\n".into()) };
     let makes_clips = |card: &ModelCard| matches!(card, ModelCard::Diffusion(card) if card.medium() == Medium::Video);
     let clips = engine.models().iter().filter(|model| makes_clips(&model.card)).count();

@@ -182,7 +182,8 @@ impl AppState {
         }
         let engine = self.0.engine.get().ok_or_else(|| ApiError::unready("loading", "the models are being loaded"))?;
         if !engine.is_alive() {
-            return Err(ApiError::unready("device_lost", "the device thread has ended"));
+            let problem = engine.problem().map_or_else(|| "no device is left".into(), |problem| problem.to_string());
+            return Err(ApiError::unready("device_lost", &problem));
         }
         Ok(engine)
     }
