@@ -13,12 +13,13 @@ use tale_models::kv::PrefixCache;
 use tale_models::testing::{Script, ScriptedRunner, clip_model, text_model};
 use tale_models::{ClientId, Error, Event, LoadedModel, Request, Runner, SessionId};
 
+use super::command::{Command, Order};
 use super::ledger::Ledger;
 use super::mailbox::Mailbox;
 use super::peers::Peer;
 use super::replicas::{Replica, Replicas};
-use super::tests::{ALONE, Dice, VirtualClock, clip, text};
-use super::worker::{Clock, Command, DeviceWorker, Order};
+use super::tests::{ALONE, Dice, VirtualClock, clip, slow, text};
+use super::worker::{Clock, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions};
 use crate::places::Places;
 
@@ -109,7 +110,15 @@ impl Fleet {
                     clock.advance(Duration::from_micros(slowness * (900 + spread) * (1 + sessions.len() as u64)));
                     if fails(index) { Err(Error::Device("it fell off the bus".into())) } else { Ok(()) }
                 };
-                let script = Script { max_batch, footprint_bytes, on_step: Box::new(on_step), ..Script::default() };
+                // A script knows no clients: no more sessions than run at a time, so that all turns are the worker's.
+                let max_sessions = max_batch;
+                let script = Script {
+                    max_batch,
+                    max_sessions,
+                    footprint_bytes,
+                    on_step: Box::new(on_step),
+                    ..Script::default()
+                };
                 (name.to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)
             };
             let runners = vec![runner("text", 0, 8), runner("clips", CLIP_BYTES, 2)];
@@ -226,19 +235,21 @@ impl Fleet {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(5))]
 
-    /// 5 cases of 20,000 arrivals. One client asks for ten times as much as four others together.
+    /// 5 cases of 20,000 arrivals. One client asks for forty times as much as four others together. What these ask for is
+    /// less than their shares of the devices, whatever the devices are: so they wait for little but what runs.
     #[test]
     fn no_device_idles_while_work_waits_and_nobody_starves(seed in any::<u64>(), num_devices in 2..5usize) {
         let mut dice = Dice(seed);
         let slowness: Vec<u64> = (0..num_devices).map(|_| 1 + dice.roll(4) as u64).collect();
         let mut fleet = Fleet::new(&slowness, seed, |_| false);
         let mut now = Duration::ZERO;
+        let speed: f64 = slowness.iter().map(|slowness| 1.0 / *slowness as f64).sum();
         // Stretches of too much work and of too little.
-        let gap = |arrival: usize| if arrival % 2000 < 1500 { 700 } else { 16_000 };
+        let gap = |arrival: usize| (if arrival % 2000 < 1500 { 1800.0 } else { 40_000.0 } / speed) as usize;
         for arrival in 0..20_000 {
             now += Duration::from_micros(dice.roll(gap(arrival)) as u64);
             fleet.run(now);
-            let client = ClientId(if dice.roll(11) < 10 { 0 } else { 1 + dice.roll(4) as u64 });
+            let client = ClientId(if dice.roll(41) < 40 { 0 } else { 1 + dice.roll(4) as u64 });
             match dice.roll(8) {
                 0 => fleet.arrive(now, client, CLIPS, clip(1 + dice.roll(3))),
                 _ => fleet.arrive(now, client, TEXT, text(1 + dice.roll(3))),
@@ -249,8 +260,7 @@ proptest! {
         let patient = fleet.longest_waits[&ClientId(0)];
         for client in 1..5 {
             let waited = fleet.longest_waits[&ClientId(client)];
-            prop_assert!(waited < patient, "client {client} waited {waited:?}, the one who asks for most {patient:?}");
-            prop_assert!(waited < Duration::from_secs(6), "client {client} waited {waited:?}");
+            prop_assert!(waited < patient / 4, "client {client} waited {waited:?}, the one who asks for most {patient:?}");
         }
     }
 }
@@ -326,14 +336,6 @@ fn a_prompt_goes_where_its_beginning_was_read() {
 
 fn models(name: &str, make: impl Fn() -> LoadedModel, devices: usize) -> Vec<Vec<(String, LoadedModel)>> {
     (0..devices).map(|_| vec![(name.to_owned(), make())]).collect()
-}
-
-fn slow(step: Duration) -> Script {
-    let on_step = move |_, _: &[SessionId]| {
-        std::thread::sleep(step);
-        Ok(())
-    };
-    Script { max_batch: 1, on_step: Box::new(on_step), ..Script::default() }
 }
 
 #[test]
