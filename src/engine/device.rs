@@ -10,10 +10,11 @@ use std::thread::{Builder, JoinHandle};
 use tale_models::device::{DeviceSpec, keep_freed_memory, on_threads_of};
 use tale_models::{LoadedModel, ModelCard};
 
+use super::command::Command;
 use super::gauges::Gauges;
 use super::ledger::{Ledger, Owner};
 use super::peers::Peer;
-use super::worker::{Command, DeviceWorker, Health, WallClock};
+use super::worker::{DeviceWorker, Health, WallClock};
 use super::{DeviceStatus, EngineError};
 use crate::places::Places;
 

@@ -19,15 +19,16 @@ use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::lookup::PromptLookup;
 use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
 
+use self::command::{Command, Order};
 use self::device::DeviceHandle;
 use self::mailbox::Mailbox;
 use self::replicas::{Chosen, Replica, Replicas};
-use self::worker::{Command, Order};
 use crate::places::{NoPlace, Place};
 
 mod affinity;
 pub mod arbiter;
 pub mod assignment;
+mod command;
 mod device;
 mod gauges;
 pub mod ledger;

@@ -6,8 +6,8 @@
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
 
+use super::command::{Command, Order};
 use super::gauges::Gauges;
-use super::worker::{Command, Order};
 
 /// Another device that holds a model.
 #[derive(Debug, Clone)]

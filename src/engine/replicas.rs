@@ -13,8 +13,8 @@ use tale_models::kv::PrefixCache;
 use tale_models::{ClientId, Request};
 
 use super::affinity::{Affinity, Beginnings};
+use super::command::Command;
 use super::gauges::Gauges;
-use super::worker::Command;
 use crate::places::Places;
 
 /// One model on one device.

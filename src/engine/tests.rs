@@ -16,9 +16,10 @@ use tale_models::testing::{FRAMES_PER_DECODE, Script, ScriptedRunner, clip_model
 use tale_models::{ClientId, Error, Event, Request, Runner, SessionId};
 
 use super::arbiter::is_text;
+use super::command::Command;
 use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
-use super::worker::{Clock, Command, DeviceWorker};
+use super::worker::{Clock, DeviceWorker};
 use super::{Engine, EngineError, EngineOptions, MayBegin};
 use crate::places::{NoPlace, Places};
 use tale_models::device::{DeviceMemory, DeviceSpec};
@@ -531,7 +532,7 @@ fn engine(script: Script, max_queued_sessions: usize) -> Engine {
     Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts")
 }
 
-fn slow(step: Duration) -> Script {
+pub(super) fn slow(step: Duration) -> Script {
     let on_step = move |_, _: &[SessionId]| {
         std::thread::sleep(step);
         Ok(())

@@ -20,6 +20,7 @@ use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
 use super::MayBegin;
 use super::arbiter::{Arbiter, Candidate};
+use super::command::{Command, Order};
 use super::gauges::Gauges;
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
@@ -34,42 +35,6 @@ const MAX_OVERTAKEN: usize = 64;
 
 /// For how long memory of steps is kept for the next ones when there is nothing to do.
 const MEMORY_KEPT: Duration = Duration::from_secs(2);
-
-/// What handles ask of the device thread.
-#[derive(Debug)]
-// Most commands are the large one, and each is moved twice.
-#[allow(clippy::large_enum_variant)]
-pub(super) enum Command {
-    /// Begin a session.
-    Submit(Order),
-    /// Forget a session; it may have ended already.
-    Cancel(SessionId),
-    /// The mailbox of a session was full and has room again; the session may have ended already.
-    Resume(SessionId),
-    /// Cancel everything and end the thread.
-    Stop,
-}
-
-/// A session that is ordered.
-#[derive(Debug)]
-pub(super) struct Order {
-    /// Its id, greater than all before.
-    pub(super) id: SessionId,
-    /// Whose it is.
-    pub(super) client: ClientId,
-    /// Position of its model.
-    pub(super) model: usize,
-    /// Validated.
-    pub(super) request: Request,
-    /// Where its events go.
-    pub(super) mailbox: Arc<Mailbox>,
-    /// In the model's queue, until it begins.
-    pub(super) place: Place,
-    /// Asked when its turn comes.
-    pub(super) may_begin: Option<MayBegin>,
-    /// What it was expected to take where it was sent first; in the backlog of its device.
-    pub(super) predicted_seconds: f64,
-}
 
 /// Says what is wrong with the device, if it will not work again.
 pub(super) type Health = Box<dyn Fn() -> Result<(), Error> + Send>;

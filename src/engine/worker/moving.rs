@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use tale_models::{Error, Request, SessionId};
 
-use super::{Clock, DeviceWorker, Live, Order, guarded};
+use super::{Clock, DeviceWorker, Live, guarded};
+use crate::engine::command::Order;
 use crate::engine::peers::Peer;
 
 impl<C: Clock> DeviceWorker<C> {

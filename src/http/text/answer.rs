@@ -11,6 +11,7 @@ use tale_models::tokenizer::Tokenizer;
 use tale_models::tools::{CallReader, Said, ToolFormat};
 use uuid::Uuid;
 
+use super::Shape;
 use super::logprobs::{Echo, Told, WireLogprobs};
 use super::wire::AnswerOptions;
 use crate::compute::Compute;
@@ -27,15 +28,6 @@ pub(super) const MAX_WRITE_BYTES: usize = 16 << 10;
 
 /// Sizes of choices of a stream with obfuscation are multiples of this: longer than what most events say.
 const EVENT_BYTES: usize = 64;
-
-/// Which endpoint's shape an answer has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Shape {
-    /// `/v1/chat/completions`.
-    Chat,
-    /// `/v1/completions`.
-    Completion,
-}
 
 /// What all parts of an answer share.
 #[derive(Debug)]

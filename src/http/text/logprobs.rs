@@ -10,13 +10,12 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use tale_models::TextCard;
 use tale_models::request::{PlacedLogprobs, TextRequest, TokenLogprobs};
+use tale_models::text_parameters::MAX_LOGPROBS;
 use tale_models::tokenizer::Tokenizer;
 
-use super::answer::Shape;
+use super::Shape;
 use crate::http::error::ApiError;
 
-/// Most logarithms in one answer, of tokens and of those in their places: what they take of memory is bounded.
-const MAX_LOGPROBS: usize = 4 << 20;
 /// OpenAI's number for what is less likely than any other.
 const LEAST_LOGPROB: f32 = -9999.0;
 /// Tokens that are written at a time.

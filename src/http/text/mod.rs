@@ -14,7 +14,7 @@ use tale_models::tokenizer::Tokenizer;
 use tale_models::tools::ToolFormat;
 use tale_models::{Encoding, ModelCard, TextCard};
 
-use self::answer::{Head, Shape};
+use self::answer::Head;
 use self::logprobs::Echo;
 use self::wire::{Encoded, MAX_CHOICES, TextBody};
 use super::admission::{Admitted, with_place};
@@ -30,6 +30,15 @@ pub mod structured;
 pub(super) mod tokens;
 pub mod tools;
 pub mod wire;
+
+/// Which endpoint's shape an answer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completion,
+}
 
 /// Prompts of more bytes are turned into tokens on a thread that computes; for shorter ones the way there is longer than
 /// the work.

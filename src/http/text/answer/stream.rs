@@ -12,12 +12,13 @@ use tale_models::request::Usage;
 use tale_models::tools::{CallReader, Said, ToolFormat};
 
 use super::{
-    Choice, Envelope, Head, MAX_WRITE_BYTES, Shape, WireCall, WireFunction, call_id, count, cut_off, filling,
+    Choice, Envelope, Head, MAX_WRITE_BYTES, WireCall, WireFunction, call_id, count, cut_off, filling,
     reason_with_calls,
 };
 use crate::engine::Session;
 use crate::http::error::{ApiError, ErrorEnvelope};
 use crate::http::sse::{self, KeepAlive};
+use crate::http::text::Shape;
 use crate::http::text::logprobs::{Echo, Part, Telling, WireLogprobs};
 use crate::http::text::wire::AnswerOptions;
 
@@ -176,7 +177,7 @@ impl AnswerStream {
         self.is_done = true;
     }
 
-    /// Writes what is ready, up to a bound; false when some session has more to say later.
+    /// Writes what is ready, up to a bound.
     fn write_ready(&mut self, context: &mut Context<'_>) {
         for index in 0..self.open.len() {
             while self.buffer.len() < MAX_WRITE_BYTES {

@@ -1,0 +1,47 @@
+//! What a device's thread is asked for.
+//!
+//! Owns: the words. Does not know: who asks, or what becomes of it.
+
+use std::sync::Arc;
+
+use tale_models::{ClientId, Request, SessionId};
+
+use super::MayBegin;
+use super::mailbox::Mailbox;
+use crate::places::Place;
+
+/// What handles ask of the device thread.
+#[derive(Debug)]
+// Most commands are the large one, and each is moved twice.
+#[allow(clippy::large_enum_variant)]
+pub(super) enum Command {
+    /// Begin a session.
+    Submit(Order),
+    /// Forget a session; it may have ended already.
+    Cancel(SessionId),
+    /// The mailbox of a session was full and has room again; the session may have ended already.
+    Resume(SessionId),
+    /// Cancel everything and end the thread.
+    Stop,
+}
+
+/// A session that is ordered.
+#[derive(Debug)]
+pub(super) struct Order {
+    /// Its id, greater than all before.
+    pub(super) id: SessionId,
+    /// Whose it is.
+    pub(super) client: ClientId,
+    /// Position of its model.
+    pub(super) model: usize,
+    /// Validated.
+    pub(super) request: Request,
+    /// Where its events go.
+    pub(super) mailbox: Arc<Mailbox>,
+    /// In the model's queue, until it begins.
+    pub(super) place: Place,
+    /// Asked when its turn comes.
+    pub(super) may_begin: Option<MayBegin>,
+    /// What it was expected to take where it was sent first; in the backlog of its device.
+    pub(super) predicted_seconds: f64,
+}
