@@ -3,7 +3,7 @@
 //!
 //! Owns: rounding and widening, by the operations of `common.cuh`, so that both give the same bits. Does not know: scales.
 
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, e4m3_to_f32};
 
 /// The largest of them.
 pub(crate) const LARGEST: f32 = 448.0;
@@ -53,9 +53,7 @@ impl Element for E4m3 {
 
     #[inline(always)]
     fn widen(self) -> f32 {
-        let bits = u32::from(self.0);
-        // Exact: as an f32 of these bits it is 2^120 times too small.
-        f32::from_bits((bits & 0x80) << 24 | (bits & 0x7f) << 20) * f32::from_bits((127 + BIAS) << 23)
+        e4m3_to_f32(u32::from(self.0))
     }
 }
 

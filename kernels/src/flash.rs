@@ -43,7 +43,7 @@ pub(crate) struct Keys<'a, T> {
     pub(crate) strides: (usize, usize),
     /// Block numbers and keys per block, if keys lie in blocks.
     pub(crate) blocks: Option<(&'a [u32], usize)>,
-    /// What `k` and `v` are multiplied with, if they are integers.
+    /// What `k` and `v` are multiplied with, if they are numbers of 8 bits.
     pub(crate) scales: Option<KeyScales<'a>>,
 }
 

@@ -2,18 +2,20 @@
 //!
 //! One row is bound by memory: every core reads its share of the weights once ([`MatVec`]). More rows share what was
 //! read: a panel of weights is widened into scratch memory that the cache holds, and tiles of six rows by four outputs
-//! pass over it. Both compute the sum that [`crate::dot`] defines, so a row has the same bits in either.
+//! pass over it; a few rows read plain weights where they lie. All compute the sum that [`crate::dot`] defines, so a row has the
+//! same bits in each.
 
 use candle_core::{DType, Result, Tensor, bail};
 
 use self::panels::{Cut, Weights, many_rows, pack_rows, store};
+use self::widened::Product;
 use crate::dot::{K_BLOCK, MatVec, PACKED_STRIDE, Pack, Rows, TILE_OUTS, TILE_ROWS, block_sums, next_block};
 #[cfg(gpu)]
 use crate::gpu;
 use crate::parallel::{Shared, for_each, tasks_for};
 use crate::simd::{Element, Op, Simd, dispatch};
-use crate::view::{View, tensor, vector, with_values};
-use crate::work::{self, Work};
+use crate::view::{View, tensor, with_values};
+use crate::work;
 
 mod blocks;
 #[cfg(gpu)]
@@ -30,34 +32,14 @@ pub use quantised::{QuantisedMatrix, embedding_quantised, linear_quantised};
 /// GPU x has the dtype of the weight.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (out, inner) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    if shape.pop() != Some(inner) {
-        bail!("linear: x {:?} does not fit weight {:?}", x.shape(), weight.shape());
-    }
-    shape.push(out);
-    work::add_dense(|| Work {
-        flops: work::product_flops(shape.iter().product(), inner),
-        bytes: work::weight_bytes(weight, bias) as f64,
-    });
-    if work::is_dry() {
-        return work::zeros(shape, x);
-    }
-    #[cfg(gpu)]
-    if gpu::runs_here(x) {
-        return launch::linear(x, weight, bias, shape);
-    }
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let (x, weight) = (View::contiguous("linear", &x)?, View::contiguous("linear", &weight)?);
-    let mut y = vec![0f32; shape.iter().product()];
-    if inner > 0 && !y.is_empty() {
-        let x = x.f32()?;
-        with_values!(weight.values()?, |weight| matmul_transposed(x, weight, inner, &mut y));
-    }
-    if let Some(bias) = bias {
-        let bias = vector("linear", "bias", bias, out)?;
-        add_to_rows(&mut y, View::contiguous("linear", &bias)?.f32()?);
-    }
-    tensor(y, shape)
+    let product = Product { x, bias, dims: (out, inner), size_in_bytes: work::weight_bytes(weight, None) };
+    let multiply = |x: &[f32], y: &mut [f32]| {
+        let weight = weight.contiguous()?;
+        let weight = View::contiguous("linear", &weight)?;
+        with_values!(weight.values()?, |weight| matmul_transposed(x, weight, inner, y));
+        Ok(())
+    };
+    product.compute(|_| Ok(weight.clone()), multiply)
 }
 
 /// Rows of `weight [num, dim]` at `ids [l]` (u32): `[l, dim]` in f32, on a GPU in the weight's dtype.
@@ -97,15 +79,22 @@ fn matmul_transposed<T: Element>(x: &[f32], w: &[T], k: usize, y: &mut [f32]) {
 }
 
 fn one_row<T: Element>(x: &[f32], w: &[T], y: &mut [f32]) {
-    let (n, k) = (y.len(), x.len());
-    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS);
+    let k = x.len();
+    for_outputs(y, k, TILE_OUTS, |first, out| {
+        dispatch(MatVec { x, w: &w[first * k..(first + out.len()) * k], out });
+    });
+}
+
+/// Gives each task its share of the outputs `y` of one row of `k` columns, and the place of the first: a whole `multiple` of them,
+/// but for the last.
+fn for_outputs(y: &mut [f32], k: usize, multiple: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
+    let n = y.len();
+    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(multiple);
     let y = Shared::new(y);
-    for_each(n.div_ceil(outs), n * k, |task| {
-        let first = task * outs;
-        let len = outs.min(n - first);
+    for_each(n.div_ceil(outs), n * k, |index| {
+        let first = index * outs;
         // SAFETY: every task has its own outputs.
-        let out = unsafe { y.slice(first, len) };
-        dispatch(MatVec { x, w: &w[first * k..(first + len) * k], out });
+        task(first, unsafe { y.slice(first, outs.min(n - first)) });
     });
 }
 

@@ -22,11 +22,6 @@ __device__ __forceinline__ float scale_at(const void* scales, int dtype, long at
     return to_float(static_cast<const bf16*>(scales)[at]);
 }
 
-/// torch.float8_e4m3fn. Numbers without an exponent come out right too; there is no NaN among weights.
-__device__ __forceinline__ float e4m3(unsigned code) {
-    return __int_as_float(static_cast<int>((code & 0x80u) << 24 | (code & 0x7fu) << 20)) * __int_as_float(247 << 23);
-}
-
 template <typename T>
 __device__ void dequantise(const unsigned* words, const void* scales, const unsigned char* zeros, const unsigned* order,
                            T* y, long rows, long columns, long group, long rows_per_scale, int code, int scale_dtype) {
@@ -47,7 +42,7 @@ __device__ void dequantise(const unsigned* words, const void* scales, const unsi
         const unsigned bits = (low >> (4 * nibble) & 15u) | (high >> (4 * nibble) & 15u) << 4;
         const long at = row / rows_per_scale * groups + column / group;
         const float zero = zeros ? static_cast<float>(zeros[at]) : 0.0f;
-        const float value = code == FLOAT_8 ? e4m3(bits) : static_cast<float>(bits) - zero;
+        const float value = code == FLOAT_8 ? to_float(e4m3{static_cast<unsigned char>(bits)}) : static_cast<float>(bits) - zero;
         y[row * columns + (order ? static_cast<long>(order[column]) : column)] =
             rounded<T>(value * scale_at(scales, scale_dtype, at));
     }

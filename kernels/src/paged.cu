@@ -14,9 +14,9 @@
 //   many_*   64 rows: chunks of prompts. Each of four warps takes 16 rows and all keys of the split.
 //   exact_*  16 rows, f32 sums of f32 products: caches in f32, and head sizes other than 64 and 128 up to 256.
 //
-// A cache may hold numbers of 8 bits, integers or floats, with a scale for each head of each key and value (cache.rs). They come through registers,
-// where they are multiplied and rounded to the dtype of the queries, and lie in shared memory as those of 16 bits do: half of
-// the bytes from memory, under way while the last tile is computed; 2 · 64 · d bytes of a stage are d bytes of each thread.
+// A cache may hold numbers of 8 bits, integers or floats, with a scale for each head of each key and value (cache.rs). They come
+// through registers, where they are multiplied and rounded to the dtype of the queries, and lie in shared memory as those of 16
+// bits do: half of the bytes from memory, under way while the last tile is computed; 2 · 64 · d bytes of a stage are d bytes of each thread.
 //
 // Bytes moved by decode: each key and value once, 2 · context · d · 2 bytes per sequence and key head; queries, results
 // and what splits hand over (d + 1 floats per row and split, at least 128 keys each) are under 2 % of that.

@@ -592,15 +592,15 @@ mod tests {
             let attended = on.run(|| attend_over(&there, &q_there, &batch, 0.3));
             // Tensor cores multiply what is rounded to 16 bits.
             let [k, v] = expected.map(|part| if matches!(d, 64 | 128) { on.rounded(&part) } else { part });
-            let of_integers = oracle(&on.rounded(&q), &k, &v, &batch, 0.3).unwrap();
-            on.assert_close(&attended, &of_integers, 4 * d + 300);
+            let of_bytes = oracle(&on.rounded(&q), &k, &v, &batch, 0.3).unwrap();
+            on.assert_close(&attended, &of_bytes, 4 * d + 300);
 
             // What 8 bits cost: the weights move a little, and each value by half a step, or a sixteenth of itself, at most.
             let (exact_k, exact_v) = (k.zeros_like().unwrap(), v.zeros_like().unwrap());
             let exact = plain(&exact_k, &exact_v);
             write(&exact, &on.rounded(&new_k), &on.rounded(&new_v)).unwrap();
             let exact = attend_over(&exact, &on.rounded(&q), &batch, 0.3).unwrap();
-            let difference = (exact - of_integers).unwrap().abs().unwrap().flatten_all().unwrap();
+            let difference = (exact - of_bytes).unwrap().abs().unwrap().flatten_all().unwrap();
             let worst = difference.max(0).unwrap().to_scalar::<f32>().unwrap();
             let largest = new_v.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
             let bound = if format == ByteFormat::Int8 { 0.05 } else { 0.15 };

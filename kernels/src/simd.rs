@@ -5,7 +5,7 @@
 //! instruction set and runs the widest that the processor has.
 //!
 //! Everything generic over [`Simd`] must be `#[inline(always)]` and free of closures: only code inlined into the
-//! functions with `#[target_feature]` at the end of this file may use their instructions.
+//! functions with `#[target_feature]` of `x86.rs` may use their instructions.
 //!
 //! `TALE_KERNELS_ISA=portable|avx2|avx512` in the environment takes a narrower set than the processor has (results of
 //! different sets differ in the last bits).
@@ -184,7 +184,7 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
         s.splat(self.widen())
     }
 
-    /// `n < LANES` values, zero in the other lanes.
+    /// `n <= LANES` values, zero in the other lanes.
     /// # Safety
     /// `n` values at `from` must be readable.
     #[inline(always)]
@@ -335,6 +335,12 @@ macro_rules! lanes {
 const INTEGER: u32 = 0x4b00_0000;
 /// From the exponent's bias of `float8_e4m3fn` to that of f32: 2^120. Numbers without an exponent come out right too.
 const E4M3_TO_F32: f32 = f32::from_bits(247 << 23);
+
+/// A float of e4m3 by its code. Exact: as an f32 of these bits it is 2^120 times too small.
+#[inline(always)]
+pub(crate) fn e4m3_to_f32(code: u32) -> f32 {
+    f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * E4M3_TO_F32
+}
 
 /// Four bits of two words as one number.
 #[inline(always)]
@@ -501,11 +507,7 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn nibbles_e4m3(self, low: *const u32, high: *const u32, shift: u32) -> Self::V {
         // SAFETY: the caller vouches for 8 words each.
-        let codes = lanes!(|i| f32::from_bits(pair_of_nibbles(unsafe { *low.add(i) }, unsafe { *high.add(i) }, shift)));
-        lanes!(|i| {
-            let code = codes[i].to_bits();
-            f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * E4M3_TO_F32
-        })
+        lanes!(|i| e4m3_to_f32(pair_of_nibbles(unsafe { *low.add(i) }, unsafe { *high.add(i) }, shift)))
     }
 }
 

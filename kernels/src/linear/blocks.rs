@@ -1,7 +1,7 @@
 //! ggml's blocks widened to f32 in vector registers: small integers with scales that a group of them shares.
 //!
-//! Owns: the layouts, each by one function that gives a block's values vector by vector to whoever asked ([`Sink`]). Does not
-//! know: matrices. Source: ggml `ggml-quants.c`, `dequantize_row_*`; the values have the bits that these give. Products of
+//! Owns: the layouts, each by what its parts share ([`Format::head`]) and by a part's values, which whoever asked is given vector
+//! by vector ([`Sink`]). Does not know: matrices. Source: ggml `ggml-quants.c`, `dequantize_row_*`; the values have the bits that these give. Products of
 //! scales and integers are exact in f32, so that it does not matter whether they are rounded before a minimum is taken off.
 
 use crate::simd::{Field, Simd};
@@ -44,53 +44,20 @@ pub(super) trait Format: Copy + Send + Sync + 'static {
 
 /// Calls `$body` with `$format` as the layout of a type that [`super::QuantisedMatrix::takes`].
 macro_rules! with_format {
-    ($dtype:expr, $format:ident => $body:expr) => {{
+    ([$($name:ident)*] $dtype:expr, $format:ident => $body:expr) => {{
         use candle_core::quantized::GgmlDType;
         use $crate::linear::blocks;
         match $dtype {
-            GgmlDType::Q4_0 => {
-                type $format = blocks::Q4_0;
+            $(GgmlDType::$name => {
+                type $format = blocks::$name;
                 $body
-            }
-            GgmlDType::Q4_1 => {
-                type $format = blocks::Q4_1;
-                $body
-            }
-            GgmlDType::Q5_0 => {
-                type $format = blocks::Q5_0;
-                $body
-            }
-            GgmlDType::Q5_1 => {
-                type $format = blocks::Q5_1;
-                $body
-            }
-            GgmlDType::Q8_0 => {
-                type $format = blocks::Q8_0;
-                $body
-            }
-            GgmlDType::Q2K => {
-                type $format = blocks::Q2K;
-                $body
-            }
-            GgmlDType::Q3K => {
-                type $format = blocks::Q3K;
-                $body
-            }
-            GgmlDType::Q4K => {
-                type $format = blocks::Q4K;
-                $body
-            }
-            GgmlDType::Q5K => {
-                type $format = blocks::Q5K;
-                $body
-            }
-            GgmlDType::Q6K => {
-                type $format = blocks::Q6K;
-                $body
-            }
+            })*
             other => unreachable!("`QuantisedMatrix::new` refuses {other:?}: this is a bug"),
         }
     }};
+    ($dtype:expr, $format:ident => $body:expr) => {
+        with_format!([Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2K Q3K Q4K Q5K Q6K] $dtype, $format => $body)
+    };
 }
 pub(super) use with_format;
 
@@ -158,7 +125,7 @@ impl Format for Q5_0 {
 
     #[inline(always)]
     unsafe fn part<S: Simd, K: Sink<S>>(s: S, block: *const u8, (): &(), _: usize, sink: &mut K) {
-        // SAFETY: a scale of two bytes, then 20 more. -16 * scale is exact as well.
+        // SAFETY: a scale of two bytes, then 20 more.
         unsafe {
             let scale = s.splat_f16(block);
             let scaled = Scaled { scale, zero: s.splat(16.0), offset: s.splat(NOTHING) };
@@ -513,7 +480,7 @@ unsafe fn store_scaled<S: Simd>(s: S, scale: S::V, numbers: &[i8; 16], to: *mut 
     }
 }
 
-/// Exact, but for the sign of zero.
+/// Exact, zeros included.
 #[inline(always)]
 fn negative<S: Simd>(s: S, v: S::V) -> S::V {
     s.mul(v, s.splat(-1.0))

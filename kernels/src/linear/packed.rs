@@ -2,10 +2,11 @@
 //! floats of eight.
 //!
 //! One layout ([`tiles`]) for all formats that keep weights so (AWQ, GPTQ, compressed-tensors, fp8). A value is
-//! `(code - zero) * scale` in f32, which is exact where the scale has 16 bits. Activations are not rounded. On the CPU one row of `x`
-//! is multiplied with codes that are widened in registers; of more rows they are widened into the panels of any other product
-//! ([`super::panels`]). Both add in the one order of [`crate::dot`], over columns in the order of the tiles, so that a row has the same bits in
-//! either. On a GPU the whole matrix is widened into the dtype of the activations (`packed.cu`) before cuBLAS multiplies it.
+//! `(code - zero) * scale` in f32, which is exact where the scale has 16 bits. Activations are not rounded. On the CPU one row of
+//! `x` is multiplied with codes that are widened in registers; of more rows they are widened into the panels of any other
+//! product ([`super::panels`]). Both add in the one order of [`crate::dot`], over columns in the order of the tiles, so that a
+//! row has the same bits in either. On a GPU the whole matrix is widened into the dtype of the activations (`packed.cu`) before
+//! cuBLAS multiplies it.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -14,11 +15,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use self::kernel::{E4m3, Groups, Int4, Int8, Tiles, multiply_row, widen_row};
+use super::for_outputs;
 use super::panels::many_rows;
 use super::widened::Product;
 #[cfg(gpu)]
 use crate::gpu;
-use crate::parallel::{Shared, for_each, tasks_for, with_scratch};
+use crate::parallel::{Shared, for_each, with_scratch};
 use crate::view::{View, tensor, with_values};
 
 mod kernel;
@@ -260,15 +262,7 @@ impl WithTiles for OneRow<'_> {
 
     fn call<T: crate::simd::Element, F: kernel::Format>(self, tiles: &Tiles<'_, T, F>) {
         let Self { x, y } = self;
-        let (n, k) = (y.len(), x.len());
-        let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(tiles::ROWS);
-        let y = Shared::new(y);
-        for_each(n.div_ceil(outs), n * k, |task| {
-            let first = task * outs;
-            // SAFETY: every task has its own outputs.
-            let y = unsafe { y.slice(first, outs.min(n - first)) };
-            multiply_row(tiles, x, first / tiles::ROWS, y);
-        });
+        for_outputs(y, x.len(), tiles::ROWS, |first, y| multiply_row(tiles, x, first / tiles::ROWS, y));
     }
 }
 

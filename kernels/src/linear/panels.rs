@@ -8,15 +8,15 @@ use crate::simd::{Op, Simd, dispatch};
 
 /// Rows of weights in any form that can be widened to f32.
 pub(super) trait Weights: Sync {
-    /// Columns `first..first + len` of a row, then zeros up to the next whole vector. `first` is a multiple of [`K_BLOCK`] and
-    /// `len` at most that.
+    /// Columns `first..first + len` of a row, then zeros up to the next whole vector. `first` is a multiple of [`K_BLOCK`], and
+    /// products of many rows ask for at most that many columns; [`Dense`](super::Dense) takes no more, blocks and tiles a whole row.
     fn widen<S: Simd>(&self, s: S, row: usize, first: usize, len: usize, to: &mut [f32]);
 }
 
 /// Up to this many rows, widening is a good part of the work, and what was widened has to be there when it is added.
 const FEW_ROWS: usize = 64;
 
-/// Outputs of a square panel.
+/// Outputs of a wide panel.
 const PANEL_OUTS: usize = 64;
 
 /// How a product of many rows is cut into tasks and panels.
@@ -36,7 +36,7 @@ pub(super) struct Cut {
 
 impl Cut {
     /// Few rows: a panel is one tile of outputs, which stays in the nearest cache from being widened until it has been added.
-    /// Many rows: square panels, which are used often enough to hide how they are read.
+    /// Many rows: wide panels, which are used often enough to hide how they are read.
     pub(super) fn new((m, n, k): (usize, usize, usize)) -> Self {
         let task_rows = m.next_multiple_of(TILE_ROWS).min(192);
         let (task_outs, panel_outs) = if m <= FEW_ROWS {

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use self::kernel::{Blocks, multiply_row, widen_rows};
+use self::kernel::{Blocks, multiply_row, widen_row};
 use super::blocks::{Format, with_format};
+use super::for_outputs;
 use super::panels::many_rows;
 use super::widened::Product;
 use crate::dot::TILE_OUTS;
-use crate::parallel::{Shared, for_each, tasks_for};
 use crate::view::{View, tensor};
 use crate::work;
 
@@ -112,11 +112,11 @@ pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tens
         bail!("embedding: id {id} lies outside the table [{num}, {dim}]");
     }
     let bytes = table.tensor.data()?;
-    let row_bytes = bytes.len() / num;
     let mut rows = vec![0f32; len * dim];
     with_format!(table.tensor.dtype(), F => {
+        let blocks = Blocks::<F>::new(&bytes, dim);
         for (row, id) in rows.chunks_exact_mut(dim).zip(ids) {
-            widen_rows(Blocks::<F>::new(&bytes[*id as usize * row_bytes..][..row_bytes], dim), row);
+            widen_row(blocks, *id as usize, row);
         }
     });
     tensor(rows, (len, dim))
@@ -124,14 +124,7 @@ pub fn embedding_quantised(ids: &Tensor, table: &QuantisedMatrix) -> Result<Tens
 
 /// Every core reads its share of the blocks once.
 fn one_row<F: Format>(x: &[f32], blocks: Blocks<'_, F>, y: &mut [f32]) {
-    let (n, k) = (y.len(), x.len());
-    let outs = n.div_ceil(tasks_for(n * k)).next_multiple_of(TILE_OUTS);
-    let y = Shared::new(y);
-    for_each(n.div_ceil(outs), n * k, |task| {
-        let (first, len) = (task * outs, outs.min(n - task * outs));
-        // SAFETY: every task has its own outputs.
-        multiply_row(blocks.rows_from(first, len), x, unsafe { y.slice(first, len) });
-    });
+    for_outputs(y, x.len(), TILE_OUTS, |first, y| multiply_row(blocks.rows_from(first, y.len()), x, y));
 }
 
 #[cfg(test)]

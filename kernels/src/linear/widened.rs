@@ -1,6 +1,6 @@
-//! Products with matrices that are kept in a small form and widened to f32, whatever the form is.
+//! Products with matrices, in whatever form they are kept.
 //!
-//! Owns: what is around such a product: shapes, counted work, bias, the way to a GPU. Does not know: how a row is widened.
+//! Owns: what is around such a product: shapes, counted work, bias, the way to a GPU. Does not know: how rows are multiplied.
 
 use candle_core::{DType, Result, Tensor, bail};
 

@@ -261,7 +261,7 @@ mod tests {
     #[test]
     fn integers_move_values_less_than_floats_of_as_many_bits() {
         let noise = crate::testing::random(&[4 * 128, 128], 5).to_vec2::<f32>().unwrap();
-        // Sums of twelve uniform numbers are about normal.
+        // Sums of four uniform numbers are about normal.
         let heads: Vec<Vec<f32>> = noise
             .chunks_exact(4)
             .map(|rows| (0..128).map(|at| rows.iter().map(|row| row[at]).sum()).collect())

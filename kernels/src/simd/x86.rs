@@ -1,4 +1,4 @@
-//! The two vector types of x86-64. `Avx2` and `Avx512` are made only in `run_avx2` and `run_avx512`, whose callers
+//! The two vector types of x86-64, and how they are entered. Owns: intrinsics. Does not know: kernels. `Avx2` and `Avx512` are made only in `run_avx2` and `run_avx512`, whose callers
 //! have asked the processor: that is why the calls of intrinsics in their methods are sound.
 
 use std::arch::x86_64::*;

@@ -1,4 +1,7 @@
 //! Packed matrices on the CPU: codes widened in registers.
+//!
+//! Owns: how codes become values, and the sums of one row with rows of tiles. Does not know: tensors, where a code lies
+//! ([`super::tiles`]).
 
 use std::marker::PhantomData;
 

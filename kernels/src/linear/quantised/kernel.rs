@@ -15,13 +15,18 @@ use crate::simd::{Op, Simd, dispatch};
 pub(super) struct Blocks<'a, F> {
     bytes: &'a [u8],
     k: usize,
+    /// How far behind a block lies one that is asked for while the block is added: some rows further, since what a processor
+    /// guesses does not reach over the ends of short rows.
+    ahead: usize,
     format: PhantomData<F>,
 }
 
 impl<'a, F: Format> Blocks<'a, F> {
     /// `bytes` are whole rows.
     pub(super) fn new(bytes: &'a [u8], k: usize) -> Self {
-        let blocks = Self { bytes, k, format: PhantomData };
+        const AHEAD_BYTES: usize = 4 << 10;
+        let four = (TILE_OUTS * (k / F::VALUES * F::BYTES)).max(1);
+        let blocks = Self { bytes, k, ahead: AHEAD_BYTES.div_ceil(four) * four, format: PhantomData };
         assert!(k.is_multiple_of(F::VALUES), "rows of whole blocks: this is a bug");
         assert!(bytes.len().is_multiple_of(blocks.row_bytes()), "whole rows: this is a bug");
         blocks
@@ -33,14 +38,6 @@ impl<'a, F: Format> Blocks<'a, F> {
 
     fn rows(&self) -> usize {
         self.bytes.len() / self.row_bytes()
-    }
-
-    /// How far behind a block lies one that is asked for while the block is added: some rows further, since what a processor
-    /// guesses does not reach over the ends of short rows.
-    fn ahead(&self) -> usize {
-        const BYTES: usize = 4 << 10;
-        let four = TILE_OUTS * self.row_bytes();
-        BYTES.div_ceil(four) * four
     }
 
     /// Some rows of them.
@@ -73,7 +70,7 @@ impl<F: Format> Weights for Blocks<'_, F> {
     fn widen<S: Simd>(&self, s: S, row: usize, first: usize, len: usize, to: &mut [f32]) {
         let blocks = &self.at(row, first)[..len / F::VALUES * F::BYTES];
         let to = &mut to[..len];
-        let ahead = self.ahead();
+        let ahead = self.ahead;
         for (index, block) in blocks.chunks_exact(F::BYTES).enumerate() {
             s.prefetch(block.as_ptr().wrapping_add(ahead));
             // SAFETY: a whole block, and a place for each of its values.
@@ -88,25 +85,23 @@ impl<F: Format> Weights for Blocks<'_, F> {
     }
 }
 
-/// Rows of blocks from the first one on as f32: `[rows, k]`.
-pub(super) fn widen_rows<F: Format>(blocks: Blocks<'_, F>, to: &mut [f32]) {
-    dispatch(WidenRows { blocks, to });
+/// A row of blocks as f32: `[k]`.
+pub(super) fn widen_row<F: Format>(blocks: Blocks<'_, F>, row: usize, to: &mut [f32]) {
+    dispatch(WidenRow { blocks, row, to });
 }
 
-struct WidenRows<'a, F> {
+struct WidenRow<'a, F> {
     blocks: Blocks<'a, F>,
+    row: usize,
     to: &'a mut [f32],
 }
 
-impl<F: Format> Op for WidenRows<'_, F> {
+impl<F: Format> Op for WidenRow<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let k = self.blocks.k;
-        for (row, to) in self.to.chunks_exact_mut(k).enumerate() {
-            self.blocks.widen(s, row, 0, k, to);
-        }
+        self.blocks.widen(s, self.row, 0, self.blocks.k, self.to);
     }
 }
 
@@ -152,7 +147,7 @@ impl<F: Format> Blocks<'_, F> {
     #[inline(always)]
     fn block_sums<S: Simd>(&self, s: S, rows: [usize; TILE_OUTS], column: usize, x: &[f32]) -> [f32; TILE_OUTS] {
         let blocks = x.len() / F::VALUES;
-        let (parts, ahead) = (F::VALUES / F::PART, self.ahead());
+        let (parts, ahead) = (F::VALUES / F::PART, self.ahead);
         let mut starts = [std::ptr::null(); TILE_OUTS];
         for n in 0..TILE_OUTS {
             starts[n] = self.at(rows[n], column)[..blocks * F::BYTES].as_ptr();
