@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub use tale_kernels::{give_back_freed_memory, keep_freed_memory, share_one_heap};
 
 /// A device by name: `cpu`, `cpu:0/2`, `cuda:0`. Every build knows all names; which of them it can open is another matter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DeviceSpec {
     /// The host processor.
     #[default]

@@ -230,9 +230,7 @@ impl ScriptedRunner {
         let same = ready.filter(|(_, session)| session.phase == phase);
         Some((phase, same.map(|(id, _)| *id).take(self.script.max_batch).collect()))
     }
-}
 
-impl ScriptedRunner {
     fn step_of(&self, phase: Phase, sessions: &[SessionId]) -> StepPlan {
         let amount = |id: &SessionId| match &self.sessions[id].request {
             Request::Text(request) if phase == Phase::Prefill => request.prompt.len() as f64,

@@ -168,7 +168,7 @@ pub static LOGIT_BIAS: Parameter<Vec<(u32, f64)>> = Parameter::biases(
 
 /// Most tokens in the place of each token of which it is told how likely they were.
 const MAX_TOP_LOGPROBS: usize = 20;
-/// Most logarithms in one answer: of each token and of those in its place.
+/// Most logarithms in one answer, of tokens and of those in their places: what they take of memory is bounded.
 pub const MAX_LOGPROBS: usize = 4 << 20;
 
 /// See [`TextRequest::logprobs`](crate::request::TextRequest::logprobs). OpenAI's field of completions.

@@ -69,21 +69,13 @@ impl From<Planned> for Device {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for Device { device, capacity_bytes, models, free_bytes } in &self.devices {
-            writeln!(f, "{device}: {}", Gib(*capacity_bytes))?;
+            writeln!(f, "{device}: {}", ByteSize(*capacity_bytes))?;
             for Model { name, resident_bytes, request_bytes } in models {
-                writeln!(f, "  {name}: {}, and {} of a request", Gib(*resident_bytes), Gib(*request_bytes))?;
+                writeln!(f, "  {name}: {}, and {} of a request", ByteSize(*resident_bytes), ByteSize(*request_bytes))?;
             }
-            writeln!(f, "  free for requests: {}", Gib(*free_bytes))?;
+            writeln!(f, "  free for requests: {}", ByteSize(*free_bytes))?;
         }
         Ok(())
-    }
-}
-
-struct Gib(usize);
-
-impl fmt::Display for Gib {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.2} GiB", self.0 as f64 / (1u64 << 30) as f64)
     }
 }
 

@@ -2,14 +2,14 @@
 
 use clap::Args;
 use tale_models::bench::kernels;
-use tale_models::device::{DeviceSpec, Placement, WeightDtype};
+use tale_models::device::{DeviceSpec, Placement, WeightDtype, on_threads_of};
 
 use super::{print_line, roofs_in_words};
 use crate::cli::CliError;
 
 #[derive(Debug, Args)]
 pub struct KernelArgs {
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
+    /// Device that computes: cpu, cpu:PART/PARTS for a share of its cores, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 
@@ -23,6 +23,10 @@ pub struct KernelArgs {
 }
 
 pub fn run(args: &KernelArgs) -> Result<(), CliError> {
+    on_threads_of(args.device, || measure(args))?
+}
+
+fn measure(args: &KernelArgs) -> Result<(), CliError> {
     let placement = Placement::open(args.device, args.dtype)?;
     let mut printed = Ok(());
     kernels::run(&placement, &args.filter, &mut |line| {

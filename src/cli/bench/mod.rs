@@ -40,7 +40,7 @@ enum What {
 /// Where a bench runs a model.
 #[derive(Debug, Args)]
 struct DeviceArgs {
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
+    /// Device that computes: cpu, cpu:PART/PARTS for a share of its cores, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 

@@ -64,7 +64,7 @@ struct ModelArgs {
     #[arg(long, value_name = "DIR", requires = "ip_adapter")]
     image_encoder: Option<PathBuf>,
 
-    /// Device that computes: cpu, or cuda:N for an NVIDIA GPU
+    /// Device that computes: cpu, cpu:PART/PARTS for a share of its cores, or cuda:N for an NVIDIA GPU
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 
+use rayon::Yield;
 use tale_kernels::Mask;
 
 use crate::error::Result;
@@ -40,8 +41,9 @@ impl Masks {
             let computed = match self.0.try_recv() {
                 Err(TryRecvError::Empty) => match rayon::yield_now() {
                     // The caller is one of the threads that compute, maybe the only one: it has computed instead of waiting.
-                    Some(_) => continue,
-                    None => self.0.recv().ok(),
+                    Some(Yield::Executed) => continue,
+                    // Others are at what is left.
+                    Some(Yield::Idle) | None => self.0.recv().ok(),
                 },
                 received => received.ok(),
             };
