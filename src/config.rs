@@ -23,7 +23,7 @@ use self::guesses::{Guesses, TooFewLookedFor};
 use self::models::{ModelEntry, models_of_table, parse_model};
 use crate::engine::{EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
-use crate::job::store::Retention;
+use crate::job::board::Retention;
 
 mod byte_size;
 mod choices;

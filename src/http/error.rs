@@ -11,9 +11,9 @@ use serde::Serialize;
 use crate::compute::ComputeError;
 use crate::engine::EngineError;
 use crate::job::UnknownJob;
+use crate::job::board::StoreFull;
 use crate::job::failure::INSUFFICIENT_STORAGE;
 use crate::job::output::StorageProblem;
-use crate::job::store::StoreFull;
 use crate::media::MediaError;
 
 /// Seconds after which a client may try again when a queue was full.

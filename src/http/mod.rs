@@ -27,8 +27,8 @@ use self::connections::Routes;
 use self::error::ApiError;
 use crate::compute::Compute;
 use crate::engine::Engine;
+use crate::job::board::{JobStore, MemoryStore, Retention};
 use crate::job::output::{DEFAULT_MIN_FREE_BYTES, OutputDir};
-use crate::job::store::{JobStore, MemoryStore, Retention};
 use crate::telemetry;
 
 mod admission;

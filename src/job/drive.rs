@@ -9,11 +9,11 @@ use tale_models::diffusion::DiffusionRequest;
 use tale_models::diffusion::shots::assembly::Assembly;
 use tale_models::request::{Frame, Phase};
 
+use super::board::JobStore;
 use super::encoder::{Before, Encoder, FinishedClip};
 use super::failure::Failure;
 use super::output::OutputDir;
 use super::preview::Preview;
-use super::store::JobStore;
 use super::{Change, Job, Progress};
 use crate::compute::Compute;
 use crate::engine::Session;

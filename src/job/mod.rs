@@ -1,7 +1,7 @@
 //! A client's order that outlives its HTTP request: identity, state machine, progress.
 //!
 //! A job is queued, then in progress, then exactly one of completed, failed and cancelled; [`Job::apply`] is the only way
-//! from one state to the next. Where jobs live is a [`store::JobStore`]'s business, how one is worked off is [`drive`]'s.
+//! from one state to the next. Where jobs live is a [`board::JobStore`]'s business, how one is worked off is [`drive`]'s.
 //! Does not know: HTTP, wire types.
 
 use std::time::{Duration, SystemTime};
@@ -17,6 +17,7 @@ use self::files::ClipFiles;
 use self::preview::Preview;
 use crate::media::ClipSettings;
 
+pub mod board;
 pub mod drive;
 pub mod encoder;
 pub mod failure;
@@ -26,22 +27,50 @@ pub mod output;
 pub mod preview;
 pub mod store;
 
-/// Name of a job: `video_` and a UUID of version 7, so that names sort by time.
+/// What a job makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct JobId(Uuid);
+pub enum JobKind {
+    /// A clip.
+    Video,
+    /// Pictures.
+    Image,
+}
 
-const ID_PREFIX: &str = "video_";
+impl JobKind {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Video, Self::Image];
+
+    /// What names of its jobs begin with, before `_`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Video => "video",
+            Self::Image => "image",
+        }
+    }
+}
+
+/// Name of a job: its kind, `_`, and a UUID of version 7, so that names sort by time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId {
+    uuid: Uuid,
+    kind: JobKind,
+}
 
 impl JobId {
     /// A new name, later than all before in this process.
-    pub fn generate() -> Self {
-        Self(Uuid::now_v7())
+    pub fn generate(kind: JobKind) -> Self {
+        Self { uuid: Uuid::now_v7(), kind }
+    }
+
+    /// What the job makes.
+    pub fn kind(self) -> JobKind {
+        self.kind
     }
 }
 
 impl std::fmt::Display for JobId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{ID_PREFIX}{}", self.0.simple())
+        write!(f, "{}_{}", self.kind.as_str(), self.uuid.simple())
     }
 }
 
@@ -49,8 +78,10 @@ impl std::str::FromStr for JobId {
     type Err = UnknownJob;
 
     fn from_str(text: &str) -> Result<Self, UnknownJob> {
-        let uuid = text.strip_prefix(ID_PREFIX).and_then(|uuid| Uuid::try_parse(uuid).ok());
-        uuid.map(Self).ok_or(UnknownJob)
+        let (prefix, uuid) = text.split_once('_').ok_or(UnknownJob)?;
+        let kind = JobKind::ALL.into_iter().find(|kind| kind.as_str() == prefix).ok_or(UnknownJob)?;
+        let uuid = Uuid::try_parse(uuid).map_err(|_| UnknownJob)?;
+        Ok(Self { uuid, kind })
     }
 }
 
@@ -221,7 +252,7 @@ impl Job {
         has_comment: bool,
     ) -> Self {
         Self {
-            id: JobId::generate(),
+            id: JobId::generate(JobKind::Video),
             client,
             model,
             origin: None,
@@ -312,7 +343,7 @@ pub(crate) mod tests {
 
     #[test]
     fn names_can_be_read_back_and_sort_by_time() {
-        let (a, b) = (JobId::generate(), JobId::generate());
+        let (a, b) = (JobId::generate(JobKind::Video), JobId::generate(JobKind::Image));
         assert!(a < b);
         assert_eq!(a.to_string().parse(), Ok(a));
         assert_eq!("video_nonsense".parse::<JobId>(), Err(UnknownJob));

@@ -240,6 +240,7 @@ impl Drop for OutputDir {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::JobKind;
 
     fn mode(path: &Path) -> u32 {
         std::fs::metadata(path).expect("there").permissions().mode() & 0o777
@@ -296,7 +297,7 @@ mod tests {
     #[test]
     fn unfinished_clips_of_an_earlier_process_are_removed_and_nothing_else() {
         let dir = tempfile::tempdir().expect("made");
-        let job = JobId::generate();
+        let job = JobId::generate(JobKind::Video);
         let names = [
             format!("{job}.mp4.partial"),
             format!("{job}.mp4"),
@@ -308,7 +309,7 @@ mod tests {
         for name in &names {
             std::fs::write(dir.path().join(name), "x").expect("writable");
         }
-        let writing = dir.path().join(format!("{}.webm.partial", JobId::generate()));
+        let writing = dir.path().join(format!("{}.webm.partial", JobId::generate(JobKind::Video)));
         let held = std::fs::File::create(&writing).expect("writable");
         held.lock().expect("nobody else has it");
         OutputDir::at(dir.path(), 0).expect("usable");

@@ -180,6 +180,7 @@ mod tests {
 
     use super::*;
     use crate::job::JobId;
+    use crate::job::JobKind;
     use crate::job::files::StoredFile;
 
     /// The next chunk of a body.
@@ -197,7 +198,7 @@ mod tests {
         let clip = StoredFile { path: path.clone(), bytes: BYTES };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().max_blocking_threads(1).build();
         let all = async {
-            let open = OPEN_FILES.open(JobId::generate(), clip).await.expect("there");
+            let open = OPEN_FILES.open(JobId::generate(JobKind::Video), clip).await.expect("there");
             let mut readers: Vec<Body> =
                 (0..9).map(|_| send(open.clone(), 0..BYTES, StatusCode::OK).into_body()).collect();
             for reader in &mut readers {

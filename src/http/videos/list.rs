@@ -16,7 +16,7 @@ use super::wire::WireVideo;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::job::JobId;
-use crate::job::store::{Listing, Order, Page};
+use crate::job::board::{Listing, Order, Page};
 
 /// Jobs of a page when the client does not say.
 const DEFAULT_PAGE: usize = 20;

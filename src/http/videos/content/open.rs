@@ -82,6 +82,7 @@ mod tests {
     use axum::response::IntoResponse;
 
     use super::*;
+    use crate::job::JobKind;
 
     #[tokio::test]
     async fn a_file_is_opened_once_and_so_many_at_a_time() {
@@ -93,11 +94,11 @@ mod tests {
             StoredFile { path, bytes: 4 }
         };
         let status = async |file| {
-            let opened = FILES.open(JobId::generate(), file).await;
+            let opened = FILES.open(JobId::generate(JobKind::Video), file).await;
             opened.err().map(|error| error.into_response().status().as_u16())
         };
         let (first, second, third) = (file("first"), file("second"), file("third"));
-        let id = JobId::generate();
+        let id = JobId::generate(JobKind::Video);
         let open = FILES.open(id, first.clone()).await.expect("there");
         assert!(Arc::ptr_eq(&open, &FILES.open(id, first.clone()).await.expect("open already")));
         let other = FILES.open(id, second.clone()).await.expect("there");

@@ -211,6 +211,7 @@ mod tests {
     use super::super::files::{ClipFiles, StoredFile};
     use super::super::tests::job;
     use super::*;
+    use crate::job::JobKind;
 
     fn completed(store: &MemoryStore, dir: &std::path::Path, bytes: u64) -> JobId {
         let job = job();
@@ -284,6 +285,10 @@ mod tests {
             }
             assert_eq!(seen, ids);
         }
-        assert!(store.list(&Page { after: Some(JobId::generate()), limit: 3, order: Order::Ascending }).is_none());
+        assert!(
+            store
+                .list(&Page { after: Some(JobId::generate(JobKind::Video)), limit: 3, order: Order::Ascending })
+                .is_none()
+        );
     }
 }
