@@ -284,7 +284,7 @@ impl Runner for ScriptedRunner {
         self.sessions.entry(session).and_modify(|session| session.is_paused = true);
     }
 
-    fn resume(&mut self, session: SessionId) {
+    fn unpause(&mut self, session: SessionId) {
         self.sessions.entry(session).and_modify(|session| session.is_paused = false);
     }
 

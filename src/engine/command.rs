@@ -20,7 +20,7 @@ pub(super) enum Command {
     /// Forget a session; it may have ended already.
     Cancel(SessionId),
     /// The mailbox of a session was full and has room again; the session may have ended already.
-    Resume(SessionId),
+    Unpause(SessionId),
     /// Cancel everything and end the thread.
     Stop,
 }

@@ -524,7 +524,7 @@ impl Session {
         if let Poll::Ready(event) = &polled {
             self.ended |= event.as_ref().is_none_or(Event::is_terminal);
             if matches!(event, Some(Event::Frames(_))) && self.mailbox.has_room_again() {
-                self.tell(|| Command::Resume(self.id));
+                self.tell(|| Command::Unpause(self.id));
             }
         }
         polled

@@ -106,7 +106,7 @@ struct World {
     log: StepLog,
     readers: BTreeMap<SessionId, Reader>,
     /// Said by readers, and not heard by the worker yet.
-    resumed: Vec<SessionId>,
+    unpaused: Vec<SessionId>,
     next_id: u64,
     turns_without_step: [usize; 3],
 }
@@ -142,8 +142,8 @@ impl World {
         });
         let runners = runners.collect();
         let worker = worker_of(runners, ledger, MAX_QUEUED, clock);
-        let (readers, resumed) = (BTreeMap::new(), Vec::new());
-        Self { worker, log, readers, resumed, next_id: 0, turns_without_step: [0; 3] }
+        let (readers, unpaused) = (BTreeMap::new(), Vec::new());
+        Self { worker, log, readers, unpaused, next_id: 0, turns_without_step: [0; 3] }
     }
 
     fn arrive(&mut self, dice: &mut Dice) {
@@ -171,7 +171,7 @@ impl World {
 
     /// One turn of the worker, and everything that must hold after any turn. Each reader takes events as long as `reads`.
     fn turn(&mut self, reads: impl FnMut() -> bool) -> bool {
-        self.resumed.drain(..).for_each(|id| self.worker.handle(Command::Resume(id)));
+        self.unpaused.drain(..).for_each(|id| self.worker.handle(Command::Unpause(id)));
         let is_full = |(id, reader): (&SessionId, &Reader)| reader.mailbox.frames().1.then_some(*id);
         let paused: BTreeSet<SessionId> = self.readers.iter().filter_map(is_full).collect();
         let worked = self.worker.turn();
@@ -222,7 +222,7 @@ impl World {
                     }
                 }
                 if reader.mailbox.has_room_again() {
-                    self.resumed.push(*id);
+                    self.unpaused.push(*id);
                 }
             }
         }
@@ -493,7 +493,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
                 let Some(event) = event else { return true };
                 frames[number] += if let Event::Frames(frames) = &event { frames.len() } else { 0 };
                 if mailbox.has_room_again() {
-                    worker.handle(Command::Resume(SessionId(1 + number as u64)));
+                    worker.handle(Command::Unpause(SessionId(1 + number as u64)));
                 }
             }
             false
@@ -518,7 +518,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
             false => {
                 worker.handle(Command::Cancel(SessionId(1)));
                 // What its reader had said before that is heard after it.
-                worker.handle(Command::Resume(SessionId(1)));
+                worker.handle(Command::Unpause(SessionId(1)));
                 assert!(!worker.turn());
             }
         }

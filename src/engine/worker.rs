@@ -221,7 +221,7 @@ impl<C: Clock> DeviceWorker<C> {
         match command {
             Command::Submit(order) => self.submit(order),
             Command::Cancel(id) => self.cancel(id),
-            Command::Resume(id) => self.resume(id),
+            Command::Unpause(id) => self.unpause(id),
             Command::Stop => (),
         }
     }
@@ -470,9 +470,9 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     /// There is room for frames of a session again.
-    fn resume(&mut self, id: SessionId) {
+    fn unpause(&mut self, id: SessionId) {
         if let Some(live) = self.sessions.get(&id) {
-            self.runners[live.model].resume(id);
+            self.runners[live.model].unpause(id);
         }
     }
 

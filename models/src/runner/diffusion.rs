@@ -417,7 +417,7 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         }
     }
 
-    fn resume(&mut self, session: SessionId) {
+    fn unpause(&mut self, session: SessionId) {
         if self.sessions.get_mut(&session).is_some_and(|paused| std::mem::take(&mut paused.is_paused)) {
             self.enqueue(session);
         }

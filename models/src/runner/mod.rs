@@ -61,12 +61,12 @@ pub trait Runner: Send {
     /// ids.
     fn take_back(&mut self, session: SessionId) -> Option<Request>;
 
-    /// Leaves a session out of all steps until [`Runner::resume`]; it keeps what it holds. Called where the frames that it has
+    /// Leaves a session out of all steps until [`Runner::unpause`]; it keeps what it holds. Called where the frames that it has
     /// given have nowhere to go, so that a runner without frames is never asked. Unknown ids are ignored, as in `cancel`.
     fn pause(&mut self, _session: SessionId) {}
 
     /// Lets a paused session go on; nothing happens to another.
-    fn resume(&mut self, _session: SessionId) {}
+    fn unpause(&mut self, _session: SessionId) {}
 
     /// What the next call of `step` would do; `None` when there is nothing to do.
     fn next(&self) -> Option<StepPlan>;
@@ -81,7 +81,7 @@ pub trait Runner: Send {
 
     /// The first half of a step: gives the device its work, as far as that needs no answer of the device, and does not wait
     /// for it. Nothing where work begins and ends in one call, as on the CPU. After an error (or a panic) the caller must
-    /// call [`Runner::evict_step`]; otherwise [`Runner::collect`] follows, and only `pause` and `resume` come between.
+    /// call [`Runner::evict_step`]; otherwise [`Runner::collect`] follows, and only `pause` and `unpause` come between.
     fn launch(&mut self) -> Result<()> {
         Ok(())
     }

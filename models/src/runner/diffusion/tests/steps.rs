@@ -46,7 +46,7 @@ fn tiles_are_steps_and_frames_come_last() {
 fn a_paused_session_waits_while_others_go_on_and_makes_the_same_frames() {
     let clip = |seed| with(request("one", seed), |request| request.canvas.num_frames = 4);
     let expected = alone(clip(1));
-    for resumes in [true, false] {
+    for goes_on in [true, false] {
         let mut runner = DiffusionRunner::new(Toy::new(), 4);
         submit(&mut runner, 1, clip(1));
         let mut events = Vec::new();
@@ -61,15 +61,15 @@ fn a_paused_session_waits_while_others_go_on_and_makes_the_same_frames() {
             assert!(step(&mut runner).iter().all(|(id, _)| *id == 2), "the first one is paused");
         }
         assert_eq!(runner.status().running, 1, "it keeps what it has");
-        match resumes {
+        match goes_on {
             true => {
-                [1, 1, 9].into_iter().for_each(|id| runner.resume(SessionId(id)));
+                [1, 1, 9].into_iter().for_each(|id| runner.unpause(SessionId(id)));
                 events.extend(run(&mut runner).remove(&1).expect("it goes on"));
                 assert_eq!(events, expected);
             }
             false => {
                 runner.cancel(SessionId(1));
-                runner.resume(SessionId(1));
+                runner.unpause(SessionId(1));
                 assert_empty(&runner);
             }
         }
