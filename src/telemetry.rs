@@ -21,6 +21,10 @@ const LATENCY_BUCKETS: [f64; 22] = [
 const STEP_BUCKETS: [f64; 16] =
     [0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
+/// Buckets of checkpoints, in bytes: powers of four from 64 KiB to 1 GiB.
+const BYTE_BUCKETS: [f64; 8] =
+    [65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0, 16_777_216.0, 67_108_864.0, 268_435_456.0, 1_073_741_824.0];
+
 /// How often collected samples are folded into buckets even when nobody asks for the metrics.
 pub const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -28,7 +32,12 @@ pub const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 pub fn metrics_handle() -> &'static PrometheusHandle {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     HANDLE.get_or_init(|| {
-        let step_names = ["tale_step_seconds", "tale_inter_token_seconds", "vllm:inter_token_latency_seconds"];
+        let step_names = [
+            "tale_step_seconds",
+            "tale_checkpoint_seconds",
+            "tale_inter_token_seconds",
+            "vllm:inter_token_latency_seconds",
+        ];
         let mut builder =
             PrometheusBuilder::new().set_buckets(&LATENCY_BUCKETS).expect("the table has buckets: this is a bug");
         for name in step_names {
@@ -36,6 +45,9 @@ pub fn metrics_handle() -> &'static PrometheusHandle {
                 .set_buckets_for_metric(Matcher::Full(name.to_owned()), &STEP_BUCKETS)
                 .expect("the table has buckets: this is a bug");
         }
+        let of_bytes = Matcher::Full("tale_checkpoint_bytes".to_owned());
+        builder =
+            builder.set_buckets_for_metric(of_bytes, &BYTE_BUCKETS).expect("the table has buckets: this is a bug");
         builder.install_recorder().expect("nothing else installs a recorder: this is a bug")
     })
 }
@@ -53,7 +65,9 @@ pub struct ModelMetrics {
     accepted_draft_tokens: [Counter; 2],
     generation_tokens: [Counter; 2],
     skipped_passes: Counter,
-    ended: [(&'static str, Counter); 5],
+    checkpoint_seconds: Histogram,
+    checkpoint_bytes: Histogram,
+    ended: [(&'static str, Counter); 6],
 }
 
 impl ModelMetrics {
@@ -69,7 +83,7 @@ impl ModelMetrics {
             Phase::Denoise,
             Phase::VaeDecode,
         ];
-        let outcomes = ["stop", "length", "complete", "failed", "cancelled"];
+        let outcomes = ["stop", "length", "complete", "failed", "cancelled", "handed_over"];
         let histograms = |ours: &'static str, theirs: &'static str| {
             [ours, theirs].map(|name| histogram!(name, "model_name" => model.to_owned()))
         };
@@ -94,6 +108,8 @@ impl ModelMetrics {
             ),
             generation_tokens: counters("tale_generation_tokens_total", "vllm:generation_tokens_total"),
             skipped_passes: counter!("tale_skipped_passes_total", "model_name" => model.to_owned()),
+            checkpoint_seconds: histogram!("tale_checkpoint_seconds", "model_name" => model.to_owned()),
+            checkpoint_bytes: histogram!("tale_checkpoint_bytes", "model_name" => model.to_owned()),
             ended: outcomes.map(|outcome| {
                 let name = model.to_owned();
                 (outcome, counter!("tale_sessions_total", "model_name" => name, "outcome" => outcome))
@@ -146,6 +162,17 @@ impl ModelMetrics {
     /// A session failed.
     pub fn failed(&self) {
         self.ended("failed");
+    }
+
+    /// A checkpoint of a session was made in this time.
+    pub fn checkpoint(&self, bytes: usize, cost: Duration) {
+        self.checkpoint_bytes.record(bytes as f64);
+        self.checkpoint_seconds.record(cost);
+    }
+
+    /// A session was left to another process.
+    pub fn handed_over(&self) {
+        self.ended("handed_over");
     }
 
     /// A session was cancelled.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::phase::Phase;
+use crate::session_checkpoint::Refusal;
 
 /// What can go wrong while reading a checkpoint, accepting a request or computing a step.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +103,12 @@ pub enum Error {
     /// A tensor operation failed.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A session cannot go on from the checkpoint that it was to go on from; it can begin anew.
+    #[error("the checkpoint {0}")]
+    NotResumable(Refusal),
+    /// This process hands its work over: another one goes on from the session's last checkpoint, or begins it anew.
+    #[error("the server is shutting down and hands its work over; try again")]
+    HandedOver,
     /// A step panicked; its sessions are gone, the runner lives.
     #[error("a step panicked: {0}")]
     Panicked(String),
@@ -157,6 +164,8 @@ impl Error {
             &Self::NotFinite { phase } => Self::NotFinite { phase },
             // candle's error cannot be cloned; its text is all that anybody reads.
             Self::Tensor(error) => Self::Tensor(candle_core::Error::Msg(error.to_string())),
+            Self::NotResumable(refusal) => Self::NotResumable(refusal.clone()),
+            Self::HandedOver => Self::HandedOver,
             Self::Panicked(text) => Self::Panicked(text.clone()),
         }
     }

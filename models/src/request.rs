@@ -5,6 +5,8 @@ use crate::error::Error;
 pub use crate::frame::{Frame, MASK_THRESHOLD, Mask};
 use crate::grammar::Grammar;
 pub use crate::phase::Phase;
+use crate::session_checkpoint::SessionCheckpoint;
+use std::sync::Arc;
 
 /// Names one running generation inside one process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -210,6 +212,9 @@ pub enum Event {
     },
     /// Decoded frames, in order of time; a picture is one frame.
     Frames(Vec<Frame>),
+    /// What the session needs to go on elsewhere. All frames that it says are out were told before; one that nobody has taken
+    /// is replaced by the next. Said by whoever drives the runner, not by the runner.
+    Checkpoint(Arc<SessionCheckpoint>),
     /// The session ended well and is gone from the runner.
     Finished {
         /// Why.

@@ -14,6 +14,7 @@ use crate::diffusion::sampling::SamplingSupport;
 use crate::diffusion::{DiffusionCard, DiffusionRequest, Medium};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::chat_template::ChatTemplates;
@@ -29,6 +30,8 @@ use crate::request::{
 };
 use crate::runner::diffusion::previews::due_preview;
 use crate::runner::{Runner, RunnerStatus, StepPlan};
+use crate::session_checkpoint::fields::Writer;
+use crate::session_checkpoint::{Identity, Refusal, SessionCheckpoint, digest_of};
 use crate::solver::config::SchedulerConfig;
 use crate::solver::names::Scheduler;
 use crate::solver::schedulers::{Schedulers, Training};
@@ -67,6 +70,8 @@ pub struct Script {
     /// Bytes of text encoders on demand, read by each image and video in steps of at most [`STEP_BYTES`]; 0 where they are
     /// there.
     pub encoder_bytes: usize,
+    /// Names the weights that its checkpoints are of.
+    pub weights: u8,
     /// Bytes that its denoising steps borrow.
     pub borrowed_bytes: usize,
     /// What the first half of a step does.
@@ -82,6 +87,7 @@ impl Default for Script {
             max_sessions: 1024,
             footprint_bytes: 0,
             encoder_bytes: 0,
+            weights: 0,
             borrowed_bytes: 0,
             on_launch: Box::new(|| ()),
             on_step: Box::new(|_, _| Ok(())),
@@ -196,6 +202,15 @@ fn schedulers(class_name: &str, training: Training) -> Schedulers {
     Schedulers::new(own, &SchedulerConfig::default(), training).expect("diffusers' defaults are supported")
 }
 
+/// A checkpoint of nothing but this, for tests of what carries it.
+pub fn checkpoint_of(frames_done: usize) -> SessionCheckpoint {
+    SessionCheckpoint::seal(&identity(0), [0; 32], frames_done, &Writer::default())
+}
+
+fn identity(weights: u8) -> Identity {
+    Identity { weights: [weights; 32], device: "a script".to_owned() }
+}
+
 /// Predictions that a scripted session says to have skipped where it may.
 pub const SKIPPED_PASSES: usize = 2;
 
@@ -286,6 +301,44 @@ impl Runner for ScriptedRunner {
 
     fn unpause(&mut self, session: SessionId) {
         self.sessions.entry(session).and_modify(|session| session.is_paused = false);
+    }
+
+    fn checkpoint(&mut self, session: SessionId) -> Result<Option<Arc<SessionCheckpoint>>> {
+        let Some(Scripted { request: Request::Diffusion(request), phase, done, .. }) = self.sessions.get(&session)
+        else {
+            return Ok(None);
+        };
+        let frames_done = match phase {
+            Phase::Denoise => 0,
+            Phase::VaeDecode => (done * FRAMES_PER_DECODE).min(request.canvas.num_frames),
+            _ => return Ok(None),
+        };
+        let mut state = Writer::default();
+        state.flag(*phase == Phase::VaeDecode);
+        state.count(*done);
+        let identity = identity(self.script.weights);
+        Ok(Some(Arc::new(SessionCheckpoint::seal(&identity, digest_of(request), frames_done, &state))))
+    }
+
+    fn resume_for(
+        &mut self,
+        client: ClientId,
+        session: SessionId,
+        request: Request,
+        checkpoint: Arc<SessionCheckpoint>,
+    ) -> Result<()> {
+        let Request::Diffusion(diffusion) = &request else { return Err(Refusal::Unsupported.into()) };
+        let mut state = checkpoint.state_for(&identity(self.script.weights), digest_of(diffusion))?;
+        let phase = if state.flag()? { Phase::VaeDecode } else { Phase::Denoise };
+        let done = state.count()?;
+        state.end()?;
+        let (total, _) = steps_of(phase, diffusion, 0);
+        if done >= total {
+            return Err(Refusal::State("more steps than there are").into());
+        }
+        self.submit_for(client, session, request)?;
+        self.sessions.entry(session).and_modify(|session| (session.phase, session.done) = (phase, done));
+        Ok(())
     }
 
     fn next(&self) -> Option<StepPlan> {
@@ -431,12 +484,7 @@ fn advance_diffusion(
     load_steps: usize,
     mut emit: impl FnMut(Event),
 ) -> Option<(FinishReason, Usage)> {
-    let (total, next) = match *phase {
-        Phase::Load => (load_steps, Phase::Encode),
-        Phase::Encode => (1, Phase::Denoise),
-        Phase::Denoise => (request.sampling.num_inference_steps, Phase::VaeDecode),
-        _ => (request.canvas.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
-    };
+    let (total, next) = steps_of(*phase, request, load_steps);
     let seed = request.sampling.seed;
     emit(Event::Progress { phase: *phase, done: *done, total });
     if *phase == Phase::Denoise {
@@ -456,6 +504,16 @@ fn advance_diffusion(
         (*phase, *done) = (next, 0);
     }
     None
+}
+
+/// Steps of a phase, and what comes after it.
+fn steps_of(phase: Phase, request: &DiffusionRequest, load_steps: usize) -> (usize, Phase) {
+    match phase {
+        Phase::Load => (load_steps, Phase::Encode),
+        Phase::Encode => (1, Phase::Denoise),
+        Phase::Denoise => (request.sampling.num_inference_steps, Phase::VaeDecode),
+        _ => (request.canvas.num_frames.div_ceil(FRAMES_PER_DECODE), Phase::VaeDecode),
+    }
 }
 
 /// A frame of a clip: a picture that the request gives for it, or a gradient.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tale_models::{ClientId, Request, SessionId};
 
-use super::MayBegin;
+use super::SubmitOptions;
 use super::mailbox::Mailbox;
 use crate::places::Place;
 
@@ -21,6 +21,10 @@ pub(super) enum Command {
     Cancel(SessionId),
     /// The mailbox of a session was full and has room again; the session may have ended already.
     Unpause(SessionId),
+    /// Say what a session needs to go on elsewhere; it may have ended already.
+    Checkpoint(SessionId),
+    /// End everything, each session that can with what it needs to go on elsewhere; begin nothing more.
+    HandOver,
     /// Cancel everything and end the thread.
     Stop,
 }
@@ -40,8 +44,8 @@ pub(super) struct Order {
     pub(super) mailbox: Arc<Mailbox>,
     /// In the model's queue, until it begins.
     pub(super) place: Place,
-    /// Asked when its turn comes.
-    pub(super) may_begin: Option<MayBegin>,
+    /// See there.
+    pub(super) options: SubmitOptions,
     /// What it was expected to take where it was sent first; in the backlog of its device.
     pub(super) predicted_seconds: f64,
 }

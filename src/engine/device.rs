@@ -122,6 +122,11 @@ impl DeviceHandle {
         self.gauges.is_alive() && self.gauges.models.iter().any(|model| model.live.load(Relaxed) > 0)
     }
 
+    /// Tells it to end its sessions after its step, and to begin none. An error means that it has ended already.
+    pub(super) fn hand_over(&self) {
+        let _ = self.commands.send(Command::HandOver);
+    }
+
     /// Tells it to end after its step. An error means that it has ended already.
     pub(super) fn stop(&self) {
         let _ = self.commands.send(Command::Stop);

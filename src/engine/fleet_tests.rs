@@ -20,7 +20,7 @@ use super::peers::Peer;
 use super::replicas::{Replica, Replicas};
 use super::tests::{ALONE, Dice, VirtualClock, clip, slow, text};
 use super::worker::{Clock, DeviceWorker};
-use super::{Engine, EngineError, EngineOptions};
+use super::{Engine, EngineError, EngineOptions, SubmitOptions};
 use crate::places::Places;
 
 const TEXT: usize = 0;
@@ -162,7 +162,7 @@ impl Fleet {
             request,
             mailbox: mailbox.clone(),
             place,
-            may_begin: None,
+            options: SubmitOptions::default(),
             predicted_seconds: chosen.seconds,
         };
         replicas.commands[chosen.index].send(Command::Submit(order)).expect("it hears");

@@ -3,7 +3,8 @@
 //! The device thread never waits for a reader, and a slow reader never makes a queue grow beyond a bound. Text and progress
 //! that it has not taken yet are joined (text is appended, progress replaced), so that they take a handful of events (a picture
 //! has three small previews at most, with progress between them) and at most the bytes of the answer itself: `max_tokens`
-//! tokens, with as many logarithms as one answer may have. Frames are not joined, so that whoever takes them has those of one
+//! tokens, with as many logarithms as one answer may have. Of checkpoints there is the latest, behind all that came before it.
+//! Frames are not joined, so that whoever takes them has those of one
 //! step in its hands: where too many bytes of them wait, the mailbox is *full*, and the device thread leaves the session out of
 //! its steps until there is room again.
 
@@ -38,11 +39,23 @@ struct State {
 impl State {
     fn add(&mut self, event: Event) {
         self.frame_bytes += frame_bytes(&event);
+        if matches!(event, Event::Checkpoint(_)) {
+            self.drop_checkpoint();
+        }
         let rest = match self.events.back_mut() {
             Some(last) => join(last, event),
             None => Some(event),
         };
         self.events.extend(rest);
+    }
+
+    /// Drops the checkpoint that nobody has taken, of which there is one at most; events that it kept apart are joined.
+    fn drop_checkpoint(&mut self) {
+        let Some(at) = self.events.iter().position(|event| matches!(event, Event::Checkpoint(_))) else { return };
+        self.events.remove(at);
+        let next = if at > 0 { self.events.remove(at) } else { None };
+        let rest = next.and_then(|next| join(&mut self.events[at - 1], next));
+        rest.into_iter().for_each(|event| self.events.insert(at, event));
     }
 }
 
@@ -183,6 +196,7 @@ mod tests {
 
     use super::*;
     use tale_models::request::{FinishReason, Frame, Phase, PlacedLogprobs, TokenLogprobs, Usage};
+    use tale_models::testing::checkpoint_of;
 
     fn text(token: u32) -> Event {
         let logprobs = TokenLogprobs { token, logprob: -0.5, top: Box::default() };
@@ -240,6 +254,28 @@ mod tests {
         }
         mailbox.put(frames(2));
         assert!(mailbox.becomes_full(), "once more");
+    }
+
+    /// As the job that keeps them relies on: what was told before a checkpoint is taken before it.
+    #[test]
+    fn the_latest_checkpoint_takes_the_place_of_the_one_before_behind_what_was_told() {
+        let mailbox = Mailbox::default();
+        let progress = |done| Event::Progress { phase: Phase::Denoise, done, total: 50 };
+        let checkpoint = |frames| Event::Checkpoint(Arc::new(checkpoint_of(frames)));
+        for done in 1..=50 {
+            mailbox.put(progress(done));
+            mailbox.put(checkpoint(0));
+        }
+        mailbox.put(frames(1));
+        mailbox.put(checkpoint(1));
+        mailbox.put(frames(2));
+        let taken = take(&mailbox);
+        assert_eq!(taken.len(), 4, "{taken:?}");
+        assert!(taken[0].contains("done: 50") && taken[1].starts_with("Frames"), "{taken:?}");
+        assert!(taken[2].contains("1 frames done") && taken[3].starts_with("Frames"), "{taken:?}");
+        mailbox.put(checkpoint(3));
+        mailbox.put(checkpoint(4));
+        assert!(matches!(&take(&mailbox)[..], [only] if only.contains("4 frames done")));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::lookup::PromptLookup;
-use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionId};
+use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionCheckpoint, SessionId};
 
 use self::command::{Command, Order};
 use self::device::DeviceHandle;
@@ -197,6 +197,25 @@ impl std::fmt::Debug for MayBegin {
     }
 }
 
+/// How a session is begun.
+#[derive(Debug, Clone, Default)]
+pub struct SubmitOptions {
+    /// When its turn comes the session begins only if this agrees; else it ends without an end, before its first step.
+    pub may_begin: Option<MayBegin>,
+    /// Whether it says now and then what it needs to go on elsewhere ([`Event::Checkpoint`]): after its first denoising step, from
+    /// then on as often as takes a fiftieth of its time, and when [`Engine::hand_over`] ends it.
+    pub checkpoints: bool,
+    /// Where it goes on from, in place of its beginning. A checkpoint that does not fit ends it with
+    /// [`tale_models::Error::NotResumable`].
+    pub resume: Option<Arc<SessionCheckpoint>>,
+}
+
+impl From<Option<MayBegin>> for SubmitOptions {
+    fn from(may_begin: Option<MayBegin>) -> Self {
+        Self { may_begin, ..Self::default() }
+    }
+}
+
 /// One model as the rest of the server sees it.
 #[derive(Debug, Clone)]
 pub struct ServedModel {
@@ -342,17 +361,16 @@ impl Engine {
 
     /// Hands a validated request of a client to the device thread. Never waits.
     pub fn submit(&self, model: &str, client: ClientId, request: Request) -> Result<Session, EngineError> {
-        self.submit_if(model, client, request, None)
+        self.submit_if(model, client, request, SubmitOptions::default())
     }
 
-    /// As [`Engine::submit`], but when its turn comes the session begins only if `may_begin` agrees; else it ends without
-    /// an end, before its first step.
+    /// As [`Engine::submit`], with these options, or with nothing but [`SubmitOptions::may_begin`].
     pub fn submit_if(
         &self,
         model: &str,
         client: ClientId,
         request: Request,
-        may_begin: Option<MayBegin>,
+        options: impl Into<SubmitOptions>,
     ) -> Result<Session, EngineError> {
         let index = self.index(model)?;
         if !self.takes_work() {
@@ -360,7 +378,7 @@ impl Engine {
         }
         let place = self.shared.replicas[index].queue().take(client);
         let place = place.map_err(|reason| EngineError::Busy { model: model.to_owned(), reason })?;
-        self.hand_over(index, client, request, place, may_begin)
+        self.send(index, client, request, place, options.into())
     }
 
     /// As [`Engine::submit_if`], for the next part of work whose part before has ended: it has a place in the queue whoever
@@ -370,24 +388,24 @@ impl Engine {
         model: &str,
         client: ClientId,
         request: Request,
-        may_begin: Option<MayBegin>,
+        options: impl Into<SubmitOptions>,
     ) -> Result<Session, EngineError> {
         let index = self.index(model)?;
         let place = self.shared.replicas[index].queue().take_further(client);
-        self.hand_over(index, client, request, place, may_begin)
+        self.send(index, client, request, place, options.into())
     }
 
     fn index(&self, model: &str) -> Result<usize, EngineError> {
         self.models().iter().position(|served| served.name == model).ok_or_else(|| self.unknown(model))
     }
 
-    fn hand_over(
+    fn send(
         &self,
         index: usize,
         client: ClientId,
         request: Request,
         place: Place,
-        may_begin: Option<MayBegin>,
+        options: SubmitOptions,
     ) -> Result<Session, EngineError> {
         let shared = &self.shared;
         let replicas = &shared.replicas[index];
@@ -400,7 +418,7 @@ impl Engine {
         let mailbox = Arc::new(Mailbox::default());
         let session = Session { id, mailbox: mailbox.clone(), commands: replicas.commands.clone(), ended: false };
         let Replica { runner, .. } = replicas.on[chosen];
-        let order = Order { id, client, model: runner, request, mailbox, place, may_begin, predicted_seconds };
+        let order = Order { id, client, model: runner, request, mailbox, place, options, predicted_seconds };
         replicas.commands[chosen].send(Command::Submit(order)).map_err(|_| EngineError::Draining)?;
         Ok(session)
     }
@@ -462,6 +480,14 @@ impl Engine {
     /// Refuses new work from now on; what runs goes on.
     pub fn drain(&self) {
         self.shared.draining.store(true, Relaxed);
+    }
+
+    /// Refuses new work and ends what runs at the next boundary between two steps: each session ends with
+    /// [`tale_models::Error::HandedOver`], those whose checkpoints are wanted and that have come so far with an
+    /// [`Event::Checkpoint`] before it. Does not wait for it; [`Engine::shutdown`] does.
+    pub fn hand_over(&self) {
+        self.drain();
+        self.shared.devices.iter().for_each(DeviceHandle::hand_over);
     }
 
     /// Refuses new work, gives what runs the time `drain` to finish, cancels the rest and ends the threads of devices.
@@ -530,6 +556,12 @@ impl Session {
         polled
     }
 
+    /// Has the session say between its next two steps what it needs to go on elsewhere, whether it does so by itself or not:
+    /// an [`Event::Checkpoint`], or nothing where it has not come so far.
+    pub fn checkpoint_now(&self) {
+        self.tell(|| Command::Checkpoint(self.id));
+    }
+
     /// Those that do not have it do nothing. An error means that a device's thread, and the work with it, has ended.
     fn tell(&self, command: impl Fn() -> Command) {
         self.commands.iter().for_each(|commands| drop(commands.send(command())));
@@ -566,5 +598,7 @@ impl Wake for Unpark {
 
 #[cfg(test)]
 mod fleet_tests;
+#[cfg(test)]
+mod saving_tests;
 #[cfg(test)]
 mod tests;

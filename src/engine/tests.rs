@@ -38,7 +38,7 @@ pub(super) fn clip(num_inference_steps: usize) -> Request {
 /// Frames of the clips of the simulation: more than a mailbox of it takes.
 const CLIP_FRAMES: usize = 21;
 
-fn long_clip(num_inference_steps: usize) -> Request {
+pub(super) fn long_clip(num_inference_steps: usize) -> Request {
     let Request::Diffusion(mut request) = clip(num_inference_steps) else { unreachable!("a clip") };
     request.canvas.num_frames = CLIP_FRAMES;
     Request::Diffusion(request)
@@ -305,7 +305,7 @@ fn a_large_session_is_overtaken_but_not_for_ever() {
 }
 
 /// A worker over one model of clips.
-fn clips(script: Script, capacity: usize) -> DeviceWorker<VirtualClock> {
+pub(super) fn clips(script: Script, capacity: usize) -> DeviceWorker<VirtualClock> {
     let runners = vec![("clips".to_owned(), Box::new(ScriptedRunner::new(script)) as Box<dyn Runner>)];
     worker_of(runners, Ledger::new(capacity), MAX_QUEUED, VirtualClock::default())
 }
@@ -527,7 +527,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
     }
 }
 
-fn engine(script: Script, max_queued_sessions: usize) -> Engine {
+pub(super) fn engine(script: Script, max_queued_sessions: usize) -> Engine {
     let options = EngineOptions { max_queued_sessions, memory_bytes: Some(1 << 20), ..EngineOptions::default() };
     Engine::start(vec![("clips".into(), clip_model(script))], options).expect("starts")
 }

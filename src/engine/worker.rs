@@ -18,7 +18,7 @@ use tale_models::runner::StepPlan;
 use tale_models::runner::fair_queue::FairQueue;
 use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
-use super::MayBegin;
+use super::SubmitOptions;
 use super::arbiter::{Arbiter, Candidate};
 use super::command::{Command, Order};
 use super::gauges::Gauges;
@@ -28,6 +28,7 @@ use super::peers::Peer;
 use crate::places::{Place, Places, may_take};
 
 mod moving;
+mod saving;
 use crate::telemetry::ModelMetrics;
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
@@ -77,6 +78,10 @@ pub(super) struct DeviceWorker<C> {
     sessions: HashMap<SessionId, Live>,
     /// The other devices of each runner's model.
     peers: Vec<Vec<Peer>>,
+    /// Sessions whose checkpoints are wanted and that the last step has brought on.
+    moved: Vec<SessionId>,
+    /// Nothing begins any more.
+    is_handing_over: bool,
     /// Asked when a step has failed.
     health: Health,
     /// They have news that their readers have not heard of. Waking threads takes long, and a device that computes has that time.
@@ -145,7 +150,9 @@ struct Live {
     is_handed_over: bool,
     /// `None` once it has begun.
     place: Option<Place>,
-    may_begin: Option<MayBegin>,
+    options: SubmitOptions,
+    /// The last checkpoint that was made of it.
+    saved: Option<saving::Saved>,
     last_tokens: Option<Duration>,
 }
 
@@ -166,6 +173,8 @@ impl<C: Clock> DeviceWorker<C> {
             arbiter: Arbiter::new(&vec![1.0; runners.len()]),
             queues: runners.iter().map(|_| Queue::default()).collect(),
             peers: vec![Vec::new(); runners.len()],
+            moved: Vec::new(),
+            is_handing_over: false,
             health: Box::new(|| Ok(())),
             runners: runners.into_iter().map(|(_, runner)| runner).collect(),
             gauges: Arc::new(gauges),
@@ -222,12 +231,14 @@ impl<C: Clock> DeviceWorker<C> {
             Command::Submit(order) => self.submit(order),
             Command::Cancel(id) => self.cancel(id),
             Command::Unpause(id) => self.unpause(id),
+            Command::Checkpoint(id) => self.save(id),
+            Command::HandOver => self.hand_over(),
             Command::Stop => (),
         }
     }
 
     fn submit(&mut self, order: Order) {
-        let Order { id, client, model, request, mailbox, place, may_begin, predicted_seconds } = order;
+        let Order { id, client, model, request, mailbox, place, options, predicted_seconds } = order;
         let max_tokens = match &request {
             Request::Text(request) => request.max_tokens,
             Request::Diffusion(_) => 0,
@@ -243,13 +254,17 @@ impl<C: Clock> DeviceWorker<C> {
             tokens: (max_tokens, 0),
             is_handed_over: false,
             place: Some(place),
-            may_begin,
+            options,
+            saved: None,
             last_tokens: None,
         };
         self.sessions.insert(id, live);
         if is_abandoned {
             // Its reader went while it was on its way from one device to another.
             return self.cancel(id);
+        }
+        if self.is_handing_over {
+            return self.fail(id, Error::HandedOver);
         }
         if !self.gauges.is_alive() {
             return self.give_away(id, request);
@@ -274,6 +289,7 @@ impl<C: Clock> DeviceWorker<C> {
             Some(candidate) => {
                 self.step(candidate);
                 self.publish_events();
+                self.save_due();
                 self.offer();
             }
             None => self.wake_readers(),
@@ -339,11 +355,16 @@ impl<C: Clock> DeviceWorker<C> {
         let Some(Waiting { id, request, .. }) = self.queues[model].take(client) else { return };
         let Some(live) = self.sessions.get_mut(&id) else { return };
         live.is_handed_over = true;
-        if live.may_begin.take().is_some_and(|may_begin| !may_begin.0()) {
+        let resumed = live.options.resume.clone();
+        if live.options.may_begin.take().is_some_and(|may_begin| !may_begin.0()) {
             return self.cancel(id);
         }
         let runner = &mut self.runners[model];
-        if let Err(error) = guarded(|| runner.submit_for(client, id, request)) {
+        let submitted = guarded(|| match resumed {
+            Some(checkpoint) => runner.resume_for(client, id, request, checkpoint),
+            None => runner.submit_for(client, id, request),
+        });
+        if let Err(error) = submitted {
             // A submission that panicked half-way may have left something.
             runner.cancel(id);
             self.fail(id, error);
@@ -431,6 +452,7 @@ impl<C: Clock> DeviceWorker<C> {
         let metrics = &self.metrics[live.model];
         match &event {
             Event::Started if live.place.take().is_some() => {
+                live.options.resume = None;
                 metrics.queue_time(now.saturating_sub(live.submitted));
             }
             Event::Text { tokens, .. } if !tokens.is_empty() => {
@@ -442,10 +464,16 @@ impl<C: Clock> DeviceWorker<C> {
                     None => metrics.first_token(tokens.len(), now.saturating_sub(live.submitted)),
                 }
             }
-            Event::Progress { phase: Phase::Denoise, done, total } => {
-                live.is_so_far(&self.gauges, *done as f64 / (*total).max(1) as f64);
+            Event::Progress { phase: phase @ (Phase::Denoise | Phase::VaeDecode), done, total } => {
+                if *phase == Phase::Denoise {
+                    live.is_so_far(&self.gauges, *done as f64 / (*total).max(1) as f64);
+                }
+                if live.options.checkpoints {
+                    self.moved.push(id);
+                }
             }
             Event::Finished { reason, usage } => metrics.finished(*reason, *usage),
+            Event::Failed(Error::HandedOver) => metrics.handed_over(),
             Event::Failed(_) => metrics.failed(),
             _ => (),
         }
@@ -485,12 +513,17 @@ impl<C: Clock> DeviceWorker<C> {
         let Some(live) = self.sessions.get(&id) else { return };
         let model = live.model;
         self.metrics[model].cancelled();
-        self.runners[model].cancel(id);
-        self.give_back_borrowed(model);
-        self.queues[model].waiting.retain(|waiting| waiting.id != id);
+        self.withdraw(id, model);
         if let Some(mailbox) = self.forget(id) {
             mailbox.close();
         }
+    }
+
+    /// Takes a session out of its runner and out of the queue before it.
+    fn withdraw(&mut self, id: SessionId, model: usize) {
+        self.runners[model].cancel(id);
+        self.give_back_borrowed(model);
+        self.queues[model].waiting.retain(|waiting| waiting.id != id);
     }
 
     /// Takes a session that its runner no longer holds out of all books.
@@ -541,11 +574,26 @@ impl<C> DeviceWorker<C> {
     where
         C: Clock,
     {
+        self.order_with(id, client, model, (request, SubmitOptions::default()), mailbox)
+    }
+
+    /// The same, as [`super::Engine::submit_if`].
+    pub(super) fn order_with(
+        &mut self,
+        id: u64,
+        client: ClientId,
+        model: usize,
+        (request, options): (Request, SubmitOptions),
+        mailbox: Arc<Mailbox>,
+    ) -> Result<(), crate::places::NoPlace>
+    where
+        C: Clock,
+    {
         let gauges = &self.gauges.models[model];
         let place = gauges.queue.take(client)?;
         gauges.live.fetch_add(1, Relaxed);
         let (id, predicted_seconds) = (SessionId(id), 0.0);
-        self.submit(Order { id, client, model, request, mailbox, place, may_begin: None, predicted_seconds });
+        self.submit(Order { id, client, model, request, mailbox, place, options, predicted_seconds });
         Ok(())
     }
 

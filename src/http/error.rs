@@ -301,6 +301,7 @@ impl From<tale_models::Error> for ApiError {
                 tracing::error!(%error, "a conversation could not be rendered");
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "chat_template_failed", error.to_string())
             }
+            Error::HandedOver => Self::unready("shutting_down", &error.to_string()),
             Error::Checkpoint { .. }
             | Error::MissingTensor { .. }
             | Error::TensorShape { .. }
@@ -308,6 +309,7 @@ impl From<tale_models::Error> for ApiError {
             | Error::Device(_)
             | Error::Tensor(_)
             | Error::Cancelled
+            | Error::NotResumable(_)
             | Error::Panicked(_) => Self::internal("the device failed while it worked on this request"),
         }
     }

@@ -147,7 +147,7 @@ async fn picture(session: &mut Session) -> Result<(Frame, Usage), ApiError> {
                 return Ok((picture, usage));
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. }) => (),
+            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Checkpoint(_)) => (),
             Some(Event::Prompt(_) | Event::Text { .. }) => (),
             None => return Err(cut_off()),
         }

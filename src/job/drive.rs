@@ -115,6 +115,8 @@ impl Work {
                 }
                 Some(Event::Failed(error)) => return Err(Failure::of(&error)),
                 Some(Event::Preview { frame, .. }) => self.show(frame, last_progress).await,
+                // Sessions of jobs that live in memory alone are asked for none.
+                Some(Event::Checkpoint(_)) => (),
                 Some(Event::Prompt(_) | Event::Text { .. }) => {
                     return Err(Failure::internal("a clip model answered with text"));
                 }

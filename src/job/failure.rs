@@ -45,6 +45,9 @@ impl Failure {
 
     /// Of a session that failed.
     pub fn of(error: &Error) -> Self {
+        if let Error::HandedOver = error {
+            return Self::shutdown();
+        }
         let code = match error {
             Error::OutOfMemory { .. } => "out_of_memory",
             Error::TooManySessions { .. } => "queue_full",

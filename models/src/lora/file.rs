@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
+use sha2::{Digest as _, Sha256};
 
 use super::metadata::{AdapterMetadata, Header, unheeded_alpha};
 use super::names::{Addend, LoraNames, Pair, Term};
@@ -38,6 +39,8 @@ pub struct LoraFile {
     tensors: BTreeMap<String, Located>,
     terms: Vec<ScaledTerm>,
     device_bytes: usize,
+    /// Of what it adds to which layers.
+    digest: [u8; 32],
 }
 
 #[derive(Debug, Clone)]
@@ -76,9 +79,11 @@ impl LoraFile {
             tensors,
             terms: Vec::new(),
             device_bytes: 0,
+            digest: [0; 32],
         };
+        let mut digest = Sha256::new();
         for name in terms.iter().flat_map(|term| term.addend.tensors()).collect::<BTreeSet<_>>() {
-            lora.check_finite(name).map_err(Refusal::Unreadable)?;
+            lora.check_finite(name, &mut digest).map_err(Refusal::Unreadable)?;
         }
         let metadata = AdapterMetadata::of(&header)?;
         for term in terms {
@@ -89,6 +94,8 @@ impl LoraFile {
             lora.device_bytes += lora.bytes(&term, placement);
             lora.terms.push(ScaledTerm { term, scale });
         }
+        digest.update(format!("{:?}", lora.terms));
+        lora.digest = digest.finalize().into();
         let alone =
             |of: &ScaledTerm| of.term.addend.pair().filter(|pair| pair.alpha.is_none() && of.scale == 1.0).cloned();
         let ranks: Vec<usize> = lora.terms.iter().filter_map(alone).map(|pair| pair.rank).collect();
@@ -104,6 +111,11 @@ impl LoraFile {
     /// Names the file among all that were opened.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Names its content: the same for the same file in every process.
+    pub fn digest(&self) -> &[u8; 32] {
+        &self.digest
     }
 
     /// Bytes of its tensors on the model's device; those that several layers share count for each.
@@ -126,14 +138,17 @@ impl LoraFile {
         Ok(Tensor::from_raw_buffer(&self.bytes_of(located)?, located.dtype, &located.shape, &Device::Cpu)?)
     }
 
-    /// Refuses a tensor that holds NaN or infinity, which would spoil every picture.
-    fn check_finite(&self, name: &str) -> Result<(), String> {
+    /// Refuses a tensor that holds NaN or infinity, which would spoil every picture. What is looked through goes into
+    /// the digest.
+    fn check_finite(&self, name: &str, digest: &mut Sha256) -> Result<(), String> {
         let Located { dtype, start, len, .. } = self.tensors[name];
+        digest.update(format!("{name} {dtype:?} {:?}", self.tensors[name].shape));
         let mut piece = vec![0; len.min(PIECE_BYTES)];
         for at in (0..len).step_by(PIECE_BYTES) {
             let piece = &mut piece[..PIECE_BYTES.min(len - at)];
             let read = self.file.read_exact_at(piece, start + at as u64);
             read.map_err(|error| format!("tensor `{name}` cannot be read: {error}"))?;
+            digest.update(&*piece);
             if !are_finite(piece, dtype) {
                 return Err(format!("tensor `{name}` holds a value that is not finite"));
             }

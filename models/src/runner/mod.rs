@@ -1,8 +1,10 @@
 //! The boundary between models and everything above: a runner drives the sessions of one loaded model step by step.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Events, Phase, Request, SessionId};
+use crate::session_checkpoint::{Refusal, SessionCheckpoint};
+use std::sync::Arc;
 
 pub mod diffusion;
 pub mod fair_queue;
@@ -67,6 +69,26 @@ pub trait Runner: Send {
 
     /// Lets a paused session go on; nothing happens to another.
     fn unpause(&mut self, _session: SessionId) {}
+
+    /// What a session needs to go on in another runner over the same weights, as it stands between two steps. `None` for one that
+    /// has not come so far that less would be done again than begun anew, for one that cannot go on elsewhere, and for unknown
+    /// ids. Nothing changes for the session; the device needs no memory for it.
+    fn checkpoint(&mut self, _session: SessionId) -> Result<Option<Arc<SessionCheckpoint>>> {
+        Ok(None)
+    }
+
+    /// As [`Runner::submit_for`], for a session that goes on where another one of the same request was at `checkpoint`. What
+    /// that had given out by then (frames, previews) is not given out again; the rest has the same bits on the same kind of
+    /// device. Errors: [`Error::NotResumable`], here or as the end of the session before its first denoising step.
+    fn resume_for(
+        &mut self,
+        _client: ClientId,
+        _session: SessionId,
+        _request: Request,
+        _checkpoint: Arc<SessionCheckpoint>,
+    ) -> Result<()> {
+        Err(Error::NotResumable(Refusal::Unsupported))
+    }
 
     /// What the next call of `step` would do; `None` when there is nothing to do.
     fn next(&self) -> Option<StepPlan>;

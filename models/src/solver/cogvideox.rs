@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::rng::TorchGenerator;
 use crate::solver::config::SchedulerConfig;
 use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule};
-use crate::solver::{Solver, noise_like};
+use crate::solver::{Memory, Solver, noise_like};
 
 /// What decides about the steps of either solver, from `scheduler_config.json`.
 #[derive(Debug, Clone)]
@@ -186,6 +186,23 @@ impl Solver for CogVideoXDpm {
         let reached = -to.alpha * (-2.0 * h).exp_m1();
         let deviation = to.sigma * (1.0 - (-2.0 * h).exp()).sqrt();
         Ok((((sample * kept)? + (aim * reached)?)? + (noise * deviation)?)?)
+    }
+
+    fn memory(&self) -> Memory {
+        let previous = self.previous.iter();
+        Memory {
+            tensors: previous.clone().map(|(_, x0)| x0.clone()).collect(),
+            numbers: previous.map(|(index, _)| *index).collect(),
+        }
+    }
+
+    fn remember(&mut self, Memory { mut tensors, numbers }: Memory, steps: usize) -> bool {
+        self.previous = match (steps, &numbers[..], tensors.len()) {
+            (0, [], 0) => None,
+            (1.., &[index], 1) if index < self.walk.timesteps.len() => tensors.pop().map(|x0| (index, x0)),
+            _ => return false,
+        };
+        true
     }
 }
 

@@ -14,7 +14,7 @@ use crate::rng::TorchGenerator;
 use crate::solver::config::SchedulerConfig;
 use crate::solver::history::Update;
 use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule};
-use crate::solver::{Solver, noise_like};
+use crate::solver::{Memory, Solver, noise_like};
 
 /// Highest `solver_order` of the reference.
 const MAX_ORDER: usize = 3;
@@ -227,6 +227,16 @@ impl Solver for Dpm {
         }
         let deviation = self.levels[index + 1].sigma * (-(-2.0 * self.distance(index)).exp_m1()).sqrt();
         Ok((next + (noise_like(&sample, generator)? * deviation)?)?)
+    }
+
+    fn memory(&self) -> Memory {
+        Memory { tensors: self.predictions.iter().cloned().collect(), numbers: Vec::new() }
+    }
+
+    fn remember(&mut self, Memory { tensors, numbers }: Memory, steps: usize) -> bool {
+        let fits = tensors.len() == steps.min(self.config.solver_order) && numbers.is_empty();
+        self.predictions = tensors.into();
+        fits
     }
 }
 

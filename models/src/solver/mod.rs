@@ -57,6 +57,32 @@ pub trait Solver: Send {
         sample: &Tensor,
         generator: &mut TorchGenerator,
     ) -> Result<Tensor>;
+
+    /// What the steps so far have left for the next ones.
+    fn memory(&self) -> Memory {
+        Memory::default()
+    }
+
+    /// Takes the place of the solver that gave `memory` after so many steps. `false` where that cannot be its memory.
+    fn remember(&mut self, memory: Memory, _steps: usize) -> bool {
+        memory.is_empty()
+    }
+}
+
+/// What a multistep solver remembers between two steps; of the others nothing.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Each of the sample's shape, in an order of the solver's own.
+    pub tensors: Vec<Tensor>,
+    /// The same.
+    pub numbers: Vec<usize>,
+}
+
+impl Memory {
+    /// Whether there is nothing to remember.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty() && self.numbers.is_empty()
+    }
 }
 
 /// Standard normal noise in the shape of `sample`, as diffusers' `randn_tensor` draws it.

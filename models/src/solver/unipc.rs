@@ -13,10 +13,10 @@ use serde::Deserialize;
 
 use crate::error::Result;
 use crate::rng::TorchGenerator;
-use crate::solver::Solver;
 use crate::solver::config::SchedulerConfig;
 use crate::solver::history::Update;
 use crate::solver::noise_schedule::{Defaults, Grid, Level, NoiseSchedule};
+use crate::solver::{Memory, Solver};
 
 /// Highest `solver_order` that is held against the reference.
 const MAX_ORDER: usize = 3;
@@ -316,6 +316,27 @@ impl Solver for UniPc {
         let next = self.predict(index, &sample, order)?;
         self.last = Some((sample, order));
         Ok(next)
+    }
+
+    /// The predictions, and with the order of the last step the sample that it set out from.
+    fn memory(&self) -> Memory {
+        let last = self.last.iter();
+        Memory {
+            tensors: self.predictions.iter().chain(last.clone().map(|(sample, _)| sample)).cloned().collect(),
+            numbers: last.map(|(_, order)| *order).collect(),
+        }
+    }
+
+    fn remember(&mut self, Memory { mut tensors, numbers }: Memory, steps: usize) -> bool {
+        let predictions = steps.min(self.config.solver_order);
+        let last = match (steps, &numbers[..]) {
+            (0, []) => None,
+            (1.., &[order]) if (1..=predictions).contains(&order) => tensors.pop().map(|sample| (sample, order)),
+            _ => return false,
+        };
+        let fits = tensors.len() == predictions && last.is_some() == (steps > 0);
+        (self.predictions, self.last) = (tensors.into(), last);
+        fits
     }
 }
 

@@ -91,12 +91,11 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// Sends a session that has not begun to another device; it stays where that has gone.
     fn give(&mut self, id: SessionId, request: Request, peer: &Peer) {
-        let Some(Live { client, model, mailbox, place: Some(place), may_begin, predicted_seconds, .. }) =
-            self.unbook(id)
+        let Some(Live { client, model, mailbox, place: Some(place), options, predicted_seconds, .. }) = self.unbook(id)
         else {
             return;
         };
-        let order = Order { id, client, model, request, mailbox, place, may_begin, predicted_seconds };
+        let order = Order { id, client, model, request, mailbox, place, options, predicted_seconds };
         if let Err(order) = peer.give(order) {
             self.gauges.models[model].live.fetch_add(1, Relaxed);
             self.gauges.add_backlog(predicted_seconds);

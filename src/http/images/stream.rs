@@ -79,7 +79,8 @@ async fn write(head: Head, mut session: Session, writes: mpsc::Sender<Result<Byt
             }
             Ok(Some(Event::Finished { usage, .. })) => (head.completed(picture.take(), usage).await, true),
             Ok(Some(Event::Failed(error))) => (Err(error.into()), true),
-            Ok(Some(Event::Started | Event::Progress { .. } | Event::Prompt(_) | Event::Text { .. })) => continue,
+            Ok(Some(Event::Started | Event::Progress { .. } | Event::Checkpoint(_))) => continue,
+            Ok(Some(Event::Prompt(_) | Event::Text { .. })) => continue,
             Ok(None) => (Err(super::cut_off()), true),
         };
         // The status has been sent: an error is the last event.

@@ -389,7 +389,13 @@ async fn collect(session: &mut Session, head: &Head, echo: Option<Arc<Echo>>, te
                 return Ok(reply);
             }
             Some(Event::Failed(error)) => return Err(error.into()),
-            Some(Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_)) => (),
+            Some(
+                Event::Started
+                | Event::Progress { .. }
+                | Event::Preview { .. }
+                | Event::Frames(_)
+                | Event::Checkpoint(_),
+            ) => (),
             None => return Err(cut_off()),
         }
     }

@@ -97,7 +97,7 @@ fn describe(event: &Event) -> String {
         Event::Frames(frames) => format!("frames {:?}", frames.iter().map(|f| f.rgb[0]).collect::<Vec<_>>()),
         Event::Finished { .. } => "finished".into(),
         Event::Failed(error) => format!("failed: {error}"),
-        Event::Text { .. } | Event::Prompt(_) => "text".into(),
+        Event::Text { .. } | Event::Prompt(_) | Event::Checkpoint(_) => "of another".into(),
     }
 }
 

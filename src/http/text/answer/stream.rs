@@ -114,7 +114,11 @@ impl AnswerStream {
             }
             Event::Failed(error) => self.write_error(&error.into()),
             // Nothing that a reader of text would see.
-            Event::Started | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_) => (),
+            Event::Started
+            | Event::Progress { .. }
+            | Event::Preview { .. }
+            | Event::Frames(_)
+            | Event::Checkpoint(_) => (),
         }
     }
 

@@ -200,7 +200,12 @@ async fn whole(
             Some(Event::Finished { reason, usage }) => break (reason, usage),
             Some(Event::Failed(error)) => return Err(error.into()),
             Some(
-                Event::Started | Event::Prompt(_) | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_),
+                Event::Started
+                | Event::Prompt(_)
+                | Event::Progress { .. }
+                | Event::Preview { .. }
+                | Event::Frames(_)
+                | Event::Checkpoint(_),
             ) => (),
             None => return Err(cut_off()),
         }
@@ -392,7 +397,12 @@ impl AnswerStream {
             }
             Event::Failed(error) => self.write_failure(&error.into()),
             // Nothing that a reader of text would see.
-            Event::Started | Event::Prompt(_) | Event::Progress { .. } | Event::Preview { .. } | Event::Frames(_) => (),
+            Event::Started
+            | Event::Prompt(_)
+            | Event::Progress { .. }
+            | Event::Preview { .. }
+            | Event::Frames(_)
+            | Event::Checkpoint(_) => (),
         }
     }
 
