@@ -15,22 +15,27 @@ use tale_models::runner::StepPlan;
 /// How long token streams may wait behind several light steps of other runners; one heavy step may be longer.
 pub const MAX_TEXT_GAP: Duration = Duration::from_millis(50);
 
+const HAS_ENTERED: &str = "a candidate has entered: this is a bug";
+
 /// Weight of the newest measurement in the learned cost of a phase.
 const COST_SMOOTHING: f64 = 0.2;
+
+/// By which a runner of a device is known for as long as it is there; none has the key of one before it.
+pub type RunnerKey = usize;
 
 /// A runner that has work.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Candidate {
-    /// The runner's position, as given to [`Arbiter::new`].
-    pub runner: usize,
+    /// The runner, which has entered.
+    pub runner: RunnerKey,
     /// What its next step would be.
     pub plan: StepPlan,
 }
 
 /// Shares of device time, and what steps have cost so far.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Arbiter {
-    lanes: Vec<Lane>,
+    lanes: BTreeMap<RunnerKey, Lane>,
     /// Least `virtual_seconds` among the candidates of the last pick; never falls.
     floor: f64,
     /// Device time of other work since the last text step; `None` while text has no work.
@@ -46,10 +51,24 @@ struct Lane {
 }
 
 impl Arbiter {
-    /// One runner per weight; a runner of weight 2 gets twice the device time of a runner of weight 1.
+    /// One runner per weight, whose keys are their positions; a runner of weight 2 gets twice the device time of a runner of
+    /// weight 1.
     pub fn new(weights: &[f64]) -> Self {
-        let lane = |&weight: &f64| Lane { weight, virtual_seconds: 0.0, cost_seconds: BTreeMap::new() };
-        Self { lanes: weights.iter().map(lane).collect(), floor: 0.0, text_waits: None }
+        let mut arbiter = Self::default();
+        weights.iter().enumerate().for_each(|(runner, weight)| arbiter.enter(runner, *weight));
+        arbiter
+    }
+
+    /// A runner more, level with the others.
+    pub fn enter(&mut self, runner: RunnerKey, weight: f64) {
+        let lane = Lane { weight, virtual_seconds: self.floor, cost_seconds: BTreeMap::new() };
+        let previous = self.lanes.insert(runner, lane);
+        assert!(previous.is_none(), "a runner enters once: this is a bug");
+    }
+
+    /// A runner is gone.
+    pub fn leave(&mut self, runner: RunnerKey) {
+        self.lanes.remove(&runner);
     }
 
     /// The one of `candidates` that steps next, `None` when there are none.
@@ -72,7 +91,7 @@ impl Arbiter {
         // A clock too coarse to see a step must not make it free: nothing would ever be owed to the others.
         let cost = cost.max(Duration::from_micros(1));
         let seconds = cost.as_secs_f64();
-        let lane = &mut self.lanes[step.runner];
+        let lane = self.lanes.get_mut(&step.runner).expect(HAS_ENTERED);
         lane.virtual_seconds += seconds / lane.weight;
         let learned = lane.cost_seconds.entry(step.plan.phase).or_insert(seconds);
         *learned += COST_SMOOTHING * (seconds - *learned);
@@ -84,8 +103,8 @@ impl Arbiter {
     }
 
     /// What the next step of a phase will cost, from those before; longer than any gap while nothing is known.
-    pub fn estimate(&self, runner: usize, phase: Phase) -> Duration {
-        match self.lanes[runner].cost_seconds.get(&phase) {
+    pub fn estimate(&self, runner: RunnerKey, phase: Phase) -> Duration {
+        match self.lanes[&runner].cost_seconds.get(&phase) {
             Some(&seconds) => Duration::from_secs_f64(seconds),
             None => Duration::MAX,
         }
@@ -94,17 +113,17 @@ impl Arbiter {
     /// Lifts runners that come back from idleness to the floor, so that they do not catch up on time they did not use.
     fn level(&mut self, candidates: &[Candidate]) {
         for candidate in candidates {
-            let lane = &mut self.lanes[candidate.runner];
+            let lane = self.lanes.get_mut(&candidate.runner).expect(HAS_ENTERED);
             lane.virtual_seconds = lane.virtual_seconds.max(self.floor);
         }
-        let least = candidates.iter().map(|c| self.lanes[c.runner].virtual_seconds).fold(f64::INFINITY, f64::min);
+        let least = candidates.iter().map(|c| self.lanes[&c.runner].virtual_seconds).fold(f64::INFINITY, f64::min);
         if least.is_finite() {
             self.floor = self.floor.max(least);
         }
     }
 
     fn least_served(&self, candidates: impl Iterator<Item = Candidate>) -> Option<Candidate> {
-        let served = |c: &Candidate| self.lanes[c.runner].virtual_seconds;
+        let served = |c: &Candidate| self.lanes[&c.runner].virtual_seconds;
         candidates.min_by(|a, b| served(a).total_cmp(&served(b)))
     }
 }
@@ -171,6 +190,26 @@ mod tests {
         // The first step of the run finds its cost unknown; from then on only the sum counts.
         assert!(longest <= MAX_TEXT_GAP.as_secs_f64() + 1e-9, "{longest}");
         assert!((time_of(&steps, 1) / time_of(&steps, 0) - 1.0).abs() < 0.05);
+    }
+
+    #[test]
+    fn a_runner_that_comes_later_is_level_with_the_others() {
+        let mut arbiter = Arbiter::new(&[1.0]);
+        let (a, b) = (candidate(0, Phase::Denoise), candidate(7, Phase::Denoise));
+        for _ in 0..1000 {
+            let pick = arbiter.pick(&[a]).expect("busy");
+            arbiter.report(pick, Duration::from_secs(1));
+        }
+        arbiter.enter(7, 1.0);
+        let mut turns = [0, 0];
+        for _ in 0..100 {
+            let pick = arbiter.pick(&[a, b]).expect("busy");
+            arbiter.report(pick, Duration::from_secs(1));
+            turns[usize::from(pick.runner == 7)] += 1;
+        }
+        assert!(turns.iter().all(|turns| (49..=51).contains(turns)), "{turns:?}");
+        arbiter.leave(7);
+        assert_eq!(arbiter.pick(&[a]), Some(a));
     }
 
     #[test]

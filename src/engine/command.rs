@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tale_models::{ClientId, Request, SessionId};
 
 use super::SubmitOptions;
+use super::arbiter::RunnerKey;
 use super::mailbox::Mailbox;
 use crate::places::Place;
 
@@ -36,8 +37,8 @@ pub(super) struct Order {
     pub(super) id: SessionId,
     /// Whose it is.
     pub(super) client: ClientId,
-    /// Position of its model.
-    pub(super) model: usize,
+    /// The runner of its model.
+    pub(super) model: RunnerKey,
     /// Validated.
     pub(super) request: Request,
     /// Where its events go.

@@ -11,7 +11,7 @@ use tale_models::device::{DeviceSpec, keep_freed_memory, on_threads_of};
 use tale_models::{LoadedModel, ModelCard};
 
 use super::command::Command;
-use super::gauges::Gauges;
+use super::gauges::{Gauges, ModelGauges};
 use super::ledger::{Ledger, Owner};
 use super::peers::Peer;
 use super::worker::{DeviceWorker, Health, WallClock};
@@ -49,6 +49,8 @@ pub(super) struct Prepared {
     /// For sessions, beside the models.
     pub(super) room_bytes: usize,
     pub(super) gauges: Arc<Gauges>,
+    /// In the same order as the cards.
+    pub(super) models: Vec<Arc<ModelGauges>>,
 }
 
 /// A device whose models are being loaded.
@@ -119,7 +121,7 @@ impl DeviceHandle {
 
     /// Whether sessions of it have not ended, and it works on them.
     pub(super) fn is_busy(&self) -> bool {
-        self.gauges.is_alive() && self.gauges.models.iter().any(|model| model.live.load(Relaxed) > 0)
+        self.gauges.is_alive() && self.gauges.live() > 0
     }
 
     /// Tells it to end its sessions after its step, and to begin none. An error means that it has ended already.
@@ -162,6 +164,6 @@ fn prepare(loaded: Loaded) -> Result<(Prepared, DeviceWorker<WallClock>), Engine
     let room_bytes = ledger.session_capacity_bytes();
     runners.iter_mut().for_each(|(_, runner)| runner.set_room(room_bytes));
     let worker = DeviceWorker::new(runners, queues, ledger, WallClock::default()).watching(health);
-    let gauges = worker.gauges();
-    Ok((Prepared { cards, room_bytes, gauges }, worker))
+    let (gauges, models) = (worker.gauges(), worker.model_gauges());
+    Ok((Prepared { cards, room_bytes, gauges, models }, worker))
 }

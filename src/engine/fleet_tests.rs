@@ -130,16 +130,22 @@ impl Fleet {
             let worker = worker.watching(Box::new(health));
             devices.push(Device { worker, clock, commands, is_idle: true, seconds: 0.0 });
         }
-        let gauges: Vec<_> = devices.iter().map(|device: &Device| device.worker.gauges()).collect();
+        let gauges: Vec<Vec<Arc<super::gauges::ModelGauges>>> =
+            devices.iter().map(|device: &Device| device.worker.model_gauges()).collect();
         let devices = devices.into_iter().enumerate().map(|(index, device)| {
             let others = (0..slowness.len()).filter(|other| *other != index);
-            let peers = |runner| others.clone().map(|of| Peer::new(&senders[of], gauges[of].clone(), runner)).collect();
+            let peers = |runner: usize| {
+                others.clone().map(|of| Peer::new(&senders[of], gauges[of][runner].clone(), runner)).collect()
+            };
             let worker = device.worker.beside(vec![peers(TEXT), peers(CLIPS)]);
             Device { worker, ..device }
         });
         let devices = devices.collect();
-        let replicas = |runner| {
-            let replica = |(device, gauges): (usize, &Arc<_>)| Replica { device, gauges: Arc::clone(gauges), runner };
+        let replicas = |runner: usize| {
+            let replica = |(device, gauges): (usize, &Vec<Arc<super::gauges::ModelGauges>>)| {
+                let gauges = gauges[runner].clone();
+                Replica { device, gauges, runner }
+            };
             let commands: Vec<Arc<Sender<Command>>> = senders.clone();
             Replicas::new(gauges.iter().enumerate().map(replica).collect(), commands.into())
         };
@@ -225,7 +231,7 @@ impl Fleet {
         for device in &self.devices {
             let gauges = device.worker.gauges();
             assert_eq!(device.worker.ledger().used_bytes(), 0);
-            assert!(gauges.models.iter().all(|model| model.live.load(Relaxed) == 0 && model.queue.taken() == 0));
+            assert!(device.worker.model_gauges().iter().all(|model| model.live() == 0 && model.queue.taken() == 0));
             // What is left is the rounding of many sums.
             assert!(gauges.backlog_seconds() < 1e-3, "{}", gauges.backlog_seconds());
         }
@@ -317,7 +323,7 @@ fn a_prompt_goes_where_its_beginning_was_read() {
         (0..3).find(|device| before[*device] != after[*device]).expect("it went somewhere")
     };
     fn live(device: &Device) -> usize {
-        device.worker.gauges().models[TEXT].live.load(Relaxed)
+        device.worker.model_gauges()[TEXT].live()
     }
     // What tokens cost is learned everywhere.
     for token in 0..12 {

@@ -11,8 +11,8 @@ use crate::places::Places;
 /// Of one device.
 #[derive(Debug, Default)]
 pub(super) struct Gauges {
-    /// One per runner.
-    pub(super) models: Vec<ModelGauges>,
+    /// Sessions of all its runners that are submitted and not ended.
+    live: AtomicUsize,
     /// The thread has ended, or takes no work since the device has failed.
     pub(super) dead: AtomicBool,
     /// Why the device takes no work, where that is known.
@@ -28,10 +28,12 @@ pub(super) struct Gauges {
 /// Of one runner.
 #[derive(Debug)]
 pub(super) struct ModelGauges {
+    /// Of the device.
+    pub(super) device: Arc<Gauges>,
     /// Sessions that are submitted and not begun hold a place. All replicas of a model have one queue.
     pub(super) queue: Arc<Places>,
     /// Submitted and not ended.
-    pub(super) live: AtomicUsize,
+    live: AtomicUsize,
     running: AtomicUsize,
     waiting: AtomicUsize,
     kv_blocks_used: AtomicUsize,
@@ -42,9 +44,9 @@ pub(super) struct ModelGauges {
 const NOTHING_PANICS: &str = "nothing panics while it holds this: this is a bug";
 
 impl Gauges {
-    /// Of runners whose sessions wait in these queues.
-    pub(super) fn new(queues: Vec<Arc<Places>>) -> Self {
-        Self { models: queues.into_iter().map(ModelGauges::new).collect(), ..Self::default() }
+    /// Sessions that are submitted and not ended.
+    pub(super) fn live(&self) -> usize {
+        self.live.load(Relaxed)
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -78,7 +80,7 @@ impl Gauges {
         self.backlog.load(Relaxed) as f64 * 1e-9
     }
 
-    pub(super) fn add_backlog(&self, seconds: f64) {
+    fn add_backlog(&self, seconds: f64) {
         self.backlog.fetch_add(nanoseconds(seconds), Relaxed);
     }
 
@@ -97,8 +99,10 @@ fn nanoseconds(seconds: f64) -> u64 {
 }
 
 impl ModelGauges {
-    fn new(queue: Arc<Places>) -> Self {
+    /// Of a runner whose sessions wait in this queue.
+    pub(super) fn new(device: Arc<Gauges>, queue: Arc<Places>) -> Self {
         Self {
+            device,
             queue,
             live: AtomicUsize::default(),
             running: AtomicUsize::default(),
@@ -107,6 +111,25 @@ impl ModelGauges {
             kv_blocks_total: AtomicUsize::default(),
             rates: Mutex::default(),
         }
+    }
+
+    /// Sessions that are submitted and not ended.
+    pub(super) fn live(&self) -> usize {
+        self.live.load(Relaxed)
+    }
+
+    /// A session more is submitted, or comes from another device, which is expected to take so many seconds.
+    pub(super) fn enter(&self, seconds: f64) {
+        self.live.fetch_add(1, Relaxed);
+        self.device.live.fetch_add(1, Relaxed);
+        self.device.add_backlog(seconds);
+    }
+
+    /// A session has ended, or goes to another device, with so many of its seconds left.
+    pub(super) fn leave(&self, seconds: f64) {
+        self.live.fetch_sub(1, Relaxed);
+        self.device.live.fetch_sub(1, Relaxed);
+        self.device.subtract_backlog(seconds);
     }
 
     pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {

@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 
 use tale_models::SessionId;
 
+use super::arbiter::RunnerKey;
+
 /// What a reservation belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Owner {
-    /// Weights and fixed caches of the model at this position; held until the process ends.
-    Model(usize),
+    /// Weights and fixed caches of the model of this runner.
+    Model(RunnerKey),
     /// Everything that a running generation needs beside them.
     Session(SessionId),
-    /// What the model at this position needs for a while beside its weights and its sessions' plans.
-    Borrowed(usize),
+    /// What the model of this runner needs for a while beside its weights and its sessions' plans.
+    Borrowed(RunnerKey),
 }
 
 /// A reservation that does not fit.

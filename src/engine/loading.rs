@@ -14,14 +14,15 @@ use tale_models::{LoadedModel, ModelSource, loading};
 use super::assignment::{self, Misfit, Sizes, Wanted};
 use super::device::{DeviceHandle, Loaded, OnDevice, Prepared, Starting};
 use super::peers::Peer;
+use super::replicas::{Replica, Replicas};
 use super::residency::Choice;
 use super::{EngineError, EngineOptions, ModelSpec, ServedModel, memory, residency};
 use crate::places::Places;
 
 /// Devices that work, and the models on them.
 pub(super) struct Ready {
-    /// Each with the devices and runners that it is on.
-    pub(super) models: Vec<(ServedModel, Vec<(usize, usize)>)>,
+    /// Each with where it is.
+    pub(super) models: Vec<(ServedModel, Replicas)>,
     pub(super) devices: Vec<DeviceHandle>,
 }
 
@@ -129,7 +130,13 @@ fn finish(names: &[String], specs: &[DeviceSpec], starting: Vec<Starting>) -> Re
             let devices = on.iter().map(|(device, _)| specs[*device]).collect();
             let card = prepared[device].cards[runner].1.take().expect("each card is taken once: this is a bug");
             let card = Arc::new(card.with_room(room_bytes));
-            (ServedModel { name, card, created: SystemTime::now(), devices }, on)
+            let replica = |(device, runner): (usize, usize)| {
+                let gauges = prepared[device].models[runner].clone();
+                Replica { device, gauges, runner }
+            };
+            let commands = on.iter().map(|(device, _)| starting[*device].commands.clone()).collect();
+            let replicas = Replicas::new(on.into_iter().map(replica).collect(), commands);
+            (ServedModel { name, card, created: SystemTime::now(), devices }, replicas)
         })
         .collect();
     let devices =
@@ -142,7 +149,7 @@ fn peers_of(device: usize, name: &str, prepared: &[Prepared], starting: &[Starti
     let others = prepared.iter().zip(starting).enumerate().filter(|(other, _)| *other != device);
     let peer = |(_, (prepared, starting)): (usize, (&Prepared, &Starting))| {
         let runner = prepared.cards.iter().position(|(card, _)| card == name)?;
-        Some(Peer::new(&starting.commands, prepared.gauges.clone(), runner))
+        Some(Peer::new(&starting.commands, prepared.models[runner].clone(), runner))
     };
     others.filter_map(peer).collect()
 }

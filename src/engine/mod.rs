@@ -322,17 +322,7 @@ impl Engine {
 
     fn of(ready: loading::Ready, options: &EngineOptions) -> Self {
         let loading::Ready { models, devices } = ready;
-        let (models, replicas) = models
-            .into_iter()
-            .map(|(model, on)| {
-                let commands = on.iter().map(|(device, _)| devices[*device].commands.clone()).collect();
-                let replica = |(device, runner): (usize, usize)| {
-                    let gauges: Arc<_> = devices[device].gauges.clone();
-                    Replica { device, gauges, runner }
-                };
-                (model, Replicas::new(on.into_iter().map(replica).collect(), commands))
-            })
-            .unzip();
+        let (models, replicas) = models.into_iter().unzip();
         let shared = Shared {
             models,
             replicas,
@@ -461,7 +451,7 @@ impl Engine {
 
     fn model_status(&self, index: usize) -> ModelStatus {
         let on = &self.shared.replicas[index].on;
-        let gauges = on.iter().map(|replica| &replica.gauges.models[replica.runner]);
+        let gauges = on.iter().map(|replica| &*replica.gauges);
         let mut runner = RunnerStatus::default();
         for of in gauges.clone().map(gauges::ModelGauges::runner) {
             runner.running += of.running;
@@ -472,7 +462,7 @@ impl Engine {
         ModelStatus {
             name: self.models()[index].name.clone(),
             queued: self.shared.replicas[index].queue().taken(),
-            live: gauges.map(|gauges| gauges.live.load(Relaxed)).sum(),
+            live: gauges.map(gauges::ModelGauges::live).sum(),
             runner,
         }
     }

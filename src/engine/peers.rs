@@ -6,52 +6,51 @@
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Weak};
 
+use super::arbiter::RunnerKey;
 use super::command::{Command, Order};
-use super::gauges::Gauges;
+use super::gauges::ModelGauges;
 
 /// Another device that holds a model.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
     commands: Weak<Sender<Command>>,
-    gauges: Arc<Gauges>,
+    /// Of the model there.
+    gauges: Arc<ModelGauges>,
     /// Which of its runners has the model.
-    runner: usize,
+    runner: RunnerKey,
 }
 
 impl Peer {
-    pub(super) fn new(commands: &Arc<Sender<Command>>, gauges: Arc<Gauges>, runner: usize) -> Self {
+    pub(super) fn new(commands: &Arc<Sender<Command>>, gauges: Arc<ModelGauges>, runner: RunnerKey) -> Self {
         Self { commands: Arc::downgrade(commands), gauges, runner }
     }
 
     /// Whether it had nothing to do; it expects something then.
     pub(super) fn take_idleness(&self) -> bool {
-        self.gauges.take_idleness()
+        self.gauges.device.take_idleness()
     }
 
     /// There is nothing for it after all.
     pub(super) fn give_idleness_back(&self) {
-        self.gauges.set_idle(true);
+        self.gauges.device.set_idle(true);
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        self.gauges.is_alive()
+        self.gauges.device.is_alive()
     }
 
     pub(super) fn backlog_seconds(&self) -> f64 {
-        self.gauges.backlog_seconds()
+        self.gauges.device.backlog_seconds()
     }
 
     /// Hands a session over; it comes back where the other's thread has ended.
     pub(super) fn give(&self, order: Order) -> Result<(), Box<Order>> {
         let Some(commands) = self.commands.upgrade() else { return Err(Box::new(order)) };
         let predicted = order.predicted_seconds;
-        let gauges = &self.gauges.models[self.runner];
-        gauges.live.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        self.gauges.add_backlog(predicted);
+        self.gauges.enter(predicted);
         let command = Command::Submit(Order { model: self.runner, ..order });
         commands.send(command).map_err(|unsent| {
-            gauges.live.fetch_sub(1, std::sync::atomic::Ordering::Relaxed);
-            self.gauges.subtract_backlog(predicted);
+            self.gauges.leave(predicted);
             match unsent.0 {
                 Command::Submit(order) => Box::new(order),
                 _ => unreachable!("what comes back is what was sent: this is a bug"),

@@ -5,7 +5,6 @@
 //! takes there counts for nothing, so that it is tried. Expectations are wrong at times: what waits on a device goes on to one that
 //! has nothing to do ([`super::peers`]).
 
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
@@ -13,8 +12,9 @@ use tale_models::kv::PrefixCache;
 use tale_models::{ClientId, Request};
 
 use super::affinity::{Affinity, Beginnings};
+use super::arbiter::RunnerKey;
 use super::command::Command;
-use super::gauges::Gauges;
+use super::gauges::ModelGauges;
 use crate::places::Places;
 
 /// One model on one device.
@@ -22,10 +22,10 @@ use crate::places::Places;
 pub(super) struct Replica {
     /// Position of the device.
     pub(super) device: usize,
-    /// Of the device.
-    pub(super) gauges: Arc<Gauges>,
+    /// Of the model there.
+    pub(super) gauges: Arc<ModelGauges>,
     /// Which of the device's runners has the model.
-    pub(super) runner: usize,
+    pub(super) runner: RunnerKey,
 }
 
 /// All devices that hold one model.
@@ -55,13 +55,12 @@ impl Replicas {
 
     /// In which sessions wait, whichever of the devices they are for.
     pub(super) fn queue(&self) -> &Arc<Places> {
-        let Replica { gauges, runner, .. } = &self.on[0];
-        &gauges.models[*runner].queue
+        &self.on[0].gauges.queue
     }
 
     /// Whether a device is left.
     pub(super) fn is_alive(&self) -> bool {
-        self.on.iter().any(|replica| replica.gauges.is_alive())
+        self.on.iter().any(|replica| replica.gauges.device.is_alive())
     }
 
     /// The replica for a request, whose device has it in its backlog from then on; `None` where no device is left.
@@ -72,18 +71,16 @@ impl Replicas {
             _ => Beginnings::default(),
         };
         let mut affinity = self.affinity.lock().expect("nothing panics while it holds this: this is a bug");
-        let alive = self.on.iter().enumerate().filter(|(_, replica)| replica.gauges.is_alive());
-        let expected = alive.map(|(index, Replica { device, gauges, runner })| {
+        let alive = self.on.iter().enumerate().filter(|(_, replica)| replica.gauges.device.is_alive());
+        let expected = alive.map(|(index, Replica { device, gauges, .. })| {
             let cached_tokens = affinity.cached_tokens(&beginnings, *device);
-            let seconds = gauges.models[*runner].rates().predict(request, cached_tokens).unwrap_or(0.0);
-            let live: usize = gauges.models.iter().map(|model| model.live.load(Relaxed)).sum();
-            (gauges.backlog_seconds() + seconds, live, Chosen { index, seconds })
+            let seconds = gauges.rates().predict(request, cached_tokens).unwrap_or(0.0);
+            (gauges.device.backlog_seconds() + seconds, gauges.device.live(), Chosen { index, seconds })
         });
         let (_, _, chosen) = expected.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
-        let Replica { device, gauges, runner } = &self.on[chosen.index];
+        let Replica { device, gauges, .. } = &self.on[chosen.index];
         affinity.note(&beginnings, *device);
-        gauges.models[*runner].live.fetch_add(1, Relaxed);
-        gauges.add_backlog(chosen.seconds);
+        gauges.enter(chosen.seconds);
         Some(chosen)
     }
 }

@@ -232,8 +232,8 @@ impl World {
     fn check_empty(&self) {
         assert!(self.readers.is_empty(), "sessions without an end: {:?}", self.readers.keys().collect::<BTreeSet<_>>());
         assert_eq!(self.worker.ledger().used_bytes(), 3 * MODEL_BYTES);
-        for gauges in &self.worker.gauges().models {
-            let found = (gauges.queue.taken(), gauges.live.load(Relaxed), gauges.runner());
+        for gauges in self.worker.model_gauges() {
+            let found = (gauges.queue.taken(), gauges.live(), gauges.runner());
             assert_eq!(found, (0, 0, RunnerStatus::default()));
         }
     }
@@ -367,7 +367,7 @@ fn clients_take_turns_in_front_of_a_model_whose_memory_is_short() {
 fn one_client_does_not_take_all_sessions_of_a_runner() {
     let mut worker = clips(Script { max_sessions: 4, ..Script::default() }, 100);
     let held = |worker: &DeviceWorker<VirtualClock>| {
-        let RunnerStatus { running, waiting, .. } = worker.gauges().models[0].runner();
+        let RunnerStatus { running, waiting, .. } = worker.model_gauges()[0].runner();
         running + waiting
     };
     for id in 1..=100 {
@@ -523,7 +523,7 @@ fn a_session_whose_frames_nobody_takes_waits_alone() {
             }
         }
         assert_eq!(worker.ledger().used_bytes(), 0);
-        assert_eq!(worker.gauges().models[0].runner(), RunnerStatus::default());
+        assert_eq!(worker.model_gauges()[0].runner(), RunnerStatus::default());
     }
 }
 

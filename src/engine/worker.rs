@@ -4,7 +4,7 @@
 //! no others. Does not know: which thread it runs on, or what time is (a [`Clock`] is given), so that tests drive it
 //! through virtual time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,24 +15,27 @@ use tale_models::device::give_back_freed_memory;
 use tale_models::memory::PhaseBytes;
 use tale_models::request::Phase;
 use tale_models::runner::StepPlan;
-use tale_models::runner::fair_queue::FairQueue;
 use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
 use super::SubmitOptions;
-use super::arbiter::{Arbiter, Candidate};
+use super::arbiter::{Arbiter, Candidate, RunnerKey};
 use super::command::{Command, Order};
-use super::gauges::Gauges;
+use super::gauges::{Gauges, ModelGauges};
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
 use super::peers::Peer;
-use crate::places::{Place, Places, may_take};
+use crate::places::{Place, Places};
 
 mod moving;
 mod saving;
-use crate::telemetry::ModelMetrics;
+mod slot;
+
+use self::slot::{Slot, Waiting};
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
 const MAX_OVERTAKEN: usize = 64;
+
+const IS_THERE: &str = "sessions are of runners that are there: this is a bug";
 
 /// For how long memory of steps is kept for the next ones when there is nothing to do.
 const MEMORY_KEPT: Duration = Duration::from_secs(2);
@@ -64,20 +67,15 @@ impl Clock for WallClock {
 /// Everything that one device thread owns.
 pub(super) struct DeviceWorker<C> {
     clock: C,
-    runners: Vec<Box<dyn Runner>>,
-    metrics: Vec<ModelMetrics>,
+    slots: BTreeMap<RunnerKey, Slot>,
     gauges: Arc<Gauges>,
     arbiter: Arbiter,
     ledger: Ledger,
     events: Events,
-    /// One per runner.
-    queues: Vec<Queue>,
-    /// Whether something has changed since the last time that none of them could be admitted.
+    /// Whether something has changed since the last time that no session that waits could be admitted.
     admission_due: bool,
     /// Those that wait and those that run.
     sessions: HashMap<SessionId, Live>,
-    /// The other devices of each runner's model.
-    peers: Vec<Vec<Peer>>,
     /// Sessions whose checkpoints are wanted and that the last step has brought on.
     moved: Vec<SessionId>,
     /// Nothing begins any more.
@@ -88,57 +86,9 @@ pub(super) struct DeviceWorker<C> {
     to_wake: Vec<Arc<Mailbox>>,
 }
 
-/// What stands in front of one runner.
-#[derive(Default)]
-struct Queue {
-    /// Their memory is not reserved yet.
-    waiting: FairQueue<Waiting>,
-    /// How many sessions of each client the runner has; no client stands here with none.
-    held: HashMap<ClientId, usize>,
-}
-
-impl Queue {
-    /// Whose turn it is, and its session.
-    fn next(&self) -> Option<(ClientId, &Waiting)> {
-        self.waiting.turns(|client| self.held(client)).peek()
-    }
-
-    fn held(&self, client: ClientId) -> usize {
-        self.held.get(&client).copied().unwrap_or(0)
-    }
-
-    /// Whether a runner of so many places takes one more session of this client: one client leaves some to the others.
-    fn may_begin(&self, client: ClientId, max_sessions: usize) -> bool {
-        let held: usize = self.held.values().sum();
-        may_take(self.held(client), max_sessions.saturating_sub(held))
-    }
-
-    fn take(&mut self, client: ClientId) -> Option<Waiting> {
-        let waiting = self.waiting.take(client)?;
-        *self.held.entry(client).or_default() += 1;
-        Some(waiting)
-    }
-
-    /// The runner has one session of this client less.
-    fn give_back(&mut self, client: ClientId) {
-        let held = self.held(client).saturating_sub(1);
-        match held {
-            0 => self.held.remove(&client),
-            held => self.held.insert(client, held),
-        };
-    }
-}
-
-struct Waiting {
-    id: SessionId,
-    request: Request,
-    footprint_bytes: usize,
-    overtaken: usize,
-}
-
 struct Live {
     client: ClientId,
-    model: usize,
+    model: RunnerKey,
     mailbox: Arc<Mailbox>,
     submitted: Duration,
     predicted_seconds: f64,
@@ -157,27 +107,27 @@ struct Live {
 }
 
 impl<C: Clock> DeviceWorker<C> {
-    /// A worker over runners whose own memory is booked in `ledger` already, and whose sessions hold places of `queues` until they
-    /// begin. All have equal shares of device time.
+    /// A worker over runners whose own memory is booked in `ledger` already, by their positions, and whose sessions hold places of
+    /// `queues` until they begin. All have equal shares of device time.
     pub(super) fn new(
         runners: Vec<(String, Box<dyn Runner>)>,
         queues: Vec<Arc<Places>>,
         ledger: Ledger,
         clock: C,
     ) -> Self {
-        let gauges = Gauges::new(queues);
+        let gauges = Arc::new(Gauges::default());
         gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
+        let slot = |((name, runner), queue): ((String, Box<dyn Runner>), Arc<Places>)| {
+            Slot::new(&name, runner, Arc::new(ModelGauges::new(gauges.clone(), queue)))
+        };
         let worker = Self {
             clock,
-            metrics: runners.iter().map(|(name, _)| ModelMetrics::new(name)).collect(),
             arbiter: Arbiter::new(&vec![1.0; runners.len()]),
-            queues: runners.iter().map(|_| Queue::default()).collect(),
-            peers: vec![Vec::new(); runners.len()],
+            slots: runners.into_iter().zip(queues).map(slot).enumerate().collect(),
             moved: Vec::new(),
             is_handing_over: false,
             health: Box::new(|| Ok(())),
-            runners: runners.into_iter().map(|(_, runner)| runner).collect(),
-            gauges: Arc::new(gauges),
+            gauges,
             ledger,
             events: Events::default(),
             admission_due: false,
@@ -190,7 +140,7 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// The same, that knows the other devices of each runner's model.
     pub(super) fn beside(mut self, peers: Vec<Vec<Peer>>) -> Self {
-        self.peers = peers;
+        self.slots.values_mut().zip(peers).for_each(|(slot, peers)| slot.peers = peers);
         self
     }
 
@@ -203,6 +153,11 @@ impl<C: Clock> DeviceWorker<C> {
     /// Numbers that this worker publishes.
     pub(super) fn gauges(&self) -> Arc<Gauges> {
         self.gauges.clone()
+    }
+
+    /// Those of each runner, in the order of their keys.
+    pub(super) fn model_gauges(&self) -> Vec<Arc<ModelGauges>> {
+        self.slots.values().map(|slot| slot.gauges.clone()).collect()
     }
 
     /// Works until told to stop or until no handle is left. Sleeps while there is nothing to do.
@@ -281,9 +236,11 @@ impl<C: Clock> DeviceWorker<C> {
             return false;
         }
         self.admit();
-        let plans = self.runners.iter().enumerate();
-        let candidates: Vec<_> =
-            plans.filter_map(|(runner, r)| r.next().map(|plan| Candidate { runner, plan })).collect();
+        let next = |(runner, slot): (&RunnerKey, &Slot)| {
+            let plan = slot.runner.next()?;
+            Some(Candidate { runner: *runner, plan })
+        };
+        let candidates: Vec<_> = self.slots.iter().filter_map(next).collect();
         let picked = self.arbiter.pick(&candidates);
         match picked {
             Some(candidate) => {
@@ -298,14 +255,15 @@ impl<C: Clock> DeviceWorker<C> {
         picked.is_some()
     }
 
-    fn enqueue(&mut self, id: SessionId, client: ClientId, model: usize, request: Request) -> Result<(), Error> {
-        let plan = guarded(|| Ok(self.runners[model].plan(&request)))?;
+    fn enqueue(&mut self, id: SessionId, client: ClientId, model: RunnerKey, request: Request) -> Result<(), Error> {
+        let slot = self.slot(model);
+        let plan = guarded(|| Ok(slot.runner.plan(&request)))?;
         let (footprint_bytes, free_bytes) = (plan.peak_bytes(), self.ledger.session_capacity_bytes());
         if let Some(PhaseBytes { phase, bytes: needed_bytes }) = plan.peak().filter(|peak| peak.bytes > free_bytes) {
             return Err(Error::OutOfMemory { phase: Some(phase), needed_bytes, free_bytes });
         }
         let waiting = Waiting { id, request, footprint_bytes, overtaken: 0 };
-        self.queues[model].waiting.push_back(client, waiting);
+        self.slot_mut(model).queue.waiting.push_back(client, waiting);
         self.admission_due = true;
         Ok(())
     }
@@ -316,18 +274,18 @@ impl<C: Clock> DeviceWorker<C> {
         if !std::mem::take(&mut self.admission_due) {
             return;
         }
-        let mut blocked = vec![false; self.runners.len()];
+        let mut blocked = BTreeSet::new();
         let mut memory_is_kept = false;
         while let Some(model) = self.next_to_admit(&blocked) {
-            let queue = &self.queues[model];
+            let Slot { queue, runner, .. } = self.slot(model);
             let Some((client, waiting)) = queue.next() else { return };
             let (id, bytes, is_overdue) = (waiting.id, waiting.footprint_bytes, waiting.overtaken >= MAX_OVERTAKEN);
             let must_wait = (memory_is_kept && bytes > 0)
-                || !queue.may_begin(client, self.runners[model].max_sessions())
+                || !queue.may_begin(client, runner.max_sessions())
                 || self.ledger.reserve(Owner::Session(id), bytes).is_err();
             if must_wait {
                 memory_is_kept |= is_overdue;
-                blocked[model] = true;
+                blocked.insert(model);
             } else {
                 self.begin(model, client);
                 if bytes > 0 {
@@ -338,28 +296,28 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     /// The model that is not blocked and whose next session came first.
-    fn next_to_admit(&self, blocked: &[bool]) -> Option<usize> {
-        let open = (0..self.queues.len()).filter(|model| !blocked[*model]);
-        let next = open.filter_map(|model| Some((self.queues[model].next()?.1.id, model)));
+    fn next_to_admit(&self, blocked: &BTreeSet<RunnerKey>) -> Option<RunnerKey> {
+        let open = self.slots.iter().filter(|(model, _)| !blocked.contains(model));
+        let next = open.filter_map(|(model, slot)| Some((slot.queue.next()?.1.id, *model)));
         next.min().map(|(_, model)| model)
     }
 
     /// A session of `model` has got memory before older ones of other models.
-    fn count_overtaken(&mut self, model: usize, id: SessionId) {
-        let others = self.queues.iter_mut().enumerate().filter(|(other, _)| *other != model);
-        let older = others.flat_map(|(_, queue)| queue.waiting.iter_mut()).filter(|waiting| waiting.id < id);
+    fn count_overtaken(&mut self, model: RunnerKey, id: SessionId) {
+        let others = self.slots.iter_mut().filter(|(other, _)| **other != model);
+        let older = others.flat_map(|(_, slot)| slot.queue.waiting.iter_mut()).filter(|waiting| waiting.id < id);
         older.for_each(|waiting| waiting.overtaken += 1);
     }
 
-    fn begin(&mut self, model: usize, client: ClientId) {
-        let Some(Waiting { id, request, .. }) = self.queues[model].take(client) else { return };
+    fn begin(&mut self, model: RunnerKey, client: ClientId) {
+        let Some(Waiting { id, request, .. }) = self.slot_mut(model).queue.take(client) else { return };
         let Some(live) = self.sessions.get_mut(&id) else { return };
         live.is_handed_over = true;
         let resumed = live.options.resume.clone();
         if live.options.may_begin.take().is_some_and(|may_begin| !may_begin.0()) {
             return self.cancel(id);
         }
-        let runner = &mut self.runners[model];
+        let runner = &mut self.slot_mut(model).runner;
         let submitted = guarded(|| match resumed {
             Some(checkpoint) => runner.resume_for(client, id, request, checkpoint),
             None => runner.submit_for(client, id, request),
@@ -377,15 +335,19 @@ impl<C: Clock> DeviceWorker<C> {
             return self.end_for_want_of_memory(candidate, shortage);
         }
         let before = self.clock.now();
-        let launched = guarded(|| self.runners[candidate.runner].launch());
+        let runner = &mut self.slot_mut(candidate.runner).runner;
+        let launched = guarded(|| runner.launch());
         self.wake_readers();
-        let runner = &mut self.runners[candidate.runner];
-        let outcome = launched.and_then(|()| guarded(|| runner.collect(&mut self.events)));
+        let mut events = std::mem::take(&mut self.events);
+        let Slot { runner, .. } = self.slot_mut(candidate.runner);
+        let outcome = launched.and_then(|()| guarded(|| runner.collect(&mut events)));
         let evicted = if outcome.is_err() { runner.evict_step() } else { Vec::new() };
+        self.events = events;
         let cost = self.clock.now().saturating_sub(before);
         self.arbiter.report(candidate, cost);
-        self.metrics[candidate.runner].step(candidate.plan.phase, cost);
-        self.gauges.models[candidate.runner].rates().learn(&candidate.plan, cost.as_secs_f64());
+        let Slot { metrics, gauges, .. } = self.slot(candidate.runner);
+        metrics.step(candidate.plan.phase, cost);
+        gauges.rates().learn(&candidate.plan, cost.as_secs_f64());
         if let Err(error) = outcome {
             let StepPlan { phase, sessions, .. } = candidate.plan;
             let phase = phase.as_str();
@@ -399,13 +361,14 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     /// Reserves what the next step of a runner needs beside what its sessions have.
-    fn reserve_borrowed(&mut self, runner: usize) -> Result<(), Shortage> {
-        self.ledger.resize(Owner::Borrowed(runner), self.runners[runner].borrowed_bytes())
+    fn reserve_borrowed(&mut self, runner: RunnerKey) -> Result<(), Shortage> {
+        let needed_bytes = self.slot(runner).runner.borrowed_bytes();
+        self.ledger.resize(Owner::Borrowed(runner), needed_bytes)
     }
 
     /// Gives back what a runner no longer needs. More is reserved before the step that needs it.
-    fn give_back_borrowed(&mut self, runner: usize) {
-        let needed = self.runners[runner].borrowed_bytes();
+    fn give_back_borrowed(&mut self, runner: RunnerKey) {
+        let needed = self.slot(runner).runner.borrowed_bytes();
         let held = self.ledger.held_bytes(Owner::Borrowed(runner));
         if needed < held && self.ledger.resize(Owner::Borrowed(runner), needed).is_ok() {
             self.admission_due = true;
@@ -422,7 +385,7 @@ impl<C: Clock> DeviceWorker<C> {
             free_bytes,
             "no memory for a step; its sessions are ended"
         );
-        for id in self.runners[candidate.runner].evict_next() {
+        for id in self.slot_mut(candidate.runner).runner.evict_next() {
             let error = Error::OutOfMemory { phase: Some(phase), needed_bytes, free_bytes };
             self.events.emit(id, Event::Failed(error));
         }
@@ -449,7 +412,8 @@ impl<C: Clock> DeviceWorker<C> {
     /// `is_followed` by another event of this session at once: waking the reader for each would take longer than the step.
     fn publish(&mut self, id: SessionId, event: Event, now: Duration, is_followed: bool) {
         let Some(live) = self.sessions.get_mut(&id) else { return };
-        let metrics = &self.metrics[live.model];
+        let slot = self.slots.get_mut(&live.model).expect(IS_THERE);
+        let metrics = &slot.metrics;
         match &event {
             Event::Started if live.place.take().is_some() => {
                 live.options.resume = None;
@@ -491,7 +455,7 @@ impl<C: Clock> DeviceWorker<C> {
             }
             // The reader may take it all before this line, and its command that there is room comes after it.
             if live.mailbox.becomes_full() {
-                self.runners[live.model].pause(id);
+                slot.runner.pause(id);
             }
             self.to_wake.push(live.mailbox.clone());
         }
@@ -500,7 +464,7 @@ impl<C: Clock> DeviceWorker<C> {
     /// There is room for frames of a session again.
     fn unpause(&mut self, id: SessionId) {
         if let Some(live) = self.sessions.get(&id) {
-            self.runners[live.model].unpause(id);
+            self.slots.get_mut(&live.model).expect(IS_THERE).runner.unpause(id);
         }
     }
 
@@ -512,7 +476,7 @@ impl<C: Clock> DeviceWorker<C> {
     fn cancel(&mut self, id: SessionId) {
         let Some(live) = self.sessions.get(&id) else { return };
         let model = live.model;
-        self.metrics[model].cancelled();
+        self.slot_mut(model).metrics.cancelled();
         self.withdraw(id, model);
         if let Some(mailbox) = self.forget(id) {
             mailbox.close();
@@ -520,10 +484,10 @@ impl<C: Clock> DeviceWorker<C> {
     }
 
     /// Takes a session out of its runner and out of the queue before it.
-    fn withdraw(&mut self, id: SessionId, model: usize) {
-        self.runners[model].cancel(id);
+    fn withdraw(&mut self, id: SessionId, model: RunnerKey) {
+        self.slot_mut(model).runner.cancel(id);
         self.give_back_borrowed(model);
-        self.queues[model].waiting.retain(|waiting| waiting.id != id);
+        self.slot_mut(model).queue.waiting.retain(|waiting| waiting.id != id);
     }
 
     /// Takes a session that its runner no longer holds out of all books.
@@ -533,21 +497,30 @@ impl<C: Clock> DeviceWorker<C> {
 
     fn unbook(&mut self, id: SessionId) -> Option<Live> {
         let live = self.sessions.remove(&id)?;
-        self.gauges.subtract_backlog(live.left_seconds);
         self.ledger.release(Owner::Session(id));
         self.admission_due = true;
+        let slot = self.slot_mut(live.model);
+        slot.gauges.leave(live.left_seconds);
         if live.is_handed_over {
-            self.queues[live.model].give_back(live.client);
+            slot.queue.give_back(live.client);
         }
-        self.gauges.models[live.model].live.fetch_sub(1, Relaxed);
         Some(live)
     }
 
     fn publish_gauges(&self) {
-        for (gauges, runner) in self.gauges.models.iter().zip(&self.runners) {
-            gauges.publish(runner.status());
+        for slot in self.slots.values() {
+            slot.gauges.publish(slot.runner.status());
         }
         self.gauges.ledger_used_bytes.store(self.ledger.used_bytes(), Relaxed);
+    }
+
+    /// Sessions are of runners that are there.
+    fn slot(&self, model: RunnerKey) -> &Slot {
+        self.slots.get(&model).expect(IS_THERE)
+    }
+
+    fn slot_mut(&mut self, model: RunnerKey) -> &mut Slot {
+        self.slots.get_mut(&model).expect(IS_THERE)
     }
 }
 
@@ -561,19 +534,16 @@ impl Live {
 }
 
 #[cfg(test)]
-impl<C> DeviceWorker<C> {
+impl<C: Clock> DeviceWorker<C> {
     /// What [`super::Engine::submit`] counts and sends.
     pub(super) fn order(
         &mut self,
         id: u64,
         client: ClientId,
-        model: usize,
+        model: RunnerKey,
         request: Request,
         mailbox: Arc<Mailbox>,
-    ) -> Result<(), crate::places::NoPlace>
-    where
-        C: Clock,
-    {
+    ) -> Result<(), crate::places::NoPlace> {
         self.order_with(id, client, model, (request, SubmitOptions::default()), mailbox)
     }
 
@@ -582,16 +552,13 @@ impl<C> DeviceWorker<C> {
         &mut self,
         id: u64,
         client: ClientId,
-        model: usize,
+        model: RunnerKey,
         (request, options): (Request, SubmitOptions),
         mailbox: Arc<Mailbox>,
-    ) -> Result<(), crate::places::NoPlace>
-    where
-        C: Clock,
-    {
-        let gauges = &self.gauges.models[model];
+    ) -> Result<(), crate::places::NoPlace> {
+        let gauges = &self.slot(model).gauges;
         let place = gauges.queue.take(client)?;
-        gauges.live.fetch_add(1, Relaxed);
+        gauges.enter(0.0);
         let (id, predicted_seconds) = (SessionId(id), 0.0);
         self.submit(Order { id, client, model, request, mailbox, place, options, predicted_seconds });
         Ok(())
@@ -602,10 +569,7 @@ impl<C> DeviceWorker<C> {
     }
 
     /// As between two commands of [`DeviceWorker::run`]: whether there was something to do.
-    pub(super) fn work(&mut self, commands: &Receiver<Command>) -> bool
-    where
-        C: Clock,
-    {
+    pub(super) fn work(&mut self, commands: &Receiver<Command>) -> bool {
         self.gauges.set_idle(false);
         commands.try_iter().for_each(|command| self.handle(command));
         let worked = self.turn();
@@ -613,8 +577,12 @@ impl<C> DeviceWorker<C> {
         worked
     }
 
-    pub(super) fn has_work(&self, runner: usize) -> bool {
-        self.runners[runner].next().is_some()
+    pub(super) fn has_waiting(&self, runner: RunnerKey) -> bool {
+        self.slot(runner).has_waiting()
+    }
+
+    pub(super) fn has_work(&self, runner: RunnerKey) -> bool {
+        self.slot(runner).runner.next().is_some()
     }
 }
 

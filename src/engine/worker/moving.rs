@@ -2,11 +2,11 @@
 //!
 //! Owns: when they do, and out of which books. Does not know: how they get there ([`crate::engine::peers`]).
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use tale_models::{Error, Request, SessionId};
 
+use super::slot::Slot;
 use super::{Clock, DeviceWorker, Live, guarded};
+use crate::engine::arbiter::RunnerKey;
 use crate::engine::command::Order;
 use crate::engine::peers::Peer;
 
@@ -29,11 +29,13 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// Gives sessions that had to wait behind this step to devices that have nothing to do.
     pub(super) fn offer(&mut self) {
-        for runner in 0..self.runners.len() {
-            if !self.has_waiting(runner) || self.peers[runner].is_empty() {
-                continue;
-            }
-            for peer in self.peers[runner].clone() {
+        let with_peers = |(runner, slot): (&RunnerKey, &Slot)| {
+            let has_both = !slot.peers.is_empty() && slot.has_waiting();
+            has_both.then(|| (*runner, slot.peers.clone()))
+        };
+        let waiting: Vec<_> = self.slots.iter().filter_map(with_peers).collect();
+        for (runner, peers) in waiting {
+            for peer in peers {
                 if !peer.take_idleness() {
                     continue;
                 }
@@ -46,14 +48,9 @@ impl<C: Clock> DeviceWorker<C> {
         }
     }
 
-    /// Whether sessions of a runner have not begun.
-    pub(in crate::engine) fn has_waiting(&self, runner: usize) -> bool {
-        !self.queues[runner].waiting.is_empty() || self.runners[runner].status().waiting > 0
-    }
-
     /// Takes a session that has not begun out of the queue of a runner, or out of the runner, the one that came last.
-    fn take_next(&mut self, runner: usize) -> Option<(SessionId, Request)> {
-        if let Some((_, waiting)) = self.queues[runner].next() {
+    fn take_next(&mut self, runner: RunnerKey) -> Option<(SessionId, Request)> {
+        if let Some((_, waiting)) = self.slot(runner).queue.next() {
             let id = waiting.id;
             return self.take_back(id).map(|request| (id, request));
         }
@@ -65,17 +62,18 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// The request of a session that has not begun, which is then in the books alone; `None` where it has.
     fn take_back(&mut self, id: SessionId) -> Option<Request> {
-        let live = self.sessions.get(&id)?;
-        if live.is_handed_over {
-            return guarded(|| Ok(self.runners[live.model].take_back(id))).ok().flatten();
+        let Live { model, is_handed_over, .. } = *self.sessions.get(&id)?;
+        let Slot { runner, queue, .. } = self.slot_mut(model);
+        if is_handed_over {
+            return guarded(|| Ok(runner.take_back(id))).ok().flatten();
         }
-        self.queues[live.model].waiting.take_where(|waiting| waiting.id == id).map(|waiting| waiting.request)
+        queue.waiting.take_where(|waiting| waiting.id == id).map(|waiting| waiting.request)
     }
 
     /// Sends a session that has not begun to any other device of its model, or ends it.
     pub(super) fn give_away(&mut self, id: SessionId, request: Request) {
         let Some(live) = self.sessions.get(&id) else { return };
-        let peers = self.peers[live.model].clone();
+        let peers = self.slot(live.model).peers.clone();
         match peers
             .iter()
             .filter(|peer| peer.is_alive())
@@ -97,8 +95,7 @@ impl<C: Clock> DeviceWorker<C> {
         };
         let order = Order { id, client, model, request, mailbox, place, options, predicted_seconds };
         if let Err(order) = peer.give(order) {
-            self.gauges.models[model].live.fetch_add(1, Relaxed);
-            self.gauges.add_backlog(predicted_seconds);
+            self.slot(model).gauges.enter(predicted_seconds);
             self.submit(Order { model, ..*order });
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tale_models::{Error, Event, SessionId};
 
-use super::{Clock, DeviceWorker, guarded};
+use super::{Clock, DeviceWorker, IS_THERE, guarded};
 
 /// Checkpoints take one part in so many of a session's time at most: 2 %.
 const SHARE: u32 = 50;
@@ -41,8 +41,8 @@ impl<C: Clock> DeviceWorker<C> {
     pub(super) fn save(&mut self, id: SessionId) {
         let Some(live) = self.sessions.get_mut(&id).filter(|live| live.is_handed_over) else { return };
         let before = self.clock.now();
-        let runner = &mut self.runners[live.model];
-        let made = guarded(|| runner.checkpoint(id));
+        let slot = self.slots.get_mut(&live.model).expect(IS_THERE);
+        let made = guarded(|| slot.runner.checkpoint(id));
         let at = self.clock.now();
         let cost = at.saturating_sub(before);
         match made {
@@ -50,7 +50,7 @@ impl<C: Clock> DeviceWorker<C> {
             Ok(Some(checkpoint)) => {
                 let bytes = checkpoint.as_bytes().len();
                 tracing::debug!(bytes, ?cost, frames = checkpoint.frames_done(), "a checkpoint of a session");
-                self.metrics[live.model].checkpoint(bytes, cost);
+                slot.metrics.checkpoint(bytes, cost);
                 live.mailbox.put(Event::Checkpoint(checkpoint));
                 self.to_wake.push(live.mailbox.clone());
             }
