@@ -11,6 +11,10 @@ use crate::quietly::quietly;
 use crate::source::ModelSource;
 use crate::weights::WeightsReport;
 
+mod steps;
+
+pub use self::steps::{Loading, Noted};
+
 /// What a checkpoint is, without loading it.
 #[derive(Debug)]
 pub struct Inspection {
@@ -64,6 +68,11 @@ pub fn load(
     let manifest = open.remembering(manifest);
     let mut model = load_with(family, &manifest, &mut open, options)?;
     model.resident_bytes += open.resident_bytes();
+    say_what_is_left_over(&open);
+    Ok(model)
+}
+
+fn say_what_is_left_over(open: &OpenWeights<'_>) {
     for (component, report) in open.reports() {
         if !report.unused.is_empty() {
             tracing::warn!(
@@ -74,7 +83,6 @@ pub fn load(
             );
         }
     }
-    Ok(model)
 }
 
 /// Says what a checkpoint is, what is missing or unused and what it would take, without loading it.
@@ -95,7 +103,17 @@ pub fn plan(
     let on_component = &mut |_: &str| ();
     let open = OpenWeights::new(&source, placement, Mode::Inspect, options.load_format, on_component);
     let mut open = open.restricted_to(on_device(family, options));
-    let (model, problem) = match load_with(family, &manifest, &mut open, options) {
+    let built = load_with(family, &manifest, &mut open, options);
+    Ok(inspected(family, &open, built))
+}
+
+/// What a build over dry weights says of the model.
+fn inspected(
+    family: &dyn Family,
+    open: &OpenWeights<'_>,
+    built: Result<LoadedModel>,
+) -> (Inspection, Option<LoadedModel>) {
+    let (model, problem) = match built {
         Ok(model) => (Some(model), None),
         Err(problem) => (None, Some(problem)),
     };
@@ -106,7 +124,7 @@ pub fn plan(
     let (makes, licence_note, family) = (family.makes(), family.licence_note(), family.name());
     let inspection =
         Inspection { family, makes, licence_note, components, cache_bytes, widened_bytes, on_demand_bytes, problem };
-    Ok((inspection, model))
+    (inspection, model)
 }
 
 /// As [`plan`], without a word in the log: for whoever loads the model afterwards, which says all of it once more.

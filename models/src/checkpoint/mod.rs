@@ -34,6 +34,7 @@ pub(crate) use open::OnDevice;
 pub use open::{Build, OpenWeights};
 pub use reading::{DryModel, LentComponents, Reading, STEP_BYTES};
 pub use reread::Reread;
+pub(crate) use reread::WeightFiles;
 
 /// The file with a component's configuration.
 pub const CONFIG: &str = "config.json";

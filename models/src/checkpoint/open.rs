@@ -87,7 +87,7 @@ impl<'a> OpenWeights<'a> {
     }
 
     /// What the components on the device ask for is noted in `ahead`, or is ready there.
-    pub(super) fn with_ahead(self, ahead: Option<&'a Arc<Ahead>>) -> Self {
+    pub(crate) fn with_ahead(self, ahead: Option<&'a Arc<Ahead>>) -> Self {
         Self { ahead, ..self }
     }
 

@@ -95,11 +95,11 @@ impl Reread {
 
 /// Length and time of change of the files that a model is made of, by which one can tell that they are the same.
 #[derive(PartialEq, Eq)]
-struct WeightFiles(BTreeMap<PathBuf, (u64, SystemTime)>);
+pub(crate) struct WeightFiles(BTreeMap<PathBuf, (u64, SystemTime)>);
 
 impl WeightFiles {
     /// Of a checkpoint's folder and those in it, or of a file and its base. LoRA files may come and go.
-    fn of(source: &ModelSource) -> Self {
+    pub(crate) fn of(source: &ModelSource) -> Self {
         let mut found = Self(BTreeMap::new());
         let own = || source.path.parent().filter(|folder| folder.join("model_index.json").exists());
         let base = source.base.as_deref().or_else(|| own().filter(|_| source.path.is_file()));

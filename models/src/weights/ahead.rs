@@ -20,13 +20,12 @@ const PIECE_BYTES: usize = 4 << 20;
 
 /// What networks have asked for, and what of it is ready.
 pub struct Ahead {
-    /// Where tensors will live.
-    device: Device,
     state: Mutex<State>,
 }
 
-#[derive(Default)]
 struct State {
+    /// Where tensors will live.
+    device: Device,
     wanted: VecDeque<Wanted>,
     ready: HashMap<Key, VecDeque<Made>>,
 }
@@ -77,15 +76,22 @@ pub(super) enum How {
 impl Ahead {
     /// Nothing yet, for tensors on `device`.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), state: Mutex::default() }
+        let state = State { device: device.clone(), wanted: VecDeque::new(), ready: HashMap::new() };
+        Self { state: Mutex::new(state) }
+    }
+
+    /// Tensors will live on this device; none is ready yet.
+    pub fn will_live_on(&self, device: &Device) {
+        self.state().device = device.clone();
     }
 
     /// Reads the next tensors, as far as they have `budget_bytes` in their files; a larger one in parts of that size.
     /// Whether something is left.
     pub fn advance(&self, budget_bytes: usize) -> Result<bool> {
+        let device = self.state().device.clone();
         let mut room = budget_bytes;
         while let Some(next) = self.take_next(room, budget_bytes) {
-            let (next, read) = next.read_on(room, &self.device)?;
+            let (next, read) = next.read_on(room, &device)?;
             room = room.saturating_sub(read);
             let mut state = self.state();
             match next.how {
