@@ -26,6 +26,7 @@ mod linspace;
 pub mod loading;
 pub mod lora;
 pub mod memory;
+pub mod parallel;
 pub mod parameter;
 pub mod phase;
 pub mod presets;
