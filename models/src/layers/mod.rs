@@ -7,7 +7,7 @@ use tale_kernels::{CausalOptions, CausalPadding, ConvOptions, QkNorm, RopeLayout
 
 use crate::error::Result;
 use crate::lora::{LayerShape, Slot};
-use crate::weights::Weights;
+use crate::weights::{Axis, Share, Weights};
 
 pub mod decoder;
 pub mod joint;
@@ -33,13 +33,22 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// As [`Linear::load_no_bias`], with the tensor `bias [out]`.
+    /// As [`Linear::load_no_bias`], with the tensor `bias [out]`: of inputs that are shared out the first share adds it.
     pub fn load(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
-        let bias = weights.get(&[out_features], "bias")?;
-        Ok(Self { bias: Some(bias), ..Self::load_no_bias(weights, in_features, out_features)? })
+        let bias = match weights.share() {
+            Some(Share { axis: Axis::Columns, index: 0, .. }) => Some(weights.shared_out(None)),
+            Some(Share { axis: Axis::Columns, .. }) => {
+                weights.ignore("bias");
+                None
+            }
+            _ => Some(weights.clone()),
+        };
+        let bias = bias.map(|weights| weights.get(&[out_features], "bias")).transpose()?;
+        Ok(Self { bias, ..Self::load_no_bias(weights, in_features, out_features)? })
     }
 
-    /// The matrix of this view, `[out, in]`, in whichever format the files keep it.
+    /// The matrix of this view, `[out, in]`, in whichever format the files keep it; of a view that is shared out its share, whose
+    /// sizes are those of the whole.
     pub fn load_no_bias(weights: &Weights, in_features: usize, out_features: usize) -> Result<Self> {
         let weight = projection::load(weights, out_features, in_features)?;
         let slot = weights.slot(LayerShape::Linear { in_features, out_features });

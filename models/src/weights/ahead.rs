@@ -172,13 +172,13 @@ impl Wanted {
         let Asked { source, place, shape, .. } = &asked;
         let how = match how {
             How::Bytes(make) => {
-                let (files, slice) = source.find_in_files(place, shape)?;
+                let (files, slice) = source.find_in_files(place, shape, None)?;
                 let made = make(&files.bytes(&slice), device)?;
                 files.drop_pages(&slice);
                 How::Made(made)
             }
             How::Values(dtype) if part == asked.bytes => {
-                let found = source.find(place, shape)?;
+                let found = source.find(place, shape, None)?;
                 How::Made(Box::new(found.read(&asked.key.tensor, shape, dtype, device)?))
             }
             How::Values(dtype) => {
@@ -214,7 +214,7 @@ impl Asked {
     fn read_rows(&self, bytes: usize, whole: &Tensor) -> Result<()> {
         let row_bytes = self.row_bytes();
         let row_values = elements(&self.shape) / self.shape[0];
-        let found = self.source.find(&self.place, &self.shape)?;
+        let found = self.source.find(&self.place, &self.shape, None)?;
         let rows_per_piece = (PIECE_BYTES / row_bytes).max(1);
         let first_row = self.bytes_done / row_bytes;
         let last_row = first_row + bytes / row_bytes;

@@ -27,7 +27,8 @@ impl Weights {
     }
 
     /// What `read` makes, on the device, of a tensor's bytes as the files keep them, whatever they mean: integers, blocks
-    /// of quantised values. `shape` is that of the tensor in the files. Of a dry view `None`.
+    /// of quantised values. `shape` is that of the tensor in the files; of a share they are the bytes of that, whole blocks. Of a
+    /// dry view `None`.
     pub fn packed<T: Send + 'static>(
         &self,
         shape: &[usize],
@@ -37,7 +38,8 @@ impl Weights {
         self.raw(shape, name, None, read)
     }
 
-    /// As [`Weights::packed`], of a tensor that is part of a quantised matrix: `said` is what it takes and stands for.
+    /// As [`Weights::packed`], of a tensor that is part of a quantised matrix: `said` is what it takes and stands for. Whole even
+    /// where a share is wanted: whoever knows what the bytes mean takes its share of that.
     pub fn coded<T: Send + 'static>(
         &self,
         shape: &[usize],
@@ -63,7 +65,11 @@ impl Weights {
     ) -> Result<Option<T>> {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
-        let found = self.source.find_in_files(&place, shape);
+        let share = match said {
+            None => self.own_shape(shape, name).map(|_| self.share)?,
+            Some(_) => None,
+        };
+        let found = self.source.find_in_files(&place, shape, share);
         let Some((files, slice)) = self.or_noted(&place, found)? else { return Ok(None) };
         match said {
             None => self.record().note_use(&full_name, &place.name, elements(shape), slice.len()),

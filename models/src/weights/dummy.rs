@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::share::Share;
 use crate::error::Result;
 
 /// Values that a GPU draws at a time: 64 MiB of f32 beside the tensor itself, whatever its size is.
@@ -54,6 +55,28 @@ pub(super) fn part(name: &str, shape: &[usize], places: Range<usize>, dtype: DTy
         (Device::Cpu, DType::F16) => on_host(name, places, uniform, f16::from_f32),
         _ => on_device(places.len(), uniform, dtype, device),
     }
+}
+
+/// Of such a tensor a share, which has a shape of its own. A GPU, whose values are others each time, draws no more than that.
+pub(super) fn share(
+    name: &str,
+    (shape, own_shape): (&[usize], &[usize]),
+    share: Share,
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let own: usize = own_shape.iter().product();
+    let values = match share.values_of(shape).as_deref() {
+        Some([one]) => part(name, shape, one.clone(), dtype, device)?,
+        Some(_) if device.is_cpu() => {
+            let dimension = share.dimension(shape.len()).expect("values are shared out by it: this is a bug");
+            let first = share.index * own_shape[dimension];
+            let whole = tensor(name, shape, dtype, device)?;
+            whole.narrow(dimension, first, own_shape[dimension])?.contiguous()?
+        }
+        _ => part(name, shape, 0..own, dtype, device)?,
+    };
+    Ok(values.reshape(own_shape)?)
 }
 
 /// By all threads; which of them draws a value changes nothing, since a value depends on its place alone.

@@ -102,6 +102,16 @@ impl Slice {
         Self { file: located.file, stored: located.stored, pieces, cuts_blocks }
     }
 
+    /// Some of its values, in the order of the ranges.
+    pub(super) fn values(&self, ranges: &[Range<usize>]) -> Self {
+        let (block_values, block_bytes) = self.stored.block();
+        let at = |value: usize| value / block_values * block_bytes;
+        let is_whole = |range: &Range<usize>| [range.start, range.end].iter().all(|at| at.is_multiple_of(block_values));
+        let cuts_blocks = self.cuts_blocks || !ranges.iter().all(is_whole);
+        let pieces = ranges.iter().flat_map(|range| self.range(at(range.start)..at(range.end)).pieces).collect();
+        Self { file: self.file, stored: self.stored, pieces, cuts_blocks }
+    }
+
     /// The values in this range of its bytes.
     pub(super) fn range(&self, bytes: Range<usize>) -> Self {
         let mut pieces = Vec::with_capacity(self.pieces.len());

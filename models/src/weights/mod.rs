@@ -36,6 +36,7 @@ pub mod names;
 mod qweights;
 mod record;
 mod scales;
+mod share;
 pub mod single;
 mod source;
 mod split;
@@ -45,6 +46,7 @@ mod ties;
 pub use self::ahead::Ahead;
 pub use self::metadata::{Metadata, MetadataValue};
 pub use self::record::{Coded, WeightsReport};
+pub use self::share::{Axis, Share};
 pub use self::stored::Stored;
 pub use self::ties::Tie;
 
@@ -62,6 +64,8 @@ pub struct Weights {
     quantisation: Option<Arc<Quantisation>>,
     /// Where what is asked for is noted or lies ready, and the component's name there.
     ahead: Option<(Arc<Ahead>, Arc<str>)>,
+    /// What is given of each tensor, if not all of it.
+    share: Option<Share>,
 }
 
 impl std::fmt::Debug for Weights {
@@ -102,7 +106,16 @@ impl Weights {
 
     fn over(source: Source, placement: &Placement) -> Self {
         let (source, placement) = (Arc::new(source), placement.clone());
-        Self { source, placement, prefix: String::new(), names: None, sites: None, quantisation: None, ahead: None }
+        Self {
+            source,
+            placement,
+            prefix: String::new(),
+            names: None,
+            sites: None,
+            quantisation: None,
+            ahead: None,
+            share: None,
+        }
     }
 
     /// The same view with these names of the network's tensors, if it is they that the files have. Called before any
@@ -265,25 +278,26 @@ impl Weights {
     fn load(&self, shape: &[usize], name: &str, dtype: impl Fn(&Placement, DType) -> DType) -> Result<Tensor> {
         let full_name = self.full_name(name);
         let place = self.place(&full_name);
+        let own_shape = self.own_shape(shape, name)?;
         let (source, placement) = (&*self.source, &self.placement);
-        let found = source.find(&place, shape).and_then(|found| {
+        let found = source.find(&place, shape, self.share).and_then(|found| {
             self.check_scales(name)?;
             Ok(found)
         });
         let Some(found) = self.or_noted(&place, found)? else {
-            return placeholder(shape, dtype(placement, DType::F32), &placement.device);
+            return placeholder(&own_shape, dtype(placement, DType::F32), &placement.device);
         };
         let dtype = dtype(placement, found.published_dtype());
-        let elements = elements(shape);
-        let bytes = elements.saturating_mul(dtype.size_in_bytes());
-        self.record().note_use(&full_name, &place.name, elements, bytes);
+        let bytes = elements(&own_shape).saturating_mul(dtype.size_in_bytes());
+        self.record().note_use(&full_name, &place.name, elements(shape), bytes);
         if source.dry {
             self.note_ahead(&full_name, &place, shape, found.bytes_to_read(bytes), How::Values(dtype));
-            return placeholder(shape, dtype, &placement.device);
+            return placeholder(&own_shape, dtype, &placement.device);
         }
-        match self.take_ahead(&full_name, Some(dtype)) {
-            Some(tensor) => Ok(tensor),
-            None => found.read(&full_name, shape, dtype, &placement.device),
+        match (self.take_ahead(&full_name, Some(dtype)), self.share) {
+            (Some(tensor), _) => Ok(tensor),
+            (None, None) => found.read(&full_name, shape, dtype, &placement.device),
+            (None, Some(share)) => found.read_share(&full_name, (shape, &own_shape), share, dtype, &placement.device),
         }
     }
 

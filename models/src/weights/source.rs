@@ -14,6 +14,7 @@ use super::dummy;
 use super::mapped::{Files, Located, Slice, elements, whole_shape};
 use super::names::Place;
 use super::record::Record;
+use super::share::Share;
 use crate::error::{Error, Result};
 
 /// A component's tensors, whoever asks for them.
@@ -34,7 +35,7 @@ pub(super) enum Origin {
 
 /// A tensor that was asked for.
 pub(super) enum Found<'a> {
-    /// It lies in a file, in the shape that was asked for.
+    /// It lies in a file, or what is wanted of it.
     InFiles(&'a Files, Slice),
     /// It is made up, as if published in this dtype.
     Dummy(DType),
@@ -46,6 +47,21 @@ impl Found<'_> {
         match self {
             Self::InFiles(files, slice) => files.read(slice, shape, dtype, device),
             Self::Dummy(_) => dummy::tensor(full_name, shape, dtype, device),
+        }
+    }
+
+    /// As [`Found::read`], of a tensor the share with which it was found, which has a shape of its own.
+    pub(super) fn read_share(
+        &self,
+        full_name: &str,
+        (shape, own_shape): (&[usize], &[usize]),
+        share: Share,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        match self {
+            Self::InFiles(files, slice) => files.read(slice, own_shape, dtype, device),
+            Self::Dummy(_) => dummy::share(full_name, (shape, own_shape), share, dtype, device),
         }
     }
 
@@ -107,25 +123,35 @@ impl Source {
         }
     }
 
-    /// The numbers of this shape at `place`.
-    pub(super) fn find(&self, place: &Place, shape: &[usize]) -> Result<Found<'_>> {
+    /// The numbers of this shape at `place`, or a share of them.
+    pub(super) fn find(&self, place: &Place, shape: &[usize], share: Option<Share>) -> Result<Found<'_>> {
         if let Origin::Dummy(dtype) = &self.origin {
             return Ok(Found::Dummy(*dtype));
         }
-        let (files, slice) = self.find_in_files(place, shape)?;
+        let (files, slice) = self.find_in_files(place, shape, share)?;
         files.check_is_read(&place.name, &slice)?;
         Ok(Found::InFiles(files, slice))
     }
 
-    /// The tensor of this shape at `place`, whatever its values are; errors name the whole that it would be part of.
-    pub(super) fn find_in_files(&self, place: &Place, shape: &[usize]) -> Result<(&Files, Slice)> {
+    /// The tensor of this shape at `place`, or a share of it, whatever its values are; errors name the whole that it would be
+    /// part of.
+    pub(super) fn find_in_files(
+        &self,
+        place: &Place,
+        shape: &[usize],
+        share: Option<Share>,
+    ) -> Result<(&Files, Slice)> {
         let whole = whole_shape(place.part, shape);
         let missing =
             || Error::MissingTensor { path: self.root.clone(), tensor: place.name.clone(), expected: whole.clone() };
         let Origin::Files(files) = &self.origin else { return Err(missing()) };
         let located = files.tensors.get(&place.name).ok_or_else(missing)?;
         files.check_shape(&place.name, located, &whole)?;
-        let slice = Slice::new(located, place.part);
+        let whole = Slice::new(located, place.part);
+        let slice = match share.and_then(|share| share.values_of(shape)) {
+            Some(values) => whole.values(&values),
+            None => whole,
+        };
         files.check_is_whole(&place.name, &slice)?;
         Ok((files, slice))
     }

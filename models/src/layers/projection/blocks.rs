@@ -23,20 +23,22 @@ pub(in crate::layers) enum Blocks {
 }
 
 impl Blocks {
-    /// Tensor `weight [rows, columns]`; `None` where its rows are no whole blocks.
+    /// Tensor `weight [rows, columns]`, or the view's share of it; `None` where its rows are no whole blocks.
     pub(in crate::layers) fn load(weights: &Weights, rows: usize, columns: usize) -> Result<Option<Self>> {
         let Some(Stored::Blocks(dtype)) = weights.stored("weight") else { return Ok(None) };
         if !columns.is_multiple_of(dtype.block_size()) {
             return Ok(None);
         }
+        let own = weights.own_shape(&[rows, columns], "weight")?;
+        let own_dims = (own[0], own[1]);
         let placement = weights.placement();
-        weights.note_dequantised(placement.dequantised_bytes(rows.saturating_mul(columns)));
+        weights.note_dequantised(placement.dequantised_bytes(own_dims.0.saturating_mul(own_dims.1)));
         let matrix = weights.packed(&[rows, columns], "weight", move |bytes, device| {
-            Ok(QuantisedMatrix::new(bytes, dtype, (rows, columns), device)?)
+            Ok(QuantisedMatrix::new(bytes, dtype, own_dims, device)?)
         })?;
         Ok(Some(match matrix {
             Some(matrix) => Self::Read(matrix),
-            None => Self::Dry(Dense(weights.placeholder(&[rows, columns])?)),
+            None => Self::Dry(Dense(weights.placeholder(&own)?)),
         }))
     }
 
