@@ -411,6 +411,7 @@ impl Settings {
                 lora_cache_bytes: self.lora_cache.map_or(load.lora_cache_bytes, |size| size.0),
                 text_encoders: load.text_encoders,
                 tool_call_parser: self.tool_call_parser.unwrap_or_default().chosen(),
+                tensor_parallel: load.tensor_parallel,
             },
             text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),

@@ -179,11 +179,16 @@ impl Placement {
 
     /// Opens the device, on the thread that will use it. Errors are one line that begins with the device's name.
     pub fn open(spec: DeviceSpec, dtype: WeightDtype) -> Result<Self> {
-        let placement = Self::in_host_memory(spec, dtype);
-        match spec {
-            DeviceSpec::Cpu | DeviceSpec::CpuPart { .. } => Ok(placement),
-            DeviceSpec::Cuda(ordinal) => Ok(Self { device: cuda::open(ordinal)?, ..placement }),
-        }
+        Self::in_host_memory(spec, dtype).opened_on(spec)
+    }
+
+    /// As [`Placement::open`], with the dtypes of this one.
+    pub fn opened_on(&self, spec: DeviceSpec) -> Result<Self> {
+        let device = match spec {
+            DeviceSpec::Cpu | DeviceSpec::CpuPart { .. } => Device::Cpu,
+            DeviceSpec::Cuda(ordinal) => cuda::open(ordinal)?,
+        };
+        Ok(Self { device, ..self.clone() })
     }
 
     /// Tensors in host memory with the dtypes that they have on `spec`, which is not opened and need not exist: for dry

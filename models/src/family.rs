@@ -2,6 +2,7 @@
 
 use crate::card::ModelCard;
 use crate::checkpoint::{LoadFormat, Manifest, OpenWeights};
+use crate::device::DeviceSpec;
 use crate::error::Result;
 use crate::kv::{KvCacheDtype, PrefixCache};
 use crate::runner::Runner;
@@ -70,6 +71,9 @@ pub struct LoadOptions {
     pub text_encoders: TextEncoders,
     /// How language models write calls of tools, where their templates are not to decide.
     pub tool_call_parser: Option<ToolFormat>,
+    /// The devices that share a language model, from the one on whose thread it is loaded on; empty where one has it. Each has its
+    /// part of the weights, and `kv_cache_bytes` for its part of keys and values.
+    pub tensor_parallel: Vec<DeviceSpec>,
 }
 
 impl Default for LoadOptions {
@@ -86,6 +90,7 @@ impl Default for LoadOptions {
             lora_cache_bytes: 1 << 30,
             text_encoders: TextEncoders::Resident,
             tool_call_parser: None,
+            tensor_parallel: Vec::new(),
         }
     }
 }

@@ -153,6 +153,11 @@ fn load_with(
     open: &mut OpenWeights<'_>,
     options: &LoadOptions,
 ) -> Result<LoadedModel> {
+    if !options.tensor_parallel.is_empty() && family.makes() != "text" {
+        let problem =
+            format!("models of family {} are not shared out among devices; language models are", family.name());
+        return Err(Error::checkpoint(manifest.root(), problem));
+    }
     let model = family.load(manifest, open, options)?;
     open.check_fit(manifest)?;
     // Else it would load, and every request that leaves a field out would fail.

@@ -8,17 +8,23 @@ use serde::Deserialize;
 
 use crate::card::{ModelCard, SamplingDefaults, TextCard};
 use crate::checkpoint::{CONFIG, Component, Manifest, OpenWeights};
+use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::grammar::Grammars;
-use crate::kv::{BLOCK_SIZE, KvCaches, KvShape, blocks_for};
+use crate::kv::{BLOCK_SIZE, KvCaches, KvFormat, KvShape, blocks_for};
 use crate::layers::Linear;
 use crate::layers::decoder::{ConfigClass, Decoder, DecoderConfig, DecoderInput, LlamaGgufNames, PreparedInput};
+use crate::parallel::{Rank, check_devices};
 use crate::runner::text::batcher::Limits;
 use crate::runner::text::model::{CausalLm, LanguageModel};
 use crate::runner::text::{RunnerOptions, TextRunner};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{Tie, Weights};
+
+mod sharded;
+
+use sharded::{Parts, Sharded};
 
 /// The file with the ways in which a model's author generates.
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -31,6 +37,9 @@ const ROPE_FREQS: &str = "rope_freqs.weight";
 pub struct DecoderLm {
     decoder: Decoder,
     lm_head: Linear,
+    /// Where it is a part of one that several devices share.
+    rank: Option<Rank>,
+    placement: Placement,
     /// Whether it computes by nothing but launches.
     is_recordable: bool,
 }
@@ -38,7 +47,12 @@ pub struct DecoderLm {
 impl DecoderLm {
     /// Tensors `model.*` and `lm_head.weight`, or those of llama.cpp's names. Where the configuration ties the embeddings, the
     /// head may be absent or take the embeddings' place; where it is there and differs from them, it is used all the same.
-    pub fn load(weights: &Weights, mut config: DecoderConfig) -> Result<Self> {
+    pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
+        Self::load_part(weights, config, None)
+    }
+
+    /// As [`DecoderLm::load`]; of a rank its part, of a configuration that [`DecoderConfig::check_split`] has found right.
+    pub fn load_part(weights: &Weights, mut config: DecoderConfig, rank: Option<&Rank>) -> Result<Self> {
         let weights = &weights.clone().or_named(LlamaGgufNames::new(&config));
         if weights.contains(ROPE_FREQS)
             && let Some(divisors) = weights.values(&[config.head_dim / 2], ROPE_FREQS)?
@@ -47,22 +61,30 @@ impl DecoderLm {
         }
         let quantised = weights.quantised(config.quantisation.as_ref());
         let (model, head) = (quantised.pp("model"), quantised.pp("lm_head"));
-        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
         let tie = match config.tie_word_embeddings {
             true => weights.tie("model.embed_tokens.weight", "lm_head.weight")?,
             false => Tie::Two,
         };
         let decoder = match tie {
-            Tie::OneUnderSecond => Decoder::load_with_table(&model, &head, config)?,
-            Tie::One | Tie::Two => Decoder::load(&model, config)?,
+            Tie::OneUnderSecond => Decoder::load_with_table(&model, &head, config, rank)?,
+            Tie::One | Tie::Two => Decoder::load_with_table(&model, &model.pp("embed_tokens"), config, rank)?,
         };
         let lm_head = match tie {
             Tie::One | Tie::OneUnderSecond => decoder.tied_head(),
-            Tie::Two => Linear::load_no_bias(&head, hidden_size, vocab_size)?,
+            Tie::Two => decoder.load_head(&head)?,
         };
-        // A GPU dequantises blocks by candle's kernels, which are in no recording.
-        let is_recordable = weights.dequantised_bytes() == 0;
-        Ok(Self { decoder, lm_head, is_recordable })
+        // A GPU dequantises blocks by candle's kernels, which are in no recording, and ranks wait for each other.
+        let is_recordable = weights.dequantised_bytes() == 0 && rank.is_none();
+        Ok(Self { decoder, lm_head, rank: rank.cloned(), placement: weights.placement().clone(), is_recordable })
+    }
+
+    /// As [`CausalLm::head`] on the rank that leads, of so many states, which this one gets from there.
+    fn follow_head(&self, rows: usize) -> Result<()> {
+        let rank = self.rank.as_ref().expect("only a rank follows: this is a bug");
+        let placement = &self.placement;
+        let shape = [rows, self.decoder.config().hidden_size];
+        let states = rank.of_leader(None, &shape, placement.compute_dtype, &placement.device)?;
+        rank.columns(&self.lm_head.forward(&states)?).map(drop)
     }
 
     /// What gives the hidden states.
@@ -81,7 +103,7 @@ impl CausalLm for DecoderLm {
     }
 
     fn kv_shape(&self) -> KvShape {
-        self.decoder.config().kv_shape()
+        self.decoder.kv_shape()
     }
 
     fn is_recordable(&self) -> bool {
@@ -97,7 +119,13 @@ impl CausalLm for DecoderLm {
     }
 
     fn head(&self, states: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(states)
+        match &self.rank {
+            None => self.lm_head.forward(states),
+            Some(rank) => {
+                let states = rank.of_leader(Some(states), states.dims(), states.dtype(), states.device())?;
+                rank.columns(&self.lm_head.forward(&states)?)
+            }
+        }
     }
 }
 
@@ -111,53 +139,93 @@ pub fn load(
 ) -> Result<LoadedModel> {
     let checkpoint = manifest.whole();
     let config = DecoderConfig::read(&checkpoint.fields(CONFIG)?, class)?;
-    let placement = open.placement().clone();
-    let format = options.kv_cache_dtype.at(&placement)?;
-    let block_bytes = config.kv_shape().block_bytes(format);
-    let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
-    let cache_bytes = num_blocks * block_bytes;
-    let weights = open.component(manifest, "")?;
-    let network = DecoderLm::load(&weights, config)?;
-    let widened_bytes = weights.dequantised_bytes();
-    let kv_shape = network.kv_shape();
-    let caches = match open.is_dry() {
-        true => KvCaches::dry(kv_shape, format, num_blocks, &placement)?,
-        false => {
-            tracing::info!(tokens = num_blocks * BLOCK_SIZE, dtype = %format, bytes = cache_bytes, "KV cache");
-            KvCaches::new(kv_shape, format, num_blocks, &placement)?
-        }
-    };
-    let tokenizer = checked_tokenizer(checkpoint, network.vocab_size(), network.context_len())?;
-    tokenizer.prepare_for_long_texts();
-    let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id(), network.vocab_size())?;
-    if eos_token_ids.is_empty() {
-        tracing::warn!(path = %manifest.root().display(), "no end-of-sequence token is named; answers end at max_tokens");
+    if !options.tensor_parallel.is_empty() {
+        check_devices(&options.tensor_parallel)?;
     }
+    let num_ranks = options.tensor_parallel.len().max(1);
+    config.check_split(num_ranks).map_err(|problem| Error::checkpoint(checkpoint.config_path(), problem))?;
+    let kv_format = options.kv_cache_dtype.at(open.placement())?;
+    let block_bytes = config.kv_shape_of(num_ranks).block_bytes(kv_format);
+    let num_blocks = num_kv_blocks(&config, block_bytes, options)?;
+    let around = Around { family, class, manifest, options, kv_format, num_blocks };
+    let weights = open.component(manifest, "")?;
+    match (num_ranks, open.is_dry()) {
+        (1, _) => around.load(DecoderLm::load(&weights, config)?, &weights),
+        // All ranks take as much, but for biases that the first one adds.
+        (_, true) => around.load(DecoderLm::load_part(&weights, config, Some(&Rank::dry(0, num_ranks)))?, &weights),
+        (_, false) => {
+            let parts = Parts {
+                source: open.source().clone(),
+                format: options.load_format,
+                class: *class,
+                kv_format,
+                num_blocks,
+                dtypes: weights.placement().in_memory_of_the_host(),
+            };
+            let load_own = |rank: &Rank| DecoderLm::load_part(&weights, config, Some(rank));
+            around.load(Sharded::load(&options.tensor_parallel, parts, load_own)?, &weights)
+        }
+    }
+}
 
-    let vocab_size = network.vocab_size();
-    let grammars = Grammars::new(tokenizer.clone(), vocab_size, &eos_token_ids);
-    let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
-    let limits =
-        Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
-    let how = RunnerOptions { prefix_cache: options.prefix_cache, prompt_lookup: options.prompt_lookup };
-    let runner = TextRunner::new(model, caches, limits, how);
-    let card = TextCard {
-        family,
-        max_context: runner.max_context(),
-        kv_bytes_per_token: block_bytes / BLOCK_SIZE,
-        kv_shape,
-        vocab_size,
-        tokenizer,
-        chat_template: checkpoint.chat_template()?,
-        defaults: match checkpoint.fields_if_present(GENERATION_CONFIG)? {
-            Some(fields) => SamplingDefaults::read(&fields)?,
-            None => SamplingDefaults::default(),
-        },
-        grammars,
-        tool_format: options.tool_call_parser,
-    };
-    let resident_bytes = cache_bytes.saturating_add(widened_bytes);
-    Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes, widened_bytes })
+/// What a network becomes a model with.
+struct Around<'a> {
+    family: &'static str,
+    class: &'a ConfigClass,
+    manifest: &'a Manifest,
+    options: &'a LoadOptions,
+    kv_format: KvFormat,
+    num_blocks: usize,
+}
+
+impl Around<'_> {
+    fn load<M: CausalLm + 'static>(self, network: M, weights: &Weights) -> Result<LoadedModel> {
+        let Self { family, class, manifest, options, kv_format, num_blocks } = self;
+        let checkpoint = manifest.whole();
+        let kv_shape = network.kv_shape();
+        let placement = weights.placement();
+        let caches = match weights.is_dry() {
+            true => KvCaches::dry(kv_shape, kv_format, num_blocks, placement)?,
+            false => {
+                let bytes = num_blocks * kv_shape.block_bytes(kv_format);
+                tracing::info!(tokens = num_blocks * BLOCK_SIZE, dtype = %kv_format, bytes, "KV cache");
+                KvCaches::new(kv_shape, kv_format, num_blocks, placement)?
+            }
+        };
+        let cache_bytes = caches.bytes();
+        let tokenizer = checked_tokenizer(checkpoint, network.vocab_size(), network.context_len())?;
+        tokenizer.prepare_for_long_texts();
+        let eos_token_ids = eos_token_ids(checkpoint, class, tokenizer.eos_token_id(), network.vocab_size())?;
+        if eos_token_ids.is_empty() {
+            tracing::warn!(path = %manifest.root().display(), "no end-of-sequence token is named; answers end at max_tokens");
+        }
+
+        let vocab_size = network.vocab_size();
+        let grammars = Grammars::new(tokenizer.clone(), vocab_size, &eos_token_ids);
+        let model = LanguageModel { network, tokenizer: tokenizer.clone(), eos_token_ids };
+        let limits =
+            Limits { max_batch_tokens: options.max_batch_tokens, max_batch_sequences: options.max_batch_sequences };
+        let how = RunnerOptions { prefix_cache: options.prefix_cache, prompt_lookup: options.prompt_lookup };
+        let runner = TextRunner::new(model, caches, limits, how);
+        let card = TextCard {
+            family,
+            max_context: runner.max_context(),
+            kv_bytes_per_token: kv_shape.token_bytes(kv_format),
+            kv_shape,
+            vocab_size,
+            tokenizer,
+            chat_template: checkpoint.chat_template()?,
+            defaults: match checkpoint.fields_if_present(GENERATION_CONFIG)? {
+                Some(fields) => SamplingDefaults::read(&fields)?,
+                None => SamplingDefaults::default(),
+            },
+            grammars,
+            tool_format: options.tool_call_parser,
+        };
+        let widened_bytes = weights.dequantised_bytes();
+        let resident_bytes = cache_bytes.saturating_add(widened_bytes);
+        Ok(LoadedModel { card: ModelCard::Text(card), runner: Box::new(runner), resident_bytes, widened_bytes })
+    }
 }
 
 /// Blocks that the configured bytes pay for, but no more than all sequences of a step can fill.

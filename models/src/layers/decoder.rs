@@ -13,14 +13,16 @@ use candle_core::{Device, Tensor};
 use tale_kernels::{AttentionOptions, PagedCache, PreparedBatch};
 
 use crate::error::Result;
-use crate::kv::KvCaches;
+use crate::kv::{KvCaches, KvShape};
 use crate::layers::{Embedding, Linear, RmsNorm};
+use crate::parallel::Rank;
 use crate::weights::Weights;
 
 mod config;
 mod dense;
 mod gguf;
 mod rows;
+mod split;
 
 #[cfg(test)]
 pub(crate) use config::testing;
@@ -28,6 +30,7 @@ pub use config::{Biases, ConfigClass, DecoderConfig};
 pub use dense::DenseInput;
 pub use gguf::{GgufRows, LlamaGgufNames};
 pub use rows::{DecoderInput, PreparedInput};
+use split::{Split, Summed};
 
 /// The layers between tokens and a head: embedding, blocks, final norm.
 #[derive(Debug)]
@@ -38,17 +41,25 @@ pub struct Decoder {
     /// Absent where layers above are.
     norm: Option<RmsNorm>,
     device: Device,
+    /// Where it is a part of one that several devices share.
+    rank: Option<Rank>,
 }
 
 impl Decoder {
     /// Tensors `embed_tokens.weight`, `layers.*` and `norm.weight`.
     pub fn load(weights: &Weights, config: DecoderConfig) -> Result<Self> {
-        Self::load_with_table(weights, &weights.pp("embed_tokens"), config)
+        Self::load_with_table(weights, &weights.pp("embed_tokens"), config, None)
     }
 
-    /// As [`Decoder::load`], where the tokens' vectors are the `weight` of `table`.
-    pub fn load_with_table(weights: &Weights, table: &Weights, config: DecoderConfig) -> Result<Self> {
-        let mut decoder = Self::load_layers(weights, table, config.num_hidden_layers, config)?;
+    /// As [`Decoder::load`], where the tokens' vectors are the `weight` of `table`; of a rank its part, of a configuration that
+    /// [`DecoderConfig::check_split`] has found right.
+    pub fn load_with_table(
+        weights: &Weights,
+        table: &Weights,
+        config: DecoderConfig,
+        rank: Option<&Rank>,
+    ) -> Result<Self> {
+        let mut decoder = Self::load_layers(weights, table, config.num_hidden_layers, config, rank)?;
         let DecoderConfig { hidden_size, rms_norm_eps, .. } = decoder.config;
         decoder.norm = Some(RmsNorm::load(&weights.pp("norm"), hidden_size, rms_norm_eps)?);
         Ok(decoder)
@@ -61,40 +72,73 @@ impl Decoder {
             weights.pp("layers").ignore_below(&index.to_string());
         }
         weights.ignore_below("norm");
-        Self::load_layers(weights, &weights.pp("embed_tokens"), num_layers, config)
+        Self::load_layers(weights, &weights.pp("embed_tokens"), num_layers, config, None)
     }
 
-    fn load_layers(weights: &Weights, table: &Weights, num_layers: usize, config: DecoderConfig) -> Result<Self> {
-        let embed_tokens = Embedding::load(table, config.vocab_size, config.hidden_size)?;
+    fn load_layers(
+        weights: &Weights,
+        table: &Weights,
+        num_layers: usize,
+        config: DecoderConfig,
+        rank: Option<&Rank>,
+    ) -> Result<Self> {
+        let split = Split(rank);
+        let embed_tokens = Embedding::load(&split.outputs(table.clone()), config.vocab_size, config.hidden_size)?;
         let mut layers = Vec::with_capacity(num_layers);
         for index in 0..num_layers {
-            layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config)?);
+            layers.push(DecoderLayer::load(&weights.pp("layers").pp(index), &config, split)?);
         }
         let device = weights.placement().device.clone();
-        Ok(Self { config, embed_tokens, layers, norm: None, device })
+        Ok(Self { config, embed_tokens, layers, norm: None, device, rank: rank.cloned() })
     }
 
-    /// Its sizes.
+    /// The sizes of the whole.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
-    /// The table of the tokens' vectors as an output projection (tied embeddings).
+    /// What the KV cache of one token consists of here.
+    pub fn kv_shape(&self) -> KvShape {
+        self.config.kv_shape_of(self.split().of())
+    }
+
+    fn split(&self) -> Split<'_> {
+        Split(self.rank.as_ref())
+    }
+
+    /// The output projection onto a table of tokens that is not that of their vectors; of a rank onto its tokens.
+    pub fn load_head(&self, weights: &Weights) -> Result<Linear> {
+        let head = self.split().outputs(weights.clone());
+        Linear::load_no_bias(&head, self.config.hidden_size, self.config.vocab_size)
+    }
+
+    /// The table of the tokens' vectors as an output projection (tied embeddings); of a rank onto its tokens.
     pub fn tied_head(&self) -> Linear {
         self.embed_tokens.as_linear()
     }
 
     /// Checks a step of a text runner and takes it to the device.
     pub fn prepare<'a>(&self, input: &'a DecoderInput, caches: &KvCaches) -> Result<PreparedInput<'a>> {
+        if self.rank.is_some() {
+            split::check_tokens(input.tokens(), self.config.vocab_size)?;
+        }
         let rotation = self.config.rope.cos_sin(input.positions(), &self.device)?;
-        PreparedInput::new(input, rotation, self.config.num_attention_heads, caches)
+        PreparedInput::new(input, rotation, self.config.num_attention_heads / self.split().of(), caches)
     }
 
     /// Writes the new rows' keys and values into `caches`. Returns the last hidden states `[rows, hidden_size]` of the
     /// rows that were asked for, in the order of asking; `None` when none were. Nothing but launches, so that it can be
     /// recorded.
     pub fn paged(&self, input: &PreparedInput<'_>, caches: &KvCaches) -> Result<Option<Tensor>> {
-        let mut stream = self.embed(&input.tokens)?;
+        let mut stream = match &self.rank {
+            None => self.embed(&input.tokens)?,
+            Some(rank) => {
+                let tokens = input.input().tokens();
+                let vocab_size = self.config.vocab_size;
+                let hidden = split::embed(&self.embed_tokens, tokens, vocab_size, rank, &self.device)?;
+                Stream { hidden, pending: None }
+            }
+        };
         for (layer, cache) in self.layers.iter().zip(caches.layers()) {
             let context = Context::Paged { batch: &input.paged, cache };
             let step = AttentionStep { cos: &input.cos, sin: &input.sin, context };
@@ -203,13 +247,13 @@ struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
+    fn load(weights: &Weights, config: &DecoderConfig, split: Split<'_>) -> Result<Self> {
         let norm = |name: &str| RmsNorm::load(&weights.pp(name), config.hidden_size, config.rms_norm_eps);
         Ok(Self {
             input_layernorm: norm("input_layernorm")?,
-            self_attn: Attention::load(&weights.pp("self_attn"), config)?,
+            self_attn: Attention::load(&weights.pp("self_attn"), config, split)?,
             post_attention_layernorm: norm("post_attention_layernorm")?,
-            mlp: Mlp::load(&weights.pp("mlp"), config)?,
+            mlp: Mlp::load(&weights.pp("mlp"), config, split)?,
         })
     }
 
@@ -257,26 +301,32 @@ struct Attention {
     q_proj: Linear,
     k_proj: Linear,
     v_proj: Linear,
-    o_proj: Linear,
+    o_proj: Summed,
     num_attention_heads: usize,
     num_key_value_heads: usize,
     head_dim: usize,
 }
 
 impl Attention {
-    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
+    fn load(weights: &Weights, config: &DecoderConfig, split: Split<'_>) -> Result<Self> {
         let hidden_size = config.hidden_size;
+        let kv_heads = config.num_key_value_heads;
         let q_size = config.num_attention_heads * config.head_dim;
-        let kv_size = config.num_key_value_heads * config.head_dim;
+        let kv_size = kv_heads * config.head_dim;
         // Left over in early Llama checkpoints; the configuration says the same.
         weights.ignore("rotary_emb.inv_freq");
+        let keys_or_values = |name: &str| {
+            let weights = split.kv_heads(weights.pp(name), kv_heads);
+            load_linear(&weights, hidden_size, kv_size, config.qkv_bias)
+        };
+        let to_output = split.inputs(weights.pp("o_proj"));
         Ok(Self {
-            q_proj: load_linear(&weights.pp("q_proj"), hidden_size, q_size, config.qkv_bias)?,
-            k_proj: load_linear(&weights.pp("k_proj"), hidden_size, kv_size, config.qkv_bias)?,
-            v_proj: load_linear(&weights.pp("v_proj"), hidden_size, kv_size, config.qkv_bias)?,
-            o_proj: load_linear(&weights.pp("o_proj"), q_size, hidden_size, config.o_bias)?,
-            num_attention_heads: config.num_attention_heads,
-            num_key_value_heads: config.num_key_value_heads,
+            q_proj: load_linear(&split.outputs(weights.pp("q_proj")), hidden_size, q_size, config.qkv_bias)?,
+            k_proj: keys_or_values("k_proj")?,
+            v_proj: keys_or_values("v_proj")?,
+            o_proj: Summed::new(load_linear(&to_output, q_size, hidden_size, config.o_bias)?, split),
+            num_attention_heads: config.num_attention_heads / split.of(),
+            num_key_value_heads: config.kv_shape_of(split.of()).num_key_value_heads,
             head_dim: config.head_dim,
         })
     }
@@ -299,16 +349,18 @@ impl Attention {
 struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
-    down_proj: Linear,
+    down_proj: Summed,
 }
 
 impl Mlp {
-    fn load(weights: &Weights, config: &DecoderConfig) -> Result<Self> {
-        let (hidden_size, intermediate_size) = (config.hidden_size, config.intermediate_size);
+    fn load(weights: &Weights, config: &DecoderConfig, split: Split<'_>) -> Result<Self> {
+        let (hidden_size, intermediate_size, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        let inner = |name: &str| load_linear(&split.outputs(weights.pp(name)), hidden_size, intermediate_size, bias);
+        let down = split.inputs(weights.pp("down_proj"));
         Ok(Self {
-            gate_proj: load_linear(&weights.pp("gate_proj"), hidden_size, intermediate_size, config.mlp_bias)?,
-            up_proj: load_linear(&weights.pp("up_proj"), hidden_size, intermediate_size, config.mlp_bias)?,
-            down_proj: load_linear(&weights.pp("down_proj"), intermediate_size, hidden_size, config.mlp_bias)?,
+            gate_proj: inner("gate_proj")?,
+            up_proj: inner("up_proj")?,
+            down_proj: Summed::new(load_linear(&down, intermediate_size, hidden_size, bias)?, split),
         })
     }
 

@@ -121,6 +121,11 @@ pub trait Runner: Send {
     /// Forgets the sessions of the step that failed, frees what they held, and names them. The others go on.
     fn evict_step(&mut self) -> Vec<SessionId>;
 
+    /// Why no step will succeed any more, if so. Asked after a step that failed.
+    fn problem(&self) -> Option<Error> {
+        None
+    }
+
     /// What the runner holds now.
     fn status(&self) -> RunnerStatus;
 }

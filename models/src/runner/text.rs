@@ -456,6 +456,10 @@ impl<M: CausalLm> Runner for TextRunner<M> {
         evicted
     }
 
+    fn problem(&self) -> Option<Error> {
+        self.model.network.problem()
+    }
+
     fn status(&self) -> RunnerStatus {
         let pool = self.batcher.pool();
         RunnerStatus {

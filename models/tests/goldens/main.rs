@@ -49,6 +49,7 @@ mod single_files;
 mod speculation;
 mod support;
 mod templates;
+mod tensor_parallel;
 mod text;
 mod text_configs;
 mod tiling;

@@ -1,5 +1,7 @@
 //! The rows of a text runner's step: pieces of sequences whose keys and values lie in a paged cache.
 
+use std::borrow::Cow;
+
 use candle_core::Tensor;
 use tale_kernels::{PagedBatch, PreparedBatch};
 
@@ -47,6 +49,11 @@ impl DecoderInput {
     /// Rows that were asked for.
     pub fn num_wanted(&self) -> usize {
         self.logit_rows.len()
+    }
+
+    /// The token of each row.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     /// Where each row stands in its sequence.
@@ -99,6 +106,7 @@ pub struct PreparedInput<'a> {
     pub(super) sin: Tensor,
     pub(super) paged: PreparedBatch<'a>,
     logit_rows: LogitRows,
+    input: Cow<'a, DecoderInput>,
 }
 
 impl<'a> PreparedInput<'a> {
@@ -114,11 +122,17 @@ impl<'a> PreparedInput<'a> {
             rows => LogitRows::These(Tensor::new(rows, device)?),
         };
         let tokens = Tensor::new(input.tokens.as_slice(), device)?;
-        Ok(Self { tokens, cos, sin, paged: input.paged.prepare(heads, first)?, logit_rows })
+        let paged = input.paged.prepare(heads, first)?;
+        Ok(Self { tokens, cos, sin, paged, logit_rows, input: Cow::Borrowed(input) })
     }
 }
 
 impl PreparedInput<'_> {
+    /// What was prepared, in memory of the host.
+    pub fn input(&self) -> &DecoderInput {
+        &self.input
+    }
+
     /// Token ids, u32 `[l]`.
     pub fn tokens(&self) -> &Tensor {
         &self.tokens
@@ -135,8 +149,9 @@ impl PreparedInput<'_> {
 
     /// The same, on its own: for a recording that outlasts its first step.
     pub fn into_owned(self) -> PreparedInput<'static> {
-        let Self { tokens, cos, sin, paged, logit_rows } = self;
-        PreparedInput { tokens, cos, sin, paged: paged.into_owned(), logit_rows }
+        let Self { tokens, cos, sin, paged, logit_rows, input } = self;
+        let input = Cow::Owned(input.into_owned());
+        PreparedInput { tokens, cos, sin, paged: paged.into_owned(), logit_rows, input }
     }
 
     /// Whether a recording of this step serves the other one; both want the logits of all rows.

@@ -4,7 +4,7 @@
 
 use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv::{KvCaches, KvShape};
 use crate::layers::decoder::{DecoderInput, PreparedInput};
 use crate::tokenizer::Tokenizer;
@@ -25,6 +25,11 @@ pub trait CausalLm: Send {
     /// Whether [`CausalLm::logits`] are computed by nothing but launches of our own, so that a decode step can be recorded.
     fn is_recordable(&self) -> bool {
         true
+    }
+
+    /// Why nothing more can be computed, if so: a part of the network is gone.
+    fn problem(&self) -> Option<Error> {
+        None
     }
 
     /// Checks a step and takes it to the device.
