@@ -1,6 +1,6 @@
 //! Where jobs live: rows that survive the process, and the rules by which nodes share them.
 //!
-//! Owns: what a row holds, who may write it when, and the order in which rows are worked off . What a job asks for, how far it is and what came of it are text that
+//! Owns: what a row holds, who may write it when, and the order in which rows are worked off. What a job asks for, how far it is and what came of it are text that
 //! the store keeps and does not read. Does not know: models, sessions, files, HTTP.
 //!
 //! # Time
@@ -20,6 +20,18 @@ use async_trait::async_trait;
 
 use super::JobId;
 use crate::places::NoPlace;
+
+mod clock;
+pub mod flow;
+mod memory;
+mod row;
+mod transaction;
+mod works;
+
+#[cfg(test)]
+mod conformance;
+
+pub use memory::MemoryStore;
 
 /// How urgent a job is. A class has so many times the device time of the next one while both wait; none waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
