@@ -21,7 +21,7 @@ use tale_models::runner::text::lookup::PromptLookup;
 use self::devices::{DeviceName, Whereabouts, one_or_more};
 use self::guesses::{Guesses, TooFewLookedFor};
 use self::models::{ModelEntry, models_of_table, parse_model};
-use crate::engine::{EngineOptions, ModelSpec};
+use crate::engine::{DEFAULT_DRAIN, EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
 use crate::job::board::Retention;
 
@@ -37,8 +37,7 @@ pub use self::models::MAX_MODEL_NAME_LEN;
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
-/// How long running work may go on after SIGTERM when nothing else is said.
-pub const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
+
 /// What a person may set; every field may be left out. Keys of the TOML file are the fields, flags are the same words
 /// in kebab-case; flags win.
 #[derive(Debug, Clone, Default, Deserialize, clap::Args)]
@@ -332,7 +331,7 @@ impl Config {
             listen: settings.listen.unwrap_or(DEFAULT_LISTEN),
             health_listen: settings.health_listen,
             engine: EngineOptions { devices, ..settings.engine_options(prompt_lookup) },
-            drain: settings.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into())),
+            drain: settings.drain(),
             server: settings.server_options(),
             unsafe_log_prompts: settings.unsafe_log_prompts,
             allow_core_dumps: settings.allow_core_dumps,
@@ -395,6 +394,10 @@ impl Settings {
         }
     }
 
+    fn drain(&self) -> Duration {
+        self.drain_seconds.map_or(DEFAULT_DRAIN, |seconds| Duration::from_secs(seconds.into()))
+    }
+
     fn engine_options(&self, prompt_lookup: Option<PromptLookup>) -> EngineOptions {
         let (engine, load) = (EngineOptions::default(), LoadOptions::default());
         EngineOptions {
@@ -416,6 +419,7 @@ impl Settings {
             text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),
             max_queued_sessions: or(self.max_queued, engine.max_queued_sessions),
+            drain: self.drain(),
             devices: engine.devices,
         }
     }

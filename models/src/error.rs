@@ -75,6 +75,9 @@ pub enum Error {
     /// Whoever asked does not wait any longer.
     #[error("nobody waits for the result any longer")]
     Cancelled,
+    /// The model was taken from its device before the work was done.
+    #[error("the model was unloaded before this was done")]
+    Unloaded,
     /// The device has too little memory, found out before anything is computed.
     #[error("not enough memory: {needed_bytes} bytes needed{}, {free_bytes} free", in_phase(*phase))]
     OutOfMemory {
@@ -156,6 +159,7 @@ impl Error {
                 Self::ContextLength { prompt_tokens, is_exact, limit }
             }
             Self::Cancelled => Self::Cancelled,
+            Self::Unloaded => Self::Unloaded,
             &Self::OutOfMemory { phase, needed_bytes, free_bytes } => {
                 Self::OutOfMemory { phase, needed_bytes, free_bytes }
             }

@@ -3,12 +3,15 @@
 //! Owns: the words. Does not know: who asks, or what becomes of it.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
 use tale_models::{ClientId, Request, SessionId};
 
 use super::SubmitOptions;
 use super::arbiter::RunnerKey;
+use super::coming::Arrival;
 use super::mailbox::Mailbox;
+use super::peers::Peer;
 use crate::places::Place;
 
 /// What handles ask of the device thread.
@@ -26,6 +29,12 @@ pub(super) enum Command {
     Checkpoint(SessionId),
     /// End everything, each session that can with what it needs to go on elsewhere; begin nothing more.
     HandOver,
+    /// Begin to load a model, whose runner will have this key.
+    Load(RunnerKey, Box<Arrival>),
+    /// From now on a runner has these peers; said when it is so.
+    Join(RunnerKey, Vec<Peer>, Sender<()>),
+    /// End the sessions of a runner, and free what its model holds, loaded or not; said when it is done.
+    Unload(RunnerKey, Sender<()>),
     /// Cancel everything and end the thread.
     Stop,
 }

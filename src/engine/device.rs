@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
 
-use tale_models::device::{DeviceSpec, keep_freed_memory, on_threads_of};
+use tale_models::device::{DeviceSpec, Placement, keep_freed_memory, on_threads_of};
 use tale_models::{LoadedModel, ModelCard};
 
 use super::command::Command;
@@ -40,14 +40,14 @@ pub(super) struct Loaded {
     /// For them and their sessions together.
     pub(super) capacity_bytes: usize,
     pub(super) health: Health,
+    /// Where further models will live, if there is a device.
+    pub(super) placement: Option<Placement>,
 }
 
 /// What the others hear of that.
 pub(super) struct Prepared {
     /// In the order of the device's runners. Of the replicas of a model one card is taken.
     pub(super) cards: Vec<(String, Option<ModelCard>)>,
-    /// For sessions, beside the models.
-    pub(super) room_bytes: usize,
     pub(super) gauges: Arc<Gauges>,
     /// In the same order as the cards.
     pub(super) models: Vec<Arc<ModelGauges>>,
@@ -145,7 +145,7 @@ impl DeviceHandle {
 
 /// Books the models' memory and puts cards and runners into the hands that need them.
 fn prepare(loaded: Loaded) -> Result<(Prepared, DeviceWorker<WallClock>), EngineError> {
-    let Loaded { models, capacity_bytes, health } = loaded;
+    let Loaded { models, capacity_bytes, health, placement } = loaded;
     let mut ledger = Ledger::new(capacity_bytes);
     let (mut cards, mut runners, mut queues) = (Vec::new(), Vec::new(), Vec::new());
     for (index, OnDevice { name, model, queue }) in models.into_iter().enumerate() {
@@ -163,7 +163,7 @@ fn prepare(loaded: Loaded) -> Result<(Prepared, DeviceWorker<WallClock>), Engine
     }
     let room_bytes = ledger.session_capacity_bytes();
     runners.iter_mut().for_each(|(_, runner)| runner.set_room(room_bytes));
-    let worker = DeviceWorker::new(runners, queues, ledger, WallClock::default()).watching(health);
+    let worker = DeviceWorker::new(runners, queues, ledger, WallClock::default()).watching(health).at(placement);
     let (gauges, models) = (worker.gauges(), worker.model_gauges());
-    Ok((Prepared { cards, room_bytes, gauges, models }, worker))
+    Ok((Prepared { cards, gauges, models }, worker))
 }

@@ -23,6 +23,8 @@ pub(super) struct Gauges {
     backlog: AtomicU64,
     pub(super) ledger_used_bytes: AtomicUsize,
     pub(super) ledger_capacity_bytes: AtomicUsize,
+    /// What sessions may take beside the models that are there.
+    pub(super) room_bytes: AtomicUsize,
 }
 
 /// Of one runner.
@@ -34,6 +36,8 @@ pub(super) struct ModelGauges {
     pub(super) queue: Arc<Places>,
     /// Submitted and not ended.
     live: AtomicUsize,
+    /// What its model holds all the time.
+    pub(super) resident_bytes: AtomicUsize,
     running: AtomicUsize,
     waiting: AtomicUsize,
     kv_blocks_used: AtomicUsize,
@@ -105,6 +109,7 @@ impl ModelGauges {
             device,
             queue,
             live: AtomicUsize::default(),
+            resident_bytes: AtomicUsize::default(),
             running: AtomicUsize::default(),
             waiting: AtomicUsize::default(),
             kv_blocks_used: AtomicUsize::default(),

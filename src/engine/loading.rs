@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
 
 use tale_models::device::{DeviceMemory, DeviceSpec, Placement, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
@@ -21,8 +20,7 @@ use crate::places::Places;
 
 /// Devices that work, and the models on them.
 pub(super) struct Ready {
-    /// Each with where it is.
-    pub(super) models: Vec<(ServedModel, Replicas)>,
+    pub(super) models: Vec<ServedModel>,
     pub(super) devices: Vec<DeviceHandle>,
 }
 
@@ -96,7 +94,7 @@ pub(super) fn start(models: Vec<Vec<(String, LoadedModel)>>, options: &EngineOpt
         let on_device = |(name, model): (String, LoadedModel)| OnDevice { queue: queue_of(&name), name, model };
         let models = models.into_iter().map(on_device).collect();
         let capacity_bytes = options.memory_bytes.unwrap_or_else(|| memory::default_capacity_bytes() / num_devices);
-        let loaded = Loaded { models, capacity_bytes, health: Box::new(|| Ok(())) };
+        let loaded = Loaded { models, capacity_bytes, health: Box::new(|| Ok(())), placement: None };
         starting.push(Starting::new(*spec, move || Ok(loaded))?);
     }
     finish(&names, &specs, starting)
@@ -112,11 +110,7 @@ fn finish(names: &[String], specs: &[DeviceSpec], starting: Vec<Starting>) -> Re
             Some((device, runner))
         };
         let on: Vec<(usize, usize)> = prepared.iter().enumerate().filter_map(of_device).collect();
-        // Any device takes what the model's card allows: that of the one with the least room.
-        let narrowest = on.iter().copied().min_by_key(|(device, _)| prepared[*device].room_bytes);
-        let (device, runner) = narrowest.expect("a model lies somewhere: this is a bug");
-        let room_bytes = prepared[device].room_bytes;
-        models.push((name.clone(), on, (device, runner, room_bytes)));
+        models.push((name.clone(), on));
     }
     let peers: Vec<Vec<Vec<Peer>>> = prepared
         .iter()
@@ -126,17 +120,17 @@ fn finish(names: &[String], specs: &[DeviceSpec], starting: Vec<Starting>) -> Re
     let gauges: Vec<_> = prepared.iter().map(|prepared| prepared.gauges.clone()).collect();
     let served = models
         .into_iter()
-        .map(|(name, on, (device, runner, room_bytes))| {
+        .map(|(name, on)| {
             let devices = on.iter().map(|(device, _)| specs[*device]).collect();
+            let commands = on.iter().map(|(device, _)| starting[*device].commands.clone()).collect();
+            let (device, runner) = *on.first().expect("a model lies somewhere: this is a bug");
             let card = prepared[device].cards[runner].1.take().expect("each card is taken once: this is a bug");
-            let card = Arc::new(card.with_room(room_bytes));
             let replica = |(device, runner): (usize, usize)| {
                 let gauges = prepared[device].models[runner].clone();
                 Replica { device, gauges, runner }
             };
-            let commands = on.iter().map(|(device, _)| starting[*device].commands.clone()).collect();
             let replicas = Replicas::new(on.into_iter().map(replica).collect(), commands);
-            (ServedModel { name, card, created: SystemTime::now(), devices }, replicas)
+            ServedModel::new(name, card, devices, replicas)
         })
         .collect();
     let devices =
@@ -204,7 +198,9 @@ fn open(
             on_component.lock().expect("nothing panics while it tells of progress: this is a bug")(model, component);
         };
         let models = load_models(models, device, &placement, &options, capacity_bytes, told)?;
-        Ok(Loaded { models, capacity_bytes, health: Box::new(move || placement.synchronize()) })
+        let watched = placement.clone();
+        let health = Box::new(move || watched.synchronize());
+        Ok(Loaded { models, capacity_bytes, health, placement: Some(placement) })
     };
     Ok(Opening { capacity_bytes, models, starting: Starting::new(device, load)? })
 }

@@ -6,32 +6,36 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::Sender;
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::lookup::PromptLookup;
-use tale_models::{ClientId, Event, LoadedModel, ModelCard, ModelSource, Request, SessionCheckpoint, SessionId};
+use tale_models::{ClientId, LoadedModel, ModelCard, ModelSource, Request, SessionCheckpoint, SessionId};
 
+use self::catalogue::{Catalogue, Entry};
+use self::coming::{Checkpoints, Loader, NoLoader};
 use self::command::{Command, Order};
 use self::device::DeviceHandle;
+use self::lifecycle::Begun;
 use self::mailbox::Mailbox;
-use self::replicas::{Chosen, Replica, Replicas};
-use crate::places::{NoPlace, Place};
+use self::replicas::{Chosen, Replica};
+use crate::places::{Place, Places};
 
 mod affinity;
 pub mod arbiter;
 pub mod assignment;
+mod catalogue;
+pub mod coming;
 mod command;
 mod device;
+mod error;
 mod gauges;
 pub mod ledger;
+mod lifecycle;
 mod loading;
 mod mailbox;
 mod memory;
@@ -39,10 +43,15 @@ mod peers;
 mod rates;
 mod replicas;
 mod residency;
+mod session;
 mod worker;
 
+pub use catalogue::{LoadProgress, ModelReport, ModelState, ServedModel};
+pub use error::EngineError;
+pub use lifecycle::{When, Wish};
 pub use loading::Planned;
 pub(crate) use loading::{capacity_bytes, place_text_encoders, plan};
+pub use session::Session;
 
 /// A checkpoint to serve and the name that clients use for it.
 #[derive(Debug, Clone)]
@@ -57,12 +66,24 @@ pub struct ModelSpec {
     pub replicas: Option<NonZeroUsize>,
     /// How its tokens are guessed, if at all; `None` leaves that to the options of all models.
     pub prompt_lookup: Option<Option<PromptLookup>>,
+    /// Whether it is loaded when it is asked for, and not at the start.
+    pub on_demand: bool,
+    /// It is unloaded when nobody has used it for so long; `None`: never for that.
+    pub idle_unload: Option<Duration>,
 }
 
 impl ModelSpec {
     /// On whatever devices have room for it, with the options of all models.
     pub fn new(name: impl Into<String>, source: impl Into<ModelSource>) -> Self {
-        Self { name: name.into(), source: source.into(), devices: Vec::new(), replicas: None, prompt_lookup: None }
+        Self {
+            name: name.into(),
+            source: source.into(),
+            devices: Vec::new(),
+            replicas: None,
+            prompt_lookup: None,
+            on_demand: false,
+            idle_unload: None,
+        }
     }
 }
 
@@ -82,8 +103,12 @@ pub struct EngineOptions {
     pub memory_bytes: Option<usize>,
     /// Most sessions of one model that have been submitted and not begun; clients share them ([`crate::places::Places`]).
     pub max_queued_sessions: usize,
+    /// How long requests that work with a model may take to end when it is unloaded and nobody said otherwise.
+    pub drain: Duration,
 }
 
+/// How long running work may go on when it should end, and nothing else is said.
+pub const DEFAULT_DRAIN: Duration = Duration::from_secs(30);
 /// Sessions that may wait for one model when nothing else is configured.
 pub const DEFAULT_MAX_QUEUED_SESSIONS: usize = 256;
 
@@ -96,88 +121,9 @@ impl Default for EngineOptions {
             text_encoders: None,
             memory_bytes: None,
             max_queued_sessions: DEFAULT_MAX_QUEUED_SESSIONS,
+            drain: DEFAULT_DRAIN,
         }
     }
-}
-
-/// Why the engine could not be started, or refused a request.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// Two models were given one name.
-    #[error("two models are called `{name}`")]
-    DuplicateModel {
-        /// The name.
-        name: String,
-    },
-    /// A model could not be loaded.
-    #[error("model `{model}`: {source}")]
-    Load {
-        /// Its name.
-        model: String,
-        /// Why.
-        source: Box<tale_models::Error>,
-    },
-    /// A device could not be opened.
-    #[error(transparent)]
-    Open(Box<tale_models::Error>),
-    /// Devices that cannot be used together, or that a model cannot have.
-    #[error("{0}")]
-    Devices(String),
-    /// A model fits on no device that may hold it.
-    #[error(
-        "model `{model}` fits on no device: with a request it takes {needed_bytes} bytes, and {device}, which has most room for it, has \
-         {free_bytes} beside its other models"
-    )]
-    NoRoom {
-        /// Its name.
-        model: String,
-        /// See there.
-        device: DeviceSpec,
-        /// See there.
-        needed_bytes: usize,
-        /// See there.
-        free_bytes: usize,
-    },
-    /// All devices that hold a model have failed.
-    #[error("no device is left for model `{model}`: {problems}")]
-    Failed {
-        /// Its name.
-        model: String,
-        /// What is wrong with them.
-        problems: String,
-    },
-    /// The device's thread could not be started, or has died.
-    #[error("device thread: {0}")]
-    Thread(String),
-    /// More memory is configured than the device has.
-    #[error("memory: {needed_bytes} bytes are configured, {device} has {free_bytes} free")]
-    Memory {
-        /// The device.
-        device: DeviceSpec,
-        /// Bytes asked for.
-        needed_bytes: usize,
-        /// Bytes that nobody holds.
-        free_bytes: usize,
-    },
-    /// No model has this name.
-    #[error("there is no model `{name}`; this server has: {}", known.join(", "))]
-    UnknownModel {
-        /// The name asked for.
-        name: String,
-        /// The names there are.
-        known: Vec<String>,
-    },
-    /// The model's queue has no place for this client.
-    #[error("requests already wait for model `{model}`: {reason}")]
-    Busy {
-        /// The model.
-        model: String,
-        /// The bound that is met.
-        reason: NoPlace,
-    },
-    /// The engine shuts down, or its device thread has died.
-    #[error("the server takes no new work: it is shutting down")]
-    Draining,
 }
 
 /// Asked on the device thread when the turn of a session comes; must not wait.
@@ -202,7 +148,7 @@ impl std::fmt::Debug for MayBegin {
 pub struct SubmitOptions {
     /// When its turn comes the session begins only if this agrees; else it ends without an end, before its first step.
     pub may_begin: Option<MayBegin>,
-    /// Whether it says now and then what it needs to go on elsewhere ([`Event::Checkpoint`]): after its first denoising step, from
+    /// Whether it says now and then what it needs to go on elsewhere ([`tale_models::Event::Checkpoint`]): after its first denoising step, from
     /// then on as often as takes a fiftieth of its time, and when [`Engine::hand_over`] ends it.
     pub checkpoints: bool,
     /// Where it goes on from, in place of its beginning. A checkpoint that does not fit ends it with
@@ -216,19 +162,6 @@ impl From<Option<MayBegin>> for SubmitOptions {
     }
 }
 
-/// One model as the rest of the server sees it.
-#[derive(Debug, Clone)]
-pub struct ServedModel {
-    /// `model` of the API.
-    pub name: String,
-    /// Limits, defaults, tokenizer.
-    pub card: Arc<ModelCard>,
-    /// When it was loaded.
-    pub created: SystemTime,
-    /// Where it lies.
-    pub devices: Vec<DeviceSpec>,
-}
-
 /// The cloneable handle of a running engine. The threads of devices end when the last handle and session are dropped.
 #[derive(Debug, Clone)]
 pub struct Engine {
@@ -237,13 +170,17 @@ pub struct Engine {
 
 #[derive(Debug)]
 struct Shared {
-    models: Vec<ServedModel>,
-    /// One per model.
-    replicas: Vec<Replicas>,
+    catalogue: Catalogue,
     devices: Vec<DeviceHandle>,
-    prefix_cache: tale_models::kv::PrefixCache,
+    loader: Arc<dyn Loader>,
+    options: EngineOptions,
+    /// One model at a time looks for room.
+    placing: Mutex<()>,
     draining: AtomicBool,
     next_session: AtomicU64,
+    next_runner: AtomicUsize,
+    /// That load or unload models now.
+    num_threads: AtomicUsize,
 }
 
 /// A snapshot of the engine for readiness and metrics.
@@ -295,15 +232,24 @@ pub struct ModelStatus {
 }
 
 impl Engine {
-    /// Starts a thread per device, opens the devices there and loads the models; returns when all are loaded or the first
-    /// has failed. `on_component` hears (model, component) before each component is read.
+    /// Starts a thread per device, opens the devices there and loads the models, but for those that are loaded on demand; returns
+    /// when all are loaded or the first has failed. `on_component` hears (model, component) before each component is read.
     pub fn load(
         models: Vec<ModelSpec>,
         options: EngineOptions,
         on_component: impl FnMut(&str, &str) + Send + 'static,
     ) -> Result<Engine, EngineError> {
         check_names(models.iter().map(|model| model.name.as_str()))?;
-        Ok(Self::of(loading::load(models, &options, on_component)?, &options))
+        let at_once = models.iter().filter(|model| !model.on_demand).cloned().collect();
+        let ready = loading::load(at_once, &options, on_component)?;
+        let engine = Self::of(ready, models, options.clone(), Arc::new(Checkpoints(options)));
+        for entry in &engine.shared.catalogue.entries {
+            let spec = entry.state().spec.clone();
+            if spec.on_demand {
+                lifecycle::check(&engine.shared, &spec)?;
+            }
+        }
+        Ok(engine)
     }
 
     /// Starts a thread over models that are loaded already, as if for the first device. They must not hold memory of a GPU, which
@@ -314,39 +260,133 @@ impl Engine {
 
     /// As [`Engine::start`], with the models of each device.
     pub fn start_on(models: Vec<Vec<(String, LoadedModel)>>, options: EngineOptions) -> Result<Engine, EngineError> {
-        for models in &models {
-            check_names(models.iter().map(|(name, _)| name.as_str()))?;
-        }
-        Ok(Self::of(loading::start(models, &options)?, &options))
+        Self::start_with(models, Vec::new(), options, Arc::new(NoLoader))
     }
 
-    fn of(ready: loading::Ready, options: &EngineOptions) -> Self {
-        let loading::Ready { models, devices } = ready;
-        let (models, replicas) = models.into_iter().unzip();
+    /// As [`Engine::start_on`], with further models that are loaded later, and where all come from then.
+    pub fn start_with(
+        models: Vec<Vec<(String, LoadedModel)>>,
+        further: Vec<ModelSpec>,
+        options: EngineOptions,
+        loader: Arc<dyn Loader>,
+    ) -> Result<Engine, EngineError> {
+        for models in &models {
+            let further = further.iter().map(|model| model.name.as_str());
+            check_names(models.iter().map(|(name, _)| name.as_str()).chain(further))?;
+        }
+        let ready = loading::start(models, &options)?;
+        let given = ready.models.iter().map(|model| ModelSpec::new(model.name.clone(), ModelSource::default()));
+        let given = given.filter(|given| further.iter().all(|model| model.name != given.name));
+        let specs = given.chain(further.iter().cloned()).collect();
+        Ok(Self::of(ready, specs, options, loader))
+    }
+
+    fn of(ready: loading::Ready, specs: Vec<ModelSpec>, options: EngineOptions, loader: Arc<dyn Loader>) -> Self {
+        let loading::Ready { mut models, devices } = ready;
+        let next_runner = AtomicUsize::new(specs.len());
+        let entry = |spec: ModelSpec| {
+            let at = models.iter().position(|model| model.name == spec.name);
+            let current = at.map(|at| models.swap_remove(at));
+            let places = || Places::new(options.max_queued_sessions);
+            let queue = current.as_ref().map_or_else(places, |current| current.replicas.queue().clone());
+            Entry::new(spec, queue, places(), current)
+        };
+        let catalogue = Catalogue::new(specs.into_iter().map(entry).collect());
         let shared = Shared {
-            models,
-            replicas,
+            catalogue,
             devices,
-            prefix_cache: options.load.prefix_cache,
+            loader,
+            options,
+            placing: Mutex::default(),
             draining: AtomicBool::default(),
             next_session: AtomicU64::new(1),
+            next_runner,
+            num_threads: AtomicUsize::default(),
         };
         Engine { shared: Arc::new(shared) }
     }
 
-    /// The models, in the order in which they were given.
-    pub fn models(&self) -> &[ServedModel] {
-        &self.shared.models
+    /// The models, in the order in which they were given, whether they are there or not.
+    pub fn models(&self) -> Vec<ModelReport> {
+        self.shared.catalogue.entries.iter().map(Entry::report).collect()
     }
 
-    /// The card of the model with this name.
+    /// What is known of the model with this name, or the error that names those there are.
+    pub fn report(&self, name: &str) -> Result<ModelReport, EngineError> {
+        self.shared.catalogue.entry(name).map(Entry::report)
+    }
+
+    /// The cards of the models that are there.
+    pub fn cards(&self) -> Vec<Arc<ModelCard>> {
+        let current = |entry: &Entry| entry.state().current.as_ref().map(|current| current.card());
+        self.shared.catalogue.entries.iter().filter_map(current).collect()
+    }
+
+    /// The card of the model with this name, if it is there.
     pub fn card(&self, name: &str) -> Option<Arc<ModelCard>> {
-        self.models().iter().find(|model| model.name == name).map(|model| model.card.clone())
+        self.model(name).ok().map(|model| model.card())
     }
 
-    /// The model with this name, or the error that names those there are.
-    pub fn model(&self, name: &str) -> Result<&ServedModel, EngineError> {
-        self.models().iter().find(|model| model.name == name).ok_or_else(|| self.unknown(name))
+    /// The model with this name, if it is there. It stays there while what is returned is held, within bounds of time.
+    pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, EngineError> {
+        self.shared.catalogue.entry(name)?.current()
+    }
+
+    /// As [`Engine::model`], for a request: a model that comes on demand and is not there begins to be loaded.
+    pub fn ask(&self, name: &str) -> Result<Arc<ServedModel>, EngineError> {
+        let entry = self.shared.catalogue.entry(name)?;
+        let is_wanted = !self.is_draining() && entry.state().is_wanted_by_requests(Instant::now());
+        if is_wanted {
+            match lifecycle::begin_to_load(&self.shared, self.index(name)?, Wish::default()) {
+                // Somebody else was faster.
+                Ok(_) | Err(EngineError::AtWork { .. } | EngineError::AlreadyLoaded { .. }) => (),
+                Err(error) => return Err(error),
+            }
+        }
+        entry.current()
+    }
+
+    /// As [`Engine::ask`], and waits until the model is there: as one of those who may wait for it.
+    pub async fn ask_and_wait(&self, name: &str, client: ClientId) -> Result<Arc<ServedModel>, EngineError> {
+        let entry = self.shared.catalogue.entry(name)?;
+        let mut changes = self.shared.catalogue.changes();
+        let mut place = None;
+        loop {
+            let away = match self.ask(name) {
+                Ok(model) => return Ok(model),
+                Err(away) => away,
+            };
+            if self.is_draining() {
+                return Err(EngineError::Draining);
+            }
+            match &away {
+                EngineError::NotLoaded { state: ModelState::Loading, .. } => (),
+                EngineError::NotLoaded { state: ModelState::Unloading, comes_back: true, .. } => (),
+                _ => return Err(away),
+            }
+            if place.is_none() {
+                let busy = |reason| EngineError::Busy { model: name.to_owned(), reason };
+                place = Some(entry.early.take(client).map_err(busy)?);
+            }
+            changes.changed().await.map_err(|_| EngineError::Draining)?;
+        }
+    }
+
+    /// Begins to unload the models that nobody has used for as long as they may be idle. Somebody has to look now and then.
+    pub fn unload_idle(&self) {
+        lifecycle::unload_idle(&self.shared, Instant::now());
+    }
+
+    /// Begins to load a model that is not there, or other weights or devices in place of those that it has. What is returned tells
+    /// whether there is room and it has begun; [`Engine::report`] says how it goes.
+    pub fn load_model(&self, name: &str, wish: Wish) -> Result<Begun, EngineError> {
+        lifecycle::begin_to_load(&self.shared, self.index(name)?, wish)
+    }
+
+    /// Begins to unload a model: it takes no requests any more, and those that work with it may take `drain`, or what the options
+    /// say, to end.
+    pub fn unload_model(&self, name: &str, drain: Option<Duration>) -> Result<(), EngineError> {
+        lifecycle::begin_to_unload(&self.shared, self.index(name)?, drain.unwrap_or(self.shared.options.drain))
     }
 
     /// Hands a validated request of a client to the device thread. Never waits.
@@ -362,13 +402,23 @@ impl Engine {
         request: Request,
         options: impl Into<SubmitOptions>,
     ) -> Result<Session, EngineError> {
-        let index = self.index(model)?;
+        self.submit_to(&*self.model(model)?, client, request, options)
+    }
+
+    /// As [`Engine::submit_if`], to weights that the caller has: it has made the request for their card.
+    pub fn submit_to(
+        &self,
+        model: &ServedModel,
+        client: ClientId,
+        request: Request,
+        options: impl Into<SubmitOptions>,
+    ) -> Result<Session, EngineError> {
         if !self.takes_work() {
             return Err(EngineError::Draining);
         }
-        let place = self.shared.replicas[index].queue().take(client);
-        let place = place.map_err(|reason| EngineError::Busy { model: model.to_owned(), reason })?;
-        self.send(index, client, request, place, options.into())
+        let place = model.replicas.queue().take(client);
+        let place = place.map_err(|reason| EngineError::Busy { model: model.name.clone(), reason })?;
+        self.send(model, client, request, place, options.into())
     }
 
     /// As [`Engine::submit_if`], for the next part of work whose part before has ended: it has a place in the queue whoever
@@ -380,29 +430,34 @@ impl Engine {
         request: Request,
         options: impl Into<SubmitOptions>,
     ) -> Result<Session, EngineError> {
-        let index = self.index(model)?;
-        let place = self.shared.replicas[index].queue().take_further(client);
-        self.send(index, client, request, place, options.into())
+        let model = self.model(model)?;
+        let place = model.replicas.queue().take_further(client);
+        self.send(&model, client, request, place, options.into())
     }
 
-    fn index(&self, model: &str) -> Result<usize, EngineError> {
-        self.models().iter().position(|served| served.name == model).ok_or_else(|| self.unknown(model))
+    fn index(&self, name: &str) -> Result<usize, EngineError> {
+        let catalogue = &self.shared.catalogue;
+        catalogue.entry(name)?;
+        Ok(catalogue.entries.iter().position(|entry| entry.name == name).expect("it was just there: this is a bug"))
     }
 
     fn send(
         &self,
-        index: usize,
+        model: &ServedModel,
         client: ClientId,
         request: Request,
         place: Place,
         options: SubmitOptions,
     ) -> Result<Session, EngineError> {
-        let shared = &self.shared;
-        let replicas = &shared.replicas[index];
+        let (shared, replicas) = (&self.shared, &model.replicas);
+        let Some(_opened) = model.opened() else {
+            let (model, state) = (model.name.clone(), ModelState::Unloading);
+            return Err(EngineError::NotLoaded { model, state, progress: None, problem: None, comes_back: false });
+        };
         let Some(Chosen { index: chosen, seconds: predicted_seconds }) =
-            replicas.choose(client, &request, shared.prefix_cache)
+            replicas.choose(client, &request, shared.options.load.prefix_cache)
         else {
-            return Err(self.failed(index));
+            return Err(self.failed(model));
         };
         let id = SessionId(shared.next_session.fetch_add(1, Relaxed));
         let mailbox = Arc::new(Mailbox::default());
@@ -413,19 +468,23 @@ impl Engine {
         Ok(session)
     }
 
-    fn failed(&self, index: usize) -> EngineError {
-        let devices = self.shared.replicas[index].on.iter().map(|replica| &self.shared.devices[replica.device]);
+    fn failed(&self, model: &ServedModel) -> EngineError {
+        let devices = model.replicas.on.iter().map(|replica| &self.shared.devices[replica.device]);
         let problem = |device: &DeviceHandle| {
             let problem = device.gauges.problem().unwrap_or_else(|| "its thread has ended".into());
             format!("{}: {problem}", device.spec)
         };
         let problems = devices.map(problem).collect::<Vec<_>>().join("; ");
-        EngineError::Failed { model: self.models()[index].name.clone(), problems }
+        EngineError::Failed { model: model.name.clone(), problems }
     }
 
     /// Whether new work is taken.
     pub fn takes_work(&self) -> bool {
-        !self.shared.draining.load(Relaxed) && self.is_alive()
+        !self.is_draining() && self.is_alive()
+    }
+
+    fn is_draining(&self) -> bool {
+        self.shared.draining.load(Relaxed)
     }
 
     /// Whether a device lives.
@@ -435,46 +494,29 @@ impl Engine {
 
     /// What is wrong, if no device is left for some model; others may be served.
     pub fn problem(&self) -> Option<EngineError> {
-        let lost = self.shared.replicas.iter().position(|replicas| !replicas.is_alive());
-        lost.map(|index| self.failed(index))
+        let lost = |entry: &Entry| entry.state().current.clone().filter(|current| !current.replicas.is_alive());
+        self.shared.catalogue.entries.iter().find_map(lost).map(|lost| self.failed(&lost))
     }
 
     /// What the engine holds now.
     pub fn status(&self) -> EngineStatus {
         EngineStatus {
-            models: (0..self.models().len()).map(|index| self.model_status(index)).collect(),
+            models: self.shared.catalogue.entries.iter().map(model_status).collect(),
             devices: self.shared.devices.iter().map(DeviceHandle::status).collect(),
-            draining: self.shared.draining.load(Relaxed),
+            draining: self.is_draining(),
             alive: self.problem().is_none(),
-        }
-    }
-
-    fn model_status(&self, index: usize) -> ModelStatus {
-        let on = &self.shared.replicas[index].on;
-        let gauges = on.iter().map(|replica| &*replica.gauges);
-        let mut runner = RunnerStatus::default();
-        for of in gauges.clone().map(gauges::ModelGauges::runner) {
-            runner.running += of.running;
-            runner.waiting += of.waiting;
-            runner.kv_blocks_used += of.kv_blocks_used;
-            runner.kv_blocks_total += of.kv_blocks_total;
-        }
-        ModelStatus {
-            name: self.models()[index].name.clone(),
-            queued: self.shared.replicas[index].queue().taken(),
-            live: gauges.map(gauges::ModelGauges::live).sum(),
-            runner,
         }
     }
 
     /// Refuses new work from now on; what runs goes on.
     pub fn drain(&self) {
         self.shared.draining.store(true, Relaxed);
+        self.shared.catalogue.tell();
     }
 
     /// Refuses new work and ends what runs at the next boundary between two steps: each session ends with
     /// [`tale_models::Error::HandedOver`], those whose checkpoints are wanted and that have come so far with an
-    /// [`Event::Checkpoint`] before it. Does not wait for it; [`Engine::shutdown`] does.
+    /// [`tale_models::Event::Checkpoint`] before it. Does not wait for it; [`Engine::shutdown`] does.
     pub fn hand_over(&self) {
         self.drain();
         self.shared.devices.iter().for_each(DeviceHandle::hand_over);
@@ -491,11 +533,22 @@ impl Engine {
         self.shared.devices.iter().for_each(DeviceHandle::stop);
         self.shared.devices.iter().for_each(DeviceHandle::join);
     }
+}
 
-    fn unknown(&self, name: &str) -> EngineError {
-        let known = self.models().iter().map(|model| model.name.clone()).collect();
-        EngineError::UnknownModel { name: name.to_owned(), known }
+/// Of a model that is not there nothing but its name and who waits for it.
+fn model_status(entry: &Entry) -> ModelStatus {
+    let mut status =
+        ModelStatus { name: entry.name.clone(), queued: entry.queue.taken(), live: 0, runner: RunnerStatus::default() };
+    let state = entry.state();
+    for replica in state.current.iter().flat_map(|current| &current.replicas.on) {
+        let of = replica.gauges.runner();
+        status.live += replica.gauges.live();
+        status.runner.running += of.running;
+        status.runner.waiting += of.waiting;
+        status.runner.kv_blocks_used += of.kv_blocks_used;
+        status.runner.kv_blocks_total += of.kv_blocks_total;
     }
+    status
 }
 
 /// How often a shutdown looks whether the last session has ended.
@@ -511,83 +564,10 @@ fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), EngineErr
     Ok(())
 }
 
-/// One running generation. Dropping it before its end cancels the device work within one step.
-#[derive(Debug)]
-pub struct Session {
-    id: SessionId,
-    mailbox: Arc<Mailbox>,
-    /// Of all devices that may have it: before its first step it may go from one to another.
-    commands: Arc<[Arc<Sender<Command>>]>,
-    ended: bool,
-}
-
-impl Session {
-    /// Its id, unique in this process.
-    pub fn id(&self) -> SessionId {
-        self.id
-    }
-
-    /// The next event. Events that were not taken in time come joined: text appended, progress replaced by the latest. While
-    /// too many frames wait to be taken ([`tale_models::memory::MAX_UNREAD_FRAME_BYTES`]) the session has no steps. `None` after
-    /// the terminal event, or without one when the engine was shut down.
-    pub async fn recv(&mut self) -> Option<Event> {
-        std::future::poll_fn(|context| self.poll_recv(context)).await
-    }
-
-    /// As [`Session::recv`], for streams written by hand.
-    pub fn poll_recv(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        let polled = self.mailbox.poll(context.waker());
-        if let Poll::Ready(event) = &polled {
-            self.ended |= event.as_ref().is_none_or(Event::is_terminal);
-            if matches!(event, Some(Event::Frames(_))) && self.mailbox.has_room_again() {
-                self.tell(|| Command::Unpause(self.id));
-            }
-        }
-        polled
-    }
-
-    /// Has the session say between its next two steps what it needs to go on elsewhere, whether it does so by itself or not:
-    /// an [`Event::Checkpoint`], or nothing where it has not come so far.
-    pub fn checkpoint_now(&self) {
-        self.tell(|| Command::Checkpoint(self.id));
-    }
-
-    /// Those that do not have it do nothing. An error means that a device's thread, and the work with it, has ended.
-    fn tell(&self, command: impl Fn() -> Command) {
-        self.commands.iter().for_each(|commands| drop(commands.send(command())));
-    }
-
-    /// As [`Session::recv`], on a thread that may block.
-    pub fn blocking_recv(&mut self) -> Option<Event> {
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-        loop {
-            match self.poll_recv(&mut Context::from_waker(&waker)) {
-                Poll::Ready(event) => return event,
-                Poll::Pending => std::thread::park(),
-            }
-        }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.mailbox.abandon();
-            self.tell(|| Command::Cancel(self.id));
-        }
-    }
-}
-
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
 #[cfg(test)]
 mod fleet_tests;
+#[cfg(test)]
+mod lifecycle_tests;
 #[cfg(test)]
 mod saving_tests;
 #[cfg(test)]

@@ -5,6 +5,7 @@
 //! takes there counts for nothing, so that it is tried. Expectations are wrong at times: what waits on a device goes on to one that
 //! has nothing to do ([`super::peers`]).
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
@@ -56,6 +57,23 @@ impl Replicas {
     /// In which sessions wait, whichever of the devices they are for.
     pub(super) fn queue(&self) -> &Arc<Places> {
         &self.on[0].gauges.queue
+    }
+
+    /// Sessions that are submitted and not ended, on all of them.
+    pub(super) fn live(&self) -> usize {
+        self.on.iter().map(|replica| replica.gauges.live()).sum()
+    }
+
+    /// What a session may take on each of them beside their models.
+    pub(super) fn room_bytes(&self) -> usize {
+        let rooms = self.on.iter().map(|replica| replica.gauges.device.room_bytes.load(Relaxed));
+        rooms.min().unwrap_or(0)
+    }
+
+    /// What the model holds on the device at this position.
+    pub(super) fn resident_bytes_on(&self, device: usize) -> usize {
+        let there = self.on.iter().filter(|replica| replica.device == device);
+        there.map(|replica| replica.gauges.resident_bytes.load(Relaxed)).sum()
     }
 
     /// Whether a device is left.

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
-use tale_models::device::give_back_freed_memory;
+use tale_models::device::{Placement, give_back_freed_memory};
 use tale_models::memory::PhaseBytes;
 use tale_models::request::Phase;
 use tale_models::runner::StepPlan;
@@ -26,10 +26,12 @@ use super::mailbox::Mailbox;
 use super::peers::Peer;
 use crate::places::{Place, Places};
 
+mod loading;
 mod moving;
 mod saving;
 mod slot;
 
+use self::loading::AllComing;
 use self::slot::{Slot, Waiting};
 
 /// How often a session whose memory is not free may be overtaken by later ones that need memory too.
@@ -68,6 +70,10 @@ impl Clock for WallClock {
 pub(super) struct DeviceWorker<C> {
     clock: C,
     slots: BTreeMap<RunnerKey, Slot>,
+    /// Models on their way.
+    coming: AllComing,
+    /// Where they will live, if there is a device.
+    placement: Option<Placement>,
     gauges: Arc<Gauges>,
     arbiter: Arbiter,
     ledger: Ledger,
@@ -117,13 +123,18 @@ impl<C: Clock> DeviceWorker<C> {
     ) -> Self {
         let gauges = Arc::new(Gauges::default());
         gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
-        let slot = |((name, runner), queue): ((String, Box<dyn Runner>), Arc<Places>)| {
-            Slot::new(&name, runner, Arc::new(ModelGauges::new(gauges.clone(), queue)))
+        gauges.room_bytes.store(ledger.session_capacity_bytes(), Relaxed);
+        let slot = |(key, ((name, runner), queue)): (RunnerKey, ((String, Box<dyn Runner>), Arc<Places>))| {
+            let gauges = ModelGauges::new(gauges.clone(), queue);
+            gauges.resident_bytes.store(ledger.held_bytes(Owner::Model(key)), Relaxed);
+            (key, Slot::new(&name, runner, Arc::new(gauges)))
         };
         let worker = Self {
             clock,
             arbiter: Arbiter::new(&vec![1.0; runners.len()]),
-            slots: runners.into_iter().zip(queues).map(slot).enumerate().collect(),
+            slots: runners.into_iter().zip(queues).enumerate().map(slot).collect(),
+            coming: AllComing::new(),
+            placement: None,
             moved: Vec::new(),
             is_handing_over: false,
             health: Box::new(|| Ok(())),
@@ -147,6 +158,12 @@ impl<C: Clock> DeviceWorker<C> {
     /// The same, that asks after each step that failed whether its device will work again.
     pub(super) fn watching(mut self, health: Health) -> Self {
         self.health = health;
+        self
+    }
+
+    /// The same, that can load models.
+    pub(super) fn at(mut self, placement: Option<Placement>) -> Self {
+        self.placement = placement;
         self
     }
 
@@ -188,6 +205,18 @@ impl<C: Clock> DeviceWorker<C> {
             Command::Unpause(id) => self.unpause(id),
             Command::Checkpoint(id) => self.save(id),
             Command::HandOver => self.hand_over(),
+            Command::Load(runner, arrival) => self.begin_to_load(runner, *arrival),
+            Command::Join(runner, peers, done) => {
+                if let Some(slot) = self.slots.get_mut(&runner) {
+                    slot.peers = peers;
+                }
+                // Whoever asked may have gone.
+                let _ = done.send(());
+            }
+            Command::Unload(runner, done) => {
+                self.unload(runner);
+                let _ = done.send(());
+            }
             Command::Stop => (),
         }
     }
@@ -240,7 +269,7 @@ impl<C: Clock> DeviceWorker<C> {
             let plan = slot.runner.next()?;
             Some(Candidate { runner: *runner, plan })
         };
-        let candidates: Vec<_> = self.slots.iter().filter_map(next).collect();
+        let candidates: Vec<_> = self.slots.iter().filter_map(next).chain(self.loading_steps()).collect();
         let picked = self.arbiter.pick(&candidates);
         match picked {
             Some(candidate) => {
@@ -331,6 +360,10 @@ impl<C: Clock> DeviceWorker<C> {
 
     /// Readers hear of what the step before said while the device is at this one.
     fn step(&mut self, candidate: Candidate) {
+        if self.coming.contains_key(&candidate.runner) {
+            self.wake_readers();
+            return self.load_on(candidate);
+        }
         if let Err(shortage) = self.reserve_borrowed(candidate.runner) {
             return self.end_for_want_of_memory(candidate, shortage);
         }

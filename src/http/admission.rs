@@ -17,11 +17,11 @@ use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
-use tale_models::ClientId;
+use tale_models::{ClientId, ModelCard};
 
 use super::AppState;
 use super::error::ApiError;
-use crate::engine::{Engine, EngineError, EngineStatus, MayBegin, ServedModel, Session};
+use crate::engine::{Engine, EngineError, EngineStatus, MayBegin, ModelReport, ServedModel, Session};
 use crate::places::{Place, Places};
 use crate::telemetry;
 
@@ -34,12 +34,22 @@ impl Served {
         Self(engine)
     }
 
-    pub(super) fn models(&self) -> &[ServedModel] {
+    pub(super) fn models(&self) -> Vec<ModelReport> {
         self.0.models()
     }
 
-    /// The model with this name, or the error that names those there are.
-    pub(super) fn model(&self, name: &str) -> Result<&ServedModel, ApiError> {
+    /// What is known of the model with this name.
+    pub(super) fn report(&self, name: &str) -> Result<ModelReport, ApiError> {
+        Ok(self.0.report(name)?)
+    }
+
+    /// The cards of the models that are there.
+    pub(super) fn cards(&self) -> Vec<Arc<ModelCard>> {
+        self.0.cards()
+    }
+
+    /// The model with this name, if it is there, or the error that names those there are.
+    pub(super) fn model(&self, name: &str) -> Result<Arc<ServedModel>, ApiError> {
         Ok(self.0.model(name)?)
     }
 

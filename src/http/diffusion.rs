@@ -78,7 +78,7 @@ impl SizeField {
 
 /// The card of a model that makes `medium`, or the error that names the right endpoint.
 pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<ModelCard>, ApiError> {
-    let card = state.engine()?.model(model)?.card.clone();
+    let card = state.engine()?.model(model)?.card();
     match &*card {
         ModelCard::Text(_) => Err(ApiError::field("model", "writes text; use /v1/chat/completions")),
         ModelCard::Diffusion(diffusion) if diffusion.medium() != medium => Err(super::wrong_endpoint(diffusion)),

@@ -273,6 +273,10 @@ impl From<EngineError> for ApiError {
             EngineError::Busy { .. } => Self::busy(message),
             EngineError::Draining => Self::unready("shutting_down", &message),
             EngineError::Failed { .. } => Self::unready("device_lost", &message),
+            EngineError::NotLoaded { .. } => Self::unready("model_not_loaded", &message),
+            EngineError::AtWork { .. } | EngineError::AlreadyLoaded { .. } => {
+                Self::new(StatusCode::CONFLICT, "model_state", message)
+            }
             EngineError::DuplicateModel { .. }
             | EngineError::Devices(_)
             | EngineError::NoRoom { .. }
@@ -296,6 +300,7 @@ impl From<tale_models::Error> for ApiError {
             // Not 429: the same request can never fit, and waiting does not help.
             Error::OutOfMemory { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "out_of_memory", error.to_string()),
             Error::TooManySessions { .. } => Self::busy(error.to_string()),
+            Error::Unloaded => Self::unready("model_unloaded", &error.to_string()),
             Error::NotFinite { .. } => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_finite", error.to_string()),
             Error::ChatTemplate(_) => {
                 tracing::error!(%error, "a conversation could not be rendered");

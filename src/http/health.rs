@@ -41,10 +41,11 @@ pub(super) async fn ready(State(state): State<AppState>) -> Result<String, ApiEr
     }
     let Some(problem) = state.outputs().problem() else { return Ok("ready\n".into()) };
     let makes_clips = |card: &ModelCard| matches!(card, ModelCard::Diffusion(card) if card.medium() == Medium::Video);
-    let clips = engine.models().iter().filter(|model| makes_clips(&model.card)).count();
+    let cards = engine.cards();
+    let clips = cards.iter().filter(|card| makes_clips(card)).count();
     match clips {
         0 => Ok("ready\n".into()),
-        all if all == engine.models().len() => Err(problem.into()),
+        all if all == cards.len() => Err(problem.into()),
         _ => Ok(format!("ready, but for clips ({INSUFFICIENT_STORAGE}): {problem}\n")),
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::error::ApiError;
 use super::path::Id;
 use super::{AppState, unix_seconds};
-use crate::engine::ServedModel;
+use crate::engine::ModelReport;
 
 #[derive(Serialize)]
 pub(super) struct WireModel {
@@ -23,8 +23,8 @@ pub(super) struct WireModels {
     data: Vec<WireModel>,
 }
 
-impl From<&ServedModel> for WireModel {
-    fn from(model: &ServedModel) -> Self {
+impl From<&ModelReport> for WireModel {
+    fn from(model: &ModelReport) -> Self {
         Self { id: model.name.clone(), object: "model", created: unix_seconds(model.created), owned_by: "tale" }
     }
 }
@@ -36,5 +36,5 @@ pub(super) async fn list(State(state): State<AppState>) -> Result<Json<WireModel
 
 /// Names may hold slashes, as those of Hugging Face do.
 pub(super) async fn retrieve(State(state): State<AppState>, Id(name): Id) -> Result<Json<WireModel>, ApiError> {
-    Ok(Json(state.engine()?.model(&name)?.into()))
+    Ok(Json((&state.engine()?.report(&name)?).into()))
 }

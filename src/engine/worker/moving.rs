@@ -25,6 +25,7 @@ impl<C: Clock> DeviceWorker<C> {
         }
         let begun: Vec<SessionId> = self.sessions.keys().copied().collect();
         begun.into_iter().for_each(|id| self.fail(id, problem.restate()));
+        self.stop_loading(problem);
     }
 
     /// Gives sessions that had to wait behind this step to devices that have nothing to do.

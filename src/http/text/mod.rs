@@ -125,7 +125,8 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
 
 /// Tokens of the largest context of any model.
 fn largest_context(state: &AppState) -> Result<usize, ApiError> {
-    let contexts = state.engine()?.models().iter().map(|model| match &*model.card {
+    let cards = state.engine()?.cards();
+    let contexts = cards.iter().map(|card| match &**card {
         ModelCard::Text(card) => card.max_context,
         ModelCard::Diffusion(_) => 0,
     });
@@ -200,7 +201,7 @@ fn with_seed(request: &TextRequest, seed: u64, choice: usize) -> tale_models::Re
 }
 
 fn text_card(state: &AppState, model: &str) -> Result<Arc<ModelCard>, ApiError> {
-    let card = state.engine()?.model(model)?.card.clone();
+    let card = state.engine()?.model(model)?.card();
     text(&card).map(|_| card.clone())
 }
 

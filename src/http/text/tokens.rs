@@ -138,7 +138,7 @@ pub(in crate::http) async fn embeddings(State(state): State<AppState>, request: 
         _ => Err(ApiError::field_code(MODEL.declaration.name, "missing_required_parameter", "is missing")),
     };
     let (model, _) = received.read(state.compute(), room_of, model).await?;
-    Err(match &*state.engine()?.model(&model)?.card {
+    Err(match &*state.engine()?.model(&model)?.card() {
         ModelCard::Text(_) => ApiError::field("model", "is a language model; it makes no embeddings"),
         ModelCard::Diffusion(card) => wrong_endpoint(card),
     })
