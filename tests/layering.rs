@@ -33,3 +33,37 @@ fn the_models_know_no_network() {
 fn the_kernels_know_no_models() {
     check("kernels/Cargo.toml", &["tale", "tokio", "axum", "tokenizers", "safetensors"]);
 }
+
+/// Files of Rust under a folder.
+fn sources(dir: &Path, found: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
+        let path = entry.expect("readable").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn databases_are_spoken_to_by_the_store_alone() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    for dir in ["src", "models/src", "kernels/src"] {
+        sources(&root.join(dir), &mut found);
+    }
+    let (store, others): (Vec<_>, Vec<_>) =
+        found.into_iter().partition(|path| path.starts_with(root.join("src/job/store")));
+    let speaks = |path: &std::path::PathBuf| {
+        let text = std::fs::read_to_string(path).expect("readable").to_lowercase();
+        ["sqlx::", "select * from", "insert into ", "delete from ", "create table "]
+            .into_iter()
+            .find(|word| text.contains(word))
+    };
+    assert!(store.iter().any(|path| speaks(path).is_some()), "were the sources read?");
+    for path in others {
+        assert_eq!(speaks(&path), None, "{}", path.display());
+    }
+    check("models/Cargo.toml", &["sqlx", "rusqlite"]);
+}

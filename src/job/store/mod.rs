@@ -25,6 +25,8 @@ mod clock;
 pub mod flow;
 mod memory;
 mod row;
+mod sql;
+mod sqlite;
 mod transaction;
 mod works;
 
@@ -32,6 +34,7 @@ mod works;
 mod conformance;
 
 pub use memory::MemoryStore;
+pub use sqlite::SqliteStore;
 
 /// How urgent a job is. A class has so many times the device time of the next one while both wait; none waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -342,7 +345,7 @@ pub struct Message {
 }
 
 /// What goes wrong between a node and its store.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The write is of a lease that has ended; nothing was written.
     #[error("the job is no longer this node's")]

@@ -438,6 +438,28 @@ impl Work for Reap {
     }
 }
 
+/// All running jobs were those of a process that has ended: the store is opened by the only one that there is now.
+#[derive(Debug)]
+pub(super) struct Recover;
+
+#[async_trait]
+impl Work for Recover {
+    type Answer = usize;
+
+    async fn perform(&self, transaction: &mut dyn Transaction) -> Result<usize, StoreError> {
+        let now = transaction.now().await?;
+        let running = transaction.queue(usize::MAX).await?.into_iter().filter(|row| row.lease_until.is_some());
+        let mut num_lost = 0;
+        for mut row in running {
+            let correction = row.crash(now);
+            keep(transaction, &row).await?;
+            correct(transaction, &row, correction).await?;
+            num_lost += 1;
+        }
+        Ok(num_lost)
+    }
+}
+
 #[derive(Debug)]
 struct Retain(Retention);
 

@@ -124,6 +124,8 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, StoreError>, name: &str) {
 pub enum Kind {
     /// In memory.
     Memory,
+    /// In a file.
+    Sqlite,
 }
 
 /// An empty store; `None` where there is none of that kind, which is told.
@@ -133,6 +135,12 @@ pub async fn open(kind: Kind, retention: Retention) -> Option<Rig> {
             let store = Arc::new(MemoryStore::new(retention));
             let clock = store.clone();
             Some(Rig { store, hand: Box::new(move |turn| turn(clock.hand())), _guard: Box::new(()) })
+        }
+        Kind::Sqlite => {
+            let dir = tempfile::tempdir().expect("a folder");
+            let store = Arc::new(SqliteStore::open(dir.path(), retention).await.expect("opened"));
+            let clock = store.clone();
+            Some(Rig { store, hand: Box::new(move |turn| turn(clock.hand())), _guard: Box::new(dir) })
         }
     }
 }
@@ -148,6 +156,7 @@ pub async fn try_on<F: Future<Output = ()>>(kind: Kind, retention: Retention, ca
 macro_rules! on_every_store {
     ($retention:ident: $($case:ident)*) => {
         on_every_store!(@kind memory Memory $retention $($case)*);
+        on_every_store!(@kind sqlite Sqlite $retention $($case)*);
     };
     (@kind $module:ident $kind:ident $retention:ident $($case:ident)*) => {
         mod $module {
