@@ -209,6 +209,19 @@ impl Placement {
         }
     }
 
+    /// What results depend on beside weights and requests: the kind of device and the dtypes.
+    pub fn kind(&self) -> Result<String> {
+        let device = match (&self.device, self.is_gpu()) {
+            (Device::Cpu, false) => format!("cpu with {:?}", tale_kernels::isa()),
+            (Device::Cpu, true) => format!("host memory for a GPU with {:?}", tale_kernels::isa()),
+            (device, _) => {
+                let (major, minor) = cuda::capability(device)?;
+                format!("cuda {major}.{minor}")
+            }
+        };
+        Ok(format!("{device}, {:?}, {:?}", self.compute_dtype, self.matrices))
+    }
+
     /// Whether this is a GPU, or host memory that stands for one.
     pub fn is_gpu(&self) -> bool {
         matches!(self.matrices, Matrices::Compute)
@@ -446,6 +459,19 @@ mod cuda {
         Ok(usize::try_from(kept).unwrap_or(usize::MAX))
     }
 
+    pub(super) fn capability(device: &Device) -> Result<Capability> {
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let gpu = stream.context().cu_device();
+        // SAFETY: the device is open.
+        let attribute = |attribute| unsafe { result::device::get_attribute(gpu, attribute) };
+        let both = || {
+            let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+            let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            Ok::<Capability, DriverError>((major, minor))
+        };
+        both().map_err(|error| Error::Device(format!("compute capability: {}", words(error))))
+    }
+
     /// Asks the driver. An error is one of a driver that works and yet does not answer.
     fn facts(ordinal: usize) -> Result<CudaFacts, DriverError> {
         let mut facts = CudaFacts::default();
@@ -497,8 +523,12 @@ mod cuda {
 
     use candle_core::Device;
 
-    use super::{DeviceMemory, DeviceSpec};
+    use super::{Capability, DeviceMemory, DeviceSpec};
     use crate::error::{Error, Result};
+
+    pub(super) fn capability(device: &Device) -> Result<Capability> {
+        Err(absent(device))
+    }
 
     pub(super) fn open(ordinal: usize) -> Result<Device> {
         Err(missing(&DeviceSpec::Cuda(ordinal)))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::phase::Phase;
-use crate::session_checkpoint::Refusal;
+use crate::session_checkpoint::refusal::Refusal;
 
 /// What can go wrong while reading a checkpoint, accepting a request or computing a step.
 #[derive(Debug, thiserror::Error)]

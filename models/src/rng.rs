@@ -25,6 +25,18 @@ impl TorchGenerator {
         Self { engine: Mt19937::new(seed as u32), cached_normal: None }
     }
 
+    /// All that decides its further draws: the words of its state, how many of them are given out, and the normal that
+    /// waits.
+    pub fn state(&self) -> (&[u32; Mt19937::LEN], usize, Option<f64>) {
+        (&self.engine.state, self.engine.used, self.cached_normal)
+    }
+
+    /// The generator with this state; `None` where no generator has it.
+    pub fn with_state(words: &[u32], used: usize, cached_normal: Option<f64>) -> Option<Self> {
+        let state = Box::new(<[u32; Mt19937::LEN]>::try_from(words).ok()?);
+        (used <= Mt19937::LEN).then_some(Self { engine: Mt19937 { state, used }, cached_normal })
+    }
+
     /// `torch.randn(len, generator=self)` in f32. Two draws of 16 are not one draw of 32 if a length is no multiple
     /// of 16: torch draws the last 16 values of such a tensor anew.
     pub fn randn(&mut self, len: usize) -> Vec<f32> {

@@ -159,6 +159,14 @@ impl Manifest {
         self.checkpoint.has_component(name)
     }
 
+    /// See [`Checkpoint::file`]; `None` where there is no such component either.
+    pub(super) fn file(&self, component: &str, file: &str) -> Result<Option<Vec<u8>>> {
+        match component.is_empty() || self.has_component(component) {
+            true => self.checkpoint.file(component, file),
+            false => Ok(None),
+        }
+    }
+
     /// See [`Checkpoint::schedule_settings`].
     pub fn schedule_settings(&self) -> Vec<(&'static str, Value)> {
         self.checkpoint.schedule_settings()

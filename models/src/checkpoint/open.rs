@@ -7,14 +7,21 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::reading::LentComponents;
+use sha2::{Digest as _, Sha256};
+
 use super::remembered::Tokenizers;
 use super::reread::Reread;
-use super::{CONFIG, Component, LoadFormat, Manifest, Mode};
+use super::{CONFIG, Component, LoadFormat, MODEL_INDEX, Manifest, Mode};
 use crate::device::Placement;
 use crate::error::{Error, Result};
 use crate::quantisation;
+use crate::session_checkpoint::Identity;
 use crate::source::ModelSource;
 use crate::weights::{Ahead, Weights, WeightsReport};
+
+/// The component of a pipeline that says how noise goes, and its file.
+const SCHEDULER: &str = "scheduler";
+const SCHEDULER_CONFIG: &str = "scheduler_config.json";
 
 /// Which components are for the device; the others are dry: not even their shapes are made there.
 #[derive(Clone, Copy)]
@@ -205,6 +212,27 @@ impl<'a> OpenWeights<'a> {
         let OnDevice::Without(components) = self.on_device else { return None };
         let components = components.iter().map(|name| (*name).to_owned()).collect();
         Some(LentComponents::new(components, self.lent_bytes(), self.reread()))
+    }
+
+    /// What names all that results depend on beside requests, once all components have been opened; `None` of an inspection.
+    /// Of each tensor a few bytes are looked at: no more is read for it than a page of the file.
+    pub fn identity(&self, manifest: &Manifest) -> Result<Option<Identity>> {
+        if self.is_dry() {
+            return Ok(None);
+        }
+        let mut digest = Sha256::new();
+        for (name, weights) in &self.opened {
+            digest.update(format!("{name}\n"));
+            weights.add_to(&mut digest);
+        }
+        let configs = self.opened.iter().map(|(name, _)| (name.as_str(), CONFIG));
+        for (component, file) in configs.chain([("", MODEL_INDEX), (SCHEDULER, SCHEDULER_CONFIG)]) {
+            let content = manifest.file(component, file)?.unwrap_or_default();
+            digest.update(format!("{component} {file} {}\n", content.len()));
+            digest.update(content);
+        }
+        digest.update(format!("{:?}", manifest.schedule_settings()));
+        Ok(Some(Identity { weights: digest.finalize().into(), device: self.placement.kind()? }))
     }
 
     /// For whoever may want to read parts of the model once more.

@@ -46,6 +46,7 @@ pub(super) fn load<M: DiffusionModel + 'static>(
     let card = card.clone();
     let runner = DiffusionRunner::new(model, options.max_denoise_rows)
         .keeping_frames(keeps_frames)
+        .identified_as(open.identity(manifest)?)
         .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
         .retrying(reread_in_f32(open.reread(), build));
     // What is widened in a step is in the plan of its session.

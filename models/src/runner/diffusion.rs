@@ -4,6 +4,7 @@
 //! more in `mending`. A session's own way is in `session`. Does not know: any architecture, solver or VAE.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
@@ -12,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::memory::MemoryPlan;
 use crate::request::{ClientId, Event, Events, FinishReason, Phase, Request, SessionId, Usage};
 use crate::runner::{Runner, RunnerStatus, StepPlan};
+use crate::session_checkpoint::{Identity, SessionCheckpoint};
 
 pub mod adapting;
 pub mod batcher;
@@ -30,6 +32,7 @@ mod pixels;
 pub mod previews;
 pub mod retry;
 mod row;
+mod saving;
 mod session;
 mod skipping;
 pub mod start;
@@ -62,6 +65,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     in_f32: Option<InF32<M>>,
     /// What was read or is being read in f32.
     wide: BTreeMap<MendKey, Wide<M>>,
+    /// What it computes with; without it there are no checkpoints.
+    identity: Option<Identity>,
     max_rows: usize,
     /// Whether frames are in its plans.
     keeps_frames: bool,
@@ -90,6 +95,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             text_encoders: None,
             in_f32: None,
             wide: BTreeMap::new(),
+            identity: None,
             max_rows,
             keeps_frames: false,
             room_bytes: None,
@@ -108,6 +114,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// Work that is not finite is done once more by the model that `in_f32` reads.
     pub fn retrying(self, in_f32: InF32<M>) -> Self {
         Self { in_f32: Some(in_f32), ..self }
+    }
+
+    /// Sessions can go on in another runner of the same identity.
+    pub fn identified_as(self, identity: Option<Identity>) -> Self {
+        Self { identity, ..self }
     }
 
     /// Whether frames lie in the memory that plans are of, which they do where the device is the CPU.
@@ -138,6 +149,25 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         let is_short = self.room_bytes.is_some_and(|room_bytes| plan.peak_bytes() > room_bytes);
         let apart = (is_short && together > 1).then(|| self.plan_of(request, 1));
         apart.filter(|apart| apart.peak_bytes() < plan.peak_bytes()).unwrap_or(plan)
+    }
+
+    /// A session of this request before its first step.
+    fn begun(&self, client: ClientId, request: Request) -> Result<Session<M>> {
+        let Request::Diffusion(request) = request else {
+            return Err(Error::invalid("model", "makes pictures or clips, not text"));
+        };
+        if self.sessions.len() >= MAX_SESSIONS {
+            return Err(Error::TooManySessions { limit: MAX_SESSIONS });
+        }
+        check(&self.model, &request)?;
+        let branches_at_once = self.plan_for(&request).branches_at_once().expect(IS_PLANNED);
+        Ok(Session::new(client, request, branches_at_once, &self.model))
+    }
+
+    fn take_in(&mut self, id: SessionId, session: Session<M>) {
+        let previous = self.sessions.insert(id, session);
+        assert!(previous.is_none(), "session ids are unique: this is a bug");
+        self.enqueue(id);
     }
 
     /// The model that is driven.
@@ -243,6 +273,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         };
         if !is_told {
             if !frames.is_empty() {
+                self.session_mut(id).frames_done += frames.len();
                 events.emit(id, Event::Frames(frames));
             }
             events.emit(id, Event::Progress { phase: Phase::VaeDecode, done, total });
@@ -375,18 +406,8 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
     }
 
     fn submit_for(&mut self, client: ClientId, session: SessionId, request: Request) -> Result<()> {
-        let Request::Diffusion(request) = request else {
-            return Err(Error::invalid("model", "makes pictures or clips, not text"));
-        };
-        if self.sessions.len() >= MAX_SESSIONS {
-            return Err(Error::TooManySessions { limit: MAX_SESSIONS });
-        }
-        check(&self.model, &request)?;
-        let branches_at_once = self.plan_for(&request).branches_at_once().expect(IS_PLANNED);
-        let new = Session::new(client, request, branches_at_once, &self.model);
-        let previous = self.sessions.insert(session, new);
-        assert!(previous.is_none(), "session ids are unique: this is a bug");
-        self.enqueue(session);
+        let new = self.begun(client, request)?;
+        self.take_in(session, new);
         Ok(())
     }
 
@@ -421,6 +442,23 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         if self.sessions.get_mut(&session).is_some_and(|paused| std::mem::take(&mut paused.is_paused)) {
             self.enqueue(session);
         }
+    }
+
+    fn checkpoint(&mut self, session: SessionId) -> Result<Option<Arc<SessionCheckpoint>>> {
+        self.save(session)
+    }
+
+    fn resume_for(
+        &mut self,
+        client: ClientId,
+        session: SessionId,
+        request: Request,
+        checkpoint: Arc<SessionCheckpoint>,
+    ) -> Result<()> {
+        let begun = self.begun(client, request)?;
+        let resumed = self.resumed(begun, checkpoint)?;
+        self.take_in(session, resumed);
+        Ok(())
     }
 
     fn next(&self) -> Option<StepPlan> {

@@ -6,7 +6,8 @@
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 
-use super::{Digest, Refusal};
+use super::Digest;
+use super::refusal::Refusal;
 use crate::error::{Error, Result};
 
 /// Most dimensions of a tensor.
@@ -17,6 +18,12 @@ const MAX_DIMS: usize = 8;
 pub struct Writer(Vec<u8>);
 
 impl Writer {
+    /// As if these had been written.
+    #[cfg(test)]
+    pub(crate) fn of(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
     /// What was written so far.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
@@ -62,13 +69,20 @@ impl Writer {
         self.0.push(code);
         self.count(tensor.rank());
         tensor.dims().iter().for_each(|dim| self.count(*dim));
-        self.0.reserve(tensor.elem_count() * tensor.dtype().size_in_bytes());
         match tensor.dtype() {
-            DType::F32 => self.0.extend(on_host.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes)),
-            DType::BF16 => self.0.extend(on_host.to_vec1::<bf16>()?.into_iter().flat_map(bf16::to_le_bytes)),
-            _ => self.0.extend(on_host.to_vec1::<f16>()?.into_iter().flat_map(f16::to_le_bytes)),
+            DType::F32 => self.values(&on_host.to_vec1()?, f32::to_le_bytes),
+            DType::BF16 => self.values(&on_host.to_vec1()?, bf16::to_le_bytes),
+            _ => self.values(&on_host.to_vec1()?, f16::to_le_bytes),
         }
         Ok(())
+    }
+
+    fn values<T: Copy, const N: usize>(&mut self, values: &[T], bytes_of: impl Fn(T) -> [u8; N]) {
+        let begin = self.0.len();
+        self.0.resize(begin + values.len() * N, 0);
+        for (bytes, value) in self.0[begin..].chunks_exact_mut(N).zip(values) {
+            bytes.copy_from_slice(&bytes_of(*value));
+        }
     }
 }
 
@@ -119,6 +133,12 @@ impl<'a> Reader<'a> {
         usize::try_from(u64::from_le_bytes(self.array()?)).map_err(|_| ENDS)
     }
 
+    /// As [`Reader::count`], of at most so many.
+    pub fn count_up_to(&mut self, most: usize) -> Result<usize, Refusal> {
+        self.count()
+            .and_then(|count| if count <= most { Ok(count) } else { Err(Refusal::State("more than there can be")) })
+    }
+
     /// See [`Writer::number`].
     pub fn number(&mut self) -> Result<f64, Refusal> {
         Ok(f64::from_le_bytes(self.array()?))
@@ -158,10 +178,7 @@ impl<'a> Reader<'a> {
     pub fn tensor(&mut self, device: &Device) -> Result<Tensor> {
         let [code] = self.array()?;
         let dtype = *DTYPES.get(usize::from(code)).ok_or(Refusal::State("a tensor of an unknown dtype"))?;
-        let rank = self.count()?;
-        if rank > MAX_DIMS {
-            return Err(Refusal::State("a tensor of too many dimensions").into());
-        }
+        let rank = self.count_up_to(MAX_DIMS)?;
         let dims = (0..rank).map(|_| self.count()).collect::<Result<Vec<usize>, Refusal>>()?;
         if dims.contains(&0) {
             return Err(Refusal::State("a tensor of nothing").into());

@@ -6,7 +6,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 8 | [`MAGIC`] |
-//! | 4 | [`FORMAT`] |
+//! | 4 | [`refusal::FORMAT`] |
 //! | 8 | bytes of the whole |
 //! | 32 | SHA-256 of all that follows |
 //! | the rest | version of the program, weights, device, request, frames that are out, the runner's state (`fields`) |
@@ -19,73 +19,23 @@ use std::ops::Range;
 use sha2::{Digest as _, Sha256};
 
 use self::fields::{Reader, Writer};
+use self::refusal::FORMAT;
 
 pub mod fields;
 mod of_request;
+pub mod refusal;
 
 pub use of_request::digest_of;
+pub use refusal::Refusal;
 
 /// What every blob begins with.
 pub const MAGIC: [u8; 8] = *b"TALESESS";
-/// Of the layout of all that follows: raised with every change of it.
-pub const FORMAT: u32 = 1;
 
 /// SHA-256.
 pub type Digest = [u8; 32];
 
 const DIGEST_AT: usize = MAGIC.len() + size_of::<u32>() + size_of::<u64>();
 const FIELDS_AT: usize = DIGEST_AT + size_of::<Digest>();
-
-/// Why a checkpoint is of no use here. Its work has to begin anew.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// Something else altogether.
-    #[error("is no checkpoint of a session")]
-    NoCheckpoint,
-    /// Written by a program that lays it out in another way.
-    #[error("has format {found}, this program reads {FORMAT}")]
-    Format {
-        /// What it says.
-        found: u32,
-    },
-    /// Cut off, or longer than it was.
-    #[error("says that it has {says} bytes and has {has}")]
-    Length {
-        /// What it says.
-        says: u64,
-        /// What it has.
-        has: u64,
-    },
-    /// A byte is not what it was.
-    #[error("is damaged: its checksum is another one")]
-    Checksum,
-    /// Of a program that may compute otherwise.
-    #[error("was made by version {found}, this is {}", env!("CARGO_PKG_VERSION"))]
-    Version {
-        /// What it says.
-        found: String,
-    },
-    /// Of other weights or configurations.
-    #[error("was made with other weights")]
-    Weights,
-    /// Of another kind of device, or other dtypes.
-    #[error("was made on {found}, this is {own}")]
-    Device {
-        /// What it says.
-        found: String,
-        /// What this is.
-        own: String,
-    },
-    /// Of other parameters, pictures or LoRA files.
-    #[error("was made for another request")]
-    Request,
-    /// Of a model that has none.
-    #[error("is for a model whose sessions go on from checkpoints, which this one's do not")]
-    Unsupported,
-    /// What it says of a session cannot be.
-    #[error("has a state that does not fit: {0}")]
-    State(&'static str),
-}
 
 /// What a runner computes with: results of equal ones are equal.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -184,9 +134,14 @@ impl SessionCheckpoint {
         self.head.frames_done
     }
 
+    /// The state, once [`SessionCheckpoint::state_for`] has let it pass.
+    pub(crate) fn state(&self) -> Reader<'_> {
+        Reader::new(&self.bytes[self.head.state.clone()])
+    }
+
     /// The state for a runner of this identity and a request of this digest; for others the error.
     pub(crate) fn state_for(&self, own: &Identity, request: Digest) -> Result<Reader<'_>, Refusal> {
-        let Head { version, identity, request: of, state, .. } = &self.head;
+        let Head { version, identity, request: of, .. } = &self.head;
         if version != env!("CARGO_PKG_VERSION") {
             return Err(Refusal::Version { found: version.clone() });
         }
@@ -199,7 +154,7 @@ impl SessionCheckpoint {
         if *of != request {
             return Err(Refusal::Request);
         }
-        Ok(Reader::new(&self.bytes[state.clone()]))
+        Ok(self.state())
     }
 }
 

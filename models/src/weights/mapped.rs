@@ -14,12 +14,16 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
+use sha2::{Digest as _, Sha256};
 use tale_kernels::QuantisedMatrix;
 
 use super::float8::Float8;
 use super::names::Extent;
 use super::stored::Stored;
 use crate::error::{Error, Result};
+
+/// Bytes at either end of a tensor that tell it from others.
+const SAMPLE_BYTES: usize = 64;
 
 /// Bytes of a tensor that are converted at a time; whole elements of every dtype.
 const PIECE_BYTES: usize = 4 << 20;
@@ -134,6 +138,17 @@ impl Slice {
 }
 
 impl Files {
+    /// Names, types and shapes of all tensors, and the first and last bytes of each.
+    pub(super) fn add_to(&self, digest: &mut Sha256) {
+        for (name, Located { file, stored, shape, bytes }) in &self.tensors {
+            let values = &self.files[*file].1[bytes.clone()];
+            let sample = values.len().min(SAMPLE_BYTES);
+            digest.update(format!("{name} {stored:?} {shape:?}\n"));
+            digest.update(&values[..sample]);
+            digest.update(&values[values.len() - sample..]);
+        }
+    }
+
     pub(super) fn check_shape(&self, name: &str, located: &Located, shape: &[usize]) -> Result<()> {
         if located.shape == shape {
             return Ok(());

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 
 use candle_core::{DType, Device, Tensor};
+use sha2::{Digest as _, Sha256};
 
 use self::ahead::{Asked, How, Key, Wanted};
 use self::mapped::{Located, elements};
@@ -248,6 +249,15 @@ impl Weights {
             Origin::Files(_) => None,
         };
         self.record().report(self.source.published(), dummy)
+    }
+
+    /// Adds what tells these files from others with tensors of the same names and shapes: a few values of each. Random weights
+    /// are all the same.
+    pub fn add_to(&self, digest: &mut Sha256) {
+        match &self.source.origin {
+            Origin::Files(files) => files.add_to(digest),
+            Origin::Dummy(dtype) => digest.update(format!("random {dtype:?}")),
+        }
     }
 
     /// Bytes of the tensors loaded so far.

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use tale_kernels::relative_l1;
 
 use super::course::Expert;
@@ -14,6 +14,7 @@ use super::row::DenoiseRow;
 use super::skipping::Skipping;
 use crate::diffusion::acceleration::{Cache, CacheMethod};
 use crate::error::Result;
+use crate::session_checkpoint::fields::{Reader, Writer};
 
 /// What a family adds that can skip blocks.
 pub trait CachedPrediction<C> {
@@ -77,6 +78,26 @@ impl BlockCache {
         self.signal = None;
         self.added = None;
         self.skipping.begin_anew();
+    }
+
+    /// All that decides about later passes and answers them.
+    pub fn save(&self, into: &mut Writer) -> Result<()> {
+        let (in_a_row, sum, ratio) = self.skipping.state();
+        into.count(in_a_row);
+        into.number(sum);
+        into.number(ratio);
+        into.count(self.skipped);
+        into.option(self.signal.as_ref(), Writer::tensor)?;
+        into.option(self.added.as_ref(), Writer::tensor)
+    }
+
+    /// Goes on as the one of the same rule and branch that was saved.
+    pub fn go_on_from(&mut self, from: &mut Reader<'_>, device: &Device) -> Result<()> {
+        self.skipping.go_on_from((from.count()?, from.number()?, from.number()?));
+        self.skipped = from.count()?;
+        self.signal = from.option(|from| from.tensor(device))?;
+        self.added = from.option(|from| from.tensor(device))?;
+        Ok(())
     }
 
     fn method(&self) -> CacheMethod {

@@ -18,7 +18,9 @@ use super::start::{Repaint, Start, start};
 use crate::diffusion::{Cache, DiffusionRequest};
 use crate::error::Result;
 use crate::rng::TorchGenerator;
-use crate::solver::Solver;
+use crate::session_checkpoint::Refusal;
+use crate::session_checkpoint::fields::{Reader, Writer};
+use crate::solver::{Memory, Solver};
 
 /// State of a session between its first and its last denoising step. `C` is the family's conditioning.
 pub(super) struct Denoising<C> {
@@ -178,15 +180,67 @@ impl<C> Denoising<C> {
         Ok(Advanced::ToTheNext)
     }
 
-    /// The latents go on as they are: what is noise in them stays, and none is added.
-    fn go_on_to_the_next_expert(&mut self) {
+    /// All that the steps so far have left, beside what a denoising that begins has as well.
+    pub(super) fn save(&self, into: &mut Writer) -> Result<()> {
+        into.count(self.done);
+        into.tensor(&self.latents)?;
+        let Memory { tensors, numbers } = self.solver.memory();
+        into.count(tensors.len());
+        tensors.iter().try_for_each(|tensor| into.tensor(tensor))?;
+        into.count(numbers.len());
+        numbers.into_iter().for_each(|number| into.count(number));
+        save_generator(&self.generator, into)?;
+        into.count(self.caches.len());
+        self.caches.iter().try_for_each(|cache| cache.save(into))
+    }
+
+    /// One that has just begun, where the one of the same request was that was saved.
+    pub(super) fn go_on_from(mut self, from: &mut Reader<'_>) -> Result<Self> {
+        let done = from.count()?;
+        if done >= self.total {
+            return Err(Refusal::State("more steps than there are").into());
+        }
+        let mut steps_of_solver = 0;
+        while self.done < done {
+            self.done += 1;
+            self.index += 1;
+            steps_of_solver += 1;
+            if self.index == self.stretch.steps.end && self.go_on_to_the_next_expert() {
+                steps_of_solver = 0;
+            }
+        }
+        self.latents = from.tensor_like(&self.latents)?;
+        let tensors = (0..from.count_up_to(MAX_REMEMBERED)?).map(|_| from.tensor_like(&self.latents));
+        let tensors = tensors.collect::<Result<_>>()?;
+        let numbers = (0..from.count_up_to(MAX_REMEMBERED)?).map(|_| from.count());
+        let numbers = numbers.collect::<Result<_, _>>()?;
+        if !self.solver.remember(Memory { tensors, numbers }, steps_of_solver) {
+            return Err(Refusal::State("its solver remembers something else").into());
+        }
+        self.generator = saved_generator(from)?;
+        if from.count()? != self.caches.len() {
+            return Err(Refusal::State("another number of branches").into());
+        }
+        for cache in &mut self.caches {
+            cache.go_on_from(from, self.latents.device())?;
+        }
+        self.model_input = self.solver.scale_model_input(self.index, &self.latents)?;
+        Ok(self)
+    }
+
+    /// The latents go on as they are: what is noise in them stays, and none is added. Whether another solver goes on.
+    fn go_on_to_the_next_expert(&mut self) -> bool {
         self.stretch = self.later.pop_front().expect("a stretch follows before the last step: this is a bug");
         self.index = self.stretch.steps.start;
-        if let Some(solver) = self.stretch.solver.take() {
-            self.solver = solver;
-        }
         // What is kept is another network's.
         self.caches.iter_mut().for_each(BlockCache::forget);
+        match self.stretch.solver.take() {
+            Some(solver) => {
+                self.solver = solver;
+                true
+            }
+            None => false,
+        }
     }
 
     /// The number of the preview that the coming step shows, if it shows one.
@@ -198,6 +252,28 @@ impl<C> Denoising<C> {
     pub(super) fn predict_clean(&self, prediction: &Tensor) -> Result<Tensor> {
         self.solver.predict_clean(self.index, prediction, &self.latents)
     }
+}
+
+/// Most that a solver remembers of each kind.
+const MAX_REMEMBERED: usize = 8;
+
+fn save_generator(generator: &TorchGenerator, into: &mut Writer) -> Result<()> {
+    let (words, used, waiting) = generator.state();
+    into.bytes(&words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>());
+    into.count(used);
+    into.option(waiting, |into, waiting| {
+        into.number(waiting);
+        Ok(())
+    })
+}
+
+fn saved_generator(from: &mut Reader<'_>) -> Result<TorchGenerator> {
+    let (words, rest) = from.bytes()?.as_chunks();
+    let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+    let used = from.count()?;
+    let waiting = from.option(|from| Ok(from.number()?))?;
+    let generator = TorchGenerator::with_state(&words, used, waiting).filter(|_| rest.is_empty());
+    generator.ok_or_else(|| Refusal::State("no generator has such a state").into())
 }
 
 /// Keeps the factor finite where there is no negative prediction to speak of; that of the reference.

@@ -10,7 +10,7 @@ use super::on_demand::OnDemand;
 use super::passes::PassId;
 use super::session::Session;
 use super::{DiffusionRunner, MEMBERS_EXIST, Outcome};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::request::{Event, Events, Phase, SessionId};
 
 impl<M: DiffusionModel> DiffusionRunner<M> {
@@ -51,9 +51,14 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         for id in ids {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
             let (done, total) = session.encode_mut().advance(pass_id, finished.as_ref());
-            session.finish_encoding(&self.model)?;
+            let outcome = match session.finish_encoding(&self.model) {
+                Ok(()) => Outcome::GoesOn,
+                // Of its own checkpoint: whoever shares the pass hears nothing of it.
+                Err(error @ Error::NotResumable(_)) => Outcome::Failed(error),
+                Err(error) => return Err(error),
+            };
             events.emit(*id, Event::Progress { phase: pass.phase, done, total });
-            self.settle(*id, Outcome::GoesOn, events);
+            self.settle(*id, outcome, events);
         }
         self.release_text_encoders();
         Ok(())

@@ -6,6 +6,7 @@
 
 use super::batcher::{Layers, MendKey};
 use super::block_cache::BlockCache;
+use super::course::Expert;
 use super::loading::Coming;
 use super::model::DiffusionModel;
 use super::narrow::are_finite;
@@ -33,18 +34,22 @@ impl<M> Wide<M> {
 impl<M: DiffusionModel> DiffusionRunner<M> {
     /// What becomes of a session whose last result is not finite.
     pub(super) fn begin_mending(&mut self, id: SessionId, phase: Phase) -> Outcome {
-        let session = self.session_mut(id);
+        let session = self.session(id);
         if session.mending.is_some() {
             return Outcome::Failed(Error::NotFinite { phase: phase.as_str() });
         }
-        let expert = session.expert();
-        let narrow = self.model.narrow_networks();
-        if self.in_f32.is_none() || narrow.is_none_or(|networks| networks.components(phase, expert).is_empty()) {
+        if !self.can_mend(session.expert(), phase) {
             return Outcome::Failed(Error::NotFinite { phase: phase.as_str() });
         }
         tracing::warn!(phase = phase.as_str(), "a value is not finite; computing once more in f32");
         self.session_mut(id).begin_mending(phase);
         Outcome::GoesOn
+    }
+
+    /// Whether there are networks of fewer than 32 bits that can be read in f32.
+    pub(super) fn can_mend(&self, expert: Expert, phase: Phase) -> bool {
+        let narrow = self.model.narrow_networks();
+        self.in_f32.is_some() && narrow.is_some_and(|networks| !networks.components(phase, expert).is_empty())
     }
 
     /// The networks that a session is mended with, once they are there.

@@ -19,6 +19,7 @@ use crate::diffusion::DiffusionRequest;
 use crate::error::Result;
 use crate::lora::{AdapterSet, LoraKey};
 use crate::request::{ClientId, Frame, Phase, SessionId};
+use crate::session_checkpoint::{Digest, SessionCheckpoint};
 
 /// The sets of terms that a session holds.
 pub(super) type Held = Vec<(Layers, Arc<AdapterSet>)>;
@@ -40,6 +41,12 @@ pub(super) struct Session<M: DiffusionModel> {
     pub(super) mending: Option<Phase>,
     /// Chunks whose frames are out, where decoding began once more.
     pub(super) told: usize,
+    /// Frames that are out.
+    pub(super) frames_done: usize,
+    /// Where its denoising goes on from, once everything is encoded.
+    pub(super) resumed: Option<Arc<SessionCheckpoint>>,
+    /// What its request is known by, once somebody has asked.
+    pub(super) digest: Option<Digest>,
 }
 
 pub(super) enum Stage<M: DiffusionModel> {
@@ -87,6 +94,9 @@ impl<M: DiffusionModel> Session<M> {
             stage,
             mending: None,
             told: 0,
+            frames_done: 0,
+            resumed: None,
+            digest: None,
         }
     }
 
@@ -163,7 +173,8 @@ impl<M: DiffusionModel> Session<M> {
         let Stage::Encode(encode) = &mut self.stage else { unreachable!("{STAGE_FITS}") };
         if encode.inputs.is_empty() {
             let encoded = std::mem::take(&mut encode.encoded);
-            self.stage = Stage::Denoise(Denoising::begin(model, &self.request, &encoded)?);
+            let begun = Denoising::begin(model, &self.request, &encoded)?;
+            self.stage = Stage::Denoise(self.gone_on(begun)?);
             // The encoders may go now, and what is in their layers with them.
             self.adapters.retain(|(layers, _)| *layers != Layers::OfLentEncoders);
         }

@@ -32,6 +32,16 @@ impl Skipping {
         &self.cache
     }
 
+    /// What it has added up: skips in a row, the sum, the ratio.
+    pub fn state(&self) -> (usize, f64, f64) {
+        (self.in_a_row, self.sum, self.ratio)
+    }
+
+    /// Goes on with what another one of the same rule and branch has added up.
+    pub fn go_on_from(&mut self, (in_a_row, sum, ratio): (usize, f64, f64)) {
+        (self.in_a_row, self.sum, self.ratio) = (in_a_row, sum, ratio);
+    }
+
     /// Whether the pass of this step may be skipped at all, so that it is worth to measure a change.
     pub fn may_skip(&self, step: usize) -> bool {
         self.cache.threshold() > 0.0 && self.cache.steps.contains(&step) && self.in_a_row < self.cache.max_skips

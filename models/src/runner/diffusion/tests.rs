@@ -19,6 +19,7 @@ mod experts;
 mod failures;
 mod inputs;
 mod loading;
+mod saving;
 mod steps;
 mod toy;
 
