@@ -8,13 +8,14 @@ use candle_core::{DType, Tensor};
 use tale_kernels::work::count;
 use tale_models::device::{DeviceSpec, Placement, WeightDtype};
 use tale_models::diffusion::DiffusionRequest;
-use tale_models::diffusion::parameters::VAE_TILING;
+use tale_models::diffusion::parameters::{NUM_FRAMES, NUM_INFERENCE_STEPS, VAE_TILING};
 use tale_models::families::sdxl::recorded::DenoiseRecordings;
 use tale_models::families::sdxl::unet::{ReferenceInput, UNet, UNetInput};
 use tale_models::family::{LoadOptions, LoadedModel};
 use tale_models::kv::{BlockPool, BlockTable, KvCacheDtype, KvCaches, KvFormat, PrefixCache};
 use tale_models::layers::decoder::DecoderInput;
 use tale_models::loading;
+use tale_models::parameter::Options;
 use tale_models::request::{Event, Events, Frame, Request, SessionId, TextRequest};
 use tale_models::rng::TorchGenerator;
 use tale_models::runner::text::lookup::PromptLookup;
@@ -23,6 +24,7 @@ use tale_models::runner::text::recorded::DecodeRecordings;
 use tale_models::weights::Weights;
 use tale_models::{DiffusionCard, ModelCard};
 
+use crate::saved::Twice;
 use crate::support::{assert_close, case_dir, golden_tensors, psnr};
 use crate::{
     clip_tiling, cogvideox, cogvideox_pictures, flux, hunyuan_video, hunyuan_video_pictures, language_gguf, logprobs,
@@ -190,6 +192,19 @@ fn check_videos(
 }
 
 /// In 16 bits two tokens of a random model may be as good as equal, so only f32 must say the same words.
+/// The same bytes, on whatever computes them.
+#[test]
+fn sessions_that_are_interrupted_go_on() {
+    on_every_gpu_in(&[WeightDtype::Bf16], |gpu| {
+        let path = case_dir("wan-b").join("checkpoint");
+        let [first, second] = [gpu.load(&path), gpu.load(&path)];
+        let card = diffusion_card(&first).clone();
+        let mut model = Twice::of(card, [first.runner, second.runner]);
+        let request = model.request(Options::default().with(&NUM_FRAMES, 1).with(&NUM_INFERENCE_STEPS, 2));
+        assert_eq!(gpu.run(|| model.check(&gpu.name, &request)), 3);
+    });
+}
+
 #[test]
 fn greedy_tokens_are_the_reference_ones() {
     const TOKENS: usize = 12;

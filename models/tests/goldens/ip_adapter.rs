@@ -299,7 +299,7 @@ fn small(steps: usize) -> Options {
     Options::default().with(&WIDTH, side).with(&HEIGHT, side).with(&NUM_INFERENCE_STEPS, steps)
 }
 
-fn source(adapter: &str) -> ModelSource {
+pub fn source(adapter: &str) -> ModelSource {
     let ip_adapter = Some(case_dir(CASE).join(adapter));
     ModelSource { ip_adapter, ..ModelSource::at(case_dir("sdxl-a").join("checkpoint")) }
 }

@@ -42,6 +42,7 @@ mod previews;
 mod quantised;
 mod refined;
 mod rng;
+mod saved;
 mod schedulers;
 mod sdxl;
 mod sdxl_prompts;
