@@ -24,6 +24,7 @@ use crate::places::NoPlace;
 mod clock;
 pub mod flow;
 mod memory;
+mod postgres;
 mod row;
 mod sql;
 mod sqlite;
@@ -34,6 +35,7 @@ mod works;
 mod conformance;
 
 pub use memory::MemoryStore;
+pub use postgres::PostgresStore;
 pub use sqlite::SqliteStore;
 
 /// How urgent a job is. A class has so many times the device time of the next one while both wait; none waits for ever.

@@ -19,10 +19,11 @@ macro_rules! columns {
 }
 
 /// The statements for a database. `seq`: a column that counts rows by itself. `hold` and `skip`: what makes a row that is read one's
-/// own until the end, waiting for whoever has it or leaving it to them. `models`: the rows of a list in JSON, which is the
+/// own until the end, waiting for whoever has it or leaving it to them; `skip_message` is the latter for messages. `models`: the rows of a list in JSON, which is the
 /// statement's second argument.
 macro_rules! statements {
-    (seq: $seq:literal, hold: $hold:literal, skip: $skip:literal, models: $models:literal) => {
+    (seq: $seq:literal, hold: $hold:literal, skip: $skip:literal, skip_message: $skip_message:literal,
+     models: $models:literal) => {
         /// What makes each version of the tables of the one before. Only ever added to.
         pub const MIGRATIONS: &[&str] = &[concat!(
             "create table tale_jobs (seq ", $seq, ", id text not null unique, kind text not null, owner text not null, \
@@ -82,13 +83,13 @@ macro_rules! statements {
             concat!("delete from tale_jobs where seq = $1 and ended is not null returning ", columns!());
         pub const PLACE: &str = "select seq from tale_jobs where id = $1";
         pub const PAGE_UP: &str = concat!(
-            "select ", columns!(), " from tale_jobs where seq > $1 and ($2 is null or owner = $2) \
-             and ($3 is null or kind = $3) and ($4 is null or state = $4) and ($5 is null or model = $5) \
+            "select ", columns!(), " from tale_jobs where seq > $1 and (cast($2 as text) is null or owner = $2) \
+             and (cast($3 as text) is null or kind = $3) and (cast($4 as text) is null or state = $4) and (cast($5 as text) is null or model = $5) \
              order by seq limit $6"
         );
         pub const PAGE_DOWN: &str = concat!(
-            "select ", columns!(), " from tale_jobs where seq < $1 and ($2 is null or owner = $2) \
-             and ($3 is null or kind = $3) and ($4 is null or state = $4) and ($5 is null or model = $5) \
+            "select ", columns!(), " from tale_jobs where seq < $1 and (cast($2 as text) is null or owner = $2) \
+             and (cast($3 as text) is null or kind = $3) and (cast($4 as text) is null or state = $4) and (cast($5 as text) is null or model = $5) \
              order by seq desc limit $6"
         );
         pub const QUEUE: &str = concat!(
@@ -120,7 +121,7 @@ macro_rules! statements {
              values ($1, $2, $3, $4, $5, $6, $7)";
         pub const DUE: &str = concat!(
             "select id, url, job, state, ended, attempts from tale_messages where due <= $1 order by due, id limit $2",
-            $skip
+            $skip_message
         );
         pub const TRY_MESSAGE: &str = "update tale_messages set attempts = attempts + 1, due = $2 where id = $1";
         pub const DELAY_MESSAGE: &str = "update tale_messages set due = $2 where id = $1";

@@ -38,6 +38,7 @@ mod sql {
         seq: "integer primary key autoincrement",
         hold: "",
         skip: "",
+        skip_message: "",
         models: "select value from json_each($2)"
     );
 }

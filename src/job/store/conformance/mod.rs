@@ -126,6 +126,8 @@ pub enum Kind {
     Memory,
     /// In a file.
     Sqlite,
+    /// On a server.
+    Postgres,
 }
 
 /// An empty store; `None` where there is none of that kind, which is told.
@@ -142,7 +144,27 @@ pub async fn open(kind: Kind, retention: Retention) -> Option<Rig> {
             let clock = store.clone();
             Some(Rig { store, hand: Box::new(move |turn| turn(clock.hand())), _guard: Box::new(dir) })
         }
+        Kind::Postgres => {
+            let url = postgres_url().await?;
+            let store = Arc::new(PostgresStore::connect(&url, retention).await.expect("connected"));
+            let clock = store.clone();
+            Some(Rig { store, hand: Box::new(move |turn| turn(clock.hand())), _guard: Box::new(()) })
+        }
     }
+}
+
+/// The URL of an empty place in the server that tests are given; `None` where there is none, which is told.
+pub async fn postgres_url() -> Option<String> {
+    let Ok(server) = std::env::var("TALE_TEST_POSTGRES") else {
+        eprintln!("NOT RUN: there is no PostgreSQL (scripts/postgres starts one)");
+        return None;
+    };
+    let name = format!("t{}", uuid::Uuid::now_v7().simple());
+    let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&server).await.expect("the server answers");
+    let made = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("create schema {name}"))).execute(&mut connection).await;
+    made.expect("made");
+    let mark = if server.contains('?') { '&' } else { '?' };
+    Some(format!("{server}{mark}application_name={name}&options=-c%20search_path%3D{name}"))
 }
 
 /// Runs a case over a store.
@@ -157,6 +179,7 @@ macro_rules! on_every_store {
     ($retention:ident: $($case:ident)*) => {
         on_every_store!(@kind memory Memory $retention $($case)*);
         on_every_store!(@kind sqlite Sqlite $retention $($case)*);
+        on_every_store!(@kind postgres Postgres $retention $($case)*);
     };
     (@kind $module:ident $kind:ident $retention:ident $($case:ident)*) => {
         mod $module {
