@@ -47,7 +47,8 @@ pub struct Settings {
     /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; loras=DIR, the
     /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures;
     /// refiner=DIR, the refiner that takes over from SDXL where a request says so; num_speculative_tokens=N,
-    /// prompt_lookup_min=N and prompt_lookup_max=N, which go before the settings of all models
+    /// prompt_lookup_min=N and prompt_lookup_max=N, which go before the settings of all models; device=NAME, once for each, and
+    /// replicas=N or tensor_parallel=N, where it lies
     #[arg(long = "model", value_name = "NAME=PATH[,KEY=VALUE]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelEntry>,
@@ -323,8 +324,9 @@ impl Config {
                     ConfigError::GuessesOfModel { model, source }
                 })?),
             };
-            let Whereabouts { devices, replicas } = whereabouts.clone();
-            Ok(ModelSpec { devices, replicas, prompt_lookup: of_model, ..ModelSpec::new(name, source.clone()) })
+            let Whereabouts { devices, replicas, tensor_parallel } = whereabouts.clone();
+            let spec = ModelSpec::new(name, source.clone());
+            Ok(ModelSpec { devices, replicas, tensor_parallel, prompt_lookup: of_model, ..spec })
         };
         let models = settings.models.iter().map(spec).collect::<Result<_, ConfigError>>()?;
         Ok(Self {

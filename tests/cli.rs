@@ -577,6 +577,44 @@ fn inspect_plans_a_published_configuration_without_files() {
     }
 }
 
+/// Weights of 16 bits that no card has room for, on several of them.
+#[test]
+fn inspect_says_what_a_model_takes_on_each_of_several_cards() {
+    let inspect = |args: &[&str]| -> Value {
+        let args = [&["inspect", "--preset", "llama-3.1-70b", "--device", "cuda:0", "--json"], args].concat();
+        serde_json::from_str(&succeed(&args)).unwrap()
+    };
+    let one = inspect(&["--memory", "80GiB"]);
+    let of = |report: &Value, field: &str| report[field].as_u64().unwrap();
+    let tokens = |report: &Value| report["context"]["tokens_beside_weights"]["bf16"].as_u64().unwrap();
+    assert_eq!(tokens(&one), 0);
+    for (count, memory) in [("2", "80GiB"), ("4", "40GiB")] {
+        let shared = inspect(&["--tensor-parallel", count, "--memory", memory]);
+        let count: u64 = count.parse().unwrap();
+        assert_eq!((of(&shared, "tensor_parallel"), of(&shared, "parameters")), (count, of(&one, "parameters")));
+        // But for the norms, which all have.
+        let (own, whole) = (of(&shared, "memory_bytes") * count, of(&one, "memory_bytes"));
+        assert!(own > whole && own < whole + (16 << 20), "{own} of {whole}");
+        // Each has its share of every token, of which there are as many everywhere.
+        assert_eq!(of(&shared["context"], "bytes_per_token") * count, of(&one["context"], "bytes_per_token"));
+        println!("{count} of {memory}: {} bytes, {} tokens", of(&shared, "memory_bytes"), tokens(&shared));
+        assert!(tokens(&shared) > 50_000, "{}", tokens(&shared));
+    }
+    let text = succeed(&["inspect", "--preset", "llama-3.1-70b", "--tensor-parallel", "2"]);
+    assert!(text.contains("Shared by 2 devices; bytes and tokens are those of each of them."), "{text}");
+    for (args, problem) in [
+        (["--preset", "llama-3.1-70b", "--tensor-parallel", "3"], "num_attention_heads: 3 ranks cannot share out 64"),
+        (
+            ["--preset", "flux.1-dev", "--tensor-parallel", "2"],
+            "models of family flux are not shared out among devices",
+        ),
+    ] {
+        let output = run(&[&["inspect"][..], &args].concat());
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(!output.status.success() && said.contains(problem), "{said}");
+    }
+}
+
 /// Bits, groups, and how many tokens a card has room for, as they are computed and in 8 bits.
 #[test]
 fn inspect_says_what_a_model_in_four_bits_takes_on_a_card() {

@@ -1,6 +1,7 @@
 //! Tiny models from their published layouts behind one server, all three media at once: what comes out is what the
 //! reference makes, whatever else is running, and clients that go away leave nothing.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -86,6 +87,41 @@ async fn several_devices_answer_as_one() {
     let metrics = server.get("/metrics").await.expect(200).text().to_owned();
     for half in ["cpu:0/2", "cpu:1/2"] {
         assert!(metrics.contains(&format!("tale_device_alive{{device=\"{half}\"}} 1")), "{metrics}");
+    }
+    server.wait_until_empty().await;
+}
+
+/// Two devices that share a model say what one says; both have memory booked for it, and nothing else lies on them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_that_share_a_model_answer_as_one() {
+    let thirds = [0, 1, 2].map(|part| DeviceSpec::CpuPart { part, of: 3 });
+    let of = |name: &str, golden: &str| ModelSpec::new(name, ModelSource::at(case(golden).join("checkpoint")));
+    let shared = ModelSpec { tensor_parallel: NonZeroUsize::new(2), ..of("shared", "qwen2-yarn") };
+    let server = serve_on(thirds.into(), vec![of("alone", "qwen2-yarn"), shared]).await;
+    let devices: Vec<_> = server.engine.models().iter().map(|model| model.devices.clone()).collect();
+    assert_eq!(devices, [vec![thirds[2]], vec![thirds[0], thirds[1]]]);
+    let used: Vec<_> = server.engine.status().devices.iter().map(|device| device.ledger_used_bytes).collect();
+    // Half of the weights and of the cache, but for what both have.
+    assert!(used[0] == used[1] && 2 * used[0] > used[2] && 3 * used[0] < 2 * used[2], "{used:?}");
+    let ask = |model: &str, prompt: &str| {
+        let body =
+            json!({"model": model, "prompt": prompt, "max_tokens": 30, "seed": 5, "ignore_eos": true, "logprobs": 2});
+        request("POST", "/v1/completions", "application/json", body.to_string())
+    };
+    let prompts = ["a red boat", "and on and on and on and on and on and on", "x"];
+    let mut asked = Vec::new();
+    for prompt in prompts {
+        asked.push(
+            ["alone", "shared"].map(|model| tokio::spawn(crate::support::send(server.address, ask(model, prompt)))),
+        );
+    }
+    for (pair, prompt) in asked.into_iter().zip(prompts) {
+        let mut said = Vec::new();
+        for asked in pair {
+            let answer = crate::support::read(asked.await.expect("no panic")).await.expect(200).json();
+            said.push((answer["choices"][0]["text"].clone(), answer["choices"][0]["logprobs"]["tokens"].clone()));
+        }
+        assert_eq!(said[0], said[1], "{prompt}");
     }
     server.wait_until_empty().await;
 }

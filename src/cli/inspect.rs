@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 use std::io::{Write, stdout};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -62,6 +63,10 @@ pub struct InspectArgs {
     #[arg(long, value_name = "NAME", default_value = "cpu")]
     device: DeviceSpec,
 
+    /// Of a language model: how many devices of this kind share it; what is said is then of each of them
+    #[arg(long, value_name = "N", conflicts_with = "plan")]
+    tensor_parallel: Option<NonZeroUsize>,
+
     /// Dtype that the memory is computed for: auto (as published, on a GPU bf16), f32, bf16, f16
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: WeightDtype,
@@ -93,7 +98,8 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     let (base, refiner) = (args.base.clone(), args.refiner.clone());
     let source = ModelSource { base, ip_adapter, image_encoder, refiner, ..ModelSource::at(path) };
     let load_format = if configurations.is_some() { LoadFormat::Dummy } else { args.load_format };
-    let mut options = LoadOptions { load_format, ..LoadOptions::default() };
+    let tensor_parallel = args.tensor_parallel.map(|count| devices_like(args.device, count.get())).unwrap_or_default();
+    let mut options = LoadOptions { load_format, tensor_parallel, ..LoadOptions::default() };
     if let Some(ByteSize(capacity_bytes)) = args.memory {
         options.text_encoders = placed_text_encoders(args, &source, &options, capacity_bytes)?;
     }
@@ -102,7 +108,8 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     let cache_tokens = model.as_ref().map(|model| cache_tokens(model, &inspection, &placement)).unwrap_or_default();
     let request = model.map(|model| RequestReport::new(args, &inspection, model)).transpose()?.flatten();
     let called = args.preset.map_or_else(|| path.to_owned(), |preset| preset.name.into());
-    let report = Report::new(called, inspection, cache_tokens, context, request);
+    let mut report = Report::new(called, inspection, cache_tokens, context, request);
+    report.tensor_parallel = args.tensor_parallel;
     let text = if args.json {
         serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n"
     } else {
@@ -110,6 +117,15 @@ pub fn run(args: &InspectArgs) -> Result<(), CliError> {
     };
     print(&text)?;
     if report.loads { Ok(()) } else { Err(CliError::Reported) }
+}
+
+/// So many devices of a kind.
+fn devices_like(device: DeviceSpec, count: usize) -> Vec<DeviceSpec> {
+    let number = |part: usize| match device {
+        DeviceSpec::Cuda(_) => DeviceSpec::Cuda(part),
+        DeviceSpec::Cpu | DeviceSpec::CpuPart { .. } => DeviceSpec::CpuPart { part, of: count },
+    };
+    (0..count).map(number).collect()
 }
 
 /// Where a server with this model alone and so much memory would have its text encoders.
@@ -166,6 +182,8 @@ struct Report {
     makes: &'static str,
     /// What is out of the ordinary in the licence of the family's published weights.
     licence_note: Option<&'static str>,
+    /// Devices that share it, of each of which the bytes and tokens are.
+    tensor_parallel: Option<NonZeroUsize>,
     /// Whether the checkpoint can be loaded.
     loads: bool,
     parameters: usize,
@@ -322,6 +340,7 @@ impl Report {
             family: inspection.family,
             makes: inspection.makes,
             licence_note: inspection.licence_note,
+            tensor_parallel: None,
             loads: problems.is_empty(),
             parameters: components.iter().map(|component| component.parameters).sum(),
             memory_bytes: components.iter().map(|component| component.memory_bytes).sum(),
@@ -342,6 +361,9 @@ const SHOWN_UNUSED: usize = 5;
 impl Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}: {}, makes {}", self.path.display(), self.family, self.makes)?;
+        if let Some(count) = self.tensor_parallel {
+            writeln!(f, "Shared by {count} devices; bytes and tokens are those of each of them.")?;
+        }
         writeln!(f)?;
         writeln!(f, "{:<20} {:>12} {:>12}  dtypes", "component", "parameters", "memory")?;
         for component in &self.components {

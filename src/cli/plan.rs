@@ -108,4 +108,35 @@ mod tests {
         let error = super::report(&file, Some(ByteSize(1 << 20)), false).expect_err("too little").to_string();
         assert!(error.contains("model `pictures` fits on no device"), "{error}");
     }
+    /// A model that two devices share is on both, and nothing else is.
+    #[test]
+    fn devices_that_share_a_model_are_planned_alone() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/qwen2-yarn/checkpoint");
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("serve.toml");
+        let report = |models: &str, memory: usize| {
+            let devices =
+                "device = [\"cpu:0/4\", \"cpu:1/4\", \"cpu:2/4\", \"cpu:3/4\"]\nkv_cache = \"1MiB\"\n[models]\n";
+            std::fs::write(&file, format!("{devices}{}", models.replace("PATH", &format!("path = {golden:?}"))))
+                .expect("written");
+            let report = super::report(&file, Some(ByteSize(memory)), true).map_err(|error| error.to_string())?;
+            Ok::<serde_json::Value, String>(serde_json::from_str(&report).expect("JSON"))
+        };
+        let both = "a = { PATH, tensor_parallel = 2, devices = [\"cpu:3/4\", \"cpu:1/4\"] }\nb = { PATH }\n";
+        let planned = report(both, 1 << 30).expect("it fits");
+        let models = |device: usize| planned["devices"][device]["models"].as_array().expect("a list").clone();
+        let names = [0, 1, 2, 3].map(|device| models(device)[0]["name"].as_str().expect("a name").to_owned());
+        assert_eq!(names, ["b", "a", "b", "a"]);
+        assert!((0..4).all(|device| models(device).len() == 1), "{planned}");
+        assert_eq!(models(1)[0], models(3)[0]);
+        let part = models(1)[0]["resident_bytes"].as_u64().expect("a number");
+        assert!(part < models(0)[0]["resident_bytes"].as_u64().expect("a number"), "{planned}");
+
+        let error = report(both, part as usize - 1).expect_err("too little");
+        assert!(error.contains("model `a`: its part on cpu:3/4 takes"), "{error}");
+        let error = report("a = { PATH, tensor_parallel = 3 }\n", 1 << 30).expect_err("heads");
+        assert!(error.contains("num_attention_heads: 3 ranks cannot share out 4"), "{error}");
+        let error = report("a = { PATH, tensor_parallel = 2, replicas = 2 }\n", 1 << 30).expect_err("both");
+        assert!(error.contains("has no replicas") && !error.contains('\n'), "{error}");
+    }
 }

@@ -52,6 +52,8 @@ pub struct Whereabouts {
     pub devices: Vec<DeviceSpec>,
     /// How many do.
     pub replicas: Option<NonZeroUsize>,
+    /// How many of them share it, in place of each having all of it.
+    pub tensor_parallel: Option<NonZeroUsize>,
 }
 
 /// Takes the value of a key; false where it is none, or comes once too often.
@@ -59,10 +61,13 @@ type Take = fn(&mut Whereabouts, &str) -> bool;
 
 impl Whereabouts {
     /// The keys on the command line, each with what takes its value.
-    pub(super) const KEYS: [(&'static str, Take); 2] = [
+    pub(super) const KEYS: [(&'static str, Take); 3] = [
         ("device", |whereabouts, device| device.parse().is_ok_and(|device| push(&mut whereabouts.devices, device))),
         ("replicas", |whereabouts, count| {
             count.parse().is_ok_and(|count| whereabouts.replicas.replace(count).is_none())
+        }),
+        ("tensor_parallel", |whereabouts, count| {
+            count.parse().is_ok_and(|count| whereabouts.tensor_parallel.replace(count).is_none())
         }),
     ];
 }
@@ -125,10 +130,13 @@ mod tests {
         };
         let mut whereabouts = Whereabouts::default();
         assert!(set("device", "cuda:1", &mut whereabouts) && set("device", "cuda:2", &mut whereabouts));
-        assert!(set("replicas", "1", &mut whereabouts));
+        assert!(set("replicas", "1", &mut whereabouts) && set("tensor_parallel", "2", &mut whereabouts));
+        assert_eq!(whereabouts.tensor_parallel, NonZeroUsize::new(2));
         let expected = (vec![DeviceSpec::Cuda(1), DeviceSpec::Cuda(2)], NonZeroUsize::new(1));
         assert_eq!((whereabouts.devices.clone(), whereabouts.replicas), expected);
-        for (key, value) in [("device", "cuda:1"), ("device", "tpu"), ("replicas", "2"), ("replicas", "0")] {
+        for (key, value) in
+            [("device", "cuda:1"), ("device", "tpu"), ("replicas", "2"), ("replicas", "0"), ("tensor_parallel", "2")]
+        {
             assert!(!set(key, value, &mut whereabouts), "{key}={value}");
         }
     }

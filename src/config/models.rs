@@ -43,7 +43,9 @@ pub(super) fn parse_model(argument: &str) -> Result<ModelEntry, String> {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         if let Some((_, set)) = Whereabouts::KEYS.iter().find(|(known, _)| *known == key) {
             if !set(&mut whereabouts, value) {
-                return Err(format!("`{key}={value}`: expected a device, each once, or one number of replicas"));
+                return Err(format!(
+                    "`{key}={value}`: expected a device, each once, or one number of replicas or of devices that share it"
+                ));
             }
             continue;
         }
@@ -62,7 +64,7 @@ fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), Stri
     let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
         let paths = extras.iter().map(|(known, _)| format!("{known}=PATH"));
         let numbers = Guesses::KEYS.iter().map(|(known, _)| format!("{known}=N"));
-        let others = ["device=NAME".to_owned(), "replicas=N".to_owned()];
+        let others = ["device=NAME", "replicas=N", "tensor_parallel=N"].map(str::to_owned);
         let known = paths.chain(numbers).chain(others).collect::<Vec<_>>().join(", ");
         return Err(format!("`{key}` is not one of {known}; a path with a comma goes into the file of --config"));
     };
@@ -114,16 +116,18 @@ struct Table {
     #[serde(default, deserialize_with = "one_or_more")]
     devices: Vec<DeviceSpec>,
     replicas: Option<NonZeroUsize>,
+    tensor_parallel: Option<NonZeroUsize>,
 }
 
 impl From<Table> for Entry {
     fn from(table: Table) -> Self {
         let Table { path, base, ip_adapter, image_encoder, loras, refiner, .. } = table;
-        let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, devices, replicas, .. } = table;
+        let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = table;
+        let Table { devices, replicas, tensor_parallel, .. } = table;
         Self {
             source: ModelSource { path, base, ip_adapter, image_encoder, loras, refiner },
             guesses: Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max },
-            whereabouts: Whereabouts { devices, replicas },
+            whereabouts: Whereabouts { devices, replicas, tensor_parallel },
         }
     }
 }

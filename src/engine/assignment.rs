@@ -13,6 +13,8 @@ pub struct Wanted {
     pub devices: Vec<usize>,
     /// How many times; `None` where that was not said.
     pub replicas: Option<usize>,
+    /// Whether it shares its devices with no other model: each has a part of it, of these sizes. All of them are said.
+    pub is_alone: bool,
 }
 
 /// Bytes of a model on one device.
@@ -42,6 +44,8 @@ struct Room {
     free_bytes: usize,
     /// The greediest request of its models.
     request_bytes: usize,
+    /// Whether others may come.
+    is_open: bool,
 }
 
 impl Room {
@@ -62,13 +66,15 @@ impl Room {
 
 /// The devices of each model, in order.
 pub fn assign(models: &[Wanted], capacity_bytes: &[usize]) -> Result<Vec<Vec<usize>>, Misfit> {
-    let mut rooms: Vec<Room> = capacity_bytes.iter().map(|&free_bytes| Room { free_bytes, request_bytes: 0 }).collect();
+    let mut rooms: Vec<Room> =
+        capacity_bytes.iter().map(|&free_bytes| Room { free_bytes, request_bytes: 0, is_open: true }).collect();
     let mut assigned = vec![Vec::new(); models.len()];
     // What was said first: it leaves no choice.
     let (told, free): (Vec<usize>, Vec<usize>) = (0..models.len()).partition(|model| models[*model].is_told());
     for model in told {
         for &device in &models[model].devices {
             rooms[device].take(models[model].sizes[device]);
+            rooms[device].is_open &= !models[model].is_alone;
             assigned[model].push(device);
         }
     }
@@ -114,7 +120,8 @@ impl Wanted {
     }
 
     fn candidates<'a>(&'a self, rooms: &'a [Room], taken: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
-        (0..rooms.len()).filter(|device| self.may_lie_on(*device) && !taken.contains(device))
+        let is_open = |device: &usize| rooms[*device].is_open && !taken.contains(device);
+        (0..rooms.len()).filter(move |device| self.may_lie_on(*device) && is_open(device))
     }
 
     /// The device on which most would be left, the first of several.
@@ -143,7 +150,7 @@ mod tests {
 
     fn model(resident_bytes: usize, request_bytes: usize, num_devices: usize) -> Wanted {
         let sizes = vec![Sizes { resident_bytes, request_bytes }; num_devices];
-        Wanted { sizes, devices: Vec::new(), replicas: None }
+        Wanted { sizes, devices: Vec::new(), replicas: None, is_alone: false }
     }
 
     fn once(wanted: Wanted) -> Wanted {
@@ -171,6 +178,14 @@ mod tests {
         assert_eq!(assign(&models, &[80]).unwrap(), [vec![0], vec![0]]);
         let misfit = Misfit { model: 1, device: 0, needed_bytes: 40, free_bytes: 39 };
         assert_eq!(assign(&models, &[79]).unwrap_err(), misfit);
+    }
+
+    #[test]
+    fn devices_that_share_a_model_have_no_other() {
+        let shared = Wanted { devices: vec![0, 2], is_alone: true, ..model(10, 0, 3) };
+        assert_eq!(assign(&[shared.clone(), model(1, 0, 3)], &[80, 80, 80]).unwrap(), [vec![0, 2], vec![1]]);
+        let shared = Wanted { devices: vec![0, 1, 2], ..shared };
+        assert_eq!(assign(&[shared, model(1, 0, 3)], &[80, 80, 80]).unwrap_err().model, 1);
     }
 
     #[test]

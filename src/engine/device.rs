@@ -37,6 +37,8 @@ pub(super) struct OnDevice {
 /// What a device's thread has made before it begins to work.
 pub(super) struct Loaded {
     pub(super) models: Vec<OnDevice>,
+    /// What parts of models take here that other devices lead.
+    pub(super) parts_bytes: usize,
     /// For them and their sessions together.
     pub(super) capacity_bytes: usize,
     pub(super) health: Health,
@@ -145,8 +147,10 @@ impl DeviceHandle {
 
 /// Books the models' memory and puts cards and runners into the hands that need them.
 fn prepare(loaded: Loaded) -> Result<(Prepared, DeviceWorker<WallClock>), EngineError> {
-    let Loaded { models, capacity_bytes, health, placement } = loaded;
+    let Loaded { models, parts_bytes, capacity_bytes, health, placement } = loaded;
     let mut ledger = Ledger::new(capacity_bytes);
+    // That they fit was seen before anything was loaded.
+    ledger.reserve(Owner::Parts, parts_bytes.min(capacity_bytes)).expect("an empty ledger has room: this is a bug");
     let (mut cards, mut runners, mut queues) = (Vec::new(), Vec::new(), Vec::new());
     for (index, OnDevice { name, model, queue }) in models.into_iter().enumerate() {
         ledger.reserve(Owner::Model(index), model.resident_bytes).map_err(|shortage| EngineError::Load {

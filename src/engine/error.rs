@@ -43,6 +43,24 @@ pub enum EngineError {
         /// See there.
         free_bytes: usize,
     },
+    /// A part of a model that several devices share does not fit on one of them.
+    #[error("model `{model}`: its part on {device} takes {needed_bytes} bytes, {free_bytes} are there")]
+    NoRoomForPart {
+        /// Its name.
+        model: String,
+        /// See there.
+        device: DeviceSpec,
+        /// See there.
+        needed_bytes: usize,
+        /// See there.
+        free_bytes: usize,
+    },
+    /// A model that several devices share comes with the server and goes with it.
+    #[error("model `{model}` is shared by several devices; it is loaded when the server starts, and stays")]
+    Stays {
+        /// Its name.
+        model: String,
+    },
     /// All devices that hold a model have failed.
     #[error("no device is left for model `{model}`: {problems}")]
     Failed {

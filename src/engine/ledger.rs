@@ -11,6 +11,8 @@ use super::arbiter::RunnerKey;
 pub enum Owner {
     /// Weights and fixed caches of the model of this runner.
     Model(RunnerKey),
+    /// Weights and fixed caches of parts of models that other devices lead; held until the process ends.
+    Parts,
     /// Everything that a running generation needs beside them.
     Session(SessionId),
     /// What the model of this runner needs for a while beside its weights and its sessions' plans.
@@ -68,7 +70,7 @@ impl Ledger {
 
     /// Bytes that sessions can have at most: everything but the models.
     pub fn session_capacity_bytes(&self) -> usize {
-        let models = self.reservations.iter().filter(|(owner, _)| matches!(owner, Owner::Model(_)));
+        let models = self.reservations.iter().filter(|(owner, _)| matches!(owner, Owner::Model(_) | Owner::Parts));
         self.capacity_bytes - models.map(|(_, bytes)| bytes).sum::<usize>()
     }
 

@@ -19,7 +19,7 @@ use super::command::Command;
 use super::device::DeviceHandle;
 use super::peers::Peer;
 use super::replicas::{Replica, Replicas};
-use super::{EngineError, ModelSpec, Shared};
+use super::{EngineError, ModelSpec, Shared, groups};
 
 /// How often it is looked whether the last request that works with a model has ended.
 const DRAIN_POLL: Duration = Duration::from_millis(5);
@@ -90,6 +90,14 @@ fn check_rests(entry: &Entry, state: &State) -> Result<(), EngineError> {
     Err(EngineError::AtWork { model: entry.name.clone(), doing })
 }
 
+/// The parts of a model that devices share are no runners that could come and go one by one.
+fn check_may_go(entry: &Entry) -> Result<(), EngineError> {
+    match entry.state().spec.sharing() {
+        [] => Ok(()),
+        _ => Err(EngineError::Stays { model: entry.name.clone() }),
+    }
+}
+
 /// A model whose devices have reserved its memory and read it.
 struct Placed {
     /// Positions of devices and the keys of the runners there.
@@ -100,6 +108,7 @@ struct Placed {
 /// Begins to load a model on a thread of its own.
 pub(super) fn begin_to_load(shared: &Arc<Shared>, index: usize, wish: Wish) -> Result<Begun, EngineError> {
     let entry = &shared.catalogue.entries[index];
+    check_may_go(entry)?;
     let is_the_same = wish.source.is_none() && wish.devices.is_empty();
     if is_the_same && entry.state().current.is_some() {
         check_rests(entry, &entry.state())?;
@@ -132,6 +141,7 @@ pub(super) fn check(shared: &Arc<Shared>, spec: &ModelSpec) -> Result<(), Engine
 /// Unloads a model on a thread of its own: requests get it no more, and those that work with it have so much time.
 pub(super) fn begin_to_unload(shared: &Arc<Shared>, index: usize, drain: Duration) -> Result<(), EngineError> {
     let entry = &shared.catalogue.entries[index];
+    check_may_go(entry)?;
     let mut state = entry.state();
     check_rests(entry, &state)?;
     let Some(old) = state.take() else {
@@ -281,10 +291,14 @@ impl<'a> Search<'a> {
             if allowed.contains(&index) {
                 return Err(EngineError::Devices(format!("model `{name}`: device {device} is named twice")));
             }
+            if let Some(owner) = shared.sharer_of(*device) {
+                return Err(groups::taken(name, *device, &owner));
+            }
             allowed.push(index);
         }
         if allowed.is_empty() {
             allowed = (0..shared.devices.len()).collect();
+            allowed.retain(|device| shared.sharer_of(shared.devices[*device].spec).is_none());
         }
         allowed.retain(|device| shared.devices[*device].gauges.is_alive());
         let loadable = allowed.iter().map(|device| {
@@ -312,8 +326,12 @@ impl<'a> Search<'a> {
         // What comes on demand takes no more than it needs, and all devices that were named hold it.
         let replicas = replicas.or(if num_named > 0 { Some(num_named) } else { self.spec.on_demand.then_some(1) });
         let sizes = self.loadable.iter().map(|loadable| loadable.sizes).collect();
-        let wanted =
-            Wanted { sizes, devices: Vec::new(), replicas: replicas.map(|replicas| replicas.min(rooms.len())) };
+        let wanted = Wanted {
+            sizes,
+            devices: Vec::new(),
+            replicas: replicas.map(|replicas| replicas.min(rooms.len())),
+            is_alone: false,
+        };
         let assigned = assignment::assign(&[wanted], &rooms);
         assigned.map(|mut of_model| of_model.remove(0)).map_err(|misfit| {
             let Misfit { device, needed_bytes, free_bytes, .. } = misfit;

@@ -15,7 +15,7 @@ use super::device::{DeviceHandle, Loaded, OnDevice, Prepared, Starting};
 use super::peers::Peer;
 use super::replicas::{Replica, Replicas};
 use super::residency::Choice;
-use super::{EngineError, EngineOptions, ModelSpec, ServedModel, memory, residency};
+use super::{EngineError, EngineOptions, ModelSpec, ServedModel, groups, memory, residency};
 use crate::places::Places;
 
 /// Devices that work, and the models on them.
@@ -31,15 +31,22 @@ pub struct Planned {
     pub device: DeviceSpec,
     /// Bytes that it has to give.
     pub capacity_bytes: usize,
-    /// What each model takes there.
+    /// What each model takes there, or its part where several devices share it.
     pub models: Vec<(String, Sizes)>,
 }
 
 /// A device that tells its capacity and waits for what it is to load.
 struct Opening {
     capacity_bytes: Receiver<Result<usize, EngineError>>,
-    models: Sender<Vec<(ModelSpec, Arc<Places>)>>,
+    models: Sender<Assigned>,
     starting: Starting,
+}
+
+/// What lies on a device.
+struct Assigned {
+    models: Vec<(ModelSpec, Arc<Places>)>,
+    /// Of which it has a part that others lead.
+    parts: Vec<ModelSpec>,
 }
 
 /// Loads models onto the devices of the options.
@@ -63,12 +70,19 @@ pub(super) fn load(
     let mut starting = Vec::with_capacity(opening.len());
     for (device, opening) in opening.into_iter().enumerate() {
         let here = (0..models.len()).filter(|model| assigned[*model].contains(&device));
-        let here = here.map(|model| (models[model].clone(), queues[model].clone())).collect();
+        let is_loaded_here = |model: &usize| models[*model].is_loaded_by(options.devices[device]);
+        let (own, parts): (Vec<usize>, Vec<usize>) = here.partition(is_loaded_here);
+        let own = own.into_iter().map(|model| (models[model].clone(), queues[model].clone())).collect();
+        let parts = parts.into_iter().map(|model| models[model].clone()).collect();
         // An error means that the thread has ended, which is heard of next.
-        let _ = opening.models.send(here);
+        let _ = opening.models.send(Assigned { models: own, parts });
         starting.push(opening.starting);
     }
-    finish(&names, &options.devices, starting)
+    let mut ready = finish(&names, &options.devices, starting)?;
+    for (served, spec) in ready.models.iter_mut().zip(&models).filter(|(_, spec)| !spec.sharing().is_empty()) {
+        served.devices = spec.devices.clone();
+    }
+    Ok(ready)
 }
 
 /// Starts devices over models that are loaded already, one list per device.
@@ -94,7 +108,7 @@ pub(super) fn start(models: Vec<Vec<(String, LoadedModel)>>, options: &EngineOpt
         let on_device = |(name, model): (String, LoadedModel)| OnDevice { queue: queue_of(&name), name, model };
         let models = models.into_iter().map(on_device).collect();
         let capacity_bytes = options.memory_bytes.unwrap_or_else(|| memory::default_capacity_bytes() / num_devices);
-        let loaded = Loaded { models, capacity_bytes, health: Box::new(|| Ok(())), placement: None };
+        let loaded = Loaded { models, parts_bytes: 0, capacity_bytes, health: Box::new(|| Ok(())), placement: None };
         starting.push(Starting::new(*spec, move || Ok(loaded))?);
     }
     finish(&names, &specs, starting)
@@ -193,14 +207,16 @@ fn open(
         };
         let _ = tell.send(Ok(capacity_bytes));
         let stopped = |_| EngineError::Thread("it was not wanted any more".into());
-        let models: Vec<(ModelSpec, Arc<Places>)> = assigned.recv().map_err(stopped)?;
+        let Assigned { models, parts } = assigned.recv().map_err(stopped)?;
+        let part_bytes = |part| Ok(choice(part, device, &options)?.sizes(TextEncoders::Resident).resident_bytes);
+        let parts_bytes = parts.iter().map(part_bytes).sum::<Result<usize, EngineError>>()?;
         let told = |model: &str, component: &str| {
             on_component.lock().expect("nothing panics while it tells of progress: this is a bug")(model, component);
         };
         let models = load_models(models, device, &placement, &options, capacity_bytes, told)?;
         let watched = placement.clone();
         let health = Box::new(move || watched.synchronize());
-        Ok(Loaded { models, capacity_bytes, health, placement: Some(placement) })
+        Ok(Loaded { models, parts_bytes, capacity_bytes, health, placement: Some(placement) })
     };
     Ok(Opening { capacity_bytes, models, starting: Starting::new(device, load)? })
 }
@@ -219,6 +235,7 @@ fn load_models(
     let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
     for ((model, queue), text_encoders) in models.into_iter().zip(text_encoders) {
+        let tensor_parallel = model.sharing().to_vec();
         let ModelSpec { name, source, prompt_lookup, .. } = model;
         if text_encoders == TextEncoders::OnDemand {
             tracing::info!(
@@ -230,7 +247,7 @@ fn load_models(
         let mut on_component = |component: &str| on_component(&name, component);
         let is_of_text = prompt_lookup.is_some();
         let prompt_lookup = prompt_lookup.unwrap_or(options.load.prompt_lookup);
-        let load = LoadOptions { text_encoders, prompt_lookup, ..options.load.clone() };
+        let load = LoadOptions { text_encoders, prompt_lookup, tensor_parallel, ..options.load.clone() };
         let fits = Fits { device, weight_dtype: options.weight_dtype, free_bytes, is_of_text };
         match fits.load(&source, placement, &load, &mut on_component) {
             Ok(model) => {
@@ -246,6 +263,7 @@ fn load_models(
 /// What each device of the options would hold; nothing is loaded. Devices whose capacity is configured need not be there.
 pub fn plan(models: &[ModelSpec], options: &EngineOptions) -> Result<Vec<Planned>, EngineError> {
     check_devices(&options.devices)?;
+    let models = &groups::resolved(models.to_vec(), &options.devices)?;
     let capacity = |device: &DeviceSpec| {
         let memory = match options.memory_bytes {
             Some(_) => None,
@@ -291,6 +309,7 @@ fn assign(
             wanted
         };
         let wanted: Vec<Wanted> = wanted.iter().cloned().map(sized).collect();
+        check_parts(models, options, &wanted, capacity_bytes)?;
         match assignment::assign(&wanted, capacity_bytes) {
             Ok(assigned) => {
                 for (model, devices) in models.iter().zip(&assigned) {
@@ -305,6 +324,30 @@ fn assign(
     let Misfit { model, device, needed_bytes, free_bytes } = misfit.expect("there is a way: this is a bug");
     let (model, device) = (models[model].name.clone(), options.devices[device]);
     Err(EngineError::NoRoom { model, device, needed_bytes, free_bytes })
+}
+
+/// Refuses a model that several devices share where it cannot be shared out, or a part has no room on its device.
+fn check_parts(
+    models: &[ModelSpec],
+    options: &EngineOptions,
+    wanted: &[Wanted],
+    capacity_bytes: &[usize],
+) -> Result<(), EngineError> {
+    for (model, wanted) in models.iter().zip(wanted).filter(|(_, wanted)| wanted.is_alone) {
+        let (load, dry) = inspected_as(model, model.devices[0], options);
+        let problem = loading::plan_quietly(&model.source, &dry, &load).map(|(found, _)| found.into_problem());
+        if let Some(source) = problem.unwrap_or_else(Some) {
+            return Err(EngineError::Load { model: model.name.clone(), source: Box::new(source) });
+        }
+        for &device in &wanted.devices {
+            let (needed_bytes, free_bytes) = (wanted.sizes[device].resident_bytes, capacity_bytes[device]);
+            if needed_bytes > free_bytes {
+                let (model, device) = (model.name.clone(), options.devices[device]);
+                return Err(EngineError::NoRoomForPart { model, device, needed_bytes, free_bytes });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Where a model may lie, and what it takes on each device.
@@ -338,13 +381,20 @@ fn wanted(model: &ModelSpec, options: &EngineOptions) -> Result<(Wanted, Vec<Cho
             choices.push(known);
         }
     }
-    Ok((Wanted { sizes: Vec::new(), devices, replicas }, choices))
+    let is_alone = model.tensor_parallel.is_some();
+    Ok((Wanted { sizes: Vec::new(), devices, replicas, is_alone }, choices))
 }
 
 fn choice(model: &ModelSpec, device: DeviceSpec, options: &EngineOptions) -> Result<Choice, EngineError> {
-    let dry = Placement::in_host_memory(device, options.weight_dtype);
-    Choice::of(&model.source, &dry, &options.load)
+    let (load, dry) = inspected_as(model, device, options);
+    Choice::of(&model.source, &dry, &load)
         .map_err(|error| EngineError::Load { model: model.name.clone(), source: Box::new(error) })
+}
+
+/// How a model is looked at before it is loaded onto a device.
+fn inspected_as(model: &ModelSpec, device: DeviceSpec, options: &EngineOptions) -> (LoadOptions, Placement) {
+    let load = LoadOptions { tensor_parallel: model.sharing().to_vec(), ..options.load.clone() };
+    (load, Placement::in_host_memory(device, options.weight_dtype))
 }
 
 /// Where the text encoders of each model are, on a device of this capacity.

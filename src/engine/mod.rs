@@ -34,6 +34,7 @@ mod command;
 mod device;
 mod error;
 mod gauges;
+mod groups;
 pub mod ledger;
 mod lifecycle;
 mod loading;
@@ -64,6 +65,8 @@ pub struct ModelSpec {
     pub devices: Vec<DeviceSpec>,
     /// How many of them do; `None`: all that were named, or, where none was, as many as have room.
     pub replicas: Option<NonZeroUsize>,
+    /// How many devices share it, which then have no other model; `None` where each of its devices has all of it.
+    pub tensor_parallel: Option<NonZeroUsize>,
     /// How its tokens are guessed, if at all; `None` leaves that to the options of all models.
     pub prompt_lookup: Option<Option<PromptLookup>>,
     /// Whether it is loaded when it is asked for, and not at the start.
@@ -80,6 +83,7 @@ impl ModelSpec {
             source: source.into(),
             devices: Vec::new(),
             replicas: None,
+            tensor_parallel: None,
             prompt_lookup: None,
             on_demand: false,
             idle_unload: None,
@@ -240,6 +244,7 @@ impl Engine {
         on_component: impl FnMut(&str, &str) + Send + 'static,
     ) -> Result<Engine, EngineError> {
         check_names(models.iter().map(|model| model.name.as_str()))?;
+        let models = groups::resolved(models, &options.devices)?;
         let at_once = models.iter().filter(|model| !model.on_demand).cloned().collect();
         let ready = loading::load(at_once, &options, on_component)?;
         let engine = Self::of(ready, models, options.clone(), Arc::new(Checkpoints(options)));

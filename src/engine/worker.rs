@@ -386,7 +386,9 @@ impl<C: Clock> DeviceWorker<C> {
             let phase = phase.as_str();
             tracing::error!(phase, sessions, evicted = evicted.len(), %error, "a step failed; its sessions are ended");
             evicted.into_iter().for_each(|id| self.events.emit(id, Event::Failed(error.restate())));
-            if let Err(problem) = (self.health)() {
+            // A part of a model may be gone with another device.
+            let problem = self.slot(candidate.runner).runner.problem();
+            if let Err(problem) = problem.map_or_else(|| (self.health)(), Err) {
                 return self.quarantine(&problem);
             }
         }

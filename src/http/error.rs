@@ -274,12 +274,13 @@ impl From<EngineError> for ApiError {
             EngineError::Draining => Self::unready("shutting_down", &message),
             EngineError::Failed { .. } => Self::unready("device_lost", &message),
             EngineError::NotLoaded { .. } => Self::unready("model_not_loaded", &message),
-            EngineError::AtWork { .. } | EngineError::AlreadyLoaded { .. } => {
+            EngineError::AtWork { .. } | EngineError::AlreadyLoaded { .. } | EngineError::Stays { .. } => {
                 Self::new(StatusCode::CONFLICT, "model_state", message)
             }
             EngineError::DuplicateModel { .. }
             | EngineError::Devices(_)
             | EngineError::NoRoom { .. }
+            | EngineError::NoRoomForPart { .. }
             | EngineError::Load { .. }
             | EngineError::Open(_)
             | EngineError::Memory { .. }

@@ -131,10 +131,14 @@ mod tests {
     use std::path::Path;
 
     use candle_core::DType;
+    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::Fields;
     use crate::device::{DeviceSpec, Placement, WeightDtype};
+    use crate::layers::decoder::LlamaGgufNames;
+    use crate::weights::single::{PartOfFile, WeightFile};
 
     fn values(x: &Tensor) -> Vec<f32> {
         x.flatten_all().expect("flat").to_vec1().expect("f32")
@@ -167,6 +171,59 @@ mod tests {
             let beside = values(&Tensor::cat(&beside, 1).expect("side by side"));
             prop_assert!(close(&beside, &values(&whole)), "outputs of {of}");
             prop_assert!(close(&sum, &values(&whole)), "inputs of {of}");
+        }
+    }
+
+    /// Shares of blocks, and of rows that the file has in another order, are those of the matrix; none begins within a block.
+    #[test]
+    fn shares_of_a_gguf_file_are_those_of_its_matrices() {
+        const Q: &str = "model.layers.0.self_attn.q_proj";
+        const DOWN: &str = "model.layers.0.mlp.down_proj";
+        let sizes = serde_json::json!({"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+            "intermediate_size": 512});
+        let fields = Fields::of("config.json".into(), sizes.to_string().as_bytes()).expect("fields");
+        let config = crate::families::llama::config_of(&fields).expect("a configuration");
+        let folder = tempfile::tempdir().expect("a folder");
+        for blocks in [GgmlDType::Q4K, GgmlDType::Q8_0] {
+            let path = folder.path().join(format!("{blocks:?}.gguf"));
+            let matrix = |rows: usize, columns: usize| {
+                let values = Tensor::randn(0f32, 1.0, (rows, columns), &Device::Cpu).expect("values");
+                QTensor::quantize(&values, blocks).expect("blocks")
+            };
+            let (q, down) = (matrix(256, 256), matrix(256, 512));
+            let tensors = [("blk.0.attn_q.weight", &q), ("blk.0.ffn_down.weight", &down)];
+            let mut file = std::fs::File::create(&path).expect("created");
+            gguf_file::write(&mut file, &[], &tensors).expect("written");
+            let placement = Placement::open(DeviceSpec::Cpu, WeightDtype::Auto).expect("a CPU");
+            let all = PartOfFile { beginning: String::new(), must_fit: false };
+            let weights = WeightFile::open(&path).expect("a file").weights(&all, |_| true, &placement, false);
+            let weights = weights.or_named(LlamaGgufNames::new(&config));
+            let x = Tensor::randn(0f32, 1.0, (3, 512), &Device::Cpu).expect("values");
+            let columns =
+                |first: usize, count: usize| x.narrow(1, first, count).expect("some").contiguous().expect("copied");
+            let load = |layer: &str, split: Split<'_>, axis: Axis, dims: (usize, usize)| {
+                let layer = weights.pp(layer);
+                let layer = if axis == Axis::Rows { split.outputs(layer) } else { split.inputs(layer) };
+                Linear::load_no_bias(&layer, dims.0, dims.1)
+            };
+            let whole = |layer: &str, x: &Tensor, dims: (usize, usize)| {
+                values(&load(layer, Split(None), Axis::Rows, dims).expect("read").forward(x).expect("computed"))
+            };
+            let (mut beside, mut sum) = (Vec::new(), vec![0f32; 3 * 256]);
+            for index in 0..2 {
+                let rank = Rank::dry(index, 2);
+                let outputs = load(Q, Split(Some(&rank)), Axis::Rows, (256, 256)).expect("read");
+                beside.push(outputs.forward(&columns(0, 256)).expect("computed"));
+                let inputs = load(DOWN, Split(Some(&rank)), Axis::Columns, (512, 256)).expect("read");
+                let part = values(&inputs.forward(&columns(256 * index, 256)).expect("computed"));
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+            let beside = values(&Tensor::cat(&beside, 1).expect("side by side"));
+            assert!(close(&beside, &whole(Q, &columns(0, 256), (256, 256))), "{blocks:?}");
+            assert!(close(&sum, &whole(DOWN, &x, (512, 256))), "{blocks:?}");
+            let quarter = Rank::dry(1, 4);
+            let refused = load(DOWN, Split(Some(&quarter)), Axis::Columns, (512, 256));
+            assert_eq!(refused.is_err(), blocks == GgmlDType::Q4K, "quarters are half blocks of 256 values");
         }
     }
 
