@@ -44,15 +44,18 @@ pub struct Hand {
     ahead: AtomicI64,
     /// Where it was stopped; 0 while it goes.
     stands_at: AtomicI64,
+    /// By how much people's clocks are wrong.
+    wall_off: AtomicI64,
 }
 
 impl Hand {
     /// What a clock shows.
     pub fn turned(&self, real: Moment) -> Moment {
         let ahead = self.ahead.load(Ordering::Relaxed);
+        let off = self.wall_off.load(Ordering::Relaxed);
         match self.stands_at.load(Ordering::Relaxed) {
-            0 => Moment { steady: real.steady + ahead, wall: real.wall + ahead },
-            at => Moment { steady: at + ahead, wall: at + ahead },
+            0 => Moment { steady: real.steady + ahead, wall: real.wall + ahead + off },
+            at => Moment { steady: at + ahead, wall: at + ahead + off },
         }
     }
 
@@ -60,6 +63,12 @@ impl Hand {
     #[cfg(test)]
     pub fn advance(&self, by: Duration) {
         self.ahead.fetch_add(micros(by), Ordering::Relaxed);
+    }
+
+    /// People put their clocks right, or wrong.
+    #[cfg(test)]
+    pub fn step_wall(&self, by: i64) {
+        self.wall_off.fetch_add(by, Ordering::Relaxed);
     }
 
     /// Stops it; it moves when it is turned on.

@@ -33,6 +33,8 @@ mod works;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod simulation;
 
 pub use memory::MemoryStore;
 pub use postgres::PostgresStore;

@@ -31,6 +31,11 @@ impl Rig {
         (self.hand)(&|hand| hand.advance(by));
     }
 
+    /// Does something to its clock's hand.
+    pub fn turn(&self, turn: &dyn Fn(&Hand)) {
+        (self.hand)(turn);
+    }
+
     /// Its clock stops.
     pub fn stop_clock(&self, at: i64) {
         (self.hand)(&|hand| hand.stop(at));
