@@ -34,6 +34,8 @@ mod works;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod kill;
+#[cfg(test)]
 mod simulation;
 
 pub use memory::MemoryStore;

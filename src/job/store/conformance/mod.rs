@@ -15,12 +15,15 @@ mod lists;
 mod messages;
 mod orders;
 
+/// Gives a clock's hand to who turns it.
+type HandOf = dyn Fn(&dyn Fn(&Hand)) + Send + Sync;
+
 /// A store to be tried, and its clock.
 pub struct Rig {
     /// It.
     pub store: Arc<dyn JobStore>,
     /// Its clock's hand.
-    hand: Box<dyn Fn(&dyn Fn(&Hand)) + Send + Sync>,
+    hand: Box<HandOf>,
     /// What goes with the test.
     _guard: Box<dyn std::any::Any + Send>,
 }

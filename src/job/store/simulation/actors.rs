@@ -112,7 +112,10 @@ async fn step(world: &World, lease: &Lease, steps: u64) -> Option<u64> {
     let has_gone = |error: StoreError| matches!(error, StoreError::Fenced).then_some(());
     let gone = match dice.below(8) {
         0 => world
-            .call(async |store| store.start(lease).await, |books, answer| drop(books.written(lease, answer)))
+            .call(
+                async |store| store.start(lease).await,
+                |books, answer| assert_eq!(books.written(lease, answer).is_some(), answer.is_ok()),
+            )
             .await
             .err()
             .and_then(has_gone),
