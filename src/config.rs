@@ -48,7 +48,7 @@ pub struct Settings {
     /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures;
     /// refiner=DIR, the refiner that takes over from SDXL where a request says so; num_speculative_tokens=N,
     /// prompt_lookup_min=N and prompt_lookup_max=N, which go before the settings of all models; device=NAME, once for each, and
-    /// replicas=N or tensor_parallel=N, where it lies
+    /// replicas=N, tensor_parallel=N or guidance_devices=2, where it lies
     #[arg(long = "model", value_name = "NAME=PATH[,KEY=VALUE]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelEntry>,
@@ -324,9 +324,9 @@ impl Config {
                     ConfigError::GuessesOfModel { model, source }
                 })?),
             };
-            let Whereabouts { devices, replicas, tensor_parallel } = whereabouts.clone();
+            let Whereabouts { devices, replicas, tensor_parallel, guidance_devices } = whereabouts.clone();
             let spec = ModelSpec::new(name, source.clone());
-            Ok(ModelSpec { devices, replicas, tensor_parallel, prompt_lookup: of_model, ..spec })
+            Ok(ModelSpec { devices, replicas, tensor_parallel, guidance_devices, prompt_lookup: of_model, ..spec })
         };
         let models = settings.models.iter().map(spec).collect::<Result<_, ConfigError>>()?;
         Ok(Self {
@@ -417,6 +417,7 @@ impl Settings {
                 text_encoders: load.text_encoders,
                 tool_call_parser: self.tool_call_parser.unwrap_or_default().chosen(),
                 tensor_parallel: load.tensor_parallel,
+                guidance_devices: load.guidance_devices,
             },
             text_encoders: self.text_encoders.unwrap_or_default().chosen(),
             memory_bytes: self.memory.map(|size| size.0).or(engine.memory_bytes),

@@ -74,6 +74,9 @@ pub struct LoadOptions {
     /// The devices that share a language model, from the one on whose thread it is loaded on; empty where one has it. Each has its
     /// part of the weights, and `kv_cache_bytes` for its part of keys and values.
     pub tensor_parallel: Vec<DeviceSpec>,
+    /// The two devices that predict the guidance branches of pictures and clips, from the one on whose thread the model is loaded on;
+    /// empty where one does. Each has the whole model.
+    pub guidance_devices: Vec<DeviceSpec>,
 }
 
 impl Default for LoadOptions {
@@ -91,6 +94,7 @@ impl Default for LoadOptions {
             text_encoders: TextEncoders::Resident,
             tool_call_parser: None,
             tensor_parallel: Vec::new(),
+            guidance_devices: Vec::new(),
         }
     }
 }

@@ -158,6 +158,10 @@ fn load_with(
             format!("models of family {} are not shared out among devices; language models are", family.name());
         return Err(Error::checkpoint(manifest.root(), problem));
     }
+    if !options.guidance_devices.is_empty() && family.makes() == "text" {
+        let problem = format!("models of family {} have no guidance branches", family.name());
+        return Err(Error::checkpoint(manifest.root(), problem));
+    }
     let model = family.load(manifest, open, options)?;
     open.check_fit(manifest)?;
     // Else it would load, and every request that leaves a field out would fail.

@@ -139,4 +139,21 @@ mod tests {
         let error = report("a = { PATH, tensor_parallel = 2, replicas = 2 }\n", 1 << 30).expect_err("both");
         assert!(error.contains("has no replicas") && !error.contains('\n'), "{error}");
     }
+    /// Two devices that predict the branches of guidance each have the whole model.
+    #[test]
+    fn devices_of_guidance_are_planned_alone() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens/wan-b/checkpoint");
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("serve.toml");
+        let devices = "device = [\"cpu:0/3\", \"cpu:1/3\", \"cpu:2/3\"]\n[models]\n";
+        let models = format!("a = {{ path = {golden:?}, guidance_devices = 2 }}\nb = {golden:?}\n");
+        std::fs::write(&file, format!("{devices}{models}")).expect("written");
+        let report: serde_json::Value =
+            serde_json::from_str(&report(&file, Some(ByteSize(1 << 30)), true).expect("it fits")).expect("JSON");
+        let models = [0, 1, 2].map(|device| report["devices"][device]["models"].as_array().expect("a list").clone());
+        assert!(models.iter().all(|models| models.len() == 1), "{report}");
+        assert_eq!(models[0], models[1]);
+        assert_eq!((&models[0][0]["name"], &models[2][0]["name"]), (&"a".into(), &"b".into()));
+        assert_eq!(models[0][0]["resident_bytes"], models[2][0]["resident_bytes"]);
+    }
 }

@@ -54,6 +54,8 @@ pub struct Whereabouts {
     pub replicas: Option<NonZeroUsize>,
     /// How many of them share it, in place of each having all of it.
     pub tensor_parallel: Option<NonZeroUsize>,
+    /// How many of them predict guidance branches: two.
+    pub guidance_devices: Option<NonZeroUsize>,
 }
 
 /// Takes the value of a key; false where it is none, or comes once too often.
@@ -61,13 +63,16 @@ type Take = fn(&mut Whereabouts, &str) -> bool;
 
 impl Whereabouts {
     /// The keys on the command line, each with what takes its value.
-    pub(super) const KEYS: [(&'static str, Take); 3] = [
+    pub(super) const KEYS: [(&'static str, Take); 4] = [
         ("device", |whereabouts, device| device.parse().is_ok_and(|device| push(&mut whereabouts.devices, device))),
         ("replicas", |whereabouts, count| {
             count.parse().is_ok_and(|count| whereabouts.replicas.replace(count).is_none())
         }),
         ("tensor_parallel", |whereabouts, count| {
             count.parse().is_ok_and(|count| whereabouts.tensor_parallel.replace(count).is_none())
+        }),
+        ("guidance_devices", |whereabouts, count| {
+            count.parse().is_ok_and(|count| whereabouts.guidance_devices.replace(count).is_none())
         }),
     ];
 }

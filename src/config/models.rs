@@ -64,7 +64,7 @@ fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), Stri
     let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
         let paths = extras.iter().map(|(known, _)| format!("{known}=PATH"));
         let numbers = Guesses::KEYS.iter().map(|(known, _)| format!("{known}=N"));
-        let others = ["device=NAME", "replicas=N", "tensor_parallel=N"].map(str::to_owned);
+        let others = ["device=NAME", "replicas=N", "tensor_parallel=N", "guidance_devices=2"].map(str::to_owned);
         let known = paths.chain(numbers).chain(others).collect::<Vec<_>>().join(", ");
         return Err(format!("`{key}` is not one of {known}; a path with a comma goes into the file of --config"));
     };
@@ -117,17 +117,18 @@ struct Table {
     devices: Vec<DeviceSpec>,
     replicas: Option<NonZeroUsize>,
     tensor_parallel: Option<NonZeroUsize>,
+    guidance_devices: Option<NonZeroUsize>,
 }
 
 impl From<Table> for Entry {
     fn from(table: Table) -> Self {
         let Table { path, base, ip_adapter, image_encoder, loras, refiner, .. } = table;
         let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = table;
-        let Table { devices, replicas, tensor_parallel, .. } = table;
+        let Table { devices, replicas, tensor_parallel, guidance_devices, .. } = table;
         Self {
             source: ModelSource { path, base, ip_adapter, image_encoder, loras, refiner },
             guesses: Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max },
-            whereabouts: Whereabouts { devices, replicas, tensor_parallel },
+            whereabouts: Whereabouts { devices, replicas, tensor_parallel, guidance_devices },
         }
     }
 }

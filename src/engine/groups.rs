@@ -4,7 +4,10 @@
 //! that the thread of none of them could work for others meanwhile without making the rest wait. Pure. Does not know: what a part takes
 //! (`residency`), how ranks work together (`tale_models::parallel`).
 
+use std::num::NonZeroUsize;
+
 use tale_models::device::DeviceSpec;
+use tale_models::family::LoadOptions;
 
 use super::catalogue::Entry;
 use super::{EngineError, ModelSpec, Shared};
@@ -21,12 +24,25 @@ pub(super) fn resolved(mut models: Vec<ModelSpec>, devices: &[DeviceSpec]) -> Re
 impl ModelSpec {
     /// Whether it is loaded on the thread of this device, which is one of its own: of those that share it the first one's.
     pub(super) fn is_loaded_by(&self, device: DeviceSpec) -> bool {
-        self.tensor_parallel.is_none() || self.devices.first() == Some(&device)
+        self.num_sharing().is_none() || self.devices.first() == Some(&device)
     }
 
     /// The devices that share it; none where one has it.
     pub(super) fn sharing(&self) -> &[DeviceSpec] {
-        if self.tensor_parallel.is_some() { &self.devices } else { &[] }
+        if self.num_sharing().is_some() { &self.devices } else { &[] }
+    }
+
+    /// How many devices share it, if several do.
+    pub(super) fn num_sharing(&self) -> Option<NonZeroUsize> {
+        self.tensor_parallel.or(self.guidance_devices)
+    }
+
+    /// What of it follows for its loading.
+    pub(super) fn loaded_as(&self, load: &LoadOptions) -> LoadOptions {
+        let devices = |shares: bool| if shares { self.devices.clone() } else { Vec::new() };
+        let tensor_parallel = devices(self.tensor_parallel.is_some());
+        let guidance_devices = devices(self.guidance_devices.is_some());
+        LoadOptions { tensor_parallel, guidance_devices, ..load.clone() }
     }
 }
 
@@ -36,7 +52,7 @@ type Group = (usize, Vec<usize>);
 fn choose(models: &[ModelSpec], devices: &[DeviceSpec]) -> Result<Vec<Group>, EngineError> {
     let mut groups: Vec<Group> = Vec::new();
     // What was named first: it leaves no choice.
-    let mut shared: Vec<usize> = (0..models.len()).filter(|model| models[*model].tensor_parallel.is_some()).collect();
+    let mut shared: Vec<usize> = (0..models.len()).filter(|model| models[*model].num_sharing().is_some()).collect();
     shared.sort_by_key(|model| models[*model].devices.is_empty());
     for model in shared {
         let chosen = chosen(&models[model], models, devices, &groups)?;
@@ -54,7 +70,14 @@ fn chosen(
     groups: &[Group],
 ) -> Result<Vec<usize>, EngineError> {
     let refuse = |problem: String| Err(EngineError::Devices(format!("model `{}`: {problem}", spec.name)));
-    let count = spec.tensor_parallel.map_or(1, usize::from);
+    let count = spec.num_sharing().map_or(1, usize::from);
+    let key = if spec.tensor_parallel.is_some() { "tensor_parallel" } else { "guidance_devices" };
+    if spec.tensor_parallel.is_some() && spec.guidance_devices.is_some() {
+        return refuse("tensor_parallel is of language models, guidance_devices of others".to_owned());
+    }
+    if spec.guidance_devices.is_some() && count != 2 {
+        return refuse(format!("guidance_devices is {count}; guidance has two branches"));
+    }
     if spec.replicas.is_some() {
         return refuse("a model that devices share has no replicas".to_owned());
     }
@@ -64,7 +87,7 @@ fn chosen(
     let found = match spec.devices.as_slice() {
         [] => free(count, models, devices, groups),
         named if named.len() != count => {
-            return refuse(format!("tensor_parallel is {count}, and {} devices are named", named.len()));
+            return refuse(format!("{key} is {count}, and {} devices are named", named.len()));
         }
         named => match named.iter().find(|device| !devices.contains(device)) {
             Some(unknown) => {
@@ -76,7 +99,7 @@ fn chosen(
     if found.len() < count {
         let devices = names(devices);
         return refuse(format!(
-            "tensor_parallel is {count}; of this server's devices, {devices}, fewer are of one kind and free of other models"
+            "{key} is {count}; of this server's devices, {devices}, fewer are of one kind and free of other models"
         ));
     }
     let specs: Vec<DeviceSpec> = found.iter().map(|index| devices[*index]).collect();
@@ -140,7 +163,6 @@ fn names(devices: &[DeviceSpec]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroUsize;
     use std::path::Path;
 
     use super::*;
@@ -152,6 +174,10 @@ mod tests {
     fn model(name: &str, on: &str, tensor_parallel: usize) -> ModelSpec {
         let tensor_parallel = NonZeroUsize::new(tensor_parallel);
         ModelSpec { devices: devices(on), tensor_parallel, ..ModelSpec::new(name, Path::new("nowhere")) }
+    }
+
+    fn guided(count: usize) -> ModelSpec {
+        ModelSpec { guidance_devices: NonZeroUsize::new(count), ..model("g", "", 0) }
     }
 
     fn chosen(models: &[ModelSpec], on: &str) -> Result<Vec<Vec<usize>>, String> {
@@ -166,6 +192,7 @@ mod tests {
         assert_eq!(chosen(&models, on), Ok(vec![vec![3, 5], vec![2, 1]]));
         assert_eq!(chosen(&[model("a", "", 2)], "cpu:0/2 cpu:1/2"), Ok(vec![vec![0, 1]]));
         assert_eq!(chosen(&[model("d", "", 0)], "cpu"), Ok(vec![]));
+        assert_eq!(chosen(&[guided(2)], "cpu:0/2 cpu:1/2"), Ok(vec![vec![0, 1]]));
     }
 
     #[test]
@@ -179,6 +206,8 @@ mod tests {
             (vec![model("a", "", 4)], "tensor_parallel is 4; of this server's devices"),
             (vec![model("a", "", 1)], "2 to 8 devices can, these are 1"),
             (vec![replicas], "has no replicas"),
+            (vec![guided(3)], "guidance_devices is 3; guidance has two branches"),
+            (vec![ModelSpec { tensor_parallel: NonZeroUsize::new(2), ..guided(2) }], "guidance_devices of others"),
             (vec![ModelSpec { on_demand: true, ..model("a", "", 2) }], "is loaded when the server starts, and stays"),
             (vec![model("a", "cuda:0 cuda:1", 2), model("b", "cuda:1", 0)], "model `b`: cuda:1 is one of the devices"),
             (vec![model("a", "cuda:0 cuda:1", 2), model("b", "cuda:1 cuda:2", 2)], "share model `a`"),

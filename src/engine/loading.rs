@@ -47,6 +47,8 @@ struct Assigned {
     models: Vec<(ModelSpec, Arc<Places>)>,
     /// Of which it has a part that others lead.
     parts: Vec<ModelSpec>,
+    /// Most bytes that models and sessions may take: those of the smallest of the devices that share one.
+    most_bytes: usize,
 }
 
 /// Loads models onto the devices of the options.
@@ -74,8 +76,12 @@ pub(super) fn load(
         let (own, parts): (Vec<usize>, Vec<usize>) = here.partition(is_loaded_here);
         let own = own.into_iter().map(|model| (models[model].clone(), queues[model].clone())).collect();
         let parts = parts.into_iter().map(|model| models[model].clone()).collect();
+        let sharing =
+            assigned.iter().zip(&models).find(|(on, spec)| !spec.sharing().is_empty() && on.contains(&device));
+        let smallest = |(on, _): (&Vec<usize>, _)| on.iter().map(|device| capacity_bytes[*device]).min();
+        let most_bytes = sharing.and_then(smallest).unwrap_or(usize::MAX);
         // An error means that the thread has ended, which is heard of next.
-        let _ = opening.models.send(Assigned { models: own, parts });
+        let _ = opening.models.send(Assigned { models: own, parts, most_bytes });
         starting.push(opening.starting);
     }
     let mut ready = finish(&names, &options.devices, starting)?;
@@ -207,7 +213,8 @@ fn open(
         };
         let _ = tell.send(Ok(capacity_bytes));
         let stopped = |_| EngineError::Thread("it was not wanted any more".into());
-        let Assigned { models, parts } = assigned.recv().map_err(stopped)?;
+        let Assigned { models, parts, most_bytes } = assigned.recv().map_err(stopped)?;
+        let capacity_bytes = capacity_bytes.min(most_bytes);
         let part_bytes = |part| Ok(choice(part, device, &options)?.sizes(TextEncoders::Resident).resident_bytes);
         let parts_bytes = parts.iter().map(part_bytes).sum::<Result<usize, EngineError>>()?;
         let told = |model: &str, component: &str| {
@@ -235,7 +242,9 @@ fn load_models(
     let mut free_bytes = capacity_bytes;
     let mut loaded = Vec::with_capacity(models.len());
     for ((model, queue), text_encoders) in models.into_iter().zip(text_encoders) {
-        let tensor_parallel = model.sharing().to_vec();
+        let load = model.loaded_as(&options.load);
+        // What is encoded on both devices has its encoders on both.
+        let text_encoders = if model.guidance_devices.is_some() { TextEncoders::Resident } else { text_encoders };
         let ModelSpec { name, source, prompt_lookup, .. } = model;
         if text_encoders == TextEncoders::OnDemand {
             tracing::info!(
@@ -247,7 +256,7 @@ fn load_models(
         let mut on_component = |component: &str| on_component(&name, component);
         let is_of_text = prompt_lookup.is_some();
         let prompt_lookup = prompt_lookup.unwrap_or(options.load.prompt_lookup);
-        let load = LoadOptions { text_encoders, prompt_lookup, tensor_parallel, ..options.load.clone() };
+        let load = LoadOptions { text_encoders, prompt_lookup, ..load };
         let fits = Fits { device, weight_dtype: options.weight_dtype, free_bytes, is_of_text };
         match fits.load(&source, placement, &load, &mut on_component) {
             Ok(model) => {
@@ -280,6 +289,7 @@ pub fn plan(models: &[ModelSpec], options: &EngineOptions) -> Result<Vec<Planned
         let specs: Vec<&ModelSpec> = here.map(|model| &models[model]).collect();
         let text_encoders = place_text_encoders(&specs, *device, options, capacity_bytes)?;
         let sizes = specs.iter().zip(text_encoders).map(|(model, text_encoders)| {
+            let text_encoders = if model.sharing().is_empty() { text_encoders } else { TextEncoders::Resident };
             Ok((model.name.clone(), choice(model, *device, options)?.sizes(text_encoders)))
         });
         Ok(Planned { device: *device, capacity_bytes, models: sizes.collect::<Result<_, EngineError>>()? })
@@ -305,6 +315,7 @@ fn assign(
     let mut misfit = None;
     for text_encoders in ways {
         let sized = |(mut wanted, choices): (Wanted, Vec<Choice>)| {
+            let text_encoders = if wanted.is_alone { TextEncoders::Resident } else { text_encoders };
             wanted.sizes = choices.iter().map(|choice| choice.sizes(text_encoders)).collect();
             wanted
         };
@@ -340,7 +351,8 @@ fn check_parts(
             return Err(EngineError::Load { model: model.name.clone(), source: Box::new(source) });
         }
         for &device in &wanted.devices {
-            let (needed_bytes, free_bytes) = (wanted.sizes[device].resident_bytes, capacity_bytes[device]);
+            let Sizes { resident_bytes, request_bytes } = wanted.sizes[device];
+            let (needed_bytes, free_bytes) = (resident_bytes.saturating_add(request_bytes), capacity_bytes[device]);
             if needed_bytes > free_bytes {
                 let (model, device) = (model.name.clone(), options.devices[device]);
                 return Err(EngineError::NoRoomForPart { model, device, needed_bytes, free_bytes });
@@ -381,7 +393,7 @@ fn wanted(model: &ModelSpec, options: &EngineOptions) -> Result<(Wanted, Vec<Cho
             choices.push(known);
         }
     }
-    let is_alone = model.tensor_parallel.is_some();
+    let is_alone = model.num_sharing().is_some();
     Ok((Wanted { sizes: Vec::new(), devices, replicas, is_alone }, choices))
 }
 
@@ -393,7 +405,7 @@ fn choice(model: &ModelSpec, device: DeviceSpec, options: &EngineOptions) -> Res
 
 /// How a model is looked at before it is loaded onto a device.
 fn inspected_as(model: &ModelSpec, device: DeviceSpec, options: &EngineOptions) -> (LoadOptions, Placement) {
-    let load = LoadOptions { tensor_parallel: model.sharing().to_vec(), ..options.load.clone() };
+    let load = model.loaded_as(&options.load);
     (load, Placement::in_host_memory(device, options.weight_dtype))
 }
 

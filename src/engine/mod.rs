@@ -67,6 +67,9 @@ pub struct ModelSpec {
     pub replicas: Option<NonZeroUsize>,
     /// How many devices share it, which then have no other model; `None` where each of its devices has all of it.
     pub tensor_parallel: Option<NonZeroUsize>,
+    /// Of a model of pictures or clips: 2, where one device predicts the positive and another the negative branch of guidance. They have
+    /// no other model.
+    pub guidance_devices: Option<NonZeroUsize>,
     /// How its tokens are guessed, if at all; `None` leaves that to the options of all models.
     pub prompt_lookup: Option<Option<PromptLookup>>,
     /// Whether it is loaded when it is asked for, and not at the start.
@@ -84,6 +87,7 @@ impl ModelSpec {
             devices: Vec::new(),
             replicas: None,
             tensor_parallel: None,
+            guidance_devices: None,
             prompt_lookup: None,
             on_demand: false,
             idle_unload: None,

@@ -4,12 +4,16 @@
 //! pipeline.
 
 use crate::card::ModelCard;
-use crate::checkpoint::{Build, Manifest, OpenWeights};
+use crate::checkpoint::{Build, Manifest, Mode, OpenWeights};
+use crate::device::DeviceSpec;
 use crate::diffusion::DiffusionCard;
 use crate::diffusion::tiling::VaeTiling;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::family::{LoadOptions, LoadedModel};
 use crate::lora::Adapters;
+use crate::parallel::{Followers, Seat, check_devices};
+use crate::quietly::quietly;
+use crate::runner::diffusion::beside::{self, Ask, DeviceBeside};
 use crate::runner::diffusion::on_demand::OnDemand;
 use crate::runner::diffusion::retry::reread_in_f32;
 use crate::runner::diffusion::{DiffusionModel, DiffusionRunner};
@@ -37,6 +41,13 @@ pub(super) fn load<M: DiffusionModel + 'static>(
     options: &LoadOptions,
     parts: impl FnOnce(&mut M) -> Parts<'_>,
 ) -> Result<LoadedModel> {
+    let beside = match options.guidance_devices.as_slice() {
+        [] => None,
+        devices => {
+            check_two(devices)?;
+            (!open.is_dry()).then(|| begin_beside(build, devices, open, options)).transpose()?
+        }
+    };
     let mut model = build(manifest, open)?;
     let Parts { card, adapters, fixed_bytes } = parts(&mut model);
     card.loras = adapters.open_folder(open.source().loras.as_deref(), options.lora_cache_bytes)?;
@@ -44,11 +55,47 @@ pub(super) fn load<M: DiffusionModel + 'static>(
     let keeps_frames = open.placement().device.is_cpu();
     card.tiling = card.tiling.map(|tiling| VaeTiling { keeps_frames, ..tiling });
     let card = card.clone();
+    let beside = beside.map(|followers| followers.ready().map(|()| DeviceBeside::new(followers))).transpose()?;
+    let mut identity = open.identity(manifest)?;
+    if let (Some(identity), true) = (&mut identity, beside.is_some()) {
+        // Rows of two passes may be rounded otherwise than those of one.
+        identity.device.push_str(", guidance on two");
+    }
     let runner = DiffusionRunner::new(model, options.max_denoise_rows)
+        .with_device_beside(beside)
         .keeping_frames(keeps_frames)
-        .identified_as(open.identity(manifest)?)
+        .identified_as(identity)
         .with_text_encoders(open.lent().map(|parts| OnDemand::new(parts, build)))
         .retrying(reread_in_f32(open.reread(), build));
     // What is widened in a step is in the plan of its session.
     Ok(LoadedModel { card: ModelCard::Diffusion(card), resident_bytes, widened_bytes: 0, runner: Box::new(runner) })
+}
+
+/// There are two branches.
+fn check_two(devices: &[DeviceSpec]) -> Result<()> {
+    check_devices(devices)?;
+    match devices.len() {
+        2 => Ok(()),
+        count => Err(Error::Device(format!("guidance has two branches, which {count} devices cannot share"))),
+    }
+}
+
+/// Begins to load the whole model on the second of these devices, on a thread of its own.
+fn begin_beside<M: DiffusionModel + 'static>(
+    build: Build<M>,
+    devices: &[DeviceSpec],
+    open: &OpenWeights<'_>,
+    options: &LoadOptions,
+) -> Result<Followers<Ask>> {
+    let (source, format) = (open.source().clone(), options.load_format);
+    let dtypes = open.placement().in_memory_of_the_host();
+    let make = move |seat: Seat| {
+        let placement = dtypes.opened_on(seat.spec())?;
+        let on_component = &mut |_: &str| ();
+        let mut open = OpenWeights::new(&source, &placement, Mode::Load, format, on_component);
+        // Its warnings are given by the first device.
+        let model = quietly(|| build(&Manifest::read(&source)?.in_format(format), &mut open))?;
+        Ok(beside::follow(model, placement.device.clone()))
+    };
+    Ok(Followers::start(devices, make)?.1)
 }

@@ -88,6 +88,15 @@ impl<C: Debug + Clone + Send + 'static> Followers<C> {
     /// Has all ranks do what `command` says, the leading one by `lead`. An error or a panic of any rank ends the group; it is said
     /// now and from now on.
     pub fn together<T>(&self, command: &C, lead: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.tell(command)?;
+        guarded(lead).map_err(|error| {
+            self.leader.fail(&error);
+            self.problem().unwrap_or(error)
+        })
+    }
+
+    /// Has the ranks that follow do what `command` says, and does not wait for it.
+    pub fn tell(&self, command: &C) -> Result<()> {
         if let Some(problem) = self.problem() {
             return Err(problem);
         }
@@ -95,10 +104,7 @@ impl<C: Debug + Clone + Send + 'static> Followers<C> {
             // An error means that its thread has ended, which the exchange knows.
             let _ = follower.commands.as_ref().map(|commands| commands.send(command.clone()));
         }
-        guarded(lead).map_err(|error| {
-            self.leader.fail(&error);
-            self.problem().unwrap_or(error)
-        })
+        Ok(())
     }
 
     /// Why the group computes nothing any more, if so.

@@ -17,6 +17,7 @@ use crate::session_checkpoint::{Identity, SessionCheckpoint};
 
 pub mod adapting;
 pub mod batcher;
+pub mod beside;
 pub mod block_cache;
 pub mod course;
 mod denoising;
@@ -40,6 +41,7 @@ pub mod start;
 mod tests;
 
 use batcher::{Batch, Batcher, Layers, Load, MendKey, StepKey};
+use beside::{DeviceBeside, RowBeside};
 use block_cache::{BlockCache, RowCache};
 use course::Expert;
 use mending::Wide;
@@ -61,6 +63,8 @@ pub struct DiffusionRunner<M: DiffusionModel> {
     model: M,
     /// Where its text encoders are, if not on the device all the time.
     text_encoders: Option<OnDemand<M>>,
+    /// A second device, which predicts negative branches while this one predicts positive ones.
+    beside: Option<DeviceBeside>,
     /// Reads a second one where this one is too narrow.
     in_f32: Option<InF32<M>>,
     /// What was read or is being read in f32.
@@ -93,6 +97,7 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         Self {
             model,
             text_encoders: None,
+            beside: None,
             in_f32: None,
             wide: BTreeMap::new(),
             identity: None,
@@ -109,6 +114,11 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// With the text encoders of another model, if they are not this one's.
     pub fn with_text_encoders(self, text_encoders: Option<OnDemand<M>>) -> Self {
         Self { text_encoders, ..self }
+    }
+
+    /// With a second device for guidance branches.
+    pub fn with_device_beside(self, beside: Option<DeviceBeside>) -> Self {
+        Self { beside, ..self }
     }
 
     /// Work that is not finite is done once more by the model that `in_f32` reads.
@@ -212,6 +222,9 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// Forgets a session; what it alone held is free afterwards.
     fn forget(&mut self, id: SessionId) -> bool {
         let was_there = self.sessions.remove(&id).is_some();
+        if let Some(beside) = &mut self.beside {
+            beside.forget(id);
+        }
         self.release_passes();
         self.release_wide();
         self.release_text_encoders();
@@ -231,10 +244,21 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
     /// The guided prediction of each session.
     fn predict(&mut self, ids: &[SessionId]) -> Result<Vec<Tensor>> {
         let mut caches: Vec<_> = ids.iter().map(|id| self.take_caches(*id)).collect();
+        ids.iter().try_for_each(|id| self.begin_beside(*id))?;
         let sessions: Vec<&Session<M>> = ids.iter().map(|id| self.session(*id)).collect();
         // The members of a step have the same one.
         let expert = sessions[0].denoising().expert();
-        let rows: Vec<_> = sessions.iter().flat_map(|session| session.denoising().rows(&session.request)).collect();
+        let (mut rows, mut rows_beside, mut goes_beside) = (Vec::new(), Vec::new(), Vec::new());
+        for (id, session) in ids.iter().zip(&sessions) {
+            let is_shared = self.beside.is_some() && DeviceBeside::takes(&session.request);
+            for (branch, row) in session.denoising().rows(&session.request).enumerate() {
+                goes_beside.push(is_shared && branch > 0);
+                match is_shared && branch > 0 {
+                    true => rows_beside.push(RowBeside { session: *id, branch, row }),
+                    false => rows.push(row),
+                }
+            }
+        }
         let of_rows = sessions.iter().zip(&mut caches).flat_map(|(session, caches)| {
             let step = session.denoising().step();
             caches.iter_mut().take(session.num_rows()).map(move |cache| RowCache { cache, step })
@@ -243,14 +267,28 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
         // Each session has reserved the work of as many rows as it has branches at once.
         let reserved: usize = sessions.iter().map(|session| session.branches_at_once).sum();
         let rows_at_once = reserved.min(self.max_rows);
-        let predictions = predict_in_passes(&self.model, expert, &rows, rows_at_once, &mut caches_of_rows)?;
-        let mut predictions = predictions.into_iter();
+        let beside = self.beside.as_ref().filter(|_| !rows_beside.is_empty());
+        let coming = beside.map(|beside| beside.ask(expert, &rows_beside, rows_at_once)).transpose()?;
+        let own = predict_in_passes(&self.model, expert, &rows, rows_at_once, &mut caches_of_rows)?;
+        let others = match (beside, coming) {
+            (Some(beside), Some(coming)) => beside.take(coming, rows_beside[0].row.latents.device())?,
+            _ => Vec::new(),
+        };
+        let (mut own, mut others) = (own.into_iter(), others.into_iter());
+        let mut predictions =
+            goes_beside.into_iter().filter_map(|is_other| if is_other { others.next() } else { own.next() });
         let guided =
             sessions.iter().map(|session| session.denoising().guided(&mut predictions, &session.request)).collect();
         for (id, caches) in ids.iter().zip(caches) {
             self.session_mut(*id).denoising_mut().caches = caches;
         }
         guided
+    }
+
+    /// Lets the second device know of a session.
+    fn begin_beside(&mut self, id: SessionId) -> Result<()> {
+        let Self { beside: Some(beside), sessions, .. } = self else { return Ok(()) };
+        beside.begin(id, &sessions.get(&id).expect(MEMBERS_EXIST).request)
     }
 
     /// The caches of a session, which it gets back after its step: rows are read while caches are written.
@@ -331,6 +369,10 @@ impl<M: DiffusionModel> DiffusionRunner<M> {
             let session = self.sessions.get_mut(id).expect(MEMBERS_EXIST);
             if !std::mem::replace(&mut session.started, true) {
                 events.emit(*id, Event::Started);
+                if let Some(beside) = &mut self.beside {
+                    // It encodes meanwhile. Where it has ended the first denoising step says so.
+                    let _ = beside.begin(*id, &session.request);
+                }
             }
         }
     }
@@ -503,6 +545,10 @@ impl<M: DiffusionModel> Runner for DiffusionRunner<M> {
         members.retain(|id| self.forget(*id));
         members.iter().for_each(|id| self.batcher.remove(*id));
         members
+    }
+
+    fn problem(&self) -> Option<Error> {
+        self.beside.as_ref().and_then(DeviceBeside::problem)
     }
 
     fn status(&self) -> RunnerStatus {

@@ -20,6 +20,7 @@ mod flux;
 mod given_steps;
 mod gpu;
 mod guidance;
+mod guidance_devices;
 mod held;
 mod hidden_states;
 mod hunyuan_video;

@@ -15,6 +15,7 @@ use crate::request::{Frame, Mask, TextRequest};
 use crate::rng::TorchGenerator;
 use crate::solver::names::Scheduler;
 
+mod beside;
 mod experts;
 mod failures;
 mod inputs;
