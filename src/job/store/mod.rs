@@ -36,6 +36,8 @@ mod conformance;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
+mod outage;
+#[cfg(test)]
 mod simulation;
 
 pub use memory::MemoryStore;

@@ -135,7 +135,14 @@ async fn listen(shared: Arc<Shared>) {
 
 /// What the server says, as ours (<https://www.postgresql.org/docs/15/errcodes-appendix.html>).
 fn failure(error: sqlx::Error) -> StoreError {
-    let sqlx::Error::Database(told) = &error else { return StoreError::Unavailable(error.to_string()) };
+    let told = match &error {
+        sqlx::Error::Database(told) => told,
+        sqlx::Error::PoolTimedOut => {
+            let told = format!("there was no connection to it within {} s", CONNECT_TIMEOUT.as_secs());
+            return StoreError::Unavailable(told);
+        }
+        _ => return StoreError::Unavailable(error.to_string()),
+    };
     let code = told.code().unwrap_or_default();
     match (&*code, code.get(..2).unwrap_or_default()) {
         ("53100", _) => StoreError::DiskFull,
