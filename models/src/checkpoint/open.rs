@@ -214,10 +214,12 @@ impl<'a> OpenWeights<'a> {
         Some(LentComponents::new(components, self.lent_bytes(), self.reread()))
     }
 
-    /// What names all that results depend on beside requests, once all components have been opened; `None` of an inspection.
+    /// What names all that results depend on beside requests, once all components have been opened; `None` of an inspection, and
+    /// of random weights on a GPU, which draws others each time.
     /// Of each tensor a few bytes are looked at: no more is read for it than a page of the file.
     pub fn identity(&self, manifest: &Manifest) -> Result<Option<Identity>> {
-        if self.is_dry() {
+        let is_random = self.opened.iter().any(|(_, weights)| weights.is_dummy());
+        if self.is_dry() || (is_random && self.placement.is_gpu()) {
             return Ok(None);
         }
         let mut digest = Sha256::new();
