@@ -20,8 +20,12 @@ fn state() -> Writer {
     state.count(7);
     state.number(0.1);
     state.tensor(&tensor()).expect("f32");
-    state.option(Some(3), |writer, value| Ok(writer.count(value))).expect("written");
-    state.option(None::<usize>, |writer, value| Ok(writer.count(value))).expect("written");
+    let count = |writer: &mut Writer, value| {
+        writer.count(value);
+        Ok(())
+    };
+    state.option(Some(3), count).expect("written");
+    state.option(None, count).expect("written");
     state
 }
 
@@ -47,7 +51,7 @@ fn what_was_written_is_read_with_all_its_bits() {
     assert_eq!(back.frames_done(), 5);
     let mut reader = back.state_for(&identity(), REQUEST).expect("its own");
     read(back.state_for(&identity(), REQUEST).expect("its own")).expect("the state");
-    (reader.count().expect("7"), reader.number().expect("0.1"));
+    assert_eq!((reader.count().expect("a count"), reader.number().expect("a number")), (7, 0.1));
     let bits = |tensor: Tensor| -> Vec<u32> {
         tensor.flatten_all().and_then(|all| all.to_vec1::<f32>()).expect("f32").into_iter().map(f32::to_bits).collect()
     };
