@@ -133,7 +133,9 @@ impl Twice {
         for steps in 0..phases.len() {
             let mut said = Said::default();
             first.submit(ID, Request::Diffusion(request.clone())).unwrap();
-            (0..steps).for_each(|_| drop(step(&mut **first, |_, event| said.hear(event))));
+            for _ in 0..steps {
+                step(&mut **first, |_, event| said.hear(event));
+            }
             let checkpoint = first.checkpoint(ID).unwrap();
             first.cancel(ID);
             let is_before = matches!(phases[steps], Phase::Load | Phase::Encode | Phase::VaeEncode);
@@ -171,7 +173,9 @@ impl Twice {
             first.submit(SessionId(id as u64), Request::Diffusion(request.clone())).unwrap();
             step(&mut **first, &mut hear);
         }
-        (0..steps).for_each(|_| drop(step(&mut **first, &mut hear)));
+        for _ in 0..steps {
+            step(&mut **first, &mut hear);
+        }
         for (id, request) in requests.iter().enumerate() {
             let id = SessionId(id as u64);
             let checkpoint = first.checkpoint(id).unwrap().expect("all have begun to denoise");
