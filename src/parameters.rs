@@ -44,6 +44,11 @@ impl EffectiveParameters {
         Self { options: self.options.clone().with(&SEED, seed), ..self.clone() }
     }
 
+    /// The values.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// What a client would say to have the same image again.
     pub fn into_options(self) -> Options {
         self.options

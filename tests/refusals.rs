@@ -307,18 +307,20 @@ async fn unknown_paths_and_methods_have_the_same_shape() {
 async fn a_full_queue_says_when_to_come_back() {
     let server = start(Setup { max_queued_sessions: 2, max_batch: 1, ..Setup::default() }).await;
     server.hold.store(true, std::sync::atomic::Ordering::Relaxed);
-    let body = json!({"model": "clips", "prompt": "x", "num_inference_steps": 1000});
+    let body = json!({"model": "pictures", "prompt": "x", "num_inference_steps": 1000});
+    let picture = || crate::support::request("POST", "/v1/images/generations", "application/json", body.to_string());
     // One runs; two wait.
+    let mut waiting = Vec::new();
     for running in 1..=3 {
-        server.post("/v1/videos", &body).await.expect(200);
+        waiting.push(tokio::spawn(crate::support::send(server.address, picture())));
         server.wait_for_live(running).await;
         if running == 1 {
-            while server.engine.status().models[2].queued > 0 {
+            while server.engine.status().models[1].queued > 0 {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             }
         }
     }
-    let full = server.post("/v1/videos", &body).await;
+    let full = server.post("/v1/images/generations", &body).await;
     assert_eq!(refusal(&full), (429, String::new(), "queue_full".into()));
     assert_eq!(full.header("retry-after"), "1");
     // Another model's queue is its own.

@@ -20,6 +20,10 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Prefill, Self::Decode, Self::Load, Self::Encode, Self::VaeEncode, Self::Denoise, Self::VaeDecode];
+
     /// Lower-case name for events, logs and metric labels.
     pub fn as_str(self) -> &'static str {
         match self {

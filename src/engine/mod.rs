@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tale_models::device::{DeviceSpec, WeightDtype};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::family::{LoadOptions, TextEncoders};
 use tale_models::runner::RunnerStatus;
 use tale_models::runner::text::lookup::PromptLookup;
@@ -442,6 +443,12 @@ impl Engine {
         let model = self.model(model)?;
         let place = model.replicas.queue().take_further(client);
         self.send(&model, client, request, place, options.into())
+    }
+
+    /// Device time that a request is expected to take on the fastest of its model's devices, in seconds; `None` while nothing is known
+    /// of them.
+    pub fn predicted_seconds(&self, model: &str, request: &DiffusionRequest) -> Option<f64> {
+        self.model(model).ok()?.replicas.predicted_seconds(&Request::Diffusion(request.clone()))
     }
 
     fn index(&self, name: &str) -> Result<usize, EngineError> {

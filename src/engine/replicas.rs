@@ -81,6 +81,13 @@ impl Replicas {
         self.on.iter().any(|replica| replica.gauges.device.is_alive())
     }
 
+    /// What a request is expected to take where it is fastest; `None` while nothing is known of any device.
+    pub(super) fn predicted_seconds(&self, request: &Request) -> Option<f64> {
+        let alive = self.on.iter().filter(|replica| replica.gauges.device.is_alive());
+        let expected = alive.filter_map(|replica| replica.gauges.rates().predict(request, 0));
+        expected.min_by(f64::total_cmp)
+    }
+
     /// The replica for a request, whose device has it in its backlog from then on; `None` where no device is left.
     pub(super) fn choose(&self, client: ClientId, request: &Request, prefix_cache: PrefixCache) -> Option<Chosen> {
         let beginnings = match request {

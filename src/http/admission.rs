@@ -17,11 +17,12 @@ use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
+use tale_models::diffusion::DiffusionRequest;
 use tale_models::{ClientId, ModelCard};
 
 use super::AppState;
 use super::error::ApiError;
-use crate::engine::{Engine, EngineError, EngineStatus, MayBegin, ModelReport, ServedModel, Session};
+use crate::engine::{Engine, EngineError, EngineStatus, ModelReport, ServedModel, Session};
 use crate::places::{Place, Places};
 use crate::telemetry;
 
@@ -51,6 +52,11 @@ impl Served {
     /// The model with this name, if it is there, or the error that names those there are.
     pub(super) fn model(&self, name: &str) -> Result<Arc<ServedModel>, ApiError> {
         Ok(self.0.model(name)?)
+    }
+
+    /// Device time that a request is expected to take in seconds, where that is known.
+    pub(super) fn predicted_seconds(&self, model: &str, request: &DiffusionRequest) -> Option<f64> {
+        self.0.predicted_seconds(model, request)
     }
 
     /// Whether a device lives.
@@ -115,44 +121,9 @@ impl Admitted {
         self.client
     }
 
-    /// The way to the engine for the parts of this request's work after the first.
-    pub(super) fn further(&self) -> Further {
-        Further { engine: self.engine.clone(), client: self.client }
-    }
-
     /// Gives work to the engine.
     pub(super) fn submit(&self, model: &str, request: tale_models::Request) -> Result<Session, ApiError> {
         Ok(self.engine.0.submit(model, self.client, request)?)
-    }
-
-    /// Gives work to the engine that begins only if `may_begin` agrees when its turn comes.
-    pub(super) fn submit_if(
-        &self,
-        model: &str,
-        request: tale_models::Request,
-        may_begin: MayBegin,
-    ) -> Result<Session, ApiError> {
-        Ok(self.engine.0.submit_if(model, self.client, request, Some(may_begin))?)
-    }
-}
-
-/// The way to the engine for work of several parts, one after the other, that goes on when its request is answered: it holds no
-/// place among the requests.
-#[derive(Debug, Clone)]
-pub(super) struct Further {
-    engine: Served,
-    client: ClientId,
-}
-
-impl Further {
-    /// Gives the next part to the engine, after the part before has ended.
-    pub(super) fn submit_if(
-        &self,
-        model: &str,
-        request: tale_models::Request,
-        may_begin: MayBegin,
-    ) -> Result<Session, EngineError> {
-        self.engine.0.submit_further(model, self.client, request, Some(may_begin))
     }
 }
 

@@ -86,17 +86,23 @@ pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<
     }
 }
 
-/// The options of a body with its images decoded, and the memory of these. Frames of videos are read from their files.
+/// Reads frames of videos that a body names from their files.
+pub(super) async fn fetch_frames(state: &AppState, given: &mut Given, held: &mut Held) -> Result<(), ApiError> {
+    for (name, upload) in given.uploads_mut() {
+        if let Upload::Frame(frame) = upload {
+            *upload = Upload::File(stored::fetch_frame(state, &name, frame, held).await?);
+        }
+    }
+    Ok(())
+}
+
+/// The options of a body with its images decoded, and the memory of these.
 pub(super) async fn decoded(state: &AppState, mut given: Given, mut held: Held) -> Result<(Options, Held), ApiError> {
     if !given.has_files() {
         held.shrink_to(0);
         return Ok((given.options, held));
     }
-    for (name, upload) in given.uploads_mut() {
-        if let Upload::Frame(frame) = upload {
-            *upload = Upload::File(stored::fetch_frame(state, &name, frame, &mut held).await?);
-        }
-    }
+    fetch_frames(state, &mut given, &mut held).await?;
     let _permit = DECODING.acquire().await.map_err(|_| ApiError::internal("decoding has ended"))?;
     let decode = move |cancelled: &CancelToken| given.decode(&mut held, cancelled).map(|options| (options, held));
     state.compute().run(DECODING_COST, decode).await?

@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::compute::ComputeError;
 use crate::engine::EngineError;
 use crate::job::UnknownJob;
-use crate::job::board::StoreFull;
 use crate::job::failure::INSUFFICIENT_STORAGE;
+use crate::job::node::NodeError;
 use crate::job::output::StorageProblem;
+use crate::job::store::StoreError;
 use crate::media::MediaError;
 
 /// Seconds after which a client may try again when a queue was full.
@@ -333,9 +334,38 @@ impl From<MediaError> for ApiError {
     }
 }
 
-impl From<StoreFull> for ApiError {
-    fn from(error: StoreFull) -> Self {
-        Self::busy(error.to_string())
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let message = error.to_string();
+        match error {
+            StoreError::Unknown => UnknownJob.into(),
+            StoreError::Full(_) => Self::busy(message),
+            StoreError::WrongState { .. } => Self::new(StatusCode::CONFLICT, "wrong_state", message),
+            StoreError::KeyReused => Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message),
+            StoreError::DiskFull => Self::new(StatusCode::INSUFFICIENT_STORAGE, INSUFFICIENT_STORAGE, message),
+            // The database's own words are for the log.
+            StoreError::Unavailable(_) => {
+                tracing::warn!(%error, "a request could not be answered");
+                Self::unready("store_unavailable", "the job store does not answer; try again")
+            }
+            StoreError::Fenced | StoreError::NewerSchema { .. } | StoreError::InUse { .. } | StoreError::Damaged(_) => {
+                tracing::error!(%error, "the job store cannot be used");
+                Self::internal("the job store cannot be used")
+            }
+        }
+    }
+}
+
+impl From<NodeError> for ApiError {
+    fn from(error: NodeError) -> Self {
+        match error {
+            NodeError::Store(error) => error.into(),
+            NodeError::Storage(problem) => problem.into(),
+            NodeError::Spec(error) => {
+                tracing::error!(%error, "a job cannot be shown");
+                Self::internal(&error.to_string())
+            }
+        }
     }
 }
 

@@ -55,7 +55,7 @@ pub(super) async fn metrics(State(state): State<AppState>) -> Response {
     if let Some(engine) = state.loaded_engine() {
         telemetry::publish_engine(&engine.status());
     }
-    telemetry::publish_jobs(state.jobs().num_active());
+    telemetry::publish_jobs(state.jobs().num_active().await);
     let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     (content_type, telemetry::metrics_handle().render()).into_response()
 }

@@ -27,8 +27,10 @@ use self::connections::Routes;
 use self::error::ApiError;
 use crate::compute::Compute;
 use crate::engine::Engine;
-use crate::job::board::{JobStore, MemoryStore, Retention};
+use crate::job::node::{Node, NodeOptions};
+use crate::job::objects::Objects;
 use crate::job::output::{DEFAULT_MIN_FREE_BYTES, OutputDir};
+use crate::job::store::{MemoryStore, Retention};
 use crate::telemetry;
 
 mod admission;
@@ -46,6 +48,7 @@ mod jobs;
 mod models;
 mod openai;
 pub mod openapi;
+mod pages;
 mod parameters;
 mod path;
 mod peer;
@@ -128,7 +131,7 @@ pub struct AppState(Arc<Shared>);
 struct Shared {
     /// Set once the models are loaded.
     engine: OnceLock<Served>,
-    jobs: Arc<dyn JobStore>,
+    jobs: Node,
     outputs: Arc<OutputDir>,
     admission: Admission,
     body_memory: BodyMemory,
@@ -140,22 +143,35 @@ struct Shared {
 }
 
 impl AppState {
-    /// A server without an engine: it answers, and is not ready.
+    /// A server without an engine: it answers, and is not ready. Its jobs end with it.
     pub fn new(options: ServerOptions) -> io::Result<Self> {
+        let node = NodeOptions {
+            name: "this process".into(),
+            store: Arc::new(MemoryStore::new(options.retention)),
+            objects: Objects::in_memory(),
+            is_durable: false,
+            is_shared: false,
+        };
+        Self::with_jobs(options, node)
+    }
+
+    /// The same, whose jobs live where `node` says.
+    pub fn with_jobs(options: ServerOptions, node: NodeOptions) -> io::Result<Self> {
         // Before the first request and the first step, so that none goes uncounted.
         telemetry::metrics_handle();
         let outputs = match &options.output_dir {
             Some(path) => OutputDir::at(path, options.min_free_disk_bytes),
             None => OutputDir::temporary(options.min_free_disk_bytes),
         };
-        let outputs = outputs.map_err(io::Error::other)?;
+        let outputs = Arc::new(outputs.map_err(io::Error::other)?);
+        let compute = Compute::new(options.compute_threads, options.max_requests.saturating_add(MAX_WAITING_WORK))?;
         Ok(Self(Arc::new(Shared {
             engine: OnceLock::new(),
-            jobs: Arc::new(MemoryStore::new(options.retention)),
-            outputs: Arc::new(outputs),
+            jobs: Node::new(node, outputs.clone(), compute.clone()),
+            outputs,
             admission: Admission::new(options.max_requests),
             body_memory: BodyMemory::new(options.max_body_memory),
-            compute: Compute::new(options.compute_threads, options.max_requests.saturating_add(MAX_WAITING_WORK))?,
+            compute,
             cors_origins: options.cors_origins,
             allowed_hosts: options.allowed_hosts,
             connections: options.connections,
@@ -163,11 +179,12 @@ impl AppState {
         })))
     }
 
-    /// The models are loaded: work is taken from now on. Only the first call counts.
+    /// The models are loaded: work is taken from now on, and jobs are made on the runtime that this is called on. Only the first call counts.
     pub fn set_engine(&self, engine: Engine) {
-        if self.0.engine.set(Served::new(engine)).is_err() {
-            tracing::warn!("the engine was set already");
+        if self.0.engine.set(Served::new(engine.clone())).is_err() {
+            return tracing::warn!("the engine was set already");
         }
+        self.0.jobs.work(engine);
     }
 
     /// Removes the folder of finished clips if it is this process's alone; for an end that waits for nothing.
@@ -192,7 +209,7 @@ impl AppState {
         self.0.engine.get()
     }
 
-    fn jobs(&self) -> &Arc<dyn JobStore> {
+    fn jobs(&self) -> &Node {
         &self.0.jobs
     }
 
@@ -212,8 +229,8 @@ impl AppState {
         &self.0.compute
     }
 
-    fn is_idle(&self) -> bool {
-        self.0.admission.in_flight() == 0 && self.0.jobs.num_active() == 0
+    async fn is_idle(&self) -> bool {
+        self.0.admission.in_flight() == 0 && self.0.jobs.is_idle().await
     }
 }
 
@@ -244,6 +261,11 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
         ("/v1/videos/{id}/remix", post(videos::remix)),
         ("/v1/videos/{id}", get(videos::retrieve).delete(videos::delete)),
         ("/v1/videos/{id}/content", get(videos::content)),
+        ("/v1/jobs", get(jobs::list)),
+        ("/v1/jobs/{id}", get(jobs::retrieve)),
+        ("/v1/jobs/{id}/cancel", post(jobs::cancel)),
+        ("/v1/jobs/{id}/retry", post(jobs::retry)),
+        ("/v1/jobs/{id}/priority", post(jobs::prioritise)),
         ("/v1/jobs/{id}/events", get(jobs::events)),
         ("/v1/models", get(models::list)),
         ("/v1/models/{*id}", get(models::retrieve)),
@@ -333,8 +355,12 @@ async fn watch_disk(outputs: Arc<OutputDir>) {
 async fn drain_work(state: &AppState, drain: Duration) {
     state.0.draining.store(true, Relaxed);
     let deadline = tokio::time::Instant::now() + drain;
-    tracing::info!(in_flight = state.admission().in_flight(), jobs = state.jobs().num_active(), "draining");
-    while !state.is_idle() && tokio::time::Instant::now() < deadline {
+    let jobs = state.jobs().num_active().await;
+    tracing::info!(in_flight = state.admission().in_flight(), jobs, "draining");
+    if state.jobs().is_durable() {
+        state.jobs().hand_over().await;
+    }
+    while !state.is_idle().await && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(DRAIN_POLL).await;
     }
     let Some(engine) = state.loaded_engine().cloned() else { return };

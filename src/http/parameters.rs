@@ -108,6 +108,15 @@ impl Given {
         all
     }
 
+    /// The files of its images, each with its field; of those that lie here, once they are fetched.
+    pub(super) fn files(&self) -> Vec<(String, Bytes)> {
+        let all = self
+            .files
+            .iter()
+            .flat_map(|(declaration, uploads)| uploads.iter().map(|upload| (declaration.name, upload)));
+        all.filter_map(|(name, upload)| Some((name.to_owned(), upload.file()?.clone()))).collect()
+    }
+
     /// Whether there are images to decode.
     pub(super) fn has_files(&self) -> bool {
         !self.files.is_empty()

@@ -37,7 +37,7 @@ pub(super) fn write_data(buffer: &mut Vec<u8>, data: &impl Serialize) {
 }
 
 /// `id:`, `event:` and `data:`.
-pub(super) fn write_event(buffer: &mut Vec<u8>, id: usize, name: &str, data: &impl Serialize) {
+pub(super) fn write_event(buffer: &mut Vec<u8>, id: &str, name: &str, data: &impl Serialize) {
     buffer.extend_from_slice(format!("id: {id}\nevent: {name}\n").as_bytes());
     write_data(buffer, data);
 }

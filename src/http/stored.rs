@@ -11,10 +11,10 @@ use super::body::memory::Held;
 use super::body::upload::{End, FrameOf};
 use super::error::ApiError;
 use super::files::FileWork;
-use crate::job::encoder::Before;
-use crate::job::files::{ClipFiles, StoredFile};
+use crate::job::files::ClipFiles;
+use crate::job::prepare::{open_before, read};
 use crate::job::{Job, JobId, JobState};
-use crate::media::{OpenClip, Still, decode_picture};
+use crate::media::Still;
 
 /// Most of them that are read at a time.
 const MAX_READS: usize = 8;
@@ -39,8 +39,9 @@ pub(super) async fn fetch_frame(
     held: &mut Held,
 ) -> Result<Bytes, ApiError> {
     let field = format!("{name}.video_id");
-    let id = frame.video_id.parse::<JobId>().ok();
-    let job = id.and_then(|id| state.jobs().get(id)).ok_or_else(|| ApiError::field(&field, "names no video"))?;
+    let no_video = || ApiError::field(&field, "names no video");
+    let id = frame.video_id.parse::<JobId>().map_err(|_| no_video())?;
+    let job = state.jobs().get(id).await.map_err(|error| if error.is_unknown() { no_video() } else { error.into() })?;
     let files = completed(&job).map_err(|error| error.about(&field))?;
     let still = match frame.end {
         End::First => Still::First,
@@ -48,32 +49,15 @@ pub(super) async fn fetch_frame(
     };
     let file = files.still(still).cloned().ok_or_else(|| ApiError::removed().about(&field))?;
     held.add(usize::try_from(file.bytes).unwrap_or(usize::MAX))?;
-    READS.run(move || read(&file)).await?.map_err(|error| error.about(&field))
+    READS.run(move || read(&file)).await?.ok_or_else(|| ApiError::removed().about(&field))
 }
 
-/// A completed video to go on from, which has `num_frames`; the memory of its first frame is added to `held`.
-pub(super) async fn open(job: &Job, num_frames: usize, held: &mut Held) -> Result<Before, ApiError> {
-    let files = completed(job)?;
-    let (clip, first) = (files.clip.clone(), files.still(Still::First).cloned().ok_or_else(ApiError::removed)?);
-    let Canvas { width, height, .. } = job.request.canvas;
+/// Refuses a completed video whose files are not there to go on from; the memory of its first frame is held meanwhile.
+pub(super) async fn check_before(job: &Job, num_frames: usize, held: &mut Held) -> Result<(), ApiError> {
+    let (files, canvas) = (completed(job)?.clone(), job.spec.canvas());
+    let Canvas { width, height, .. } = canvas;
     held.add(3 * width * height)?;
-    let opened = READS.run(move || {
-        let is_as_made = std::fs::metadata(&clip.path).is_ok_and(|found| found.len() == clip.bytes);
-        let clip = OpenClip::open(&clip.path).ok().filter(|_| is_as_made).ok_or_else(ApiError::removed)?;
-        let first = decode_picture(&read(&first)?).map_err(|_| ApiError::removed())?.frame;
-        Ok(Before { clip, first, num_frames })
-    });
-    opened.await?
-}
-
-/// The bytes of a file that is as it was made.
-pub(super) fn read(file: &StoredFile) -> Result<Bytes, ApiError> {
-    match std::fs::read(&file.path) {
-        Ok(bytes) if bytes.len() as u64 == file.bytes => Ok(bytes.into()),
-        Ok(_) => Err(ApiError::removed()),
-        Err(error) => {
-            tracing::warn!(path = %file.path.display(), %error, "a frame of a video cannot be read");
-            Err(ApiError::removed())
-        }
-    }
+    let opened = READS.run(move || open_before(&files, canvas, num_frames).is_some()).await;
+    held.give_back(3 * width * height);
+    if opened? { Ok(()) } else { Err(ApiError::removed()) }
 }

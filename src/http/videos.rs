@@ -3,39 +3,40 @@
 use std::sync::Arc;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Request, State};
+use axum::http::HeaderValue;
 use axum::response::Response;
 use serde::Serialize;
-use tale_models::ModelCard;
 use tale_models::diffusion::parameters::{INPUT_REFERENCE, NUM_FRAMES, PARAMETERS};
-use tale_models::diffusion::shots::assembly::Assembly;
 use tale_models::diffusion::{DiffusionRequest, Medium};
 use tale_models::parameter::{Options, Task};
+use tale_models::{ClientId, ModelCard};
 
 use self::fields::{FileFields, SECONDS};
+use self::terms::TermsFields;
 use self::wire::answer;
 use super::AppState;
-use super::admission::{Admitted, Further, with_place};
+use super::admission::with_place;
 use super::body::memory::Held;
 use super::body::value::Value;
 use super::body::{self, Format};
 use super::diffusion::{self, MODEL, SizeField};
 use super::error::ApiError;
 use super::files::FileWork;
-use super::parameters::room_in;
+use super::parameters::{Given, room_in};
 use super::path::Id;
 use crate::compute::Compute;
-use crate::engine::MayBegin;
-use crate::job::drive::{BeginPart, Means, Order, drive};
-use crate::job::encoder::Before;
-use crate::job::failure::Failure;
+use crate::job::node::{Order, Terms};
 use crate::job::output::OutputDir;
-use crate::job::{Change, Job, JobId, Origin, UnknownJob};
+use crate::job::spec::{ClipSpec, Origin};
+use crate::job::{Job, JobId, JobKind, JobState, UnknownJob};
 
 mod again;
 mod content;
 mod fields;
 mod list;
+mod terms;
 mod wire;
 
 pub(super) use again::{Again, extend, extend_of, remix};
@@ -46,6 +47,11 @@ pub(super) use wire::{POLL_HEADER, WireFailure};
 
 /// Another name of `input_reference`.
 const IMAGE_ALIAS: &str = "image";
+/// Says that an answer is that of an earlier request with the same `Idempotency-Key`.
+const REPLAYED_HEADER: &str = "idempotency-replayed";
+/// What a device is taken to do while nothing is known of it, in pixels of all frames, branches and steps: only the turns of clients are made
+/// by it.
+const NOMINAL_AMOUNT_PER_SECOND: f64 = 1e7;
 /// Most orders for which the disk is looked at at a time.
 const MAX_DISK_CHECKS: usize = 8;
 static DISK_CHECKS: FileWork = FileWork::new(MAX_DISK_CHECKS);
@@ -64,22 +70,40 @@ async fn resolve(compute: &Compute, options: Options, card: Arc<ModelCard>) -> R
 
 /// `POST /v1/videos`.
 pub(super) async fn create(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
+    let headers = request.headers().clone();
     let received = body::receive(&state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
     let room_of = |name: &str| room_in(&PARAMETERS, name);
-    let read = |body| {
+    let read = |body: Value| {
+        let hash = body.hash();
         let (body, spelling) = Spelling::of(body)?;
         let given = super::parameters::read(body, OWN, Task::Video).map_err(|error| spelling.restored(error))?;
-        Ok((given, spelling))
+        Ok((given, spelling, hash))
     };
     with_place(&state, received.client, async |admitted| {
-        let ((given, spelling), held) = received.read(state.compute(), room_of, read).await?;
+        let ((given, spelling, hash), held) = received.read(state.compute(), room_of, read).await?;
         let ordered = async {
-            let (options, held) = diffusion::decoded(&state, given, held).await?;
-            order(&state, admitted, Ordered { options, held, origin: None, before: None }).await
+            let (options, _held, inputs) = decoded(&state, given, held).await?;
+            let terms = TermsFields::new(&options, &headers, hash)?;
+            order(&state, admitted.client(), Ordered { options, inputs, origin: None, terms }).await
         };
         ordered.await.map_err(|error| spelling.restored(error))
     })
     .await
+}
+
+/// The options of a body with its pictures decoded, which shows that they can be; their files, which are kept for the job; and the memory of
+/// both.
+async fn decoded(
+    state: &AppState,
+    mut given: Given,
+    mut held: Held,
+) -> Result<(Options, Held, Vec<(String, Bytes)>), ApiError> {
+    diffusion::fetch_frames(state, &mut given, &mut held).await?;
+    let files = given.files();
+    let num_bytes: usize = files.iter().map(|(_, file)| file.len()).sum();
+    let (options, mut held) = diffusion::decoded(state, given, held).await?;
+    held.add(num_bytes)?;
+    Ok((options, held, files))
 }
 
 /// What the client calls the picture that a video begins with, so that errors call it the same.
@@ -114,51 +138,36 @@ impl Spelling {
 /// A video that is asked for.
 struct Ordered {
     options: Options,
-    /// The memory of the pictures, for as long as the video is made.
-    held: Held,
+    /// The pictures of the options, as they came.
+    inputs: Vec<(String, Bytes)>,
     /// The video that it is made from.
     origin: Option<Origin>,
-    /// The clip that its file begins with.
-    before: Option<Before>,
+    terms: Terms,
 }
 
-async fn order(state: &AppState, admitted: &Admitted, ordered: Ordered) -> Result<Response, ApiError> {
-    let Ordered { options, held, origin, before } = ordered;
+/// Keeps an order for a device that has time. The job goes on when the client does not.
+async fn order(state: &AppState, client: ClientId, ordered: Ordered) -> Result<Response, ApiError> {
+    let Ordered { options, inputs, origin, terms } = ordered;
     let model = options.get(&MODEL).unwrap_or_default();
     let card = diffusion::card(state, &model, Medium::Video)?;
     let file = FileFields::new(&options)?;
     let request = resolve(state.compute(), options, card).await?;
     let has_comment = file.has_comment;
-    let frames_before = before.as_ref().map(|before| before.num_frames);
-    let file = file.settings(&request.canvas, frames_before)?;
-    let outputs = state.outputs();
-    check_disk(outputs.clone()).await?;
-    let assembly = match before {
-        Some(_) => Assembly::going_on(request.clone()),
-        None => Assembly::new(request.clone()),
+    let frames_before = match origin {
+        Some(Origin::Extension { num_frames, .. }) => Some(num_frames),
+        Some(Origin::Remix(_)) | None => None,
     };
-    let first = tale_models::Request::Diffusion(assembly.part_request());
-    let session = admitted.submit_if(&model, first, while_disk(outputs))?;
-    let begin = begin_parts(admitted.further(), model.clone(), outputs.clone());
-    let job = Job { origin, ..Job::new(admitted.client(), model, request, file, has_comment) };
-    state.jobs().insert(job.clone())?;
-    let response = answer(&job);
-    // The job goes on when the client does not: only DELETE ends it.
-    let means = Means { outputs: outputs.clone(), store: state.jobs().clone(), compute: state.compute().clone() };
-    let driven = drive(Order { job, before, assembly, begin }, session, means);
-    tokio::spawn(async move {
-        driven.await;
-        drop(held);
-    });
+    let file = file.settings(&request.canvas, frames_before)?;
+    check_disk(state.outputs().clone()).await?;
+    let predicted_seconds = state.engine()?.predicted_seconds(&model, &request);
+    let cost_seconds = predicted_seconds.unwrap_or(request.denoising_amount() / NOMINAL_AMOUNT_PER_SECOND);
+    let spec = ClipSpec { origin, predicted_seconds, ..ClipSpec::new(&model, &request, file, has_comment) };
+    let (job, is_new) = state.jobs().submit(Order { client, model, spec, inputs, terms, cost_seconds }).await?;
+    let mut response = answer(&job, None);
+    if !is_new {
+        response.headers_mut().insert(REPLAYED_HEADER, HeaderValue::from_static("true"));
+    }
     Ok(response)
-}
-
-/// Begins the parts of a video after its first.
-fn begin_parts(further: Further, model: String, outputs: Arc<OutputDir>) -> Box<BeginPart> {
-    Box::new(move |request| {
-        let part = tale_models::Request::Diffusion(request);
-        further.submit_if(&model, part, while_disk(&outputs)).map_err(|error| Failure::of_engine(&error))
-    })
 }
 
 /// Refuses a clip that could not be written.
@@ -166,20 +175,20 @@ async fn check_disk(outputs: Arc<OutputDir>) -> Result<(), ApiError> {
     Ok(DISK_CHECKS.run(move || outputs.probe()).await??)
 }
 
-/// A job that has waited begins only if its clip can still be written.
-fn while_disk(outputs: &Arc<OutputDir>) -> MayBegin {
-    let outputs = outputs.clone();
-    MayBegin::when(move || outputs.problem().is_none())
-}
-
 /// `GET /v1/videos/{id}`.
 pub(super) async fn retrieve(State(state): State<AppState>, Id(id): Id) -> Result<Response, ApiError> {
-    Ok(answer(&job(&state, &id)?))
+    let job = job(&state, &id).await?;
+    let place = if job.state == JobState::Queued { state.jobs().place(&job).await? } else { None };
+    Ok(answer(&job, place))
 }
 
-/// The job with this name.
-pub(super) fn job(state: &AppState, id: &str) -> Result<Job, ApiError> {
-    Ok(state.jobs().get(id.parse()?).ok_or(UnknownJob)?)
+/// The video with this name.
+pub(super) async fn job(state: &AppState, id: &str) -> Result<Job, ApiError> {
+    let id: JobId = id.parse()?;
+    if id.kind() != JobKind::Video {
+        return Err(UnknownJob.into());
+    }
+    Ok(state.jobs().get(id).await?)
 }
 
 /// The answer to a deletion.
@@ -193,8 +202,6 @@ pub(super) struct Deleted {
 /// `DELETE /v1/videos/{id}`: stops a job that runs, removes the file of one that is done.
 pub(super) async fn delete(State(state): State<AppState>, Id(id): Id) -> Result<Json<Deleted>, ApiError> {
     let id: JobId = id.parse()?;
-    // Refused for a job that has ended, which is then only removed. Followers and the driver hear of it by the feed.
-    let _ = state.jobs().apply(id, Change::Cancelled);
-    state.jobs().remove(id).ok_or(UnknownJob)?;
+    state.jobs().remove(id).await?;
     Ok(Json(Deleted { id: id.to_string(), object: "video.deleted", deleted: true }))
 }

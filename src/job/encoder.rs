@@ -12,7 +12,6 @@ use super::Job;
 use super::failure::Failure;
 use super::files::{ClipFiles, StoredFile};
 use crate::media::{ClipEncoder, ClipSettings, MediaError, OpenClip, Readers, Stills, join, write_still};
-use crate::parameters::EffectiveParameters;
 
 /// Batches of frames, those of one step each, that may wait for the encoder; more stay in the session's mailbox.
 const MAX_WAITING_BATCHES: usize = 1;
@@ -72,9 +71,9 @@ impl Encoder {
     pub(super) fn new(job: &Job, path: PathBuf, before: Option<Before>) -> Self {
         let (frames, batches) = mpsc::channel(MAX_WAITING_BATCHES);
         let (sender, clip) = oneshot::channel();
-        let mut settings = job.file.clone();
-        let parameters = job.has_comment.then(|| EffectiveParameters::new(&job.model, &job.request));
-        let num_frames = job.num_frames();
+        let mut settings = job.spec.file.clone();
+        let parameters = job.spec.has_comment.then(|| job.spec.parameters.clone());
+        let num_frames = job.spec.num_frames();
         let work = move || {
             settings.text.comment = parameters.map(|parameters| parameters.to_json());
             // A receiver that is gone drops the clip, and the file with it.

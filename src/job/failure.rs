@@ -2,6 +2,8 @@
 //!
 //! Owns: codes and words. Does not know: HTTP.
 
+use std::borrow::Cow;
+
 use tale_models::Error;
 
 use crate::engine::EngineError;
@@ -13,26 +15,33 @@ pub const INSUFFICIENT_STORAGE: &str = "insufficient_storage";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     /// For programs.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
     /// For people.
     pub message: String,
+    /// A device failed: another one may do better.
+    pub is_of_device: bool,
 }
 
 impl Failure {
     /// No disk takes the clip.
     pub fn insufficient_storage(problem: impl ToString) -> Self {
-        Self { code: INSUFFICIENT_STORAGE, message: problem.to_string() }
+        Self { code: INSUFFICIENT_STORAGE.into(), message: problem.to_string(), is_of_device: false }
     }
 
     /// Something of ours went wrong; the log says what.
     pub fn internal(message: &str) -> Self {
         tracing::error!(message, "a clip could not be made");
-        Self { code: "internal_error", message: "the clip could not be encoded".into() }
+        Self { code: "internal_error".into(), message: "the clip could not be encoded".into(), is_of_device: false }
     }
 
     /// The server stops before the clip is whole.
     pub fn shutdown() -> Self {
-        Self { code: "shutdown", message: "the server was shut down".into() }
+        Self { code: "shutdown".into(), message: "the server was shut down".into(), is_of_device: false }
+    }
+
+    /// What was promised when the job was ordered cannot be made any more.
+    pub fn changed(message: String) -> Self {
+        Self { code: "invalid_request".into(), message, is_of_device: false }
     }
 
     /// The engine does not take the next part.
@@ -62,6 +71,7 @@ impl Failure {
             | Error::NotFinite { .. } => error.to_string(),
             _ => "the device failed while it worked on this clip".into(),
         };
-        Self { code, message }
+        let is_of_device = matches!(error, Error::Device(_));
+        Self { code: code.into(), message, is_of_device }
     }
 }

@@ -44,6 +44,16 @@ impl ClipFiles {
         Self { clip, stills: Vec::new() }
     }
 
+    /// A clip with the stills beside it.
+    pub fn of(clip: StoredFile, stills: Vec<(Still, StoredFile)>) -> Self {
+        Self { clip, stills }
+    }
+
+    /// The stills beside the clip.
+    pub fn stills(&self) -> impl Iterator<Item = (Still, &StoredFile)> {
+        self.stills.iter().map(|(still, file)| (*still, file))
+    }
+
     /// A still lies beside the clip now.
     pub fn add(&mut self, still: Still) -> io::Result<()> {
         let file = StoredFile::at(&self.clip.path.with_extension(still.extension()))?;

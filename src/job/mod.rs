@@ -1,30 +1,36 @@
-//! A client's order that outlives its HTTP request: identity, state machine, progress.
+//! A client's order that outlives its HTTP request: identity, what it asks for, how far it is.
 //!
-//! A job is queued, then in progress, then exactly one of completed, failed and cancelled; [`Job::apply`] is the only way
-//! from one state to the next. Where jobs live is a [`board::JobStore`]'s business, how one is worked off is [`drive`]'s.
+//! A job is queued, then in progress, then exactly one of completed, failed and cancelled. Where jobs live, and who may write them when, is
+//! a [`store::JobStore`]'s business; a [`node::Node`] works them off.
 //! Does not know: HTTP, wire types.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tale_models::ClientId;
-use tale_models::diffusion::keyframes::Fitting;
-use tale_models::diffusion::{DiffusionRequest, Keyframes};
+use serde::{Deserialize, Serialize};
 use tale_models::request::Phase;
 use uuid::Uuid;
 
 use self::failure::Failure;
 use self::files::ClipFiles;
-use self::preview::Preview;
-use crate::media::ClipSettings;
+use self::output::OutputDir;
+use self::result::ClipResult;
+use self::spec::{BadSpec, ClipSpec};
+use self::store::{JobRecord, Priority, RecordState};
 
-pub mod board;
-pub mod drive;
+mod drive;
 pub mod encoder;
 pub mod failure;
 pub mod feed;
 pub mod files;
+pub mod node;
+pub mod objects;
 pub mod output;
+pub mod prepare;
 pub mod preview;
+mod result;
+mod saved;
+pub mod spec;
 pub mod store;
 
 /// What a job makes.
@@ -90,59 +96,43 @@ impl std::str::FromStr for JobId {
 #[error("there is no such job")]
 pub struct UnknownJob;
 
-/// The clip that another one was made from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
-    /// It was made anew with other parameters.
-    Remix(JobId),
-    /// It goes on, and is the beginning of the new one's file.
-    Extension {
-        /// The clip.
-        of: JobId,
-        /// Frames that it has.
-        num_frames: usize,
-    },
-}
-
-/// A clip that is ordered.
+/// A clip that is ordered, as it stands.
 #[derive(Debug, Clone)]
 pub struct Job {
     /// Its name.
     pub id: JobId,
-    /// Who ordered it.
-    pub client: ClientId,
+    /// Whose it is.
+    pub owner: String,
     /// The model that makes it.
     pub model: String,
-    /// The clip that it was made from.
-    pub origin: Option<Origin>,
-    /// Effective parameters; of an extension those of what is new.
-    pub request: DiffusionRequest,
-    /// How the pictures that it was given came to its size; they themselves are not kept.
-    pub fittings: Vec<Fitting>,
-    /// What becomes of its frames. The comment is written by the encoder, if there is one.
-    pub file: ClipSettings,
-    /// Whether the file says how it was made.
-    pub has_comment: bool,
+    /// How urgent.
+    pub priority: Priority,
+    /// What was asked for.
+    pub spec: Arc<ClipSpec>,
     /// When it was ordered.
     pub created: SystemTime,
     /// When the device began.
     pub started: Option<SystemTime>,
     /// When the state became terminal.
     pub ended: Option<SystemTime>,
+    /// When it fails if it has not ended.
+    pub deadline: Option<SystemTime>,
+    /// How often it was begun anew.
+    pub attempts: u32,
     /// Where it stands.
     pub state: JobState,
     /// How far it is.
     pub progress: Progress,
-    /// Predictions that a cache took from ones before them, in all of its parts that are done.
+    /// Predictions that a cache took from ones before them, in all of its parts; once it is completed.
     pub skipped_passes: usize,
 }
 
 /// Where a job stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum JobState {
     /// Nothing is computed yet.
     Queued,
-    /// The device works on it, or its file is being written.
+    /// A device works on it, or its file is being written.
     InProgress,
     /// The files are whole.
     Completed(ClipFiles),
@@ -172,7 +162,32 @@ const DENOISE_PERCENT: usize = 90;
 /// Percent that VAE decoding ends at; the last one is for the file to be whole.
 const DECODE_PERCENT: usize = 99;
 
+#[derive(Serialize, Deserialize)]
+struct ProgressText {
+    phase: Option<String>,
+    done: usize,
+    total: usize,
+    percent: u8,
+    eta_seconds: Option<f64>,
+}
+
 impl Progress {
+    /// The text of a row.
+    pub fn to_text(&self) -> String {
+        let Self { phase, done, total, percent, eta } = *self;
+        let phase = phase.map(|phase| phase.as_str().to_owned());
+        let text = ProgressText { phase, done, total, percent, eta_seconds: eta.map(|eta| eta.as_secs_f64()) };
+        serde_json::to_string(&text).expect("numbers and text are always JSON: this is a bug")
+    }
+
+    /// Reads the text of a row. A phase that is not known is none.
+    pub fn from_text(text: &str) -> serde_json::Result<Self> {
+        let ProgressText { phase, done, total, percent, eta_seconds } = serde_json::from_str(text)?;
+        let phase = phase.and_then(|name| Phase::ALL.into_iter().find(|phase| phase.as_str() == name));
+        let eta = eta_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        Ok(Self { phase, done, total, percent, eta })
+    }
+
     /// Progress after `done` of `total` steps of `phase`, the first of which ended `since_first` ago.
     pub fn new(phase: Phase, done: usize, total: usize, since_first: Option<(usize, Duration)>) -> Self {
         let part = |from: usize, to: usize| from + (to - from) * done / total.max(1);
@@ -205,25 +220,6 @@ impl Progress {
     }
 }
 
-/// What can happen to a job.
-#[derive(Debug, Clone)]
-pub enum Change {
-    /// The device began.
-    Started,
-    /// The device moved on.
-    Progressed(Progress),
-    /// There is something to see of it.
-    Previewed(Preview),
-    /// A part is done of which so many predictions were skipped.
-    Skipped(usize),
-    /// The files are whole.
-    Completed(ClipFiles),
-    /// It cannot be made.
-    Failed(Failure),
-    /// Its owner does not want it any more.
-    Cancelled,
-}
-
 impl JobState {
     /// Its name, as the API has it.
     pub fn as_str(&self) -> &'static str {
@@ -243,102 +239,77 @@ impl JobState {
 }
 
 impl Job {
-    /// A job that waits for the device, which is given the pictures of `request`; the job goes without them.
-    pub fn new(
-        client: ClientId,
-        model: String,
-        request: DiffusionRequest,
-        file: ClipSettings,
-        has_comment: bool,
-    ) -> Self {
-        Self {
-            id: JobId::generate(JobKind::Video),
-            client,
-            model,
-            origin: None,
-            fittings: request.keyframes.as_ref().map_or(Vec::new(), Keyframes::fittings),
-            request: request.without_pictures(),
-            file,
-            has_comment,
-            created: SystemTime::now(),
-            started: None,
-            ended: None,
-            state: JobState::Queued,
-            progress: Progress::default(),
-            skipped_passes: 0,
-        }
-    }
-
-    /// Frames of its whole file, before any conversion of their rate. An extension begins with the last frame of the clip
-    /// before, which is there once.
-    pub fn num_frames(&self) -> usize {
-        let own = self.request.canvas.num_frames;
-        match self.origin {
-            Some(Origin::Extension { num_frames, .. }) => num_frames + own - 1,
-            Some(Origin::Remix(_)) | None => own,
-        }
-    }
-
-    /// Applies what happened. `false`, and nothing changes, when it cannot happen in this state: after the end nothing
-    /// can, and nothing progresses or completes before it has started.
-    #[must_use]
-    pub fn apply(&mut self, change: &Change, now: SystemTime) -> bool {
-        let next = match (&self.state, change) {
-            (JobState::Queued, Change::Started) => JobState::InProgress,
-            (JobState::InProgress, Change::Progressed(progress)) => {
-                self.progress = *progress;
-                JobState::InProgress
+    /// What a row says; files lie in `outputs`.
+    pub fn of(record: JobRecord, outputs: &OutputDir) -> Result<Self, BadSpec> {
+        let damaged = |error: serde_json::Error| BadSpec::Damaged(error.to_string());
+        let spec = ClipSpec::from_text(&record.spec)?;
+        let progress = record.progress.as_deref().map(Progress::from_text).transpose().map_err(damaged)?;
+        let mut progress = progress.unwrap_or_default();
+        let mut skipped_passes = 0;
+        let state = match record.state {
+            // A node that has it may not have begun.
+            RecordState::Running { .. } if record.started.is_none() => JobState::Queued,
+            RecordState::Queued if record.started.is_none() => JobState::Queued,
+            // It goes from one node to another.
+            RecordState::Running { .. } | RecordState::Queued => JobState::InProgress,
+            RecordState::Completed { result, .. } => {
+                let result = ClipResult::from_text(&result).map_err(damaged)?;
+                skipped_passes = result.skipped_passes;
+                JobState::Completed(result.files(outputs))
             }
-            (JobState::InProgress, Change::Previewed(_)) => JobState::InProgress,
-            (JobState::InProgress, Change::Skipped(passes)) => {
-                self.skipped_passes += passes;
-                JobState::InProgress
+            RecordState::Failed { code, message } => {
+                JobState::Failed(Failure { code: code.into(), message, is_of_device: false })
             }
-            (JobState::InProgress, Change::Completed(file)) => JobState::Completed(file.clone()),
-            (JobState::Queued | JobState::InProgress, Change::Failed(failure)) => JobState::Failed(failure.clone()),
-            (JobState::Queued | JobState::InProgress, Change::Cancelled) => JobState::Cancelled,
-            _ => return false,
+            RecordState::Cancelled => JobState::Cancelled,
         };
-        if matches!(change, Change::Started) {
-            self.started = Some(now);
+        if state.is_terminal() {
+            progress.eta = None;
         }
-        if next.is_terminal() {
-            self.ended = Some(now);
-            self.progress.eta = None;
+        if matches!(state, JobState::Completed(_)) {
+            progress.percent = 100;
         }
-        if matches!(next, JobState::Completed(_)) {
-            self.progress.percent = 100;
-        }
-        self.state = next;
-        true
+        Ok(Self {
+            id: record.id,
+            owner: record.owner,
+            model: record.model,
+            priority: record.priority,
+            spec: Arc::new(spec),
+            created: record.created,
+            started: record.started,
+            ended: record.ended,
+            deadline: record.deadline,
+            attempts: record.attempts,
+            state,
+            progress,
+            skipped_passes,
+        })
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use proptest::prelude::*;
-    use tale_models::diffusion::{Canvas, Prompt, Sampling};
+    use tale_models::diffusion::{Canvas, DiffusionRequest, Prompt, Sampling};
     use tale_models::solver::names::Scheduler;
 
-    use crate::job::files::StoredFile;
-    use crate::media::{ClipFormat, Encoding};
+    use crate::job::preview::Preview;
+    use crate::media::{ClipFormat, ClipSettings, Encoding};
 
-    pub(crate) fn job() -> Job {
+    pub(crate) fn spec() -> ClipSpec {
+        let request = request();
+        let file = ClipSettings::new(Encoding::usual(ClipFormat::Mp4), request.canvas.fps);
+        ClipSpec::new("clips", &request, file, true)
+    }
+
+    pub(crate) fn request() -> DiffusionRequest {
         let prompt = Prompt { text: "a boat".into(), max_sequence_length: 8 };
         let canvas = Canvas { width: 32, height: 32, num_frames: 9, fps: 8 };
         let scheduler = Scheduler::named("flow_euler").unwrap();
-        let request = DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0));
-        let file = ClipSettings::new(Encoding::usual(ClipFormat::Mp4), canvas.fps);
-        Job::new(ClientId::default(), "clips".into(), request, file, true)
+        DiffusionRequest::new(prompt, canvas, Sampling::new(scheduler, 4, 0))
     }
 
     pub(crate) fn preview(bytes: usize) -> Preview {
         Preview { index: 0, progress: Progress::default(), size: (1, 1), bytes: vec![0; bytes].into() }
-    }
-
-    pub(crate) fn file() -> ClipFiles {
-        ClipFiles::new(StoredFile { path: "/nowhere/clip.mp4".into(), bytes: 10 })
     }
 
     #[test]
@@ -363,28 +334,10 @@ pub(crate) mod tests {
         assert_eq!((last.done, last.total, last.percent), (9, 9, 99));
     }
 
-    proptest! {
-        #[test]
-        fn a_job_ends_once_whatever_happens_to_it(changes in prop::collection::vec(0usize..7, 0..40)) {
-            let mut job = job();
-            let mut ends = 0;
-            for change in changes {
-                let change = match change {
-                    0 => Change::Started,
-                    1 => Change::Progressed(Progress::new(Phase::Denoise, 1, 2, None)),
-                    2 => Change::Completed(file()),
-                    3 => Change::Failed(Failure { code: "x", message: String::new() }),
-                    4 => Change::Skipped(3),
-                    5 => Change::Previewed(preview(1)),
-                    _ => Change::Cancelled,
-                };
-                let was_terminal = job.state.is_terminal();
-                let applied = job.apply(&change, SystemTime::now());
-                prop_assert!(!(applied && was_terminal), "{:?} after the end", change);
-                ends += usize::from(applied && job.state.is_terminal());
-                prop_assert_eq!(job.ended.is_some(), job.state.is_terminal());
-            }
-            prop_assert_eq!(ends, usize::from(job.state.is_terminal()));
-        }
+    #[test]
+    fn progress_of_a_row_is_what_was_said() {
+        let said = Progress::new(Phase::Denoise, 3, 10, Some((1, Duration::from_secs(4))));
+        assert_eq!(Progress::from_text(&said.to_text()).expect("our own"), said);
+        assert_eq!(Progress::from_text(&Progress::default().to_text()).expect("our own"), Progress::default());
     }
 }

@@ -84,9 +84,16 @@ impl OutputDir {
         Self { path, is_temporary, min_free_bytes, problem: Mutex::default() }
     }
 
-    /// Where the clip of a job lies.
-    pub fn file(&self, job: JobId, format: ClipFormat) -> PathBuf {
-        self.path.join(format!("{job}.{}", format.as_str()))
+    /// Where the clip of a job lies that was claimed so often. Each claim writes a file of its own: a node that has lost the job without
+    /// knowing it harms nobody's.
+    pub fn file(&self, job: JobId, epoch: u64, format: ClipFormat) -> PathBuf {
+        let format = format.as_str();
+        self.path.join(if epoch <= 1 { format!("{job}.{format}") } else { format!("{job}-{epoch}.{format}") })
+    }
+
+    /// Where a file of this name lies; what stands before the name does not matter.
+    pub fn named(&self, name: &str) -> PathBuf {
+        self.path.join(Path::new(name).file_name().unwrap_or_default())
     }
 
     /// Whether a clip could be written now, by writing something; waits for the disk.
@@ -203,6 +210,11 @@ enum Left {
 /// What a file is by its name; `None` for one that is not ours.
 fn kind_of(path: &Path) -> Option<Left> {
     let (id, kind) = path.file_name()?.to_str()?.split_once('.')?;
+    let id = match id.split_once('-') {
+        Some((id, epoch)) if epoch.bytes().all(|byte| byte.is_ascii_digit()) => id,
+        Some(_) => return None,
+        None => id,
+    };
     id.parse::<JobId>().ok()?;
     let is_partial = Path::new(kind).extension().is_some_and(|extension| extension == PARTIAL_EXTENSION);
     let kind = if is_partial { kind.rsplit_once('.')?.0 } else { kind };

@@ -234,7 +234,7 @@ mod tests {
         let canvas = Canvas { width: 64, height: 64, num_frames: 9, fps: 16 };
         let refused = |path: &str, file: FileArgs| {
             let Ok(Target::File(encoding)) = Target::of(Path::new(path), &file) else { panic!("{path} is a file") };
-            let parameters = EffectiveParameters::new("clips", &crate::job::tests::job().request);
+            let parameters = EffectiveParameters::new("clips", &crate::job::tests::request());
             file.settings(encoding, &canvas, &parameters).unwrap_err().to_string()
         };
         let titled = || FileArgs { title: Some("x".into()), ..plain() };

@@ -110,7 +110,6 @@ impl Held {
     }
 
     /// Bytes that are held.
-    #[cfg(test)]
     pub(in crate::http) fn bytes(&self) -> usize {
         self.bytes
     }

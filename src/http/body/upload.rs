@@ -75,6 +75,14 @@ impl Reference {
 }
 
 impl Upload {
+    /// The file's bytes; `None` for a frame.
+    pub(in crate::http) fn file(&self) -> Option<&Bytes> {
+        match self {
+            Self::File(bytes) => Some(bytes),
+            Self::Frame(_) => None,
+        }
+    }
+
     /// The bytes of a file.
     ///
     /// # Panics

@@ -9,6 +9,7 @@ use indexmap::map::Entry;
 use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde::{Deserializer, de};
 use serde_json::error::Category;
+use sha2::{Digest, Sha256};
 
 use super::memory::Held;
 use crate::http::error::ApiError;
@@ -104,6 +105,42 @@ impl Value {
             Self::Text(text) | Self::Part(text) => text.into(),
             Self::List(values) => values.into_iter().map(Self::into_json).collect(),
             Self::Object(fields) => fields.into_iter().map(|(name, value)| (name, value.into_json())).collect(),
+        }
+    }
+
+    /// A hash (SHA-256) of all that it says, in the order in which it came, however it was spelled.
+    pub(in crate::http) fn hash(&self) -> [u8; 32] {
+        let mut hasher = Sha256::new();
+        self.hash_into(&mut hasher);
+        hasher.finalize().into()
+    }
+
+    fn hash_into(&self, hasher: &mut Sha256) {
+        let mut bytes = |kind: u8, bytes: &[u8]| {
+            hasher.update([kind]);
+            hasher.update((bytes.len() as u64).to_le_bytes());
+            hasher.update(bytes);
+        };
+        match self {
+            Self::Null => bytes(0, &[]),
+            Self::Bool(value) => bytes(1, &[u8::from(*value)]),
+            Self::Unsigned(number) => bytes(2, &number.to_le_bytes()),
+            Self::Negative(number) => bytes(3, &number.to_le_bytes()),
+            Self::Float(number) => bytes(4, &number.to_bits().to_le_bytes()),
+            Self::Text(text) | Self::Part(text) => bytes(5, text.as_bytes()),
+            Self::File(file) => bytes(6, file),
+            Self::List(values) => {
+                bytes(7, &(values.len() as u64).to_le_bytes());
+                values.iter().for_each(|value| value.hash_into(hasher));
+            }
+            Self::Object(fields) => {
+                bytes(8, &(fields.len() as u64).to_le_bytes());
+                for (name, value) in fields.iter() {
+                    hasher.update((name.len() as u64).to_le_bytes());
+                    hasher.update(name.as_bytes());
+                    value.hash_into(hasher);
+                }
+            }
         }
     }
 

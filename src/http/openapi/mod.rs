@@ -17,7 +17,7 @@ use tale_models::text_parameters::TEXT_PARAMETERS;
 
 use super::error::ApiError;
 use super::videos::Again;
-use super::{AppState, images, openai, text, videos};
+use super::{AppState, images, jobs, openai, text, videos};
 use crate::parameters::is_echoed;
 
 mod schema;
@@ -101,6 +101,7 @@ fn make() -> Value {
     schemas["DetokenizeRequest"] = of_tokens(text::tokens::DETOKENIZE, vec![("tokens", tokens)], &["tokens"]);
     add_nested(schemas);
     add_query(&mut document["paths"]["/v1/videos"]["get"], videos::LIST_QUERY);
+    add_query(&mut document["paths"]["/v1/jobs"]["get"], jobs::LIST_QUERY);
     add_query(&mut document["paths"]["/v1/videos/{id}/content"]["get"], videos::CONTENT_QUERY);
     document
 }

@@ -4,8 +4,10 @@
 //! kept. Does not know: how a video is made.
 
 use axum::extract::{Request, State};
+use axum::http::StatusCode;
 use axum::response::Response;
 use tale_models::ModelCard;
+use tale_models::cancel::CancelToken;
 use tale_models::diffusion::parameters::{
     FPS, HEIGHT, INPUT_REFERENCE, KEY_IMAGES, LAST_IMAGE, NUM_FRAMES, OVERLAP_FRAMES, PARAMETERS, PROMPT, SEED,
     SHOT_METHOD, VAE_TILING, WIDTH,
@@ -14,7 +16,8 @@ use tale_models::diffusion::{Canvas, Medium, options_over};
 use tale_models::parameter::{Declaration, Options, Parameter, Task};
 
 use super::fields::{self, SECONDS};
-use super::{Ordered, Spelling, order};
+use super::terms::TermsFields;
+use super::{Ordered, Spelling, decoded, order};
 use crate::http::body::value::{Object, Value};
 use crate::http::body::{self, Format};
 use crate::http::diffusion::{self, MAX_MODEL_BYTES, MODEL, SIZE};
@@ -23,7 +26,8 @@ use crate::http::parameters::{Given, read, room_in};
 use crate::http::path::Id;
 use crate::http::stored;
 use crate::http::{AppState, admission::with_place};
-use crate::job::{Job, JobId, Origin, UnknownJob};
+use crate::job::spec::Origin;
+use crate::job::{Job, UnknownJob};
 
 /// The model of a video that has one before it.
 static MODEL_AGAIN: Parameter<String> = Parameter::text(
@@ -74,7 +78,7 @@ pub(in crate::http) async fn remix(
     Id(id): Id,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let source = super::job(&state, &id)?;
+    let source = super::job(&state, &id).await?;
     make(&state, request, Again::Remix, Some(source)).await
 }
 
@@ -84,7 +88,7 @@ pub(in crate::http) async fn extend_of(
     Id(id): Id,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let source = super::job(&state, &id)?;
+    let source = super::job(&state, &id).await?;
     make(&state, request, Again::Extension, Some(source)).await
 }
 
@@ -95,56 +99,60 @@ pub(in crate::http) async fn extend(State(state): State<AppState>, request: Requ
 
 /// `source` is the video before, where it does not stand in the body.
 async fn make(state: &AppState, request: Request, again: Again, source: Option<Job>) -> Result<Response, ApiError> {
+    let headers = request.headers().clone();
     let received = body::receive(state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
     let room_of = |name: &str| room_in(&PARAMETERS, name);
     with_place(state, received.client, async |admitted| {
-        let (state_of_body, source) = (state.clone(), source.clone());
-        let read_body = move |body: Value| {
+        let source = source.clone();
+        let read_body = |body: Value| {
+            let hash = body.hash();
             let (body, spelling) = Spelling::of(body)?;
-            let read = read_over(&state_of_body, again, source, body).map_err(|error| spelling.restored(error));
-            read.map(|(given, source)| (given, spelling, source))
+            Ok((body.into_object().map_err(|error| spelling.restored(error))?, spelling, hash))
         };
-        let ((given, spelling, source), held) = received.read(state.compute(), room_of, read_body).await?;
+        let ((mut fields, spelling, hash), held) = received.read(state.compute(), room_of, read_body).await?;
         let ordered = async {
-            let (options, mut held) = diffusion::decoded(state, given, held).await?;
+            let source = match source {
+                Some(source) => source,
+                None => named(state, &mut fields).await?,
+            };
+            let (state_of_body, of_body) = (state.clone(), source.clone());
+            let read = move |_: &CancelToken| read_over(&state_of_body, again, &of_body, fields);
+            let given = state.compute().run_sized(held.bytes(), read).await??;
+            let (options, mut held, inputs) = decoded(state, given, held).await?;
             let is_other = options.get(&MODEL).is_some_and(|model| model != source.model);
             let options = over(options, &source, again, is_other);
-            let (origin, before) = match again {
-                Again::Remix => (Origin::Remix(source.id), None),
+            let origin = match again {
+                Again::Remix => Origin::Remix(source.id),
                 Again::Extension => {
-                    let num_frames = source.num_frames();
-                    let before =
-                        stored::open(&source, num_frames, &mut held).await.map_err(|error| error.about(VIDEO))?;
-                    (Origin::Extension { of: source.id, num_frames }, Some(before))
+                    let num_frames = source.spec.num_frames();
+                    let checked = stored::check_before(&source, num_frames, &mut held).await;
+                    checked.map_err(|error| error.about(VIDEO))?;
+                    Origin::Extension { of: source.id, num_frames }
                 }
             };
-            order(state, admitted, Ordered { options, held, origin: Some(origin), before }).await
+            let terms = TermsFields::new(&options, &headers, hash)?;
+            order(state, admitted.client(), Ordered { options, inputs, origin: Some(origin), terms }).await
         };
         ordered.await.map_err(|error| spelling.restored(error))
     })
     .await
 }
 
-/// What a body says, and the video before, which is `source` where it does not stand in the body.
-fn read_over(state: &AppState, again: Again, source: Option<Job>, body: Value) -> Result<(Given, Job), ApiError> {
-    let mut fields = body.into_object()?;
-    let source = match source {
-        Some(source) => source,
-        None => named(state, &mut fields)?,
-    };
+/// What a body says of a video that is made from `source`.
+fn read_over(state: &AppState, again: Again, source: &Job, mut fields: Object) -> Result<Given, ApiError> {
     if again == Again::Extension {
-        check_before(&source, &fields)?;
+        check_before(source, &fields)?;
     }
     let model = match fields.get(MODEL.declaration.name) {
         Some(Value::Text(model) | Value::Part(model)) => model.clone(),
         _ => source.model.clone(),
     };
-    bring_pictures(state, again, &source, &model, &mut fields)?;
-    Ok((read(Value::Object(fields), &again.own(), Task::Video)?, source))
+    bring_pictures(state, again, source, &model, &mut fields)?;
+    read(Value::Object(fields), &again.own(), Task::Video)
 }
 
 /// Takes the video that an extension names out of its body.
-fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
+async fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
     let id = match fields.shift_remove(VIDEO) {
         Some(Value::Object(mut video)) => match (video.shift_remove("id"), video.is_empty()) {
             (Some(Value::Text(id) | Value::Part(id)), true) => id,
@@ -158,13 +166,15 @@ fn named(state: &AppState, fields: &mut Object) -> Result<Job, ApiError> {
         }
         Some(_) => return Err(ApiError::field(VIDEO, "must be {\"id\": \"video_...\"}")),
     };
-    let job = id.parse::<JobId>().ok().and_then(|id| state.jobs().get(id));
-    job.ok_or_else(|| ApiError::field("video.id", UnknownJob))
+    let found = super::job(state, &id).await;
+    found.map_err(
+        |error| if error.status() == StatusCode::NOT_FOUND { ApiError::field("video.id", UnknownJob) } else { error },
+    )
 }
 
 /// Refuses a video that cannot go on, and fields that would make of it another one.
 fn check_before(job: &Job, fields: &Object) -> Result<(), ApiError> {
-    if !job.file.encoding.can_go_on() {
+    if !job.spec.file.encoding.can_go_on() {
         return Err(ApiError::field(VIDEO, "is a gif, whose one palette is that of its own frames; it cannot go on"));
     }
     stored::completed(job).map_err(|error| error.about("video.id"))?;
@@ -203,7 +213,7 @@ fn bring_pictures(
         };
     };
     let key_images = &KEY_IMAGES.declaration;
-    let had_key_images = source.fittings.iter().any(|fitting| fitting.field == key_images.name);
+    let had_key_images = source.spec.fittings.iter().any(|fitting| fitting.field == key_images.name);
     if again == Again::Remix && had_key_images && !is_given(fields, key_images) {
         return Err(ApiError::field(key_images.name, "are not kept; give them again"));
     }
@@ -223,12 +233,12 @@ fn bring_pictures(
 
 /// What the body says, and what is taken over of the video before.
 fn over(options: Options, source: &Job, again: Again, is_other_model: bool) -> Options {
-    let echo = source.request.echo();
+    let echo = source.spec.parameters.options().clone();
     let mut base = match is_other_model {
         false => echo,
         // Nothing of what one model allows holds for another.
         true => {
-            let Canvas { width, height, num_frames, fps } = source.request.canvas;
+            let Canvas { width, height, num_frames, fps } = source.spec.canvas();
             let base = Options::default().with(&PROMPT, echo.get(&PROMPT)).with(&SEED, echo.get(&SEED));
             base.with(&WIDTH, width).with(&HEIGHT, height).with(&NUM_FRAMES, num_frames).with(&FPS, fps)
         }

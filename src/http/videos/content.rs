@@ -21,10 +21,10 @@ use tale_models::parameter::{Declaration, Parameter};
 
 use self::open::{OpenFile, OpenFiles};
 use super::job;
-use super::list::query;
 use crate::http::AppState;
 use crate::http::error::ApiError;
 use crate::http::files::FileWork;
+use crate::http::pages::query;
 use crate::http::path::Id;
 use crate::http::stored::completed;
 use crate::media::Still;
@@ -64,13 +64,13 @@ pub(in crate::http) async fn content(
         Some("spritesheet") => Some(Still::Spritesheet),
         Some(_) => return Err(ApiError::field("variant", format!("must be one of {}", VARIANTS.join(", ")))),
     };
-    let job = job(&state, &id)?;
+    let job = job(&state, &id).await?;
     let files = completed(&job)?;
     let file = match still {
         None => &files.clip,
         Some(still) => files.still(still).ok_or_else(ApiError::removed)?,
     };
-    let media_type = still.map_or(job.file.encoding.format().media_type(), Still::media_type);
+    let media_type = still.map_or(job.spec.file.encoding.format().media_type(), Still::media_type);
     let open = OPEN_FILES.open(job.id, file.clone()).await?;
     let range = headers.get(header::RANGE).and_then(|range| range.to_str().ok());
     let mut response = match parse_range(range, file.bytes) {

@@ -13,8 +13,6 @@ use crate::http::error::ApiError;
 use crate::job::Job;
 use crate::media::{BadEncoding, ClipFormat, ClipSettings, ClipText, Codec, Encoding, Quality};
 
-/// Longest name of a video.
-pub(super) const MAX_ID_BYTES: usize = 64;
 /// Longest title.
 const MAX_TITLE_BYTES: usize = 1024;
 
@@ -61,6 +59,9 @@ static POSTER: Parameter<bool> = Parameter::boolean(
 
 /// All of them.
 pub(in crate::http) static OWN: &[&Declaration] = &[
+    super::terms::FIELDS[0],
+    super::terms::FIELDS[1],
+    super::terms::FIELDS[2],
     &MODEL.declaration,
     &SIZE.declaration,
     &SECONDS.declaration,
@@ -124,10 +125,10 @@ pub(super) fn is_of_encoding(declaration: &Declaration) -> bool {
 
 /// `options`, and where they say nothing of the file what that of `source` is. What belongs to a format or a codec goes with it.
 pub(super) fn file_options_over(options: Options, source: &Job) -> Options {
-    let settings = &source.file;
+    let settings = &source.spec.file;
     let mut base = Options::default()
         .with(&OUTPUT_FPS, settings.output_fps)
-        .with(&METADATA, source.has_comment)
+        .with(&METADATA, source.spec.has_comment)
         .with(&TITLE, settings.text.title.clone())
         .with(&POSTER, settings.has_poster)
         .with(&QUALITY, settings.encoding.quality().map(|quality| quality.as_str().to_owned()))

@@ -2,6 +2,8 @@
 //!
 //! Owns: the answer's fields. Does not know: how a job comes to its state.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
@@ -12,7 +14,9 @@ use tale_models::diffusion::keyframes::Fitting;
 use super::fields::duration;
 use crate::http::unix_seconds;
 use crate::job::failure::Failure;
-use crate::job::{Job, JobState, Origin};
+use crate::job::node::QueuePlace;
+use crate::job::spec::Origin;
+use crate::job::{Job, JobState};
 use crate::media::{Codec, Quality};
 use crate::parameters::EffectiveParameters;
 
@@ -52,6 +56,13 @@ pub(super) struct WireVideo {
     /// Previews that its events show of each part, where any were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     partial_images: Option<usize>,
+    priority: &'static str,
+    /// Videos that are made before it, while it waits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queue_position: Option<usize>,
+    /// Until it is whole, while it waits and that can be told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eta_seconds: Option<u64>,
     #[serde(flatten)]
     file: WireFile,
 }
@@ -90,13 +101,13 @@ struct WireFile {
 
 impl From<&Job> for WireFile {
     fn from(job: &Job) -> Self {
-        let settings = &job.file;
+        let settings = &job.spec.file;
         Self {
             output_format: settings.encoding.format().as_str(),
             codec: settings.encoding.codec().map(Codec::as_str),
             quality: settings.encoding.quality().map(Quality::as_str),
             output_fps: settings.output_fps,
-            metadata: job.has_comment,
+            metadata: job.spec.has_comment,
             title: settings.text.title.clone(),
             poster: settings.has_poster,
         }
@@ -106,20 +117,20 @@ impl From<&Job> for WireFile {
 /// Why a job failed.
 #[derive(Debug, Serialize)]
 pub(in crate::http) struct WireFailure {
-    code: &'static str,
+    code: Cow<'static, str>,
     message: String,
 }
 
 impl From<&Failure> for WireFailure {
     fn from(failure: &Failure) -> Self {
-        Self { code: failure.code, message: failure.message.clone() }
+        Self { code: failure.code.clone(), message: failure.message.clone() }
     }
 }
 
 impl From<&Job> for WireVideo {
     fn from(job: &Job) -> Self {
-        let Canvas { width, height, fps, .. } = job.request.canvas;
-        let (remixed_from, extended_from) = match job.origin {
+        let Canvas { width, height, fps, .. } = job.spec.canvas();
+        let (remixed_from, extended_from) = match job.spec.origin {
             Some(Origin::Remix(of)) => (Some(of.to_string()), None),
             Some(Origin::Extension { of, .. }) => (None, Some(of.to_string())),
             None => (None, None),
@@ -136,20 +147,26 @@ impl From<&Job> for WireVideo {
             remixed_from_video_id: remixed_from,
             extended_from_video_id: extended_from,
             size: format!("{width}x{height}"),
-            seconds: duration(job.num_frames(), fps).to_string(),
-            parameters: EffectiveParameters::new(&job.model, &job.request),
-            fitted_images: job.fittings.iter().map(WireFitting::from).collect(),
-            warnings: job.request.warnings(),
-            skipped_passes: job.request.cache.as_ref().filter(|_| is_completed).map(|_| job.skipped_passes),
-            partial_images: Some(job.request.partial_images).filter(|previews| *previews > 0),
+            seconds: duration(job.spec.num_frames(), fps).to_string(),
+            parameters: job.spec.parameters.clone(),
+            fitted_images: job.spec.fittings.iter().map(WireFitting::from).collect(),
+            warnings: job.spec.warnings.clone(),
+            skipped_passes: (is_completed && job.spec.has_cache).then_some(job.skipped_passes),
+            partial_images: Some(job.spec.partial_images).filter(|previews| *previews > 0),
+            priority: job.priority.as_str(),
+            queue_position: None,
+            eta_seconds: None,
             file: job.into(),
         }
     }
 }
 
-/// The answer, and when to look again.
-pub(super) fn answer(job: &Job) -> Response {
-    let mut response = Json(WireVideo::from(job)).into_response();
+/// The answer, with the place in the queue where there is one, and when to look again.
+pub(super) fn answer(job: &Job, place: Option<QueuePlace>) -> Response {
+    let mut video = WireVideo::from(job);
+    video.queue_position = place.map(|place| place.position);
+    video.eta_seconds = place.and_then(|place| place.eta_seconds).map(|seconds| seconds.ceil() as u64);
+    let mut response = Json(video).into_response();
     if !job.state.is_terminal() {
         let half = job.progress.eta.map_or(DEFAULT_POLL_MS, |eta| eta.as_millis() / 2);
         let poll_ms = half.clamp(*POLL_MS.start(), *POLL_MS.end()) as u64;

@@ -217,6 +217,11 @@ impl Encoding {
         })
     }
 
+    /// As [`Encoding::choose`], of a file that was made elsewhere: whether this machine could make it does not matter.
+    pub fn of_file(format: ClipFormat, codec: Option<Codec>, quality: Option<Quality>) -> Result<Self, BadEncoding> {
+        Self::choose_of(Some(format), codec, quality, |_| true)
+    }
+
     fn choose_of(
         format: Option<ClipFormat>,
         codec: Option<Codec>,
