@@ -139,7 +139,7 @@ def last_logits(llama) -> numpy.ndarray:
 
 
 def start(options):
-    command = [options.tale, "serve", "--listen", "127.0.0.1:0", "--model", f"m={options.model}"]
+    command = [options.tale, "serve", "--state-dir", "none", "--listen", "127.0.0.1:0", "--model", f"m={options.model}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return server, server.stdout.readline().split()[-1]
 

@@ -73,7 +73,7 @@ class Server:
     """`tale serve` with one model, `m`."""
 
     def __init__(self, options, *flags: str):
-        command = [options.tale, "serve", "--listen", "127.0.0.1:0", "--model", f"m={options.model}", *flags]
+        command = [options.tale, "serve", "--state-dir", "none", "--listen", "127.0.0.1:0", "--model", f"m={options.model}", *flags]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.url = self.process.stdout.readline().split()[-1]
 

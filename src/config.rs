@@ -23,17 +23,19 @@ use self::guesses::{Guesses, TooFewLookedFor};
 use self::models::{ModelEntry, models_of_table, parse_model};
 use crate::engine::{DEFAULT_DRAIN, EngineOptions, ModelSpec};
 use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
-use crate::job::board::Retention;
+use crate::job::store::Retention;
 
 mod byte_size;
 mod choices;
 mod devices;
 mod guesses;
 mod models;
+mod state;
 
 pub use self::byte_size::ByteSize;
 pub use self::choices::{LogFormat, PrefixCacheScope, TextEncoderPlace, ToolCallParser};
 pub use self::models::MAX_MODEL_NAME_LEN;
+pub use self::state::{DatabaseUrl, JobsConfig, StateDir};
 
 /// Where the server listens when nothing else is said: this machine only, since there is no authentication yet.
 pub const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8080);
@@ -201,9 +203,30 @@ pub struct Settings {
     #[serde(deserialize_with = "parsed")]
     pub min_free_disk: Option<ByteSize>,
 
-    /// Folder for finished clips [default: a fresh one under the system's temporary folder]
+    /// Folder for finished clips [default: `clips` in the folder of the state; without one a fresh folder under the system's
+    /// temporary folder]
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
+
+    /// Folder of jobs and of what clips under way have so far, so that they go on after a restart; none for jobs that end with
+    /// the process [default: tale in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, value_name = "DIR")]
+    #[serde(deserialize_with = "parsed")]
+    pub state_dir: Option<StateDir>,
+
+    /// Database of jobs for several nodes, such as postgres://USER@HOST/DATABASE; they share the state's folder too [default:
+    /// none, which is a file in the state's folder for this process alone]
+    #[arg(long, value_name = "URL", conflicts_with = "database_url_file")]
+    #[serde(deserialize_with = "parsed")]
+    pub database_url: Option<DatabaseUrl>,
+
+    /// File that holds the address of the database, for one with a password in it [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub database_url_file: Option<PathBuf>,
+
+    /// Name of this node among those of the database; no other may have it [default: the host's name and a random number]
+    #[arg(long, value_name = "NAME")]
+    pub node_name: Option<String>,
 
     /// Web pages that may call the server from a browser, such as `https://studio.example`; may be given several times; * is
     /// every page [default: none]
@@ -245,6 +268,8 @@ pub struct Config {
     pub drain: Duration,
     /// Bounds of HTTP and jobs, and where finished clips lie.
     pub server: ServerOptions,
+    /// Where jobs live.
+    pub jobs: JobsConfig,
     /// Whether libraries may log prompts.
     pub unsafe_log_prompts: bool,
     /// Whether the process's memory may be seen by others.
@@ -335,6 +360,7 @@ impl Config {
             engine: EngineOptions { devices, ..settings.engine_options(prompt_lookup) },
             drain: settings.drain(),
             server: settings.server_options(),
+            jobs: settings.jobs()?,
             unsafe_log_prompts: settings.unsafe_log_prompts,
             allow_core_dumps: settings.allow_core_dumps,
             log_format: settings.log_format.unwrap_or_default(),
@@ -388,6 +414,10 @@ impl Settings {
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
             min_free_disk: self.min_free_disk.or(file.min_free_disk),
             output_dir: self.output_dir.or(file.output_dir),
+            state_dir: self.state_dir.or(file.state_dir),
+            database_url: self.database_url.or(file.database_url.filter(|_| self.database_url_file.is_none())),
+            database_url_file: self.database_url_file.or(file.database_url_file),
+            node_name: self.node_name.or(file.node_name),
             cors_origins: if self.cors_origins.is_empty() { file.cors_origins } else { self.cors_origins },
             allowed_hosts: if self.allowed_hosts.is_empty() { file.allowed_hosts } else { self.allowed_hosts },
             unsafe_log_prompts: self.unsafe_log_prompts || file.unsafe_log_prompts,
@@ -444,6 +474,22 @@ impl Settings {
         }
     }
 
+    fn jobs(&self) -> Result<JobsConfig, ConfigError> {
+        let read = |path: &PathBuf| {
+            let text = std::fs::read_to_string(path);
+            let text = text.map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            let bad = |problem| ConfigError::File { path: path.clone(), line: 1, problem };
+            text.trim().parse::<DatabaseUrl>().map_err(bad)
+        };
+        let database_url = match (&self.database_url, &self.database_url_file) {
+            (Some(url), _) => Some(url.clone()),
+            (None, Some(file)) => Some(read(file)?),
+            (None, None) => None,
+        };
+        let state_dir = self.state_dir.clone().or_else(|| StateDir::usual(|name| std::env::var_os(name)));
+        Ok(JobsConfig { state_dir, database_url, node_name: self.node_name.clone() })
+    }
+
     fn server_options(&self) -> ServerOptions {
         let server = ServerOptions::default();
         ServerOptions {
@@ -459,6 +505,7 @@ impl Settings {
                 max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
                 max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
                 max_file_bytes: self.max_clip_storage.map_or(server.retention.max_file_bytes, |size| size.0 as u64),
+                max_age: server.retention.max_age,
             },
         }
     }
@@ -483,6 +530,8 @@ fn read_file(path: &Path) -> Result<Settings, ConfigError> {
         model.source = std::mem::take(&mut model.source).relative_to(folder);
     }
     settings.output_dir = settings.output_dir.map(|dir| folder.join(dir));
+    settings.state_dir = settings.state_dir.map(|dir| dir.relative_to(folder));
+    settings.database_url_file = settings.database_url_file.map(|file| folder.join(file));
     Ok(settings)
 }
 

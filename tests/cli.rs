@@ -950,7 +950,7 @@ fn a_reader_that_goes_away_ends_the_work_quietly() {
 
 /// Starts a server and waits for the line that names its address.
 fn serve(args: &[&str]) -> (Child, String) {
-    let mut command = tale(&[&["serve", "--listen", "127.0.0.1:0"], args].concat());
+    let mut command = tale(&[&["serve", "--state-dir", "none", "--listen", "127.0.0.1:0"], args].concat());
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -987,9 +987,14 @@ fn serve_refuses_to_start_with_a_reason() {
     let busy = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = busy.local_addr().unwrap().to_string();
     let model = format!("a={qwen2}");
-    check_failure(&["serve", "--model", &model, "--listen", &address], 1, &[&address, "in use"]);
-    check_failure(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"], 1, &["model `a`", "/no/such"]);
-    let unwritable = ["serve", "--model", &model, "--listen", "127.0.0.1:0", "--output-dir", "/proc/self"];
+    check_failure(&["serve", "--state-dir", "none", "--model", &model, "--listen", &address], 1, &[&address, "in use"]);
+    check_failure(
+        &["serve", "--state-dir", "none", "--model", "a=/no/such", "--listen", "127.0.0.1:0"],
+        1,
+        &["model `a`", "/no/such"],
+    );
+    let unwritable =
+        ["serve", "--state-dir", "none", "--model", &model, "--listen", "127.0.0.1:0", "--output-dir", "/proc/self"];
     check_failure(&unwritable, 1, &["cannot serve: the folder for finished clips cannot be written"]);
 }
 
@@ -1016,7 +1021,7 @@ fn a_server_leaves_no_core_dumps_unless_it_is_allowed_to() {
 #[test]
 fn a_gpu_that_cannot_be_used_is_refused_before_anything_is_loaded() {
     let refused = |args: &[&str]| check_failure(&[args, &["--device", "cuda:4096"]].concat(), 1, &["cuda:4096: "]);
-    refused(&["serve", "--model", "a=/no/such", "--listen", "127.0.0.1:0"]);
+    refused(&["serve", "--state-dir", "none", "--model", "a=/no/such", "--listen", "127.0.0.1:0"]);
     refused(&["generate", "text", "--model", "/no/such", "--prompt", "x"]);
     refused(&["generate", "image", "--model", "/no/such", "--prompt", "x", "--output", "a.png"]);
 }

@@ -7,6 +7,7 @@ mod cancel;
 mod cli;
 mod clients;
 mod connections;
+mod durable;
 mod edits;
 mod frames;
 mod images;

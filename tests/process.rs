@@ -24,7 +24,8 @@ impl Serving {
     fn start(before: &[&str], flags: &[&str]) -> Self {
         let (temporary, log) = (tempdir().unwrap(), NamedTempFile::new().unwrap());
         let model = format!("tiny={}/tests/goldens/qwen2/checkpoint", env!("CARGO_MANIFEST_DIR"));
-        let serve = [env!("CARGO_BIN_EXE_tale"), "serve", "--listen", "127.0.0.1:0", "--model", &model];
+        let serve =
+            [env!("CARGO_BIN_EXE_tale"), "serve", "--state-dir", "none", "--listen", "127.0.0.1:0", "--model", &model];
         let words = [before, &serve, flags].concat();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).env_remove("RUST_LOG").env("TMPDIR", temporary.path()).stdin(Stdio::null());

@@ -246,7 +246,7 @@ def no_threads(run: Run) -> None:
         raise NotRun("the limit counts all processes of a user; this needs root, to become one that has none")
     with run.subfolder() as folder:
         binary = shared_copy(run, folder)
-        command = [binary, "serve", "--listen", "127.0.0.1:0", "--model", f"chat={run.goldens / 'qwen2/checkpoint'}"]
+        command = [binary, "serve", "--state-dir", "none", "--listen", "127.0.0.1:0", "--model", f"chat={run.goldens / 'qwen2/checkpoint'}"]
         for most in [1, 4, 6]:
             told = told_with_threads(command, most)
             run.check(f"start with {most}", told, "one line", is_one_line(told) or told == SERVES)

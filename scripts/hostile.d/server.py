@@ -87,7 +87,7 @@ class Server:
         self.temporary = folder / "tmp"
         self.output = output
         named = {name: goldens / CHECKPOINTS[name] / "checkpoint" for name in models} | (paths or {})
-        self.command = [*wrapper, str(binary), "serve", "--listen", "127.0.0.1:0"]
+        self.command = [*wrapper, str(binary), "serve", "--state-dir", "none", "--listen", "127.0.0.1:0"]
         for name, path in named.items():
             self.command += ["--model", f"{name}={path}"]
         # Where /livez is answered whatever happens to the other listener; None of a binary that has no such place.

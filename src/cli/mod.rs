@@ -16,6 +16,7 @@ mod prompt;
 #[cfg(feature = "pull")]
 mod pull;
 mod serve;
+mod state;
 mod threads;
 mod watch;
 
@@ -76,6 +77,9 @@ enum CliError {
     /// An argument is fine by itself and wrong for this model or this machine.
     #[error("{0}")]
     Argument(String),
+    /// Jobs have no place to live.
+    #[error("{0}")]
+    State(String),
     #[error("the device thread ended before the answer was whole")]
     EngineGone,
     /// The report on stdout has said everything.

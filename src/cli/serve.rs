@@ -10,7 +10,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::logs::{self, Libraries};
 use super::watch::Watch;
-use super::{CliError, privacy, progress, threads};
+use super::{CliError, privacy, progress, state, threads};
 use crate::config::{Config, Settings};
 use crate::engine::{Engine, EngineError};
 use crate::http::{self, AppState};
@@ -45,15 +45,16 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 
 /// Listens at once, so that liveness is answered and a busy address is told before minutes of loading; work is refused
 /// until the models are there.
-async fn serve(config: Config) -> Result<(), CliError> {
+async fn serve(mut config: Config) -> Result<(), CliError> {
     let watch = Watch::start()?;
     let failed = |address| move |source| CliError::Io { what: format!("cannot serve on {address}"), source };
     // Before the other listener, which may take any port.
     let health = config.health_listen.map(|address| std::net::TcpListener::bind(address).map_err(failed(address)));
     let health = health.transpose()?;
     let listener = http::listen(config.listen).map_err(failed(config.listen))?;
-    let state =
-        AppState::new(config.server.clone()).map_err(|source| CliError::Io { what: "cannot serve".into(), source })?;
+    let node = state::open(&config.jobs, &mut config.server).await?;
+    let state = AppState::with_jobs(config.server.clone(), node);
+    let state = state.map_err(|source| CliError::Io { what: "cannot serve".into(), source })?;
     let stop = watch.over(state.clone(), health);
     let ended = answer(listener, &state, stop, config).await;
     // The watch holds on to the state until the process ends.

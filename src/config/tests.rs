@@ -47,11 +47,14 @@ fn every_key_of_the_documentation_is_read_and_means_what_it_says() {
     assert_eq!(config.engine.weight_dtype, WeightDtype::Bf16);
     assert_eq!(config.server.max_requests, 500);
     assert_eq!((config.server.max_body_memory, config.server.compute_threads), (2 << 30, 4));
-    let Retention { max_active_jobs, max_ended_jobs, max_file_bytes } = config.server.retention;
+    let Retention { max_active_jobs, max_ended_jobs, max_file_bytes, .. } = config.server.retention;
     assert_eq!((max_active_jobs, max_ended_jobs, max_file_bytes), (64, 200, 20 << 30));
     assert_eq!(config.drain, Duration::from_secs(60));
     assert_eq!(config.server.min_free_disk_bytes, 2 << 30);
-    assert_eq!(config.server.output_dir, Some("/var/lib/tale".into()));
+    assert_eq!(config.server.output_dir, Some("/var/lib/clips".into()));
+    assert_eq!(config.jobs.state_dir, Some(StateDir::Folder("/var/lib/tale".into())));
+    let url = config.jobs.database_url.as_ref().map(DatabaseUrl::expose);
+    assert_eq!((url, config.jobs.node_name.as_deref()), (Some("postgres://tale@db/tale"), Some("node-7")));
     assert_eq!(config.server.cors_origins, ["https://studio.example".parse().unwrap()]);
     assert_eq!(config.server.allowed_hosts, [".svc.cluster.local".parse().unwrap()]);
     assert_eq!(config.health_listen, Some("10.0.0.5:8081".parse().unwrap()));
@@ -225,4 +228,19 @@ fn two_models_of_one_name_are_refused() {
     let twice = vec![parse_model("a=/x").unwrap(), parse_model("a=/y").unwrap()];
     let error = Config::resolve(None, Settings { models: twice, ..Settings::default() }).unwrap_err();
     assert_eq!(error.to_string(), "--model: `a` is given twice");
+}
+
+#[test]
+fn the_address_of_a_database_may_stand_in_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("database");
+    std::fs::write(&path, "postgres://tale:secret@db/tale\n").unwrap();
+    let toml = format!("database_url_file = {path:?}\nstate_dir = \"none\"\n[models]\na = \"/a\"\n");
+    let config = resolve(&toml, Settings::default()).unwrap();
+    assert_eq!(config.jobs.database_url.as_ref().map(DatabaseUrl::expose), Some("postgres://tale:secret@db/tale"));
+    assert_eq!(config.jobs.state_dir, Some(StateDir::None));
+    assert!(!format!("{config:?}").contains("secret"));
+    std::fs::write(&path, "mysql://tale:secret@db/tale").unwrap();
+    let refused = resolve(&toml, Settings::default()).unwrap_err();
+    assert!(refused.contains("expected postgres://") && !refused.contains("secret"), "{refused}");
 }
