@@ -1,7 +1,7 @@
 //! Configuration of `tale serve`: what a person may write, and what it means.
 //!
 //! Owns: [`Settings`], the keys of the TOML file and the flags of the command line in one definition, and [`Config`],
-//! the validated result (`models` reads models, `devices` where they lie, `guesses` what is said of guessed tokens, `choices`
+//! the validated result (`models` reads models, `devices` where they lie, `lifetime` when they come and go, `guesses` what is said of guessed tokens, `choices`
 //! has words, `byte_size` sizes). Does not know: how any of it is used.
 
 use std::fmt::Display;
@@ -20,15 +20,17 @@ use tale_models::runner::text::lookup::PromptLookup;
 
 use self::devices::{DeviceName, Whereabouts, one_or_more};
 use self::guesses::{Guesses, TooFewLookedFor};
+use self::lifetime::LoadTime;
 use self::models::{ModelEntry, models_of_table, parse_model};
 use crate::engine::{DEFAULT_DRAIN, EngineOptions, ModelSpec};
-use crate::http::{AllowedHost, ConnectionLimits, Origin, ServerOptions};
+use crate::http::{AllowedHost, ConnectionLimits, ModelManagement, Origin, ServerOptions};
 use crate::job::store::Retention;
 
 mod byte_size;
 mod choices;
 mod devices;
 mod guesses;
+mod lifetime;
 mod models;
 mod state;
 
@@ -49,8 +51,9 @@ pub struct Settings {
     /// goes with it follows after a comma: base=DIR, the diffusers folder with what a single file lacks; loras=DIR, the
     /// folder of LoRA files that requests may name; ip_adapter=PATH and image_encoder=DIR, for reference pictures;
     /// refiner=DIR, the refiner that takes over from SDXL where a request says so; num_speculative_tokens=N,
-    /// prompt_lookup_min=N and prompt_lookup_max=N, which go before the settings of all models; device=NAME, once for each, and
-    /// replicas=N, tensor_parallel=N or guidance_devices=2, where it lies
+    /// prompt_lookup_min=N, prompt_lookup_max=N and idle_unload_seconds=N, which go before the settings of all models; device=NAME,
+    /// once for each, and replicas=N, tensor_parallel=N or guidance_devices=2, where it lies; load=on-demand, to load it with the first
+    /// request for it
     #[arg(long = "model", value_name = "NAME=PATH[,KEY=VALUE]", value_parser = parse_model)]
     #[serde(deserialize_with = "models_of_table")]
     pub models: Vec<ModelEntry>,
@@ -181,7 +184,19 @@ pub struct Settings {
     #[arg(long, value_name = "N")]
     pub compute_threads: Option<NonZeroUsize>,
 
-    /// Seconds that running work may go on after SIGTERM, SIGINT or SIGHUP [default: 30]
+    /// Seconds without a request after which a model is unloaded; the next request loads it again [default: none]
+    #[arg(long, value_name = "SECONDS")]
+    pub idle_unload_seconds: Option<NonZeroU32>,
+
+    /// Let clients load and unload models: POST /v1/models/NAME/load and unload
+    #[arg(long)]
+    pub model_management: bool,
+
+    /// Folder below which lie the checkpoints that may be loaded so, besides those that are configured [default: none]
+    #[arg(long, value_name = "DIR")]
+    pub models_dir: Option<PathBuf>,
+
+    /// Seconds that running work may go on after SIGTERM, SIGINT or SIGHUP, and that of a model when it is unloaded [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u32>,
 
@@ -341,7 +356,7 @@ impl Config {
         let guesses = settings.guesses();
         let prompt_lookup = guesses.chosen()?;
         let devices = devices::named(&settings.device).map_err(ConfigError::Devices)?;
-        let spec = |ModelEntry { name, source, guesses: own, whereabouts }: &ModelEntry| {
+        let spec = |ModelEntry { name, source, guesses: own, whereabouts, lifetime }: &ModelEntry| {
             let of_model = match own == &Guesses::default() {
                 true => None,
                 false => Some(own.over(guesses).chosen().map_err(|source| {
@@ -350,8 +365,15 @@ impl Config {
                 })?),
             };
             let Whereabouts { devices, replicas, tensor_parallel, guidance_devices } = whereabouts.clone();
+            // What devices share stays, whatever is said of all models.
+            let is_shared = tensor_parallel.is_some() || guidance_devices.is_some();
+            let of_all = settings.idle_unload_seconds.filter(|_| !is_shared);
+            let idle_unload = lifetime.idle_unload_seconds.or(of_all);
+            let idle_unload = idle_unload.map(|seconds| Duration::from_secs(seconds.get().into()));
+            let on_demand = lifetime.load == Some(LoadTime::OnDemand);
             let spec = ModelSpec::new(name, source.clone());
-            Ok(ModelSpec { devices, replicas, tensor_parallel, guidance_devices, prompt_lookup: of_model, ..spec })
+            let spec = ModelSpec { devices, replicas, tensor_parallel, guidance_devices, ..spec };
+            Ok(ModelSpec { prompt_lookup: of_model, on_demand, idle_unload, ..spec })
         };
         let models = settings.models.iter().map(spec).collect::<Result<_, ConfigError>>()?;
         Ok(Self {
@@ -412,6 +434,9 @@ impl Settings {
             max_ended_jobs: self.max_ended_jobs.or(file.max_ended_jobs),
             max_clip_storage: self.max_clip_storage.or(file.max_clip_storage),
             drain_seconds: self.drain_seconds.or(file.drain_seconds),
+            idle_unload_seconds: self.idle_unload_seconds.or(file.idle_unload_seconds),
+            model_management: self.model_management || file.model_management,
+            models_dir: self.models_dir.or(file.models_dir),
             min_free_disk: self.min_free_disk.or(file.min_free_disk),
             output_dir: self.output_dir.or(file.output_dir),
             state_dir: self.state_dir.or(file.state_dir),
@@ -501,6 +526,10 @@ impl Settings {
             cors_origins: self.cors_origins.clone(),
             allowed_hosts: self.allowed_hosts.clone(),
             connections: self.connection_limits(),
+            model_management: self.model_management.then(|| ModelManagement {
+                models_dir: self.models_dir.clone(),
+                configured: self.models.iter().map(|model| model.source.path.clone()).collect(),
+            }),
             retention: Retention {
                 max_active_jobs: or(self.max_active_jobs, server.retention.max_active_jobs),
                 max_ended_jobs: or(self.max_ended_jobs, server.retention.max_ended_jobs),
@@ -532,6 +561,7 @@ fn read_file(path: &Path) -> Result<Settings, ConfigError> {
     settings.output_dir = settings.output_dir.map(|dir| folder.join(dir));
     settings.state_dir = settings.state_dir.map(|dir| dir.relative_to(folder));
     settings.database_url_file = settings.database_url_file.map(|file| folder.join(file));
+    settings.models_dir = settings.models_dir.map(|dir| folder.join(dir));
     Ok(settings)
 }
 

@@ -14,6 +14,7 @@ mod images;
 mod layering;
 mod lifecycle;
 mod logprobs;
+mod model_management;
 mod openapi;
 mod playback;
 mod posters;

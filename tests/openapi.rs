@@ -167,6 +167,7 @@ async fn answers_with_text_and_images_are_as_documented() {
     checker.answer("get", "/v1/models", &server.get("/v1/models").await);
     checker.answer("get", "/v1/models/{id}", &server.get("/v1/models/words").await);
     checker.answer("get", "/v1/models/{id}", &server.get("/v1/models/none").await);
+    checker.answer("post", "/v1/models/{id}", &server.post("/v1/models/words/unload", &json!({})).await.expect(403));
 }
 
 #[tokio::test]
@@ -201,7 +202,8 @@ async fn answers_about_videos_are_as_documented() {
 async fn an_answer_that_is_not_as_documented_is_found() {
     let checker = Checker(document(&server().await).await);
     let check = |value: Value| checker.check(&json!({"$ref": "#/components/schemas/Model"}), &value);
-    let model = json!({"id": "a", "object": "model", "created": 1, "owned_by": "tale"});
+    let model =
+        json!({"id": "a", "object": "model", "created": 1, "owned_by": "tale", "state": "ready", "devices": ["cpu"]});
     assert_eq!(check(model.clone()), Ok(()));
     for (name, wrong) in [("object", json!("video")), ("created", json!(-1)), ("id", json!(5)), ("other", json!(1))] {
         let mut model = model.clone();

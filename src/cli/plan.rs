@@ -15,11 +15,13 @@ use crate::engine::{self, EngineError, Planned};
 pub fn report(file: &Path, memory: Option<ByteSize>, json: bool) -> Result<String, CliError> {
     let flags = Settings { memory, ..Settings::default() };
     let config = Config::resolve(Some(file), flags)?;
-    let devices = engine::plan(&config.models, &config.engine).map_err(|error| match error {
+    let (on_demand, at_start): (Vec<_>, Vec<_>) = config.models.into_iter().partition(|model| model.on_demand);
+    let devices = engine::plan(&at_start, &config.engine).map_err(|error| match error {
         EngineError::Load { source, .. } => CliError::from(*source),
         other => CliError::from(other),
     })?;
-    let report = Report { devices: devices.into_iter().map(Device::from).collect() };
+    let on_demand = on_demand.into_iter().map(|model| model.name).collect();
+    let report = Report { devices: devices.into_iter().map(Device::from).collect(), on_demand };
     Ok(match json {
         true => serde_json::to_string_pretty(&report).expect("numbers and text are always JSON: this is a bug") + "\n",
         false => report.to_string(),
@@ -29,6 +31,8 @@ pub fn report(file: &Path, memory: Option<ByteSize>, json: bool) -> Result<Strin
 #[derive(Debug, Serialize)]
 struct Report {
     devices: Vec<Device>,
+    /// Models that come with a request, where there is room then.
+    on_demand: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,7 +79,10 @@ impl fmt::Display for Report {
             }
             writeln!(f, "  free for requests: {}", ByteSize(*free_bytes))?;
         }
-        Ok(())
+        match &self.on_demand[..] {
+            [] => Ok(()),
+            names => writeln!(f, "on demand: {}", names.join(", ")),
+        }
     }
 }
 
@@ -92,7 +99,8 @@ mod tests {
         let file = folder.path().join("serve.toml");
         let text = format!(
             "device = [\"cpu:0/2\", \"cpu:1/2\"]\nkv_cache = \"64MiB\"\nmemory = \"1GiB\"\n\n[models]\n\
-             words = {{ path = {:?}, devices = [\"cpu:1/2\"] }}\npictures = {:?}\n",
+             words = {{ path = {:?}, devices = [\"cpu:1/2\"] }}\npictures = {:?}\n\
+             later = {{ path = \"/later\", load = \"on-demand\" }}\n",
             golden("qwen2"),
             golden("flux-schnell"),
         );
@@ -105,6 +113,7 @@ mod tests {
         };
         assert_eq!([names(0), names(1)], [vec!["pictures"], vec!["pictures", "words"]]);
         assert_eq!(report["devices"][0]["device"], "cpu:0/2");
+        assert_eq!(report["on_demand"], serde_json::json!(["later"]));
         let error = super::report(&file, Some(ByteSize(1 << 20)), false).expect_err("too little").to_string();
         assert!(error.contains("model `pictures` fits on no device"), "{error}");
     }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Deserializer, de};
@@ -13,6 +13,7 @@ use tale_models::device::DeviceSpec;
 
 use super::devices::{Whereabouts, one_or_more};
 use super::guesses::Guesses;
+use super::lifetime::{Lifetime, LoadTime};
 
 /// Longest name of a model.
 pub const MAX_MODEL_NAME_LEN: usize = 128;
@@ -28,14 +29,18 @@ pub struct ModelEntry {
     pub guesses: Guesses,
     /// The devices that it lies on, as far as that is said.
     pub whereabouts: Whereabouts,
+    /// When it comes and goes, as far as that is said.
+    pub lifetime: Lifetime,
 }
 
-/// `NAME=PATH`, or `NAME=PATH,KEY=VALUE` with the keys of [`ModelSource::extras`], [`Guesses::KEYS`] and [`Whereabouts::KEYS`].
+/// `NAME=PATH`, or `NAME=PATH,KEY=VALUE` with the keys of [`ModelSource::extras`], [`Guesses::KEYS`],
+/// [`Whereabouts::KEYS`] and [`Lifetime::KEYS`].
 pub(super) fn parse_model(argument: &str) -> Result<ModelEntry, String> {
     let (name, parts) = argument.split_once('=').ok_or("expected NAME=PATH")?;
     let mut parts = parts.split(',');
     let mut source = ModelSource::at(parts.next().unwrap_or_default());
     let (mut guesses, mut whereabouts) = (Guesses::default(), Whereabouts::default());
+    let mut lifetime = Lifetime::default();
     if source.path.as_os_str().is_empty() {
         return Err("the path is empty; expected NAME=PATH".into());
     }
@@ -49,13 +54,21 @@ pub(super) fn parse_model(argument: &str) -> Result<ModelEntry, String> {
             }
             continue;
         }
+        if let Some((_, set)) = Lifetime::KEYS.iter().find(|(known, _)| *known == key) {
+            if !set(&mut lifetime, value) {
+                return Err(format!(
+                    "`{key}={value}`: expected load=start, load=on-demand or a number of seconds above 0, each once"
+                ));
+            }
+            continue;
+        }
         match Guesses::KEYS.iter().find(|(known, _)| *known == key) {
             Some((_, set)) if value.parse().is_ok_and(|tokens| set(&mut guesses, tokens)) => (),
             Some(_) => return Err(format!("`{key}` needs one number of tokens, once")),
             None => set_extra(&mut source, key, value)?,
         }
     }
-    checked_model(name, Entry { source, guesses, whereabouts })
+    checked_model(name, Entry { source, guesses, whereabouts, lifetime })
 }
 
 /// One `KEY=PATH` after a model's own path.
@@ -64,7 +77,8 @@ fn set_extra(source: &mut ModelSource, key: &str, path: &str) -> Result<(), Stri
     let Some((_, extra)) = extras.iter_mut().find(|(known, _)| *known == key) else {
         let paths = extras.iter().map(|(known, _)| format!("{known}=PATH"));
         let numbers = Guesses::KEYS.iter().map(|(known, _)| format!("{known}=N"));
-        let others = ["device=NAME", "replicas=N", "tensor_parallel=N", "guidance_devices=2"].map(str::to_owned);
+        let others = ["device=NAME", "replicas=N", "tensor_parallel=N", "guidance_devices=2", "load=WHEN"];
+        let others = others.into_iter().chain(["idle_unload_seconds=N"]).map(str::to_owned);
         let known = paths.chain(numbers).chain(others).collect::<Vec<_>>().join(", ");
         return Err(format!("`{key}` is not one of {known}; a path with a comma goes into the file of --config"));
     };
@@ -83,8 +97,8 @@ fn checked_model(name: &str, entry: Entry) -> Result<ModelEntry, String> {
             "`{name}` is not a model name; allowed: 1 to {MAX_MODEL_NAME_LEN} letters, digits and any of - _ . / :"
         ));
     }
-    let Entry { source, guesses, whereabouts } = entry;
-    Ok(ModelEntry { name: name.to_owned(), source, guesses, whereabouts })
+    let Entry { source, guesses, whereabouts, lifetime } = entry;
+    Ok(ModelEntry { name: name.to_owned(), source, guesses, whereabouts, lifetime })
 }
 
 pub(super) fn models_of_table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ModelEntry>, D::Error> {
@@ -98,9 +112,10 @@ struct Entry {
     source: ModelSource,
     guesses: Guesses,
     whereabouts: Whereabouts,
+    lifetime: Lifetime,
 }
 
-/// The table: the fields of [`ModelSource`], [`Guesses`] and [`Whereabouts`].
+/// The table: the fields of [`ModelSource`], [`Guesses`], [`Whereabouts`] and [`Lifetime`].
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
@@ -118,6 +133,8 @@ struct Table {
     replicas: Option<NonZeroUsize>,
     tensor_parallel: Option<NonZeroUsize>,
     guidance_devices: Option<NonZeroUsize>,
+    load: Option<LoadTime>,
+    idle_unload_seconds: Option<NonZeroU32>,
 }
 
 impl From<Table> for Entry {
@@ -125,10 +142,12 @@ impl From<Table> for Entry {
         let Table { path, base, ip_adapter, image_encoder, loras, refiner, .. } = table;
         let Table { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, .. } = table;
         let Table { devices, replicas, tensor_parallel, guidance_devices, .. } = table;
+        let Table { load, idle_unload_seconds, .. } = table;
         Self {
             source: ModelSource { path, base, ip_adapter, image_encoder, loras, refiner },
             guesses: Guesses { num_speculative_tokens, prompt_lookup_min, prompt_lookup_max },
             whereabouts: Whereabouts { devices, replicas, tensor_parallel, guidance_devices },
+            lifetime: Lifetime { load, idle_unload_seconds },
         }
     }
 }
@@ -150,7 +169,8 @@ impl<'de> de::Visitor<'de> for EntryVisitor {
 
     fn visit_str<E: de::Error>(self, path: &str) -> Result<Entry, E> {
         let source = ModelSource::at(path);
-        Ok(Entry { source, guesses: Guesses::default(), whereabouts: Whereabouts::default() })
+        let (guesses, whereabouts, lifetime) = Default::default();
+        Ok(Entry { source, guesses, whereabouts, lifetime })
     }
 
     fn visit_map<A: de::MapAccess<'de>>(self, table: A) -> Result<Entry, A::Error> {

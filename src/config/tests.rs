@@ -138,6 +138,23 @@ fn devices_are_named_for_the_server_and_for_models() {
 }
 
 #[test]
+fn models_come_and_go_as_is_said_of_all_and_of_one() {
+    let toml = "idle_unload_seconds = 600\nmodel_management = true\nmodels_dir = \"m\"\n[models]\na = \"/a\"\n[models.b]\n\
+                path = \"/b\"\nload = \"on-demand\"\nidle_unload_seconds = 60\n";
+    let flags = Settings { models: vec![parse_model("c=/c,load=on-demand").unwrap()], ..Settings::default() };
+    let config = resolve(toml, flags).unwrap();
+    let found: Vec<_> = config.models.iter().map(|model| (model.on_demand, model.idle_unload)).collect();
+    let seconds = |seconds| Some(Duration::from_secs(seconds));
+    assert_eq!(found, [(false, seconds(600)), (true, seconds(60)), (true, seconds(600))]);
+    let management = config.server.model_management.unwrap();
+    assert!(management.models_dir.unwrap().is_absolute());
+    assert_eq!(management.configured, ["/a", "/b", "/c"].map(std::path::PathBuf::from));
+    check_error("[models.a]\npath = \"/a\"\nload = \"never\"\n", &["`models.a", "`start`", "`on-demand`"]);
+    check_error("idle_unload_seconds = 0\n", &[":1: `idle_unload_seconds`: ", "zero"]);
+    assert!(resolve("[models]\na = \"/a\"\n", Settings::default()).unwrap().server.model_management.is_none());
+}
+
+#[test]
 fn flags_win_and_models_are_joined_by_name() {
     let flags = Settings {
         models: vec![parse_model("chat=/b").unwrap(), parse_model("wan=/c").unwrap()],

@@ -10,8 +10,8 @@ use tale_models::{ClientId, Request, SessionId};
 use super::SubmitOptions;
 use super::arbiter::RunnerKey;
 use super::coming::Arrival;
+use super::gauges::ModelGauges;
 use super::mailbox::Mailbox;
-use super::peers::Peer;
 use crate::places::Place;
 
 /// What handles ask of the device thread.
@@ -32,11 +32,21 @@ pub(super) enum Command {
     /// Begin to load a model, whose runner will have this key.
     Load(RunnerKey, Box<Arrival>),
     /// From now on a runner has these peers; said when it is so.
-    Join(RunnerKey, Vec<Peer>, Sender<()>),
+    Join(RunnerKey, Vec<Neighbour>, Sender<()>),
     /// End the sessions of a runner, and free what its model holds, loaded or not; said when it is done.
     Unload(RunnerKey, Sender<()>),
     /// Cancel everything and end the thread.
     Stop,
+}
+
+/// Another device that holds a runner's model.
+#[derive(Debug)]
+pub(super) struct Neighbour {
+    pub(super) commands: Arc<Sender<Command>>,
+    /// Of the model there.
+    pub(super) gauges: Arc<ModelGauges>,
+    /// Which of its runners has the model.
+    pub(super) runner: RunnerKey,
 }
 
 /// A session that is ordered.

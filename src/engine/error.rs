@@ -123,6 +123,12 @@ pub enum EngineError {
         /// What is done with it.
         doing: &'static str,
     },
+    /// There is nothing to unload.
+    #[error("model `{model}` is not loaded: there is nothing to unload")]
+    NothingToUnload {
+        /// Its name.
+        model: String,
+    },
     /// The model is there as it is wanted.
     #[error("model `{model}` is loaded already; a path or devices load it anew")]
     AlreadyLoaded {

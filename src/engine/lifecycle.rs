@@ -4,20 +4,20 @@
 //! requests, wait for those that work with it, free), on a thread for each that ends with it. Does not know: how a device reads
 //! weights ([`super::worker`]), or who asked.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use tale_models::Error;
 use tale_models::device::DeviceSpec;
-use tale_models::{Error, ModelSource};
 
 use super::assignment::{self, Misfit, Wanted};
 use super::catalogue::{Entry, ServedModel, State, Work};
 use super::coming::{Arrival, Arrived, Loadable, Progress};
-use super::command::Command;
+use super::command::{Command, Neighbour};
 use super::device::DeviceHandle;
-use super::peers::Peer;
 use super::replicas::{Replica, Replicas};
 use super::{EngineError, ModelSpec, Shared, groups};
 
@@ -36,8 +36,8 @@ pub enum When {
 /// How a model is to be loaded.
 #[derive(Debug, Clone, Default)]
 pub struct Wish {
-    /// From where; `None`: as it is configured, or as it was loaded last.
-    pub source: Option<ModelSource>,
+    /// From where, with what goes with the checkpoint as it is configured; `None`: as it is configured, or as it was loaded last.
+    pub path: Option<PathBuf>,
     /// On which devices; empty as above.
     pub devices: Vec<DeviceSpec>,
     /// `None`: beside what is there where there is room, else after it.
@@ -109,7 +109,7 @@ struct Placed {
 pub(super) fn begin_to_load(shared: &Arc<Shared>, index: usize, wish: Wish) -> Result<Begun, EngineError> {
     let entry = &shared.catalogue.entries[index];
     check_may_go(entry)?;
-    let is_the_same = wish.source.is_none() && wish.devices.is_empty();
+    let is_the_same = wish.path.is_none() && wish.devices.is_empty();
     if is_the_same && entry.state().current.is_some() {
         check_rests(entry, &entry.state())?;
         return Err(EngineError::AlreadyLoaded { model: entry.name.clone() });
@@ -144,10 +144,7 @@ pub(super) fn begin_to_unload(shared: &Arc<Shared>, index: usize, drain: Duratio
     check_may_go(entry)?;
     let mut state = entry.state();
     check_rests(entry, &state)?;
-    let Some(old) = state.take() else {
-        drop(state);
-        return Err(entry.current().err().unwrap_or(EngineError::Draining));
-    };
+    let old = state.take().ok_or_else(|| EngineError::NothingToUnload { model: entry.name.clone() })?;
     state.is_put_away();
     drop(state);
     let claim = Claim { shared: shared.clone(), index };
@@ -217,8 +214,8 @@ fn load(claim: Claim, wish: &Wish, progress: &Arc<Progress>, begun: &Sender<Resu
 
 fn wished(spec: &ModelSpec, wish: &Wish) -> ModelSpec {
     let mut spec = spec.clone();
-    if let Some(source) = &wish.source {
-        spec.source = source.clone();
+    if let Some(path) = &wish.path {
+        spec.source.path = path.clone();
     }
     if !wish.devices.is_empty() {
         (spec.devices, spec.replicas) = (wish.devices.clone(), None);
@@ -252,7 +249,9 @@ fn replace(
                 search.devices(&[&old])?;
                 drop(old);
                 let _ = begun.send(Ok(()));
-                if let Some(old) = entry.state().current.take() {
+                // In a statement of its own, which ends before the waiting begins.
+                let old = entry.state().current.take();
+                if let Some(old) = old {
                     shared.catalogue.tell();
                     retire(shared, old, Some(wish.drain.unwrap_or(shared.options.drain)));
                 }
@@ -451,8 +450,12 @@ fn finish(shared: &Shared, spec: &ModelSpec, placed: Placed) -> Result<ServedMod
     let replicas: Vec<Replica> = replicas.collect();
     for own in &replicas {
         let others = replicas.iter().filter(|other| other.device != own.device);
-        let peer = |of: &Replica| Peer::new(&shared.devices[of.device].commands, of.gauges.clone(), of.runner);
-        tell(shared, own.device, |done| Command::Join(own.runner, others.clone().map(peer).collect(), done));
+        let neighbour = |of: &Replica| Neighbour {
+            commands: shared.devices[of.device].commands.clone(),
+            gauges: of.gauges.clone(),
+            runner: of.runner,
+        };
+        tell(shared, own.device, |done| Command::Join(own.runner, others.clone().map(neighbour).collect(), done));
     }
     let devices = replicas.iter().map(|replica| shared.devices[replica.device].spec).collect();
     let commands = replicas.iter().map(|replica| shared.devices[replica.device].commands.clone()).collect();

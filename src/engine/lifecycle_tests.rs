@@ -274,7 +274,7 @@ fn a_model_comes_and_goes() {
     wait_for("unloaded", || state(&engine, "a") == ModelState::Unloaded);
     assert_eq!(engine.status().ledger_used_bytes(), 0);
     let again = engine.unload_model("a", None).expect_err("it has gone").to_string();
-    assert_eq!(again, "model `a` is not loaded");
+    assert_eq!(again, "model `a` is not loaded: there is nothing to unload");
     assert!(matches!(engine.unload_model("c", None), Err(EngineError::UnknownModel { .. })));
 }
 
@@ -350,8 +350,8 @@ fn weights_are_swapped_under_load() {
                 })
             });
             let clients: Vec<_> = clients.collect();
-            let source = Some(std::path::Path::new("/models/second").into());
-            load(&engine, "a", Wish { source, when, ..Wish::default() }).expect("it begins");
+            let path = Some("/models/second".into());
+            load(&engine, "a", Wish { path, when, ..Wish::default() }).expect("it begins");
             if resident_bytes == 40 && when.is_none() {
                 // It is there all the while, since the new ones are loaded beside it.
                 assert!(engine.model("a").is_ok());
@@ -468,8 +468,8 @@ fn races_of_loads_unloads_submissions_and_cancellations_leave_nothing() {
         match dice.roll(10) {
             0 => drop(engine.load_model(name, Wish::default())),
             1 => {
-                let source = Some(std::path::Path::new(["/models/first", "/models/second"][dice.roll(2)]).into());
-                drop(engine.load_model(name, Wish { source, ..Wish::default() }));
+                let path = Some(["/models/first", "/models/second"][dice.roll(2)].into());
+                drop(engine.load_model(name, Wish { path, ..Wish::default() }));
             }
             2 => drop(engine.unload_model(name, Some(Duration::from_millis(dice.roll(5) as u64)))),
             3 if !sessions.is_empty() => drop(sessions.swap_remove(dice.roll(sessions.len()))),

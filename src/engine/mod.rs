@@ -21,7 +21,6 @@ use self::catalogue::{Catalogue, Entry};
 use self::coming::{Checkpoints, Loader, NoLoader};
 use self::command::{Command, Order};
 use self::device::DeviceHandle;
-use self::lifecycle::Begun;
 use self::mailbox::Mailbox;
 use self::replicas::{Chosen, Replica};
 use crate::places::{Place, Places};
@@ -50,7 +49,7 @@ mod worker;
 
 pub use catalogue::{LoadProgress, ModelReport, ModelState, ServedModel};
 pub use error::EngineError;
-pub use lifecycle::{When, Wish};
+pub use lifecycle::{Begun, When, Wish};
 pub use loading::Planned;
 pub(crate) use loading::{capacity_bytes, place_text_encoders, plan};
 pub use session::Session;

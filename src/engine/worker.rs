@@ -19,7 +19,7 @@ use tale_models::{ClientId, Error, Event, Events, Request, Runner, SessionId};
 
 use super::SubmitOptions;
 use super::arbiter::{Arbiter, Candidate, RunnerKey};
-use super::command::{Command, Order};
+use super::command::{Command, Neighbour, Order};
 use super::gauges::{Gauges, ModelGauges};
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
@@ -207,8 +207,9 @@ impl<C: Clock> DeviceWorker<C> {
             Command::HandOver => self.hand_over(),
             Command::Load(runner, arrival) => self.begin_to_load(runner, *arrival),
             Command::Join(runner, peers, done) => {
+                let peer = |of: Neighbour| Peer::new(&of.commands, of.gauges, of.runner);
                 if let Some(slot) = self.slots.get_mut(&runner) {
-                    slot.peers = peers;
+                    slot.peers = peers.into_iter().map(peer).collect();
                 }
                 // Whoever asked may have gone.
                 let _ = done.send(());

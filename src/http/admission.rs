@@ -6,8 +6,8 @@
 //! once there is one, is checked here first and makes the clients.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,13 @@ use axum::middleware::Next;
 use axum::response::Response;
 use http_body::{Frame, SizeHint};
 use tale_models::diffusion::DiffusionRequest;
+use tale_models::parameter::Options;
 use tale_models::{ClientId, ModelCard};
 
 use super::AppState;
+use super::cold_start::ALLOW_COLD_START;
 use super::error::ApiError;
-use crate::engine::{Engine, EngineError, EngineStatus, ModelReport, ServedModel, Session};
+use crate::engine::{Begun, Engine, EngineError, EngineStatus, ModelReport, ServedModel, Session, Wish};
 use crate::places::{Place, Places};
 use crate::telemetry;
 
@@ -49,9 +51,9 @@ impl Served {
         self.0.cards()
     }
 
-    /// The model with this name, if it is there, or the error that names those there are.
+    /// The model with this name, if it is there, or the error that names those there are; one that comes on demand begins to come.
     pub(super) fn model(&self, name: &str) -> Result<Arc<ServedModel>, ApiError> {
-        Ok(self.0.model(name)?)
+        Ok(self.0.ask(name)?)
     }
 
     /// Device time that a request is expected to take in seconds, where that is known.
@@ -67,6 +69,26 @@ impl Served {
     /// What is wrong, if no device is left for some model.
     pub(super) fn problem(&self) -> Option<EngineError> {
         self.0.problem()
+    }
+
+    /// Begins to load a model; what is returned tells whether it has begun.
+    pub(super) fn load_model(&self, name: &str, wish: Wish) -> Result<Begun, ApiError> {
+        Ok(self.0.load_model(name, wish)?)
+    }
+
+    /// Begins to unload a model.
+    pub(super) fn unload_model(&self, name: &str, drain: Option<Duration>) -> Result<(), ApiError> {
+        Ok(self.0.unload_model(name, drain)?)
+    }
+
+    /// Waits until a model is there that comes on demand.
+    pub(super) async fn wait_for_model(&self, name: &str, client: ClientId) -> Result<Arc<ServedModel>, ApiError> {
+        Ok(self.0.ask_and_wait(name, client).await?)
+    }
+
+    /// Begins to unload what nobody has used for long.
+    pub(super) fn unload_idle(&self) {
+        self.0.unload_idle();
     }
 
     pub(super) fn status(&self) -> EngineStatus {
@@ -112,6 +134,8 @@ impl Admission {
 pub(super) struct Admitted {
     engine: Served,
     client: ClientId,
+    /// The weights that it works with, from when it has asked for them: those that take their place are for requests after it.
+    model: Arc<OnceLock<Arc<ServedModel>>>,
     _place: Arc<Place>,
 }
 
@@ -121,9 +145,27 @@ impl Admitted {
         self.client
     }
 
+    /// The card of the model that it works with from now on; one that is not there is waited for where `options` allow it.
+    pub(super) async fn card(&self, model: &str, options: &Options) -> Result<Arc<ModelCard>, ApiError> {
+        if let Some(served) = self.model.get().filter(|served| served.name == model) {
+            return Ok(served.card());
+        }
+        let served = match options.get(&ALLOW_COLD_START) {
+            Some(true) => self.engine.wait_for_model(model, self.client).await?,
+            _ => self.engine.model(model)?,
+        };
+        let card = served.card();
+        // A request has one model; another one is had by its name.
+        let _ = self.model.set(served);
+        Ok(card)
+    }
+
     /// Gives work to the engine.
     pub(super) fn submit(&self, model: &str, request: tale_models::Request) -> Result<Session, ApiError> {
-        Ok(self.engine.0.submit(model, self.client, request)?)
+        match self.model.get().filter(|served| served.name == model) {
+            Some(served) => Ok(self.engine.0.submit_to(served, self.client, request, None)?),
+            None => Ok(self.engine.0.submit(model, self.client, request)?),
+        }
     }
 }
 
@@ -135,7 +177,7 @@ pub(super) async fn with_place(
     work: impl AsyncFnOnce(&Admitted) -> Result<Response, ApiError>,
 ) -> Result<Response, ApiError> {
     let place = Arc::new(state.admission().place(client)?);
-    let admitted = Admitted { engine: state.engine()?.clone(), client, _place: place };
+    let admitted = Admitted { engine: state.engine()?.clone(), client, model: Arc::default(), _place: place };
     let response = work(&admitted).await?;
     Ok(response.map(|body| carry(body, admitted)))
 }

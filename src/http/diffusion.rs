@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use super::body::MAX_PICTURE_BODY_BYTES;
 use super::body::memory::Held;
 use super::body::upload::Upload;
+use super::cold_start::ALLOW_COLD_START;
 use super::error::ApiError;
 use super::files::FileWork;
 use super::parameters::{Given, image_bytes};
@@ -78,7 +79,11 @@ impl SizeField {
 
 /// The card of a model that makes `medium`, or the error that names the right endpoint.
 pub(super) fn card(state: &AppState, model: &str, medium: Medium) -> Result<Arc<ModelCard>, ApiError> {
-    let card = state.engine()?.model(model)?.card();
+    of_medium(state.engine()?.model(model)?.card(), medium)
+}
+
+/// The card, if its model makes `medium`, or the error that names the right endpoint.
+pub(super) fn of_medium(card: Arc<ModelCard>, medium: Medium) -> Result<Arc<ModelCard>, ApiError> {
     match &*card {
         ModelCard::Text(_) => Err(ApiError::field("model", "writes text; use /v1/chat/completions")),
         ModelCard::Diffusion(diffusion) if diffusion.medium() != medium => Err(super::wrong_endpoint(diffusion)),
@@ -96,8 +101,12 @@ pub(super) async fn fetch_frames(state: &AppState, given: &mut Given, held: &mut
     Ok(())
 }
 
-/// The options of a body with its images decoded, and the memory of these.
+/// The options of a body with its images decoded, and the memory of these. First of all it waits for the model where the body allows
+/// that.
 pub(super) async fn decoded(state: &AppState, mut given: Given, mut held: Held) -> Result<(Options, Held), ApiError> {
+    if let (Some(true), Some(model)) = (given.options.get(&ALLOW_COLD_START), given.options.get(&MODEL)) {
+        state.engine()?.wait_for_model(&model, held.client()).await?;
+    }
     if !given.has_files() {
         held.shrink_to(0);
         return Ok((given.options, held));

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::compute::ComputeError;
-use crate::engine::EngineError;
+use crate::engine::{EngineError, LoadProgress, ModelState};
 use crate::job::UnknownJob;
 use crate::job::failure::INSUFFICIENT_STORAGE;
 use crate::job::node::NodeError;
@@ -51,6 +51,22 @@ pub(super) struct ErrorBody {
     kind: &'static str,
     param: Option<String>,
     code: Option<&'static str>,
+    /// Of the model that is being loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    progress: Option<WireProgress>,
+}
+
+/// Bytes of a model that are read, and those that are to be read in all.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct WireProgress {
+    read_bytes: usize,
+    total_bytes: usize,
+}
+
+impl From<LoadProgress> for WireProgress {
+    fn from(LoadProgress { read_bytes, total_bytes }: LoadProgress) -> Self {
+        Self { read_bytes, total_bytes }
+    }
 }
 
 /// The body.
@@ -62,7 +78,7 @@ pub(super) struct ErrorEnvelope<'a> {
 impl ApiError {
     fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
-        let body = ErrorBody { message: message.into(), kind, param: None, code: Some(code) };
+        let body = ErrorBody { message: message.into(), kind, param: None, code: Some(code), progress: None };
         Self { status, body, retry_after: None, accept_encoding: false }
     }
 
@@ -190,6 +206,28 @@ impl ApiError {
         error
     }
 
+    /// 503: a model that is not there. Whoever hears that it comes may ask again.
+    fn not_loaded(message: &str, state: ModelState, progress: Option<LoadProgress>, comes_back: bool) -> Self {
+        let code = match state {
+            ModelState::Loading => "model_loading",
+            ModelState::Failed => "model_failed",
+            _ => "model_not_loaded",
+        };
+        let mut error = Self::unready(code, message);
+        error.body.progress = progress.map(WireProgress::from);
+        if !comes_back && state != ModelState::Loading {
+            error.retry_after = None;
+        }
+        error
+    }
+
+    /// 403: how models could be loaded and unloaded.
+    pub(super) fn no_model_management() -> Self {
+        let message = "clients may not load and unload models here; model_management = true in the server's configuration, or \
+                       --model-management, lets them";
+        Self::forbidden("model_management_off", message)
+    }
+
     /// 500: something of ours; `what` is logged with its cause by the caller.
     pub(super) fn internal(what: &str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", what)
@@ -274,15 +312,18 @@ impl From<EngineError> for ApiError {
             EngineError::Busy { .. } => Self::busy(message),
             EngineError::Draining => Self::unready("shutting_down", &message),
             EngineError::Failed { .. } => Self::unready("device_lost", &message),
-            EngineError::NotLoaded { .. } => Self::unready("model_not_loaded", &message),
-            EngineError::AtWork { .. } | EngineError::AlreadyLoaded { .. } | EngineError::Stays { .. } => {
-                Self::new(StatusCode::CONFLICT, "model_state", message)
+            EngineError::NotLoaded { state, progress, comes_back, .. } => {
+                Self::not_loaded(&message, state, progress, comes_back)
             }
+            EngineError::NoRoom { .. } => Self::new(StatusCode::SERVICE_UNAVAILABLE, "out_of_memory", message),
+            EngineError::AtWork { .. }
+            | EngineError::AlreadyLoaded { .. }
+            | EngineError::NothingToUnload { .. }
+            | EngineError::Stays { .. } => Self::new(StatusCode::CONFLICT, "model_state", message),
+            EngineError::Devices(problem) => Self::field("devices", problem),
+            EngineError::Load { source, .. } => Self::field_code("path", "invalid_checkpoint", source),
             EngineError::DuplicateModel { .. }
-            | EngineError::Devices(_)
-            | EngineError::NoRoom { .. }
             | EngineError::NoRoomForPart { .. }
-            | EngineError::Load { .. }
             | EngineError::Open(_)
             | EngineError::Memory { .. }
             | EngineError::Thread(_) => Self::internal("the engine did not start"),

@@ -12,6 +12,7 @@ use tale_models::diffusion::Medium;
 
 use super::error::ApiError;
 use super::{AppState, browsers};
+use crate::engine::{ModelReport, ModelState};
 use crate::job::failure::INSUFFICIENT_STORAGE;
 use crate::telemetry;
 
@@ -33,21 +34,31 @@ pub(super) async fn live() -> &'static str {
 }
 
 /// The models are loaded, each has a device that lives, and new work is taken. A disk that takes no clips is said; a server with
-/// nothing else to do is not ready then.
+/// nothing else to do is not ready then. Models that come on demand or were unloaded are no reason not to be ready; they are named.
 pub(super) async fn ready(State(state): State<AppState>) -> Result<String, ApiError> {
     let engine = state.engine()?;
     if let Some(problem) = engine.problem() {
         return Err(problem.into());
     }
-    let Some(problem) = state.outputs().problem() else { return Ok("ready\n".into()) };
+    let models = engine.models();
+    let away = models.iter().filter(|model| model.state != ModelState::Ready).map(away);
+    let away: String = away.collect();
+    let Some(problem) = state.outputs().problem() else { return Ok(format!("ready\n{away}")) };
     let makes_clips = |card: &ModelCard| matches!(card, ModelCard::Diffusion(card) if card.medium() == Medium::Video);
     let cards = engine.cards();
     let clips = cards.iter().filter(|card| makes_clips(card)).count();
     match clips {
-        0 => Ok("ready\n".into()),
+        0 => Ok(format!("ready\n{away}")),
         all if all == cards.len() => Err(problem.into()),
-        _ => Ok(format!("ready, but for clips ({INSUFFICIENT_STORAGE}): {problem}\n")),
+        _ => Ok(format!("ready, but for clips ({INSUFFICIENT_STORAGE}): {problem}\n{away}")),
     }
+}
+
+/// A line about a model that is not there.
+fn away(model: &ModelReport) -> String {
+    let ModelReport { name, state, progress, .. } = model;
+    let progress = progress.map(|of| format!(", {} of {} bytes are read", of.read_bytes, of.total_bytes));
+    format!("{name}: {}{}\n", state.as_str(), progress.unwrap_or_default())
 }
 
 /// In the text format of Prometheus.

@@ -92,7 +92,7 @@ async fn make(
     let created = unix_seconds(SystemTime::now());
     let fields = ImageFields::new(&given.options)?;
     let ImageFields { model, n, is_stream, encoding } = fields;
-    let card = diffusion::card(state, &model, Medium::Image)?;
+    let card = diffusion::of_medium(admitted.card(&model, &given.options).await?, Medium::Image)?;
     let (options, held) = diffusion::decoded(state, given, held).await?;
     let request = diffusion::resolve(state.compute(), options, card, SizeField::take).await?;
     let parameters = EffectiveParameters::new(&model, &request);

@@ -37,6 +37,7 @@ mod admission;
 mod body;
 mod browsers;
 mod client;
+mod cold_start;
 mod connections;
 mod cors;
 mod diffusion;
@@ -62,6 +63,7 @@ pub use browsers::AllowedHost;
 pub use connections::{ConnectionLimits, DEFAULT_MAX_CONNECTIONS, listen};
 pub use cors::Origin;
 pub use images::MAX_IMAGES;
+pub use models::ModelManagement;
 pub use peer::Peer;
 pub use text::wire::MAX_CHOICES;
 
@@ -73,6 +75,8 @@ const MAX_WAITING_WORK: usize = 256;
 const DRAIN_POLL: Duration = Duration::from_millis(10);
 /// How often the disk of finished clips is looked at.
 const DISK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often it is looked whether models are idle.
+const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Bounds of the health listener, which a few probes ask.
 const HEALTH_CONNECTIONS: ConnectionLimits = ConnectionLimits {
     max_connections: Some(32),
@@ -105,6 +109,8 @@ pub struct ServerOptions {
     pub allowed_hosts: Vec<AllowedHost>,
     /// How many connections there may be, and how long they may wait.
     pub connections: ConnectionLimits,
+    /// Whether clients may load and unload models, and which.
+    pub model_management: Option<ModelManagement>,
 }
 
 impl Default for ServerOptions {
@@ -119,6 +125,7 @@ impl Default for ServerOptions {
             cors_origins: Vec::new(),
             allowed_hosts: Vec::new(),
             connections: ConnectionLimits::default(),
+            model_management: None,
         }
     }
 }
@@ -139,6 +146,7 @@ struct Shared {
     cors_origins: Vec<Origin>,
     allowed_hosts: Vec<AllowedHost>,
     connections: ConnectionLimits,
+    model_management: Option<ModelManagement>,
     draining: AtomicBool,
 }
 
@@ -175,6 +183,7 @@ impl AppState {
             cors_origins: options.cors_origins,
             allowed_hosts: options.allowed_hosts,
             connections: options.connections,
+            model_management: options.model_management,
             draining: AtomicBool::new(false),
         })))
     }
@@ -207,6 +216,10 @@ impl AppState {
 
     fn loaded_engine(&self) -> Option<&Served> {
         self.0.engine.get()
+    }
+
+    fn model_management(&self) -> Option<&ModelManagement> {
+        self.0.model_management.as_ref()
     }
 
     fn jobs(&self) -> &Node {
@@ -268,7 +281,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
         ("/v1/jobs/{id}/priority", post(jobs::prioritise)),
         ("/v1/jobs/{id}/events", get(jobs::events)),
         ("/v1/models", get(models::list)),
-        ("/v1/models/{*id}", get(models::retrieve)),
+        ("/v1/models/{*id}", get(models::retrieve).post(models::manage)),
         ("/livez", get(health::live)),
         ("/readyz", get(health::ready)),
         ("/metrics", get(health::metrics)),
@@ -307,6 +320,7 @@ pub async fn serve(
         }
     });
     let disk_watch = tokio::spawn(watch_disk(state.outputs().clone()));
+    let idle_watch = tokio::spawn(watch_idle_models(state.clone()));
     let limits = state.0.connections;
     let reserve = health::router(state.clone(), connections::crowded);
     let routes = Routes { all: router(state.clone()), reserve };
@@ -321,6 +335,7 @@ pub async fn serve(
     server.abort();
     upkeep.abort();
     disk_watch.abort();
+    idle_watch.abort();
     match closed {
         Ok(ended) => ended.map_err(io::Error::other),
         Err(_) => {
@@ -337,6 +352,16 @@ pub async fn serve_health(listener: TcpListener, state: AppState) {
     let router = || health::router(state.clone(), || async { ApiError::no_route() });
     let routes = Routes { all: router(), reserve: router() };
     connections::serve(listener, routes, HEALTH_CONNECTIONS, stop).await;
+}
+
+/// Looks again and again whether there are models that nobody has used for long.
+async fn watch_idle_models(state: AppState) {
+    loop {
+        tokio::time::sleep(IDLE_INTERVAL).await;
+        if let Some(engine) = state.loaded_engine() {
+            engine.unload_idle();
+        }
+    }
 }
 
 /// Looks again and again whether clips can be written, for jobs that wait and for readiness.

@@ -88,6 +88,11 @@ pub(in crate::http) struct Held {
 }
 
 impl Held {
+    /// Whose it is.
+    pub(in crate::http) fn client(&self) -> ClientId {
+        self.client
+    }
+
     /// Takes so many bytes more; refused when they are not there.
     pub(in crate::http) fn add(&mut self, bytes: usize) -> Result<(), ApiError> {
         if !self.budget.take(self.client, self.bytes, bytes) {

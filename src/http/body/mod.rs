@@ -17,6 +17,7 @@ use self::encoding::Encoding;
 use self::memory::Held;
 pub(super) use self::reader::{of_field, read};
 use self::value::{Room, Value};
+use super::cold_start::{self, ALLOW_COLD_START};
 use super::error::ApiError;
 use super::{AppState, client};
 use crate::compute::Compute;
@@ -67,6 +68,8 @@ pub(super) struct Received {
     form_type: Option<String>,
     /// Most bytes once it is decompressed.
     max_bytes: usize,
+    /// Its head says that it waits for its model.
+    allows_cold_start: bool,
     held: Held,
 }
 
@@ -78,6 +81,7 @@ pub(super) async fn receive(
     max_bytes: usize,
 ) -> Result<Received, ApiError> {
     let client = client::of(&request);
+    let allows_cold_start = cold_start::is_allowed_by_head(&request)?;
     state.engine()?;
     state.admission().check(client)?;
     let (parts, body) = request.into_parts();
@@ -85,10 +89,15 @@ pub(super) async fn receive(
     let encoding = encoding::of(&parts.headers)?;
     let mut held = state.body_memory().hold(client);
     let bytes = collect(body, max_bytes, &mut held).await?;
-    Ok(Received { client, bytes, encoding, form_type, max_bytes, held })
+    Ok(Received { client, bytes, encoding, form_type, max_bytes, allows_cold_start, held })
 }
 
 impl Received {
+    /// The same of a request for which there is nothing to wait for, whatever its head says of that.
+    pub(super) fn not_waiting(self) -> Self {
+        Self { allows_cold_start: false, ..self }
+    }
+
     /// What `read` makes of the body as a tree, whose fields have the room that `room_of` says, and the memory that is
     /// still held. Computed on the threads for that unless it is little.
     pub(super) async fn read<T: Send + 'static>(
@@ -107,7 +116,7 @@ impl Received {
     }
 
     fn value(self, room_of: &dyn Fn(&str) -> Room, cancelled: &CancelToken) -> Result<(Value, Held), ApiError> {
-        let Self { mut bytes, encoding, form_type, max_bytes, mut held, .. } = self;
+        let Self { mut bytes, encoding, form_type, max_bytes, allows_cold_start, mut held, .. } = self;
         if let Some(encoding) = encoding {
             bytes = encoding::decode(encoding, &bytes, max_bytes, &mut held, cancelled)?;
         }
@@ -124,7 +133,21 @@ impl Received {
         };
         drop(bytes);
         held.give_back(num_bytes);
-        Ok((value, held))
+        Ok((if allows_cold_start { waiting_for_model(value) } else { value }, held))
+    }
+}
+
+/// What the head says is said as by the field, which may say something else itself.
+fn waiting_for_model(body: Value) -> Value {
+    match body {
+        Value::Object(mut fields) => {
+            let name = ALLOW_COLD_START.declaration.name;
+            if fields.get(name).is_none_or(|value| matches!(value, Value::Null)) {
+                fields.insert(name.to_owned(), Value::Bool(true));
+            }
+            Value::Object(fields)
+        }
+        other => other,
     }
 }
 

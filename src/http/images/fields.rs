@@ -4,6 +4,7 @@ use tale_models::diffusion::parameters::PARTIAL_IMAGES;
 use tale_models::parameter::{Declaration, Options, Parameter};
 
 use super::Encoding;
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::{MODEL, SIZE};
 use crate::http::error::ApiError;
 use crate::media::PictureFormat;
@@ -46,6 +47,7 @@ pub(in crate::http) static OWN: &[&Declaration] = &[
     &OUTPUT_COMPRESSION.declaration,
     &METADATA.declaration,
     &STREAM.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// What they say.

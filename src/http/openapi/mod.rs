@@ -88,7 +88,7 @@ fn make() -> Value {
     ] {
         schemas[name] = effective(task);
     }
-    schemas["TokenizeRequest"] = of_tokens(
+    schemas["TokenizeRequest"] = of_declared(
         text::tokens::TOKENIZE,
         vec![
             ("prompt", json!({"type": ["string", "null"], "description": "Either this or `messages`."})),
@@ -98,7 +98,8 @@ fn make() -> Value {
         &[],
     );
     let tokens = json!({"type": "array", "items": {"type": "integer", "minimum": 0}});
-    schemas["DetokenizeRequest"] = of_tokens(text::tokens::DETOKENIZE, vec![("tokens", tokens)], &["tokens"]);
+    schemas["DetokenizeRequest"] = of_declared(text::tokens::DETOKENIZE, vec![("tokens", tokens)], &["tokens"]);
+    schemas["ModelLoadRequest"] = of_declared(super::models::LOAD, Vec::new(), &[]);
     add_nested(schemas);
     add_query(&mut document["paths"]["/v1/videos"]["get"], videos::LIST_QUERY);
     add_query(&mut document["paths"]["/v1/jobs"]["get"], jobs::LIST_QUERY);
@@ -190,8 +191,8 @@ fn made_from_a_video(again: Again, names_video: bool, is_form: bool) -> Value {
     object(properties, &required)
 }
 
-/// A body of `/tokenize` or `/detokenize`.
-fn of_tokens(declared: &[&Declaration], others: Vec<(&str, Value)>, required: &[&str]) -> Value {
+/// A body of declared fields and others.
+fn of_declared(declared: &[&Declaration], others: Vec<(&str, Value)>, required: &[&str]) -> Value {
     let declared_required = declared.iter().filter(|of| of.is_required).map(|of| of.name);
     let required: Vec<&str> = declared_required.chain(required.iter().copied()).collect();
     let declared = declared.iter().map(|of| (of.name.to_owned(), schema::in_json(of)));

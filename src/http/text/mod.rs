@@ -64,7 +64,7 @@ pub(super) async fn chat(State(state): State<AppState>, request: Request) -> Res
 
 /// The order for the next message of a conversation, placed. Errors are about `prompt` and `max_tokens`.
 async fn placed_chat(state: &AppState, admitted: &Admitted, body: TextBody<Conversation>) -> Result<Placed, ApiError> {
-    let card = text_card(state, &body.model)?;
+    let card = text_card(admitted, &body.model, &body.options).await?;
     let TextBody { model, options, answer, asked, tools, prompt: mut conversation } = body;
     let encoding = wire::encoding(&options, Encoding::CHAT);
     let is_plain = asked.is_none() && tools.is_none();
@@ -96,7 +96,7 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
         let room_of = move |name: &str| wire::room_in_completion(name, max_tokens);
         let (body, held) = received.read(state.compute(), room_of, wire::completion).await?;
         let TextBody { model, options, answer, asked, prompt: texts, .. } = body;
-        let card = text_card(&state, &model)?;
+        let card = text_card(admitted, &model, &options).await?;
         if texts.len() * answer.best_of > MAX_CHOICES {
             let times = if answer.best_of > answer.n { "best_of" } else { "n" };
             let problem = format!("has {} prompts; prompts times {times} may be {MAX_CHOICES} at most", texts.len());
@@ -123,9 +123,13 @@ pub(super) async fn completion(State(state): State<AppState>, request: Request) 
     .await
 }
 
-/// Tokens of the largest context of any model.
+/// Tokens of the largest context of any model; of one that is not there nothing is known but that a body has a byte for each.
 fn largest_context(state: &AppState) -> Result<usize, ApiError> {
-    let cards = state.engine()?.cards();
+    let engine = state.engine()?;
+    let cards = engine.cards();
+    if cards.len() < engine.models().len() {
+        return Ok(MAX_BODY_BYTES);
+    }
     let contexts = cards.iter().map(|card| match &**card {
         ModelCard::Text(card) => card.max_context,
         ModelCard::Diffusion(_) => 0,
@@ -200,8 +204,8 @@ fn with_seed(request: &TextRequest, seed: u64, choice: usize) -> tale_models::Re
     tale_models::Request::Text(request)
 }
 
-fn text_card(state: &AppState, model: &str) -> Result<Arc<ModelCard>, ApiError> {
-    let card = state.engine()?.model(model)?.card();
+async fn text_card(admitted: &Admitted, model: &str, options: &Options) -> Result<Arc<ModelCard>, ApiError> {
+    let card = admitted.card(model, options).await?;
     text(&card).map(|_| card.clone())
 }
 

@@ -15,6 +15,7 @@ use super::{TOKENISING_COST, largest_context, text, text_card};
 use crate::http::admission::with_place;
 use crate::http::body::value::{Room, Value};
 use crate::http::body::{self, Format, MAX_BODY_BYTES};
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
 use crate::http::{AppState, parameters, wrong_endpoint};
@@ -30,10 +31,11 @@ pub(in crate::http) static TOKENIZE: &[&Declaration] = &[
     &CONTINUE_FINAL_MESSAGE.declaration,
     &ADD_SPECIAL_TOKENS.declaration,
     &RETURN_TOKEN_STRS.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// The same of `/detokenize`.
-pub(in crate::http) static DETOKENIZE: &[&Declaration] = &[&MODEL.declaration];
+pub(in crate::http) static DETOKENIZE: &[&Declaration] = &[&MODEL.declaration, &ALLOW_COLD_START.declaration];
 
 /// What is to be tokenised.
 enum Input {
@@ -76,10 +78,10 @@ struct Text {
 /// `POST /tokenize`.
 pub(in crate::http) async fn tokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let received = body::receive(&state, request, Format::Json, MAX_BODY_BYTES).await?;
-    with_place(&state, received.client, async |_| {
+    with_place(&state, received.client, async |admitted| {
         let (TokenizeBody { options, input }, held) =
             received.read(state.compute(), wire::room_in_chat, tokenize_body).await?;
-        let card = text_card(&state, &options.get(&MODEL).unwrap_or_default())?;
+        let card = text_card(admitted, &options.get(&MODEL).unwrap_or_default(), &options).await?;
         let cost = input.num_bytes().saturating_mul(TOKENISING_COST);
         let answer = move |cancelled: &CancelToken| {
             let card = text(&card)?;
@@ -101,14 +103,14 @@ pub(in crate::http) async fn tokenize(State(state): State<AppState>, request: Re
 /// `POST /detokenize`.
 pub(in crate::http) async fn detokenize(State(state): State<AppState>, request: Request) -> Result<Response, ApiError> {
     let received = body::receive(&state, request, Format::Json, MAX_BODY_BYTES).await?;
-    with_place(&state, received.client, async |_| {
+    with_place(&state, received.client, async |admitted| {
         let max_tokens = largest_context(&state)?;
         let room_of = move |name: &str| match name {
             "tokens" => Room { max_numbers: max_tokens, max_values: max_tokens.saturating_add(1), ..Room::SMALL },
             name => parameters::room_in(DETOKENIZE, name),
         };
-        let ((model, tokens), held) = received.read(state.compute(), room_of, detokenize_body).await?;
-        let card = text_card(&state, &model)?;
+        let ((options, tokens), held) = received.read(state.compute(), room_of, detokenize_body).await?;
+        let card = text_card(admitted, &options.get(&MODEL).unwrap_or_default(), &options).await?;
         let num_tokens = tokens.len();
         let answer = move |_: &CancelToken| {
             let card = text(&card)?;
@@ -162,11 +164,11 @@ fn tokenize_body(body: Value) -> Result<TokenizeBody, ApiError> {
     Ok(TokenizeBody { options, input })
 }
 
-fn detokenize_body(body: Value) -> Result<(String, Vec<u32>), ApiError> {
+fn detokenize_body(body: Value) -> Result<(Options, Vec<u32>), ApiError> {
     let mut body = body.into_object()?;
     let options = parameters::take(&mut body, DETOKENIZE, &["tokens"])?.options;
     let DetokenizeFields { tokens } = body::read(Value::Object(body))?;
-    Ok((options.get(&MODEL).unwrap_or_default(), tokens))
+    Ok((options, tokens))
 }
 
 impl Input {

@@ -19,6 +19,7 @@ use super::logprobs::Echo;
 use super::structured;
 use super::tools::{self, Spelling, Tools};
 use crate::http::body::value::{Object, Room, Value};
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
 use crate::http::{body, openai, parameters};
@@ -95,6 +96,7 @@ pub(in crate::http) static CHAT: &[&Declaration] = &[
     &TRUNCATE_PROMPT_TOKENS.declaration,
     &CHAT_LOGPROBS.declaration,
     &TOP_LOGPROBS.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// The same of a completion, but for its prompts.
@@ -107,6 +109,7 @@ pub(in crate::http) static COMPLETION: &[&Declaration] = &[
     &LOGPROBS.declaration,
     &ECHO.declaration,
     &BEST_OF.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// What the body of either endpoint says; `prompt` is what it says of the prompts.

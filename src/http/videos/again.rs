@@ -20,6 +20,7 @@ use super::terms::TermsFields;
 use super::{Ordered, Spelling, decoded, order};
 use crate::http::body::value::{Object, Value};
 use crate::http::body::{self, Format};
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::{self, MAX_MODEL_BYTES, MODEL, SIZE};
 use crate::http::error::ApiError;
 use crate::http::parameters::{Given, read, room_in};
@@ -48,7 +49,9 @@ pub(in crate::http) enum Again {
 impl Again {
     /// The fields that a body may have beside the parameters of the model.
     fn own(self) -> Vec<&'static Declaration> {
-        let own = super::OWN.iter().copied().filter(|of| of.name != MODEL.declaration.name && self.takes(of));
+        // Which pictures are brought depends on a model that is there.
+        let others = [MODEL.declaration.name, ALLOW_COLD_START.declaration.name];
+        let own = super::OWN.iter().copied().filter(|of| !others.contains(&of.name) && self.takes(of));
         std::iter::once(&MODEL_AGAIN.declaration).chain(own).collect()
     }
 
@@ -101,6 +104,7 @@ pub(in crate::http) async fn extend(State(state): State<AppState>, request: Requ
 async fn make(state: &AppState, request: Request, again: Again, source: Option<Job>) -> Result<Response, ApiError> {
     let headers = request.headers().clone();
     let received = body::receive(state, request, Format::JsonOrForm, body::MAX_PICTURE_BODY_BYTES).await?;
+    let received = received.not_waiting();
     let room_of = |name: &str| room_in(&PARAMETERS, name);
     with_place(state, received.client, async |admitted| {
         let source = source.clone();

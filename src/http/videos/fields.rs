@@ -8,6 +8,7 @@ use tale_models::diffusion::parameters::{FPS, NUM_FRAMES};
 use tale_models::diffusion::{Canvas, DiffusionCard};
 use tale_models::parameter::{Declaration, Options, Parameter};
 
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::{MODEL, SIZE};
 use crate::http::error::ApiError;
 use crate::job::Job;
@@ -72,6 +73,7 @@ pub(in crate::http) static OWN: &[&Declaration] = &[
     &METADATA.declaration,
     &TITLE.declaration,
     &POSTER.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// What they say of the file.

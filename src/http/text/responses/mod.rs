@@ -24,7 +24,7 @@ pub(in crate::http) async fn create(State(state): State<AppState>, request: Requ
     let received = body::receive(&state, request, Format::Json, MAX_BODY_BYTES).await?;
     with_place(&state, received.client, async |admitted| {
         let ((order, repeated), mut held) = received.read(state.compute(), wire::room_in, wire::response).await?;
-        let card = text_card(&state, &order.model)?;
+        let card = text_card(admitted, &order.model, &order.options).await?;
         let head = Head::new(&order.model, repeated, &text(&card)?.sampling(&order.options, 0)?);
         let placed = placed_chat(&state, admitted, order).await;
         held.shrink_to(head.num_bytes());

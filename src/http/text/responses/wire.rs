@@ -15,6 +15,7 @@ use super::super::wire::{
 };
 use super::input;
 use crate::http::body::value::{Object, Room, Value};
+use crate::http::cold_start::ALLOW_COLD_START;
 use crate::http::diffusion::MODEL;
 use crate::http::error::ApiError;
 use crate::http::{body, openai};
@@ -34,6 +35,7 @@ pub(in crate::http) static RESPONSE: &[&Declaration] = &[
     &MAX_OUTPUT_TOKENS.declaration,
     &ADD_SPECIAL_TOKENS.declaration,
     &TRUNCATE_PROMPT_TOKENS.declaration,
+    &ALLOW_COLD_START.declaration,
 ];
 
 /// Most pairs of `metadata`, as in OpenAI's API.
