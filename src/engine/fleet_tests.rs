@@ -290,6 +290,40 @@ fn devices_get_work_as_they_are_fast() {
     assert!(end < 1.1 * now.as_secs_f64(), "{end} s for work of {now:?}");
 }
 
+/// Pictures and clips of one shape go to one device as long as sharing steps there costs less than a step of their own elsewhere.
+#[test]
+fn sessions_of_one_shape_go_together_where_that_is_cheaper() {
+    let mut fleet = Fleet::new(&[1, 1], 1, |_| false);
+    // Steps cost 1 + sessions: a second one takes half as much as the first.
+    for sessions in [1, 2] {
+        let amount = sessions as f64;
+        let plan = tale_models::runner::StepPlan { phase: tale_models::request::Phase::Denoise, sessions, amount };
+        for replica in &fleet.models[CLIPS].on {
+            (0..500).for_each(|_| replica.gauges.rates().learn(&plan, 1.0 + amount));
+        }
+    }
+    let live = |fleet: &Fleet| [0, 1].map(|device| fleet.devices[device].worker.model_gauges()[CLIPS].live());
+    let of_shape = |width: usize, height: usize| {
+        let Request::Diffusion(mut request) = clip(10) else { unreachable!("a clip") };
+        (request.canvas.width, request.canvas.height) = (width, height);
+        Request::Diffusion(request)
+    };
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(16, 32));
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(32, 16));
+    assert_eq!(live(&fleet), [1, 1], "what shares nothing goes where nothing is");
+    // Which would end sooner on an idle device, but here none is.
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(32, 16));
+    assert_eq!(live(&fleet), [1, 2], "beside its like");
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(16, 32));
+    assert_eq!(live(&fleet), [2, 2], "beside its like");
+    // Nothing is known of three in a step: it is taken to cost as much as one alone.
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(16, 32));
+    fleet.arrive(Duration::ZERO, ALONE, CLIPS, of_shape(16, 32));
+    assert_eq!(live(&fleet), [3, 3]);
+    fleet.run(Duration::MAX);
+    fleet.check_empty();
+}
+
 #[test]
 fn a_device_that_fails_gives_its_work_to_the_others() {
     let has_failed = Arc::new(AtomicBool::new(false));

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tale_models::runner::RunnerStatus;
 
 use super::rates::Rates;
+use super::shapes::{Shape, Shapes};
 use crate::places::Places;
 
 /// Of one device.
@@ -43,6 +44,8 @@ pub(super) struct ModelGauges {
     kv_blocks_used: AtomicUsize,
     kv_blocks_total: AtomicUsize,
     rates: Mutex<Rates>,
+    /// Of the live ones.
+    shapes: Mutex<Shapes>,
 }
 
 const NOTHING_PANICS: &str = "nothing panics while it holds this: this is a bug";
@@ -115,6 +118,7 @@ impl ModelGauges {
             kv_blocks_used: AtomicUsize::default(),
             kv_blocks_total: AtomicUsize::default(),
             rates: Mutex::default(),
+            shapes: Mutex::default(),
         }
     }
 
@@ -124,17 +128,28 @@ impl ModelGauges {
     }
 
     /// A session more is submitted, or comes from another device, which is expected to take so many seconds.
-    pub(super) fn enter(&self, seconds: f64) {
+    pub(super) fn enter(&self, shape: Option<Shape>, seconds: f64) {
+        if let Some(shape) = shape {
+            self.shapes.lock().expect(NOTHING_PANICS).add(shape);
+        }
         self.live.fetch_add(1, Relaxed);
         self.device.live.fetch_add(1, Relaxed);
         self.device.add_backlog(seconds);
     }
 
     /// A session has ended, or goes to another device, with so many of its seconds left.
-    pub(super) fn leave(&self, seconds: f64) {
+    pub(super) fn leave(&self, shape: Option<Shape>, seconds: f64) {
+        if let Some(shape) = shape {
+            self.shapes.lock().expect(NOTHING_PANICS).remove(shape);
+        }
         self.live.fetch_sub(1, Relaxed);
         self.device.live.fetch_sub(1, Relaxed);
         self.device.subtract_backlog(seconds);
+    }
+
+    /// Live sessions of this shape.
+    pub(super) fn live_of(&self, shape: Shape) -> usize {
+        self.shapes.lock().expect(NOTHING_PANICS).count(shape)
     }
 
     pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {

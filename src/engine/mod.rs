@@ -45,6 +45,7 @@ mod rates;
 mod replicas;
 mod residency;
 mod session;
+mod shapes;
 mod worker;
 
 pub use catalogue::{LoadProgress, ModelReport, ModelState, ServedModel};

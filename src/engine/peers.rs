@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 use super::arbiter::RunnerKey;
 use super::command::{Command, Order};
 use super::gauges::ModelGauges;
+use super::shapes::Shape;
 
 /// Another device that holds a model.
 #[derive(Debug, Clone)]
@@ -47,10 +48,11 @@ impl Peer {
     pub(super) fn give(&self, order: Order) -> Result<(), Box<Order>> {
         let Some(commands) = self.commands.upgrade() else { return Err(Box::new(order)) };
         let predicted = order.predicted_seconds;
-        self.gauges.enter(predicted);
+        let shape = Shape::of(&order.request);
+        self.gauges.enter(shape, predicted);
         let command = Command::Submit(Order { model: self.runner, ..order });
         commands.send(command).map_err(|unsent| {
-            self.gauges.leave(predicted);
+            self.gauges.leave(shape, predicted);
             match unsent.0 {
                 Command::Submit(order) => Box::new(order),
                 _ => unreachable!("what comes back is what was sent: this is a bug"),

@@ -1,7 +1,8 @@
 //! The devices that hold one model, and which of them a request goes to: the one on which it is expected to end first.
 //!
 //! That is the device time that all its sessions will still take, and what this request takes there: as fast as such work was on
-//! that device so far, without the beginning of a prompt that it has read lately. While nothing is known of a device, what a request
+//! that device so far, without the beginning of a prompt that it has read lately, and of a picture or a clip that shares its steps with
+//! others of its shape there no more than such steps grow by. While nothing is known of a device, what a request
 //! takes there counts for nothing, so that it is tried. Expectations are wrong at times: what waits on a device goes on to one that
 //! has nothing to do ([`super::peers`]).
 
@@ -16,6 +17,7 @@ use super::affinity::{Affinity, Beginnings};
 use super::arbiter::RunnerKey;
 use super::command::Command;
 use super::gauges::ModelGauges;
+use super::shapes::Shape;
 use crate::places::Places;
 
 /// One model on one device.
@@ -95,17 +97,20 @@ impl Replicas {
             Request::Text(request) if self.on.len() > 1 => Beginnings::of(request, client, prefix_cache),
             _ => Beginnings::default(),
         };
+        let shape = Shape::of(request);
         let mut affinity = self.affinity.lock().expect("nothing panics while it holds this: this is a bug");
         let alive = self.on.iter().enumerate().filter(|(_, replica)| replica.gauges.device.is_alive());
         let expected = alive.map(|(index, Replica { device, gauges, .. })| {
             let cached_tokens = affinity.cached_tokens(&beginnings, *device);
-            let seconds = gauges.rates().predict(request, cached_tokens).unwrap_or(0.0);
+            let others = shape.map_or(0, |shape| gauges.live_of(shape));
+            let rates = *gauges.rates();
+            let seconds = rates.predict(request, cached_tokens).unwrap_or(0.0) * rates.share_beside(others);
             (gauges.device.backlog_seconds() + seconds, gauges.device.live(), Chosen { index, seconds })
         });
         let (_, _, chosen) = expected.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
         let Replica { device, gauges, .. } = &self.on[chosen.index];
         affinity.note(&beginnings, *device);
-        gauges.enter(chosen.seconds);
+        gauges.enter(shape, chosen.seconds);
         Some(chosen)
     }
 }

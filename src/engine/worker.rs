@@ -24,6 +24,7 @@ use super::gauges::{Gauges, ModelGauges};
 use super::ledger::{Ledger, Owner, Shortage};
 use super::mailbox::Mailbox;
 use super::peers::Peer;
+use super::shapes::Shape;
 use crate::places::{Place, Places};
 
 mod loading;
@@ -95,6 +96,7 @@ pub(super) struct DeviceWorker<C> {
 struct Live {
     client: ClientId,
     model: RunnerKey,
+    shape: Option<Shape>,
     mailbox: Arc<Mailbox>,
     submitted: Duration,
     predicted_seconds: f64,
@@ -232,6 +234,7 @@ impl<C: Clock> DeviceWorker<C> {
         let live = Live {
             client,
             model,
+            shape: Shape::of(&request),
             mailbox,
             submitted: self.clock.now(),
             predicted_seconds,
@@ -536,7 +539,7 @@ impl<C: Clock> DeviceWorker<C> {
         self.ledger.release(Owner::Session(id));
         self.admission_due = true;
         let slot = self.slot_mut(live.model);
-        slot.gauges.leave(live.left_seconds);
+        slot.gauges.leave(live.shape, live.left_seconds);
         if live.is_handed_over {
             slot.queue.give_back(live.client);
         }
@@ -594,7 +597,7 @@ impl<C: Clock> DeviceWorker<C> {
     ) -> Result<(), crate::places::NoPlace> {
         let gauges = &self.slot(model).gauges;
         let place = gauges.queue.take(client)?;
-        gauges.enter(0.0);
+        gauges.enter(Shape::of(&request), 0.0);
         let (id, predicted_seconds) = (SessionId(id), 0.0);
         self.submit(Order { id, client, model, request, mailbox, place, options, predicted_seconds });
         Ok(())

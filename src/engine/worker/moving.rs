@@ -9,6 +9,7 @@ use super::{Clock, DeviceWorker, Live, guarded};
 use crate::engine::arbiter::RunnerKey;
 use crate::engine::command::Order;
 use crate::engine::peers::Peer;
+use crate::engine::shapes::Shape;
 
 impl<C: Clock> DeviceWorker<C> {
     /// The device will not work again: what has not begun goes to others, and the rest ends.
@@ -96,7 +97,7 @@ impl<C: Clock> DeviceWorker<C> {
         };
         let order = Order { id, client, model, request, mailbox, place, options, predicted_seconds };
         if let Err(order) = peer.give(order) {
-            self.slot(model).gauges.enter(predicted_seconds);
+            self.slot(model).gauges.enter(Shape::of(&order.request), predicted_seconds);
             self.submit(Order { model, ..*order });
         }
     }
