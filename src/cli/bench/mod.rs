@@ -31,7 +31,7 @@ enum What {
     Step(step::StepArgs),
     /// Every operation at the shapes of published models (smaller ones on the CPU)
     Kernels(kernels::KernelArgs),
-    /// How long a token stream waits beside an image and a video on one device
+    /// How long a token stream waits beside an image and a video on one device, or on each of several
     ServeMix(serve_mix::ServeMixArgs),
     /// How long a second question behind one system prompt waits for its first token
     Prefix(prefix::PrefixArgs),

@@ -1,4 +1,4 @@
-//! `tale bench serve-mix`: how long a token stream waits beside an image and a video on one device.
+//! `tale bench serve-mix`: how long a token stream waits beside an image and a video on one device, or on each of several at once.
 //!
 //! Owns: the load and the figures. Everything is random weights in published shapes, through the engine that serves; HTTP
 //! and encoders of files are left out. The step of the text alone is the unit: what is beside it differs from machine to
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use tale_models::checkpoint::LoadFormat;
+use tale_models::device::{DeviceSpec, WeightDtype};
 use tale_models::diffusion::parameters::{HEIGHT, NUM_FRAMES, NUM_INFERENCE_STEPS, PROMPT, WIDTH};
 use tale_models::family::TextEncoders;
 use tale_models::parameter::Options;
@@ -18,9 +19,10 @@ use tale_models::presets::{Configurations, Preset};
 use tale_models::text_parameters::{IGNORE_EOS, MAX_TOKENS, TEMPERATURE};
 use tale_models::{ClientId, Event, ModelCard, Request};
 
+use super::print_line;
 use super::step::parse_preset;
-use super::{DeviceArgs, print_line};
 use crate::cli::{CliError, progress};
+use crate::config::ByteSize;
 use crate::engine::{Engine, EngineOptions, ModelSpec, Session};
 
 /// Tokens of the stream's prompt.
@@ -48,8 +50,18 @@ pub struct ServeMixArgs {
     #[arg(long, value_name = "N")]
     layers: Option<NonZeroUsize>,
 
-    #[command(flatten)]
-    place: DeviceArgs,
+    /// Devices that compute, with commas between them: cpu, cpu:PART/PARTS for a share of its cores, or cuda:N for an NVIDIA GPU. Each
+    /// has models, streams, images and videos of its own, all at the same time
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_delimiter = ',')]
+    device: Vec<DeviceSpec>,
+
+    /// Dtype of weight matrices, on a GPU also of what is computed: auto (as published, on a GPU bf16), f32, bf16, f16
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    dtype: WeightDtype,
+
+    /// Memory that the bench may take on each device, such as 24GiB [default: most of what it has]
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
 
     /// Pixels on each side of images and videos [default: the models' own]
     #[arg(long, value_name = "N")]
@@ -71,24 +83,31 @@ pub fn run(args: &ServeMixArgs) -> Result<(), CliError> {
         (TextEncoders::OnDemand, "the same, text encoders on demand"),
     ] {
         let mix = Mix::load(args, text_encoders)?;
-        let alone = match alone {
+        let alone = match &mut alone {
             Some(alone) => alone,
             None => {
-                let gaps = Gaps::new(mix.stream(args.tokens.get())?);
-                print_line(format!("{:<34} {gaps}", "text alone"))?;
-                *alone.insert(gaps.median())
+                let gaps = mix.on_each(|device| Ok(Gaps::new(mix.stream(device, args.tokens.get())?)))?;
+                for (device, gaps) in mix.devices.iter().zip(&gaps) {
+                    print_line(format!("{}{:<34} {gaps}", mix.of(*device), "text alone"))?;
+                }
+                alone.insert(gaps.iter().map(Gaps::median).collect::<Vec<_>>())
             }
         };
-        let (gaps, made) = mix.stream_beside(args)?;
-        let times = gaps.percentile(99).as_secs_f64() / alone.as_secs_f64();
-        print_line(format!("{said:<34} {gaps}, p99 {times:.1} times the step alone; {made} images and videos made"))?;
+        let beside = mix.on_each(|device| mix.stream_beside(device, args))?;
+        for ((device, (gaps, made)), alone) in mix.devices.iter().zip(beside).zip(alone) {
+            let times = gaps.percentile(99).as_secs_f64() / alone.as_secs_f64();
+            let of = mix.of(*device);
+            let figures = format!("{gaps}, p99 {times:.1} times the step alone; {made} images and videos made");
+            print_line(format!("{of}{said:<34} {figures}"))?;
+        }
     }
     Ok(())
 }
 
-/// One engine with the three models.
+/// One engine with the three models on each device, whose names say on which.
 struct Mix {
     engine: Engine,
+    devices: Vec<DeviceSpec>,
     /// Text encoders on demand are read from them again.
     _folders: Vec<Configurations>,
 }
@@ -104,27 +123,56 @@ impl Mix {
             }
             folders.push(folder);
         }
-        let models = presets.iter().zip(&folders).map(|((name, _), folder)| ModelSpec::new(*name, folder.path()));
-        let mut options = EngineOptions { text_encoders: Some(text_encoders), ..args.place.engine_options() };
+        let on = |device: &DeviceSpec| {
+            let named = presets.iter().zip(&folders);
+            let spec = |((kind, _), folder): (&(&str, _), &Configurations)| {
+                let spec = ModelSpec::new(name(kind, *device), folder.path());
+                ModelSpec { devices: vec![*device], ..spec }
+            };
+            named.map(spec).collect::<Vec<_>>()
+        };
+        let models: Vec<ModelSpec> = args.device.iter().flat_map(on).collect();
+        let mut options = EngineOptions {
+            devices: args.device.clone(),
+            weight_dtype: args.dtype,
+            memory_bytes: args.memory.map(|size| size.0),
+            text_encoders: Some(text_encoders),
+            ..EngineOptions::default()
+        };
         options.load.load_format = LoadFormat::Dummy;
         let bar = progress::loading();
         let told = bar.clone();
-        let engine = Engine::load(models.collect(), options, move |model, component| {
+        let engine = Engine::load(models, options, move |model, component| {
             told.set_message(format!("{model} {component}"));
         });
         bar.finish_and_clear();
-        Ok(Self { engine: engine?, _folders: folders })
+        Ok(Self { engine: engine?, devices: args.device.clone(), _folders: folders })
+    }
+
+    /// Which device a line is about, where there are several.
+    fn of(&self, device: DeviceSpec) -> String {
+        if self.devices.len() > 1 { format!("{:<8} ", device.to_string()) } else { String::new() }
+    }
+
+    /// What `work` gives for each device, at the same time on all.
+    fn on_each<T: Send>(&self, work: impl Fn(DeviceSpec) -> Result<T, CliError> + Sync) -> Result<Vec<T>, CliError> {
+        let work = &work;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = self.devices.iter().map(|device| scope.spawn(move || work(*device))).collect();
+            threads.into_iter().map(|thread| thread.join().map_err(|_| CliError::EngineGone)?).collect()
+        })
     }
 
     /// When each of so many tokens came.
-    fn stream(&self, tokens: usize) -> Result<Vec<Instant>, CliError> {
-        let card = self.card("text");
+    fn stream(&self, device: DeviceSpec, tokens: usize) -> Result<Vec<Instant>, CliError> {
+        let model = name("text", device);
+        let card = self.card(&model);
         let ModelCard::Text(card) = &*card else {
             return Err(CliError::Argument("--text: is no language model".into()));
         };
         let options = Options::default().with(&MAX_TOKENS, tokens + 1).with(&TEMPERATURE, 0.0).with(&IGNORE_EOS, true);
         let request = card.resolve((0..PROMPT_TOKENS).collect(), &options, 0)?;
-        let mut session = self.engine.submit("text", ClientId::default(), Request::Text(request))?;
+        let mut session = self.engine.submit(&model, ClientId::default(), Request::Text(request))?;
         let mut times = Vec::with_capacity(tokens + 1);
         loop {
             match session.blocking_recv() {
@@ -138,12 +186,16 @@ impl Mix {
     }
 
     /// The same while images and videos are made, one after the other of each.
-    fn stream_beside(&self, args: &ServeMixArgs) -> Result<(Gaps, usize), CliError> {
+    fn stream_beside(&self, device: DeviceSpec, args: &ServeMixArgs) -> Result<(Gaps, usize), CliError> {
         let is_over = AtomicBool::new(false);
         let made = AtomicUsize::new(0);
         std::thread::scope(|scope| {
-            let makers = ["image", "video"].map(|model| scope.spawn(|| self.make(model, args, &is_over, &made)));
-            let times = self.stream(args.tokens.get());
+            let make = |kind: &'static str| {
+                let (is_over, made) = (&is_over, &made);
+                scope.spawn(move || self.make(kind, device, args, is_over, made))
+            };
+            let makers = ["image", "video"].map(make);
+            let times = self.stream(device, args.tokens.get());
             is_over.store(true, Relaxed);
             for maker in makers {
                 maker.join().map_err(|_| CliError::EngineGone)??;
@@ -152,10 +204,18 @@ impl Mix {
         })
     }
 
-    fn make(&self, model: &str, args: &ServeMixArgs, is_over: &AtomicBool, made: &AtomicUsize) -> Result<(), CliError> {
-        let card = self.card(model);
+    fn make(
+        &self,
+        kind: &str,
+        device: DeviceSpec,
+        args: &ServeMixArgs,
+        is_over: &AtomicBool,
+        made: &AtomicUsize,
+    ) -> Result<(), CliError> {
+        let model = name(kind, device);
+        let card = self.card(&model);
         let ModelCard::Diffusion(card) = &*card else {
-            return Err(CliError::Argument(format!("--{model}: is a language model")));
+            return Err(CliError::Argument(format!("--{kind}: is a language model")));
         };
         let frames = args.num_frames.filter(|_| card.canvas.frames.is_some());
         for seed in 0.. {
@@ -168,7 +228,7 @@ impl Mix {
                 .with(&NUM_FRAMES, frames)
                 .with(&NUM_INFERENCE_STEPS, DENOISE_STEPS);
             let request = Request::Diffusion(card.resolve(&options, seed)?);
-            let session = self.engine.submit(model, ClientId::default(), request)?;
+            let session = self.engine.submit(&model, ClientId::default(), request)?;
             if !finish(session, is_over)? {
                 return Ok(());
             }
@@ -180,6 +240,11 @@ impl Mix {
     fn card(&self, model: &str) -> std::sync::Arc<ModelCard> {
         self.engine.card(model).expect("it was just loaded under this name: this is a bug")
     }
+}
+
+/// Of a model on a device.
+fn name(kind: &str, device: DeviceSpec) -> String {
+    format!("{kind} on {device}")
 }
 
 /// Whether the session came to its end before `is_over`; else it is dropped, which cancels it.
