@@ -49,7 +49,10 @@ impl Share {
         let dimension = self.dimension(shape.len())?;
         let own = self.range(shape[dimension])?;
         match *shape {
-            [_, columns] if dimension == 0 => Some(vec![own.start * columns..own.end * columns]),
+            [_, columns] if dimension == 0 => {
+                let side_by_side = own.start * columns..own.end * columns;
+                Some(vec![side_by_side])
+            }
             [rows, columns] => Some((0..rows).map(|row| row * columns + own.start..row * columns + own.end).collect()),
             _ => Some(vec![own]),
         }
@@ -93,9 +96,13 @@ mod tests {
     #[test]
     fn shares_are_rows_or_columns() {
         let share = |axis, index, of| Share { axis, index, of };
-        assert_eq!(share(Axis::Rows, 1, 2).values_of(&[4, 3]), Some(vec![6..12]));
-        assert_eq!(share(Axis::Columns, 1, 2).values_of(&[2, 4]), Some(vec![2..4, 6..8]));
-        assert_eq!(share(Axis::Rows, 0, 4).values_of(&[8]), Some(vec![0..2]));
+        let check = |share: Share, shape: &[usize], expected: &[(usize, usize)]| {
+            let found = share.values_of(shape).expect("it can be shared out");
+            assert_eq!(found.iter().map(|range| (range.start, range.end)).collect::<Vec<_>>(), expected);
+        };
+        check(share(Axis::Rows, 1, 2), &[4, 3], &[(6, 12)]);
+        check(share(Axis::Columns, 1, 2), &[2, 4], &[(2, 4), (6, 8)]);
+        check(share(Axis::Rows, 0, 4), &[8], &[(0, 2)]);
         for (axis, shape) in
             [(Axis::Rows, &[3, 4][..]), (Axis::Columns, &[4, 3]), (Axis::Columns, &[4]), (Axis::Rows, &[])]
         {
