@@ -43,6 +43,9 @@ const IS_THERE: &str = "sessions are of runners that are there: this is a bug";
 /// For how long memory of steps is kept for the next ones when there is nothing to do.
 const MEMORY_KEPT: Duration = Duration::from_secs(2);
 
+/// A runner and the name of its model.
+type Named = (String, Box<dyn Runner>);
+
 /// Says what is wrong with the device, if it will not work again.
 pub(super) type Health = Box<dyn Fn() -> Result<(), Error> + Send>;
 
@@ -126,7 +129,7 @@ impl<C: Clock> DeviceWorker<C> {
         let gauges = Arc::new(Gauges::default());
         gauges.ledger_capacity_bytes.store(ledger.capacity_bytes(), Relaxed);
         gauges.room_bytes.store(ledger.session_capacity_bytes(), Relaxed);
-        let slot = |(key, ((name, runner), queue)): (RunnerKey, ((String, Box<dyn Runner>), Arc<Places>))| {
+        let slot = |(key, ((name, runner), queue)): (RunnerKey, (Named, Arc<Places>))| {
             let gauges = ModelGauges::new(gauges.clone(), queue);
             gauges.resident_bytes.store(ledger.held_bytes(Owner::Model(key)), Relaxed);
             (key, Slot::new(&name, runner, Arc::new(gauges)))

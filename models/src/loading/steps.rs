@@ -35,10 +35,10 @@ impl Noted {
         placement: &Placement,
         options: &LoadOptions,
     ) -> Result<(Inspection, Option<(Self, LoadedModel)>)> {
-        quietly(|| Self::noted(source, placement, options))
+        quietly(|| Self::read(source, placement, options))
     }
 
-    fn noted(
+    fn read(
         source: &ModelSource,
         placement: &Placement,
         options: &LoadOptions,
