@@ -490,7 +490,8 @@ fn races_of_loads_unloads_submissions_and_cancellations_leave_nothing() {
         let end = end_of(session);
         assert!(matches!(end, Some(Event::Finished { .. } | Event::Failed(Error::Unloaded))), "{end:?}");
     }
-    assert!(ended.iter().all(|count| *count > 0), "{ended:?}");
+    // Whether an unloading ends one is chance.
+    assert!(ended[0] > 0 && ended[2] > 0, "{ended:?}");
     let rests = || {
         names
             .iter()
