@@ -12,7 +12,7 @@ use super::body::upload::{End, FrameOf};
 use super::error::ApiError;
 use super::files::FileWork;
 use crate::job::files::ClipFiles;
-use crate::job::prepare::{open_before, read};
+use crate::job::node::prepare::{open_before, read};
 use crate::job::{Job, JobId, JobState};
 use crate::media::Still;
 

@@ -14,7 +14,6 @@ use tale_models::parameter::{Options, Task};
 use tale_models::{ClientId, ModelCard};
 
 use self::fields::{FileFields, SECONDS};
-use self::terms::TermsFields;
 use self::wire::answer;
 use super::AppState;
 use super::admission::with_place;
@@ -83,7 +82,7 @@ pub(super) async fn create(State(state): State<AppState>, request: Request) -> R
         let ((given, spelling, hash), held) = received.read(state.compute(), room_of, read).await?;
         let ordered = async {
             let (options, _held, inputs) = decoded(&state, given, held).await?;
-            let terms = TermsFields::new(&options, &headers, hash)?;
+            let terms = terms::terms(&options, &headers, hash)?;
             order(&state, admitted.client(), Ordered { options, inputs, origin: None, terms }).await
         };
         ordered.await.map_err(|error| spelling.restored(error))

@@ -18,7 +18,6 @@ use self::result::ClipResult;
 use self::spec::{BadSpec, ClipSpec};
 use self::store::{JobRecord, Priority, RecordState};
 
-mod drive;
 pub mod encoder;
 pub mod failure;
 pub mod feed;
@@ -26,10 +25,8 @@ pub mod files;
 pub mod node;
 pub mod objects;
 pub mod output;
-pub mod prepare;
 pub mod preview;
 mod result;
-mod saved;
 pub mod spec;
 pub mod store;
 

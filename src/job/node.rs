@@ -1,7 +1,7 @@
 //! A process that takes part in the work: it takes orders, claims jobs, has them made, and hands them over when it ends.
 //!
 //! Owns: which jobs this node has, that none is written whose lease may have ended, and what followers here hear. The order of jobs is
-//! the store's, the order of steps the engine's. Does not know: HTTP, how one clip is made ([`super::drive`]).
+//! the store's, the order of steps the engine's. Does not know: HTTP, how one clip is made ([`drive`]).
 
 use std::collections::HashMap;
 use std::io;
@@ -14,11 +14,11 @@ use tale_models::ClientId;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::drive::{Claim, drive};
+use self::drive::{Claim, drive};
+use self::prepare::{INPUT, input_name};
 use super::feed::{Feeds, JobEvent, JobFeed};
 use super::objects::Objects;
 use super::output::{OutputDir, StorageProblem};
-use super::prepare::{INPUT, input_name};
 use super::spec::{BadSpec, ClipSpec, InputSpec};
 use super::store::{
     Claimed, Claimer, Filter, Idempotency, JobRecord, JobStore, Lease, NewJob, Page, Priority, Renewed, StoreError,
@@ -27,6 +27,10 @@ use super::store::{
 use super::{Job, JobId, JobKind};
 use crate::compute::Compute;
 use crate::engine::{Engine, ModelReport};
+
+mod drive;
+pub mod prepare;
+mod saved;
 
 /// For how long a claim lasts without being renewed.
 const LEASE: Duration = Duration::from_secs(30);

@@ -16,8 +16,7 @@ use tale_models::diffusion::{Canvas, Medium, options_over};
 use tale_models::parameter::{Declaration, Options, Parameter, Task};
 
 use super::fields::{self, SECONDS};
-use super::terms::TermsFields;
-use super::{Ordered, Spelling, decoded, order};
+use super::{Ordered, Spelling, decoded, order, terms};
 use crate::http::body::value::{Object, Value};
 use crate::http::body::{self, Format};
 use crate::http::cold_start::ALLOW_COLD_START;
@@ -134,7 +133,7 @@ async fn make(state: &AppState, request: Request, again: Again, source: Option<J
                     Origin::Extension { of: source.id, num_frames }
                 }
             };
-            let terms = TermsFields::new(&options, &headers, hash)?;
+            let terms = terms::terms(&options, &headers, hash)?;
             order(state, admitted.client(), Ordered { options, inputs, origin: Some(origin), terms }).await
         };
         ordered.await.map_err(|error| spelling.restored(error))

@@ -39,27 +39,22 @@ static DEADLINE_SECONDS: Parameter<usize> = Parameter::integer(
 pub(super) static FIELDS: [&Declaration; 3] =
     [&PRIORITY.declaration, &RUN_AFTER_SECONDS.declaration, &DEADLINE_SECONDS.declaration];
 
-/// What a request says of its order.
-pub(super) struct TermsFields;
-
-impl TermsFields {
-    /// `hash` is that of the whole body.
-    pub(super) fn new(options: &Options, headers: &HeaderMap, hash: [u8; 32]) -> Result<Terms, ApiError> {
-        let priority = options.get(&PRIORITY);
-        let priority = priority.and_then(|name| Priority::ALL.into_iter().find(|priority| priority.as_str() == name));
-        let seconds = |parameter| options.get(parameter).map(|seconds: usize| Duration::from_secs(seconds as u64));
-        let (wait, deadline) = (seconds(&RUN_AFTER_SECONDS).unwrap_or_default(), seconds(&DEADLINE_SECONDS));
-        if deadline.is_some_and(|deadline| deadline <= wait) {
-            return Err(ApiError::field("deadline_seconds", "must be more than run_after_seconds"));
-        }
-        Ok(Terms {
-            priority: priority.unwrap_or(Priority::Standard),
-            wait,
-            deadline,
-            idempotency: idempotency(headers, hash)?,
-            webhook: None,
-        })
+/// What a request says of its order; `hash` is that of the whole body.
+pub(super) fn terms(options: &Options, headers: &HeaderMap, hash: [u8; 32]) -> Result<Terms, ApiError> {
+    let priority = options.get(&PRIORITY);
+    let priority = priority.and_then(|name| Priority::ALL.into_iter().find(|priority| priority.as_str() == name));
+    let seconds = |parameter| options.get(parameter).map(|seconds: usize| Duration::from_secs(seconds as u64));
+    let (wait, deadline) = (seconds(&RUN_AFTER_SECONDS).unwrap_or_default(), seconds(&DEADLINE_SECONDS));
+    if deadline.is_some_and(|deadline| deadline <= wait) {
+        return Err(ApiError::field("deadline_seconds", "must be more than run_after_seconds"));
     }
+    Ok(Terms {
+        priority: priority.unwrap_or(Priority::Standard),
+        wait,
+        deadline,
+        idempotency: idempotency(headers, hash)?,
+        webhook: None,
+    })
 }
 
 /// The client's name for the order.

@@ -14,9 +14,9 @@ use tale_models::request::Frame;
 use tale_models::session_checkpoint::SessionCheckpoint;
 use tokio::time::Instant;
 
-use super::JobId;
-use super::node::Shared;
-use super::store::{Lease, StoreError};
+use super::Shared;
+use crate::job::JobId;
+use crate::job::store::{Lease, StoreError};
 
 /// Version of the text. Another one is refused, and the job begins anew.
 const VERSION: u32 = 1;

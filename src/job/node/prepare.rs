@@ -10,13 +10,13 @@ use tale_models::diffusion::parameters::{PARAMETERS, PARTIAL_IMAGES};
 use tale_models::diffusion::{Canvas, DiffusionRequest};
 use tale_models::parameter::{Declaration, Options};
 
-use super::encoder::Before;
-use super::failure::Failure;
-use super::files::{ClipFiles, StoredFile};
-use super::node::Shared;
-use super::spec::{ClipSpec, Origin};
-use super::store::StoreError;
-use super::{Job, JobId, JobState};
+use super::Shared;
+use crate::job::encoder::Before;
+use crate::job::failure::Failure;
+use crate::job::files::{ClipFiles, StoredFile};
+use crate::job::spec::{ClipSpec, Origin};
+use crate::job::store::StoreError;
+use crate::job::{Job, JobId, JobState};
 use crate::media::{OpenClip, Still, decode_picture};
 use crate::parameters::{EffectiveParameters, set_images};
 

@@ -14,17 +14,17 @@ use tale_models::{ClientId, Event};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::encoder::{Encoder, FinishedClip};
-use super::failure::{Failure, INSUFFICIENT_STORAGE};
-use super::feed::{JobEvent, JobFeed};
-use super::node::{Control, Shared, client_of};
 use super::prepare::{Prepared, Unprepared, prepare};
-use super::preview::Preview;
-use super::result::ClipResult;
 use super::saved::{Found, SaveError, Saving};
-use super::store::{JobRecord, Lease, Outcome, RecordState, Return, StoreError};
-use super::{Job, Progress};
+use super::{Control, Shared, client_of};
 use crate::engine::{Engine, EngineError, MayBegin, Session, SubmitOptions};
+use crate::job::encoder::{Encoder, FinishedClip};
+use crate::job::failure::{Failure, INSUFFICIENT_STORAGE};
+use crate::job::feed::{JobEvent, JobFeed};
+use crate::job::preview::Preview;
+use crate::job::result::ClipResult;
+use crate::job::store::{JobRecord, Lease, Outcome, RecordState, Return, StoreError};
+use crate::job::{Job, Progress};
 
 /// How often a job's row hears how far it is.
 const REPORT: Duration = Duration::from_millis(250);
