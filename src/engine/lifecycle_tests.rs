@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use tale_models::{ClientId, Error, Event, LoadedModel, Runner, SessionId};
 
 use super::arbiter::is_text;
 use super::assignment::Sizes;
-use super::coming::{Arrival, Begin, Loadable, Loader, Loading};
+use super::coming::{Arrival, Arrived, Begin, Loadable, Loader, Loading};
 use super::command::Command;
 use super::ledger::{Ledger, Owner};
 use super::mailbox::Mailbox;
@@ -51,16 +51,15 @@ fn words(script: Script, resident_bytes: usize) -> LoadedModel {
     LoadedModel { resident_bytes, ..text_model(script).expect("made") }
 }
 
+/// What becomes of a loading.
+type Hears<T> = Receiver<Result<T, Error>>;
+
 /// An order to load `resident_bytes`, and whoever hears of it.
 fn arrival(
     resident_bytes: usize,
     script: Script,
     on_step: impl FnMut() -> Result<(), Error> + Send + 'static,
-) -> (
-    Arrival,
-    std::sync::mpsc::Receiver<Result<(), Error>>,
-    std::sync::mpsc::Receiver<Result<super::coming::Arrived, Error>>,
-) {
+) -> (Arrival, Hears<()>, Hears<Arrived>) {
     let loading = ScriptedLoading {
         model: Some(words(script, resident_bytes)),
         read: 0,
@@ -505,7 +504,7 @@ fn races_of_loads_unloads_submissions_and_cancellations_leave_nothing() {
             }
             Err(_) => 0,
         };
-        names.iter().map(|name| bytes(&name)).sum::<usize>()
+        names.iter().map(bytes).sum::<usize>()
     };
     wait_for("all rests", || {
         let status = engine.status();
