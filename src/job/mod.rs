@@ -65,6 +65,12 @@ impl JobId {
         Self { uuid: Uuid::now_v7(), kind }
     }
 
+    /// When the name was made, by the clock of the machine that made it.
+    pub fn made(self) -> Option<SystemTime> {
+        let (seconds, nanoseconds) = self.uuid.get_timestamp()?.to_unix();
+        SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))
+    }
+
     /// What the job makes.
     pub fn kind(self) -> JobKind {
         self.kind
@@ -313,6 +319,8 @@ pub(crate) mod tests {
     fn names_can_be_read_back_and_sort_by_time() {
         let (a, b) = (JobId::generate(JobKind::Video), JobId::generate(JobKind::Image));
         assert!(a < b);
+        let made = a.made().expect("names have a time");
+        assert!(SystemTime::now().duration_since(made).is_ok_and(|age| age < Duration::from_secs(60)));
         assert_eq!(a.to_string().parse(), Ok(a));
         assert_eq!("video_nonsense".parse::<JobId>(), Err(UnknownJob));
     }

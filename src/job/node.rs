@@ -21,8 +21,8 @@ use super::objects::Objects;
 use super::output::{OutputDir, StorageProblem};
 use super::spec::{BadSpec, ClipSpec, InputSpec};
 use super::store::{
-    Claimed, Claimer, Filter, Idempotency, JobRecord, JobStore, Lease, NewJob, Page, Priority, Renewed, StoreError,
-    Submitted,
+    Claimed, Claimer, Filter, Idempotency, JobRecord, JobStore, Lease, NewJob, Page, Priority, RecordState, Renewed,
+    StoreError, Submitted,
 };
 use super::{Job, JobId, JobKind};
 use crate::compute::Compute;
@@ -42,6 +42,10 @@ const RENEW_SHARED: Duration = Duration::from_secs(1);
 const RENEW_ALONE: Duration = Duration::from_secs(5);
 /// How often jobs of silent nodes, past deadlines and surplus are looked for.
 const REAP: Duration = Duration::from_secs(2);
+/// How often what lies beside rows is looked through.
+const SWEEP: Duration = Duration::from_secs(600);
+/// A row comes within this time after the first picture of its order.
+const ORDER_IS_KEPT_WITHIN: Duration = Duration::from_secs(3600);
 /// How often work is looked for when nobody says that there is some.
 const POLL: Duration = Duration::from_secs(1);
 /// How often the row of a job that another node makes is looked at for followers here.
@@ -336,12 +340,12 @@ impl Node {
         let Some(engine) = self.0.engine.get() else { return Ok(None) };
         let queue = self.0.store.queue(MAX_QUEUE).await?;
         let Some(index) = queue.iter().position(|record| record.id == job.id) else { return Ok(None) };
-        if !matches!(queue[index].state, super::store::RecordState::Queued) {
+        if !matches!(queue[index].state, RecordState::Queued) {
             return Ok(None);
         }
         let devices = engine.model(&job.model).map_or(1, |model| model.devices.len()).max(1);
         let rivals = || queue[..index].iter().filter(|record| record.model == job.model);
-        let waiting = rivals().filter(|record| matches!(record.state, super::store::RecordState::Queued));
+        let waiting = rivals().filter(|record| matches!(record.state, RecordState::Queued));
         let position = waiting.count();
         let left = |record: &JobRecord| {
             let progress = record.progress.as_deref().and_then(|text| super::Progress::from_text(text).ok());
@@ -463,7 +467,14 @@ async fn renew(shared: Weak<Shared>) {
 
 /// Looks after jobs that nobody looks after.
 async fn reap(shared: Weak<Shared>) {
+    let mut swept: Option<Instant> = None;
     while let Some(shared) = shared.upgrade() {
+        if swept.is_none_or(|swept| swept.elapsed() >= SWEEP) {
+            if let Err(error) = shared.sweep().await {
+                tracing::warn!(%error, "what lies beside jobs cannot be looked through");
+            }
+            swept = Some(Instant::now());
+        }
         if let Err(error) = shared.reap().await {
             tracing::warn!(%error, "the job store cannot be looked after");
         }
@@ -624,6 +635,24 @@ impl Shared {
         for record in self.store.retain().await? {
             self.feeds.remove(record.id);
             self.clean(record).await;
+        }
+        Ok(())
+    }
+
+    /// Removes what a process that was killed has left beside rows that need nothing any more, or that never came to be.
+    async fn sweep(&self) -> io::Result<()> {
+        for id in self.objects.jobs().await? {
+            let is_left = match self.store.get(id).await {
+                Ok(record) => matches!(record.state, RecordState::Completed { .. }),
+                // An order's pictures are there before its row.
+                Err(StoreError::Unknown) => {
+                    id.made().and_then(|made| made.elapsed().ok()).is_some_and(|age| age > ORDER_IS_KEPT_WITHIN)
+                }
+                Err(_) => false,
+            };
+            if is_left {
+                self.forget_objects(id).await;
+            }
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Owns: where they lie, and that one is there as a whole or not at all. Durable when [`Objects::put`] returns, but for those in memory. Does not
 //! know: what they are, or who refers to them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -103,6 +103,22 @@ impl Objects {
         .await
     }
 
+    /// The jobs that have objects.
+    pub async fn jobs(&self) -> io::Result<Vec<JobId>> {
+        self.run(|place| match place {
+            Place::Memory(objects) => {
+                let ids =
+                    lock(objects).keys().filter_map(|key| key.split_once('/')?.0.parse().ok()).collect::<BTreeSet<_>>();
+                Ok(ids.into_iter().collect())
+            }
+            Place::Folder(path) => {
+                let names = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().parse().ok()));
+                names.filter_map(Result::transpose).collect()
+            }
+        })
+        .await
+    }
+
     /// Forgets all objects of a job.
     pub async fn remove_all(&self, job: JobId) -> io::Result<()> {
         self.run(move |place| match place {
@@ -179,6 +195,10 @@ mod tests {
                 objects.put(job, name, Bytes::from_static(text.as_bytes())).await.expect("kept");
             }
             assert_eq!(objects.get(a, "input-0").await.expect("there"), "new");
+            assert_eq!(
+                objects.jobs().await.expect("there").into_iter().collect::<BTreeSet<_>>(),
+                BTreeSet::from([a, b])
+            );
             objects.remove_others(a, "input").await.expect("removed");
             objects.get(a, "frames-1").await.expect_err("gone");
             assert_eq!(objects.get(a, "input-0").await.expect("there"), "new");
