@@ -46,6 +46,8 @@ impl Round {
     }
 }
 
+const NOTHING_PANICS: &str = "nothing panics while it holds the rounds: this is a bug";
+
 impl Exchange {
     /// Of so many ranks.
     pub fn new(of: usize) -> Arc<Self> {
@@ -61,6 +63,17 @@ impl Exchange {
     /// Why the group has ended, if it has.
     pub fn problem(&self) -> Option<Error> {
         self.state().failure.clone().map(Error::Device)
+    }
+
+    /// Waits for the cause of an end that has begun: a rank that panics lets go of what it holds before it says why.
+    pub fn wait_for_problem(&self) -> Error {
+        let mut state = self.state();
+        loop {
+            match &state.failure {
+                Some(failure) => return Error::Device(failure.clone()),
+                None => state = self.changed.wait(state).expect(NOTHING_PANICS),
+            }
+        }
     }
 
     /// What all ranks give in round `number` of this rank, which counts its own rounds from 1.
@@ -80,12 +93,12 @@ impl Exchange {
             if let Some(cause) = &state.failure {
                 return Err(Error::Device(cause.clone()));
             }
-            state = self.changed.wait(state).expect("nothing panics while it holds the rounds: this is a bug");
+            state = self.changed.wait(state).expect(NOTHING_PANICS);
         }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nothing panics while it holds the rounds: this is a bug")
+        self.state.lock().expect(NOTHING_PANICS)
     }
 }
 

@@ -111,6 +111,11 @@ impl<C: Debug + Clone + Send + 'static> Followers<C> {
     pub fn problem(&self) -> Option<Error> {
         self.leader.exchange.problem()
     }
+
+    /// The same of a group that is known to end: waits until the rank that ends it has said why.
+    pub fn wait_for_problem(&self) -> Error {
+        self.leader.exchange.wait_for_problem()
+    }
 }
 
 impl<C: Send + 'static> Follower<C> {

@@ -120,8 +120,8 @@ impl DeviceBeside {
     /// Waits for predictions, `[1, ...]` in f32 each, on `device`.
     pub(super) fn take(&self, coming: Coming, device: &Device) -> Result<Vec<Tensor>> {
         let Coming { answer, shapes } = coming;
-        let ended = |_| self.problem().unwrap_or_else(|| Error::Device("the second device has ended".into()));
-        let predictions = answer.recv().map_err(ended)??;
+        // Nothing but the end of its thread takes the answer's sender away without an answer.
+        let predictions = answer.recv().map_err(|_| self.followers.wait_for_problem())??;
         let tensors = predictions.into_iter().zip(shapes);
         tensors.map(|(values, shape)| Ok(Tensor::from_vec(values, shape, device)?)).collect()
     }
