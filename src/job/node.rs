@@ -578,6 +578,11 @@ impl Shared {
         self.resting().insert(model.to_owned(), Instant::now() + REST);
     }
 
+    /// Whether the device has begun the job of a lease.
+    fn is_begun(&self, lease: &Lease) -> bool {
+        self.lock().get(&lease.id).is_some_and(|held| held.lease == *lease && held.has_begun)
+    }
+
     /// The device has begun a job: another one may be claimed.
     pub(super) fn has_begun(&self, id: JobId) {
         if let Some(held) = self.lock().get_mut(&id) {

@@ -73,14 +73,24 @@ pub(super) async fn drive(claim: Claim, record: JobRecord) {
     };
     let feed = claim.shared.feed(&job);
     let mut told = claim.told.clone();
+    // A session that has begun is left with a checkpoint; what waits for its turn, its model or its pictures is left at once.
+    let is_over = |control: &Control| match control {
+        Control::Run => false,
+        Control::HandOver => !claim.shared.is_begun(&claim.lease),
+        Control::Cancel | Control::Lost => true,
+    };
     let stopped = async {
-        let _ = told.wait_for(|control| *control > Control::HandOver).await;
+        let _ = told.wait_for(is_over).await;
         *told.borrow()
     };
     let begun = Instant::now();
     let end = tokio::select! {
         // Dropping the work stops the device and the encoder.
-        control = stopped => if control == Control::Cancel { End::Cancelled } else { End::Lost },
+        control = stopped => match control {
+            Control::Cancel => End::Cancelled,
+            Control::HandOver => End::Returned(Return::HandOver),
+            Control::Run | Control::Lost => End::Lost,
+        },
         end = claim.make(&job, &feed, checkpoint.as_deref()) => end,
     };
     let end = match end {
@@ -406,7 +416,7 @@ impl Work<'_> {
 
     /// Asks for a last checkpoint; the second time the job is left without one.
     fn leave(&mut self, session: &Session) -> Result<(), End> {
-        if self.leaves_at.is_some() || !self.feed.has_started() {
+        if self.leaves_at.is_some() {
             return Err(End::Returned(Return::HandOver));
         }
         self.leaves_at = Some(Instant::now() + LAST_CHECKPOINT);
