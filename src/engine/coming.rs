@@ -1,7 +1,7 @@
 //! Models on their way to a device, as its thread sees them, and where they come from.
 //!
 //! Owns: what a loading is asked for, its progress, and the loading of checkpoints. Does not know: which models should be where
-//! ([`super::lifecycle`]), or when a step is taken ([`super::worker`]).
+//! (`lifecycle`), or when a step is taken (`worker`).
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;

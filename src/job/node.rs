@@ -1,7 +1,7 @@
 //! A process that takes part in the work: it takes orders, claims jobs, has them made, and hands them over when it ends.
 //!
 //! Owns: which jobs this node has, that none is written whose lease may have ended, and what followers here hear. The order of jobs is
-//! the store's, the order of steps the engine's. Does not know: HTTP, how one clip is made ([`drive`]).
+//! the store's, the order of steps the engine's. Does not know: HTTP, how one clip is made (`drive`).
 
 use std::collections::HashMap;
 use std::io;
